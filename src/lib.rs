@@ -1,0 +1,34 @@
+//! Aegis: a Layer 4 TCP proxy and connection pooler for the sidecar of a database's clients.
+//!
+//! ```text
+//! application ──▶ 127.0.0.1:8081 ─┬─ worker 0 (core 0): driver, own listener, own pools ─┐
+//!                                 ├─ worker 1 (core 1): …                                ├─▶ endpoints
+//!                                 └─ worker N                                            ┘
+//!                   [::]:8082 ◀── control thread: tokio; discovery, admin HTTP, signals
+//! ```
+//!
+//! Two planes meet in two places only: a [`worker::mailbox::Mailbox`] a worker, and the counters
+//! in [`telemetry`], which a worker alone writes and the control thread reads. Dependencies point
+//! inward:
+//!
+//! | module | what it is |
+//! | --- | --- |
+//! | [`config`] | environment → `RawConfig` → checked `Config` |
+//! | [`limits`] | every bound: unit, derivation, reason |
+//! | [`telemetry`] | counters and histograms of one worker, aligned to cache lines |
+//! | [`slab`] | fixed-capacity slots with generations |
+//! | [`proxy`] | decides: sessions, relays, pools, balancing, health; no I/O, no clock, no unsafe |
+//! | [`wire`] | bytes of protocols: the PROXY protocol's header |
+//! | [`io`] | does: the io_uring and epoll drivers and the seeded simulator; the only unsafe code |
+//! | [`worker`] | one core: binds `proxy` to `io`, turn by turn |
+//! | [`control`] | the tokio side: discovery, admin HTTP, lifecycle |
+
+pub mod config;
+pub mod control;
+pub mod io;
+pub mod limits;
+pub mod proxy;
+pub mod slab;
+pub mod telemetry;
+pub mod wire;
+pub mod worker;

@@ -1,0 +1,4 @@
+//! Every bound.
+
+/// Endpoints in a snapshot; further ones are left out with a warning.
+pub const ENDPOINTS_MAX: usize = 1024;

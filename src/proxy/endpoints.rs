@@ -1,0 +1,38 @@
+//! The desired set of endpoints, as discovery delivers it: a complete snapshot, never an edit.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use crate::telemetry::EndpointStats;
+
+/// One backend address, shared by all workers.
+#[derive(Debug)]
+pub struct Endpoint {
+    /// What users call it: the configured `host:port`, or a pod's name. Label of its metrics.
+    pub name: String,
+    /// Where to connect.
+    pub address: SocketAddr,
+    /// Its counters, one block a worker, indexed by worker.
+    pub stats: Box<[EndpointStats]>,
+}
+
+impl Endpoint {
+    /// An endpoint with fresh counters for `workers` workers.
+    pub fn new(name: impl Into<String>, address: SocketAddr, workers: usize) -> Arc<Self> {
+        let stats = (0..workers).map(|_| EndpointStats::default()).collect();
+        Arc::new(Self { name: name.into(), address, stats })
+    }
+}
+
+/// The complete, ordered set of endpoints at one moment.
+///
+/// Applying the same snapshot twice changes nothing. An endpoint is the same one across snapshots
+/// when its `Arc` is the same: discovery keeps the `Arc` of an endpoint whose name and address
+/// are unchanged.
+#[derive(Debug, Default)]
+pub struct EndpointSnapshot {
+    /// Grows by one with every snapshot that discovery publishes.
+    pub generation: u64,
+    /// The endpoints, at most [`crate::limits::ENDPOINTS_MAX`].
+    pub endpoints: Vec<Arc<Endpoint>>,
+}

@@ -1,0 +1,106 @@
+//! How the control thread speaks to a worker: the latest desired state and a wake-up.
+//!
+//! Nothing here blocks. A snapshot that the worker has not picked up yet is replaced by a newer
+//! one, and the order to run, drain or stop only moves forward.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use crossbeam_queue::ArrayQueue;
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::proxy::endpoints::EndpointSnapshot;
+
+/// What a worker is told to do. Orders only move forward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Order {
+    /// Accept and forward.
+    Run = 0,
+    /// Empty the accept queue, stop accepting, end the thread once the last session has finished.
+    Drain = 1,
+    /// End every session now, then the thread.
+    Stop = 2,
+}
+
+/// The mailbox of one worker.
+#[derive(Debug)]
+pub struct Mailbox {
+    snapshot: ArrayQueue<Arc<EndpointSnapshot>>,
+    order: AtomicU8,
+    wake: OwnedFd,
+}
+
+impl Mailbox {
+    /// An empty mailbox with the order to run.
+    ///
+    /// # Errors
+    /// The process is out of descriptors.
+    pub fn new() -> io::Result<Self> {
+        let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+        Ok(Self { snapshot: ArrayQueue::new(1), order: AtomicU8::new(Order::Run as u8), wake })
+    }
+
+    /// Replaces the snapshot that waits for the worker, and wakes it.
+    pub fn deliver(&self, snapshot: Arc<EndpointSnapshot>) {
+        self.snapshot.force_push(snapshot);
+        self.wake();
+    }
+
+    /// Gives an order and wakes the worker. An order below the current one changes nothing.
+    pub fn order(&self, order: Order) {
+        self.order.fetch_max(order as u8, Ordering::Release);
+        self.wake();
+    }
+
+    /// The snapshot that waits, if any. For the worker.
+    pub fn take_snapshot(&self) -> Option<Arc<EndpointSnapshot>> {
+        self.snapshot.pop()
+    }
+
+    /// The order in force. For the worker.
+    pub fn current_order(&self) -> Order {
+        match self.order.load(Ordering::Acquire) {
+            0 => Order::Run,
+            1 => Order::Drain,
+            _ => Order::Stop,
+        }
+    }
+
+    /// The descriptor that turns readable when there is news.
+    pub fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+
+    /// Makes the wake-up descriptor unreadable again. For the worker, before it looks for news.
+    pub fn clear_wake(&self) {
+        let mut count = [0; 8];
+        // Not readable means that there was nothing to clear.
+        let _ = rustix::io::read(&self.wake, &mut count);
+    }
+
+    fn wake(&self) {
+        // The only failure is a counter at its maximum, and then the descriptor is readable.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_latest_snapshot_wins_and_orders_only_move_forward() {
+        let mailbox = Mailbox::new().unwrap();
+        for generation in 1..=3 {
+            mailbox.deliver(Arc::new(EndpointSnapshot { generation, endpoints: Vec::new() }));
+        }
+        assert_eq!(mailbox.take_snapshot().map(|s| s.generation), Some(3));
+        assert!(mailbox.take_snapshot().is_none());
+        mailbox.order(Order::Stop);
+        mailbox.order(Order::Drain);
+        assert_eq!(mailbox.current_order(), Order::Stop);
+    }
+}

@@ -1,0 +1,3 @@
+//! One core: binds `proxy` to `io`, turn by turn.
+
+pub mod mailbox;
