@@ -57,7 +57,7 @@ impl Histogram {
 
     fn index(ns: u64) -> usize {
         // Bounds are inclusive (`le`), so a value that equals a bound belongs below it.
-        let Some(above) = ns.checked_sub(Self::FIRST_NS + 1) else { return 0 };
+        let Some(above) = ns.min(u64::MAX / 4).checked_sub(Self::FIRST_NS + 1) else { return 0 };
         let ratio = above / Self::FIRST_NS + 1;
         let octave = ratio.ilog2() as usize;
         let middle = (Self::FIRST_NS << octave) + (Self::FIRST_NS << octave) / 2;
@@ -213,9 +213,9 @@ pub struct WorkerStats {
     pub sessions_opened: Counter,
     /// Sessions now open, those still connecting included.
     pub sessions_active: Gauge,
-    /// Bytes that clients sent and backends' sockets took.
+    /// Bytes received from clients.
     pub bytes_to_backend: Counter,
-    /// Bytes that backends sent and clients' sockets took.
+    /// Bytes received from backends.
     pub bytes_to_client: Counter,
     /// Failed accepts: descriptors or memory short.
     pub accept_errors: Counter,

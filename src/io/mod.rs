@@ -1,1 +1,161 @@
-//! Does the I/O.
+//! Does the I/O that `proxy` decides on: a driver behind one interface, three times.
+//!
+//! | driver | what it is |
+//! | --- | --- |
+//! | [`uring`] | `io_uring`: completions, batched waits, buffers filled by the kernel |
+//! | [`epoll`] | the complete twin where `io_uring` is blocked |
+//! | `sim` | a seeded network in memory with virtual time, for tests |
+//!
+//! A driver owns its sockets, its buffers and each socket's queue of bytes to send. Its user
+//! names sockets by [`ConnId`] and never sees a descriptor. One turn is: [`Driver::wait`], then
+//! [`Driver::next`] until it is empty. A closed [`ConnId`] is dead at once for the user; the
+//! driver reclaims its slot when the kernel has given back every operation on it.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+pub mod buffers;
+pub mod epoll;
+pub mod probe;
+mod provided;
+#[cfg(test)]
+pub mod sim;
+pub mod socket;
+pub mod uring;
+
+pub use buffers::{Buf, Chain};
+
+/// Names a connection of a driver.
+pub type ConnId = crate::slab::Key;
+
+/// What has happened, one event at a time.
+#[derive(Debug)]
+pub enum Completion {
+    /// A client was accepted.
+    Accepted(ConnId),
+    /// Accepting failed for want of descriptors or memory; it goes on after the next
+    /// [`Driver::accept`].
+    AcceptFailed(io::Error),
+    /// A connect succeeded.
+    Connected(ConnId),
+    /// A connect failed. The connection is still to be closed.
+    ConnectFailed(ConnId, io::Error),
+    /// Bytes arrived.
+    Received(ConnId, Buf),
+    /// The peer ended its direction; nothing more will be received.
+    Ended(ConnId),
+    /// Receiving failed; nothing more will be received.
+    ReceiveFailed(ConnId),
+    /// So many bytes were taken by the socket.
+    Sent(ConnId, u32),
+    /// Sending failed; what was queued is gone, and nothing more can be sent.
+    SendFailed(ConnId),
+    /// Somebody wrote to the wake-up descriptor.
+    Woken,
+}
+
+impl Completion {
+    /// The connection that the event is about, if it is about one.
+    pub fn conn(&self) -> Option<ConnId> {
+        match *self {
+            Self::Accepted(conn)
+            | Self::Connected(conn)
+            | Self::ConnectFailed(conn, _)
+            | Self::Received(conn, _)
+            | Self::Ended(conn)
+            | Self::ReceiveFailed(conn)
+            | Self::Sent(conn, _)
+            | Self::SendFailed(conn) => Some(conn),
+            Self::AcceptFailed(_) | Self::Woken => None,
+        }
+    }
+}
+
+/// How to close a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Close {
+    /// With the ordinary end of stream.
+    Graceful,
+    /// With a reset, so that the peer sees an error.
+    Reset,
+}
+
+/// How long to wait for events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wait {
+    /// Return as soon as there are so many (at least 1).
+    pub events: u32,
+    /// Wait no longer than this for more than one.
+    pub batch: Duration,
+    /// Wait no longer than this for the first.
+    pub most: Duration,
+}
+
+/// What a driver needs at start.
+#[derive(Debug)]
+pub struct DriverSetup {
+    /// Bound and listening sockets of this worker.
+    pub listeners: Vec<OwnedFd>,
+    /// The mailbox's descriptor.
+    pub wake: OwnedFd,
+    /// Connections at a time, those of clients, backends and pools together.
+    pub conns_max: usize,
+    /// Buffers of [`crate::limits::BUFFER_SIZE`].
+    pub buffers_max: usize,
+    /// Options of connections to backends.
+    pub options: socket::Options,
+}
+
+/// One way of doing I/O.
+pub trait Driver {
+    /// The time, read once a turn.
+    fn now(&self) -> Instant;
+
+    /// Submits what is pending and waits for events.
+    ///
+    /// # Errors
+    /// The kernel refuses to go on with this ring or epoll instance; the worker cannot continue.
+    fn wait(&mut self, wait: Wait) -> io::Result<()>;
+
+    /// The next event of this turn.
+    fn next(&mut self) -> Option<Completion>;
+
+    /// How many more clients may be accepted from now on; 0 stops accepting.
+    fn accept(&mut self, room: usize);
+
+    /// Empties the kernel's accept queues into [`Completion::Accepted`], then closes the
+    /// listeners, so that no client is accepted by the kernel and dropped.
+    fn stop_listening(&mut self);
+
+    /// Starts connecting.
+    ///
+    /// # Errors
+    /// No descriptor or slot is free, or the address cannot be used at all.
+    fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId>;
+
+    /// Starts or stops receiving. What was received before the stop took effect still arrives.
+    fn receive(&mut self, conn: ConnId, on: bool);
+
+    /// Queues bytes behind those already queued. The buffer is given back once they are sent.
+    fn send(&mut self, conn: ConnId, buf: Buf);
+
+    /// Ends the direction towards the peer, behind all that is queued.
+    fn shutdown(&mut self, conn: ConnId);
+
+    /// Closes a connection; what is still queued for it is dropped.
+    fn close(&mut self, conn: ConnId, how: Close);
+
+    /// The peer's address.
+    fn peer_address(&self, conn: ConnId) -> Option<SocketAddr>;
+
+    /// The address that the peer connected to.
+    fn local_address(&self, conn: ConnId) -> Option<SocketAddr>;
+
+    /// The buffers.
+    fn buffers(&mut self) -> &mut buffers::Buffers;
+
+    /// Times a receive had to wait for a buffer, since the start.
+    fn buffer_waits(&self) -> u64;
+}

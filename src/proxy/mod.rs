@@ -1,3 +1,30 @@
-//! Decides what to do with connections: no I/O, no clock, no unsafe.
+//! Decides what to do with connections: no I/O, no clock, no randomness of its own, no unsafe.
+//!
+//! Events go in as calls of `on_*`, with the time as an argument; what to do comes out as the
+//! value returned. The same code runs on every driver, the simulator included.
 
+pub mod balance;
 pub mod endpoints;
+pub mod health;
+pub mod pool;
+pub mod relay;
+pub mod session;
+
+/// One end of a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The application that connected to us.
+    Client,
+    /// The endpoint that we connected to.
+    Backend,
+}
+
+impl Side {
+    /// The opposite end.
+    pub fn other(self) -> Self {
+        match self {
+            Self::Client => Self::Backend,
+            Self::Backend => Self::Client,
+        }
+    }
+}

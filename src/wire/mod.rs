@@ -1,1 +1,3 @@
-//! Bytes of protocols.
+//! Bytes of protocols: boundaries and headers, nothing more.
+
+pub mod proxy_protocol;

@@ -1,3 +1,142 @@
 //! One core: binds `proxy` to `io`, turn by turn.
+//!
+//! A worker is a thread that shares nothing with the others: it has its own listening sockets,
+//! driver, sessions, buffers, pools and counters. See [`engine`] for its turn.
 
+use std::convert::Infallible;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Instant;
+
+use crate::config::Config;
+use crate::io::epoll::Epoll;
+use crate::io::probe::DriverKind;
+use crate::io::uring::Uring;
+use crate::io::{Driver, DriverSetup, socket};
+use crate::limits;
+use crate::telemetry::{WorkerState, WorkerStats};
+
+pub mod batch;
+pub mod engine;
+pub mod listener;
 pub mod mailbox;
+mod pools;
+mod sessions;
+#[cfg(test)]
+mod simulation;
+pub mod timers;
+
+use engine::{Engine, EngineSetup};
+use mailbox::Mailbox;
+
+/// What a worker needs to start.
+#[derive(Debug)]
+pub struct WorkerSetup {
+    /// Its number, from 0.
+    pub index: usize,
+    /// The core to run on; `None` leaves that to the kernel.
+    pub core: Option<core_affinity::CoreId>,
+    /// Its listening sockets.
+    pub listeners: Vec<OwnedFd>,
+    /// The driver to use.
+    pub driver: DriverKind,
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// Sessions at a time in the whole process.
+    pub sessions_max: usize,
+    /// Where commands come from.
+    pub mailbox: Arc<Mailbox>,
+    /// The counters of all workers, its own at `index`.
+    pub stats: Arc<[Arc<WorkerStats>]>,
+    /// When the process started.
+    pub started: Instant,
+    /// Dropped when the thread ends.
+    pub exited: tokio::sync::mpsc::Sender<Infallible>,
+}
+
+/// A worker could not start.
+#[derive(Debug, thiserror::Error)]
+#[error("worker {index} cannot start: {error}")]
+pub struct WorkerError {
+    index: usize,
+    #[source]
+    error: io::Error,
+}
+
+/// The socket options that the configuration asks for.
+pub fn socket_options(config: &Config) -> socket::Options {
+    socket::Options { keepalive: config.keepalive, user_timeout: config.tcp_user_timeout }
+}
+
+/// Starts a worker's thread and returns once it is accepting.
+///
+/// # Errors
+/// The thread or its driver cannot be set up.
+pub fn spawn(setup: WorkerSetup) -> Result<(), WorkerError> {
+    let index = setup.index;
+    let failed = |error| WorkerError { index, error };
+    let (started, outcome) = mpsc::channel();
+    thread::Builder::new()
+        .name(format!("worker-{index}"))
+        .spawn(move || run(setup, &started))
+        .map_err(failed)?;
+    // A thread that ends without a word has panicked, which the panic hook reports.
+    outcome.recv().unwrap_or_else(|_| Err(io::Error::other("it panicked"))).map_err(failed)
+}
+
+fn run(mut setup: WorkerSetup, started: &mpsc::Sender<io::Result<()>>) {
+    if let Some(core) = setup.core
+        && !core_affinity::set_for_current(core)
+    {
+        tracing::warn!(worker = setup.index, core = core.id, "cannot be pinned to its core");
+    }
+    let outcome = driver_setup(&mut setup).and_then(|driver| match setup.driver {
+        DriverKind::Uring(features) => {
+            Uring::new(driver, features).map(|driver| serve(driver, setup, started))
+        }
+        DriverKind::Epoll => Epoll::new(driver).map(|driver| serve(driver, setup, started)),
+    });
+    if let Err(error) = outcome {
+        // Nobody listens any more only if the process is ending.
+        let _ = started.send(Err(error));
+    }
+}
+
+fn driver_setup(setup: &mut WorkerSetup) -> io::Result<DriverSetup> {
+    Ok(DriverSetup {
+        listeners: std::mem::take(&mut setup.listeners),
+        wake: setup.mailbox.wake_fd().as_fd().try_clone_to_owned()?,
+        conns_max: limits::conns_max(setup.sessions_max),
+        buffers_max: limits::buffers_max(setup.sessions_max),
+        options: socket_options(&setup.config),
+    })
+}
+
+fn serve<D: Driver>(driver: D, setup: WorkerSetup, started: &mpsc::Sender<io::Result<()>>) {
+    let index = setup.index;
+    let stats = Arc::clone(&setup.stats[index]);
+    let mut engine = Engine::new(
+        driver,
+        EngineSetup {
+            index,
+            config: setup.config,
+            sessions_max: setup.sessions_max,
+            mailbox: setup.mailbox,
+            stats: setup.stats,
+            started: setup.started,
+            seed: fastrand::u64(..),
+        },
+    );
+    stats.set_state(WorkerState::Running);
+    let _ = started.send(Ok(()));
+    let outcome = engine.run();
+    drop(engine);
+    stats.set_state(WorkerState::Stopped);
+    if let Err(error) = outcome {
+        // Half a proxy is worse than none: the process ends, and is started again.
+        panic!("worker {index}: the kernel refused to wait for events: {error}");
+    }
+    drop(setup.exited);
+}

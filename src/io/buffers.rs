@@ -1,0 +1,311 @@
+//! The buffers of one worker: fixed size, taken only while bytes are in flight.
+//!
+//! The memory is reserved once and touched on first use. Free buffers are used again last-in
+//! first-out, so resident memory follows the peak of bytes in flight, not the capacity.
+//!
+//! A [`Buf`] is an owned handle: whoever holds it must forward it or give it back. A [`Chain`] is
+//! a queue of them, linked through the pool's own table, so that queueing allocates nothing.
+#![allow(unsafe_code)]
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ptr::NonNull;
+
+use crate::limits::BUFFER_SIZE;
+
+const NONE: u32 = u32::MAX;
+
+/// Received bytes in one buffer of the pool. Not `Clone`: there is one owner.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a buffer that is dropped is lost to its pool"]
+pub struct Buf {
+    index: u32,
+    start: u32,
+    len: u32,
+}
+
+impl Buf {
+    /// How many bytes it holds.
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+
+    /// Whether it holds nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The buffer's number in its pool.
+    pub(super) fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// The whole of buffer `index` with `len` bytes in it, as the kernel gives it back.
+    pub(super) fn filled(index: u32, len: u32) -> Self {
+        debug_assert!(len as usize <= BUFFER_SIZE);
+        Self { index, start: 0, len }
+    }
+}
+
+/// A queue of buffers. Must be emptied into its pool before it is dropped.
+#[derive(Debug)]
+pub struct Chain {
+    head: u32,
+    tail: u32,
+    bytes: u32,
+    buffers: u32,
+}
+
+impl Default for Chain {
+    fn default() -> Self {
+        Self { head: NONE, tail: NONE, bytes: 0, buffers: 0 }
+    }
+}
+
+impl Chain {
+    /// Bytes in all of its buffers.
+    pub fn bytes(&self) -> u32 {
+        self.bytes
+    }
+
+    /// How many buffers it holds.
+    pub fn buffers(&self) -> u32 {
+        self.buffers
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.buffers == 0
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Entry {
+    start: u32,
+    len: u32,
+    next: u32,
+}
+
+/// A fixed number of buffers of [`BUFFER_SIZE`] bytes.
+pub struct Buffers {
+    memory: NonNull<u8>,
+    layout: Layout,
+    entries: Vec<Entry>,
+    capacity: u32,
+    free: u32,
+    in_use: u32,
+}
+
+impl Buffers {
+    /// A pool of `capacity` buffers.
+    pub fn new(capacity: usize) -> Self {
+        assert!((1..NONE as usize).contains(&capacity), "a pool of {capacity} buffers");
+        let layout = Layout::from_size_align(capacity * BUFFER_SIZE, 4096).expect("pool size");
+        // SAFETY: the layout's size is not zero. Zeroed memory of this size comes from the kernel
+        // untouched, so that only used buffers become resident.
+        let memory = unsafe { alloc_zeroed(layout) };
+        let Some(memory) = NonNull::new(memory) else { handle_alloc_error(layout) };
+        Self {
+            memory,
+            layout,
+            entries: Vec::with_capacity(capacity),
+            capacity: capacity as u32,
+            free: NONE,
+            in_use: 0,
+        }
+    }
+
+    /// How many buffers are free.
+    pub fn free(&self) -> u32 {
+        self.capacity - self.in_use
+    }
+
+    /// How many buffers there are.
+    pub fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
+    /// Takes a free buffer, empty.
+    pub fn take(&mut self) -> Option<Buf> {
+        let index = if self.free != NONE {
+            let index = self.free;
+            self.free = self.entries[index as usize].next;
+            index
+        } else if self.entries.len() < self.capacity as usize {
+            self.entries.push(Entry { start: 0, len: 0, next: NONE });
+            self.entries.len() as u32 - 1
+        } else {
+            return None;
+        };
+        self.in_use += 1;
+        Some(Buf { index, start: 0, len: 0 })
+    }
+
+    /// Gives a buffer back.
+    pub fn give(&mut self, buf: Buf) {
+        self.entries[buf.index as usize].next = self.free;
+        self.free = buf.index;
+        self.in_use -= 1;
+    }
+
+    /// The bytes of a buffer.
+    pub fn bytes(&self, buf: &Buf) -> &[u8] {
+        // SAFETY: `start + len` never exceeds the buffer, which lies inside the allocation; the
+        // handle is the only one to this buffer, so nobody writes while it is borrowed.
+        unsafe {
+            std::slice::from_raw_parts(self.address(buf).as_ptr(), buf.len as usize)
+        }
+    }
+
+    /// The whole of a buffer, to be filled and then cut to length by [`Buffers::set_len`].
+    pub fn space(&mut self, buf: &mut Buf) -> &mut [u8] {
+        buf.start = 0;
+        // SAFETY: as for `bytes`; the exclusive borrows of pool and handle make it unique.
+        unsafe { std::slice::from_raw_parts_mut(self.address(buf).as_ptr(), BUFFER_SIZE) }
+    }
+
+    /// Says how many bytes were written to [`Buffers::space`].
+    pub fn set_len(&self, buf: &mut Buf, len: usize) {
+        assert!(len <= BUFFER_SIZE, "{len} bytes in a buffer");
+        buf.len = len as u32;
+    }
+
+    /// Where a buffer's bytes are, for the kernel.
+    pub(super) fn address(&self, buf: &Buf) -> NonNull<u8> {
+        let offset = buf.index as usize * BUFFER_SIZE + buf.start as usize;
+        // SAFETY: index < capacity and start <= BUFFER_SIZE, so the offset is inside.
+        unsafe { self.memory.add(offset) }
+    }
+
+    /// Puts a buffer at the end of a chain.
+    pub fn push(&mut self, chain: &mut Chain, buf: Buf) {
+        self.entries[buf.index as usize] = Entry { start: buf.start, len: buf.len, next: NONE };
+        if chain.tail == NONE {
+            chain.head = buf.index;
+        } else {
+            self.entries[chain.tail as usize].next = buf.index;
+        }
+        chain.tail = buf.index;
+        chain.bytes += buf.len;
+        chain.buffers += 1;
+    }
+
+    /// Takes the first buffer of a chain.
+    pub fn pop(&mut self, chain: &mut Chain) -> Option<Buf> {
+        if chain.head == NONE {
+            return None;
+        }
+        let index = chain.head;
+        let Entry { start, len, next } = self.entries[index as usize];
+        chain.head = next;
+        if next == NONE {
+            chain.tail = NONE;
+        }
+        chain.bytes -= len;
+        chain.buffers -= 1;
+        Some(Buf { index, start, len })
+    }
+
+    /// Drops the first `count` bytes of a chain, giving emptied buffers back.
+    pub fn advance(&mut self, chain: &mut Chain, mut count: u32) {
+        debug_assert!(count <= chain.bytes);
+        while count > 0 && chain.head != NONE {
+            let first = &mut self.entries[chain.head as usize];
+            if count < first.len {
+                first.start += count;
+                first.len -= count;
+                chain.bytes -= count;
+                return;
+            }
+            count -= first.len;
+            if let Some(buf) = self.pop(chain) {
+                self.give(buf);
+            }
+        }
+    }
+
+    /// Gives all buffers of a chain back.
+    pub fn clear(&mut self, chain: &mut Chain) {
+        while let Some(buf) = self.pop(chain) {
+            self.give(buf);
+        }
+    }
+
+    /// The bytes of each of a chain's buffers, in order.
+    pub fn slices<'a>(&'a self, chain: &'a Chain) -> impl Iterator<Item = &'a [u8]> + 'a {
+        self.parts(chain).map(|(at, len)| {
+            // SAFETY: a chain owns its buffers; while it is borrowed nobody takes or writes them.
+            unsafe { std::slice::from_raw_parts(at.as_ptr(), len) }
+        })
+    }
+
+    /// Address and length of each of a chain's buffers, in order.
+    pub(super) fn parts<'a>(
+        &'a self,
+        chain: &Chain,
+    ) -> impl Iterator<Item = (NonNull<u8>, usize)> + 'a {
+        let mut at = chain.head;
+        std::iter::from_fn(move || {
+            let entry = *self.entries.get(at as usize)?;
+            let buf = Buf { index: at, start: entry.start, len: entry.len };
+            at = entry.next;
+            Some((self.address(&buf), buf.len as usize))
+        })
+    }
+}
+
+impl Drop for Buffers {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout in `new`; drivers drop the pool only after the
+        // kernel has given back every operation on it.
+        unsafe { dealloc(self.memory.as_ptr(), self.layout) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filled(pool: &mut Buffers, text: &[u8]) -> Buf {
+        let mut buf = pool.take().unwrap();
+        pool.space(&mut buf)[..text.len()].copy_from_slice(text);
+        pool.set_len(&mut buf, text.len());
+        buf
+    }
+
+    fn text(pool: &Buffers, chain: &Chain) -> Vec<u8> {
+        pool.slices(chain).flatten().copied().collect()
+    }
+
+    #[test]
+    fn a_chain_keeps_order_and_counts_through_every_cut() {
+        for cut in 0..=9 {
+            let mut pool = Buffers::new(4);
+            let mut chain = Chain::default();
+            for part in [b"abc", b"def", b"ghi"] {
+                let buf = filled(&mut pool, part);
+                pool.push(&mut chain, buf);
+            }
+            pool.advance(&mut chain, cut);
+            assert_eq!(text(&pool, &chain), &b"abcdefghi"[cut as usize..]);
+            assert_eq!(chain.bytes(), 9 - cut);
+            assert_eq!(pool.free(), 1 + cut / 3, "emptied buffers are free again");
+            let buf = filled(&mut pool, b"xyz");
+            pool.push(&mut chain, buf);
+            assert!(text(&pool, &chain).ends_with(b"xyz"));
+            pool.clear(&mut chain);
+            assert_eq!((pool.free(), chain.bytes(), chain.is_empty()), (4, 0, true));
+        }
+    }
+
+    #[test]
+    fn an_empty_pool_says_so_and_the_last_buffer_given_is_the_next_taken() {
+        let mut pool = Buffers::new(2);
+        let a = pool.take().unwrap();
+        let b = pool.take().unwrap();
+        assert!(pool.take().is_none());
+        let index = a.index();
+        pool.give(b);
+        pool.give(a);
+        assert_eq!(pool.take().map(|buf| buf.index()), Some(index));
+    }
+}

@@ -1,0 +1,460 @@
+//! The epoll driver: the twin of `io_uring` where that is blocked.
+//!
+//! Sockets are registered once, edge-triggered, and each remembers whether it is readable and
+//! writable. A send is tried at once; only what the socket does not take waits for an edge.
+//! Readable sockets take turns, one buffer each, so that none starves the others.
+
+use std::collections::VecDeque;
+use std::io;
+use std::mem;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
+
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, SocketFlags};
+use socket2::SockRef;
+
+use super::buffers::{Buf, Buffers, Chain};
+use super::{Close, Completion, ConnId, Driver, DriverSetup, Wait, socket};
+use crate::limits;
+use crate::slab::Slab;
+
+/// Events taken from the kernel at a time.
+const EVENTS_MAX: usize = 1024;
+/// Buffers that one write takes at most.
+const SEND_PARTS_MAX: usize = 8;
+/// Reads and accepts of one turn; the rest comes in the next, after commands and timers.
+const STEPS_PER_TURN: u32 = 2048;
+/// Event data of listener `i` is this plus `i`, out of the reach of connections' keys.
+const LISTENER: u64 = u64::MAX - 0xffff;
+/// Event data of the wake-up descriptor.
+const WAKE: u64 = LISTENER - 1;
+
+#[derive(Debug)]
+struct Socket {
+    fd: OwnedFd,
+    connecting: bool,
+    readable: bool,
+    writable: bool,
+    /// The peer has ended or reset its direction: a short read is not the last one.
+    hung_up: bool,
+    /// The user wants to receive.
+    wanted: bool,
+    /// The peer's direction has ended or failed.
+    ended: bool,
+    /// In the queue of sockets to read from.
+    queued: bool,
+    shutdown: bool,
+    queue: Chain,
+}
+
+impl Socket {
+    fn new(fd: OwnedFd, connecting: bool) -> Self {
+        Self {
+            fd,
+            connecting,
+            readable: false,
+            writable: !connecting,
+            hung_up: false,
+            wanted: false,
+            ended: false,
+            queued: false,
+            shutdown: false,
+            queue: Chain::default(),
+        }
+    }
+
+    fn can_receive(&self) -> bool {
+        self.wanted && self.readable && !self.ended && !self.connecting
+    }
+}
+
+/// The epoll driver of one worker.
+pub struct Epoll {
+    epoll: OwnedFd,
+    /// Registered, so it must stay open.
+    _wake: OwnedFd,
+    listeners: Vec<Option<OwnedFd>>,
+    /// Listeners that may have clients waiting.
+    acceptable: Vec<bool>,
+    room: usize,
+    sockets: Slab<Socket>,
+    buffers: Buffers,
+    options: socket::Options,
+    now: Instant,
+    events: Vec<epoll::Event>,
+    /// Events to hand out, before anything is read.
+    completions: VecDeque<Completion>,
+    /// Readable sockets whose user wants to receive.
+    ready: VecDeque<ConnId>,
+    /// As `ready`, but no buffer was free.
+    starving: VecDeque<ConnId>,
+    steps: u32,
+    buffer_waits: u64,
+}
+
+impl Epoll {
+    /// Sets the epoll instance up.
+    ///
+    /// # Errors
+    /// Descriptors are short.
+    pub fn new(setup: DriverSetup) -> io::Result<Self> {
+        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, &setup.wake, EventData::new_u64(WAKE), EventFlags::IN)?;
+        let listening = EventFlags::IN | EventFlags::ET;
+        for (data, fd) in (LISTENER..).zip(&setup.listeners) {
+            rustix::io::ioctl_fionbio(fd, true)?;
+            epoll::add(&epoll, fd, EventData::new_u64(data), listening)?;
+        }
+        Ok(Self {
+            epoll,
+            _wake: setup.wake,
+            acceptable: vec![true; setup.listeners.len()],
+            listeners: setup.listeners.into_iter().map(Some).collect(),
+            room: 0,
+            sockets: Slab::with_capacity(setup.conns_max),
+            buffers: Buffers::new(setup.buffers_max),
+            options: setup.options,
+            now: Instant::now(),
+            events: Vec::with_capacity(EVENTS_MAX),
+            // One socket can bring up to four: connected, sent, failed, accepted.
+            completions: VecDeque::with_capacity(4 * setup.conns_max),
+            ready: VecDeque::with_capacity(setup.conns_max),
+            starving: VecDeque::with_capacity(setup.conns_max),
+            steps: 0,
+            buffer_waits: 0,
+        })
+    }
+
+    fn register(&mut self, fd: OwnedFd, connecting: bool) -> io::Result<ConnId> {
+        let full = |_| io::Error::from(io::ErrorKind::QuotaExceeded);
+        let conn = self.sockets.insert(Socket::new(fd, connecting)).map_err(full)?;
+        let interest = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+        let data = EventData::new_u64(conn_data(conn));
+        let added = self.sockets.get(conn).map(|s| epoll::add(&self.epoll, &s.fd, data, interest));
+        match added {
+            Some(Err(errno)) => {
+                self.sockets.remove(conn);
+                Err(errno.into())
+            }
+            _ => Ok(conn),
+        }
+    }
+
+    /// Puts a socket in the queue of those to read from, if it is due.
+    fn enqueue(&mut self, conn: ConnId) {
+        if let Some(socket) = self.sockets.get_mut(conn)
+            && socket.can_receive()
+            && !socket.queued
+        {
+            socket.queued = true;
+            self.ready.push_back(conn);
+        }
+    }
+
+    fn on_event(&mut self, conn: ConnId, flags: EventFlags) {
+        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        let hung_up = EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR;
+        socket.hung_up |= flags.intersects(hung_up);
+        socket.readable |= flags.intersects(EventFlags::IN | hung_up);
+        let settled = EventFlags::OUT | EventFlags::ERR | EventFlags::HUP;
+        if socket.connecting {
+            if flags.intersects(settled) {
+                self.finish_connect(conn);
+            }
+        } else if flags.intersects(settled) && !socket.writable {
+            socket.writable = true;
+            self.flush(conn);
+        }
+        self.enqueue(conn);
+    }
+
+    fn finish_connect(&mut self, conn: ConnId) {
+        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        let error = SockRef::from(&socket.fd).take_error();
+        let completion = match error {
+            Ok(None) => {
+                socket.connecting = false;
+                socket.writable = true;
+                Completion::Connected(conn)
+            }
+            Ok(Some(error)) | Err(error) => Completion::ConnectFailed(conn, error),
+        };
+        self.completions.push_back(completion);
+    }
+
+    /// Sends what is queued as far as the socket takes it, then ends the direction if asked to.
+    fn flush(&mut self, conn: ConnId) {
+        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        let mut sent = 0;
+        let mut failed = false;
+        while socket.writable && !socket.queue.is_empty() {
+            match write(&self.buffers, socket) {
+                Ok((count, offered)) => {
+                    sent += count;
+                    self.buffers.advance(&mut socket.queue, count);
+                    // A short write means that the socket is full; an edge will follow.
+                    socket.writable = count == offered;
+                }
+                Err(Errno::AGAIN) => socket.writable = false,
+                Err(Errno::INTR) => {}
+                Err(_) => {
+                    self.buffers.clear(&mut socket.queue);
+                    socket.shutdown = false;
+                    failed = true;
+                }
+            }
+        }
+        if socket.queue.is_empty() && mem::take(&mut socket.shutdown) {
+            // Its failure shows in the next operation.
+            let _ = rustix::net::shutdown(&socket.fd, rustix::net::Shutdown::Write);
+        }
+        if sent > 0 {
+            self.completions.push_back(Completion::Sent(conn, sent));
+        }
+        if failed {
+            self.completions.push_back(Completion::SendFailed(conn));
+        }
+    }
+
+    /// Reads one buffer from the first socket in the queue.
+    fn read_one(&mut self) -> Option<Completion> {
+        while let Some(conn) = self.ready.pop_front() {
+            let Some(socket) = self.sockets.get_mut(conn) else { continue };
+            socket.queued = false;
+            if !socket.can_receive() {
+                continue;
+            }
+            let Some(mut buf) = self.buffers.take() else {
+                socket.queued = true;
+                self.starving.push_back(conn);
+                self.buffer_waits += 1;
+                return None;
+            };
+            let space = self.buffers.space(&mut buf);
+            match rustix::net::recv(&socket.fd, space, RecvFlags::empty()) {
+                Ok((1.., count)) => {
+                    // A short read empties the socket, unless its end is waiting behind.
+                    socket.readable = count == limits::BUFFER_SIZE || socket.hung_up;
+                    self.buffers.set_len(&mut buf, count);
+                    self.enqueue(conn);
+                    return Some(Completion::Received(conn, buf));
+                }
+                Ok(_) => {
+                    self.buffers.give(buf);
+                    socket.ended = true;
+                    return Some(Completion::Ended(conn));
+                }
+                Err(Errno::AGAIN) => {
+                    self.buffers.give(buf);
+                    socket.readable = false;
+                }
+                Err(Errno::INTR) => {
+                    self.buffers.give(buf);
+                    self.enqueue(conn);
+                }
+                Err(_) => {
+                    self.buffers.give(buf);
+                    socket.ended = true;
+                    return Some(Completion::ReceiveFailed(conn));
+                }
+            }
+        }
+        None
+    }
+
+    fn accept_one(&mut self) -> Option<Completion> {
+        for index in 0..self.listeners.len() {
+            while self.room > 0 && self.acceptable[index] {
+                let Some(listener) = &self.listeners[index] else { break };
+                let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+                match rustix::net::accept_with(listener, flags) {
+                    Ok(fd) => {
+                        self.room -= 1;
+                        match self.register(fd, false) {
+                            Ok(conn) => return Some(Completion::Accepted(conn)),
+                            Err(error) => return Some(Completion::AcceptFailed(error)),
+                        }
+                    }
+                    Err(Errno::AGAIN) => self.acceptable[index] = false,
+                    Err(Errno::CONNABORTED | Errno::INTR) => {}
+                    Err(errno) => {
+                        self.room = 0;
+                        return Some(Completion::AcceptFailed(errno.into()));
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    /// Whether there is something to do without waiting.
+    fn busy(&self) -> bool {
+        !self.completions.is_empty()
+            || !self.ready.is_empty()
+            || (self.room > 0 && self.acceptable.contains(&true))
+    }
+
+    fn dispatch(&mut self) {
+        let mut events = mem::take(&mut self.events);
+        for event in events.drain(..) {
+            match event.data.u64() {
+                WAKE => self.completions.push_back(Completion::Woken),
+                data @ LISTENER.. => {
+                    if let Some(flag) = self.acceptable.get_mut((data - LISTENER) as usize) {
+                        *flag = true;
+                    }
+                }
+                data => self.on_event(data_conn(data), event.flags),
+            }
+        }
+        self.events = events;
+    }
+}
+
+impl Driver for Epoll {
+    fn now(&self) -> Instant {
+        self.now
+    }
+
+    fn wait(&mut self, wait: Wait) -> io::Result<()> {
+        for _ in 0..self.starving.len().min(self.buffers.free() as usize) {
+            if let Some(conn) = self.starving.pop_front()
+                && self.sockets.get(conn).is_some()
+            {
+                self.ready.push_back(conn);
+            }
+        }
+        let most = if self.busy() { std::time::Duration::ZERO } else { wait.most };
+        let timeout = rustix::event::Timespec::try_from(most).ok();
+        let room = rustix::buffer::spare_capacity(&mut self.events);
+        match epoll::wait(&self.epoll, room, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        self.now = Instant::now();
+        self.steps = STEPS_PER_TURN;
+        self.dispatch();
+        Ok(())
+    }
+
+    fn next(&mut self) -> Option<Completion> {
+        while let Some(completion) = self.completions.pop_front() {
+            // Its user may have closed the connection since.
+            if completion.conn().is_none_or(|conn| self.sockets.get(conn).is_some()) {
+                return Some(completion);
+            }
+        }
+        self.steps = self.steps.checked_sub(1)?;
+        self.read_one().or_else(|| self.accept_one())
+    }
+
+    fn accept(&mut self, room: usize) {
+        self.room = room;
+    }
+
+    fn stop_listening(&mut self) {
+        self.room = 0;
+        for index in 0..self.listeners.len() {
+            let Some(listener) = self.listeners[index].take() else { continue };
+            self.acceptable[index] = false;
+            for fd in socket::empty_accept_queue(&listener) {
+                let registered =
+                    rustix::io::ioctl_fionbio(&fd, true).map_err(io::Error::from);
+                let completion = match registered.and_then(|()| self.register(fd, false)) {
+                    Ok(conn) => Completion::Accepted(conn),
+                    Err(error) => Completion::AcceptFailed(error),
+                };
+                self.completions.push_back(completion);
+            }
+        }
+    }
+
+    fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
+        let socket = socket::outgoing(address, &self.options)?;
+        socket.set_nonblocking(true)?;
+        let conn = self.register(socket.into(), true)?;
+        let Some(socket) = self.sockets.get(conn) else { return Ok(conn) };
+        match rustix::net::connect(&socket.fd, address) {
+            Err(Errno::INPROGRESS | Errno::INTR) => {}
+            Ok(()) => self.finish_connect(conn),
+            Err(errno) => {
+                self.completions.push_back(Completion::ConnectFailed(conn, errno.into()));
+            }
+        }
+        Ok(conn)
+    }
+
+    fn receive(&mut self, conn: ConnId, on: bool) {
+        if let Some(socket) = self.sockets.get_mut(conn) {
+            socket.wanted = on;
+        }
+        self.enqueue(conn);
+    }
+
+    fn send(&mut self, conn: ConnId, buf: Buf) {
+        let Some(socket) = self.sockets.get_mut(conn) else { return self.buffers.give(buf) };
+        self.buffers.push(&mut socket.queue, buf);
+        self.flush(conn);
+    }
+
+    fn shutdown(&mut self, conn: ConnId) {
+        if let Some(socket) = self.sockets.get_mut(conn) {
+            socket.shutdown = true;
+        }
+        self.flush(conn);
+    }
+
+    fn close(&mut self, conn: ConnId, how: Close) {
+        let Some(mut socket) = self.sockets.remove(conn) else { return };
+        self.buffers.clear(&mut socket.queue);
+        if how == Close::Reset {
+            socket::close_with_reset(&socket.fd);
+        }
+    }
+
+    fn peer_address(&self, conn: ConnId) -> Option<SocketAddr> {
+        socket::peer_address(&self.sockets.get(conn)?.fd)
+    }
+
+    fn local_address(&self, conn: ConnId) -> Option<SocketAddr> {
+        socket::local_address(&self.sockets.get(conn)?.fd)
+    }
+
+    fn buffers(&mut self) -> &mut Buffers {
+        &mut self.buffers
+    }
+
+    fn buffer_waits(&self) -> u64 {
+        self.buffer_waits
+    }
+}
+
+/// Writes the first buffers of a socket's queue in one call: bytes taken, bytes offered.
+fn write(buffers: &Buffers, socket: &Socket) -> Result<(u32, u32), Errno> {
+    let mut parts = [io::IoSlice::new(&[]); SEND_PARTS_MAX];
+    let mut count = 0;
+    let mut offered = 0;
+    for (bytes, part) in buffers.slices(&socket.queue).zip(&mut parts) {
+        *part = io::IoSlice::new(bytes);
+        count += 1;
+        offered += bytes.len() as u32;
+    }
+    let sent = if count == 1 {
+        rustix::net::send(&socket.fd, &parts[0], SendFlags::NOSIGNAL)
+    } else {
+        let mut control = rustix::net::SendAncillaryBuffer::default();
+        rustix::net::sendmsg(socket.fd.as_fd(), &parts[..count], &mut control, SendFlags::NOSIGNAL)
+    };
+    sent.map(|taken| (taken as u32, offered))
+}
+
+fn conn_data(conn: ConnId) -> u64 {
+    (conn.index() as u64) << 32 | u64::from(conn.generation())
+}
+
+fn data_conn(data: u64) -> ConnId {
+    ConnId::from_parts((data >> 32) as u32, data as u32)
+}

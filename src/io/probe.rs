@@ -1,0 +1,212 @@
+//! Which driver can run here, found by trying.
+#![allow(unsafe_code)]
+
+use std::fmt;
+use std::io::{self, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use io_uring::types::{Fd, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode};
+
+use super::buffers::Buffers;
+use super::provided::ProvidedBuffers;
+use crate::config::IoChoice;
+
+/// What of `io_uring` may be missing without ruling it out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Features {
+    /// `DEFER_TASKRUN` (kernel 6.1): completions are run when we wait, not when they interrupt.
+    pub defer_taskrun: bool,
+    /// A minimum wait for batches in one system call (kernel 6.12).
+    pub min_wait: bool,
+}
+
+/// The driver to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DriverKind {
+    /// `io_uring` with these features.
+    Uring(Features),
+    /// epoll.
+    Epoll,
+}
+
+impl DriverKind {
+    /// The name in logs and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Uring(_) => "io_uring",
+            Self::Epoll => "epoll",
+        }
+    }
+}
+
+/// What was decided, and why.
+#[derive(Debug, Clone)]
+pub struct Verdict {
+    /// The driver.
+    pub driver: DriverKind,
+    /// One sentence for the log, the metric and `check`.
+    pub reason: String,
+}
+
+/// Why `io_uring` cannot be used here.
+#[derive(Debug, thiserror::Error)]
+#[error("{step} failed: {error}{hint}")]
+pub struct Denied {
+    step: &'static str,
+    error: io::Error,
+    hint: Hint,
+}
+
+/// `AEGIS_IO=uring` cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "AEGIS_IO=uring: io_uring cannot be used here: {0}. \
+     Set AEGIS_IO=auto to run on epoll instead"
+)]
+pub struct Unavailable(#[source] Denied);
+
+/// Where a refusal probably comes from.
+#[derive(Debug)]
+struct Hint(Option<String>);
+
+impl fmt::Display for Hint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.as_ref().map_or(Ok(()), |hint| write!(f, " ({hint})"))
+    }
+}
+
+/// Chooses the driver.
+///
+/// # Errors
+/// `io_uring` is demanded but denied.
+pub fn choose(choice: IoChoice) -> Result<Verdict, Unavailable> {
+    if choice == IoChoice::Epoll {
+        return Ok(Verdict { driver: DriverKind::Epoll, reason: "AEGIS_IO=epoll".into() });
+    }
+    match probe_uring() {
+        Ok(features) => {
+            let mut missing = Vec::new();
+            if !features.defer_taskrun {
+                missing.push("DEFER_TASKRUN (kernel 6.1)");
+            }
+            if !features.min_wait {
+                missing.push("minimum wait (kernel 6.12)");
+            }
+            let reason = if missing.is_empty() {
+                "all features work".to_owned()
+            } else {
+                format!("works, without {}", missing.join(" and "))
+            };
+            Ok(Verdict { driver: DriverKind::Uring(features), reason })
+        }
+        Err(denied) if choice == IoChoice::Uring => Err(Unavailable(denied)),
+        Err(denied) => Ok(Verdict {
+            driver: DriverKind::Epoll,
+            reason: format!("io_uring cannot be used: {denied}"),
+        }),
+    }
+}
+
+/// Sets up a ring with what `features` names.
+pub(super) fn build_ring(features: Features, sq: u32, cq: u32) -> io::Result<IoUring> {
+    let mut builder = IoUring::builder();
+    builder
+        .setup_cqsize(cq)
+        // Large rings are made smaller rather than refused.
+        .setup_clamp()
+        // One bad submission does not hold up those behind it.
+        .setup_submit_all()
+        // Only the worker's thread submits, which spares the kernel its locks.
+        .setup_single_issuer();
+    if features.defer_taskrun {
+        builder.setup_defer_taskrun();
+    } else {
+        builder.setup_coop_taskrun();
+    }
+    builder.build(sq)
+}
+
+/// Sets a real ring up and moves a byte over it with every operation that cannot be done without.
+fn probe_uring() -> Result<Features, Denied> {
+    let mut features = Features { defer_taskrun: true, min_wait: false };
+    let ring = match build_ring(features, 8, 16) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            features.defer_taskrun = false;
+            build_ring(features, 8, 16)
+        }
+        outcome => outcome,
+    };
+    let ring = ring.map_err(|error| denied("setting up a ring", error))?;
+    features.min_wait = ring.params().is_feature_min_timeout();
+    if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_submit_stable() {
+        return Err(denied("setting up a ring", io::ErrorKind::Unsupported.into()));
+    }
+    let mut buffers = Buffers::new(8);
+    let mut provided = ProvidedBuffers::register(&ring, 8)
+        .map_err(|error| denied("registering a ring of buffers", error))?;
+    provided.refill(&mut buffers);
+    receive_once(ring).map_err(|error| denied("a multishot accept and receive", error))?;
+    Ok(features)
+}
+
+/// Accepts a connection and receives a byte from it, both multishot, on loopback.
+fn receive_once(mut ring: IoUring) -> io::Result<()> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let mut client = TcpStream::connect(listener.local_addr()?)?;
+    client.write_all(b"x")?;
+    let accept = opcode::AcceptMulti::new(Fd(listener.as_raw_fd())).build();
+    let accepted = run(&mut ring, &accept)?;
+    let receive = opcode::RecvMulti::new(Fd(accepted.result()), ProvidedBuffers::GROUP).build();
+    let received = run(&mut ring, &receive)?;
+    // The accepted descriptor is ours; a ring that cannot close it is torn down below anyway.
+    // SAFETY: the kernel gave this descriptor to us alone.
+    drop(unsafe { <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(accepted.result()) });
+    let multishot = cqueue::more(accepted.flags()) && cqueue::more(received.flags());
+    let buffered = cqueue::buffer_select(received.flags()).is_some() && received.result() == 1;
+    if multishot && buffered { Ok(()) } else { Err(io::ErrorKind::Unsupported.into()) }
+}
+
+fn run(ring: &mut IoUring, entry: &io_uring::squeue::Entry) -> io::Result<cqueue::Entry> {
+    // SAFETY: the entries name a descriptor and a registered buffer group, no memory.
+    unsafe { ring.submission().push(entry) }.map_err(io::Error::other)?;
+    let second = Timespec::from(Duration::from_secs(1));
+    ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&second))?;
+    let completion = ring.completion().next().ok_or(io::ErrorKind::TimedOut)?;
+    if completion.result() < 0 {
+        return Err(io::Error::from_raw_os_error(-completion.result()));
+    }
+    Ok(completion)
+}
+
+fn denied(step: &'static str, error: io::Error) -> Denied {
+    let hint = match error.raw_os_error() {
+        Some(libc::EPERM) => Some(match (disabled_by_sysctl(), filtered()) {
+            (Some(value), _) => format!("the node's sysctl kernel.io_uring_disabled is {value}"),
+            (None, true) => "a seccomp profile denies it".to_owned(),
+            (None, false) => "a security module may deny it".to_owned(),
+        }),
+        Some(libc::ENOSYS) if filtered() => Some("a seccomp profile hides it".to_owned()),
+        Some(libc::ENOSYS) => Some("the kernel is built without it".to_owned()),
+        Some(libc::EINVAL) => Some("the kernel is older than 6.0".to_owned()),
+        Some(libc::ENOMEM) => Some("RLIMIT_MEMLOCK or memory is short".to_owned()),
+        _ => None,
+    };
+    Denied { step, error, hint: Hint(hint) }
+}
+
+fn disabled_by_sysctl() -> Option<u32> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").ok()?;
+    text.trim().parse().ok().filter(|&value| value != 0)
+}
+
+/// Whether a seccomp filter is in force for this thread.
+fn filtered() -> bool {
+    std::fs::read_to_string("/proc/thread-self/status").is_ok_and(|status| {
+        status.lines().any(|line| {
+            line.strip_prefix("Seccomp:").is_some_and(|mode| mode.trim() == "2")
+        })
+    })
+}

@@ -1,0 +1,84 @@
+//! Socket options and addresses, alike for all drivers.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::net::SocketFlags;
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+
+/// Options of every TCP socket of the data plane.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Idle time before keep-alive probes start; off when `None`.
+    pub keepalive: Option<Duration>,
+    /// `TCP_USER_TIMEOUT`; the kernel's default when `None`.
+    pub user_timeout: Option<Duration>,
+}
+
+impl Options {
+    /// Sets the options. Sockets accepted from a listener inherit them from it.
+    ///
+    /// # Errors
+    /// The kernel refuses one of them.
+    pub fn apply(&self, socket: &Socket) -> io::Result<()> {
+        // Small messages leave at once: coalescing is the applications' business.
+        socket.set_tcp_nodelay(true)?;
+        if let Some(idle) = self.keepalive {
+            // The kernel counts in whole seconds and refuses 0.
+            let second = Duration::from_secs(1);
+            let probes = TcpKeepalive::new()
+                .with_time(idle.max(second))
+                .with_interval((idle / 4).max(second))
+                .with_retries(4);
+            socket.set_tcp_keepalive(&probes)?;
+        }
+        if let Some(timeout) = self.user_timeout {
+            socket.set_tcp_user_timeout(Some(timeout))?;
+        }
+        Ok(())
+    }
+}
+
+/// A socket for a connection to `address`, not yet connected.
+pub(super) fn outgoing(address: &SocketAddr, options: &Options) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(*address), Type::STREAM, Some(Protocol::TCP))?;
+    options.apply(&socket)?;
+    Ok(socket)
+}
+
+/// Makes the coming close a reset.
+pub(super) fn close_with_reset(socket: &impl AsFd) {
+    // A socket that cannot take the option is broken already and resets by itself.
+    let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
+}
+
+/// The peer's address.
+pub(super) fn peer_address(socket: &impl AsFd) -> Option<SocketAddr> {
+    SockRef::from(socket).peer_addr().ok()?.as_socket()
+}
+
+/// The address that the peer connected to.
+pub(super) fn local_address(socket: &impl AsFd) -> Option<SocketAddr> {
+    SockRef::from(socket).local_addr().ok()?.as_socket()
+}
+
+/// Takes every client that the kernel has accepted on `listener`, and keeps it from accepting
+/// more: from here on packets to it are dropped unanswered, so that no handshake completes between
+/// the last accept and the close, which would reset that client.
+pub(super) fn empty_accept_queue(listener: &OwnedFd) -> Vec<OwnedFd> {
+    // A classic BPF program of one instruction: return 0, "keep nothing of the packet".
+    const RETURN: u16 = 0x06; // BPF_RET | BPF_K
+    let drop_all = [socket2::SockFilter::new(RETURN, 0, 0, 0)];
+    if let Err(error) = SockRef::from(listener).attach_filter(&drop_all) {
+        tracing::warn!(%error, "clients that connect in this very moment may be reset");
+    }
+    let mut clients = Vec::new();
+    if rustix::io::ioctl_fionbio(listener, true).is_ok() {
+        while let Ok(client) = rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
+            clients.push(client);
+        }
+    }
+    clients
+}

@@ -1,0 +1,721 @@
+//! The `io_uring` driver.
+//!
+//! One system call a turn submits everything and waits for a batch. Receives are multishot: armed
+//! once, the kernel takes a buffer from the ring of provided ones whenever bytes arrive, and those
+//! bytes are sent from the same buffer.
+//!
+//! A socket's slot is reclaimed when its last operation has come back: [`Ops`] says which are out.
+#![allow(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::io;
+use std::mem;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::ptr;
+use std::time::{Duration, Instant};
+
+use io_uring::squeue::Flags;
+use io_uring::types::{Fd, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode, squeue};
+use rustix::io::Errno;
+use socket2::SockAddr;
+
+use super::buffers::{Buf, Buffers, Chain};
+use super::probe::{self, Features};
+use super::provided::ProvidedBuffers;
+use super::{Close, Completion, ConnId, Driver, DriverSetup, Wait, socket};
+use crate::limits;
+use crate::slab::Slab;
+
+/// Submissions between two system calls; more than that are handed over in between.
+const SQ_ENTRIES: u32 = 1024;
+/// Completions that fit before the kernel has to queue them aside.
+const CQ_ENTRIES: u32 = 8192;
+/// Buffers that one send takes at most.
+const SEND_PARTS_MAX: usize = 8;
+/// A send up to this size is expected to complete at once.
+const SEND_INLINE_MAX: u32 = 4096;
+/// How long such sends may delay the return of a wait that they alone would end.
+const SEND_INLINE_WAIT: Duration = Duration::from_millis(1);
+/// With more room than this, one multishot accept serves; below, clients are accepted singly.
+const ACCEPT_MULTI_ROOM: usize = limits::ACCEPT_OVERSHOOT;
+
+/// What an operation is, packed into its user data beside the slot and its generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Kind {
+    Accept = 1,
+    Connect = 2,
+    Receive = 3,
+    Send = 4,
+    Wake = 5,
+    /// Cancels and closes: nobody waits for their result.
+    Forget = 6,
+}
+
+fn user_data(kind: Kind, key: ConnId) -> u64 {
+    debug_assert!(key.index() < 1 << 28);
+    (kind as u64) << 60 | (key.index() as u64) << 32 | u64::from(key.generation())
+}
+
+fn parse_user_data(data: u64) -> (Option<Kind>, ConnId) {
+    let kind = match data >> 60 {
+        1 => Some(Kind::Accept),
+        2 => Some(Kind::Connect),
+        3 => Some(Kind::Receive),
+        4 => Some(Kind::Send),
+        5 => Some(Kind::Wake),
+        _ => None,
+    };
+    (kind, ConnId::from_parts((data >> 32) as u32 & 0x0fff_ffff, data as u32))
+}
+
+/// The receiving side of a socket.
+///
+/// ```text
+/// Idle ──arm──▶ Armed ──stop──▶ Stopping
+///  ▲             │ last completion   │
+///  └─────────────┴───────────────────┘      Starving: as Idle, waits for a free buffer
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Receiving {
+    Idle,
+    Armed,
+    Stopping,
+    Starving,
+}
+
+/// Which operations the kernel holds for a socket.
+#[derive(Debug, Default)]
+struct Ops {
+    connect: bool,
+    receive: bool,
+    send: bool,
+}
+
+impl Ops {
+    fn any(&self) -> bool {
+        self.connect || self.receive || self.send
+    }
+}
+
+struct Socket {
+    fd: OwnedFd,
+    ops: Ops,
+    receiving: Receiving,
+    /// The user wants to receive.
+    wanted: bool,
+    /// The peer's direction has ended or failed.
+    ended: bool,
+    /// In the list of sockets to arm or to flush before the next wait.
+    pending: bool,
+    shutdown: bool,
+    closing: Option<Close>,
+    queue: Chain,
+}
+
+impl Socket {
+    fn new(fd: OwnedFd) -> Self {
+        Self {
+            fd,
+            ops: Ops::default(),
+            receiving: Receiving::Idle,
+            wanted: false,
+            ended: false,
+            pending: false,
+            shutdown: false,
+            closing: None,
+            queue: Chain::default(),
+        }
+    }
+}
+
+struct Listener {
+    /// `None` once it no longer listens.
+    fd: Option<OwnedFd>,
+    /// An accept is with the kernel: `Some(true)` if it is a multishot one.
+    armed: Option<bool>,
+    stopping: bool,
+}
+
+/// Message headers of sends that take several buffers. The kernel copies them when it takes the
+/// submission, so an entry is free again after that.
+struct Headers {
+    entries: Box<[(libc::msghdr, [libc::iovec; SEND_PARTS_MAX])]>,
+    used: usize,
+}
+
+/// The `io_uring` driver of one worker.
+pub struct Uring {
+    // Dropped first, so that no operation outlives the memory below.
+    ring: IoUring,
+    provided: ProvidedBuffers,
+    buffers: Buffers,
+    sockets: Slab<Socket>,
+    listeners: Vec<Listener>,
+    wake: OwnedFd,
+    options: socket::Options,
+    features: Features,
+    lean_below: u32,
+    room: usize,
+    now: Instant,
+    completions: VecDeque<cqueue::Entry>,
+    accepted: VecDeque<ConnId>,
+    pending: Vec<ConnId>,
+    starving: VecDeque<ConnId>,
+    addresses: Box<[Option<SockAddr>]>,
+    addresses_used: usize,
+    headers: Headers,
+    inline_sends: u32,
+    buffer_waits: u64,
+    /// What the kernel refused for good; the next wait reports it.
+    failure: Option<io::Error>,
+}
+
+impl Uring {
+    /// Sets the ring up. To be called on the worker's own thread, which alone may use it.
+    ///
+    /// # Errors
+    /// The kernel denies the ring or one of its parts.
+    pub fn new(setup: DriverSetup, features: Features) -> io::Result<Self> {
+        let ring = probe::build_ring(features, SQ_ENTRIES, CQ_ENTRIES)?;
+        let provided = ProvidedBuffers::register(&ring, limits::BUFFER_RING_ENTRIES)?;
+        let header = (empty_header(), [empty_part(); SEND_PARTS_MAX]);
+        let sessions_max = (setup.buffers_max - limits::buffers_max(0)) / 2;
+        let mut driver = Self {
+            provided,
+            sockets: Slab::with_capacity(setup.conns_max),
+            listeners: setup
+                .listeners
+                .into_iter()
+                .map(|fd| Listener { fd: Some(fd), armed: None, stopping: false })
+                .collect(),
+            wake: setup.wake,
+            options: setup.options,
+            features,
+            lean_below: limits::buffers_lean_below(sessions_max),
+            room: 0,
+            now: Instant::now(),
+            completions: VecDeque::with_capacity(2 * CQ_ENTRIES as usize),
+            accepted: VecDeque::new(),
+            pending: Vec::with_capacity(setup.conns_max),
+            starving: VecDeque::with_capacity(setup.conns_max),
+            addresses: (0..SQ_ENTRIES).map(|_| None).collect(),
+            addresses_used: 0,
+            headers: Headers { entries: vec![header; SQ_ENTRIES as usize].into(), used: 0 },
+            inline_sends: 0,
+            buffer_waits: 0,
+            failure: None,
+            ring,
+            buffers: Buffers::new(setup.buffers_max),
+        };
+        for fd in driver.listeners.iter().filter_map(|listener| listener.fd.as_ref()) {
+            // io_uring polls by itself; O_NONBLOCK would make it fail with EAGAIN instead.
+            rustix::io::ioctl_fionbio(fd, false)?;
+        }
+        driver.arm_wake();
+        Ok(driver)
+    }
+
+    fn push(&mut self, entry: &squeue::Entry) {
+        // SAFETY: every entry points only to memory that lives until its completion: buffers of
+        // the pool, which stay taken; or until submission: addresses and headers, whose tables
+        // have as many entries as the queue.
+        while unsafe { self.ring.submission().push(entry) }.is_err() && self.failure.is_none() {
+            self.hand_over();
+        }
+    }
+
+    /// Submits without waiting.
+    fn hand_over(&mut self) {
+        let outcome = self.ring.submit().map(drop);
+        self.after_submit(outcome);
+    }
+
+    fn after_submit(&mut self, outcome: io::Result<()>) {
+        self.completions.extend(self.ring.completion());
+        if self.ring.submission().is_empty() {
+            self.headers.used = 0;
+            self.addresses_used = 0;
+        }
+        if let Err(error) = outcome {
+            match error.raw_os_error() {
+                // Time is up; a signal came; or completions had to be taken first, as was done.
+                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => {}
+                _ => self.failure = Some(error),
+            }
+        }
+    }
+
+    fn arm_wake(&mut self) {
+        let fd = Fd(self.wake.as_raw_fd());
+        let entry = opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true).build();
+        self.push(&entry.user_data((Kind::Wake as u64) << 60));
+    }
+
+    fn forget(&mut self, entry: squeue::Entry) {
+        let entry = entry.flags(Flags::SKIP_SUCCESS).user_data((Kind::Forget as u64) << 60);
+        self.push(&entry);
+    }
+
+    fn cancel(&mut self, kind: Kind, conn: ConnId) {
+        self.forget(opcode::AsyncCancel::new(user_data(kind, conn)).build());
+    }
+
+    fn mark_pending(&mut self, conn: ConnId) {
+        if let Some(socket) = self.sockets.get_mut(conn)
+            && !socket.pending
+        {
+            socket.pending = true;
+            self.pending.push(conn);
+        }
+    }
+
+    /// Turns what the user asked for since the last wait into submissions.
+    fn settle(&mut self) {
+        self.inline_sends = 0;
+        self.provided.refill(&mut self.buffers);
+        for _ in 0..self.starving.len().min(self.provided.available()) {
+            if let Some(conn) = self.starving.pop_front() {
+                if let Some(socket) = self.sockets.get_mut(conn)
+                    && socket.receiving == Receiving::Starving
+                {
+                    socket.receiving = Receiving::Idle;
+                }
+                self.mark_pending(conn);
+            }
+        }
+        // Taken out and put back, so that its memory is kept.
+        let mut pending = mem::take(&mut self.pending);
+        for conn in pending.drain(..) {
+            self.settle_socket(conn);
+        }
+        self.pending = pending;
+        for index in 0..self.listeners.len() {
+            self.settle_listener(index);
+        }
+    }
+
+    fn settle_socket(&mut self, conn: ConnId) {
+        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        socket.pending = false;
+        if socket.closing.is_some() {
+            return;
+        }
+        let fd = Fd(socket.fd.as_raw_fd());
+        if socket.wanted && !socket.ended && socket.receiving == Receiving::Idle {
+            socket.receiving = Receiving::Armed;
+            socket.ops.receive = true;
+            // Lean: one buffer at a time, so that no socket runs ahead of the rest.
+            let entry = if self.buffers.free() < self.lean_below {
+                let receive = opcode::Recv::new(fd, ptr::null_mut(), limits::BUFFER_SIZE as u32);
+                receive.buf_group(ProvidedBuffers::GROUP).build().flags(Flags::BUFFER_SELECT)
+            } else {
+                opcode::RecvMulti::new(fd, ProvidedBuffers::GROUP).build()
+            };
+            self.push(&entry.user_data(user_data(Kind::Receive, conn)));
+        }
+        self.flush(conn);
+    }
+
+    /// Sends what is queued, then ends the direction if that was asked for.
+    fn flush(&mut self, conn: ConnId) {
+        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        if socket.ops.send {
+            return;
+        }
+        if socket.queue.is_empty() {
+            if mem::take(&mut socket.shutdown) {
+                // Never blocks, and its failure shows in the next operation.
+                let _ = rustix::net::shutdown(&socket.fd, rustix::net::Shutdown::Write);
+            }
+            return;
+        }
+        socket.ops.send = true;
+        let fd = Fd(socket.fd.as_raw_fd());
+        if socket.queue.buffers() == 1 {
+            if socket.queue.bytes() <= SEND_INLINE_MAX && !socket.shutdown {
+                self.inline_sends += 1;
+            }
+            let Some((at, len)) = self.buffers.parts(&socket.queue).next() else { return };
+            let send = opcode::Send::new(fd, at.as_ptr(), len as u32).flags(libc::MSG_NOSIGNAL);
+            self.push(&send.build().user_data(user_data(Kind::Send, conn)));
+            return;
+        }
+        while self.headers.used == self.headers.entries.len() && self.failure.is_none() {
+            self.hand_over();
+        }
+        let Some(socket) = self.sockets.get(conn) else { return };
+        let Some((header, parts)) = self.headers.entries.get_mut(self.headers.used) else { return };
+        self.headers.used += 1;
+        let mut count = 0;
+        for ((at, len), part) in self.buffers.parts(&socket.queue).zip(parts.iter_mut()) {
+            *part = libc::iovec { iov_base: at.as_ptr().cast(), iov_len: len };
+            count += 1;
+        }
+        header.msg_iov = parts.as_mut_ptr();
+        header.msg_iovlen = count;
+        let send = opcode::SendMsg::new(fd, header).flags(libc::MSG_NOSIGNAL as u32);
+        self.push(&send.build().user_data(user_data(Kind::Send, conn)));
+    }
+
+    fn settle_listener(&mut self, index: usize) {
+        let listener = &mut self.listeners[index];
+        let Some(fd) = &listener.fd else { return };
+        let fd = Fd(fd.as_raw_fd());
+        let multi = self.room > ACCEPT_MULTI_ROOM;
+        let data = user_data(Kind::Accept, ConnId::from_parts(index as u32, 0));
+        match listener.armed {
+            None if self.room > 0 => {
+                listener.armed = Some(multi);
+                let entry = if multi {
+                    opcode::AcceptMulti::new(fd).flags(libc::SOCK_CLOEXEC).build()
+                } else {
+                    let accept = opcode::Accept::new(fd, ptr::null_mut(), ptr::null_mut());
+                    accept.flags(libc::SOCK_CLOEXEC).build()
+                };
+                self.push(&entry.user_data(data));
+            }
+            Some(armed_multi)
+                if !listener.stopping && (self.room == 0 || (armed_multi && !multi)) =>
+            {
+                listener.stopping = true;
+                self.forget(opcode::AsyncCancel::new(data).build());
+            }
+            _ => {}
+        }
+    }
+
+    fn adopt(&mut self, fd: OwnedFd) -> Option<ConnId> {
+        // A full table drops the client; `limits::conns_max` has room for more than can come.
+        self.sockets.insert(Socket::new(fd)).ok()
+    }
+
+    fn on_accept(&mut self, index: usize, entry: &cqueue::Entry) -> Option<Completion> {
+        let listener = self.listeners.get_mut(index)?;
+        if !cqueue::more(entry.flags()) {
+            listener.armed = None;
+            listener.stopping = false;
+        }
+        match result(entry) {
+            Ok(fd) => {
+                // SAFETY: the kernel has just given this descriptor to us alone.
+                let fd = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
+                self.adopt(fd).map(Completion::Accepted)
+            }
+            Err(Errno::CANCELED | Errno::CONNABORTED | Errno::INTR) => None,
+            Err(errno) => {
+                // Not armed again before the user says how much room there is.
+                self.room = 0;
+                Some(Completion::AcceptFailed(errno.into()))
+            }
+        }
+    }
+
+    fn on_receive(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
+        let buf = cqueue::buffer_select(entry.flags())
+            .and_then(|id| self.provided.take(id, entry.result().max(0) as u32));
+        let more = cqueue::more(entry.flags());
+        let socket = self.sockets.get_mut(conn)?;
+        if !more {
+            socket.ops.receive = false;
+            socket.receiving = Receiving::Idle;
+        }
+        if socket.closing.is_some() {
+            if let Some(buf) = buf {
+                self.buffers.give(buf);
+            }
+            self.finish_close(conn);
+            return None;
+        }
+        match (result(entry), buf) {
+            (Ok(1..), Some(buf)) => {
+                if !more {
+                    self.mark_pending(conn);
+                }
+                return Some(Completion::Received(conn, buf));
+            }
+            (Ok(_), buf) => {
+                socket.ended = true;
+                if let Some(buf) = buf {
+                    self.buffers.give(buf);
+                }
+                Some(Completion::Ended(conn))
+            }
+            // Stopped as asked. It may be wanted again by now.
+            (Err(Errno::CANCELED | Errno::INTR), _) => {
+                self.mark_pending(conn);
+                None
+            }
+            (Err(Errno::NOBUFS), _) => {
+                socket.receiving = Receiving::Starving;
+                self.buffer_waits += u64::from(self.buffers.free() == 0);
+                self.starving.push_back(conn);
+                None
+            }
+            (Err(_), _) => {
+                socket.ended = true;
+                Some(Completion::ReceiveFailed(conn))
+            }
+        }
+    }
+
+    fn on_send(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
+        let socket = self.sockets.get_mut(conn)?;
+        socket.ops.send = false;
+        if socket.closing.is_some() {
+            self.finish_close(conn);
+            return None;
+        }
+        match result(entry) {
+            Ok(count) => {
+                self.buffers.advance(&mut socket.queue, count);
+                if !socket.queue.is_empty() || socket.shutdown {
+                    self.mark_pending(conn);
+                }
+                Some(Completion::Sent(conn, count))
+            }
+            Err(Errno::INTR | Errno::AGAIN) => {
+                self.mark_pending(conn);
+                None
+            }
+            Err(_) => {
+                self.buffers.clear(&mut socket.queue);
+                socket.shutdown = false;
+                Some(Completion::SendFailed(conn))
+            }
+        }
+    }
+
+    fn on_connect(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
+        let socket = self.sockets.get_mut(conn)?;
+        socket.ops.connect = false;
+        if socket.closing.is_some() {
+            self.finish_close(conn);
+            return None;
+        }
+        Some(match result(entry) {
+            Ok(_) => Completion::Connected(conn),
+            Err(errno) => Completion::ConnectFailed(conn, errno.into()),
+        })
+    }
+
+    fn on_completion(&mut self, entry: &cqueue::Entry) -> Option<Completion> {
+        let (kind, conn) = parse_user_data(entry.user_data());
+        match kind? {
+            Kind::Accept => self.on_accept(conn.index(), entry),
+            Kind::Connect => self.on_connect(conn, entry),
+            Kind::Receive => self.on_receive(conn, entry),
+            Kind::Send => self.on_send(conn, entry),
+            Kind::Wake => {
+                if !cqueue::more(entry.flags()) {
+                    self.arm_wake();
+                }
+                Some(Completion::Woken)
+            }
+            Kind::Forget => None,
+        }
+    }
+
+    fn submit_and_wait(&self, events: u32, batch: Duration, most: Duration) -> io::Result<()> {
+        let submitter = self.ring.submitter();
+        let most = Timespec::from(most);
+        let args = SubmitArgs::new().timespec(&most);
+        if events == 1 {
+            return submitter.submit_with_args(1, &args).map(drop);
+        }
+        if self.features.min_wait {
+            let args = args.min_wait_usec(batch.as_micros() as u32);
+            return submitter.submit_with_args(events as usize, &args).map(drop);
+        }
+        // Before kernel 6.12: first for the batch, then for a single event.
+        let batch = Timespec::from(batch);
+        let first = SubmitArgs::new().timespec(&batch);
+        match submitter.submit_with_args(events as usize, &first) {
+            Err(error) if error.raw_os_error() == Some(libc::ETIME) => {
+                submitter.submit_with_args(1, &args).map(drop)
+            }
+            outcome => outcome.map(drop),
+        }
+    }
+
+    /// Gives the slot back once the kernel holds nothing of it.
+    fn finish_close(&mut self, conn: ConnId) {
+        let Some(socket) = self.sockets.get(conn) else { return };
+        let (false, Some(how)) = (socket.ops.any(), socket.closing) else { return };
+        let Some(mut socket) = self.sockets.remove(conn) else { return };
+        self.buffers.clear(&mut socket.queue);
+        match how {
+            Close::Reset => socket::close_with_reset(&socket.fd),
+            Close::Graceful => {
+                let fd = Fd(socket.fd.into_raw_fd());
+                self.forget(opcode::Close::new(fd).build());
+            }
+        }
+    }
+}
+
+impl Driver for Uring {
+    fn now(&self) -> Instant {
+        self.now
+    }
+
+    fn wait(&mut self, wait: Wait) -> io::Result<()> {
+        self.settle();
+        self.completions.extend(self.ring.completion());
+        let (events, batch) = match (wait.events, self.inline_sends) {
+            (events, 0) => (events, wait.batch),
+            (1, inline) => (1 + inline, SEND_INLINE_WAIT),
+            (events, inline) => (events + inline, wait.batch),
+        };
+        let outcome = if self.completions.is_empty() && self.accepted.is_empty() {
+            self.submit_and_wait(events, batch.min(wait.most), wait.most)
+        } else {
+            self.ring.submit().map(drop)
+        };
+        self.after_submit(outcome);
+        self.now = Instant::now();
+        self.failure.take().map_or(Ok(()), Err)
+    }
+
+    fn next(&mut self) -> Option<Completion> {
+        if let Some(conn) = self.accepted.pop_front() {
+            return Some(Completion::Accepted(conn));
+        }
+        loop {
+            let entry = self.completions.pop_front()?;
+            if let Some(completion) = self.on_completion(&entry) {
+                return Some(completion);
+            }
+        }
+    }
+
+    fn accept(&mut self, room: usize) {
+        self.room = room;
+    }
+
+    fn stop_listening(&mut self) {
+        self.room = 0;
+        for index in 0..self.listeners.len() {
+            let listener = &mut self.listeners[index];
+            let Some(fd) = listener.fd.take() else { continue };
+            let armed = listener.armed.is_some();
+            for client in socket::empty_accept_queue(&fd) {
+                if let Some(conn) = self.adopt(client) {
+                    self.accepted.push_back(conn);
+                }
+            }
+            if armed {
+                let data = user_data(Kind::Accept, ConnId::from_parts(index as u32, 0));
+                self.forget(opcode::AsyncCancel::new(data).build());
+            }
+        }
+    }
+
+    fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
+        let socket = socket::outgoing(address, &self.options)?;
+        let fd = Fd(socket.as_raw_fd());
+        let mut entry = Socket::new(socket.into());
+        entry.ops.connect = true;
+        let Ok(conn) = self.sockets.insert(entry) else {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        };
+        while self.addresses_used == self.addresses.len() && self.failure.is_none() {
+            self.hand_over();
+        }
+        let Some(slot) = self.addresses.get_mut(self.addresses_used) else {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        };
+        self.addresses_used += 1;
+        let address = slot.insert(SockAddr::from(*address));
+        let (at, len) = (address.as_ptr().cast(), address.len());
+        let connect = opcode::Connect::new(fd, at, len).build();
+        self.push(&connect.user_data(user_data(Kind::Connect, conn)));
+        Ok(conn)
+    }
+
+    fn receive(&mut self, conn: ConnId, on: bool) {
+        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        socket.wanted = on;
+        if on {
+            self.mark_pending(conn);
+        } else if socket.receiving == Receiving::Armed {
+            socket.receiving = Receiving::Stopping;
+            self.cancel(Kind::Receive, conn);
+        }
+    }
+
+    fn send(&mut self, conn: ConnId, buf: Buf) {
+        let Some(socket) = self.sockets.get_mut(conn) else { return self.buffers.give(buf) };
+        self.buffers.push(&mut socket.queue, buf);
+        if !socket.ops.send {
+            self.mark_pending(conn);
+        }
+    }
+
+    fn shutdown(&mut self, conn: ConnId) {
+        if let Some(socket) = self.sockets.get_mut(conn) {
+            socket.shutdown = true;
+            self.mark_pending(conn);
+        }
+    }
+
+    fn close(&mut self, conn: ConnId, how: Close) {
+        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        socket.closing = Some(how);
+        let Ops { connect, receive, send } = socket.ops;
+        for (out, kind) in
+            [(connect, Kind::Connect), (receive, Kind::Receive), (send, Kind::Send)]
+        {
+            if out {
+                self.cancel(kind, conn);
+            }
+        }
+        self.finish_close(conn);
+    }
+
+    fn peer_address(&self, conn: ConnId) -> Option<SocketAddr> {
+        socket::peer_address(&self.sockets.get(conn)?.fd)
+    }
+
+    fn local_address(&self, conn: ConnId) -> Option<SocketAddr> {
+        socket::local_address(&self.sockets.get(conn)?.fd)
+    }
+
+    fn buffers(&mut self) -> &mut Buffers {
+        &mut self.buffers
+    }
+
+    fn buffer_waits(&self) -> u64 {
+        self.buffer_waits
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        // What was asked for last, such as closes, still goes out.
+        let _ = self.ring.submit();
+    }
+}
+
+/// The result of a completion: a count or descriptor, or the error.
+fn result(entry: &cqueue::Entry) -> Result<u32, Errno> {
+    u32::try_from(entry.result()).map_err(|_| Errno::from_raw_os_error(-entry.result()))
+}
+
+fn empty_header() -> libc::msghdr {
+    libc::msghdr {
+        msg_name: ptr::null_mut(),
+        msg_namelen: 0,
+        msg_iov: ptr::null_mut(),
+        msg_iovlen: 0,
+        msg_control: ptr::null_mut(),
+        msg_controllen: 0,
+        msg_flags: 0,
+    }
+}
+
+fn empty_part() -> libc::iovec {
+    libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 }
+}

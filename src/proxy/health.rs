@@ -1,0 +1,169 @@
+//! Ejection and re-admission of one endpoint.
+//!
+//! ```text
+//! Usable ──failures in a row──▶ Ejected ──time is up──▶ Probing ──probe failed──▶ Ejected, longer
+//!   ▲                             │                        │
+//!   └──────────a connect succeeded┴────────────────────────┘
+//! ```
+
+use std::time::{Duration, Instant};
+
+/// Ejections double up to here, or stay at `AEGIS_EJECT_TIME` if that is longer.
+const EJECT_TIME_MAX: Duration = Duration::from_secs(30);
+/// An endpoint that has been usable for so long starts again with the shortest ejection.
+const FORGIVEN_AFTER: Duration = Duration::from_secs(60);
+
+/// When an endpoint is ejected, and for how long.
+#[derive(Debug, Clone, Copy)]
+pub struct HealthConfig {
+    /// Consecutive failures that eject it.
+    pub eject_failures: u32,
+    /// The first ejection's length.
+    pub eject_time: Duration,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Usable { since: Option<Instant> },
+    Ejected { until: Instant },
+    Probing,
+}
+
+/// What is known of an endpoint's health by one worker.
+#[derive(Debug)]
+pub struct Health {
+    state: State,
+    failures: u32,
+    ejections: u32,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self { state: State::Usable { since: None }, failures: 0, ejections: 0 }
+    }
+}
+
+impl Health {
+    /// Whether sessions may be sent there.
+    pub fn is_usable(&self) -> bool {
+        matches!(self.state, State::Usable { .. })
+    }
+
+    /// Failures since the last success.
+    pub fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    /// A connect succeeded. Says whether that re-admits the endpoint.
+    pub fn on_success(&mut self, now: Instant) -> bool {
+        self.failures = 0;
+        let readmitted = !self.is_usable();
+        if readmitted {
+            self.state = State::Usable { since: Some(now) };
+        }
+        readmitted
+    }
+
+    /// A connect failed. Says whether that ejects the endpoint.
+    pub fn on_failure(
+        &mut self,
+        config: &HealthConfig,
+        now: Instant,
+        rng: &mut fastrand::Rng,
+    ) -> bool {
+        self.failures = self.failures.saturating_add(1);
+        match self.state {
+            State::Usable { since } => {
+                if self.failures < config.eject_failures {
+                    return false;
+                }
+                if since.is_none_or(|since| now.duration_since(since) >= FORGIVEN_AFTER) {
+                    self.ejections = 0;
+                }
+            }
+            State::Probing => {}
+            // Tried because no endpoint is usable; that it failed is no news.
+            State::Ejected { .. } => return false,
+        }
+        let cap = EJECT_TIME_MAX.max(config.eject_time);
+        let time = config.eject_time.saturating_mul(1 << self.ejections.min(16)).min(cap);
+        self.ejections += 1;
+        // Workers and sidecars must not all come back at the same moment.
+        self.state = State::Ejected { until: now + time.mul_f64(0.8 + 0.4 * rng.f64()) };
+        true
+    }
+
+    /// Whether a probe connection is due. If so, it has to be made now.
+    pub fn take_probe(&mut self, now: Instant) -> bool {
+        let due = matches!(self.state, State::Ejected { until } if until <= now);
+        if due {
+            self.state = State::Probing;
+        }
+        due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONFIG: HealthConfig =
+        HealthConfig { eject_failures: 3, eject_time: Duration::from_secs(1) };
+
+    fn eject(health: &mut Health, now: Instant, rng: &mut fastrand::Rng) {
+        while !health.on_failure(&CONFIG, now, rng) {}
+    }
+
+    #[test]
+    fn only_failures_in_a_row_eject() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let now = Instant::now();
+        let mut health = Health::default();
+        for _ in 0..10 {
+            assert!(!health.on_failure(&CONFIG, now, &mut rng));
+            assert!(!health.on_failure(&CONFIG, now, &mut rng));
+            assert!(!health.on_success(now));
+        }
+        health.on_failure(&CONFIG, now, &mut rng);
+        health.on_failure(&CONFIG, now, &mut rng);
+        assert!(health.on_failure(&CONFIG, now, &mut rng));
+        assert!(!health.is_usable());
+    }
+
+    #[test]
+    fn a_failed_probe_ejects_for_longer_and_a_good_one_readmits() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let mut now = Instant::now();
+        let mut health = Health::default();
+        eject(&mut health, now, &mut rng);
+        let mut previous = Duration::ZERO;
+        for _ in 0..5 {
+            let step = Duration::from_millis(10);
+            let waited = (0..).map(|i| i * step).find(|&t| health.take_probe(now + t)).unwrap();
+            assert!(waited > previous.mul_f64(1.2), "{waited:?} after {previous:?}");
+            assert!(!health.take_probe(now + waited), "one probe at a time");
+            previous = waited;
+            now += waited;
+            assert!(health.on_failure(&CONFIG, now, &mut rng));
+        }
+        assert!(health.take_probe(now + 2 * EJECT_TIME_MAX));
+        assert!(health.on_success(now));
+        assert!(health.is_usable());
+    }
+
+    #[test]
+    fn long_good_conduct_is_rewarded_with_the_shortest_ejection() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let mut now = Instant::now();
+        let mut health = Health::default();
+        for _ in 0..4 {
+            eject(&mut health, now, &mut rng);
+            now += 2 * EJECT_TIME_MAX;
+            assert!(health.take_probe(now));
+            health.on_success(now);
+        }
+        now += FORGIVEN_AFTER;
+        eject(&mut health, now, &mut rng);
+        assert!(health.take_probe(now + CONFIG.eject_time.mul_f64(1.2)));
+    }
+}

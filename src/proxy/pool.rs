@@ -1,0 +1,236 @@
+//! Warm, unused connections to one endpoint: `preconnect` pooling, right for any protocol.
+//!
+//! A session takes the oldest warm connection, and a new one is made in the background. The pool
+//! aims at a target between its bounds: it doubles when a session finds the pool empty, and
+//! shrinks one by one as connections sit idle for too long.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use crate::config::PoolConfig;
+use crate::io::ConnId;
+use crate::limits::POOL_CONNECTING_MAX;
+use crate::telemetry::Discard;
+
+/// The wait after a failed connect doubles from here…
+const BACKOFF_MIN: Duration = Duration::from_millis(50);
+/// …to here.
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+struct Idle {
+    conn: ConnId,
+    since: Instant,
+    retire_at: Option<Instant>,
+}
+
+/// The warm connections of one worker to one endpoint.
+#[derive(Debug)]
+pub struct Pool {
+    config: PoolConfig,
+    idle: VecDeque<Idle>,
+    connecting: usize,
+    target: usize,
+    failures: u32,
+    retry_at: Option<Instant>,
+}
+
+impl Pool {
+    /// An empty pool that aims at its minimum.
+    pub fn new(config: &PoolConfig) -> Self {
+        Self {
+            idle: VecDeque::with_capacity(config.max_idle),
+            connecting: 0,
+            target: config.min_idle,
+            failures: 0,
+            retry_at: None,
+            config: config.clone(),
+        }
+    }
+
+    /// Takes the oldest warm connection. If there is none, more will be kept from now on.
+    pub fn checkout(&mut self) -> Option<ConnId> {
+        let oldest = self.idle.pop_front();
+        if oldest.is_none() {
+            self.target = (self.target * 2).max(1).min(self.config.max_idle);
+        }
+        oldest.map(|idle| idle.conn)
+    }
+
+    /// How many connects to start now.
+    pub fn shortage(&self, now: Instant) -> usize {
+        if self.retry_at.is_some_and(|at| now < at) {
+            return 0;
+        }
+        let missing = self.target.saturating_sub(self.idle.len() + self.connecting);
+        // After a failure one connect tries the way first.
+        let parallel = if self.failures > 0 { 1 } else { POOL_CONNECTING_MAX };
+        missing.min(parallel.saturating_sub(self.connecting))
+    }
+
+    /// A connect for the pool was started.
+    pub fn on_connecting(&mut self) {
+        self.connecting += 1;
+    }
+
+    /// A connect for the pool succeeded. Says whether the connection is kept.
+    #[must_use = "a connection that is not kept is to be closed"]
+    pub fn on_connected(&mut self, conn: ConnId, now: Instant, rng: &mut fastrand::Rng) -> bool {
+        self.connecting -= 1;
+        self.failures = 0;
+        self.retry_at = None;
+        if self.idle.len() >= self.config.max_idle {
+            return false;
+        }
+        // Ages are spread by a tenth either way, so that a pool is never renewed all at once.
+        let spread = 0.9 + 0.2 * rng.f64();
+        let retire_at = self.config.max_lifetime.map(|lifetime| now + lifetime.mul_f64(spread));
+        self.idle.push_back(Idle { conn, since: now, retire_at });
+        true
+    }
+
+    /// A connect for the pool failed; the next waits, longer each time.
+    pub fn on_connect_failed(&mut self, now: Instant, rng: &mut fastrand::Rng) {
+        self.connecting -= 1;
+        let backoff = BACKOFF_MIN.saturating_mul(1 << self.failures.min(10)).min(BACKOFF_MAX);
+        self.failures += 1;
+        self.retry_at = Some(now + backoff.mul_f64(0.5 + rng.f64()));
+    }
+
+    /// A warm connection has gone. Says whether it was one of this pool.
+    pub fn remove(&mut self, conn: ConnId) -> bool {
+        let position = self.idle.iter().position(|idle| idle.conn == conn);
+        position.is_some_and(|at| self.idle.remove(at).is_some())
+    }
+
+    /// The next connection to close because of its age, and why.
+    pub fn expire(&mut self, now: Instant) -> Option<(ConnId, Discard)> {
+        if let Some(at) = self.idle.iter().position(|i| i.retire_at.is_some_and(|at| at <= now)) {
+            return self.idle.remove(at).map(|idle| (idle.conn, Discard::Lifetime));
+        }
+        let idle_for = now.saturating_duration_since(self.idle.front()?.since);
+        let surplus = self.idle.len() > self.config.min_idle;
+        if surplus && self.config.idle_timeout.is_some_and(|timeout| idle_for >= timeout) {
+            self.target = (self.idle.len() - 1).max(self.config.min_idle);
+            return self.idle.pop_front().map(|idle| (idle.conn, Discard::Idle));
+        }
+        None
+    }
+
+    /// Takes every warm connection out, one a call, to be closed.
+    pub fn evict(&mut self) -> Option<ConnId> {
+        self.idle.pop_front().map(|idle| idle.conn)
+    }
+
+    /// Warm connections now.
+    pub fn idle(&self) -> usize {
+        self.idle.len()
+    }
+
+    /// Connections being made.
+    pub fn connecting(&self) -> usize {
+        self.connecting
+    }
+
+    /// How many warm connections it aims at.
+    pub fn target(&self) -> usize {
+        self.target
+    }
+
+    /// The age of the oldest warm connection.
+    pub fn oldest(&self, now: Instant) -> Option<Duration> {
+        self.idle.front().map(|idle| now.saturating_duration_since(idle.since))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn config() -> PoolConfig {
+        PoolConfig {
+            min_idle: 2,
+            max_idle: 8,
+            idle_timeout: Some(10 * SECOND),
+            max_lifetime: Some(100 * SECOND),
+        }
+    }
+
+    fn conn(number: u32) -> ConnId {
+        ConnId::from_parts(number, 0)
+    }
+
+    fn warmed(now: Instant, count: u32) -> Pool {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let mut pool = Pool::new(&config());
+        for number in 0..count {
+            pool.on_connecting();
+            assert!(pool.on_connected(conn(number), now, &mut rng));
+        }
+        pool
+    }
+
+    #[test]
+    fn it_warms_up_to_its_minimum_and_grows_when_found_empty() {
+        let now = Instant::now();
+        let mut pool = Pool::new(&config());
+        assert_eq!(pool.shortage(now), 2);
+        pool.on_connecting();
+        assert_eq!(pool.shortage(now), 1);
+        for expected in [4, 8, 8] {
+            assert_eq!(pool.checkout(), None);
+            assert_eq!(pool.target(), expected);
+        }
+        assert_eq!(pool.shortage(now), 7);
+    }
+
+    #[test]
+    fn the_oldest_is_taken_first_and_replaced() {
+        let now = Instant::now();
+        let mut pool = warmed(now, 2);
+        assert_eq!(pool.checkout(), Some(conn(0)));
+        assert_eq!(pool.shortage(now), 1);
+        assert!(pool.remove(conn(1)) && !pool.remove(conn(1)));
+        assert_eq!(pool.shortage(now), 2);
+    }
+
+    #[test]
+    fn idle_connections_above_the_minimum_are_closed_and_not_replaced() {
+        let now = Instant::now();
+        let mut pool = warmed(now, 4);
+        assert_eq!(pool.expire(now + 9 * SECOND), None);
+        let later = now + 10 * SECOND;
+        assert_eq!(pool.expire(later), Some((conn(0), Discard::Idle)));
+        assert_eq!(pool.expire(later), Some((conn(1), Discard::Idle)));
+        assert_eq!(pool.expire(later), None, "the minimum stays");
+        assert_eq!(pool.shortage(later), 0);
+    }
+
+    #[test]
+    fn old_connections_are_replaced_but_not_all_at_once() {
+        let now = Instant::now();
+        let mut pool = warmed(now, 2);
+        assert_eq!(pool.expire(now + 89 * SECOND), None);
+        let first = (90..=110).find(|&s| pool.expire(now + s * SECOND).is_some());
+        assert!(first.is_some_and(|s| s < 110), "the first goes at {first:?}");
+        assert_eq!(pool.idle(), 1, "their ages are spread");
+        assert_eq!(pool.shortage(now + 100 * SECOND), 1);
+    }
+
+    #[test]
+    fn failures_back_off_and_one_connect_tries_the_way() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let now = Instant::now();
+        let mut pool = Pool::new(&config());
+        pool.on_connecting();
+        pool.on_connect_failed(now, &mut rng);
+        assert_eq!(pool.shortage(now), 0);
+        let later = now + 2 * BACKOFF_MIN;
+        assert_eq!(pool.shortage(later), 1);
+        pool.on_connecting();
+        assert!(pool.on_connected(conn(7), later, &mut rng));
+        assert_eq!(pool.shortage(later), 1, "no longer held back");
+    }
+}

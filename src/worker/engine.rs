@@ -1,0 +1,391 @@
+//! The turn of a worker: wait for events, handle each, then see to commands, timers and pools.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::batch::Batcher;
+use super::mailbox::{Mailbox, Order};
+use super::timers::Timers;
+use crate::config::Config;
+use crate::io::{Chain, Completion, ConnId, Driver, Wait};
+use crate::limits;
+use crate::proxy::balance::Table;
+use crate::proxy::health::HealthConfig;
+use crate::proxy::session::{Session, Timeouts};
+use crate::proxy::Side;
+use crate::slab::{Key, Slab};
+use crate::telemetry::{CloseReason, WorkerState, WorkerStats};
+
+/// An idle worker still turns this often, which is its sign of life.
+const TURN_MAX: Duration = Duration::from_millis(500);
+/// Pools and health are looked over this often.
+const UPKEEP_INTERVAL: Duration = Duration::from_millis(100);
+/// After a failed accept, the next is tried when a session ends, or after this.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+/// Complaints about a lasting state are repeated this often.
+const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
+
+/// What an engine needs, apart from its driver.
+#[derive(Debug)]
+pub struct EngineSetup {
+    /// The worker's number.
+    pub index: usize,
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// Sessions at a time in the whole process.
+    pub sessions_max: usize,
+    /// Where commands come from.
+    pub mailbox: Arc<Mailbox>,
+    /// The counters of all workers, its own at `index`.
+    pub stats: Arc<[Arc<WorkerStats>]>,
+    /// When the process started.
+    pub started: Instant,
+    /// Of the random numbers; equal seeds behave alike.
+    pub seed: u64,
+}
+
+/// Whose a connection is.
+#[derive(Debug, Default)]
+pub(super) enum Owner {
+    /// Nobody's.
+    #[default]
+    None,
+    /// A session's, connected or being connected.
+    Session(Key, Side),
+    /// Being made for a pool, or to probe an endpoint.
+    Warming { endpoint: u16, since: Instant },
+    /// Warm in a pool, with what the backend has sent unasked.
+    Warm { endpoint: u16, greeting: Chain },
+}
+
+/// A connection's owner. The id tells a slot's present connection from an earlier one.
+#[derive(Debug)]
+pub(super) struct Owned {
+    pub conn: ConnId,
+    pub owner: Owner,
+}
+
+/// What accepting is held up by.
+#[derive(Debug, Default)]
+struct AcceptGate {
+    /// There was no room at the latest look.
+    full: bool,
+    /// A failed accept is tried again from then on.
+    retry_at: Option<Instant>,
+    complained_at: Option<Instant>,
+}
+
+/// One worker's state, bound to a driver.
+pub struct Engine<D> {
+    pub(super) driver: D,
+    pub(super) config: Arc<Config>,
+    pub(super) timeouts: Timeouts,
+    pub(super) health: HealthConfig,
+    pub(super) stats: Arc<WorkerStats>,
+    pub(super) sessions: Slab<Session>,
+    pub(super) owners: Vec<Owned>,
+    pub(super) table: Table,
+    pub(super) timers: Timers,
+    pub(super) rng: fastrand::Rng,
+    pub(super) now: Instant,
+    pub(super) order: Order,
+    /// Pool connections, warm or being made, of all endpoints.
+    pub(super) pool_conns: usize,
+    /// Endpoints whose pool may want connections.
+    pub(super) short_pools: Vec<u16>,
+    pub(super) batcher: Batcher,
+    mailbox: Arc<Mailbox>,
+    everyone: Arc<[Arc<WorkerStats>]>,
+    index: usize,
+    sessions_max: usize,
+    lean_below: u32,
+    started: Instant,
+    upkeep_at: Instant,
+    gate: AcceptGate,
+}
+
+impl<D: Driver> Engine<D> {
+    /// An engine without endpoints: the first snapshot brings them.
+    pub fn new(driver: D, setup: EngineSetup) -> Self {
+        let now = driver.now();
+        let conns_max = limits::conns_max(setup.sessions_max);
+        let config = setup.config;
+        Self {
+            timeouts: Timeouts { idle: config.idle_timeout, half_close: config.half_close_timeout },
+            health: HealthConfig {
+                eject_failures: config.eject_failures,
+                eject_time: config.eject_time,
+            },
+            stats: Arc::clone(&setup.stats[setup.index]),
+            sessions: Slab::with_capacity(setup.sessions_max + limits::ACCEPT_OVERSHOOT),
+            owners: Vec::with_capacity(conns_max),
+            table: Table::new(config.balance, setup.index),
+            timers: Timers::new(conns_max, now),
+            rng: fastrand::Rng::with_seed(setup.seed),
+            now,
+            order: Order::Run,
+            pool_conns: 0,
+            short_pools: Vec::with_capacity(limits::ENDPOINTS_MAX),
+            batcher: Batcher::new(now),
+            mailbox: setup.mailbox,
+            everyone: setup.stats,
+            index: setup.index,
+            sessions_max: setup.sessions_max,
+            lean_below: limits::buffers_lean_below(setup.sessions_max),
+            started: setup.started,
+            upkeep_at: now,
+            gate: AcceptGate::default(),
+            config,
+            driver,
+        }
+    }
+
+    /// Turns until it is told to end and the last session has ended.
+    ///
+    /// # Errors
+    /// The driver cannot go on.
+    pub fn run(&mut self) -> io::Result<()> {
+        self.on_mail();
+        while !self.is_finished() {
+            self.turn()?;
+        }
+        // One more, so that the last closes reach the kernel.
+        self.driver.wait(Wait { events: 1, batch: Duration::ZERO, most: Duration::ZERO })
+    }
+
+    /// Whether it was told to end and nothing is left to do.
+    pub fn is_finished(&self) -> bool {
+        self.order > Order::Run && self.sessions.is_empty()
+    }
+
+    /// One turn.
+    ///
+    /// # Errors
+    /// The driver cannot go on.
+    pub fn turn(&mut self) -> io::Result<()> {
+        self.steer_accepting();
+        let wait = self.plan_wait();
+        self.driver.wait(wait)?;
+        self.now = self.driver.now();
+        let mut events = 0;
+        while let Some(completion) = self.driver.next() {
+            events += 1;
+            self.on_completion(completion);
+        }
+        while let Some(slot) = self.timers.pop(self.now) {
+            self.on_timer(slot);
+        }
+        self.refill_short_pools();
+        if self.now >= self.upkeep_at {
+            self.upkeep_at = self.now + UPKEEP_INTERVAL;
+            self.upkeep();
+        }
+        self.publish(events);
+        Ok(())
+    }
+
+    fn plan_wait(&mut self) -> Wait {
+        let (events, batch) = self.batcher.plan(self.now);
+        let mut most = TURN_MAX;
+        let due = [self.timers.next(), self.gate.retry_at, self.pools_need_upkeep_at()];
+        for at in due.into_iter().flatten() {
+            most = most.min(at.saturating_duration_since(self.now));
+        }
+        Wait { events, batch, most }
+    }
+
+    /// Without warm connections or endpoints to watch there is nothing to look over.
+    fn pools_need_upkeep_at(&self) -> Option<Instant> {
+        (!self.table.is_empty()).then_some(self.upkeep_at)
+    }
+
+    fn on_completion(&mut self, completion: Completion) {
+        match completion {
+            Completion::Accepted(conn) => self.on_accepted(conn),
+            Completion::AcceptFailed(error) => self.on_accept_failed(&error),
+            Completion::Connected(conn) => match self.owner(conn) {
+                Owner::Session(session, _) => self.on_session_connected(session, conn),
+                Owner::Warming { endpoint, since } => self.on_warmed(endpoint, conn, since),
+                _ => {}
+            },
+            Completion::ConnectFailed(conn, error) => self.on_connect_failed(conn, &error),
+            Completion::Received(conn, buf) => match self.peek_owner(conn) {
+                Some(&Owner::Session(session, side)) => self.on_received(session, side, buf),
+                Some(Owner::Warm { .. }) => self.on_greeting(conn, buf),
+                _ => self.driver.buffers().give(buf),
+            },
+            Completion::Ended(conn) => match self.peek_owner(conn) {
+                Some(&Owner::Session(session, side)) => self.on_ended(session, side),
+                Some(&Owner::Warm { endpoint, .. }) => self.on_warm_died(endpoint, conn),
+                _ => {}
+            },
+            Completion::ReceiveFailed(conn) => match self.peek_owner(conn) {
+                Some(&Owner::Session(session, side)) => {
+                    self.apply(session, |session, _| session.on_receive_failed(side));
+                }
+                Some(&Owner::Warm { endpoint, .. }) => self.on_warm_died(endpoint, conn),
+                _ => {}
+            },
+            Completion::Sent(conn, bytes) => {
+                if let Some(&Owner::Session(session, side)) = self.peek_owner(conn) {
+                    self.on_sent(session, side, bytes);
+                }
+            }
+            Completion::SendFailed(conn) => {
+                if let Some(&Owner::Session(session, side)) = self.peek_owner(conn) {
+                    self.apply(session, |session, _| session.on_send_failed(side));
+                }
+            }
+            Completion::Woken => self.on_mail(),
+        }
+    }
+
+    fn on_connect_failed(&mut self, conn: ConnId, error: &io::Error) {
+        match self.owner(conn) {
+            Owner::Session(session, _) => self.on_session_connect_failed(session, conn, error),
+            Owner::Warming { endpoint, .. } => self.on_warming_failed(endpoint, conn, error),
+            _ => {}
+        }
+    }
+
+    fn on_timer(&mut self, slot: usize) {
+        let Some(&Owned { conn, ref owner }) = self.owners.get(slot) else { return };
+        match *owner {
+            Owner::Session(session, Side::Client) => self.on_session_deadline(session),
+            Owner::Session(_, Side::Backend) | Owner::Warming { .. } => {
+                self.on_connect_failed(conn, &io::ErrorKind::TimedOut.into());
+            }
+            Owner::Warm { .. } | Owner::None => {}
+        }
+    }
+
+    /// Looks into the mailbox.
+    fn on_mail(&mut self) {
+        self.mailbox.clear_wake();
+        if let Some(snapshot) = self.mailbox.take_snapshot() {
+            self.table.apply(&snapshot, &self.config.pool);
+            self.evict_removed();
+            self.stats.applied_generation.set(snapshot.generation);
+            for endpoint in self.table.indices() {
+                self.mark_short(endpoint);
+            }
+        }
+        let order = self.mailbox.current_order();
+        if order > self.order {
+            if self.order == Order::Run {
+                self.driver.stop_listening();
+                self.stats.set_state(WorkerState::Draining);
+                self.gate.retry_at = None;
+            }
+            self.order = order;
+            if order == Order::Stop {
+                // The clients that were still in the accept queue come first.
+                while let Some(completion) = self.driver.next() {
+                    self.on_completion(completion);
+                }
+                self.close_all_sessions(CloseReason::DrainDeadline);
+            }
+        }
+    }
+
+    /// Lets in as many clients as there is room for in the whole process.
+    fn steer_accepting(&mut self) {
+        if self.order > Order::Run {
+            return;
+        }
+        let active: u64 = self.everyone.iter().map(|stats| stats.sessions_active.get()).sum();
+        let free = self.sessions_max.saturating_sub(active as usize);
+        // Each worker takes at most its share of what is left, so that together they never take
+        // more; of a remainder, the first ones get one each.
+        let workers = self.everyone.len();
+        let share = free / workers + usize::from(self.index < free % workers);
+        if self.gate.retry_at.is_some_and(|at| self.now < at) {
+            self.driver.accept(0);
+            return;
+        }
+        self.gate.retry_at = None;
+        if share == 0 && !self.gate.full {
+            self.stats.accept_pauses.add(1);
+            let most = self.sessions_max;
+            self.complain(format_args!("{most} sessions are open (AEGIS_MAX_SESSIONS): newcomers wait in the kernel's queue"));
+        }
+        self.gate.full = share == 0;
+        self.driver.accept(share);
+    }
+
+    fn on_accept_failed(&mut self, error: &io::Error) {
+        self.stats.accept_errors.add(1);
+        if self.order == Order::Run {
+            self.gate.retry_at = Some(self.now + ACCEPT_RETRY);
+        }
+        self.complain(format_args!("accepting failed, newcomers wait: {error}"));
+    }
+
+    /// A session ended: what it held may be what accepting lacked.
+    pub(super) fn reopen_gate(&mut self) {
+        self.gate.retry_at = None;
+    }
+
+    fn complain(&mut self, what: std::fmt::Arguments<'_>) {
+        if self.gate.complained_at.is_none_or(|at| self.now >= at + COMPLAINT_INTERVAL) {
+            self.gate.complained_at = Some(self.now);
+            tracing::warn!(worker = self.index, "{what}");
+        }
+    }
+
+    fn publish(&mut self, events: u64) {
+        let stats = &self.stats;
+        stats.turns.add(1);
+        stats.completions.add(events);
+        let alive = self.now.saturating_duration_since(self.started);
+        stats.heartbeat_ms.set(alive.as_millis() as u64);
+        stats.buffer_waits.add(self.driver.buffer_waits() - stats.buffer_waits.get());
+        let buffers = self.driver.buffers();
+        stats.buffers_in_use.set(u64::from(buffers.capacity() - buffers.free()));
+    }
+
+    /// Bytes that one direction of a session may have in flight now: plenty while buffers are
+    /// plenty, one buffer when they are not.
+    pub(super) fn in_flight_limit(&mut self) -> u32 {
+        let spare = self.driver.buffers().free().saturating_sub(self.lean_below);
+        (spare / 16).clamp(1, limits::RELAY_BUFFERS_MAX) * limits::BUFFER_SIZE as u32
+    }
+
+    /// Takes note of whose a connection is from now on.
+    pub(super) fn own(&mut self, conn: ConnId, owner: Owner) {
+        let slot = conn.index();
+        while self.owners.len() <= slot {
+            self.owners.push(Owned { conn, owner: Owner::None });
+        }
+        self.owners[slot] = Owned { conn, owner };
+    }
+
+    /// Takes a connection's owner out: for connections that change hands.
+    pub(super) fn owner(&mut self, conn: ConnId) -> Owner {
+        match self.owners.get_mut(conn.index()) {
+            Some(owned) if owned.conn == conn => std::mem::take(&mut owned.owner),
+            _ => Owner::None,
+        }
+    }
+
+    fn peek_owner(&self, conn: ConnId) -> Option<&Owner> {
+        let owned = self.owners.get(conn.index())?;
+        (owned.conn == conn).then_some(&owned.owner)
+    }
+
+    /// The engine's driver, for tests.
+    pub fn driver(&mut self) -> &mut D {
+        &mut self.driver
+    }
+
+    /// The time of the present turn.
+    pub fn now(&self) -> Instant {
+        self.now
+    }
+
+    /// Open sessions.
+    pub fn sessions(&self) -> usize {
+        self.sessions.len()
+    }
+}

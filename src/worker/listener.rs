@@ -1,0 +1,145 @@
+//! Listening sockets: one a worker and address, all bound before anything is announced.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::io::socket::Options;
+use crate::limits::LISTEN_BACKLOG;
+
+/// A listening socket could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Somebody else has the port.
+    #[error("AEGIS_LISTEN: {0} is in use by another program; stop it or choose another port")]
+    InUse(SocketAddr),
+    /// Every address is of a family that the host lacks.
+    #[error("AEGIS_LISTEN: the host has none of the address families of {0:?}")]
+    NoFamily(Vec<SocketAddr>),
+    /// Anything else.
+    #[error("AEGIS_LISTEN: cannot listen on {0}: {1}")]
+    Other(SocketAddr, #[source] io::Error),
+}
+
+/// The listening sockets of all workers.
+#[derive(Debug)]
+pub struct Listeners {
+    /// The addresses, with the real port where 0 was asked for.
+    pub addresses: Vec<SocketAddr>,
+    /// One set a worker.
+    pub sets: Vec<Vec<OwnedFd>>,
+}
+
+/// Binds every address once a worker, with `SO_REUSEPORT`, and listens. An address whose family
+/// the host lacks is skipped with a log line, unless no other is left.
+///
+/// # Errors
+/// The first address that cannot be had.
+pub fn listen(
+    addresses: &[SocketAddr],
+    workers: usize,
+    options: &Options,
+) -> Result<Listeners, ListenError> {
+    let mut listeners =
+        Listeners { addresses: Vec::new(), sets: (0..workers).map(|_| Vec::new()).collect() };
+    for &address in addresses {
+        match bind_all(address, workers, options) {
+            Ok((bound, sockets)) => {
+                listeners.addresses.push(bound);
+                for (set, socket) in listeners.sets.iter_mut().zip(sockets) {
+                    set.push(socket.into());
+                }
+            }
+            Err(error) if lacks_family(address, &error) => {
+                tracing::warn!(%address, %error, "not listening: the host lacks the address family");
+            }
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                return Err(ListenError::InUse(address));
+            }
+            Err(error) => return Err(ListenError::Other(address, error)),
+        }
+    }
+    if listeners.addresses.is_empty() {
+        return Err(ListenError::NoFamily(addresses.to_vec()));
+    }
+    Ok(listeners)
+}
+
+fn bind_all(
+    address: SocketAddr,
+    workers: usize,
+    options: &Options,
+) -> io::Result<(SocketAddr, Vec<Socket>)> {
+    // SO_REUSEPORT lets a second process of the same user in as well. Binding once without it
+    // finds that out before anybody's connections go astray.
+    let lone = socket(address)?;
+    lone.bind(&address.into())?;
+    let address = lone.local_addr()?.as_socket().unwrap_or(address);
+    drop(lone);
+    let sockets = (0..workers).map(|_| {
+        let socket = socket(address)?;
+        socket.set_reuse_port(true)?;
+        options.apply(&socket)?;
+        socket.bind(&address.into())?;
+        Ok(socket)
+    });
+    let sockets = sockets.collect::<io::Result<Vec<_>>>()?;
+    // All are bound before the first listens, so the group is complete when clients come.
+    for socket in &sockets {
+        socket.listen(LISTEN_BACKLOG)?;
+    }
+    Ok((address, sockets))
+}
+
+fn socket(address: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    // Connections of a predecessor in TIME_WAIT do not keep the port from us.
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    Ok(socket)
+}
+
+fn lacks_family(address: SocketAddr, error: &io::Error) -> bool {
+    match error.raw_os_error() {
+        Some(libc::EAFNOSUPPORT | libc::EPROTONOSUPPORT) => true,
+        // Where IPv6 is switched off by sysctl, even ::1 is missing.
+        Some(libc::EADDRNOTAVAIL) => address.is_ipv6(),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_workers_share_one_free_port_and_a_second_process_is_refused() {
+        let any = "127.0.0.1:0".parse().unwrap();
+        let listeners = listen(&[any], 3, &Options::default()).unwrap();
+        let [address] = listeners.addresses[..] else { panic!("{listeners:?}") };
+        assert_ne!(address.port(), 0);
+        assert_eq!(listeners.sets.iter().map(Vec::len).collect::<Vec<_>>(), [1, 1, 1]);
+        let error = listen(&[address], 1, &Options::default()).unwrap_err();
+        assert!(matches!(error, ListenError::InUse(a) if a == address), "{error}");
+    }
+
+    #[test]
+    fn accepted_sockets_inherit_the_options() {
+        let options = Options {
+            keepalive: Some(std::time::Duration::from_secs(7)),
+            user_timeout: Some(std::time::Duration::from_secs(9)),
+        };
+        let any = "127.0.0.1:0".parse().unwrap();
+        let mut listeners = listen(&[any], 1, &options).unwrap();
+        let _client = std::net::TcpStream::connect(listeners.addresses[0]).unwrap();
+        let listener = Socket::from(listeners.sets.remove(0).remove(0));
+        let (accepted, _) = listener.accept().unwrap();
+        assert!(accepted.tcp_nodelay().unwrap() && accepted.keepalive().unwrap());
+        assert_eq!(accepted.tcp_keepalive_time().unwrap(), options.keepalive.unwrap());
+        assert_eq!(accepted.tcp_user_timeout().unwrap(), options.user_timeout);
+    }
+}

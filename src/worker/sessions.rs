@@ -1,0 +1,283 @@
+//! A worker's sessions: what happens to them, and doing what they answer.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use super::engine::{Engine, Owner};
+use super::pools::is_local;
+use crate::config::{Balance, ProxyProtocol};
+use crate::io::{Buf, Chain, Close, ConnId, Driver};
+use crate::proxy::Side;
+use crate::proxy::session::{Action, Session, how_to_close};
+use crate::slab::Key;
+use crate::telemetry::{Checkout, CloseReason};
+use crate::wire::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
+
+impl<D: Driver> Engine<D> {
+    pub(super) fn on_accepted(&mut self, client: ConnId) {
+        self.stats.sessions_opened.add(1);
+        let Ok(key) = self.sessions.insert(Session::new(client, self.now)) else {
+            self.stats.count_close(CloseReason::Overload);
+            self.driver.close(client, Close::Reset);
+            return;
+        };
+        self.stats.sessions_active.set(self.sessions.len() as u64);
+        self.own(client, Owner::Session(key, Side::Client));
+        self.dispatch(key, CloseReason::NoEndpoint);
+    }
+
+    /// Finds the session a backend: a warm connection, or one made for it. Closes it for
+    /// `otherwise` when there is no endpoint left to try.
+    fn dispatch(&mut self, key: Key, mut otherwise: CloseReason) {
+        loop {
+            let Some(session) = self.sessions.get(key) else { return };
+            let (client, tried) = (session.conn(Side::Client), *session.tried());
+            let source = (self.config.balance == Balance::SourceHash)
+                .then(|| client.and_then(|client| self.driver.peer_address(client)))
+                .flatten()
+                .map(|address| address.ip());
+            let left = tried.attempts() < self.config.connect_attempts;
+            let chosen = left.then(|| self.table.choose(&tried, source, &mut self.rng)).flatten();
+            let Some(endpoint) = chosen else { return self.close_session(key, otherwise) };
+            if tried.attempts() > 0 {
+                self.stats.connect_retries.add(1);
+            }
+            match self.try_endpoint(key, endpoint) {
+                Ok(()) => return,
+                Err(error) if is_local(&error) => {
+                    tracing::debug!(%error, "cannot connect");
+                    return self.close_session(key, CloseReason::Overload);
+                }
+                Err(error) => {
+                    self.on_endpoint_failure(endpoint, &error);
+                    self.leave_endpoint(key);
+                    otherwise = CloseReason::ConnectFailed;
+                }
+            }
+        }
+    }
+
+    fn try_endpoint(&mut self, key: Key, endpoint: u16) -> io::Result<()> {
+        let Some(entry) = self.table.get_mut(endpoint) else { return Ok(()) };
+        entry.sessions += 1;
+        entry.stats().sessions_active.set(u64::from(entry.sessions));
+        let warm = entry.pool.checkout();
+        let address = entry.endpoint.address;
+        self.mark_short(endpoint);
+        if let Some(session) = self.sessions.get_mut(key) {
+            session.on_trying(endpoint, warm);
+        }
+        if let Some(backend) = warm {
+            self.stats.count_checkout(Checkout::Hit);
+            self.pool_conns -= 1;
+            let greeting = match self.owner(backend) {
+                Owner::Warm { greeting, .. } => greeting,
+                _ => Chain::default(),
+            };
+            self.open(key, backend, greeting);
+            return Ok(());
+        }
+        self.stats.count_checkout(Checkout::Miss);
+        let backend = self.driver.connect(&address)?;
+        self.own(backend, Owner::Session(key, Side::Backend));
+        self.timers.set(backend.index(), self.now + self.config.connect_timeout);
+        if let Some(session) = self.sessions.get_mut(key) {
+            session.on_connecting(backend, self.now);
+        }
+        Ok(())
+    }
+
+    pub(super) fn on_session_connected(&mut self, key: Key, backend: ConnId) {
+        self.timers.clear(backend.index());
+        let Some(session) = self.sessions.get(key) else { return };
+        if let Some(since) = session.connecting_since() {
+            self.stats.connect_duration.record(self.now.saturating_duration_since(since));
+        }
+        if let Some(endpoint) = session.endpoint() {
+            self.on_endpoint_success(endpoint);
+        }
+        self.open(key, backend, Chain::default());
+    }
+
+    pub(super) fn on_session_connect_failed(&mut self, key: Key, conn: ConnId, error: &io::Error) {
+        self.timers.clear(conn.index());
+        self.driver.close(conn, Close::Reset);
+        if let Some(endpoint) = self.sessions.get(key).and_then(Session::endpoint) {
+            self.on_endpoint_failure(endpoint, error);
+        }
+        self.leave_endpoint(key);
+        self.dispatch(
+            key,
+            match error.kind() {
+                io::ErrorKind::TimedOut => CloseReason::ConnectTimeout,
+                _ => CloseReason::ConnectFailed,
+            },
+        );
+    }
+
+    fn leave_endpoint(&mut self, key: Key) {
+        let Some(session) = self.sessions.get_mut(key) else { return };
+        let endpoint = session.endpoint();
+        session.on_connect_failed();
+        self.release(endpoint);
+    }
+
+    /// A session no longer counts as one of its endpoint's.
+    fn release(&mut self, endpoint: Option<u16>) {
+        let Some(entry) = endpoint.and_then(|endpoint| self.table.get_mut(endpoint)) else { return };
+        entry.sessions -= 1;
+        entry.stats().sessions_active.set(u64::from(entry.sessions));
+        if !entry.is_present() {
+            self.table.forget_unused();
+        }
+    }
+
+    /// Lets bytes flow between the session's client and `backend`.
+    fn open(&mut self, key: Key, backend: ConnId, mut greeting: Chain) {
+        let Some(client) = self.sessions.get(key).and_then(|s| s.conn(Side::Client)) else { return };
+        self.own(backend, Owner::Session(key, Side::Backend));
+        let preface = self.proxy_header(client);
+        let Some(session) = self.sessions.get_mut(key) else { return };
+        session.on_connected(backend, preface.as_ref().map_or(0, Buf::len), self.now);
+        if let Some(deadline) = session.deadline(&self.timeouts) {
+            self.timers.set(client.index(), deadline);
+        }
+        if let Some(buf) = preface {
+            self.driver.send(backend, buf);
+        }
+        self.driver.receive(client, true);
+        self.driver.receive(backend, true);
+        while let Some(buf) = self.driver.buffers().pop(&mut greeting) {
+            self.on_received(key, Side::Backend, buf);
+        }
+    }
+
+    /// The PROXY protocol header that the backend is to get first, if any.
+    fn proxy_header(&mut self, client: ConnId) -> Option<Buf> {
+        let write = match self.config.proxy_protocol {
+            ProxyProtocol::Off => return None,
+            ProxyProtocol::V1 => write_v1,
+            ProxyProtocol::V2 => write_v2,
+        };
+        let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
+        let source = self.driver.peer_address(client).unwrap_or(nowhere);
+        let destination = self.driver.local_address(client).unwrap_or(nowhere);
+        let mut header = [0; HEADER_MAX];
+        let len = write(&mut header, source, destination);
+        let buffers = self.driver.buffers();
+        let mut buf = buffers.take()?;
+        buffers.space(&mut buf)[..len].copy_from_slice(&header[..len]);
+        buffers.set_len(&mut buf, len);
+        Some(buf)
+    }
+
+    pub(super) fn on_received(&mut self, key: Key, from: Side, buf: Buf) {
+        let limit = self.in_flight_limit();
+        let Some(session) = self.sessions.get_mut(key) else {
+            return self.driver.buffers().give(buf);
+        };
+        self.batcher.on_active(&mut session.window);
+        match from {
+            Side::Client => self.stats.bytes_to_backend.add(u64::from(buf.len())),
+            Side::Backend => {
+                self.stats.bytes_to_client.add(u64::from(buf.len()));
+                if let Some(waited) = session.take_first_byte(self.now) {
+                    self.stats.first_byte.record(waited);
+                }
+            }
+        }
+        let action = session.on_received(from, buf.len(), limit, self.now);
+        match (action, session.conn(from.other())) {
+            (Action::Discard, _) | (_, None) => self.driver.buffers().give(buf),
+            (action, Some(to)) => {
+                self.driver.send(to, buf);
+                self.act(key, action);
+            }
+        }
+    }
+
+    pub(super) fn on_sent(&mut self, key: Key, to: Side, bytes: u32) {
+        let limit = self.in_flight_limit();
+        self.apply(key, |session, now| session.on_sent(to, bytes, limit, now));
+    }
+
+    pub(super) fn on_ended(&mut self, key: Key, from: Side) {
+        self.apply(key, |session, now| session.on_ended(from, now));
+        // A half-closed session has another time limit.
+        if let Some(session) = self.sessions.get(key)
+            && let (Some(client), Some(deadline)) =
+                (session.conn(Side::Client), session.deadline(&self.timeouts))
+        {
+            self.timers.set(client.index(), deadline);
+        }
+    }
+
+    pub(super) fn on_session_deadline(&mut self, key: Key) {
+        let timeouts = self.timeouts;
+        self.apply(key, |session, now| session.on_deadline(&timeouts, now));
+        // Activity may have moved it.
+        if let Some(session) = self.sessions.get(key)
+            && let (Some(client), Some(deadline)) =
+                (session.conn(Side::Client), session.deadline(&timeouts))
+        {
+            self.timers.set(client.index(), deadline);
+        }
+    }
+
+    /// Tells a session what happened and does what it answers.
+    pub(super) fn apply(
+        &mut self,
+        key: Key,
+        event: impl FnOnce(&mut Session, Instant) -> Action,
+    ) {
+        if let Some(session) = self.sessions.get_mut(key) {
+            let action = event(session, self.now);
+            self.act(key, action);
+        }
+    }
+
+    fn act(&mut self, key: Key, action: Action) {
+        let Some(session) = self.sessions.get(key) else { return };
+        match action {
+            Action::None | Action::Discard => {}
+            Action::Close(reason) => self.close_session(key, reason),
+            Action::Pause(side) | Action::Resume(side) => {
+                if let Some(conn) = session.conn(side) {
+                    self.driver.receive(conn, matches!(action, Action::Resume(_)));
+                }
+            }
+            Action::Shutdown(side) => {
+                if let Some(conn) = session.conn(side) {
+                    self.driver.shutdown(conn);
+                }
+            }
+        }
+    }
+
+    pub(super) fn close_session(&mut self, key: Key, reason: CloseReason) {
+        let Some(session) = self.sessions.remove(key) else { return };
+        let how = how_to_close(reason);
+        for side in [Side::Client, Side::Backend] {
+            if let Some(conn) = session.conn(side) {
+                self.timers.clear(conn.index());
+                self.owner(conn);
+                self.driver.close(conn, how);
+            }
+        }
+        self.release(session.endpoint());
+        self.stats.count_close(reason);
+        self.stats.session_duration.record(session.age(self.now));
+        self.stats.sessions_active.set(self.sessions.len() as u64);
+        self.reopen_gate();
+        tracing::trace!(reason = ?reason, "session closed");
+    }
+
+    pub(super) fn close_all_sessions(&mut self, reason: CloseReason) {
+        for slot in 0..self.sessions.slots() {
+            if let Some(key) = self.sessions.key_at(slot) {
+                self.close_session(key, reason);
+            }
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! The engine on the simulator: a thousand seeded runs, every byte checked.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::engine::{Engine, EngineSetup};
+use super::mailbox::{Mailbox, Order};
+use crate::config::Config;
+use crate::io::Driver;
+use crate::io::sim::{ID_BYTES, Peer, Reachability, Sim};
+use crate::limits;
+use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
+use crate::telemetry::{CloseReason, WorkerStats};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+struct Run {
+    engine: Engine<Sim>,
+    mailbox: Arc<Mailbox>,
+    stats: Arc<WorkerStats>,
+    endpoints: Vec<Arc<Endpoint>>,
+    generation: u64,
+    rng: fastrand::Rng,
+    buffers: u32,
+    timeouts: bool,
+    sessions_max: usize,
+}
+
+impl Run {
+    fn new(seed: u64) -> Self {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let sessions_max = rng.usize(3..40);
+        let lean = rng.bool();
+        let timeouts = rng.u8(..4) == 0;
+        let mut config = tmp_config();
+        config.pool.min_idle = rng.usize(..3);
+        config.pool.max_idle = config.pool.min_idle + rng.usize(..4);
+        config.idle_timeout = timeouts.then_some(10 * SECOND);
+        config.half_close_timeout = timeouts.then_some(3 * SECOND);
+        // Short of buffers, or with plenty.
+        let buffers = if lean { 6 * sessions_max + 64 } else { limits::buffers_max(sessions_max) };
+        let endpoints: Vec<_> = (0..rng.u16(1..5))
+            .map(|i| Endpoint::new(format!("e{i}"), ([127, 0, 0, 1], i).into(), 1))
+            .collect();
+        let conns_max = limits::conns_max(sessions_max);
+        let sim = Sim::new(rng.u64(..), endpoints.len(), conns_max, buffers);
+        let mailbox = Arc::new(Mailbox::new().expect("a descriptor"));
+        let stats: Arc<WorkerStats> = Arc::default();
+        let setup = EngineSetup {
+            index: 0,
+            config: Arc::new(config),
+            sessions_max,
+            mailbox: Arc::clone(&mailbox),
+            stats: Arc::new([Arc::clone(&stats)]),
+            started: Instant::now(),
+            seed: rng.u64(..),
+        };
+        Self {
+            engine: Engine::new(sim, setup),
+            mailbox,
+            stats,
+            endpoints,
+            generation: 0,
+            rng,
+            buffers: buffers as u32,
+            timeouts,
+            sessions_max,
+        }
+    }
+
+    fn deliver(&mut self, endpoints: Vec<Arc<Endpoint>>) {
+        self.generation += 1;
+        let generation = self.generation;
+        self.mailbox.deliver(Arc::new(EndpointSnapshot { generation, endpoints }));
+        self.engine.driver().wake();
+    }
+
+    fn order(&mut self, order: Order) {
+        self.mailbox.order(order);
+        self.engine.driver().wake();
+    }
+
+    fn turn(&mut self) {
+        self.engine.turn().expect("the simulator never fails");
+        // A drain empties the accept queue, whatever waits in it.
+        let allowed = self.mailbox.current_order() > Order::Run
+            || self.engine.sessions() <= self.sessions_max;
+        assert!(allowed, "more sessions than AEGIS_MAX_SESSIONS");
+    }
+
+    /// Endpoints fail, hang and recover, and discovery changes its mind.
+    fn disturb(&mut self) {
+        match self.rng.u16(..400) {
+            0..=2 => {
+                let at = self.rng.usize(..self.endpoints.len());
+                let states = [Reachability::Up, Reachability::Refusing, Reachability::Silent];
+                self.engine.driver().endpoints[at] = states[self.rng.usize(..3)];
+            }
+            3 => {
+                let kept = self.endpoints.clone().into_iter().filter(|_| self.rng.u8(..4) > 0);
+                let kept = kept.collect();
+                self.deliver(kept);
+            }
+            _ => {}
+        }
+    }
+
+    fn serve_clients(&mut self) {
+        let all = self.endpoints.clone();
+        self.deliver(all);
+        for _ in 0..self.rng.usize(1..60) {
+            let delay = Duration::from_micros(self.rng.u64(..2_000_000));
+            self.engine.driver().add_client(delay);
+        }
+        let mut drained = false;
+        let drain_at = (self.rng.u8(..4) == 0).then(|| self.rng.u32(..2000) * SECOND / 1000);
+        let mut turns = 0;
+        while self.engine.driver().elapsed() < 60 * SECOND {
+            self.disturb();
+            self.turn();
+            turns += 1;
+            assert!(turns < 200_000, "spins at {:?}", self.engine.driver().elapsed());
+            if !drained && drain_at.is_some_and(|at| self.engine.driver().elapsed() >= at) {
+                drained = true;
+                self.order(Order::Drain);
+            }
+            let outside = self.engine.driver().clients_outside();
+            if self.engine.sessions() == 0 && (outside == 0 || drained) {
+                break;
+            }
+        }
+    }
+
+    /// Removes every endpoint and stops; then nothing may be left.
+    fn stop(&mut self) {
+        self.deliver(Vec::new());
+        self.turn();
+        self.order(Order::Stop);
+        for _ in 0..100 {
+            self.turn();
+        }
+        assert!(self.engine.is_finished());
+        let driver = self.engine.driver();
+        assert_eq!(driver.open_sockets(), 0, "connections leaked");
+        assert_eq!(driver.buffers().free(), self.buffers, "buffers leaked");
+        let ended: u64 = [
+            CloseReason::Finished,
+            CloseReason::ClientReset,
+            CloseReason::BackendReset,
+            CloseReason::ConnectFailed,
+            CloseReason::ConnectTimeout,
+            CloseReason::NoEndpoint,
+            CloseReason::IdleTimeout,
+            CloseReason::HalfCloseTimeout,
+            CloseReason::DrainDeadline,
+        ]
+        .map(|reason| self.stats.closed(reason))
+        .iter()
+        .sum();
+        assert_eq!(self.stats.sessions_opened.get(), ended, "every session ends for one reason");
+    }
+
+    fn check_bytes(&mut self) {
+        let timeouts = self.stats.closed(CloseReason::IdleTimeout)
+            + self.stats.closed(CloseReason::HalfCloseTimeout);
+        let stopped = timeouts > 0;
+        let driver = self.engine.driver();
+        let mut served = std::collections::HashSet::new();
+        for peer in &driver.peers {
+            let Some(partner) = partner(driver, peer) else { continue };
+            assert_ne!(partner.is_client, peer.is_client, "{} met {}", peer.id, partner.id);
+            assert!(served.insert((peer.is_client, partner.id)), "two met {}", partner.id);
+            let expected = driver.stream(partner.id, 0, peer.received.len());
+            assert!(peer.received == expected, "{} got wrong bytes of {}", peer.id, partner.id);
+            assert!(peer.received.len() <= partner.sent, "bytes that were never sent");
+            if stopped {
+                continue;
+            }
+            if peer.saw_end && !peer.saw_reset {
+                assert!(partner.ended, "{} was told of an end that {} made not", peer.id, partner.id);
+                assert_eq!(peer.received.len(), partner.sent, "bytes lost before the end");
+            }
+            assert!(!(partner.reset && peer.saw_end), "a reset arrived as an ordinary end");
+        }
+        let limit = (limits::RELAY_BUFFERS_MAX + 3 + limits::POOL_GREETING_BUFFERS_MAX)
+            * limits::BUFFER_SIZE as u32;
+        assert!(driver.queue_peak <= limit, "{} bytes in flight", driver.queue_peak);
+    }
+
+    /// Whoever is still served is waiting for a peer that stalls.
+    fn check_liveness(&mut self) {
+        let stalling = |peer: &&Peer| peer.plan.stalls_at.is_some();
+        let stalled = self.engine.driver().peers.iter().filter(stalling).count();
+        assert!(self.engine.sessions() <= stalled, "{} sessions hang", self.engine.sessions());
+        if self.timeouts {
+            assert_eq!(self.engine.sessions(), 0, "time limits end every session");
+        }
+    }
+}
+
+fn partner<'a>(driver: &'a Sim, peer: &Peer) -> Option<&'a Peer> {
+    let id = peer.received.get(..ID_BYTES)?;
+    let id = u64::from_be_bytes(id.try_into().expect("eight bytes"));
+    Some(driver.peers.iter().find(|peer| peer.id == id).expect("bytes that nobody sent"))
+}
+
+fn run(seed: u64) -> (u64, u64) {
+    let mut run = Run::new(seed);
+    run.serve_clients();
+    run.check_liveness();
+    run.check_bytes();
+    run.stop();
+    (run.stats.sessions_opened.get(), run.stats.closed(CloseReason::Finished))
+}
+
+#[test]
+fn a_thousand_seeds_lose_no_byte_and_leak_nothing() {
+    let (mut opened, mut finished) = (0, 0);
+    for seed in 0..1000 {
+        let outcome = std::panic::catch_unwind(|| run(seed));
+        let (o, f) = outcome.unwrap_or_else(|_| panic!("seed {seed}"));
+        opened += o;
+        finished += f;
+    }
+    println!("{opened} sessions, {finished} finished in order");
+    assert!(finished > opened / 3, "{finished} of {opened}: the runs test too little");
+}
+
+#[test]
+fn equal_seeds_run_alike() {
+    assert_eq!(run(42), run(42));
+}
+
+fn tmp_config() -> Config { use crate::config::*; let s = Duration::from_secs;
+ Config { listen: vec![], admin: "127.0.0.1:0".parse().unwrap(), backends: vec![], dns_refresh: s(5), workers: None, pin: Switch::Auto,
+        io: IoChoice::Auto, balance: Balance::LeastConn, pool: PoolConfig{min_idle:4,max_idle:64,idle_timeout:Some(s(60)),max_lifetime:Some(s(900))}, max_sessions: None, connect_timeout: s(1), connect_attempts: 3, idle_timeout: None, half_close_timeout: Some(s(60)), tcp_user_timeout: Some(s(30)), keepalive: Some(s(60)), proxy_protocol: ProxyProtocol::Off, drain_delay: s(0), drain_timeout: s(5), eject_failures: 3, eject_time: s(1), log: "info".into(), log_format: LogFormat::Text }
+}
