@@ -13,6 +13,7 @@
 //!
 //! | module | what it is |
 //! | --- | --- |
+//! | [`cli`] | the command line: run, check, help |
 //! | [`config`] | environment → `RawConfig` → checked `Config` |
 //! | [`limits`] | every bound: unit, derivation, reason |
 //! | [`telemetry`] | counters and histograms of one worker, aligned to cache lines |
@@ -23,6 +24,7 @@
 //! | [`worker`] | one core: binds `proxy` to `io`, turn by turn |
 //! | [`control`] | the tokio side: discovery, admin HTTP, lifecycle |
 
+pub mod cli;
 pub mod config;
 pub mod control;
 pub mod io;

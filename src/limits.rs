@@ -1,5 +1,11 @@
 //! Every bound: its unit, how it is derived, and why.
 
+use std::fmt;
+use std::io;
+use std::num::NonZeroUsize;
+
+use rustix::process::{Resource, getrlimit, setrlimit};
+
 /// Endpoints in a snapshot; further ones are left out with a warning.
 pub const ENDPOINTS_MAX: usize = 1024;
 
@@ -62,3 +68,247 @@ pub const POOL_GREETING_BUFFERS_MAX: u32 = 4;
 
 /// Endpoints that can be tried for one session; the bound of `AEGIS_CONNECT_ATTEMPTS`.
 pub const CONNECT_ATTEMPTS_MAX: usize = 8;
+
+// What can be configured.
+
+/// Addresses in `AEGIS_LISTEN`: each is a listening socket in every worker.
+pub const LISTEN_ADDRESSES_MAX: usize = 16;
+
+/// Worker threads: more cores than this are no sidecar's.
+pub const WORKERS_MAX: usize = 256;
+
+/// Warm connections per worker and endpoint.
+pub const POOL_IDLE_MAX: usize = 4096;
+
+/// Sessions that can be asked for: about what one local address can hold towards many endpoints.
+pub const SESSIONS_MAX: usize = 1_000_000;
+
+// Descriptors: how many are needed, and how many sessions fit.
+
+/// Most sessions where the number is left to the program. Memory is the reason: the kernel's
+/// socket buffers and ours are paid for each session, and a sidecar's memory limit should not
+/// have to be sized for a descriptor limit in the millions. Who wants more says so.
+pub const SESSIONS_AUTO_MAX: usize = 10_000;
+
+/// A session is a connection from the client and one to the backend.
+const DESCRIPTORS_PER_SESSION: u64 = 2;
+
+/// Endpoints counted for each configured backend. A name may stand for many, but pools hold their
+/// maximum only under load that comes and goes faster than they shrink, and not all at once.
+const POOL_ENDPOINTS_PER_BACKEND: u64 = 2;
+
+/// The ring or the epoll instance, and the eventfd that wakes the worker.
+const DESCRIPTORS_PER_WORKER: u64 = 2;
+
+/// Connections to the admin port: a scraper, the kubelet's probes, people.
+const ADMIN_CONNECTIONS: u64 = 32;
+
+/// The admin listener, the runtime's own epoll, eventfd and signal pipe, lookups in DNS, and the
+/// connections to the API server.
+const CONTROL_DESCRIPTORS: u64 = 32;
+
+/// Standard input, output and error.
+const STANDARD_DESCRIPTORS: u64 = 3;
+
+/// Connections whose close is still under way in the kernel, files that libraries open for a
+/// moment, and what the parent process left open.
+const SLACK_DESCRIPTORS: u64 = 64;
+
+/// What descriptors are needed for, apart from sessions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DescriptorUsers {
+    /// Worker threads.
+    pub workers: usize,
+    /// Addresses to listen on, each with a socket in every worker.
+    pub listeners: usize,
+    /// Warm connections at most, per worker and endpoint; those being made count as warm.
+    pub pool_max_idle: usize,
+    /// Configured backends.
+    pub backends: usize,
+}
+
+/// How many descriptors the process needs, part by part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DescriptorsNeeded {
+    /// The sessions' connections.
+    pub sessions: u64,
+    /// Warm connections.
+    pub pools: u64,
+    /// Listening sockets, rings and eventfds.
+    pub workers: u64,
+    /// Connections to the admin port.
+    pub admin: u64,
+    /// The rest of the control thread's.
+    pub control: u64,
+    /// Standard input, output and error.
+    pub standard: u64,
+    /// Room to spare.
+    pub slack: u64,
+}
+
+/// How many descriptors `max_sessions` sessions and the other `users` need.
+pub fn descriptors_needed(max_sessions: usize, users: &DescriptorUsers) -> DescriptorsNeeded {
+    let [workers, listeners, pool_max_idle, backends] =
+        [users.workers, users.listeners, users.pool_max_idle, users.backends].map(|n| n as u64);
+    let endpoints = (backends * POOL_ENDPOINTS_PER_BACKEND).min(ENDPOINTS_MAX as u64);
+    DescriptorsNeeded {
+        sessions: max_sessions as u64 * DESCRIPTORS_PER_SESSION,
+        pools: workers * pool_max_idle * endpoints,
+        workers: workers * (listeners + DESCRIPTORS_PER_WORKER),
+        admin: ADMIN_CONNECTIONS,
+        control: CONTROL_DESCRIPTORS,
+        standard: STANDARD_DESCRIPTORS,
+        slack: SLACK_DESCRIPTORS,
+    }
+}
+
+impl DescriptorsNeeded {
+    /// The sum of all parts.
+    pub fn total(&self) -> u64 {
+        let Self { sessions, pools, workers, admin, control, standard, slack } = self;
+        sessions + pools + workers + admin + control + standard + slack
+    }
+}
+
+impl fmt::Display for DescriptorsNeeded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { sessions, pools, workers, admin, control, standard, slack } = self;
+        write!(
+            f,
+            "{} = {sessions} for sessions + {pools} for pools + {workers} for workers + {admin} \
+             for admin connections + {control} for control + {standard} standard + {slack} slack",
+            self.total()
+        )
+    }
+}
+
+/// Why there cannot be that many sessions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum LimitError {
+    /// The number asked for does not fit.
+    #[error(
+        "AEGIS_MAX_SESSIONS={requested} needs {needed} descriptors; RLIMIT_NOFILE allows \
+         {nofile_hard}, which is enough for {fitting} sessions"
+    )]
+    Requested {
+        /// Sessions asked for.
+        requested: NonZeroUsize,
+        /// Descriptors needed for them.
+        needed: DescriptorsNeeded,
+        /// Descriptors there can be.
+        nofile_hard: u64,
+        /// Sessions that would fit.
+        fitting: usize,
+    },
+    /// Not a single session fits.
+    #[error(
+        "one session needs {needed} descriptors; RLIMIT_NOFILE allows {nofile_hard}: raise it, or \
+         lower AEGIS_POOL_MAX_IDLE or AEGIS_WORKERS"
+    )]
+    NothingFits {
+        /// Descriptors needed for one session.
+        needed: DescriptorsNeeded,
+        /// Descriptors there can be.
+        nofile_hard: u64,
+    },
+}
+
+/// How many sessions there can be at a time: as many as `requested`, or else what fits into
+/// `nofile_hard` descriptors, at most [`SESSIONS_AUTO_MAX`].
+///
+/// # Errors
+/// What was requested does not fit, or not even one session does.
+pub fn max_sessions(
+    requested: Option<NonZeroUsize>,
+    nofile_hard: u64,
+    users: &DescriptorUsers,
+) -> Result<NonZeroUsize, LimitError> {
+    let left = nofile_hard.saturating_sub(descriptors_needed(0, users).total());
+    let fitting = usize::try_from(left / DESCRIPTORS_PER_SESSION).unwrap_or(usize::MAX);
+    let Some(fits) = NonZeroUsize::new(fitting.min(SESSIONS_AUTO_MAX)) else {
+        return Err(LimitError::NothingFits { needed: descriptors_needed(1, users), nofile_hard });
+    };
+    match requested {
+        None => Ok(fits),
+        Some(requested) if requested.get() <= fitting => Ok(requested),
+        Some(requested) => {
+            let needed = descriptors_needed(requested.get(), users);
+            Err(LimitError::Requested { requested, needed, nofile_hard, fitting })
+        }
+    }
+}
+
+/// Raises the limit on open descriptors (`RLIMIT_NOFILE`) as far as this process may, and returns
+/// it. The soft limit is usually 1024, for the sake of programs that use `select`.
+///
+/// # Errors
+/// What the kernel says, where it refuses.
+pub fn raise_nofile() -> io::Result<u64> {
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        limit.current = limit.maximum;
+        setrlimit(Resource::Nofile, limit)?;
+    }
+    Ok(limit.current.unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const USERS: DescriptorUsers =
+        DescriptorUsers { workers: 4, listeners: 2, pool_max_idle: 64, backends: 3 };
+    // 4 workers × 64 × 6 endpoints + 4 × (2 + 2) + 32 + 32 + 3 + 64
+    const FIXED: u64 = 1536 + 16 + 131;
+
+    fn sessions(n: usize) -> Option<NonZeroUsize> {
+        NonZeroUsize::new(n)
+    }
+
+    #[test]
+    fn needs_are_the_sum_of_their_parts() {
+        assert_eq!(descriptors_needed(0, &USERS).total(), FIXED);
+        assert_eq!(descriptors_needed(100, &USERS).total(), FIXED + 200);
+        let many = DescriptorUsers { backends: ENDPOINTS_MAX, ..USERS };
+        assert_eq!(descriptors_needed(0, &many).pools, 4 * 64 * 1024);
+    }
+
+    #[test]
+    fn auto_takes_what_fits_up_to_the_cap() {
+        assert_eq!(max_sessions(None, FIXED + 2, &USERS).ok(), sessions(1));
+        assert_eq!(max_sessions(None, FIXED + 201, &USERS).ok(), sessions(100));
+        assert_eq!(max_sessions(None, u64::MAX, &USERS).ok(), sessions(SESSIONS_AUTO_MAX));
+    }
+
+    #[test]
+    fn a_request_is_granted_in_full_or_refused_with_the_sum() {
+        let request = sessions(20_000);
+        assert_eq!(max_sessions(request, FIXED + 40_000, &USERS).ok(), request);
+        let error = max_sessions(request, FIXED + 39_999, &USERS).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "AEGIS_MAX_SESSIONS=20000 needs 41683 = 40000 for sessions + 1536 for pools + 16 for \
+             workers + 32 for admin connections + 32 for control + 3 standard + 64 slack \
+             descriptors; RLIMIT_NOFILE allows 41682, which is enough for 19999 sessions"
+        );
+    }
+
+    #[test]
+    fn a_limit_below_the_needs_of_one_session_is_refused() {
+        for nofile in [0, FIXED, FIXED + 1] {
+            for requested in [None, sessions(1)] {
+                let error = max_sessions(requested, nofile, &USERS).unwrap_err();
+                assert!(matches!(error, LimitError::NothingFits { .. }), "{error}");
+                assert!(error.to_string().contains(&format!("needs {} =", FIXED + 2)), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_soft_limit_reaches_the_hard_one() {
+        let raised = raise_nofile().unwrap();
+        let limit = getrlimit(Resource::Nofile);
+        assert_eq!(limit.current, limit.maximum);
+        assert_eq!(limit.current.unwrap_or(u64::MAX), raised);
+    }
+}

@@ -19,6 +19,7 @@ use crate::limits;
 use crate::telemetry::{WorkerState, WorkerStats};
 
 pub mod batch;
+pub mod cores;
 pub mod engine;
 pub mod listener;
 pub mod mailbox;

@@ -32,7 +32,7 @@ impl Run {
         let sessions_max = rng.usize(3..40);
         let lean = rng.bool();
         let timeouts = rng.u8(..4) == 0;
-        let mut config = tmp_config();
+        let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
         config.pool.min_idle = rng.usize(..3);
         config.pool.max_idle = config.pool.min_idle + rng.usize(..4);
         config.idle_timeout = timeouts.then_some(10 * SECOND);
@@ -229,9 +229,4 @@ fn a_thousand_seeds_lose_no_byte_and_leak_nothing() {
 #[test]
 fn equal_seeds_run_alike() {
     assert_eq!(run(42), run(42));
-}
-
-fn tmp_config() -> Config { use crate::config::*; let s = Duration::from_secs;
- Config { listen: vec![], admin: "127.0.0.1:0".parse().unwrap(), backends: vec![], dns_refresh: s(5), workers: None, pin: Switch::Auto,
-        io: IoChoice::Auto, balance: Balance::LeastConn, pool: PoolConfig{min_idle:4,max_idle:64,idle_timeout:Some(s(60)),max_lifetime:Some(s(900))}, max_sessions: None, connect_timeout: s(1), connect_attempts: 3, idle_timeout: None, half_close_timeout: Some(s(60)), tcp_user_timeout: Some(s(30)), keepalive: Some(s(60)), proxy_protocol: ProxyProtocol::Off, drain_delay: s(0), drain_timeout: s(5), eject_failures: 3, eject_time: s(1), log: "info".into(), log_format: LogFormat::Text }
 }

@@ -1,9 +1,24 @@
 //! Configuration: environment → [`RawConfig`] (text as found) → [`Config`] (parsed, checked, with
 //! units).
 
+mod error;
+mod read;
+mod value;
+mod variables;
+
+#[cfg(test)]
+mod tests;
+
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::time::Duration;
+
+pub use error::{ConfigErrors, Problem};
+pub use variables::{PREFIX, RawConfig, VARIABLES, Variable};
+
+use value::{duration_text, list_text};
+#[allow(clippy::wildcard_imports)] // The constants of the table.
+use variables::*;
 
 /// The effective configuration. Every field is named after its variable `AEGIS_…`.
 #[derive(Debug, Clone, PartialEq)]
@@ -54,6 +69,49 @@ pub struct Config {
     pub log: String,
     /// The log's format.
     pub log_format: LogFormat,
+}
+
+impl Config {
+    /// What is in force: every variable in the order of [`VARIABLES`], with a text that would set
+    /// it to the value that it has.
+    pub fn effective(&self) -> Vec<(&'static str, String)> {
+        let optional = |duration: &Option<Duration>| match duration {
+            Some(duration) => duration_text(duration),
+            None => "off".to_owned(),
+        };
+        let or_auto = |number: Option<NonZeroUsize>| match number {
+            Some(number) => number.to_string(),
+            None => "auto".to_owned(),
+        };
+        vec![
+            (AEGIS_LISTEN.name, list_text(&self.listen)),
+            (AEGIS_ADMIN.name, self.admin.to_string()),
+            (AEGIS_BACKENDS.name, list_text(&self.backends)),
+            (AEGIS_DNS_REFRESH.name, duration_text(&self.dns_refresh)),
+            (AEGIS_BALANCE.name, self.balance.to_string()),
+            (AEGIS_WORKERS.name, or_auto(self.workers)),
+            (AEGIS_PIN.name, self.pin.to_string()),
+            (AEGIS_IO.name, self.io.to_string()),
+            (AEGIS_MAX_SESSIONS.name, or_auto(self.max_sessions)),
+            (AEGIS_POOL_MIN_IDLE.name, self.pool.min_idle.to_string()),
+            (AEGIS_POOL_MAX_IDLE.name, self.pool.max_idle.to_string()),
+            (AEGIS_POOL_IDLE_TIMEOUT.name, optional(&self.pool.idle_timeout)),
+            (AEGIS_POOL_MAX_LIFETIME.name, optional(&self.pool.max_lifetime)),
+            (AEGIS_CONNECT_TIMEOUT.name, duration_text(&self.connect_timeout)),
+            (AEGIS_CONNECT_ATTEMPTS.name, self.connect_attempts.to_string()),
+            (AEGIS_IDLE_TIMEOUT.name, optional(&self.idle_timeout)),
+            (AEGIS_HALF_CLOSE_TIMEOUT.name, optional(&self.half_close_timeout)),
+            (AEGIS_TCP_USER_TIMEOUT.name, optional(&self.tcp_user_timeout)),
+            (AEGIS_KEEPALIVE.name, optional(&self.keepalive)),
+            (AEGIS_PROXY_PROTOCOL.name, self.proxy_protocol.to_string()),
+            (AEGIS_DRAIN_DELAY.name, duration_text(&self.drain_delay)),
+            (AEGIS_DRAIN_TIMEOUT.name, duration_text(&self.drain_timeout)),
+            (AEGIS_EJECT_FAILURES.name, self.eject_failures.to_string()),
+            (AEGIS_EJECT_TIME.name, duration_text(&self.eject_time)),
+            (AEGIS_LOG.name, self.log.clone()),
+            (AEGIS_LOG_FORMAT.name, self.log_format.to_string()),
+        ]
+    }
 }
 
 /// A host (name or IP address) and a port.

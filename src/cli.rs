@@ -1,0 +1,109 @@
+//! The command line. There are no options: all configuration is in the environment, and the help
+//! tells about it.
+
+use std::ffi::OsString;
+use std::fmt::Write;
+
+use crate::config::VARIABLES;
+
+const CHECK: &str = "check";
+
+/// What the program is asked to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// Run the proxy.
+    Run,
+    /// Check the configuration, print what is in force, and exit.
+    Check,
+}
+
+/// Reads the command line, the program's name first. Prints and exits where it asks for the help
+/// or the version, and where it makes no sense.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Command {
+    try_parse(args).unwrap_or_else(|error| error.exit())
+}
+
+fn try_parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::Error> {
+    let matches = definition().try_get_matches_from(args)?;
+    Ok(match matches.subcommand_name() {
+        Some(CHECK) => Command::Check,
+        _ => Command::Run,
+    })
+}
+
+fn definition() -> clap::Command {
+    clap::Command::new("aegis-proxy")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("A Layer 4 TCP proxy and connection pooler for the sidecar of a database's clients")
+        .override_usage("aegis-proxy [check]")
+        .after_help(environment_help())
+        .disable_help_subcommand(true)
+        .subcommand(
+            clap::Command::new(CHECK)
+                .about("Checks the configuration, prints what is in force, and exits"),
+        )
+}
+
+/// Three lines a variable: the assignment of its default, what it does, what it accepts.
+fn environment_help() -> String {
+    let mut help =
+        "Environment, with the defaults (durations: 500ms, 5s, 1m 30s, 1h, 1d):".to_owned();
+    for variable in VARIABLES {
+        let (name, default) = (variable.name, variable.default);
+        let (what, accepts) = (variable.what, variable.accepts);
+        // Writing to a string cannot fail.
+        let _ = write!(help, "\n\n  {name}={default}\n      {what}\n      Accepts {accepts}.");
+    }
+    help
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &[&str]) -> Result<Command, clap::Error> {
+        let args = ["aegis-proxy"].iter().chain(args).map(OsString::from);
+        try_parse(args)
+    }
+
+    #[test]
+    fn without_arguments_the_proxy_runs() {
+        definition().debug_assert();
+        assert_eq!(parse(&[]).unwrap(), Command::Run);
+        assert_eq!(parse(&["check"]).unwrap(), Command::Check);
+    }
+
+    #[test]
+    fn what_is_no_command_is_refused() {
+        for args in [&["run"][..], &["--port", "1"], &["check", "it"], &[""]] {
+            let error = parse(args).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{error}");
+        }
+    }
+
+    #[test]
+    fn the_version_is_the_packages() {
+        let version = parse(&["--version"]).unwrap_err();
+        assert_eq!(version.exit_code(), 0);
+        assert_eq!(version.to_string(), concat!("aegis-proxy ", env!("CARGO_PKG_VERSION"), "\n"));
+    }
+
+    #[test]
+    fn the_help_tells_of_every_variable_within_100_columns() {
+        let help = parse(&["--help"]).unwrap_err();
+        assert_eq!(help.exit_code(), 0);
+        let help = help.to_string();
+        for variable in VARIABLES {
+            for line in [
+                format!("  {}={}", variable.name, variable.default),
+                format!("      {}", variable.what),
+                format!("      Accepts {}.", variable.accepts),
+            ] {
+                assert!(help.lines().any(|l| l == line), "{line}\n{help}");
+            }
+        }
+        for line in help.lines() {
+            assert!(line.chars().count() <= 100, "{line}");
+        }
+    }
+}

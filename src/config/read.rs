@@ -1,0 +1,259 @@
+//! From the environment to [`RawConfig`] and on to [`Config`], with all problems at once.
+
+use std::ffi::OsString;
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroUsize;
+use std::time::Duration;
+
+use super::value::{
+    Parsed, duration, list, list_text, log_filter, number, or_word, socket_address,
+};
+#[allow(clippy::wildcard_imports)] // The table's constants, one for each field below.
+use super::variables::*;
+use super::{Config, ConfigErrors, HostPort, PoolConfig, Problem};
+use crate::limits;
+
+const MILLISECOND: Duration = Duration::from_millis(1);
+const SECOND: Duration = Duration::from_secs(1);
+const HOUR: Duration = Duration::from_secs(60 * 60);
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+impl Config {
+    /// Reads the environment of this process.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it.
+    pub fn from_env() -> Result<Self, ConfigErrors> {
+        Self::from_os_vars(std::env::vars_os())
+    }
+
+    /// Reads variables given as pairs of name and value. Names that do not start with `AEGIS_`
+    /// are none of ours, nor are the variables that Kubernetes sets for a Service of that name.
+    ///
+    /// # Errors
+    /// Everything that is wrong with them.
+    pub fn from_vars(
+        vars: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, ConfigErrors> {
+        Self::from_os_vars(vars.into_iter().map(|(name, value)| (name.into(), value.into())))
+    }
+
+    pub(super) fn from_os_vars(
+        vars: impl Iterator<Item = (OsString, OsString)>,
+    ) -> Result<Self, ConfigErrors> {
+        let (mut known, mut not_unicode, mut unknown) = (Vec::new(), Vec::new(), Vec::new());
+        for (name, value) in vars {
+            let name = name.to_string_lossy().into_owned();
+            if !name.starts_with(PREFIX) {
+                continue;
+            }
+            match VARIABLES.iter().find(|variable| variable.name == name) {
+                Some(variable) => match value.into_string() {
+                    Ok(value) => known.push((name, value)),
+                    Err(value) => not_unicode.push(Problem::value(
+                        variable,
+                        &value.to_string_lossy(),
+                        "not Unicode text".to_owned(),
+                    )),
+                },
+                None if is_service_link(&name, &value.to_string_lossy()) => {}
+                None => unknown.push(Problem::unknown(name)),
+            }
+        }
+        unknown.sort_by_key(Problem::to_string);
+        let raw = envy::prefixed(PREFIX)
+            .from_iter(known)
+            .map_err(|error| ConfigErrors(vec![Problem::Environment(error.to_string())]))?;
+
+        let mut reader = Reader { raw: &raw, problems: not_unicode };
+        let config = reader.config();
+        reader.problems.extend(unknown);
+        if reader.problems.is_empty() { Ok(config) } else { Err(ConfigErrors(reader.problems)) }
+    }
+}
+
+/// Whether a variable is one that the kubelet sets for a Service named `aegis` or `aegis-…`.
+fn is_service_link(name: &str, value: &str) -> bool {
+    const PROTOCOLS: [&str; 3] = ["TCP", "UDP", "SCTP"];
+    // AEGIS_PORT_8081_TCP, and the same with _PROTO, _PORT or _ADDR at the end.
+    let is_port = |(_, rest): (&str, &str)| {
+        let mut parts = rest.split('_');
+        parts.next().is_some_and(|port| port.parse::<u16>().is_ok())
+            && parts.next().is_some_and(|protocol| PROTOCOLS.contains(&protocol))
+            && matches!(parts.next(), None | Some("PROTO" | "PORT" | "ADDR"))
+            && parts.next().is_none()
+    };
+    name.ends_with("_SERVICE_HOST")
+        || name.ends_with("_SERVICE_PORT")
+        || name.contains("_SERVICE_PORT_")
+        || name.ends_with("_PORT") && value.contains("://")
+        || name.rsplit_once("_PORT_").is_some_and(is_port)
+}
+
+/// Parses values and collects what is wrong with them.
+struct Reader<'a> {
+    raw: &'a RawConfig,
+    problems: Vec<Problem>,
+}
+
+impl Reader<'_> {
+    /// The variable's value. After a problem, which is noted, it is the default, so that reading
+    /// goes on and finds the others.
+    fn read<T>(&mut self, variable: &Variable, parse: impl Fn(&str) -> Parsed<T>) -> T {
+        if let Some(text) = (variable.raw)(self.raw) {
+            match parse_text(text, &parse) {
+                Ok(value) => return value,
+                Err(why) => self.problems.push(Problem::value(variable, text, why)),
+            }
+        }
+        match parse(variable.default) {
+            Ok(value) => value,
+            Err(why) => unreachable!("the default of {}: {why}", variable.name),
+        }
+    }
+
+    fn number<T>(&mut self, variable: &Variable, min: T, max: T) -> T
+    where
+        T: std::str::FromStr + PartialOrd + std::fmt::Display,
+    {
+        let range = min..=max;
+        self.read(variable, |text| number(text, &range))
+    }
+
+    fn number_or_auto(&mut self, variable: &Variable, max: usize) -> Option<NonZeroUsize> {
+        self.read(variable, |text| or_word(text, "auto", |text| number(text, &(1..=max))))
+            .and_then(NonZeroUsize::new)
+    }
+
+    fn duration(&mut self, variable: &Variable, min: Duration, max: Duration) -> Duration {
+        self.read(variable, |text| duration(text, &(min..=max)))
+    }
+
+    fn duration_or_off(
+        &mut self,
+        variable: &Variable,
+        min: Duration,
+        max: Duration,
+    ) -> Option<Duration> {
+        self.read(variable, |text| or_word(text, "off", |text| duration(text, &(min..=max))))
+    }
+
+    fn word<T: std::str::FromStr<Err = String>>(&mut self, variable: &Variable) -> T {
+        self.read(variable, T::from_str)
+    }
+
+    fn config(&mut self) -> Config {
+        let problems_before = self.problems.len();
+        let config = Config {
+            listen: self.read(&AEGIS_LISTEN, |text| {
+                list(text, limits::LISTEN_ADDRESSES_MAX, socket_address)
+            }),
+            admin: self.read(&AEGIS_ADMIN, socket_address),
+            backends: self
+                .read(&AEGIS_BACKENDS, |text| list(text, limits::ENDPOINTS_MAX, str::parse)),
+            dns_refresh: self.duration(&AEGIS_DNS_REFRESH, 100 * MILLISECOND, HOUR),
+            balance: self.word(&AEGIS_BALANCE),
+            workers: self.number_or_auto(&AEGIS_WORKERS, limits::WORKERS_MAX),
+            pin: self.word(&AEGIS_PIN),
+            io: self.word(&AEGIS_IO),
+            max_sessions: self.number_or_auto(&AEGIS_MAX_SESSIONS, limits::SESSIONS_MAX),
+            pool: self.pool(),
+            connect_timeout: self.duration(&AEGIS_CONNECT_TIMEOUT, MILLISECOND, 300 * SECOND),
+            connect_attempts: self.number(&AEGIS_CONNECT_ATTEMPTS, 1, 8),
+            idle_timeout: self.duration_or_off(&AEGIS_IDLE_TIMEOUT, 10 * MILLISECOND, 30 * DAY),
+            half_close_timeout: self.duration_or_off(
+                &AEGIS_HALF_CLOSE_TIMEOUT,
+                10 * MILLISECOND,
+                30 * DAY,
+            ),
+            tcp_user_timeout: self.duration_or_off(&AEGIS_TCP_USER_TIMEOUT, 100 * MILLISECOND, DAY),
+            // The kernel takes whole seconds, at most 32767.
+            keepalive: self.duration_or_off(&AEGIS_KEEPALIVE, SECOND, 9 * HOUR),
+            proxy_protocol: self.word(&AEGIS_PROXY_PROTOCOL),
+            drain_delay: self.duration(&AEGIS_DRAIN_DELAY, Duration::ZERO, 300 * SECOND),
+            drain_timeout: self.duration(&AEGIS_DRAIN_TIMEOUT, Duration::ZERO, HOUR),
+            eject_failures: self.number(&AEGIS_EJECT_FAILURES, 1, 1000),
+            eject_time: self.duration(&AEGIS_EJECT_TIME, 10 * MILLISECOND, HOUR),
+            log: self.read(&AEGIS_LOG, log_filter),
+            log_format: self.word(&AEGIS_LOG_FORMAT),
+        };
+        // What stands in for a refused value is not to be blamed for anything.
+        if self.problems.len() == problems_before {
+            self.check_addresses(&config);
+        }
+        config
+    }
+
+    fn pool(&mut self) -> PoolConfig {
+        let problems_before = self.problems.len();
+        let mut min_idle = self.number(&AEGIS_POOL_MIN_IDLE, 0, limits::POOL_IDLE_MAX);
+        let max_idle = self.number(&AEGIS_POOL_MAX_IDLE, 0, limits::POOL_IDLE_MAX);
+        if min_idle > max_idle && self.problems.len() == problems_before {
+            if self.raw.pool_min_idle.is_some() {
+                self.conflict(
+                    (&AEGIS_POOL_MIN_IDLE, min_idle.to_string()),
+                    (&AEGIS_POOL_MAX_IDLE, max_idle.to_string()),
+                    "the minimum is above the maximum",
+                );
+            }
+            min_idle = max_idle;
+        }
+        PoolConfig {
+            min_idle,
+            max_idle,
+            idle_timeout: self.duration_or_off(
+                &AEGIS_POOL_IDLE_TIMEOUT,
+                10 * MILLISECOND,
+                30 * DAY,
+            ),
+            max_lifetime: self.duration_or_off(
+                &AEGIS_POOL_MAX_LIFETIME,
+                10 * MILLISECOND,
+                30 * DAY,
+            ),
+        }
+    }
+
+    fn check_addresses(&mut self, config: &Config) {
+        let listen = || (&AEGIS_LISTEN, list_text(&config.listen));
+        if config.listen.iter().any(|&listen| overlap(listen, config.admin)) {
+            let admin = (&AEGIS_ADMIN, config.admin.to_string());
+            self.conflict(listen(), admin, "both would listen at the same address");
+        }
+        let is_own = |backend: &&HostPort| {
+            let Ok(ip) = backend.host.parse::<IpAddr>() else { return false };
+            let target = SocketAddr::new(ip, backend.port);
+            let reaches =
+                |&own: &SocketAddr| overlap(own, target) && (own.ip() == ip || ip.is_loopback());
+            config.listen.iter().any(reaches)
+        };
+        if let Some(backend) = config.backends.iter().find(is_own) {
+            let backend = (&AEGIS_BACKENDS, backend.to_string());
+            self.conflict(listen(), backend, "the proxy would connect to itself without end");
+        }
+    }
+
+    fn conflict(&mut self, a: (&Variable, String), b: (&Variable, String), why: &str) {
+        let pairs = [(a.0.name, a.1), (b.0.name, b.1)];
+        self.problems.push(Problem::Conflict { pairs, why: why.to_owned() });
+    }
+}
+
+fn parse_text<T>(text: &str, parse: impl Fn(&str) -> Parsed<T>) -> Parsed<T> {
+    match text.trim() {
+        "" => Err("empty; unset it to have the default".to_owned()),
+        // Readers of YAML 1.1, Helm among them, make booleans of a bare `on` and `off`.
+        "true" => parse("on"),
+        "false" => parse("off"),
+        text => parse(text),
+    }
+}
+
+/// Whether sockets at both addresses would get in each other's way.
+fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
+    // `::` takes IPv4 connections too.
+    let covers = |any: SocketAddr, other: SocketAddr| {
+        any.ip().is_unspecified() && (any.is_ipv6() || other.is_ipv4())
+    };
+    a.port() != 0 && a.port() == b.port() && (a.ip() == b.ip() || covers(a, b) || covers(b, a))
+}

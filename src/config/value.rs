@@ -1,0 +1,265 @@
+//! The text of single values: parsing, and printing what parses back to the same value.
+
+use std::fmt::{self, Display};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::str::FromStr;
+use std::time::Duration;
+
+use tracing_subscriber::EnvFilter;
+
+use super::{Balance, HostPort, IoChoice, LogFormat, ProxyProtocol, Switch};
+
+/// A value, or why the text is none.
+pub(super) type Parsed<T> = Result<T, String>;
+
+/// The longest DNS name and label in bytes (RFC 1035, section 2.3.4).
+const NAME_BYTES_MAX: usize = 253;
+const LABEL_BYTES_MAX: usize = 63;
+
+/// A whole number within a range.
+pub(super) fn number<T: FromStr + PartialOrd + Display>(
+    text: &str,
+    range: &RangeInclusive<T>,
+) -> Parsed<T> {
+    let number = text.parse().map_err(|_| "not a whole number, or far too large".to_owned())?;
+    within(number, range, T::to_string)
+}
+
+/// A duration such as `500ms` or `1m 30s` within a range.
+pub(super) fn duration(text: &str, range: &RangeInclusive<Duration>) -> Parsed<Duration> {
+    let duration =
+        humantime::parse_duration(text).map_err(|error| format!("not a duration: {error}"))?;
+    within(duration, range, duration_text)
+}
+
+fn within<T: PartialOrd>(
+    value: T,
+    range: &RangeInclusive<T>,
+    text: impl Fn(&T) -> String,
+) -> Parsed<T> {
+    if value < *range.start() {
+        Err(format!("below {}", text(range.start())))
+    } else if value > *range.end() {
+        Err(format!("above {}", text(range.end())))
+    } else {
+        Ok(value)
+    }
+}
+
+/// `word`, which gives `None`, or else what `parse` makes of it.
+pub(super) fn or_word<T>(
+    text: &str,
+    word: &str,
+    parse: impl Fn(&str) -> Parsed<T>,
+) -> Parsed<Option<T>> {
+    if text == word { Ok(None) } else { parse(text).map(Some) }
+}
+
+/// At most `max` distinct items with commas between.
+pub(super) fn list<T: PartialEq>(
+    text: &str,
+    max: usize,
+    item: impl Fn(&str) -> Parsed<T>,
+) -> Parsed<Vec<T>> {
+    let count = text.split(',').count();
+    if count > max {
+        return Err(format!("{count} items, {max} at most"));
+    }
+    let mut items = Vec::with_capacity(count);
+    for (position, part) in text.split(',').enumerate() {
+        let part = part.trim();
+        if part.is_empty() {
+            return Err(format!("item {} is empty", position + 1));
+        }
+        let parsed = item(part).map_err(|why| format!("{part:?}: {why}"))?;
+        if items.contains(&parsed) {
+            return Err(format!("{part:?} is there twice"));
+        }
+        items.push(parsed);
+    }
+    Ok(items)
+}
+
+/// An address to listen on.
+pub(super) fn socket_address(text: &str) -> Parsed<SocketAddr> {
+    text.parse().map_err(|_| match text.parse::<IpAddr>() {
+        Ok(_) => "the port is missing (IPv6 addresses go in brackets)".to_owned(),
+        Err(_) => "not an IP address and a port".to_owned(),
+    })
+}
+
+/// A log filter, returned as it was written.
+pub(super) fn log_filter(text: &str) -> Parsed<String> {
+    match EnvFilter::try_new(text) {
+        Ok(_) => Ok(text.to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+impl FromStr for HostPort {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (host, port) = text.rsplit_once(':').ok_or("the port is missing")?;
+        let port = match port.parse() {
+            Ok(0) => return Err("port 0 cannot be connected to".to_owned()),
+            Ok(port) => port,
+            Err(_) => return Err(format!("{port:?} is not a port from 1 to 65535")),
+        };
+        let host = match host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+            Some(inner) => match inner.parse::<Ipv6Addr>() {
+                Ok(address) => address.to_string(),
+                Err(_) => return Err(format!("{inner:?} is not an IPv6 address")),
+            },
+            None if host.contains(':') => return Err("IPv6 addresses go in brackets".to_owned()),
+            None => check_name(host)?,
+        };
+        Ok(Self { host, port })
+    }
+}
+
+/// A DNS name or an IPv4 address, in lower case.
+fn check_name(name: &str) -> Parsed<String> {
+    if name.is_empty() {
+        return Err("the host is missing".to_owned());
+    }
+    // Underscores are no part of host names but do occur in DNS names; a last dot says "absolute".
+    let absolute = name.strip_suffix('.').unwrap_or(name);
+    let label_fits = |label: &str| {
+        (1..=LABEL_BYTES_MAX).contains(&label.len())
+            && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    if absolute.len() > NAME_BYTES_MAX || !absolute.split('.').all(label_fits) {
+        return Err(format!("{name:?} is not a host name"));
+    }
+    // Resolvers take names that end in a number for odd spellings of IPv4 addresses.
+    let numeric = |label: &str| label.bytes().all(|b| b.is_ascii_digit());
+    if absolute.rsplit('.').next().is_some_and(numeric) && name.parse::<Ipv4Addr>().is_err() {
+        return Err(format!("{name:?} is not an IPv4 address"));
+    }
+    Ok(name.to_ascii_lowercase())
+}
+
+impl Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+/// Gives an enum the words that users write for its variants.
+macro_rules! words {
+    ($($type:ty { $($word:literal => $variant:ident,)+ })+) => {$(
+        impl FromStr for $type {
+            type Err = String;
+
+            fn from_str(text: &str) -> Result<Self, String> {
+                match text {
+                    $($word => Ok(Self::$variant),)+
+                    _ => Err("not one of the choices".to_owned()),
+                }
+            }
+        }
+
+        impl Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(match self { $(Self::$variant => $word,)+ })
+            }
+        }
+    )+};
+}
+
+words! {
+    Switch { "auto" => Auto, "on" => On, "off" => Off, }
+    IoChoice { "auto" => Auto, "uring" => Uring, "epoll" => Epoll, }
+    Balance {
+        "least_conn" => LeastConn,
+        "round_robin" => RoundRobin,
+        "random_two" => RandomTwo,
+        "source_hash" => SourceHash,
+    }
+    ProxyProtocol { "off" => Off, "v1" => V1, "v2" => V2, }
+    LogFormat { "text" => Text, "json" => Json, }
+}
+
+/// The text of a list.
+pub(super) fn list_text<T: Display>(items: &[T]) -> String {
+    items.iter().map(T::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// The text of a duration.
+pub(super) fn duration_text(duration: &Duration) -> String {
+    humantime::format_duration(*duration).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backends_are_names_or_addresses_with_a_port() {
+        for (text, host, port) in [
+            ("chronos:8080", "chronos", 8080),
+            ("Chronos-0.DB.svc.cluster.local.:1", "chronos-0.db.svc.cluster.local.", 1),
+            ("_tcp.a:65535", "_tcp.a", 65535),
+            ("10.0.0.1:80", "10.0.0.1", 80),
+            ("[2001:DB8:0:0::1]:80", "2001:db8::1", 80),
+        ] {
+            let parsed: HostPort = text.parse().unwrap();
+            assert_eq!(parsed, HostPort { host: host.to_owned(), port });
+            assert_eq!(parsed.to_string().parse(), Ok(parsed));
+        }
+        let long = format!("{}:80", "a".repeat(64));
+        for text in [
+            "chronos",
+            ":80",
+            "chronos:",
+            "chronos:0",
+            "chronos:65536",
+            "chronos:-1",
+            "::1:80",
+            "[::1]",
+            "[chronos]:80",
+            "[10.0.0.1]:80",
+            "a..b:80",
+            ".:80",
+            "-a:80",
+            "a b:80",
+            "http://a:80",
+            "999.0.0.1:80",
+            "10.1:80",
+            &long,
+        ] {
+            assert!(text.parse::<HostPort>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn lists_refuse_empty_items_repetitions_and_excess() {
+        let parse = |text| list(text, 3, |item| number(item, &(0..=9)));
+        assert_eq!(parse("1, 2 ,3"), Ok(vec![1, 2, 3]));
+        assert_eq!(parse("1,,2"), Err("item 2 is empty".to_owned()));
+        assert_eq!(parse("1,"), Err("item 2 is empty".to_owned()));
+        assert_eq!(parse("1,2, 1"), Err("\"1\" is there twice".to_owned()));
+        assert_eq!(parse("1,2,3,4"), Err("4 items, 3 at most".to_owned()));
+        assert_eq!(parse("1,x"), Err("\"x\": not a whole number, or far too large".to_owned()));
+    }
+
+    #[test]
+    fn durations_need_a_unit_and_a_place_in_the_range() {
+        let range = Duration::from_millis(1)..=Duration::from_secs(300);
+        assert_eq!(duration("1m 30s", &range), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("1ms", &range), Ok(Duration::from_millis(1)));
+        assert_eq!(duration("0s", &range), Err("below 1ms".to_owned()));
+        assert_eq!(duration("5m 1ns", &range), Err("above 5m".to_owned()));
+        for text in ["30", "s", "-1s", "1 parsec", "99999999999999999999s", "off"] {
+            assert!(duration(text, &range).unwrap_err().starts_with("not a duration"), "{text}");
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! The table of variables. The help, the defaults, the messages and the print of what is in force
+//! are all made from it.
+
+use serde::Deserialize;
+
+/// What all names of variables start with.
+pub const PREFIX: &str = "AEGIS_";
+
+/// One variable of the environment.
+#[derive(Debug)]
+pub struct Variable {
+    /// Its name, `AEGIS_…`.
+    pub name: &'static str,
+    /// The text that stands for it where it is not set.
+    pub default: &'static str,
+    /// Which values are accepted, with their unit.
+    pub accepts: &'static str,
+    /// What it does.
+    pub what: &'static str,
+    pub(super) raw: fn(&RawConfig) -> Option<&str>,
+}
+
+/// Declares the variables: constant and name, field of [`RawConfig`], default, accepted, purpose.
+macro_rules! variables {
+    ($($name:ident $field:ident = $default:literal, $accepts:literal, $what:literal;)+) => {
+        /// The environment as found: the text of each variable, without the prefix `AEGIS_`.
+        #[derive(Debug, Default, Deserialize)]
+        pub struct RawConfig {
+            $(#[doc = concat!("The text of `", stringify!($name), "`.")] pub $field: Option<String>,)+
+        }
+
+        $(pub(super) const $name: Variable = Variable {
+            name: stringify!($name),
+            default: $default,
+            accepts: $accepts,
+            what: $what,
+            raw: |raw| raw.$field.as_deref(),
+        };)+
+
+        /// Every variable, in the order in which people read about them.
+        pub const VARIABLES: &[Variable] = &[$($name,)+];
+    };
+}
+
+variables! {
+    AEGIS_LISTEN listen = "127.0.0.1:8081,[::1]:8081",
+        "1 to 16 of IP:PORT, comma-separated; port 0 picks a free one",
+        "Where clients connect. Address families that the host lacks are skipped.";
+    AEGIS_ADMIN admin = "[::]:8082",
+        "IP:PORT; port 0 picks a free one",
+        "Where metrics and the probes answer.";
+    AEGIS_BACKENDS backends = "127.0.0.1:8080",
+        "1 to 1024 of HOST:PORT, comma-separated; IPv6 addresses in brackets",
+        "Where connections go. A name stands for all the addresses it resolves to.";
+    AEGIS_DNS_REFRESH dns_refresh = "5s",
+        "a duration from 100ms to 1h",
+        "How often names among the backends are resolved again.";
+    AEGIS_BALANCE balance = "least_conn",
+        "least_conn, round_robin, random_two or source_hash",
+        "How the endpoint of a new session is chosen.";
+    AEGIS_WORKERS workers = "auto",
+        "auto, or a number from 1 to 256",
+        "Worker threads. auto: one for each core that the container may use.";
+    AEGIS_PIN pin = "auto",
+        "auto, on or off",
+        "Whether workers are pinned to cores. auto: unless there is a CPU quota.";
+    AEGIS_IO io = "auto",
+        "auto, uring or epoll",
+        "What drives the sockets. auto: io_uring where it works, else epoll.";
+    AEGIS_MAX_SESSIONS max_sessions = "auto",
+        "auto, or a number from 1 to 1000000",
+        "Sessions at a time in the whole process. auto: what RLIMIT_NOFILE allows, 10000 at most.";
+    AEGIS_POOL_MIN_IDLE pool_min_idle = "4",
+        "a number from 0 to 4096, not above AEGIS_POOL_MAX_IDLE",
+        "Warm connections kept at least, per worker and endpoint.";
+    AEGIS_POOL_MAX_IDLE pool_max_idle = "64",
+        "a number from 0 to 4096",
+        "Warm connections kept at most, per worker and endpoint. 0 turns pooling off.";
+    AEGIS_POOL_IDLE_TIMEOUT pool_idle_timeout = "60s",
+        "off, or a duration from 10ms to 30d",
+        "Closes warm connections above the minimum that were idle for this long.";
+    AEGIS_POOL_MAX_LIFETIME pool_max_lifetime = "15m",
+        "off, or a duration from 10ms to 30d",
+        "Replaces warm connections that are older than this.";
+    AEGIS_CONNECT_TIMEOUT connect_timeout = "1s",
+        "a duration from 1ms to 5m",
+        "How long one attempt to connect to an endpoint may take.";
+    AEGIS_CONNECT_ATTEMPTS connect_attempts = "3",
+        "a number from 1 to 8",
+        "How many endpoints are tried for a session before it is given up.";
+    AEGIS_IDLE_TIMEOUT idle_timeout = "off",
+        "off, or a duration from 10ms to 30d",
+        "Ends sessions on which no byte moved for this long.";
+    AEGIS_HALF_CLOSE_TIMEOUT half_close_timeout = "60s",
+        "off, or a duration from 10ms to 30d",
+        "Ends sessions with one direction ended on which no byte moved for this long.";
+    AEGIS_TCP_USER_TIMEOUT tcp_user_timeout = "30s",
+        "off, or a duration from 100ms to 1d",
+        "How long sent bytes may stay unacknowledged before the connection counts as broken.";
+    AEGIS_KEEPALIVE keepalive = "60s",
+        "off, or a duration from 1s to 9h",
+        "TCP keep-alive probes start after this idle time.";
+    AEGIS_PROXY_PROTOCOL proxy_protocol = "off",
+        "off, v1 or v2",
+        "The PROXY protocol header sent to backends.";
+    // Native sidecars stop after the application, often with about two seconds left: the delay has
+    // to fit there, and delay and timeout together within the usual grace period of 30 seconds.
+    AEGIS_DRAIN_DELAY drain_delay = "1s",
+        "a duration from 0s to 5m",
+        "How long to go on accepting after SIGTERM, while clients notice.";
+    AEGIS_DRAIN_TIMEOUT drain_timeout = "25s",
+        "a duration from 0s to 1h",
+        "How long sessions may take to finish after that.";
+    AEGIS_EJECT_FAILURES eject_failures = "3",
+        "a number from 1 to 1000",
+        "Failures in a row that take an endpoint out of use for a while.";
+    AEGIS_EJECT_TIME eject_time = "1s",
+        "a duration from 10ms to 1h",
+        "How long it stays out the first time. Doubles with each further one, up to a cap.";
+    AEGIS_LOG log = "info",
+        "off, error, warn, info, debug, trace, or directives such as info,aegis::io=debug",
+        "What is logged.";
+    AEGIS_LOG_FORMAT log_format = "text",
+        "text or json",
+        "How it is logged: lines for people, or one JSON object a line.";
+}
