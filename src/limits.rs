@@ -22,11 +22,14 @@ pub const RELAY_BUFFERS_MAX: u32 = 8;
 /// Buffers lent to the kernel at a time for whichever socket receives next.
 pub const BUFFER_RING_ENTRIES: u16 = 256;
 
+/// Sessions for which a worker reserves buffers: above, stalled sessions share.
+const BUFFERED_SESSIONS_MAX: usize = 32 * 1024;
+
 /// Buffers of one worker.
 pub const fn buffers_max(sessions_max: usize) -> usize {
     // Two a session: should every reader stall in both directions, each still holds its own, and
     // a slow session never holds a buffer that another one needs.
-    2 * sessions_max
+    buffers_reserved(sessions_max)
         // Lent to the kernel, not yet filled.
         + BUFFER_RING_ENTRIES as usize
         // For bursts: what is above the first two terms is shared by those that run ahead.
@@ -35,7 +38,13 @@ pub const fn buffers_max(sessions_max: usize) -> usize {
 
 /// With fewer free buffers than this, sessions get one buffer a direction and no more.
 pub const fn buffers_lean_below(sessions_max: usize) -> u32 {
-    2 * sessions_max as u32 + BUFFER_RING_ENTRIES as u32
+    buffers_reserved(sessions_max) as u32
+}
+
+const fn buffers_reserved(sessions_max: usize) -> usize {
+    let sessions =
+        if sessions_max < BUFFERED_SESSIONS_MAX { sessions_max } else { BUFFERED_SESSIONS_MAX };
+    2 * sessions
 }
 
 // ---- Connections -------------------------------------------------------------------------------
@@ -101,7 +110,7 @@ const POOL_ENDPOINTS_PER_BACKEND: u64 = 2;
 const DESCRIPTORS_PER_WORKER: u64 = 2;
 
 /// Connections to the admin port: a scraper, the kubelet's probes, people.
-const ADMIN_CONNECTIONS: u64 = 32;
+pub const ADMIN_CONNECTIONS: u64 = 32;
 
 /// The admin listener, the runtime's own epoll, eventfd and signal pipe, lookups in DNS, and the
 /// connections to the API server.

@@ -1,29 +1,129 @@
-//! Temporary.
-use aegis::config::*;
-use aegis::worker::{self, WorkerSetup, listener, mailbox::Mailbox};
-use aegis::proxy::endpoints::*;
+//! The life of the process, top to bottom.
+
+use std::fmt::Display;
+use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::*;
-fn env(k: &str, d: &str) -> String { std::env::var(k).unwrap_or(d.into()) }
-fn main() {
-    tracing_subscriber::fmt().with_env_filter("debug").init();
-    let s = Duration::from_secs;
-    let config = Arc::new(Config { listen: vec![env("AEGIS_LISTEN","127.0.0.1:8081").parse().unwrap()], admin: "127.0.0.1:0".parse().unwrap(), backends: vec![], dns_refresh: s(5), workers: None, pin: Switch::Auto,
-        io: match env("AEGIS_IO","auto").as_str() {"uring"=>IoChoice::Uring,"epoll"=>IoChoice::Epoll,_=>IoChoice::Auto}, balance: Balance::LeastConn, pool: PoolConfig{min_idle:4,max_idle:64,idle_timeout:Some(s(60)),max_lifetime:Some(s(900))}, max_sessions: None, connect_timeout: s(1), connect_attempts: 3, idle_timeout: None, half_close_timeout: Some(s(60)), tcp_user_timeout: Some(s(30)), keepalive: Some(s(60)), proxy_protocol: ProxyProtocol::Off, drain_delay: s(0), drain_timeout: s(5), eject_failures: 3, eject_time: s(1), log: "info".into(), log_format: LogFormat::Text });
-    let n = env("AEGIS_WORKERS","2").parse().unwrap();
-    let verdict = aegis::io::probe::choose(config.io).unwrap();
-    println!("{verdict:?}");
-    let l = listener::listen(&config.listen, n, &worker::socket_options(&config)).unwrap();
-    let started = Instant::now();
-    let stats: Arc<[_]> = (0..n).map(|_| Arc::default()).collect::<Vec<_>>().into();
-    let (tx, _rx) = tokio::sync::mpsc::channel(1);
-    let snap = Arc::new(EndpointSnapshot{generation:1, endpoints: vec![Endpoint::new("b", env("AEGIS_BACKENDS","127.0.0.1:8080").parse().unwrap(), n)]});
-    let mut boxes = vec![];
-    for (index, listeners) in l.sets.into_iter().enumerate() {
-        let mailbox = Arc::new(Mailbox::new().unwrap());
-        worker::spawn(WorkerSetup { index, core: None, listeners, driver: verdict.driver, config: config.clone(), sessions_max: 9000, mailbox: mailbox.clone(), stats: Arc::clone(&stats), started, exited: tx.clone() }).unwrap();
-        mailbox.deliver(snap.clone());
-        boxes.push(mailbox);
+use std::time::Instant;
+
+use aegis::cli::{self, Command};
+use aegis::config::Config;
+use aegis::control::{self, DriverInfo, Outcome, Setup, WorkerHandle, admin, logging};
+use aegis::io::probe::{self, Verdict};
+use aegis::limits::{self, DescriptorUsers};
+use aegis::worker::cores::{self, Plan};
+use aegis::worker::mailbox::Mailbox;
+use aegis::worker::{self, WorkerSetup, listener};
+
+/// The configuration is wrong (`EX_CONFIG` of BSD's sysexits).
+const EXIT_CONFIG: u8 = 78;
+
+fn main() -> ExitCode {
+    let command = cli::parse(std::env::args_os());
+    let config = match Config::from_env() {
+        Ok(config) => Arc::new(config),
+        Err(problems) => return fail(EXIT_CONFIG, problems),
+    };
+    match command {
+        Command::Run => run(config).unwrap_or_else(|error| fail(1, error)),
+        Command::Check => check(&config).unwrap_or_else(|error| fail(1, error)),
     }
-    loop { std::thread::sleep(s(100)); }
+}
+
+type Error = Box<dyn std::error::Error>;
+
+/// What is decided before anything is bound.
+struct Decisions {
+    plan: Plan,
+    verdict: Verdict,
+    max_sessions: usize,
+}
+
+fn decide(config: &Config) -> Result<Decisions, Error> {
+    let verdict = probe::choose(config.io)?;
+    let plan = cores::plan(config.workers, config.pin);
+    let users = DescriptorUsers {
+        workers: plan.cores.len(),
+        listeners: config.listen.len(),
+        pool_max_idle: config.pool.max_idle,
+        backends: config.backends.len(),
+    };
+    let nofile = limits::raise_nofile()?;
+    let max_sessions = limits::max_sessions(config.max_sessions, nofile, &users)?.get();
+    Ok(Decisions { plan, verdict, max_sessions })
+}
+
+fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
+    let started = Instant::now();
+    logging::init(&config);
+    end_with_any_thread();
+    let Decisions { plan, verdict, max_sessions } = decide(&config)?;
+    let workers = plan.cores.len();
+    let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
+    let version = env!("CARGO_PKG_VERSION");
+    tracing::info!(version, workers, max_sessions, cores = plan.reason, "aegis-proxy starts");
+    tracing::info!(driver = verdict.driver.name(), reason = verdict.reason, kernel, "io driver");
+
+    // Everything is bound before anything is announced or served.
+    let options = worker::socket_options(&config);
+    let listeners = listener::listen(&config.listen, workers, &options)?;
+    let admin = admin::bind(config.admin)?;
+
+    let stats: Arc<[_]> = (0..workers).map(|_| Arc::default()).collect();
+    let (alive, exited) = tokio::sync::mpsc::channel(1);
+    let mut handles = Vec::with_capacity(workers);
+    for (index, (core, listeners)) in plan.cores.into_iter().zip(listeners.sets).enumerate() {
+        let mailbox = Arc::new(Mailbox::new()?);
+        handles
+            .push(WorkerHandle { mailbox: Arc::clone(&mailbox), stats: Arc::clone(&stats[index]) });
+        worker::spawn(WorkerSetup {
+            index,
+            core,
+            listeners,
+            driver: verdict.driver,
+            config: Arc::clone(&config),
+            sessions_max: max_sessions,
+            mailbox,
+            stats: Arc::clone(&stats),
+            started,
+            exited: alive.clone(),
+        })?;
+    }
+    drop(alive);
+    for address in &listeners.addresses {
+        tracing::info!(%address, "listening");
+    }
+
+    let driver = DriverInfo { driver: verdict.driver.name(), reason: verdict.reason, kernel };
+    let setup = Setup { config, started, workers: handles, driver, max_sessions, admin, exited };
+    Ok(match control::run(setup)? {
+        Outcome::Drained | Outcome::Cut(_) => ExitCode::SUCCESS,
+        Outcome::WorkersGone => ExitCode::FAILURE,
+    })
+}
+
+/// Prints what a start would do, and starts nothing.
+fn check(config: &Config) -> Result<ExitCode, Error> {
+    for (name, value) in config.effective() {
+        println!("{name}={value}");
+    }
+    let Decisions { plan, verdict, max_sessions } = decide(config)?;
+    println!();
+    println!("workers: {} ({})", plan.cores.len(), plan.reason);
+    println!("sessions at a time: {max_sessions}");
+    println!("driver: {} ({})", verdict.driver.name(), verdict.reason);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Lets a panic of any thread end the process with its message: no half-dead proxy.
+fn end_with_any_thread() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
+}
+
+fn fail(code: u8, error: impl Display) -> ExitCode {
+    eprintln!("aegis-proxy: {error}");
+    ExitCode::from(code)
 }

@@ -72,7 +72,9 @@ impl<T> Slab<T> {
         if self.free != NONE {
             let index = self.free;
             let slot = &mut self.slots[index as usize];
-            let Slot::Free { generation, next } = *slot else { unreachable!("a used slot is free") };
+            let Slot::Free { generation, next } = *slot else {
+                unreachable!("a used slot is free")
+            };
             self.free = next;
             *slot = Slot::Used { generation, value };
             self.len += 1;

@@ -151,9 +151,7 @@ impl Buffers {
     pub fn bytes(&self, buf: &Buf) -> &[u8] {
         // SAFETY: `start + len` never exceeds the buffer, which lies inside the allocation; the
         // handle is the only one to this buffer, so nobody writes while it is borrowed.
-        unsafe {
-            std::slice::from_raw_parts(self.address(buf).as_ptr(), buf.len as usize)
-        }
+        unsafe { std::slice::from_raw_parts(self.address(buf).as_ptr(), buf.len as usize) }
     }
 
     /// The whole of a buffer, to be filled and then cut to length by [`Buffers::set_len`].

@@ -361,8 +361,7 @@ impl Driver for Epoll {
             let Some(listener) = self.listeners[index].take() else { continue };
             self.acceptable[index] = false;
             for fd in socket::empty_accept_queue(&listener) {
-                let registered =
-                    rustix::io::ioctl_fionbio(&fd, true).map_err(io::Error::from);
+                let registered = rustix::io::ioctl_fionbio(&fd, true).map_err(io::Error::from);
                 let completion = match registered.and_then(|()| self.register(fd, false)) {
                     Ok(conn) => Completion::Accepted(conn),
                     Err(error) => Completion::AcceptFailed(error),

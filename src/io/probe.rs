@@ -163,7 +163,9 @@ fn receive_once(mut ring: IoUring) -> io::Result<()> {
     let received = run(&mut ring, &receive)?;
     // The accepted descriptor is ours; a ring that cannot close it is torn down below anyway.
     // SAFETY: the kernel gave this descriptor to us alone.
-    drop(unsafe { <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(accepted.result()) });
+    drop(unsafe {
+        <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(accepted.result())
+    });
     let multishot = cqueue::more(accepted.flags()) && cqueue::more(received.flags());
     let buffered = cqueue::buffer_select(received.flags()).is_some() && received.result() == 1;
     if multishot && buffered { Ok(()) } else { Err(io::ErrorKind::Unsupported.into()) }
@@ -205,8 +207,8 @@ fn disabled_by_sysctl() -> Option<u32> {
 /// Whether a seccomp filter is in force for this thread.
 fn filtered() -> bool {
     std::fs::read_to_string("/proc/thread-self/status").is_ok_and(|status| {
-        status.lines().any(|line| {
-            line.strip_prefix("Seccomp:").is_some_and(|mode| mode.trim() == "2")
-        })
+        status
+            .lines()
+            .any(|line| line.strip_prefix("Seccomp:").is_some_and(|mode| mode.trim() == "2"))
     })
 }

@@ -34,8 +34,8 @@ impl ProvidedBuffers {
     pub(super) fn register(uring: &IoUring, entries: u16) -> io::Result<Self> {
         assert!(entries.is_power_of_two());
         let size = usize::from(entries) * size_of::<BufRingEntry>();
-        // The kernel wants it on a page of its own.
-        let layout = Layout::from_size_align(size, 4096).map_err(io::Error::other)?;
+        // The kernel wants it on a page of its own; pages are 64 KiB at most.
+        let layout = Layout::from_size_align(size, 64 * 1024).map_err(io::Error::other)?;
         // SAFETY: the size is not zero; zeroed entries are valid.
         let memory = unsafe { alloc_zeroed(layout) };
         let Some(ring) = NonNull::new(memory.cast()) else { handle_alloc_error(layout) };

@@ -182,7 +182,6 @@ impl Uring {
         let ring = probe::build_ring(features, SQ_ENTRIES, CQ_ENTRIES)?;
         let provided = ProvidedBuffers::register(&ring, limits::BUFFER_RING_ENTRIES)?;
         let header = (empty_header(), [empty_part(); SEND_PARTS_MAX]);
-        let sessions_max = (setup.buffers_max - limits::buffers_max(0)) / 2;
         let mut driver = Self {
             provided,
             sockets: Slab::with_capacity(setup.conns_max),
@@ -194,7 +193,7 @@ impl Uring {
             wake: setup.wake,
             options: setup.options,
             features,
-            lean_below: limits::buffers_lean_below(sessions_max),
+            lean_below: setup.buffers_lean_below,
             room: 0,
             now: Instant::now(),
             completions: VecDeque::with_capacity(2 * CQ_ENTRIES as usize),
@@ -665,8 +664,7 @@ impl Driver for Uring {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
         socket.closing = Some(how);
         let Ops { connect, receive, send } = socket.ops;
-        for (out, kind) in
-            [(connect, Kind::Connect), (receive, Kind::Receive), (send, Kind::Send)]
+        for (out, kind) in [(connect, Kind::Connect), (receive, Kind::Receive), (send, Kind::Send)]
         {
             if out {
                 self.cancel(kind, conn);

@@ -376,10 +376,7 @@ mod tests {
     fn both_sides_breaking_closes_for_the_first_reason() {
         let (mut session, _) = open();
         session.on_send_failed(Side::Client);
-        assert_eq!(
-            session.on_send_failed(Side::Backend),
-            Action::Close(CloseReason::ClientReset)
-        );
+        assert_eq!(session.on_send_failed(Side::Backend), Action::Close(CloseReason::ClientReset));
     }
 
     #[test]

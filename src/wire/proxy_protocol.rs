@@ -34,7 +34,8 @@ pub fn write_v2(out: &mut [u8; HEADER_MAX], source: SocketAddr, destination: Soc
     const TCP_OVER_IPV4: u8 = 0x11;
     const TCP_OVER_IPV6: u8 = 0x21;
     let (source, destination) = same_family(source, destination);
-    let (family, addresses) = if source.is_ipv4() { (TCP_OVER_IPV4, 4) } else { (TCP_OVER_IPV6, 16) };
+    let (family, addresses) =
+        if source.is_ipv4() { (TCP_OVER_IPV4, 4) } else { (TCP_OVER_IPV6, 16) };
     let length = 2 * addresses as u16 + 4;
     let mut at = 0;
     let mut put = |bytes: &[u8]| {
@@ -57,7 +58,8 @@ pub fn write_v2(out: &mut [u8; HEADER_MAX], source: SocketAddr, destination: Soc
 
 /// Both as IPv4 if both are (an IPv4 client of a dual-stack listener counts), else as IPv6.
 fn same_family(a: SocketAddr, b: SocketAddr) -> (SocketAddr, SocketAddr) {
-    let canonical = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+    let canonical =
+        |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
     let (a, b) = (canonical(a), canonical(b));
     if a.is_ipv4() == b.is_ipv4() {
         return (a, b);

@@ -10,10 +10,10 @@ use super::timers::Timers;
 use crate::config::Config;
 use crate::io::{Chain, Completion, ConnId, Driver, Wait};
 use crate::limits;
+use crate::proxy::Side;
 use crate::proxy::balance::Table;
 use crate::proxy::health::HealthConfig;
 use crate::proxy::session::{Session, Timeouts};
-use crate::proxy::Side;
 use crate::slab::{Key, Slab};
 use crate::telemetry::{CloseReason, WorkerState, WorkerStats};
 

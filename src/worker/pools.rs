@@ -216,8 +216,6 @@ pub(super) fn is_local(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::QuotaExceeded
         || matches!(
             error.raw_os_error(),
-            Some(
-                libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM | libc::EADDRNOTAVAIL
-            )
+            Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM | libc::EADDRNOTAVAIL)
         )
 }

@@ -125,7 +125,9 @@ impl<D: Driver> Engine<D> {
 
     /// A session no longer counts as one of its endpoint's.
     fn release(&mut self, endpoint: Option<u16>) {
-        let Some(entry) = endpoint.and_then(|endpoint| self.table.get_mut(endpoint)) else { return };
+        let Some(entry) = endpoint.and_then(|endpoint| self.table.get_mut(endpoint)) else {
+            return;
+        };
         entry.sessions -= 1;
         entry.stats().sessions_active.set(u64::from(entry.sessions));
         if !entry.is_present() {
@@ -135,7 +137,9 @@ impl<D: Driver> Engine<D> {
 
     /// Lets bytes flow between the session's client and `backend`.
     fn open(&mut self, key: Key, backend: ConnId, mut greeting: Chain) {
-        let Some(client) = self.sessions.get(key).and_then(|s| s.conn(Side::Client)) else { return };
+        let Some(client) = self.sessions.get(key).and_then(|s| s.conn(Side::Client)) else {
+            return;
+        };
         self.own(backend, Owner::Session(key, Side::Backend));
         let preface = self.proxy_header(client);
         let Some(session) = self.sessions.get_mut(key) else { return };
@@ -226,11 +230,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Tells a session what happened and does what it answers.
-    pub(super) fn apply(
-        &mut self,
-        key: Key,
-        event: impl FnOnce(&mut Session, Instant) -> Action,
-    ) {
+    pub(super) fn apply(&mut self, key: Key, event: impl FnOnce(&mut Session, Instant) -> Action) {
         if let Some(session) = self.sessions.get_mut(key) {
             let action = event(session, self.now);
             self.act(key, action);

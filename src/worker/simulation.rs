@@ -177,7 +177,11 @@ impl Run {
                 continue;
             }
             if peer.saw_end && !peer.saw_reset {
-                assert!(partner.ended, "{} was told of an end that {} made not", peer.id, partner.id);
+                assert!(
+                    partner.ended,
+                    "{} was told of an end that {} made not",
+                    peer.id, partner.id
+                );
                 assert_eq!(peer.received.len(), partner.sent, "bytes lost before the end");
             }
             assert!(!(partner.reset && peer.saw_end), "a reset arrived as an ordinary end");

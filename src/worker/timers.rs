@@ -86,7 +86,8 @@ impl Timers {
 
     /// A slot whose deadline has come. Its deadline is unset by this.
     pub fn pop(&mut self, now: Instant) -> Option<usize> {
-        let current = (now.saturating_duration_since(self.start).as_nanos() / TICK.as_nanos()) as u64;
+        let current =
+            (now.saturating_duration_since(self.start).as_nanos() / TICK.as_nanos()) as u64;
         loop {
             while let Some(slot) = self.due.pop() {
                 let tick = self.entries[slot as usize].tick;
