@@ -1,0 +1,72 @@
+//! Hosts that deny `io_uring`, as container runtimes do: with a seccomp filter.
+
+use crate::support::backend::Backend;
+use crate::support::client::{connect, expect_echo};
+use crate::support::metrics::IO_DRIVER;
+use crate::support::proxy::{Builder, Proxy};
+use crate::support::{Io, skip, uring_unavailable};
+
+const SETUP: i64 = libc::SYS_io_uring_setup;
+const ENTER: i64 = libc::SYS_io_uring_enter;
+const REGISTER: i64 = libc::SYS_io_uring_register;
+
+fn echoes(proxy: &Proxy) {
+    expect_echo(&connect(proxy.address()), 0, 1 << 20).unwrap();
+}
+
+#[test]
+fn auto_runs_on_epoll_and_says_so_where_setup_is_denied() {
+    for errno in [libc::EPERM, libc::ENOSYS] {
+        let backend = Backend::echo();
+        let proxy = Builder::on(Io::Auto).backends(&[backend.address()]).deny(SETUP, errno).start();
+        assert_eq!(proxy.log_field("io driver", "driver"), "epoll");
+        let reason = proxy.log_field("io driver", "reason");
+        assert!(names_errno(&reason, errno), "errno {errno}: {reason}");
+        assert_eq!(proxy.metric(IO_DRIVER, &[("driver", "epoll")]), 1);
+        echoes(&proxy);
+    }
+}
+
+#[test]
+fn auto_works_where_any_part_of_io_uring_is_denied() {
+    for syscall in [ENTER, REGISTER] {
+        for errno in [libc::EPERM, libc::ENOSYS] {
+            let backend = Backend::echo();
+            let proxy =
+                Builder::on(Io::Auto).backends(&[backend.address()]).deny(syscall, errno).start();
+            echoes(&proxy);
+        }
+    }
+}
+
+#[test]
+fn uring_by_name_fails_with_the_reason_where_it_is_denied() {
+    for errno in [libc::EPERM, libc::ENOSYS] {
+        let ended =
+            Builder::on(Io::Uring).set("AEGIS_BACKENDS", "127.0.0.2:9").deny(SETUP, errno).run();
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+        assert!(ended.errors.contains("io_uring"), "{}", ended.errors);
+        assert!(names_errno(&ended.errors, errno), "errno {errno}: {}", ended.errors);
+    }
+}
+
+#[test]
+fn auto_runs_on_io_uring_where_it_works() {
+    if let Some(why) = uring_unavailable() {
+        return skip(&format!("io_uring does not work on this host: {why}"));
+    }
+    let backend = Backend::echo();
+    let proxy = Builder::on(Io::Auto).backends(&[backend.address()]).start();
+    assert_eq!(proxy.log_field("io driver", "driver"), "io_uring");
+    assert_eq!(proxy.metric(IO_DRIVER, &[("driver", "io_uring")]), 1);
+    echoes(&proxy);
+}
+
+/// Whether the text has the error's name or the system's words for it.
+fn names_errno(text: &str, errno: i32) -> bool {
+    let (name, words) = match errno {
+        libc::EPERM => ("EPERM", "operation not permitted"),
+        _ => ("ENOSYS", "function not implemented"),
+    };
+    text.contains(name) || text.to_lowercase().contains(words)
+}

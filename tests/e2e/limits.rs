@@ -1,0 +1,124 @@
+//! What happens at the limits.
+
+use std::io::Write;
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::support::backend::Backend;
+use crate::support::client::{ask, connect, is_silent, read_end, read_line, wait_closed};
+use crate::support::metrics::{ACCEPT_PAUSES, SESSIONS_ACTIVE, SESSIONS_CLOSED};
+use crate::support::proxy::Builder;
+use crate::support::{Io, on_both_drivers};
+
+on_both_drivers![
+    the_session_above_the_limit_waits_and_is_served_when_another_ends,
+    all_workers_together_keep_to_the_limit_and_serve_everyone,
+    a_descriptor_limit_that_is_too_small_is_refused_with_the_sum,
+    a_session_without_traffic_ends_after_the_idle_timeout,
+    a_half_closed_session_without_traffic_ends_after_its_own_timeout,
+];
+
+fn the_session_above_the_limit_waits_and_is_served_when_another_ends(io: Io) {
+    let backend = Backend::named("a");
+    let proxy = Builder::on(io)
+        .backends(&[backend.address()])
+        .set("AEGIS_WORKERS", "1")
+        .set("AEGIS_MAX_SESSIONS", "10")
+        .start();
+    let mut clients: Vec<_> = (0..10).map(|_| connect(proxy.address())).collect();
+    for client in &clients {
+        assert_eq!(ask(client, "who"), "a");
+    }
+
+    let mut waiting = connect(proxy.address());
+    waiting.write_all(b"who\n").unwrap();
+    proxy.wait_for(ACCEPT_PAUSES, &[], |pauses| pauses >= 1);
+    assert!(is_silent(&waiting, Duration::from_millis(300)));
+    assert_eq!(proxy.metric(SESSIONS_ACTIVE, &[]), 10);
+    for client in &clients {
+        assert_eq!(ask(client, "who"), "a");
+    }
+
+    drop(clients.pop());
+    assert_eq!(read_line(&waiting).unwrap(), "a");
+    assert_eq!(ask(&waiting, "who"), "a");
+    for client in &clients {
+        assert_eq!(ask(client, "who"), "a");
+    }
+}
+
+fn all_workers_together_keep_to_the_limit_and_serve_everyone(io: Io) {
+    const LIMIT: usize = 10;
+    let backend = Backend::named("a");
+    let proxy = Builder::on(io)
+        .backends(&[backend.address()])
+        .set("AEGIS_MAX_SESSIONS", LIMIT.to_string())
+        .start();
+    let (served, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for _ in 0..40 {
+            scope.spawn(|| {
+                for _ in 0..10 {
+                    let client = connect(proxy.address());
+                    assert_eq!(ask(&client, "who"), "a");
+                    most.fetch_max(served.fetch_add(1, SeqCst) + 1, SeqCst);
+                    assert_eq!(ask(&client, "who"), "a");
+                    served.fetch_sub(1, SeqCst);
+                }
+            });
+        }
+    });
+    let most = most.into_inner();
+    assert!(most <= LIMIT, "{most} sessions at once");
+    proxy.wait_for(SESSIONS_ACTIVE, &[], |sessions| sessions == 0);
+}
+
+fn a_descriptor_limit_that_is_too_small_is_refused_with_the_sum(io: Io) {
+    let ended = Builder::on(io)
+        .backends(&["127.0.0.2:9".parse().unwrap()])
+        .set("AEGIS_MAX_SESSIONS", "1000")
+        .descriptors_max(64)
+        .run();
+    assert!(matches!(ended.code, Some(1 | 78)), "{ended:?}");
+    for part in ["64", "1000", "AEGIS_MAX_SESSIONS"] {
+        assert!(ended.errors.contains(part), "no {part} in {}", ended.errors);
+    }
+}
+
+fn a_session_without_traffic_ends_after_the_idle_timeout(io: Io) {
+    let backend = Backend::named("a");
+    let proxy =
+        Builder::on(io).backends(&[backend.address()]).set("AEGIS_IDLE_TIMEOUT", "1s").start();
+    let client = connect(proxy.address());
+    let begun = Instant::now();
+    // Traffic puts the end off.
+    while begun.elapsed() < Duration::from_millis(1500) {
+        assert_eq!(ask(&client, "who"), "a");
+    }
+    let last = Instant::now();
+    wait_closed(&client).unwrap();
+    let idle = last.elapsed();
+    assert!(idle > Duration::from_millis(800) && idle < Duration::from_secs(5), "{idle:?}");
+    proxy.wait_for(SESSIONS_CLOSED, &[("reason", "idle_timeout")], |sessions| sessions == 1);
+}
+
+fn a_half_closed_session_without_traffic_ends_after_its_own_timeout(io: Io) {
+    // It never ends its direction by itself while the proxy keeps the connection.
+    let backend = Backend::scripted(|stream| {
+        let _ = stream.shutdown(Shutdown::Write);
+        while read_line(stream).is_ok() {}
+    });
+    let proxy = Builder::on(io)
+        .backends(&[backend.address()])
+        .without_pool()
+        .set("AEGIS_IDLE_TIMEOUT", "off")
+        .set("AEGIS_HALF_CLOSE_TIMEOUT", "1s")
+        .start();
+    let client = connect(proxy.address());
+    read_end(&client).unwrap();
+    let labels = [("reason", "half_close_timeout")];
+    proxy.wait_for(SESSIONS_CLOSED, &labels, |sessions| sessions == 1);
+    assert_eq!(proxy.metric(SESSIONS_ACTIVE, &[]), 0);
+}

@@ -1,0 +1,348 @@
+//! The proxy as a child process: configured by its environment, watched through its log, its
+//! admin port and `/proc`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, Once};
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+use serde_json::Value;
+
+use super::metrics::{Labels, Metrics};
+use super::{Io, PATIENCE, client, eventually};
+
+/// How a proxy is to be started.
+#[derive(Clone, Default)]
+pub struct Builder {
+    environment: BTreeMap<String, String>,
+    arguments: Vec<&'static str>,
+    descriptors_max: Option<u64>,
+    denied: Option<(i64, i32)>,
+}
+
+impl Builder {
+    /// Nothing set at all.
+    pub fn bare() -> Self {
+        Self::default()
+    }
+
+    /// What the tests share: two workers, free ports on the loopback interface, a log to parse,
+    /// and no delay before draining.
+    pub fn on(io: Io) -> Self {
+        Self::bare()
+            .set("AEGIS_IO", io.name())
+            .set("AEGIS_LISTEN", "127.0.0.1:0")
+            .set("AEGIS_ADMIN", "127.0.0.1:0")
+            .set("AEGIS_WORKERS", "2")
+            .set("AEGIS_PIN", "off")
+            .set("AEGIS_LOG_FORMAT", "json")
+            .set("AEGIS_DRAIN_DELAY", "0s")
+    }
+
+    pub fn backends(self, addresses: &[SocketAddr]) -> Self {
+        let list: Vec<_> = addresses.iter().map(SocketAddr::to_string).collect();
+        self.set("AEGIS_BACKENDS", list.join(","))
+    }
+
+    pub fn set(mut self, variable: &str, value: impl Into<String>) -> Self {
+        self.environment.insert(variable.to_owned(), value.into());
+        self
+    }
+
+    /// The size of the pools, for each worker and endpoint.
+    pub fn pool(self, min_idle: u64, max_idle: u64) -> Self {
+        self.set("AEGIS_POOL_MIN_IDLE", min_idle.to_string())
+            .set("AEGIS_POOL_MAX_IDLE", max_idle.to_string())
+    }
+
+    pub fn without_pool(self) -> Self {
+        self.pool(0, 0)
+    }
+
+    pub fn argument(mut self, argument: &'static str) -> Self {
+        self.arguments.push(argument);
+        self
+    }
+
+    /// Limits how many descriptors the process may have, hard and soft.
+    pub fn descriptors_max(mut self, max: u64) -> Self {
+        self.descriptors_max = Some(max);
+        self
+    }
+
+    /// Makes a system call fail, as the seccomp profiles of container runtimes do.
+    pub fn deny(mut self, syscall: i64, errno: i32) -> Self {
+        self.denied = Some((syscall, errno));
+        self
+    }
+
+    /// Starts the proxy and waits until it is ready.
+    pub fn start(self) -> Proxy {
+        let proxy = self.launch();
+        eventually("/readyz says 200", PATIENCE, || {
+            (proxy.get("/readyz").status == 200).then_some(())
+        });
+        proxy
+    }
+
+    /// Starts the proxy and waits until it listens.
+    pub fn launch(self) -> Proxy {
+        let mut child = self.spawn();
+        let log = Log::default();
+        let (lines, errors) = (log.clone(), child.stderr.take().unwrap());
+        thread::spawn(move || {
+            for line in BufReader::new(errors).lines().map_while(Result::ok) {
+                lines.0.lock().unwrap().push(line);
+            }
+        });
+        let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
+        let mut proxy = Proxy { child, log, address: unknown, admin: unknown };
+        (proxy.address, proxy.admin) = eventually("the proxy listens", PATIENCE, || {
+            let ended = proxy.child.try_wait().unwrap();
+            assert!(ended.is_none(), "the proxy ended: {ended:?}");
+            let address = |message| proxy.log.field(message, "address")?.parse().ok();
+            Some((address("listening")?, address("admin listening")?))
+        });
+        proxy
+    }
+
+    /// Runs the program until it ends by itself.
+    pub fn run(self) -> Ended {
+        let mut child = Guard(self.spawn());
+        let mut output = child.0.stdout.take().unwrap();
+        let mut errors = child.0.stderr.take().unwrap();
+        // Each has room in its pipe for all that such a run prints.
+        let status = eventually("the program ends", PATIENCE, || child.0.try_wait().unwrap());
+        let mut ended = Ended { code: status.code(), output: String::new(), errors: String::new() };
+        output.read_to_string(&mut ended.output).unwrap();
+        errors.read_to_string(&mut ended.errors).unwrap();
+        ended
+    }
+
+    fn spawn(self) -> Child {
+        raise_descriptor_limit();
+        // Another build, such as the one in the image, can be put to the same tests.
+        let binary = std::env::var("AEGIS_E2E_BINARY")
+            .unwrap_or_else(|_| env!("CARGO_BIN_EXE_aegis-proxy").to_owned());
+        let mut command = match self.descriptors_max {
+            None => Command::new(binary),
+            Some(max) => {
+                let mut shell = Command::new("sh");
+                shell.args(["-c", "ulimit -n \"$0\" && exec \"$@\"", &max.to_string(), &binary]);
+                shell
+            }
+        };
+        command.args(&self.arguments).env_clear().envs(&self.environment);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if let Some(path) = std::env::var_os("PATH") {
+            command.env("PATH", path);
+        }
+        let Some((syscall, errno)) = self.denied else { return command.spawn().unwrap() };
+        // A filter is for one thread and the processes it starts, so a thread of its own spares
+        // both the test and the unsafe code between fork and exec.
+        thread::spawn(move || {
+            seccompiler::apply_filter(&denying(syscall, errno)).unwrap();
+            command.spawn().unwrap()
+        })
+        .join()
+        .unwrap()
+    }
+}
+
+/// A filter under which one system call fails.
+fn denying(syscall: i64, errno: i32) -> BpfProgram {
+    let rules = BTreeMap::from([(syscall, Vec::new())]);
+    let denied = SeccompAction::Errno(errno.cast_unsigned());
+    let architecture = std::env::consts::ARCH.try_into().unwrap();
+    SeccompFilter::new(rules, SeccompAction::Allow, denied, architecture)
+        .unwrap()
+        .try_into()
+        .unwrap()
+}
+
+/// Raises the soft limit to the hard one, for this process and its children.
+fn raise_descriptor_limit() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let maximum = getrlimit(Resource::Nofile).maximum;
+        setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
+    });
+}
+
+/// A program that has ended.
+#[derive(Debug)]
+pub struct Ended {
+    pub code: Option<i32>,
+    pub output: String,
+    pub errors: String,
+}
+
+/// The answer of the admin port.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: HashMap<String, String>,
+    pub body: String,
+}
+
+impl Answer {
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.body)
+            .unwrap_or_else(|error| panic!("{error} in {:?}", self.body))
+    }
+}
+
+/// A running proxy; killed when dropped.
+pub struct Proxy {
+    child: Child,
+    log: Log,
+    address: SocketAddr,
+    admin: SocketAddr,
+}
+
+impl Proxy {
+    /// Where clients connect.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// A field of the first line of the log with this message.
+    pub fn log_field(&self, message: &str, field: &str) -> String {
+        eventually(&format!("the log has {message:?} with {field:?}"), PATIENCE, || {
+            self.log.field(message, field)
+        })
+    }
+
+    /// Asks the admin port.
+    pub fn get(&self, path: &str) -> Answer {
+        self.try_get(path).unwrap_or_else(|error| panic!("GET {path}: {error}"))
+    }
+
+    fn try_get(&self, path: &str) -> std::io::Result<Answer> {
+        let mut stream = client::try_connect(self.admin)?;
+        // To HTTP/1.0 the answer comes in one piece, and its end is the connection's.
+        write!(stream, "GET {path} HTTP/1.0\r\nHost: aegis\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        parse_answer(&text).ok_or_else(|| std::io::Error::other(format!("not HTTP: {text:?}")))
+    }
+
+    /// Scrapes the metrics.
+    pub fn metrics(&self) -> Metrics {
+        let answer = self.get("/metrics");
+        assert_eq!(answer.status, 200);
+        Metrics::parse(&answer.body)
+    }
+
+    /// The sum of the metric's samples with these labels.
+    pub fn metric(&self, name: &str, labels: Labels) -> u64 {
+        let metrics = self.metrics();
+        metrics
+            .sum(name, labels)
+            .unwrap_or_else(|| panic!("{labels:?} not found: {}", metrics.describe(name)))
+    }
+
+    /// Waits until the metric's sum satisfies a condition.
+    pub fn wait_for(&self, name: &str, labels: Labels, condition: impl Fn(u64) -> bool) {
+        let mut last = None;
+        let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            eventually(&format!("{name}{labels:?}"), PATIENCE, || {
+                let metrics = last.insert(self.metrics());
+                metrics.sum(name, labels).filter(|sum| condition(*sum))
+            })
+        }));
+        if let Err(panic) = found {
+            // The last scrape says what was there instead.
+            eprintln!("{}", last.map(|metrics| metrics.describe(name)).unwrap_or_default());
+            std::panic::resume_unwind(panic);
+        }
+    }
+
+    pub fn terminate(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
+    }
+
+    /// Waits until the process has ended.
+    pub fn wait(&mut self, within: Duration) -> ExitStatus {
+        eventually("the proxy ends", within, || self.child.try_wait().unwrap())
+    }
+
+    /// Waits until the process has ended, and checks that it did so cleanly.
+    pub fn wait_clean(&mut self, within: Duration) {
+        let status = self.wait(within);
+        assert_eq!((status.code(), status.signal()), (Some(0), None));
+    }
+
+    /// A value of `/proc/<pid>/<file>` in kB, such as `VmRSS` of `status`.
+    pub fn memory_kb(&self, file: &str, field: &str) -> u64 {
+        let path = format!("/proc/{}/{file}", self.child.id());
+        let text = fs::read_to_string(&path).unwrap();
+        let mut lines = text.lines().filter_map(|line| line.split_once(':'));
+        let (_, value) = lines
+            .find(|(name, _)| *name == field)
+            .unwrap_or_else(|| panic!("no {field} in {path}"));
+        value.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        end(&mut self.child);
+        if thread::panicking() {
+            eprintln!("the proxy's log:\n{}", self.log.0.lock().unwrap().join("\n"));
+        }
+    }
+}
+
+/// A child that is killed when dropped.
+struct Guard(Child);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        end(&mut self.0);
+    }
+}
+
+fn end(child: &mut Child) {
+    // Both fail where it has ended and been waited for.
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+/// The lines that the proxy has logged so far.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<String>>>);
+
+impl Log {
+    fn field(&self, message: &str, field: &str) -> Option<String> {
+        let lines = self.0.lock().unwrap();
+        let objects = lines.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let mut fields = objects.map(|mut object| object["fields"].take());
+        let found = fields.find(|fields| fields["message"] == message)?;
+        found[field].as_str().map(str::to_owned)
+    }
+}
+
+fn parse_answer(text: &str) -> Option<Answer> {
+    let (head, body) = text.split_once("\r\n\r\n")?;
+    let mut lines = head.lines();
+    let status = lines.next()?.split(' ').nth(1)?.parse().ok()?;
+    let header = |line: &str| {
+        let (name, value) = line.split_once(':')?;
+        Some((name.to_ascii_lowercase(), value.trim().to_owned()))
+    };
+    Some(Answer { status, headers: lines.filter_map(header).collect(), body: body.to_owned() })
+}
+
+/// Whether a connect finds nobody listening.
+pub fn is_refused(address: SocketAddr) -> bool {
+    TcpStream::connect(address)
+        .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
+}
