@@ -1,14 +1,16 @@
 //! The buffers of one worker: fixed size, taken only while bytes are in flight.
 //!
-//! The memory is reserved once and touched on first use. Free buffers are used again last-in
+//! The memory is mapped once and touched on first use. Free buffers are used again last-in
 //! first-out, so resident memory follows the peak of bytes in flight, not the capacity.
 //!
 //! A [`Buf`] is an owned handle: whoever holds it must forward it or give it back. A [`Chain`] is
 //! a queue of them, linked through the pool's own table, so that queueing allocates nothing.
 #![allow(unsafe_code)]
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
-use std::ptr::NonNull;
+use std::io;
+use std::ptr::{self, NonNull};
+
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use crate::limits::BUFFER_SIZE;
 
@@ -88,7 +90,6 @@ struct Entry {
 /// A fixed number of buffers of [`BUFFER_SIZE`] bytes.
 pub struct Buffers {
     memory: NonNull<u8>,
-    layout: Layout,
     entries: Vec<Entry>,
     capacity: u32,
     free: u32,
@@ -97,21 +98,30 @@ pub struct Buffers {
 
 impl Buffers {
     /// A pool of `capacity` buffers.
-    pub fn new(capacity: usize) -> Self {
+    ///
+    /// # Errors
+    /// The address space is too small for it.
+    pub fn new(capacity: usize) -> io::Result<Self> {
         assert!((1..NONE as usize).contains(&capacity), "a pool of {capacity} buffers");
-        let layout = Layout::from_size_align(capacity * BUFFER_SIZE, 4096).expect("pool size");
-        // SAFETY: the layout's size is not zero. Zeroed memory of this size comes from the kernel
-        // untouched, so that only used buffers become resident.
-        let memory = unsafe { alloc_zeroed(layout) };
-        let Some(memory) = NonNull::new(memory) else { handle_alloc_error(layout) };
-        Self {
-            memory,
-            layout,
+        // Mapped rather than allocated: an allocator may write to what it hands out, and only
+        // buffers in use are to become resident.
+        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+        // SAFETY: a new anonymous mapping, at an address of the kernel's choice.
+        let memory = unsafe {
+            mmap_anonymous(
+                ptr::null_mut(),
+                capacity * BUFFER_SIZE,
+                protection,
+                flags | MapFlags::NORESERVE,
+            )?
+        };
+        Ok(Self {
+            memory: NonNull::new(memory.cast()).ok_or(io::ErrorKind::OutOfMemory)?,
             entries: Vec::with_capacity(capacity),
             capacity: capacity as u32,
             free: NONE,
             in_use: 0,
-        }
+        })
     }
 
     /// How many buffers are free.
@@ -253,9 +263,10 @@ impl Buffers {
 
 impl Drop for Buffers {
     fn drop(&mut self) {
-        // SAFETY: allocated with this layout in `new`; drivers drop the pool only after the
-        // kernel has given back every operation on it.
-        unsafe { dealloc(self.memory.as_ptr(), self.layout) };
+        // SAFETY: mapped with this size in `new`; drivers drop the pool only after the kernel has
+        // given back every operation on it.
+        let _ =
+            unsafe { munmap(self.memory.as_ptr().cast(), self.capacity as usize * BUFFER_SIZE) };
     }
 }
 
@@ -277,7 +288,7 @@ mod tests {
     #[test]
     fn a_chain_keeps_order_and_counts_through_every_cut() {
         for cut in 0..=9 {
-            let mut pool = Buffers::new(4);
+            let mut pool = Buffers::new(4).unwrap();
             let mut chain = Chain::default();
             for part in [b"abc", b"def", b"ghi"] {
                 let buf = filled(&mut pool, part);
@@ -297,7 +308,7 @@ mod tests {
 
     #[test]
     fn an_empty_pool_says_so_and_the_last_buffer_given_is_the_next_taken() {
-        let mut pool = Buffers::new(2);
+        let mut pool = Buffers::new(2).unwrap();
         let a = pool.take().unwrap();
         let b = pool.take().unwrap();
         assert!(pool.take().is_none());

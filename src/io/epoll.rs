@@ -115,7 +115,7 @@ impl Epoll {
             listeners: setup.listeners.into_iter().map(Some).collect(),
             room: 0,
             sockets: Slab::with_capacity(setup.conns_max),
-            buffers: Buffers::new(setup.buffers_max),
+            buffers: Buffers::new(setup.buffers_max)?,
             options: setup.options,
             now: Instant::now(),
             events: Vec::with_capacity(EVENTS_MAX),

@@ -144,7 +144,7 @@ fn probe_uring() -> Result<Features, Denied> {
     if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_submit_stable() {
         return Err(denied("setting up a ring", io::ErrorKind::Unsupported.into()));
     }
-    let mut buffers = Buffers::new(8);
+    let mut buffers = Buffers::new(8).map_err(|error| denied("mapping buffers", error))?;
     let mut provided = ProvidedBuffers::register(&ring, 8)
         .map_err(|error| denied("registering a ring of buffers", error))?;
     provided.refill(&mut buffers);

@@ -144,7 +144,7 @@ impl Sim {
             steps: BinaryHeap::new(),
             sequence: 0,
             sockets: Slab::with_capacity(conns_max),
-            buffers: Buffers::new(buffers_max),
+            buffers: Buffers::new(buffers_max).expect("memory"),
             completions: VecDeque::new(),
             noise: std::iter::repeat_with(|| rng.u8(..)).take(1 << 16).collect(),
             backlog: VecDeque::new(),

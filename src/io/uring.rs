@@ -207,7 +207,7 @@ impl Uring {
             buffer_waits: 0,
             failure: None,
             ring,
-            buffers: Buffers::new(setup.buffers_max),
+            buffers: Buffers::new(setup.buffers_max)?,
         };
         for fd in driver.listeners.iter().filter_map(|listener| listener.fd.as_ref()) {
             // io_uring polls by itself; O_NONBLOCK would make it fail with EAGAIN instead.
