@@ -106,11 +106,9 @@ fn every_command_has_its_reply() {
 #[test]
 fn pipelined_lines_are_answered_in_order() {
     with_store(async |addr| {
-        let (mut requests, mut replies) = (String::new(), String::new());
-        for i in 0..2000 {
-            requests += &format!("SET k{i} v {i}\nGET k{i}\n");
-            replies += &format!("OK\nv {i}\n");
-        }
+        let lines = |line: fn(u32) -> String| (0..2000).map(line).collect::<Vec<_>>().concat();
+        let requests = lines(|i| format!("SET k{i} v {i}\nGET k{i}\n"));
+        let replies = lines(|i| format!("OK\nv {i}\n"));
         assert_eq!(ask_all(addr, requests.as_bytes()).await, replies);
         assert_eq!(ask_all(addr, b"PING\nPING").await, "PONG\n", "half a line is no command");
     });
