@@ -1,0 +1,19 @@
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## Run a store with the proxy in front of it
+	cargo build --release --bin aegis-proxy --example demo
+	$${CARGO_TARGET_DIR:-target}/release/examples/demo
+
+test: ## Run all tests
+	cargo test
+
+bench: ## Run the benchmarks
+	cargo bench
+
+lint: ## Check the format and the lints
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
