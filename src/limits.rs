@@ -33,7 +33,7 @@ pub const fn buffers_max(sessions_max: usize) -> usize {
         // Lent to the kernel, not yet filled.
         + BUFFER_RING_ENTRIES as usize
         // For bursts: what is above the first two terms is shared by those that run ahead.
-        + 1024
+        + 512
 }
 
 /// With fewer free buffers than this, sessions get one buffer a direction and no more.

@@ -106,6 +106,9 @@ struct Socket {
     receiving: Receiving,
     /// The user wants to receive.
     wanted: bool,
+    /// It brings more than can be passed on: received from one buffer at a time, since a multishot
+    /// receive may run 32 buffers ahead before it can be stopped.
+    bulk: bool,
     /// The peer's direction has ended or failed.
     ended: bool,
     /// In the list of sockets to arm or to flush before the next wait.
@@ -122,6 +125,7 @@ impl Socket {
             ops: Ops::default(),
             receiving: Receiving::Idle,
             wanted: false,
+            bulk: false,
             ended: false,
             pending: false,
             shutdown: false,
@@ -306,8 +310,8 @@ impl Uring {
         if socket.wanted && !socket.ended && socket.receiving == Receiving::Idle {
             socket.receiving = Receiving::Armed;
             socket.ops.receive = true;
-            // Lean: one buffer at a time, so that no socket runs ahead of the rest.
-            let entry = if self.buffers.free() < self.lean_below {
+            let lean = self.buffers.free() < self.lean_below;
+            let entry = if lean || socket.bulk {
                 let receive = opcode::Recv::new(fd, ptr::null_mut(), limits::BUFFER_SIZE as u32);
                 receive.buf_group(ProvidedBuffers::GROUP).build().flags(Flags::BUFFER_SELECT)
             } else {
@@ -430,10 +434,11 @@ impl Uring {
         }
         match (result(entry), buf) {
             (Ok(1..), Some(buf)) => {
+                socket.bulk &= buf.len() as usize == limits::BUFFER_SIZE;
                 if !more {
                     self.mark_pending(conn);
                 }
-                return Some(Completion::Received(conn, buf));
+                Some(Completion::Received(conn, buf))
             }
             (Ok(_), buf) => {
                 socket.ended = true;
@@ -639,7 +644,11 @@ impl Driver for Uring {
         socket.wanted = on;
         if on {
             self.mark_pending(conn);
-        } else if socket.receiving == Receiving::Armed {
+            return;
+        }
+        let armed_multishot = socket.receiving == Receiving::Armed && !socket.bulk;
+        socket.bulk = true;
+        if armed_multishot {
             socket.receiving = Receiving::Stopping;
             self.cancel(Kind::Receive, conn);
         }

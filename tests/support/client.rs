@@ -118,7 +118,13 @@ pub fn wait_closed(mut stream: &TcpStream) -> Result<(), String> {
 /// Whether nothing at all arrives for `quiet`.
 pub fn is_silent(mut stream: &TcpStream, quiet: Duration) -> bool {
     stream.set_read_timeout(Some(quiet)).unwrap();
-    let silent = stream.read(&mut [0]).is_err_and(|error| is_timeout(&error));
+    let silent = loop {
+        match stream.read(&mut [0]) {
+            // The end of another test's child may interrupt a read.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            outcome => break outcome.is_err_and(|error| is_timeout(&error)),
+        }
+    };
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     silent
 }
