@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use aegis::cli::{self, Command};
 use aegis::config::Config;
-use aegis::control::{self, DriverInfo, Outcome, Setup, WorkerHandle, admin, logging};
+use aegis::control::{DriverInfo, Plane, WorkerHandle, admin, init_logging};
 use aegis::io::probe::{self, Verdict};
 use aegis::limits::{self, DescriptorUsers};
 use aegis::worker::cores::{self, Plan};
@@ -54,7 +54,7 @@ fn decide(config: &Config) -> Result<Decisions, Error> {
 
 fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
     let started = Instant::now();
-    logging::init(&config);
+    init_logging(&config);
     end_with_any_thread();
     let Decisions { plan, verdict, max_sessions } = decide(&config)?;
     let workers = plan.cores.len();
@@ -94,11 +94,9 @@ fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
     }
 
     let driver = DriverInfo { driver: verdict.driver.name(), reason: verdict.reason, kernel };
-    let setup = Setup { config, started, workers: handles, driver, max_sessions, admin, exited };
-    Ok(match control::run(setup)? {
-        Outcome::Drained | Outcome::Cut(_) => ExitCode::SUCCESS,
-        Outcome::WorkersGone => ExitCode::FAILURE,
-    })
+    let plane = Plane { config, started, workers: handles, driver, max_sessions, exited, admin };
+    let outcome = plane.run()?;
+    Ok(if outcome.is_failure() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 /// Prints what a start would do, and starts nothing.

@@ -1,339 +1,389 @@
-//! The admin port: metrics, probes, and what the proxy knows.
+//! The admin server: metrics, probes, and a look inside, by HTTP.
 //!
-//! | path | what |
-//! | --- | --- |
-//! | `/metrics` | Prometheus text |
-//! | `/livez` | 200 while every worker turns |
-//! | `/readyz` | 200 while new sessions can be served; else the reasons, one a line |
-//! | `/startupz` | 200 once workers run and the first endpoints were applied |
-//! | `/backends` | JSON: each endpoint, its state and its pools |
-//! | `/config` | JSON: the effective configuration |
+//! Liveness never depends on backends: a restart would not mend them. One connection carries one
+//! request, for ten seconds at most, so slow clients cannot pile up.
 
 use std::convert::Infallible;
+use std::fmt::Write;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
-use serde_json::{Value, json};
+use rustix::io::Errno;
+use serde_json::json;
 use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+use tracing::{debug, info, warn};
 use warp::Filter;
+use warp::filters::BoxedFilter;
 use warp::http::{Response, StatusCode, header};
+use warp::reject::{MethodNotAllowed, Rejection};
 
-use super::{Shared, metrics};
-use crate::limits::ADMIN_CONNECTIONS;
-use crate::proxy::endpoints::Endpoint;
-use crate::telemetry::{EndpointStats, WorkerState};
+use super::View;
+use super::metrics;
+use super::view::{EndpointCounts, labels, usable};
+use crate::telemetry::EndpointStats;
 
-/// A worker that has not turned for so long is stuck: an idle one turns twice a second.
-const TURN_OVERDUE: Duration = Duration::from_secs(10);
-/// Whoever connects has so long to send a request.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-/// After a failed accept.
-const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+/// Admin connections served at a time; further ones wait in the listener's queue.
+const CONNECTIONS_MAX: usize = 32;
 
-const INDEX: &str = "/metrics\n/livez\n/readyz\n/startupz\n/backends\n/config\n";
+/// How long one connection may take from accept to close: its request, the answer, and its way
+/// over a slow network. Scrapers give up at ten seconds too, by default.
+const CONNECTION_TIME_MAX: Duration = Duration::from_secs(10);
 
-/// The admin port could not be had.
-#[derive(Debug, thiserror::Error)]
-#[error("AEGIS_ADMIN: cannot listen on {address}: {error}")]
-pub struct BindError {
-    address: SocketAddr,
-    #[source]
-    error: io::Error,
-}
+/// The listener's queue of connections not yet accepted.
+const BACKLOG: i32 = 128;
 
-/// Binds the admin port. The unspecified IPv6 address takes both families, and falls back to IPv4
-/// where IPv6 is off.
+type Page = Response<String>;
+
+/// How a page is made.
+type Render = fn(&View) -> Page;
+
+/// Every page: path, what it is, and how it is made.
+#[rustfmt::skip]
+const PAGES: &[(&str, &str, Render)] = &[
+    ("metrics", "counters and histograms for Prometheus", metrics_page),
+    ("livez", "200 while every worker turns", |view| probe(&view.not_live())),
+    ("readyz", "200 while new sessions are welcome", |view| probe(&view.not_ready())),
+    ("startupz", "200 once workers accept and the first endpoints are applied", |view| probe(&view.not_started())),
+    ("backends", "endpoints, their state and pools, in JSON", |view| json_page(&backends(view))),
+    ("config", "the effective configuration, in JSON", |view| json_page(&config(view))),
+];
+
+/// Listens for admin connections. `[::]` means both families, and IPv4 alone where the host has
+/// no IPv6.
 ///
 /// # Errors
-/// The address is in use or not this host's.
-pub fn bind(address: SocketAddr) -> Result<TcpListener, BindError> {
-    let bound = bind_one(address).or_else(|error| {
-        let everywhere = address.is_ipv6() && address.ip().is_unspecified();
-        if !everywhere || error.kind() == io::ErrorKind::AddrInUse {
-            return Err(BindError { address, error });
+/// The address is in use or not this host's; the message names it and `AEGIS_ADMIN`.
+pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let listener = match listen(address) {
+        Err(error) if address.ip() == Ipv6Addr::UNSPECIFIED && ipv6_is_off(&error) => {
+            let fallback = SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port()));
+            warn!(%address, %fallback, "this host has no IPv6: admin listens on IPv4 alone");
+            listen(fallback)
         }
-        let fallback = SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port()));
-        tracing::info!(%error, %fallback, "no IPv6 here: the admin port is on IPv4 only");
-        bind_one(fallback).map_err(|error| BindError { address: fallback, error })
+        result => result,
+    };
+    let listener = listener.map_err(|error| {
+        let why = match error.kind() {
+            io::ErrorKind::AddrInUse => "the address is in use".to_owned(),
+            _ => error.to_string(),
+        };
+        io::Error::new(error.kind(), format!("AEGIS_ADMIN: cannot listen on {address}: {why}"))
     })?;
-    let local = bound.local_addr().unwrap_or(address);
-    tracing::info!(address = %local, "admin listening");
-    Ok(bound)
+    info!(address = %listener.local_addr()?, "admin listening");
+    Ok(listener)
 }
 
-fn bind_one(address: SocketAddr) -> io::Result<TcpListener> {
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_reuse_address(true)?;
     if address.is_ipv6() {
-        socket.set_only_v6(!address.ip().is_unspecified())?;
+        // `[::]` serves both families whatever the host's `net.ipv6.bindv6only` says.
+        socket.set_only_v6(false)?;
     }
+    // A restart must not wait for old connections in TIME_WAIT.
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
-    socket.listen(128)?;
+    socket.listen(BACKLOG)?;
     Ok(socket.into())
 }
 
-/// The bound socket, for use by the runtime.
-///
-/// # Errors
-/// What the kernel says.
-pub fn listener(listener: TcpListener) -> io::Result<tokio::net::TcpListener> {
-    listener.set_nonblocking(true)?;
-    tokio::net::TcpListener::from_std(listener)
+fn ipv6_is_off(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL))
 }
 
-/// Answers on the admin port for ever, to at most [`ADMIN_CONNECTIONS`] connections at a time.
-pub async fn serve(listener: tokio::net::TcpListener, shared: Arc<Shared>) {
-    let service = TowerToHyperService::new(warp::service(routes(shared)));
-    let places = Arc::new(Semaphore::new(ADMIN_CONNECTIONS as usize));
-    loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        let stream = match listener.accept().await {
+/// Answers admin requests for ever.
+pub async fn serve(listener: tokio::net::TcpListener, view: Arc<View>) {
+    serve_within(CONNECTION_TIME_MAX, listener, view).await;
+}
+
+async fn serve_within(time_max: Duration, listener: tokio::net::TcpListener, view: Arc<View>) {
+    let service = TowerToHyperService::new(warp::service(pages(&view).recover(rejected)));
+    let mut http = auto::Builder::new(TokioExecutor::new()).http1_only();
+    http.http1().keep_alive(false);
+    let free = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    while let Ok(permit) = Arc::clone(&free).acquire_owned().await {
+        let stream: TcpStream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::debug!(%error, "the admin port cannot accept");
-                tokio::time::sleep(ACCEPT_RETRY).await;
+                // Most likely out of descriptors: give others the time to close some.
+                warn!(%error, "admin cannot accept");
+                sleep(Duration::from_secs(1)).await;
                 continue;
             }
         };
-        let service = service.clone();
+        let (http, service) = (http.clone(), service.clone());
         tokio::spawn(async move {
-            let connection = hyper::server::conn::http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(REQUEST_TIMEOUT)
-                .serve_connection(TokioIo::new(stream), service);
-            // Whatever the other side did wrong is its own business.
-            let _ = connection.await;
-            drop(place);
+            let connection = http.serve_connection(TokioIo::new(stream), service);
+            match timeout(time_max, connection).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => debug!(%error, "admin connection broke"),
+                Err(_) => debug!("admin connection took too long"),
+            }
+            drop(permit);
         });
     }
 }
 
-type Reply = Response<String>;
-
-fn routes(
-    shared: Arc<Shared>,
-) -> impl Filter<Extract = (Reply,), Error = Infallible> + Clone + Send + Sync + 'static {
-    warp::method().and(warp::path::full()).map(
-        move |method: warp::http::Method, path: warp::path::FullPath| {
-            if method == warp::http::Method::GET || method == warp::http::Method::HEAD {
-                answer(&shared, path.as_str())
-            } else {
-                text(StatusCode::METHOD_NOT_ALLOWED, "GET or HEAD\n".to_owned())
-            }
-        },
-    )
-}
-
-fn answer(shared: &Shared, path: &str) -> Reply {
-    match path {
-        "/" => text(StatusCode::OK, INDEX.to_owned()),
-        "/metrics" => reply(StatusCode::OK, metrics::CONTENT_TYPE, metrics::render(shared)),
-        "/livez" => probe(&stuck(shared)),
-        "/readyz" => probe(&unready(shared)),
-        "/startupz" => probe(&unstarted(shared)),
-        "/backends" => json_text(&backends(shared)),
-        "/config" => json_text(&config(shared)),
-        _ => text(StatusCode::NOT_FOUND, format!("there is no {path}; there are\n{INDEX}")),
-    }
-}
-
-fn reply(status: StatusCode, content_type: &'static str, body: String) -> Reply {
-    let mut reply = Response::new(body);
-    *reply.status_mut() = status;
-    let content_type = header::HeaderValue::from_static(content_type);
-    reply.headers_mut().insert(header::CONTENT_TYPE, content_type);
-    reply
-}
-
-fn text(status: StatusCode, body: String) -> Reply {
-    reply(status, "text/plain; charset=utf-8", body)
-}
-
-fn json_text(value: &Value) -> Reply {
-    reply(StatusCode::OK, "application/json", format!("{value:#}\n"))
-}
-
-/// 200 if there is no reason against, else 503 and the reasons.
-fn probe(reasons: &[String]) -> Reply {
-    if reasons.is_empty() {
-        text(StatusCode::OK, "ok\n".to_owned())
-    } else {
-        text(StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n")
-    }
-}
-
-fn stuck(shared: &Shared) -> Vec<String> {
-    let now = shared.started.elapsed();
-    let overdue = shared.workers.iter().enumerate().filter_map(|(index, worker)| {
-        let turned = Duration::from_millis(worker.stats.heartbeat_ms.get());
-        let silent = now.saturating_sub(turned);
-        (silent > TURN_OVERDUE && worker.stats.state() != WorkerState::Stopped)
-            .then(|| format!("worker {index} has not turned for {} s", silent.as_secs()))
+fn pages(view: &Arc<View>) -> BoxedFilter<(Page,)> {
+    let index = warp::path::end().map(|| text_page(StatusCode::OK, index())).boxed();
+    let pages = PAGES.iter().fold(index, |pages, &(path, _, render)| {
+        let view = Arc::clone(view);
+        let page = warp::path(path).and(warp::path::end()).map(move || render(&view));
+        pages.or(page).unify().boxed()
     });
-    overdue.collect()
+    warp::get().or(warp::head()).unify().and(pages).boxed()
 }
 
-fn unready(shared: &Shared) -> Vec<String> {
-    let mut reasons = unstarted(shared);
-    if shared.is_draining() {
-        reasons.push("draining".to_owned());
-    }
-    let snapshot = shared.snapshot();
-    if snapshot.endpoints.is_empty() {
-        reasons.push("no endpoint is known: see AEGIS_BACKENDS and the log".to_owned());
-    } else if !snapshot.endpoints.iter().any(|endpoint| is_usable(endpoint)) {
-        reasons.push(format!("none of {} endpoints is usable", snapshot.endpoints.len()));
-    }
-    reasons
+async fn rejected(rejection: Rejection) -> Result<Page, Infallible> {
+    let status = if rejection.find::<MethodNotAllowed>().is_some() {
+        StatusCode::METHOD_NOT_ALLOWED
+    } else {
+        StatusCode::NOT_FOUND
+    };
+    Ok(text_page(status, index()))
 }
 
-fn unstarted(shared: &Shared) -> Vec<String> {
-    let mut reasons = Vec::new();
-    if shared.workers.iter().any(|worker| worker.stats.state() == WorkerState::Starting) {
-        reasons.push("workers are starting".to_owned());
-    }
-    if shared.workers.iter().any(|worker| worker.stats.applied_generation.get() == 0) {
-        reasons.push("the first endpoints are not applied yet".to_owned());
-    }
-    reasons
+fn metrics_page(view: &View) -> Page {
+    page(StatusCode::OK, metrics::CONTENT_TYPE, metrics::render(view))
 }
 
-/// Whether some worker sends sessions to the endpoint.
-pub(super) fn is_usable(endpoint: &Endpoint) -> bool {
-    endpoint.stats.iter().any(|stats| stats.ejected.get() == 0)
+/// The answer of a probe: fine, or one reason a line.
+fn probe(reasons: &[String]) -> Page {
+    if reasons.is_empty() {
+        text_page(StatusCode::OK, "ok\n".to_owned())
+    } else {
+        text_page(StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n")
+    }
 }
 
-fn backends(shared: &Shared) -> Value {
-    let snapshot = shared.snapshot();
-    let endpoints: Vec<Value> = snapshot
-        .endpoints
-        .iter()
-        .map(|endpoint| {
-            let workers: Vec<Value> = endpoint.stats.iter().map(endpoint_of_worker).collect();
-            let total =
-                |value: fn(&EndpointStats) -> u64| endpoint.stats.iter().map(value).sum::<u64>();
+fn backends(view: &View) -> serde_json::Value {
+    let snapshot = view.snapshot();
+    let state = |usable| if usable { "usable" } else { "ejected" };
+    let endpoints = snapshot.endpoints.iter().zip(labels(&snapshot.endpoints));
+    let endpoints: Vec<_> = endpoints
+        .map(|(endpoint, label)| {
+            let worker = |stats: &EndpointStats| {
+                json!({
+                    "state": state(stats.ejected.get() == 0),
+                    "counts": EndpointCounts::read(stats),
+                })
+            };
             json!({
-                "name": endpoint.name,
-                "address": endpoint.address.to_string(),
-                "state": if is_usable(endpoint) { "usable" } else { "ejected" },
-                "sessions_active": total(|stats| stats.sessions_active.get()),
-                "connects": total(|stats| stats.connects.get()),
-                "connect_failures": total(|stats| stats.connect_failures.get()),
-                "pool_idle": total(|stats| stats.pool_idle.get()),
-                "workers": workers,
+                "name": label,
+                "address": endpoint.address,
+                "state": state(usable(endpoint)),
+                "total": EndpointCounts::total(endpoint),
+                "workers": endpoint.stats.iter().map(worker).collect::<Vec<_>>(),
             })
         })
         .collect();
-    let applied: Vec<u64> =
-        shared.workers.iter().map(|worker| worker.stats.applied_generation.get()).collect();
-    json!({ "generation": snapshot.generation, "applied": applied, "endpoints": endpoints })
+    json!({ "generation": snapshot.generation, "endpoints": endpoints })
 }
 
-fn endpoint_of_worker(stats: &EndpointStats) -> Value {
-    json!({
-        "state": if stats.ejected.get() == 0 { "usable" } else { "ejected" },
-        "failures_in_a_row": stats.failures_in_a_row.get(),
-        "ejections": stats.ejections.get(),
-        "sessions_active": stats.sessions_active.get(),
-        "pool": {
-            "idle": stats.pool_idle.get(),
-            "connecting": stats.pool_connecting.get(),
-            "target": stats.pool_target.get(),
-            "oldest_ms": stats.pool_oldest_ms.get(),
-        },
+fn config(view: &View) -> serde_json::Value {
+    view.config().effective().into_iter().collect()
+}
+
+fn index() -> String {
+    PAGES.iter().fold("aegis\n\n".to_owned(), |mut text, (path, what, _)| {
+        let path = format!("/{path}");
+        let _ = writeln!(text, "{path:<10} {what}");
+        text
     })
 }
 
-fn config(shared: &Shared) -> Value {
-    let values = shared.config.effective();
-    values.into_iter().map(|(name, value)| (name.to_owned(), Value::from(value))).collect()
+fn text_page(status: StatusCode, text: String) -> Page {
+    page(status, "text/plain; charset=utf-8", text)
+}
+
+fn json_page(value: &serde_json::Value) -> Page {
+    page(StatusCode::OK, "application/json", format!("{value:#}\n"))
+}
+
+fn page(status: StatusCode, content_type: &'static str, body: String) -> Page {
+    let mut page = Response::new(body);
+    *page.status_mut() = status;
+    let headers = page.headers_mut();
+    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
+    page
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
-    use std::net::TcpStream;
-    use std::sync::Arc;
+    use std::io::Read;
     use std::time::Instant;
 
     use super::*;
-    use crate::config::Config;
-    use crate::control::{DriverInfo, WorkerHandle};
-    use crate::proxy::endpoints::EndpointSnapshot;
-    use crate::telemetry::WorkerStats;
-    use crate::worker::mailbox::Mailbox;
+    use crate::control::testing::{self, block_on, endpoint, http, view};
+    use crate::telemetry::WorkerState;
 
-    fn shared() -> Arc<Shared> {
-        let config = Arc::new(Config::from_vars([]).unwrap());
-        let worker =
-            WorkerHandle { mailbox: Arc::new(Mailbox::new().unwrap()), stats: Arc::default() };
-        let driver = DriverInfo {
-            driver: "epoll",
-            reason: "a \"quoted\"\nreason".to_owned(),
-            kernel: "6.1".to_owned(),
-        };
-        Shared::new(config, Instant::now(), vec![worker], driver, 100)
+    /// Serves `view` while `client` runs on a thread of its own.
+    fn with_admin(view: View, client: impl FnOnce(SocketAddr, &View) + Send + 'static) {
+        with_admin_within(CONNECTION_TIME_MAX, view, client);
     }
 
-    fn run(stats: &WorkerStats) {
-        stats.set_state(WorkerState::Running);
-        stats.applied_generation.set(1);
-    }
-
-    #[test]
-    fn readiness_names_every_reason_against_it() {
-        let shared = shared();
-        assert_eq!(unready(&shared).len(), 3, "{:?}", unready(&shared));
-        run(&shared.workers[0].stats);
-        let endpoint = Endpoint::new("e", ([127, 0, 0, 1], 1).into(), 1);
-        shared.publish(EndpointSnapshot { generation: 1, endpoints: vec![Arc::clone(&endpoint)] });
-        assert!(unready(&shared).is_empty());
-        endpoint.stats[0].ejected.set(1);
-        assert_eq!(unready(&shared), ["none of 1 endpoints is usable"]);
-        endpoint.stats[0].ejected.set(0);
-        shared.set_draining();
-        assert_eq!(unready(&shared), ["draining"]);
-    }
-
-    #[test]
-    fn every_path_answers_over_http_and_slow_requests_hold_up_nobody() {
-        let shared = shared();
-        run(&shared.workers[0].stats);
-        let socket = bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = socket.local_addr().unwrap();
-        std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            runtime.unwrap().block_on(async { serve(listener(socket).unwrap(), shared).await });
+    fn with_admin_within(
+        time_max: Duration,
+        view: View,
+        client: impl FnOnce(SocketAddr, &View) + Send + 'static,
+    ) {
+        let listener = bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let view = Arc::new(view);
+        block_on(async {
+            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+            let server = tokio::spawn(serve_within(time_max, listener, Arc::clone(&view)));
+            tokio::task::spawn_blocking(move || client(address, &view)).await.unwrap();
+            server.abort();
         });
-        let mut slow = TcpStream::connect(address).unwrap();
-        slow.write_all(b"GET /met").unwrap();
-        let ask = |method: &str, path: &str| {
-            let mut stream = TcpStream::connect(address).unwrap();
-            write!(stream, "{method} {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
-                .unwrap();
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer).unwrap();
-            answer
-        };
-        for path in INDEX.lines().filter(|&path| path != "/readyz") {
-            assert!(ask("GET", path).starts_with("HTTP/1.1 200"), "{path}");
-        }
-        assert!(ask("GET", "/readyz").starts_with("HTTP/1.1 503"));
-        assert!(ask("HEAD", "/metrics").ends_with("\r\n\r\n"), "no body");
-        assert!(ask("GET", "/nothing").contains("/backends"), "404 with what there is");
-        assert!(ask("POST", "/metrics").starts_with("HTTP/1.1 405"));
+    }
+
+    fn running() -> View {
+        view(testing::config(), vec![endpoint("db", "10.0.0.1:1"), endpoint("db2", "10.0.0.2:1")])
+    }
+
+    #[track_caller]
+    fn assert_probe(address: SocketAddr, path: &str, status: u16, body: &str) {
+        let (head, found) = http(address, "GET", path);
+        assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{path}: {head}");
+        assert_eq!(found, body, "{path}");
     }
 
     #[test]
-    fn a_port_in_use_is_a_clear_error() {
-        let first = bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    fn probes_of_a_running_process_are_fine() {
+        with_admin(running(), |address, _| {
+            for path in ["/livez", "/readyz", "/startupz"] {
+                assert_probe(address, path, 200, "ok\n");
+            }
+        });
+    }
+
+    #[test]
+    fn readiness_can_be_taken_back_and_says_why() {
+        with_admin(running(), |address, view| {
+            let endpoints = &view.snapshot().endpoints;
+            for stats in endpoints.iter().flat_map(|endpoint| &endpoint.stats) {
+                stats.ejected.set(1);
+            }
+            let ejected = "no endpoint usable: all 2 are ejected\n";
+            assert_probe(address, "/readyz", 503, ejected);
+            endpoints[1].stats[0].ejected.set(0);
+            assert_probe(address, "/readyz", 200, "ok\n");
+
+            view.set_draining();
+            view.workers()[1].stats.set_state(WorkerState::Draining);
+            assert_probe(address, "/readyz", 503, "draining\n");
+            assert_probe(address, "/livez", 200, "ok\n");
+            assert_probe(address, "/startupz", 200, "ok\n");
+        });
+        with_admin(view(testing::config(), Vec::new()), |address, view| {
+            view.workers()[0].stats.set_state(WorkerState::Starting);
+            let both = "worker 0 is starting\nno endpoint: discovery has found none\n";
+            assert_probe(address, "/readyz", 503, both);
+        });
+    }
+
+    #[test]
+    fn start_up_is_over_when_every_worker_has_endpoints() {
+        with_admin(running(), |address, view| {
+            view.workers()[1].stats.applied_generation.set(0);
+            assert_probe(address, "/startupz", 503, "worker 1 has no endpoints yet\n");
+            view.workers()[1].stats.applied_generation.set(1);
+            assert_probe(address, "/startupz", 200, "ok\n");
+        });
+    }
+
+    #[test]
+    fn a_worker_that_does_not_turn_is_named() {
+        let started = Instant::now().checked_sub(Duration::from_secs(60)).unwrap();
+        let view = testing::view_started(started, testing::config(), Vec::new());
+        let now_ms = 60_000;
+        view.workers()[0].stats.heartbeat_ms.set(now_ms);
+        view.workers()[1].stats.heartbeat_ms.set(now_ms - 20_000);
+        with_admin(view, |address, view| {
+            let (head, body) = http(address, "GET", "/livez");
+            assert!(head.starts_with("HTTP/1.1 503 "), "{head}");
+            assert!(body.starts_with("worker 1 has not turned for 2"), "{body}");
+            assert_eq!(body.lines().count(), 1);
+            view.workers()[1].stats.set_state(WorkerState::Stopped);
+            assert_probe(address, "/livez", 200, "ok\n");
+        });
+    }
+
+    #[test]
+    fn backends_tell_of_each_worker_and_of_all() {
+        with_admin(running(), |address, view| {
+            let stats = &view.snapshot().endpoints[0].stats;
+            stats[0].connects.add(2);
+            stats[1].connects.add(3);
+            stats[1].ejected.set(1);
+            let (head, body) = http(address, "GET", "/backends");
+            assert!(head.contains("application/json"), "{head}");
+            let found: serde_json::Value = serde_json::from_str(&body).unwrap();
+            let endpoint = &found["endpoints"][0];
+            assert_eq!(found["generation"], 1);
+            assert_eq!(endpoint["name"], "db");
+            assert_eq!(endpoint["address"], "10.0.0.1:1");
+            assert_eq!(endpoint["state"], "usable");
+            assert_eq!(endpoint["total"]["connects"], 5);
+            assert_eq!(endpoint["workers"][1]["state"], "ejected");
+            assert_eq!(endpoint["workers"][1]["counts"]["connects"], 3);
+        });
+    }
+
+    #[test]
+    fn the_rest_of_http_is_as_expected() {
+        with_admin(running(), |address, _| {
+            let (head, body) = http(address, "GET", "/metrics?x=y");
+            assert!(head.contains("content-type: text/plain; version=0.0.4"), "{head}");
+            assert!(body.contains("\naegis_max_sessions 1000\n"));
+
+            let (head, body) = http(address, "HEAD", "/metrics");
+            assert!(head.starts_with("HTTP/1.1 200 ") && body.is_empty(), "{head}");
+
+            let (head, body) = http(address, "GET", "/config");
+            assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+            assert!(serde_json::from_str::<serde_json::Value>(&body).unwrap().is_object());
+
+            assert_probe(address, "/", 200, &index());
+            assert_probe(address, "/metrics/more", 404, &index());
+            let (head, _) = http(address, "POST", "/metrics");
+            assert!(head.starts_with("HTTP/1.1 405 "), "{head}");
+        });
+    }
+
+    #[test]
+    fn a_silent_client_holds_up_no_other() {
+        with_admin(running(), |address, _| {
+            let _silent = std::net::TcpStream::connect(address).unwrap();
+            assert_probe(address, "/livez", 200, "ok\n");
+        });
+    }
+
+    #[test]
+    fn a_silent_client_is_sent_away() {
+        with_admin_within(Duration::from_millis(10), running(), |address, _| {
+            let mut silent = std::net::TcpStream::connect(address).unwrap();
+            assert_eq!(silent.read(&mut [0; 1]).unwrap(), 0, "closed by the server");
+        });
+    }
+
+    #[test]
+    fn an_address_in_use_is_named() {
+        let first = bind("[::]:0".parse().unwrap()).unwrap();
         let address = first.local_addr().unwrap();
         let error = bind(address).unwrap_err().to_string();
-        assert!(error.contains("AEGIS_ADMIN") && error.contains(&address.to_string()), "{error}");
+        let expected = format!("AEGIS_ADMIN: cannot listen on {address}: the address is in use");
+        assert_eq!(error, expected);
+        // Both families reach it.
+        std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, address.port())).unwrap();
     }
 }

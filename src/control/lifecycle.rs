@@ -1,143 +1,242 @@
-//! From the first signal to the end of the process.
+//! How the process ends: a drain in two stages, each with a deadline.
 //!
 //! ```text
-//! SIGTERM or SIGINT ─▶ not ready, still accepting ─AEGIS_DRAIN_DELAY─▶ accept queue emptied, no
-//! longer accepting ─last session or AEGIS_DRAIN_TIMEOUT─▶ the rest is ended ─▶ exit
+//! serving ─SIGTERM─▶ delaying ─drain_delay─▶ finishing ─last session─▶ drained
+//!                       │ not ready,            │ accepts no more
+//!                       │ still accepts         ├─drain_timeout─▶ stopping ─▶ deadline passed
+//!                       └──────second signal────┴───────────────▶ stopping ─▶ stopped
 //! ```
 //!
-//! A second signal ends everything at once.
+//! SIGTERM and SIGINT mean the same. SIGHUP is ignored: the configuration comes from the
+//! environment, so there is nothing to read again, and the end of a terminal or of a supervisor's
+//! session must not cut traffic.
 
 use std::convert::Infallible;
-use std::future::poll_fn;
 use std::io;
-use std::task::Poll;
 use std::time::Duration;
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
+use tracing::{error, info, warn};
 
-use super::Shared;
+use super::View;
 use crate::worker::mailbox::Order;
 
-/// Workers told to stop end within a turn; one that does not is given up.
-const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long workers may take to end after the order to stop.
+pub const STOP_MAX: Duration = Duration::from_secs(5);
+
+/// Events that may wait. Signals of one kind that come faster are merged by the kernel anyway.
+const EVENTS_MAX: usize = 4;
 
 /// How the process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// Every session had finished.
+    /// Every session finished within the drain's time.
     Drained,
-    /// So many sessions were still open at the end of the drain and were ended.
-    Cut(u64),
+    /// The drain's deadline passed and these sessions were cut.
+    DeadlinePassed {
+        /// Sessions open at the deadline.
+        sessions_cut: u64,
+    },
+    /// A second signal came and these sessions were cut.
+    Stopped {
+        /// Sessions open at that signal.
+        sessions_cut: u64,
+    },
+    /// Workers did not end within [`STOP_MAX`] of the order to stop; their threads still run.
+    Stuck,
     /// The workers ended unasked.
-    WorkersGone,
-}
-
-/// The signals that ask for an end.
-#[derive(Debug)]
-pub struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    /// Takes the signals over from their default actions.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn new() -> io::Result<Self> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-        })
-    }
-
-    /// Waits for either, and names it.
-    async fn next(&mut self) -> &'static str {
-        poll_fn(|context| {
-            if self.terminate.poll_recv(context).is_ready() {
-                Poll::Ready("SIGTERM")
-            } else if self.interrupt.poll_recv(context).is_ready() {
-                Poll::Ready("SIGINT")
-            } else {
-                Poll::Pending
-            }
-        })
-        .await
-    }
-}
-
-/// How a stage of the drain ended.
-enum Stage {
-    /// Its time is over.
-    TimeUp,
-    /// All workers have ended.
     WorkersEnded,
-    /// Another signal came.
-    Signal(&'static str),
 }
 
-async fn stage(
-    length: Duration,
-    signals: &mut Signals,
-    exited: &mut mpsc::Receiver<Infallible>,
-) -> Stage {
-    let event = async {
-        tokio::select! {
-            _ = exited.recv() => Stage::WorkersEnded,
-            name = signals.next() => Stage::Signal(name),
-        }
-    };
-    timeout(length, event).await.unwrap_or(Stage::TimeUp)
+impl Outcome {
+    /// Whether the process should exit with a failure.
+    pub fn is_failure(self) -> bool {
+        matches!(self, Self::Stuck | Self::WorkersEnded)
+    }
 }
 
-/// Waits for a signal and drains.
-pub async fn run(
-    shared: &Shared,
-    mut signals: Signals,
-    mut exited: mpsc::Receiver<Infallible>,
-) -> Outcome {
-    let name = tokio::select! {
-        _ = exited.recv() => {
-            tracing::error!("all workers have ended unasked");
-            return Outcome::WorkersGone;
+/// What moves the process towards its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// The named signal asked the process to end.
+    Terminate(&'static str),
+    /// Every worker thread has ended.
+    WorkersEnded,
+}
+
+/// Takes over the signals and watches the workers' end; to be called in a runtime.
+///
+/// # Errors
+/// A signal handler cannot be set.
+pub fn events(mut exited: mpsc::Receiver<Infallible>) -> io::Result<mpsc::Receiver<Event>> {
+    let (events, receiver) = mpsc::channel(EVENTS_MAX);
+    for (kind, name) in [(SignalKind::terminate(), "SIGTERM"), (SignalKind::interrupt(), "SIGINT")]
+    {
+        let mut signals = signal(kind)?;
+        let events = events.clone();
+        tokio::spawn(async move {
+            while signals.recv().await.is_some() {
+                let _ = events.send(Event::Terminate(name)).await;
+            }
+        });
+    }
+    let mut hangups = signal(SignalKind::hangup())?;
+    tokio::spawn(async move {
+        while hangups.recv().await.is_some() {
+            info!("SIGHUP ignored: there is no configuration to read again");
         }
-        name = signals.next() => name,
+    });
+    tokio::spawn(async move {
+        let None = exited.recv().await;
+        let _ = events.send(Event::WorkersEnded).await;
+    });
+    Ok(receiver)
+}
+
+/// Waits for the order to end, then drains; returns once all workers have ended or are stuck.
+pub async fn run(view: &View, mut events: mpsc::Receiver<Event>) -> Outcome {
+    let Some(Event::Terminate(signal)) = events.recv().await else {
+        return ended_unasked();
     };
-    shared.set_draining();
-    let delay = shared.config.drain_delay;
-    tracing::info!(
-        signal = name,
-        sessions = shared.sessions_active(),
-        delay = %humantime::format_duration(delay),
-        "draining: no longer ready, still accepting"
+    view.set_draining();
+    let config = view.config();
+    info!(
+        signal,
+        sessions = view.sessions_active(),
+        delay_ms = config.drain_delay.as_millis() as u64,
+        "drain asked: not ready, still accepting"
     );
-    let mut end = stage(delay, &mut signals, &mut exited).await;
-    if matches!(end, Stage::TimeUp) {
-        let limit = shared.config.drain_timeout;
-        tracing::info!(
-            sessions = shared.sessions_active(),
-            timeout = %humantime::format_duration(limit),
-            "draining: no longer accepting, sessions may finish"
-        );
-        shared.order(Order::Drain);
-        end = stage(limit, &mut signals, &mut exited).await;
+    match timeout(config.drain_delay, events.recv()).await {
+        Err(_) => {}
+        Ok(Some(Event::Terminate(signal))) => return cut(view, events, signal).await,
+        Ok(_) => return ended_unasked(),
     }
-    if matches!(end, Stage::WorkersEnded) {
-        tracing::info!("drained: every session has finished");
-        return Outcome::Drained;
-    }
-    let cut = shared.sessions_active();
-    match end {
-        Stage::Signal(name) => {
-            tracing::warn!(signal = name, sessions = cut, "a second signal: ending at once");
+
+    order(view, Order::Drain);
+    info!(
+        sessions = view.sessions_active(),
+        timeout_ms = config.drain_timeout.as_millis() as u64,
+        "draining: accepting no more, sessions finish"
+    );
+    match timeout(config.drain_timeout, events.recv()).await {
+        Ok(Some(Event::Terminate(signal))) => cut(view, events, signal).await,
+        Ok(_) => {
+            info!("drained: every session has finished");
+            Outcome::Drained
         }
-        _ => tracing::warn!(sessions = cut, "the drain's time is over: ending what is open"),
+        Err(_) => {
+            let sessions_cut = view.sessions_active();
+            warn!(sessions_cut, "drain deadline passed: ending the rest");
+            stop(view, events, Outcome::DeadlinePassed { sessions_cut }).await
+        }
     }
-    shared.order(Order::Stop);
-    if timeout(STOP_TIMEOUT, exited.recv()).await.is_err() {
-        tracing::error!("a worker did not end; leaving it");
+}
+
+async fn cut(view: &View, events: mpsc::Receiver<Event>, signal: &str) -> Outcome {
+    let sessions_cut = view.sessions_active();
+    warn!(signal, sessions_cut, "second signal: ending at once");
+    stop(view, events, Outcome::Stopped { sessions_cut }).await
+}
+
+/// Orders the workers to stop; `outcome` once they have.
+async fn stop(view: &View, mut events: mpsc::Receiver<Event>, outcome: Outcome) -> Outcome {
+    order(view, Order::Stop);
+    let ended = async { while let Some(Event::Terminate(_)) = events.recv().await {} };
+    if timeout(STOP_MAX, ended).await.is_ok() {
+        info!(?outcome, "stopped: every worker has ended");
+        outcome
+    } else {
+        error!(waited_s = STOP_MAX.as_secs(), "workers do not end: leaving them behind");
+        Outcome::Stuck
     }
-    Outcome::Cut(cut)
+}
+
+fn ended_unasked() -> Outcome {
+    error!("every worker has ended though none was asked to");
+    Outcome::WorkersEnded
+}
+
+fn order(view: &View, order: Order) {
+    for worker in view.workers() {
+        worker.mailbox.order(order);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::config::Config;
+    use crate::control::testing::{self, block_on};
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    /// Runs a process of these times; the events come in this order, each once the workers have
+    /// the order that stands beside it. Gives the outcome and the last order.
+    fn life(
+        drain_delay: Duration,
+        drain_timeout: Duration,
+        script: &[(Order, Event)],
+    ) -> (Outcome, Order) {
+        let view =
+            testing::view(Config { drain_delay, drain_timeout, ..testing::config() }, Vec::new());
+        view.workers()[0].stats.sessions_active.set(2);
+        view.workers()[1].stats.sessions_active.set(1);
+        let view = Arc::new(view);
+        block_on(async {
+            let (sender, events) = mpsc::channel(1);
+            let running = tokio::spawn({
+                let view = Arc::clone(&view);
+                async move { run(&view, events).await }
+            });
+            for &(order, event) in script {
+                while view.workers().iter().any(|w| w.mailbox.current_order() != order) {
+                    tokio::task::yield_now().await;
+                }
+                sender.send(event).await.unwrap();
+            }
+            (running.await.unwrap(), view.workers()[1].mailbox.current_order())
+        })
+    }
+
+    const SIGTERM: Event = Event::Terminate("SIGTERM");
+
+    #[test]
+    fn sessions_that_finish_in_time_make_a_clean_drain() {
+        let script = [(Order::Run, SIGTERM), (Order::Drain, Event::WorkersEnded)];
+        assert_eq!(life(Duration::ZERO, HOUR, &script), (Outcome::Drained, Order::Drain));
+    }
+
+    #[test]
+    fn the_deadline_cuts_the_rest() {
+        let script = [(Order::Run, SIGTERM), (Order::Stop, Event::WorkersEnded)];
+        let outcome = Outcome::DeadlinePassed { sessions_cut: 3 };
+        assert_eq!(life(Duration::ZERO, Duration::ZERO, &script), (outcome, Order::Stop));
+        assert!(!outcome.is_failure());
+    }
+
+    #[test]
+    fn a_second_signal_ends_at_once_at_any_stage_and_a_third_changes_nothing() {
+        let outcome = Outcome::Stopped { sessions_cut: 3 };
+        let end = [(Order::Stop, SIGTERM), (Order::Stop, Event::WorkersEnded)];
+        let delaying = [&[(Order::Run, SIGTERM), (Order::Run, SIGTERM)], &end[..]].concat();
+        assert_eq!(life(HOUR, HOUR, &delaying), (outcome, Order::Stop));
+        let finishing = [&[(Order::Run, SIGTERM), (Order::Drain, SIGTERM)], &end[..]].concat();
+        assert_eq!(life(Duration::ZERO, HOUR, &finishing), (outcome, Order::Stop));
+    }
+
+    #[test]
+    fn workers_that_end_unasked_are_a_failure() {
+        for script in [
+            &[(Order::Run, Event::WorkersEnded)][..],
+            &[(Order::Run, SIGTERM), (Order::Run, Event::WorkersEnded)],
+        ] {
+            let (outcome, order) = life(HOUR, HOUR, script);
+            assert_eq!((outcome, order), (Outcome::WorkersEnded, Order::Run));
+            assert!(outcome.is_failure());
+        }
+    }
 }

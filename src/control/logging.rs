@@ -1,18 +1,30 @@
-//! The log: to standard error, as text or as JSON.
+//! Where the log goes: lines of text or JSON on standard error.
 
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal};
 
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{Config, LogFormat};
 
-/// Starts logging as configured. A second call changes nothing.
-pub fn init(config: &Config) {
-    // The configuration has been checked; should the filter fail all the same, say more, not less.
-    let filter = EnvFilter::try_new(&config.log).unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    let _ = match config.log_format {
-        LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).try_init(),
-        LogFormat::Json => log.json().try_init(),
+/// Starts logging to standard error. A second call changes nothing.
+///
+/// A filter that cannot be parsed is replaced by `info` with a warning: it is no reason to refuse
+/// traffic.
+pub fn init_logging(config: &Config) {
+    let (filter, problem) = match EnvFilter::try_new(&config.log) {
+        Ok(filter) => (filter, None),
+        Err(error) => (EnvFilter::new("info"), Some(error)),
     };
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal());
+    // The only failure is that a subscriber is set already.
+    let _ = match config.log_format {
+        LogFormat::Text => builder.try_init(),
+        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+    };
+    if let Some(error) = problem {
+        tracing::warn!(filter = config.log, %error, "AEGIS_LOG is not a log filter, using `info`");
+    }
 }

@@ -1,292 +1,404 @@
-//! The counters as Prometheus text, format 0.0.4. A scrape reads; it disturbs no worker.
+//! The counters as Prometheus text, format 0.0.4.
+//!
+//! A scrape only reads memory that workers write anyway, and `/proc/self`. Labels are bounded:
+//! worker, endpoint, direction, and the closed lists of reasons in [`crate::telemetry`].
 
 use std::fmt::{Display, Write};
 
-use super::Shared;
-use super::admin::is_usable;
-use crate::proxy::endpoints::EndpointSnapshot;
-use crate::telemetry::{
-    Checkout, CloseReason, Discard, EndpointStats, Histogram, Label, WorkerStats,
-};
+use procfs::WithCurrentSystemInfo;
+use procfs::process::{LimitValue, Process};
 
-/// The content type of [`render`]'s text.
+use super::View;
+use super::view::{EndpointCounts, labels, usable};
+use crate::telemetry::{Checkout, CloseReason, Discard, Histogram, Label, WorkerStats};
+
+/// The `Content-Type` of the format.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// All metrics.
-pub fn render(shared: &Shared) -> String {
-    let mut text = Text::default();
-    info(&mut text, shared);
-    sessions(&mut text, shared);
-    durations(&mut text, shared);
-    workers(&mut text, shared);
-    endpoints(&mut text, &shared.snapshot());
-    discovery(&mut text, shared);
-    process(&mut text);
+/// What a family's values are.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Counter,
+    Gauge,
+    Histogram,
+}
+use Kind::{Counter, Gauge};
+
+/// A family with one value of each `T`: name, kind, help, and how to read it.
+type Family<T> = (&'static str, Kind, &'static str, fn(&T) -> u64);
+
+#[rustfmt::skip]
+const WORKER_FAMILIES: &[Family<WorkerStats>] = &[
+    ("aegis_sessions_opened_total", Counter, "Sessions accepted.", |w| w.sessions_opened.get()),
+    ("aegis_sessions_active", Gauge, "Sessions now open, those still connecting included.", |w| w.sessions_active.get()),
+    ("aegis_accept_errors_total", Counter, "Failed accepts: descriptors or memory short.", |w| w.accept_errors.get()),
+    ("aegis_accept_pauses_total", Counter, "Times accepting was paused at the session limit.", |w| w.accept_pauses.get()),
+    ("aegis_connect_retries_total", Counter, "Attempts to connect beyond a session's first.", |w| w.connect_retries.get()),
+    ("aegis_worker_turns_total", Counter, "Turns of the worker's loop: one wait in the kernel each.", |w| w.turns.get()),
+    ("aegis_worker_completions_total", Counter, "I/O completions handled.", |w| w.completions.get()),
+    ("aegis_worker_applied_generation", Gauge, "Generation of the endpoint snapshot in force.", |w| w.applied_generation.get()),
+    ("aegis_buffer_waits_total", Counter, "Times a receive had to wait for a free buffer.", |w| w.buffer_waits.get()),
+    ("aegis_buffers_in_use", Gauge, "Buffers now holding bytes in flight.", |w| w.buffers_in_use.get()),
+];
+
+#[rustfmt::skip]
+const ENDPOINT_FAMILIES: &[Family<EndpointCounts>] = &[
+    ("aegis_endpoint_sessions_active", Gauge, "Sessions now on the endpoint.", |e| e.sessions_active),
+    ("aegis_endpoint_connects_total", Counter, "Connections made to the endpoint.", |e| e.connects),
+    ("aegis_endpoint_connect_failures_total", Counter, "Connects refused, unreachable or timed out.", |e| e.connect_failures),
+    ("aegis_endpoint_ejections_total", Counter, "Times a worker ejected the endpoint.", |e| e.ejections),
+    ("aegis_pool_target", Gauge, "Warm connections that the pools aim at.", |e| e.pool_target),
+];
+
+/// All metrics of the process at this moment.
+pub fn render(view: &View) -> String {
+    let mut text = Encoder::default();
+    write_workers(&mut text, view);
+    write_durations(&mut text, view);
+    write_endpoints(&mut text, view);
+    write_identity(&mut text, view);
+    if let Ok(process) = ProcessCounts::read() {
+        process.write(&mut text);
+    }
     text.0
 }
 
-/// Text of metric families, one after the other.
+fn write_workers(text: &mut Encoder, view: &View) {
+    let workers: Vec<_> = view.stats().enumerate().map(|(i, w)| (i.to_string(), w)).collect();
+    for (name, kind, help, read) in WORKER_FAMILIES {
+        text.family(name, *kind, help);
+        for (worker, stats) in &workers {
+            text.sample(name, &[("worker", worker)], read(stats));
+        }
+    }
+
+    let name = "aegis_sessions_closed_total";
+    text.family(name, Counter, "Sessions ended, by how.");
+    for (worker, stats) in &workers {
+        for &reason in CloseReason::ALL {
+            let labels = [("worker", worker.as_str()), ("reason", reason.name())];
+            text.sample(name, &labels, stats.closed(reason));
+        }
+    }
+
+    let name = "aegis_bytes_total";
+    text.family(name, Counter, "Payload bytes that the receiving side's socket took.");
+    for (worker, stats) in &workers {
+        let to_backend = stats.bytes_to_backend.get();
+        let to_client = stats.bytes_to_client.get();
+        for (direction, bytes) in [("to_backend", to_backend), ("to_client", to_client)] {
+            text.sample(name, &[("worker", worker), ("direction", direction)], bytes);
+        }
+    }
+
+    let name = "aegis_pool_checkouts_total";
+    text.family(name, Counter, "How sessions came by their backend connections.");
+    for &result in Checkout::ALL {
+        let count: u64 = view.stats().map(|stats| stats.checkouts(result)).sum();
+        text.sample(name, &[("result", result.name())], count);
+    }
+
+    let name = "aegis_pool_discards_total";
+    text.family(name, Counter, "Pooled connections closed without having served a session.");
+    for &reason in Discard::ALL {
+        let count: u64 = view.stats().map(|stats| stats.discards(reason)).sum();
+        text.sample(name, &[("reason", reason.name())], count);
+    }
+}
+
+fn write_durations(text: &mut Encoder, view: &View) {
+    text.histogram(
+        "aegis_connect_duration_seconds",
+        "From the start of a connect to its success.",
+        view.stats().map(|stats| &stats.connect_duration),
+    );
+    text.histogram(
+        "aegis_first_byte_seconds",
+        "From a session's first byte towards the backend to the first byte back.",
+        view.stats().map(|stats| &stats.first_byte),
+    );
+    text.histogram(
+        "aegis_session_duration_seconds",
+        "From accept to close.",
+        view.stats().map(|stats| &stats.session_duration),
+    );
+}
+
+fn write_endpoints(text: &mut Encoder, view: &View) {
+    let snapshot = view.snapshot();
+    let name = "aegis_discovery_generation";
+    text.family(name, Gauge, "Generation of the latest endpoint snapshot, 0 before the first.");
+    text.sample(name, &[], snapshot.generation);
+
+    let labels = labels(&snapshot.endpoints);
+    let totals: Vec<_> = snapshot.endpoints.iter().map(|e| EndpointCounts::total(e)).collect();
+    for (name, kind, help, read) in ENDPOINT_FAMILIES {
+        text.family(name, *kind, help);
+        for (label, counts) in labels.iter().zip(&totals) {
+            text.sample(name, &[("endpoint", label)], read(counts));
+        }
+    }
+
+    let name = "aegis_endpoint_usable";
+    text.family(name, Gauge, "1 while some worker sends sessions to the endpoint, else 0.");
+    for (label, endpoint) in labels.iter().zip(&snapshot.endpoints) {
+        text.sample(name, &[("endpoint", label)], u8::from(usable(endpoint)));
+    }
+
+    let name = "aegis_pool_connections";
+    text.family(name, Gauge, "Pooled connections, by what they are doing.");
+    for (label, counts) in labels.iter().zip(&totals) {
+        for (state, count) in [("idle", counts.pool_idle), ("connecting", counts.pool_connecting)] {
+            text.sample(name, &[("endpoint", label), ("state", state)], count);
+        }
+    }
+}
+
+fn write_identity(text: &mut Encoder, view: &View) {
+    let name = "aegis_max_sessions";
+    text.family(name, Gauge, "Most sessions at a time in the whole process.");
+    text.sample(name, &[], view.max_sessions());
+
+    let name = "aegis_draining";
+    text.family(name, Gauge, "1 once the process was asked to end, else 0.");
+    text.sample(name, &[], u8::from(view.draining()));
+
+    let name = "aegis_io_driver_info";
+    text.family(name, Gauge, "The driver that does the I/O, and why this one.");
+    let driver = view.driver();
+    let labels =
+        [("driver", driver.driver), ("reason", &driver.reason), ("kernel", &driver.kernel)];
+    text.sample(name, &labels, 1);
+
+    let name = "aegis_build_info";
+    text.family(name, Gauge, "The program's version and target.");
+    let version = env!("CARGO_PKG_VERSION");
+    text.sample(name, &[("version", version), ("arch", std::env::consts::ARCH)], 1);
+}
+
+/// The process metrics that Prometheus client libraries agree on.
+struct ProcessCounts {
+    cpu_seconds: f64,
+    start_seconds: f64,
+    resident_bytes: u64,
+    virtual_bytes: u64,
+    threads: i64,
+    fds: usize,
+    fds_max: Option<u64>,
+}
+
+impl ProcessCounts {
+    fn read() -> procfs::ProcResult<Self> {
+        let process = Process::myself()?;
+        let stat = process.stat()?;
+        let ticks = procfs::ticks_per_second() as f64;
+        Ok(Self {
+            cpu_seconds: (stat.utime + stat.stime) as f64 / ticks,
+            start_seconds: procfs::boot_time_secs()? as f64 + stat.starttime as f64 / ticks,
+            resident_bytes: stat.rss_bytes().get(),
+            virtual_bytes: stat.vsize,
+            threads: stat.num_threads,
+            fds: process.fd_count()?,
+            fds_max: match process.limits()?.max_open_files.soft_limit {
+                LimitValue::Value(limit) => Some(limit),
+                LimitValue::Unlimited => None,
+            },
+        })
+    }
+
+    #[rustfmt::skip]
+    fn write(&self, text: &mut Encoder) {
+        text.single("process_cpu_seconds_total", Counter, "User and system CPU time spent.", self.cpu_seconds);
+        text.single("process_start_time_seconds", Gauge, "Start of the process since the Unix epoch.", self.start_seconds);
+        text.single("process_resident_memory_bytes", Gauge, "Resident memory size.", self.resident_bytes);
+        text.single("process_virtual_memory_bytes", Gauge, "Virtual memory size.", self.virtual_bytes);
+        text.single("process_threads", Gauge, "Threads of the process.", self.threads);
+        text.single("process_open_fds", Gauge, "Open file descriptors.", self.fds);
+        if let Some(limit) = self.fds_max {
+            text.single("process_max_fds", Gauge, "Most open file descriptors.", limit);
+        }
+    }
+}
+
+/// Writes the exposition format. Writing to a `String` cannot fail, hence the ignored results.
 #[derive(Default)]
-struct Text(String);
+struct Encoder(String);
 
-/// Label names and values.
-type Labels<'a> = &'a [(&'a str, &'a str)];
-
-impl Text {
-    fn family(&mut self, kind: &str, name: &str, help: &str) {
-        // Writing to a string cannot fail.
+impl Encoder {
+    /// Begins a family; its samples follow.
+    fn family(&mut self, name: &str, kind: Kind, help: &str) {
+        let kind = match kind {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+            Kind::Histogram => "histogram",
+        };
         let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
     }
 
-    fn sample(&mut self, name: &str, labels: Labels<'_>, value: impl Display) {
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl Display) {
         self.0.push_str(name);
-        for (i, (label, value)) in labels.iter().enumerate() {
+        for (i, (label, text)) in labels.iter().enumerate() {
             let _ = write!(self.0, "{}{label}=\"", if i == 0 { '{' } else { ',' });
-            for character in value.chars() {
-                match character {
-                    '\\' => self.0.push_str("\\\\"),
-                    '"' => self.0.push_str("\\\""),
-                    '\n' => self.0.push_str("\\n"),
-                    other => self.0.push(other),
-                }
-            }
+            self.label_value(text);
             self.0.push('"');
         }
-        let end = if labels.is_empty() { "" } else { "}" };
-        let _ = writeln!(self.0, "{end} {value}");
+        let _ = writeln!(self.0, "{} {value}", if labels.is_empty() { "" } else { "}" });
     }
 
-    fn single(&mut self, kind: &str, name: &str, help: &str, value: impl Display) {
-        self.family(kind, name, help);
+    fn label_value(&mut self, text: &str) {
+        for c in text.chars() {
+            match c {
+                '\\' => self.0.push_str("\\\\"),
+                '"' => self.0.push_str("\\\""),
+                '\n' => self.0.push_str("\\n"),
+                c => self.0.push(c),
+            }
+        }
+    }
+
+    /// A family with one sample and no labels.
+    fn single(&mut self, name: &str, kind: Kind, help: &str, value: impl Display) {
+        self.family(name, kind, help);
         self.sample(name, &[], value);
     }
 
-    /// A family with one sample a worker.
-    fn per_worker(
-        &mut self,
-        kind: &str,
-        name: &str,
-        help: &str,
-        shared: &Shared,
-        value: impl Fn(&WorkerStats) -> u64,
-    ) {
-        self.family(kind, name, help);
-        for (index, worker) in shared.workers.iter().enumerate() {
-            self.sample(name, &[("worker", &index.to_string())], value(&worker.stats));
-        }
-    }
-
-    /// A family with one sample a variant of a label, summed over the workers.
-    fn per_label<L: Label>(
+    /// A histogram, summed over `parts`.
+    fn histogram<'a>(
         &mut self,
         name: &str,
         help: &str,
-        label: &str,
-        shared: &Shared,
-        value: impl Fn(&WorkerStats, L) -> u64,
+        parts: impl Iterator<Item = &'a Histogram>,
     ) {
-        self.family("counter", name, help);
-        for &variant in L::ALL {
-            let sum: u64 = shared.workers.iter().map(|worker| value(&worker.stats, variant)).sum();
-            self.sample(name, &[(label, variant.name())], sum);
-        }
-    }
-
-    /// A family with one sample an endpoint, summed over the workers.
-    fn per_endpoint(
-        &mut self,
-        kind: &str,
-        name: &str,
-        help: &str,
-        snapshot: &EndpointSnapshot,
-        value: impl Fn(&EndpointStats) -> u64,
-    ) {
-        self.family(kind, name, help);
-        for endpoint in &snapshot.endpoints {
-            let sum: u64 = endpoint.stats.iter().map(&value).sum();
-            self.sample(name, &[("endpoint", &endpoint.name)], sum);
-        }
-    }
-
-    fn histogram(
-        &mut self,
-        name: &str,
-        help: &str,
-        shared: &Shared,
-        of: impl Fn(&WorkerStats) -> &Histogram,
-    ) {
-        self.family("histogram", name, help);
         let mut counts = [0; Histogram::BUCKETS];
         let mut sum = 0.0;
-        for worker in &shared.workers {
-            let (worker_counts, worker_sum) = of(&worker.stats).read();
-            counts.iter_mut().zip(worker_counts).for_each(|(all, one)| *all += one);
-            sum += worker_sum;
+        for (part, seconds) in parts.map(Histogram::read) {
+            counts.iter_mut().zip(part).for_each(|(total, n)| *total += n);
+            sum += seconds;
         }
-        let mut cumulative = 0;
-        for (index, count) in counts.iter().enumerate() {
-            cumulative += count;
-            let bound = Histogram::upper_bound_seconds(index);
-            let bound = bound.map_or_else(|| "+Inf".to_owned(), |bound| bound.to_string());
-            self.sample(&format!("{name}_bucket"), &[("le", &bound)], cumulative);
+        self.family(name, Kind::Histogram, help);
+        let bucket = format!("{name}_bucket");
+        // `_count` is the sum of the buckets, so it agrees with them while workers count on.
+        let mut count = 0;
+        for (i, n) in counts.into_iter().enumerate() {
+            count += n;
+            let le = Histogram::upper_bound_seconds(i);
+            let le = le.map_or_else(|| "+Inf".to_owned(), |seconds| seconds.to_string());
+            self.sample(&bucket, &[("le", &le)], count);
         }
         self.sample(&format!("{name}_sum"), &[], sum);
-        self.sample(&format!("{name}_count"), &[], cumulative);
-    }
-}
-
-fn info(text: &mut Text, shared: &Shared) {
-    text.family("gauge", "aegis_build_info", "The version that runs.");
-    text.sample("aegis_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
-    text.family("gauge", "aegis_io_driver_info", "The I/O driver in use, and why.");
-    let driver = &shared.driver;
-    let labels =
-        [("driver", driver.driver), ("reason", &driver.reason), ("kernel", &driver.kernel)];
-    text.sample("aegis_io_driver_info", &labels, 1);
-    text.single("gauge", "aegis_workers", "Worker threads.", shared.workers.len());
-    let draining = u8::from(shared.is_draining());
-    text.single("gauge", "aegis_draining", "1 while the proxy drains.", draining);
-}
-
-fn sessions(text: &mut Text, shared: &Shared) {
-    text.per_worker("counter", "aegis_sessions_opened_total", "Sessions accepted.", shared, |s| {
-        s.sessions_opened.get()
-    });
-    let help = "Sessions now open.";
-    text.per_worker("gauge", "aegis_sessions_active", help, shared, |s| s.sessions_active.get());
-    let help = "Most sessions at a time.";
-    text.single("gauge", "aegis_sessions_max", help, shared.max_sessions);
-    let help = "Sessions ended, by reason.";
-    text.per_label(
-        "aegis_sessions_closed_total",
-        help,
-        "reason",
-        shared,
-        |s, reason: CloseReason| s.closed(reason),
-    );
-    let name = "aegis_bytes_total";
-    text.family("counter", name, "Bytes received, by where they went.");
-    let sum =
-        |of: fn(&WorkerStats) -> u64| shared.workers.iter().map(|w| of(&w.stats)).sum::<u64>();
-    text.sample(name, &[("direction", "to_backend")], sum(|s| s.bytes_to_backend.get()));
-    text.sample(name, &[("direction", "to_client")], sum(|s| s.bytes_to_client.get()));
-    let help = "Accepts that failed for want of descriptors or memory.";
-    text.single("counter", "aegis_accept_errors_total", help, sum(|s| s.accept_errors.get()));
-    let help = "Times accepting paused because of AEGIS_MAX_SESSIONS.";
-    text.single("counter", "aegis_accept_pauses_total", help, sum(|s| s.accept_pauses.get()));
-    let help = "Attempts to connect beyond a session's first.";
-    text.single("counter", "aegis_connect_retries_total", help, sum(|s| s.connect_retries.get()));
-    let help = "How sessions came by their backend connections.";
-    text.per_label("aegis_pool_checkouts_total", help, "result", shared, |s, result: Checkout| {
-        s.checkouts(result)
-    });
-    let help = "Pooled connections closed unused, by reason.";
-    text.per_label("aegis_pool_discards_total", help, "reason", shared, |s, why: Discard| {
-        s.discards(why)
-    });
-}
-
-fn durations(text: &mut Text, shared: &Shared) {
-    let help = "Time to connect to an endpoint.";
-    text.histogram("aegis_connect_duration_seconds", help, shared, |s| &s.connect_duration);
-    let help = "Time from a session's first byte to the first byte back.";
-    text.histogram("aegis_first_byte_seconds", help, shared, |s| &s.first_byte);
-    let help = "Time from accept to close.";
-    text.histogram("aegis_session_duration_seconds", help, shared, |s| &s.session_duration);
-}
-
-fn workers(text: &mut Text, shared: &Shared) {
-    let help = "Turns of the worker's loop, one wait each.";
-    text.per_worker("counter", "aegis_worker_turns_total", help, shared, |s| s.turns.get());
-    let help = "Events handled.";
-    text.per_worker("counter", "aegis_worker_events_total", help, shared, |s| s.completions.get());
-    let help = "Receives that found no free buffer and waited.";
-    text.per_worker("counter", "aegis_buffer_waits_total", help, shared, |s| s.buffer_waits.get());
-    let help = "Buffers holding bytes in flight or lent to the kernel.";
-    text.per_worker("gauge", "aegis_buffers_in_use", help, shared, |s| s.buffers_in_use.get());
-}
-
-fn endpoints(text: &mut Text, snapshot: &EndpointSnapshot) {
-    let name = "aegis_pool_connections";
-    text.family("gauge", name, "Connections of the pool, warm or being made.");
-    for endpoint in &snapshot.endpoints {
-        let sum = |of: fn(&EndpointStats) -> u64| endpoint.stats.iter().map(of).sum::<u64>();
-        for (state, value) in [
-            ("idle", sum(|stats| stats.pool_idle.get())),
-            ("connecting", sum(|stats| stats.pool_connecting.get())),
-        ] {
-            text.sample(name, &[("endpoint", &endpoint.name), ("state", state)], value);
-        }
-    }
-    let name = "aegis_endpoint_usable";
-    text.family("gauge", name, "1 while some worker sends sessions to the endpoint.");
-    for endpoint in &snapshot.endpoints {
-        text.sample(name, &[("endpoint", &endpoint.name)], u8::from(is_usable(endpoint)));
-    }
-    let help = "Warm connections that the pools aim at.";
-    text.per_endpoint("gauge", "aegis_pool_target", help, snapshot, |s| s.pool_target.get());
-    let help = "Sessions on the endpoint, those still connecting included.";
-    let name = "aegis_endpoint_sessions_active";
-    text.per_endpoint("gauge", name, help, snapshot, |s| s.sessions_active.get());
-    let name = "aegis_endpoint_ejections_total";
-    text.per_endpoint("counter", name, "Ejections, counted in each worker.", snapshot, |s| {
-        s.ejections.get()
-    });
-    let name = "aegis_endpoint_connects_total";
-    text.per_endpoint("counter", name, "Connections made.", snapshot, |s| s.connects.get());
-    let name = "aegis_endpoint_connect_failures_total";
-    let help = "Connects refused, unreachable or timed out.";
-    text.per_endpoint("counter", name, help, snapshot, |s| s.connect_failures.get());
-}
-
-fn discovery(text: &mut Text, shared: &Shared) {
-    let snapshot = shared.snapshot();
-    let help = "The number of the endpoint snapshot in force.";
-    text.single("gauge", "aegis_discovery_generation", help, snapshot.generation);
-    let help = "Endpoints in that snapshot.";
-    text.single("gauge", "aegis_discovery_endpoints", help, snapshot.endpoints.len());
-    let help = "The snapshot that the worker has applied.";
-    text.per_worker("gauge", "aegis_worker_applied_generation", help, shared, |s| {
-        s.applied_generation.get()
-    });
-}
-
-/// The standard metrics of a process. What the kernel does not tell is left out.
-fn process(text: &mut Text) {
-    let Ok(this) = procfs::process::Process::myself() else { return };
-    if let Ok(stat) = this.stat() {
-        let ticks = procfs::ticks_per_second() as f64;
-        let cpu = (stat.utime + stat.stime) as f64 / ticks;
-        let help = "User and system CPU time.";
-        text.single("counter", "process_cpu_seconds_total", help, cpu);
-        let resident = stat.rss * procfs::page_size();
-        text.single("gauge", "process_resident_memory_bytes", "Resident memory.", resident);
-        text.single("gauge", "process_virtual_memory_bytes", "Virtual memory.", stat.vsize);
-        text.single("gauge", "process_threads", "Threads.", stat.num_threads);
-        if let Ok(boot) = procfs::boot_time_secs() {
-            let start = boot as f64 + stat.starttime as f64 / ticks;
-            let help = "When the process started, since the epoch.";
-            text.single("gauge", "process_start_time_seconds", help, start);
-        }
-    }
-    if let Ok(open) = this.fd_count() {
-        text.single("gauge", "process_open_fds", "Open descriptors.", open);
-    }
-    if let Ok(limits) = this.limits()
-        && let procfs::process::LimitValue::Value(most) = limits.max_open_files.soft_limit
-    {
-        text.single("gauge", "process_max_fds", "Descriptors that can be open.", most);
+        self.sample(&format!("{name}_count"), &[], count);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::{HashMap, HashSet};
+    use std::io::Write as _;
+    use std::process::{Command, Stdio};
+    use std::time::Duration;
+
     use super::*;
+    use crate::control::testing::{config, endpoint, view};
+
+    fn busy_view() -> View {
+        let endpoints = vec![
+            endpoint("db:5432", "10.0.0.1:5432"),
+            endpoint("db:5432", "10.0.0.2:5432"),
+            endpoint("pod-\"0\"\\\n", "[::1]:5432"),
+        ];
+        endpoints[0].stats[1].pool_idle.set(3);
+        endpoints[2].stats.iter().for_each(|stats| stats.ejected.set(1));
+        let view = view(config(), endpoints);
+        for (i, stats) in view.stats().enumerate() {
+            stats.sessions_opened.add(10 + i as u64);
+            stats.count_close(CloseReason::ClientReset);
+            stats.count_checkout(Checkout::Hit);
+            stats.connect_duration.record(Duration::from_micros(60));
+            stats.connect_duration.record(Duration::from_secs(360_000));
+        }
+        view
+    }
+
+    /// The samples by name and labels. Checks the form of every line on the way.
+    fn parse(text: &str) -> HashMap<&str, f64> {
+        let (mut helped, mut typed) = (HashSet::new(), HashMap::new());
+        let mut samples = HashMap::new();
+        for line in text.lines() {
+            if let Some(help) = line.strip_prefix("# HELP ") {
+                let (name, help) = help.split_once(' ').unwrap();
+                assert!(helped.insert(name), "{name} is helped twice");
+                assert!(help.ends_with('.'), "{help}");
+            } else if let Some(kind) = line.strip_prefix("# TYPE ") {
+                let (name, kind) = kind.split_once(' ').unwrap();
+                assert!(helped.contains(name) && typed.insert(name, kind).is_none(), "{name}");
+            } else {
+                let (series, value) = line.rsplit_once(' ').unwrap();
+                let name = series.split('{').next().unwrap();
+                let family = ["_bucket", "_sum", "_count"]
+                    .iter()
+                    .find_map(|suffix| name.strip_suffix(suffix))
+                    .filter(|family| typed.get(family) == Some(&"histogram"))
+                    .unwrap_or(name);
+                assert!(typed.contains_key(family), "{series} has no type");
+                let value = value.parse().unwrap_or_else(|_| panic!("{line}"));
+                assert!(samples.insert(series, value).is_none(), "{series} comes twice");
+            }
+        }
+        assert_eq!(helped.len(), typed.len());
+        samples
+    }
 
     #[test]
-    fn label_values_are_escaped() {
-        let mut text = Text::default();
-        text.sample("m", &[("a", "x\\y\"z\n"), ("b", "")], 1);
-        assert_eq!(text.0, "m{a=\"x\\\\y\\\"z\\n\",b=\"\"} 1\n");
+    fn every_sample_belongs_to_a_family_and_says_what_was_counted() {
+        let text = render(&busy_view());
+        let samples = parse(&text);
+        for (series, value) in [
+            ("aegis_sessions_opened_total{worker=\"1\"}", 11.0),
+            ("aegis_sessions_closed_total{worker=\"0\",reason=\"client_reset\"}", 1.0),
+            ("aegis_pool_checkouts_total{result=\"hit\"}", 2.0),
+            ("aegis_pool_connections{endpoint=\"db:5432@10.0.0.1:5432\",state=\"idle\"}", 3.0),
+            ("aegis_endpoint_usable{endpoint=\"db:5432@10.0.0.2:5432\"}", 1.0),
+            ("aegis_endpoint_usable{endpoint=\"pod-\\\"0\\\"\\\\\\n\"}", 0.0),
+            ("aegis_discovery_generation", 1.0),
+            ("aegis_draining", 0.0),
+        ] {
+            assert_eq!(samples.get(series), Some(&value), "{series}");
+        }
+        assert!(samples["process_resident_memory_bytes"] > 0.0);
+        assert!(samples["process_open_fds"] > 0.0);
+    }
+
+    #[test]
+    fn buckets_are_cumulative_and_end_at_the_count() {
+        let text = render(&busy_view());
+        let prefix = "aegis_connect_duration_seconds_bucket";
+        let counts: Vec<u64> = text
+            .lines()
+            .filter(|line| line.starts_with(prefix))
+            .map(|line| line.rsplit_once(' ').unwrap().1.parse().unwrap())
+            .collect();
+        assert_eq!(counts.len(), Histogram::BUCKETS);
+        assert!(counts.is_sorted());
+        let samples = parse(&text);
+        let bucket = |le: &str| samples[format!("{prefix}{{le=\"{le}\"}}").as_str()];
+        assert_eq!((bucket("0.00005"), bucket("0.000075"), bucket("+Inf")), (0.0, 2.0, 4.0));
+        assert!(text.contains("\naegis_connect_duration_seconds_count 4\n"));
+    }
+
+    #[test]
+    fn promtool_finds_no_fault() {
+        let promtool = Command::new("promtool")
+            .args(["check", "metrics"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        let Ok(mut promtool) = promtool else {
+            eprintln!("promtool is not on the PATH: its check of the metrics did not run");
+            return;
+        };
+        promtool.stdin.take().unwrap().write_all(render(&busy_view()).as_bytes()).unwrap();
+        let output = promtool.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 }

@@ -1,156 +1,177 @@
-//! The tokio side: discovery, admin HTTP, lifecycle, on one thread.
+//! The tokio side: one thread for discovery, admin HTTP and the life of the process.
 //!
-//! It tells the workers what it wants through their mailboxes and reads their counters. Traffic
-//! never waits for anything that happens here.
-
-use std::convert::Infallible;
-use std::io;
-use std::net::TcpListener;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
-
-use tokio::sync::mpsc;
-
-use crate::config::Config;
-use crate::proxy::endpoints::EndpointSnapshot;
-use crate::telemetry::WorkerStats;
-use crate::worker::mailbox::{Mailbox, Order};
+//! It never forwards a byte. It speaks to workers by their mailboxes, and reads their counters.
 
 pub mod admin;
 pub mod discovery;
 pub mod lifecycle;
 pub mod logging;
 pub mod metrics;
+pub mod view;
 
+#[cfg(test)]
+mod testing;
+
+use std::convert::Infallible;
+use std::io;
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::{mpsc, watch};
+
+use discovery::dns;
 pub use lifecycle::Outcome;
+pub use logging::init_logging;
+pub use view::View;
 
-/// The control thread's end of a worker.
+use crate::config::Config;
+use crate::telemetry::WorkerStats;
+use crate::worker::mailbox::Mailbox;
+
+/// The two places where the control plane meets a worker.
 #[derive(Debug, Clone)]
 pub struct WorkerHandle {
-    /// Commands go down.
+    /// Where orders and endpoint snapshots go.
     pub mailbox: Arc<Mailbox>,
-    /// Counts come up.
+    /// What the worker counts.
     pub stats: Arc<WorkerStats>,
 }
 
-/// Which driver runs, and why.
+/// Which driver does the I/O, and why.
 #[derive(Debug, Clone)]
 pub struct DriverInfo {
     /// `io_uring` or `epoll`.
     pub driver: &'static str,
-    /// One sentence.
+    /// Why this one.
     pub reason: String,
     /// The kernel's release.
     pub kernel: String,
 }
 
-/// What the control plane is started with.
+/// All that the control plane needs to run.
 #[derive(Debug)]
-pub struct Setup {
+pub struct Plane {
     /// The configuration.
     pub config: Arc<Config>,
-    /// When the process started.
+    /// When the process started; heartbeats are milliseconds since then.
     pub started: Instant,
-    /// The workers, all of them running.
+    /// The workers, in the order of their numbers.
     pub workers: Vec<WorkerHandle>,
-    /// Which driver runs, and why.
+    /// The driver of all workers.
     pub driver: DriverInfo,
-    /// Sessions at a time in the whole process.
+    /// Most sessions at a time in the whole process.
     pub max_sessions: usize,
-    /// The admin socket, bound.
-    pub admin: TcpListener,
-    /// Closes once every worker's thread has ended.
+    /// Closes once every worker thread has ended: each holds a sender and drops it with its end.
     pub exited: mpsc::Receiver<Infallible>,
+    /// The admin listener, from [`admin::bind`].
+    pub admin: TcpListener,
 }
 
-/// What the parts of the control plane share.
-#[derive(Debug)]
-pub struct Shared {
-    /// The configuration.
-    pub config: Arc<Config>,
-    /// When the process started.
-    pub started: Instant,
-    /// The workers.
-    pub workers: Vec<WorkerHandle>,
-    /// Which driver runs, and why.
-    pub driver: DriverInfo,
-    /// Sessions at a time in the whole process.
-    pub max_sessions: usize,
-    draining: AtomicBool,
-    snapshot: Mutex<Arc<EndpointSnapshot>>,
+impl Plane {
+    /// Runs discovery, the admin server and signal handling on the calling thread until every
+    /// worker has ended, or was told to end and did not within [`lifecycle::STOP_MAX`].
+    ///
+    /// # Errors
+    /// The runtime, the signal handlers or the admin listener cannot be set up. Workers may still
+    /// be running then.
+    pub fn run(self) -> io::Result<Outcome> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(discovery::LOOKUPS_MAX)
+            .build()?;
+        let outcome = runtime.block_on(self.serve());
+        // Not a plain drop: that would wait for a name lookup that hangs in the resolver.
+        runtime.shutdown_background();
+        outcome
+    }
+
+    async fn serve(self) -> io::Result<Outcome> {
+        let events = lifecycle::events(self.exited)?;
+        let admin = tokio::net::TcpListener::from_std(self.admin)?;
+        let snapshots = watch::Sender::default();
+        let view = Arc::new(View::new(
+            Arc::clone(&self.config),
+            self.started,
+            self.workers.clone(),
+            self.driver,
+            self.max_sessions,
+            snapshots.subscribe(),
+        ));
+        let publisher = discovery::Publisher::new(self.workers, snapshots);
+        let backends = dns::Backends {
+            hosts: self.config.backends.clone(),
+            refresh: self.config.dns_refresh,
+            first_answer_max: dns::FIRST_ANSWER_MAX,
+            resolver: dns::SystemResolver,
+        };
+        tokio::spawn(backends.run(publisher));
+        tokio::spawn(admin::serve(admin, Arc::clone(&view)));
+        Ok(lifecycle::run(&view, events).await)
+    }
 }
 
-impl Shared {
-    /// The state at start: no endpoint known, not draining.
-    pub fn new(
-        config: Arc<Config>,
-        started: Instant,
-        workers: Vec<WorkerHandle>,
-        driver: DriverInfo,
-        max_sessions: usize,
-    ) -> Arc<Self> {
-        Arc::new(Self {
-            config,
-            started,
+#[cfg(test)]
+mod tests {
+    use std::thread;
+    use std::time::Duration;
+
+    use rustix::event::{PollFd, PollFlags, poll};
+    use rustix::process::{Signal, getpid, kill_process};
+
+    use super::*;
+    use crate::config::Config;
+    use crate::telemetry::WorkerState;
+    use crate::worker::mailbox::Order;
+
+    /// A worker that applies snapshots and ends once it is told to drain.
+    fn work(worker: &WorkerHandle) {
+        worker.stats.set_state(WorkerState::Running);
+        while worker.mailbox.current_order() == Order::Run {
+            let mut fds = [PollFd::from_borrowed_fd(worker.mailbox.wake_fd(), PollFlags::IN)];
+            // A signal may interrupt it: the loop asks again.
+            let _ = poll(&mut fds, None);
+            worker.mailbox.clear_wake();
+            if let Some(snapshot) = worker.mailbox.take_snapshot() {
+                worker.stats.applied_generation.set(snapshot.generation);
+            }
+        }
+        worker.stats.set_state(WorkerState::Stopped);
+    }
+
+    #[test]
+    fn the_plane_runs_from_the_first_snapshot_to_the_end_of_the_last_worker() {
+        let admin = admin::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = admin.local_addr().unwrap();
+        let workers = testing::workers(2);
+        let (alive, exited) = mpsc::channel(1);
+        for worker in &workers {
+            let (worker, alive) = (worker.clone(), alive.clone());
+            thread::spawn(move || {
+                work(&worker);
+                drop(alive);
+            });
+        }
+        drop(alive);
+
+        let client = thread::spawn(move || {
+            // The signal handlers are set before the first answer.
+            while testing::http(address, "GET", "/startupz").1 != "ok\n" {
+                thread::sleep(Duration::from_millis(1));
+            }
+            assert_eq!(testing::http(address, "GET", "/readyz").1, "ok\n");
+            kill_process(getpid(), Signal::TERM).unwrap();
+        });
+        let plane = Plane {
+            config: Arc::new(Config { drain_delay: Duration::ZERO, ..testing::config() }),
+            started: Instant::now(),
             workers,
-            driver,
-            max_sessions,
-            draining: AtomicBool::new(false),
-            snapshot: Mutex::default(),
-        })
+            driver: testing::driver(),
+            max_sessions: 100,
+            exited,
+            admin,
+        };
+        assert_eq!(plane.run().unwrap(), Outcome::Drained);
+        client.join().unwrap();
     }
-
-    /// The endpoint snapshot published last.
-    pub fn snapshot(&self) -> Arc<EndpointSnapshot> {
-        Arc::clone(&self.snapshot.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Makes a snapshot the one in force and delivers it to every worker.
-    pub fn publish(&self, snapshot: EndpointSnapshot) {
-        let snapshot = Arc::new(snapshot);
-        *self.snapshot.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&snapshot);
-        for worker in &self.workers {
-            worker.mailbox.deliver(Arc::clone(&snapshot));
-        }
-    }
-
-    /// Whether a drain has begun.
-    pub fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Relaxed)
-    }
-
-    /// Takes note that a drain has begun: not ready from now on.
-    pub fn set_draining(&self) {
-        self.draining.store(true, Ordering::Relaxed);
-    }
-
-    /// Gives an order to every worker.
-    pub fn order(&self, order: Order) {
-        for worker in &self.workers {
-            worker.mailbox.order(order);
-        }
-    }
-
-    /// Sessions now open in all workers.
-    pub fn sessions_active(&self) -> u64 {
-        self.workers.iter().map(|worker| worker.stats.sessions_active.get()).sum()
-    }
-}
-
-/// Runs the control plane until the workers have ended.
-///
-/// # Errors
-/// The runtime, the signal handlers or the admin server cannot be set up.
-pub fn run(setup: Setup) -> io::Result<Outcome> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let Setup { config, started, workers, driver, max_sessions, admin, exited } = setup;
-    let shared = Shared::new(config, started, workers, driver, max_sessions);
-    runtime.block_on(async {
-        // Signals first: whoever asks for an end during the start gets it.
-        let signals = lifecycle::Signals::new()?;
-        tokio::spawn(admin::serve(admin::listener(admin)?, Arc::clone(&shared)));
-        tokio::spawn(discovery::run(Arc::clone(&shared)));
-        Ok(lifecycle::run(&shared, signals, exited).await)
-    })
 }

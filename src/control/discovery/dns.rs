@@ -1,0 +1,303 @@
+//! The configured backends as a source: IP addresses as they are, names by DNS, again and again.
+//!
+//! Every name is looked up by a task of its own, so a name that hangs holds up no other, and has
+//! one lookup in flight at most. Names of endpoints are stable: `10.0.0.1:5432` for an address,
+//! `db.example:5432@10.0.0.1` for an address behind a name, however many there are.
+
+use std::future::Future;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout_at};
+use tracing::{info, warn};
+
+use super::{Publisher, Wanted};
+use crate::config::HostPort;
+
+/// How long start-up waits for names by default while no endpoint is known.
+pub const FIRST_ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// The wait after a first failed lookup; it doubles up to the refresh interval.
+const RETRY_MIN: Duration = Duration::from_millis(500);
+
+/// Looks names up.
+pub trait Resolve: Clone + Send + Sync + 'static {
+    /// All addresses of a host, in any order.
+    ///
+    /// # Errors
+    /// The lookup failed, or the name does not exist.
+    fn resolve(&self, host: &HostPort) -> impl Future<Output = io::Result<Vec<SocketAddr>>> + Send;
+}
+
+/// The system's resolver: the hosts file, then DNS with its search domains.
+#[derive(Debug, Clone, Copy)]
+pub struct SystemResolver;
+
+impl Resolve for SystemResolver {
+    async fn resolve(&self, host: &HostPort) -> io::Result<Vec<SocketAddr>> {
+        Ok(tokio::net::lookup_host((host.host.as_str(), host.port)).await?.collect())
+    }
+}
+
+/// The configured backends, as a source of endpoints.
+#[derive(Debug)]
+pub struct Backends<R> {
+    /// Names and addresses, in the order of the endpoints.
+    pub hosts: Vec<HostPort>,
+    /// How often a name is looked up again.
+    pub refresh: Duration,
+    /// How long the first snapshot waits for names while no endpoint is known.
+    pub first_answer_max: Duration,
+    /// Who looks names up.
+    pub resolver: R,
+}
+
+impl<R: Resolve> Backends<R> {
+    /// Keeps the endpoints published: for ever, or once if there are no names among them.
+    ///
+    /// The first snapshot comes as soon as any endpoint is known; without one, when every name has
+    /// failed or `first_answer_max` has passed.
+    pub async fn run(self, publisher: Publisher) {
+        let (answers, mut received) = mpsc::channel(1);
+        let mut lookups = JoinSet::new();
+        let mut known: Vec<Vec<Wanted>> = Vec::with_capacity(self.hosts.len());
+        let mut unanswered = vec![false; self.hosts.len()];
+        for (index, host) in self.hosts.into_iter().enumerate() {
+            known.push(literal(&host).into_iter().collect());
+            if known[index].is_empty() {
+                unanswered[index] = true;
+                let (resolver, answers) = (self.resolver.clone(), answers.clone());
+                lookups.spawn(follow(index, host, self.refresh, resolver, answers));
+            }
+        }
+        // Only the lookups hold senders now: without any, the loop ends.
+        drop(answers);
+
+        let deadline = Instant::now() + self.first_answer_max;
+        let mut begun = false;
+        loop {
+            begun |= !unanswered.contains(&true) || known.iter().any(|wanted| !wanted.is_empty());
+            if begun {
+                publisher.publish(known.iter().flatten().cloned());
+            }
+            let answer = if begun {
+                received.recv().await
+            } else if let Ok(answer) = timeout_at(deadline, received.recv()).await {
+                answer
+            } else {
+                warn!("no name is resolved yet: going on without endpoints");
+                begun = true;
+                continue;
+            };
+            let Some(Answer { index, wanted }) = answer else { return };
+            unanswered[index] = false;
+            if let Some(wanted) = wanted {
+                known[index] = wanted;
+            }
+        }
+    }
+}
+
+/// The end of one lookup of backend `index`.
+struct Answer {
+    index: usize,
+    /// Never empty; `None` after a failure, which changes nothing.
+    wanted: Option<Vec<Wanted>>,
+}
+
+/// Looks `host` up every `refresh`, sooner after failures, until nobody listens.
+async fn follow<R: Resolve>(
+    index: usize,
+    host: HostPort,
+    refresh: Duration,
+    resolver: R,
+    answers: mpsc::Sender<Answer>,
+) {
+    let name = format!("{}:{}", host.host, host.port);
+    let mut failures = 0u32;
+    loop {
+        let (wanted, wait) = match lookup(&name, &host, &resolver).await {
+            Ok(wanted) => {
+                if failures > 0 {
+                    info!(backend = name, failures, "name resolves again");
+                }
+                failures = 0;
+                (Some(wanted), refresh)
+            }
+            Err(error) => {
+                if failures == 0 {
+                    warn!(backend = name, %error, "name does not resolve: keeping what is known");
+                }
+                let wait = RETRY_MIN.saturating_mul(1 << failures.min(16)).min(refresh);
+                failures = failures.saturating_add(1);
+                (None, wait)
+            }
+        };
+        if answers.send(Answer { index, wanted }).await.is_err() {
+            return;
+        }
+        sleep(wait).await;
+    }
+}
+
+async fn lookup<R: Resolve>(name: &str, host: &HostPort, resolver: &R) -> io::Result<Vec<Wanted>> {
+    let mut addresses = resolver.resolve(host).await?;
+    if addresses.is_empty() {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "no address in the answer"));
+    }
+    // Name servers rotate their answers, and a new order is no change.
+    addresses.sort_unstable();
+    Ok(addresses.into_iter().map(|a| (format!("{name}@{}", a.ip()), a)).collect())
+}
+
+fn literal(host: &HostPort) -> Option<Wanted> {
+    let address = SocketAddr::new(host.host.parse::<IpAddr>().ok()?, host.port);
+    Some((address.to_string(), address))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::sync::{Arc, Mutex};
+
+    use tokio::sync::watch;
+
+    use super::*;
+    use crate::control::testing::{block_on, workers};
+    use crate::proxy::endpoints::EndpointSnapshot;
+
+    /// Gives the scripted answers one by one, then none for ever.
+    #[derive(Clone)]
+    struct Script(Arc<Mutex<VecDeque<Option<Vec<&'static str>>>>>);
+
+    impl Script {
+        fn new(answers: &[Option<&[&'static str]>]) -> Self {
+            Self(Arc::new(Mutex::new(answers.iter().map(|a| a.map(<[_]>::to_vec)).collect())))
+        }
+    }
+
+    impl Resolve for Script {
+        async fn resolve(&self, host: &HostPort) -> io::Result<Vec<SocketAddr>> {
+            let answer = self.0.lock().unwrap().pop_front();
+            match answer {
+                Some(Some(ips)) => {
+                    let address = |ip: &str| SocketAddr::new(ip.parse().unwrap(), host.port);
+                    Ok(ips.into_iter().map(address).collect())
+                }
+                Some(None) => Err(io::Error::other("scripted failure")),
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    fn host(host: &str) -> HostPort {
+        HostPort { host: host.to_owned(), port: 5432 }
+    }
+
+    /// The snapshot of this generation; later ones must not follow.
+    async fn last(
+        backends: &[&str],
+        script: Script,
+        generation: u64,
+    ) -> (Arc<EndpointSnapshot>, Script) {
+        last_within(Duration::from_secs(3600), backends, script, generation).await
+    }
+
+    async fn last_within(
+        first_answer_max: Duration,
+        backends: &[&str],
+        script: Script,
+        generation: u64,
+    ) -> (Arc<EndpointSnapshot>, Script) {
+        let snapshots = watch::Sender::default();
+        let mut receiver = snapshots.subscribe();
+        let publisher = Publisher::new(workers(1), snapshots);
+        let backends = Backends {
+            hosts: backends.iter().map(|h| host(h)).collect(),
+            refresh: Duration::from_millis(1),
+            first_answer_max,
+            resolver: script.clone(),
+        };
+        let running = tokio::spawn(backends.run(publisher));
+        let snapshot = receiver
+            .wait_for(|s: &Arc<EndpointSnapshot>| s.generation == generation)
+            .await
+            .unwrap()
+            .clone();
+        running.abort();
+        (snapshot, script)
+    }
+
+    fn names(snapshot: &EndpointSnapshot) -> Vec<&str> {
+        snapshot.endpoints.iter().map(|e| e.name.as_str()).collect()
+    }
+
+    #[test]
+    fn addresses_are_published_at_once_and_in_the_configured_order() {
+        block_on(async {
+            let (snapshot, _) = last(&["10.0.0.9", "never", "::1"], Script::new(&[]), 1).await;
+            assert_eq!(names(&snapshot), ["10.0.0.9:5432", "[::1]:5432"]);
+        });
+    }
+
+    #[test]
+    fn a_new_order_is_no_change_and_a_new_address_is() {
+        block_on(async {
+            let script = Script::new(&[
+                Some(&["10.0.0.2", "10.0.0.1"]),
+                Some(&["10.0.0.1", "10.0.0.2"]),
+                Some(&["10.0.0.3", "10.0.0.1", "10.0.0.1"]),
+            ]);
+            let (snapshot, _) = last(&["db"], script, 2).await;
+            assert_eq!(names(&snapshot), ["db:5432@10.0.0.1", "db:5432@10.0.0.3"]);
+        });
+    }
+
+    #[test]
+    fn failures_and_empty_answers_keep_the_last_known_good() {
+        block_on(async {
+            let script = Script::new(&[
+                Some(&["10.0.0.1"]),
+                None,
+                Some(&[]),
+                Some(&["10.0.0.1"]),
+                Some(&["10.0.0.2"]),
+            ]);
+            let (snapshot, script) = last(&["db"], script, 2).await;
+            assert_eq!(names(&snapshot), ["db:5432@10.0.0.2"]);
+            assert!(script.0.lock().unwrap().is_empty());
+        });
+    }
+
+    #[test]
+    fn an_unresolvable_name_gives_an_empty_first_snapshot_and_is_tried_again() {
+        block_on(async {
+            let (empty, _) = last(&["db"], Script::new(&[None]), 1).await;
+            assert!(empty.endpoints.is_empty());
+
+            let script = Script::new(&[None, Some(&["10.0.0.1"])]);
+            let (found, _) = last(&["db"], script, 2).await;
+            assert_eq!(names(&found), ["db:5432@10.0.0.1"]);
+        });
+    }
+
+    #[test]
+    fn a_name_that_hangs_delays_the_first_snapshot_for_a_bounded_time() {
+        block_on(async {
+            let (empty, _) = last_within(Duration::ZERO, &["db"], Script::new(&[]), 1).await;
+            assert!(empty.endpoints.is_empty());
+        });
+    }
+
+    #[test]
+    fn the_system_resolver_knows_localhost() {
+        block_on(async {
+            let addresses = SystemResolver.resolve(&host("localhost")).await.unwrap();
+            assert!(addresses.iter().all(|a| a.ip().is_loopback() && a.port() == 5432));
+            assert!(!addresses.is_empty());
+        });
+    }
+}

@@ -1,0 +1,217 @@
+//! What the process looks like from outside at one moment: read from counters, disturbs no worker.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use tokio::sync::watch;
+
+use super::{DriverInfo, WorkerHandle};
+use crate::config::Config;
+use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
+use crate::telemetry::{EndpointStats, WorkerState, WorkerStats};
+
+/// A worker that did not turn for this long is stuck: an idle one turns once a second.
+pub const HEARTBEAT_AGE_MAX: Duration = Duration::from_secs(10);
+
+/// The state of the process as the admin server shows it.
+#[derive(Debug)]
+pub struct View {
+    config: Arc<Config>,
+    started: Instant,
+    workers: Vec<WorkerHandle>,
+    driver: DriverInfo,
+    max_sessions: usize,
+    draining: AtomicBool,
+    snapshot: watch::Receiver<Arc<EndpointSnapshot>>,
+}
+
+impl View {
+    /// A view of these workers, not draining, which follows discovery by `snapshot`.
+    pub fn new(
+        config: Arc<Config>,
+        started: Instant,
+        workers: Vec<WorkerHandle>,
+        driver: DriverInfo,
+        max_sessions: usize,
+        snapshot: watch::Receiver<Arc<EndpointSnapshot>>,
+    ) -> Self {
+        let draining = AtomicBool::new(false);
+        Self { config, started, workers, driver, max_sessions, draining, snapshot }
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The driver of all workers.
+    pub fn driver(&self) -> &DriverInfo {
+        &self.driver
+    }
+
+    /// The workers, in the order of their numbers.
+    pub fn workers(&self) -> &[WorkerHandle] {
+        &self.workers
+    }
+
+    /// The workers' counters, in the order of their numbers.
+    pub fn stats(&self) -> impl Iterator<Item = &WorkerStats> {
+        self.workers.iter().map(|worker| &*worker.stats)
+    }
+
+    /// Most sessions at a time in the whole process.
+    pub fn max_sessions(&self) -> usize {
+        self.max_sessions
+    }
+
+    /// Sessions now open in all workers.
+    pub fn sessions_active(&self) -> u64 {
+        self.stats().map(|stats| stats.sessions_active.get()).sum()
+    }
+
+    /// The snapshot that discovery published last; of generation 0 before the first.
+    pub fn snapshot(&self) -> Arc<EndpointSnapshot> {
+        Arc::clone(&self.snapshot.borrow())
+    }
+
+    /// Whether the process was asked to end.
+    pub fn draining(&self) -> bool {
+        self.draining.load(Relaxed)
+    }
+
+    /// Makes the process not ready for good.
+    pub fn set_draining(&self) {
+        self.draining.store(true, Relaxed);
+    }
+
+    /// Why the process is not alive, one reason a worker; empty if it is.
+    pub fn not_live(&self) -> Vec<String> {
+        let now_ms = self.started.elapsed().as_millis() as u64;
+        self.stats()
+            .enumerate()
+            .filter(|(_, stats)| stats.state() != WorkerState::Stopped)
+            .map(|(i, stats)| (i, now_ms.saturating_sub(stats.heartbeat_ms.get())))
+            .filter(|(_, age_ms)| u128::from(*age_ms) > HEARTBEAT_AGE_MAX.as_millis())
+            .map(|(i, age_ms)| format!("worker {i} has not turned for {age_ms} ms"))
+            .collect()
+    }
+
+    /// Why new sessions should go elsewhere, one reason each; empty if they are welcome.
+    pub fn not_ready(&self) -> Vec<String> {
+        let mut reasons = self.not_running();
+        if self.draining() {
+            reasons.push("draining".to_owned());
+        }
+        let snapshot = self.snapshot();
+        if snapshot.endpoints.is_empty() {
+            reasons.push("no endpoint: discovery has found none".to_owned());
+        } else if !snapshot.endpoints.iter().any(|endpoint| usable(endpoint)) {
+            let count = snapshot.endpoints.len();
+            reasons.push(format!("no endpoint usable: all {count} are ejected"));
+        }
+        reasons
+    }
+
+    /// Why the process has not started yet, one reason each; empty once it has.
+    pub fn not_started(&self) -> Vec<String> {
+        let mut reasons = self.not_running();
+        if self.snapshot().generation == 0 {
+            reasons.push("discovery has not answered yet".to_owned());
+        } else {
+            reasons.extend(
+                self.stats()
+                    .enumerate()
+                    .filter(|(_, stats)| stats.applied_generation.get() == 0)
+                    .map(|(i, _)| format!("worker {i} has no endpoints yet")),
+            );
+        }
+        reasons
+    }
+
+    /// Workers that have not begun, or have ended. Those that drain are told of by `draining`.
+    fn not_running(&self) -> Vec<String> {
+        let reason = |(i, stats): (usize, &WorkerStats)| match stats.state() {
+            WorkerState::Starting => Some(format!("worker {i} is starting")),
+            WorkerState::Stopped => Some(format!("worker {i} has ended")),
+            WorkerState::Running | WorkerState::Draining => None,
+        };
+        self.stats().enumerate().filter_map(reason).collect()
+    }
+}
+
+/// Whether some worker would send a session to `endpoint`. Each worker judges by its own failures,
+/// so an endpoint counts as ejected once all of them have ejected it.
+pub fn usable(endpoint: &Endpoint) -> bool {
+    endpoint.stats.iter().any(|stats| stats.ejected.get() == 0)
+}
+
+/// A label for each endpoint, unique in the snapshot: its name, and the address where two share it.
+pub fn labels(endpoints: &[Arc<Endpoint>]) -> Vec<String> {
+    let mut uses = HashMap::new();
+    for endpoint in endpoints {
+        *uses.entry(&endpoint.name).or_insert(0) += 1;
+    }
+    let label = |endpoint: &Arc<Endpoint>| match uses[&endpoint.name] {
+        1 => endpoint.name.clone(),
+        _ => format!("{}@{}", endpoint.name, endpoint.address),
+    };
+    endpoints.iter().map(label).collect()
+}
+
+/// One reading of what a worker, or all of them, know of an endpoint.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct EndpointCounts {
+    /// Sessions now on the endpoint.
+    pub sessions_active: u64,
+    /// Warm connections.
+    pub pool_idle: u64,
+    /// Connections being made for the pool.
+    pub pool_connecting: u64,
+    /// Warm connections aimed at.
+    pub pool_target: u64,
+    /// Age of the oldest warm connection in milliseconds.
+    pub pool_oldest_ms: u64,
+    /// Failures since the last success; of several workers, the most.
+    pub failures_in_a_row: u64,
+    /// Connections made.
+    pub connects: u64,
+    /// Connects that failed.
+    pub connect_failures: u64,
+    /// Times the endpoint was ejected.
+    pub ejections: u64,
+}
+
+impl EndpointCounts {
+    /// Reads one worker's counters.
+    pub fn read(stats: &EndpointStats) -> Self {
+        Self {
+            sessions_active: stats.sessions_active.get(),
+            pool_idle: stats.pool_idle.get(),
+            pool_connecting: stats.pool_connecting.get(),
+            pool_target: stats.pool_target.get(),
+            pool_oldest_ms: stats.pool_oldest_ms.get(),
+            failures_in_a_row: stats.failures_in_a_row.get(),
+            connects: stats.connects.get(),
+            connect_failures: stats.connect_failures.get(),
+            ejections: stats.ejections.get(),
+        }
+    }
+
+    /// Reads the counters of all workers together.
+    pub fn total(endpoint: &Endpoint) -> Self {
+        endpoint.stats.iter().map(Self::read).fold(Self::default(), |a, b| Self {
+            sessions_active: a.sessions_active + b.sessions_active,
+            pool_idle: a.pool_idle + b.pool_idle,
+            pool_connecting: a.pool_connecting + b.pool_connecting,
+            pool_target: a.pool_target + b.pool_target,
+            pool_oldest_ms: a.pool_oldest_ms.max(b.pool_oldest_ms),
+            failures_in_a_row: a.failures_in_a_row.max(b.failures_in_a_row),
+            connects: a.connects + b.connects,
+            connect_failures: a.connect_failures + b.connect_failures,
+            ejections: a.ejections + b.ejections,
+        })
+    }
+}
