@@ -1,6 +1,7 @@
 //! Aegis to try out: a real store, the real proxy in front of it, and what to do with them.
 //!
-//! `demo` runs both until Ctrl-C; `demo store [address]` runs the store alone.
+//! `demo` runs both until Ctrl-C; `demo store [address]` runs the store alone. `AEGIS_…` variables
+//! reach the proxy, `DEMO_DATA` is the store's directory, `TOKIO_WORKER_THREADS` its threads.
 
 mod store;
 #[cfg(test)]
@@ -23,8 +24,14 @@ use tokio::time::{sleep, timeout};
 use store::Store;
 
 const STORE: &str = "127.0.0.1:8080";
-const PROXY: &str = "127.0.0.1:8081";
 const ADMIN: &str = "127.0.0.1:8082";
+/// What the proxy listens on by default: the variable to choose another, the address, its part.
+const PROXY: [(&str, &str, &str); 4] = [
+    ("AEGIS_LISTEN", "127.0.0.1:8081", "the proxy"),
+    ("AEGIS_LISTEN", "[::1]:8081", "the proxy"),
+    ("AEGIS_ADMIN", ADMIN, "the proxy's admin server"),
+    ("AEGIS_ADMIN", "[::]:8082", "the proxy's admin server"),
+];
 const READY_WITHIN: Duration = Duration::from_secs(15);
 const PROBE_WITHIN: Duration = Duration::from_secs(1);
 const PROBE_EVERY: Duration = Duration::from_millis(50);
@@ -87,11 +94,12 @@ async fn run_both() -> Result<()> {
     let admin = admin.map_or_else(|| ADMIN.to_owned(), |addr| addr.to_string());
     // Told here because the proxy's own error would come late and not say what else to stop. An
     // address of the caller's own choice is left to the proxy.
-    for (variable, addr, part) in
-        [("AEGIS_LISTEN", PROXY, "the proxy"), ("AEGIS_ADMIN", ADMIN, "the proxy's admin server")]
-    {
-        if env::var_os(variable).is_none() {
-            drop(bind(addr, part).await?);
+    for (variable, addr, part) in PROXY {
+        if env::var_os(variable).is_none()
+            && let Err(error) = TcpListener::bind(addr).await
+            && error.kind() == ErrorKind::AddrInUse
+        {
+            return Err(in_use(addr, part).into());
         }
     }
 
@@ -169,12 +177,14 @@ async fn probe(admin: &str) -> io::Result<bool> {
 
 async fn bind(addr: &str, owner: &str) -> Result<TcpListener> {
     TcpListener::bind(addr).await.map_err(|error| match error.kind() {
-        ErrorKind::AddrInUse => {
-            let port = addr.rsplit(':').next().unwrap_or(addr);
-            format!("port {port} is in use, and {owner} needs it ({addr})").into()
-        }
+        ErrorKind::AddrInUse => in_use(addr, owner).into(),
         _ => format!("{owner} cannot listen on {addr}: {error}").into(),
     })
+}
+
+fn in_use(addr: &str, owner: &str) -> String {
+    let port = addr.rsplit(':').next().unwrap_or(addr);
+    format!("port {port} is in use, and {owner} needs it ({addr})")
 }
 
 fn open_store() -> Result<Store> {
@@ -217,18 +227,24 @@ fn raise_descriptor_limit() {
 struct Stop {
     interrupt: unix::Signal,
     terminate: unix::Signal,
+    /// The terminal was closed. Left alone it would end the demo, but not the proxy.
+    hangup: unix::Signal,
 }
 
 impl Stop {
     fn new() -> io::Result<Self> {
-        let interrupt = signal(SignalKind::interrupt())?;
-        Ok(Self { interrupt, terminate: signal(SignalKind::terminate())? })
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
     }
 
     async fn asked(&mut self) {
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
+            _ = self.hangup.recv() => {}
         }
     }
 }

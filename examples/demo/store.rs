@@ -266,14 +266,18 @@ impl Request {
     /// Reads a request line; `None` if it is none.
     fn parse(line: &[u8]) -> Option<Self> {
         let line = line.trim_ascii_end();
-        let modern = line.ends_with(b" HTTP/1.1");
-        if !modern && !line.ends_with(b" HTTP/1.0") {
+        let mut words = line.split(|&byte| byte == b' ');
+        let (method, target, version) = (words.next()?, words.next()?, words.next()?);
+        let modern = version == b"HTTP/1.1";
+        let known = modern || version == b"HTTP/1.0";
+        // `SET /key HTTP/1.1` is a valid Chronos command, and HTTP has no such method.
+        let is_set = method.eq_ignore_ascii_case(b"SET");
+        if !known || is_set || !target.starts_with(b"/") || words.next().is_some() {
             return None;
         }
-        let mut words = line.split(|&byte| byte == b' ');
         Some(Self {
-            method: words.next()?.to_vec(),
-            target: words.next()?.to_vec(),
+            method: method.to_vec(),
+            target: target.to_vec(),
             modern,
             keep_alive: modern,
             has_body: false,

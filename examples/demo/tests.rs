@@ -104,6 +104,20 @@ fn every_command_has_its_reply() {
 }
 
 #[test]
+fn a_value_may_look_like_http() {
+    with_store(async |addr| {
+        for (requests, replies) in [
+            ("SET proto HTTP/1.1\nGET proto\n", "OK\nHTTP/1.1\n"),
+            ("SET /k HTTP/1.1\nGET /k\n", "OK\nHTTP/1.1\n"),
+            ("set k GET / HTTP/1.1\nget k\n", "OK\nGET / HTTP/1.1\n"),
+            ("GET k HTTP/1.1\nPING\n", "ERR usage: GET key\nPONG\n"),
+        ] {
+            assert_eq!(ask_all(addr, requests.as_bytes()).await, replies);
+        }
+    });
+}
+
+#[test]
 fn pipelined_lines_are_answered_in_order() {
     with_store(async |addr| {
         let lines = |line: fn(u32) -> String| (0..2000).map(line).collect::<Vec<_>>().concat();
