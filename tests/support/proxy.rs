@@ -323,9 +323,8 @@ struct Log(Arc<Mutex<Vec<String>>>);
 impl Log {
     fn field(&self, message: &str, field: &str) -> Option<String> {
         let lines = self.0.lock().unwrap();
-        let objects = lines.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        let mut fields = objects.map(|mut object| object["fields"].take());
-        let found = fields.find(|fields| fields["message"] == message)?;
+        let mut events = lines.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let found = events.find(|event| event["message"] == message)?;
         found[field].as_str().map(str::to_owned)
     }
 }
