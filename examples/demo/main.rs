@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process, setrlimit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{self, SignalKind, signal};
 use tokio::time::{sleep, timeout};
@@ -176,7 +176,7 @@ async fn probe(admin: &str) -> io::Result<bool> {
 }
 
 async fn bind(addr: &str, owner: &str) -> Result<TcpListener> {
-    TcpListener::bind(addr).await.map_err(|error| match error.kind() {
+    listen(addr).map_err(|error| match error.kind() {
         ErrorKind::AddrInUse => in_use(addr, owner).into(),
         _ => format!("{owner} cannot listen on {addr}: {error}").into(),
     })
@@ -247,4 +247,17 @@ impl Stop {
             _ = self.hangup.recv() => {}
         }
     }
+}
+
+/// Listens with a queue that holds a burst of clients: the usual 128 overflow, and a client whose
+/// handshake is dropped waits a second before it tries again.
+fn listen(addr: &str) -> std::io::Result<TcpListener> {
+    let addr = addr.parse().map_err(std::io::Error::other)?;
+    let socket = match addr {
+        std::net::SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        std::net::SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    socket.set_reuseaddr(true)?;
+    socket.bind(addr)?;
+    socket.listen(4096)
 }

@@ -9,7 +9,7 @@ use super::pools::is_local;
 use crate::config::{Balance, ProxyProtocol};
 use crate::io::{Buf, Chain, Close, ConnId, Driver};
 use crate::proxy::Side;
-use crate::proxy::session::{Action, Session, how_to_close};
+use crate::proxy::session::{Action, Session, Tried, how_to_close};
 use crate::slab::Key;
 use crate::telemetry::{Checkout, CloseReason};
 use crate::wire::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
@@ -38,7 +38,16 @@ impl<D: Driver> Engine<D> {
                 .flatten()
                 .map(|address| address.ip());
             let left = tried.attempts() < self.config.connect_attempts;
-            let chosen = left.then(|| self.table.choose(&tried, source, &mut self.rng)).flatten();
+            let mut choose = |tried: &Tried| self.table.choose(tried, source, &mut self.rng);
+            let chosen = left.then(|| {
+                choose(&tried).or_else(|| {
+                    // A handshake that got lost, in a full accept queue for one, is worth another
+                    // try; a refusal is an answer.
+                    let lost = otherwise == CloseReason::ConnectTimeout;
+                    lost.then(|| choose(&Tried::default())).flatten()
+                })
+            });
+            let chosen = chosen.flatten();
             let Some(endpoint) = chosen else { return self.close_session(key, otherwise) };
             if tried.attempts() > 0 {
                 self.stats.connect_retries.add(1);

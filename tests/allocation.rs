@@ -1,0 +1,167 @@
+//! Steady forwarding allocates nothing: every allocation of the process is counted by thread, and
+//! worker threads must have none while messages flow.
+#![allow(unsafe_code, missing_docs)]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use aegis::config::{Config, IoChoice};
+use aegis::io::probe;
+use aegis::proxy::endpoints::{Endpoint, EndpointSnapshot};
+use aegis::telemetry::WorkerStats;
+use aegis::worker::mailbox::{Mailbox, Order};
+use aegis::worker::{self, WorkerSetup, listener};
+
+const CLIENTS: usize = 20;
+const WARM_UP: usize = 500;
+const MESSAGES: usize = 100_000;
+const MESSAGE: [u8; 64] = [7; 64];
+
+/// Allocations by thread id, modulo the table's size.
+static ALLOCATIONS: [AtomicU64; 1 << 12] = [const { AtomicU64::new(0) }; 1 << 12];
+
+thread_local! {
+    static SLOT: Cell<usize> = const { Cell::new(usize::MAX) };
+}
+
+fn slot(thread: usize) -> &'static AtomicU64 {
+    &ALLOCATIONS[thread % ALLOCATIONS.len()]
+}
+
+struct Counting;
+
+// SAFETY: all work is the system allocator's; counting allocates nothing.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let thread = SLOT.get();
+        let thread = if thread == usize::MAX {
+            let id = rustix::thread::gettid().as_raw_nonzero().get() as usize;
+            SLOT.set(id);
+            id
+        } else {
+            thread
+        };
+        slot(thread).fetch_add(1, Ordering::Relaxed);
+        // SAFETY: as the caller promised to us.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        // SAFETY: as the caller promised to us.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+/// Allocations so far on threads whose name starts with `worker-`.
+fn worker_allocations() -> u64 {
+    let tasks = fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+    let workers = tasks
+        .filter(|task| {
+            fs::read_to_string(task.join("comm")).is_ok_and(|c| c.starts_with("worker-"))
+        })
+        .map(|task| task.file_name().unwrap().to_str().unwrap().parse().unwrap());
+    let counts: Vec<u64> = workers.map(|id: usize| slot(id).load(Ordering::Relaxed)).collect();
+    assert!(!counts.is_empty(), "no worker runs");
+    counts.iter().sum()
+}
+
+fn echo_server() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            stream.set_nodelay(true).unwrap();
+            thread::spawn(move || {
+                let mut message = MESSAGE;
+                while stream.read_exact(&mut message).is_ok() {
+                    stream.write_all(&message).unwrap();
+                }
+            });
+        }
+    });
+    address
+}
+
+fn exchange(client: &mut TcpStream, count: usize) {
+    let mut reply = [0; MESSAGE.len()];
+    for _ in 0..count {
+        client.write_all(&MESSAGE).unwrap();
+        client.read_exact(&mut reply).unwrap();
+        assert_eq!(reply, MESSAGE);
+    }
+}
+
+fn exchange_with_all(clients: &mut [TcpStream], count: usize) {
+    thread::scope(|scope| {
+        for client in clients {
+            scope.spawn(move || exchange(client, count));
+        }
+    });
+}
+
+fn forwarding_allocates_nothing(io: IoChoice) {
+    let config = Arc::new(Config::from_vars([]).unwrap());
+    let verdict = match probe::choose(io) {
+        Ok(verdict) => verdict,
+        Err(why) => return eprintln!("SKIPPED: allocation on {io:?}: {why}"),
+    };
+    let any = "127.0.0.1:0".parse().unwrap();
+    let options = worker::socket_options(&config);
+    let mut listeners = listener::listen(&[any], 1, &options).unwrap();
+    let mailbox = Arc::new(Mailbox::new().unwrap());
+    let stats: Arc<WorkerStats> = Arc::default();
+    let (alive, mut exited) = tokio::sync::mpsc::channel(1);
+    worker::spawn(WorkerSetup {
+        index: 0,
+        core: None,
+        listeners: listeners.sets.remove(0),
+        driver: verdict.driver,
+        config,
+        sessions_max: 1000,
+        mailbox: Arc::clone(&mailbox),
+        stats: Arc::new([Arc::clone(&stats)]),
+        started: Instant::now(),
+        exited: alive,
+    })
+    .unwrap();
+    let endpoint = Endpoint::new("echo", echo_server(), 1);
+    mailbox.deliver(Arc::new(EndpointSnapshot { generation: 1, endpoints: vec![endpoint] }));
+
+    let connect = |_| TcpStream::connect(listeners.addresses[0]).unwrap();
+    let mut clients: Vec<TcpStream> = (0..CLIENTS).map(connect).collect();
+    for client in &clients {
+        client.set_nodelay(true).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    }
+    exchange_with_all(&mut clients, WARM_UP);
+
+    let (before, bytes) = (worker_allocations(), stats.bytes_to_client.get());
+    exchange_with_all(&mut clients, MESSAGES / CLIENTS);
+    let allocations = worker_allocations() - before;
+    let moved = stats.bytes_to_client.get() - bytes;
+    assert_eq!(moved, (MESSAGES * MESSAGE.len()) as u64, "all went through the worker");
+    eprintln!("MEASURED: {allocations} allocations for {MESSAGES} messages on {io:?}");
+    assert_eq!(allocations, 0, "the worker allocated while it forwarded");
+
+    drop(clients);
+    mailbox.order(Order::Stop);
+    assert!(exited.blocking_recv().is_none());
+}
+
+/// One test, so that the workers of one driver are not counted with the other's.
+#[test]
+fn steady_forwarding_allocates_nothing_on_both_drivers() {
+    forwarding_allocates_nothing(IoChoice::Uring);
+    forwarding_allocates_nothing(IoChoice::Epoll);
+}
