@@ -76,7 +76,7 @@ async fn main() -> ExitCode {
 
 async fn run_store(addr: &str) -> Result<()> {
     let mut stop = Stop::new()?;
-    let listener = bind(addr, "the store").await?;
+    let listener = bind(addr, "the store")?;
     let store = open_store()?;
     eprintln!("demo: the store listens on {}", listener.local_addr()?);
     tokio::select! {
@@ -89,7 +89,7 @@ async fn run_store(addr: &str) -> Result<()> {
 async fn run_both() -> Result<()> {
     let mut stop = Stop::new()?;
     let program = proxy_program()?;
-    let listener = bind(STORE, "the store").await?;
+    let listener = bind(STORE, "the store")?;
     let admin = env::var("AEGIS_ADMIN").ok().and_then(|addr| addr.parse::<SocketAddr>().ok());
     let admin = admin.map_or_else(|| ADMIN.to_owned(), |addr| addr.to_string());
     // Told here because the proxy's own error would come late and not say what else to stop. An
@@ -175,7 +175,7 @@ async fn probe(admin: &str) -> io::Result<bool> {
     Ok(status.ends_with(b" 200"))
 }
 
-async fn bind(addr: &str, owner: &str) -> Result<TcpListener> {
+fn bind(addr: &str, owner: &str) -> Result<TcpListener> {
     listen(addr).map_err(|error| match error.kind() {
         ErrorKind::AddrInUse => in_use(addr, owner).into(),
         _ => format!("{owner} cannot listen on {addr}: {error}").into(),

@@ -186,14 +186,15 @@ impl Buffers {
 
     /// Puts a buffer at the end of a chain.
     pub fn push(&mut self, chain: &mut Chain, buf: Buf) {
-        self.entries[buf.index as usize] = Entry { start: buf.start, len: buf.len, next: NONE };
+        let Buf { index, start, len } = buf;
+        self.entries[index as usize] = Entry { start, len, next: NONE };
         if chain.tail == NONE {
-            chain.head = buf.index;
+            chain.head = index;
         } else {
-            self.entries[chain.tail as usize].next = buf.index;
+            self.entries[chain.tail as usize].next = index;
         }
-        chain.tail = buf.index;
-        chain.bytes += buf.len;
+        chain.tail = index;
+        chain.bytes += len;
         chain.buffers += 1;
     }
 

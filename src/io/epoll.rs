@@ -32,6 +32,10 @@ const LISTENER: u64 = u64::MAX - 0xffff;
 /// Event data of the wake-up descriptor.
 const WAKE: u64 = LISTENER - 1;
 
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "independent facts, each told by the kernel or the user"
+)]
 #[derive(Debug)]
 struct Socket {
     fd: OwnedFd,
@@ -73,7 +77,7 @@ impl Socket {
 
 /// The epoll driver of one worker.
 pub struct Epoll {
-    epoll: OwnedFd,
+    fd: OwnedFd,
     /// Registered, so it must stay open.
     _wake: OwnedFd,
     listeners: Vec<Option<OwnedFd>>,
@@ -109,7 +113,7 @@ impl Epoll {
             epoll::add(&epoll, fd, EventData::new_u64(data), listening)?;
         }
         Ok(Self {
-            epoll,
+            fd: epoll,
             _wake: setup.wake,
             acceptable: vec![true; setup.listeners.len()],
             listeners: setup.listeners.into_iter().map(Some).collect(),
@@ -133,7 +137,7 @@ impl Epoll {
         let conn = self.sockets.insert(Socket::new(fd, connecting)).map_err(full)?;
         let interest = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
         let data = EventData::new_u64(conn_data(conn));
-        let added = self.sockets.get(conn).map(|s| epoll::add(&self.epoll, &s.fd, data, interest));
+        let added = self.sockets.get(conn).map(|s| epoll::add(&self.fd, &s.fd, data, interest));
         match added {
             Some(Err(errno)) => {
                 self.sockets.remove(conn);
@@ -330,7 +334,7 @@ impl Driver for Epoll {
         let most = if self.busy() { std::time::Duration::ZERO } else { wait.most };
         let timeout = rustix::event::Timespec::try_from(most).ok();
         let room = rustix::buffer::spare_capacity(&mut self.events);
-        match epoll::wait(&self.epoll, room, timeout.as_ref()) {
+        match epoll::wait(&self.fd, room, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
         }

@@ -40,6 +40,10 @@ pub struct Plan {
 }
 
 /// A client or a backend at the far end of a connection.
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "independent facts, each told by the kernel or the user"
+)]
 #[derive(Debug)]
 pub struct Peer {
     /// Its number, unique in a run.
@@ -71,6 +75,10 @@ impl Peer {
     }
 }
 
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "independent facts, each told by the kernel or the user"
+)]
 #[derive(Debug)]
 struct Socket {
     peer: usize,

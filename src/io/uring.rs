@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::mem;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr;
 use std::time::{Duration, Instant};
 
@@ -100,6 +100,10 @@ impl Ops {
     }
 }
 
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "independent facts, each told by the kernel or the user"
+)]
 struct Socket {
     fd: OwnedFd,
     ops: Ops,
@@ -404,7 +408,7 @@ impl Uring {
         match result(entry) {
             Ok(fd) => {
                 // SAFETY: the kernel has just given this descriptor to us alone.
-                let fd = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
+                let fd = unsafe { OwnedFd::from_raw_fd(fd.cast_signed()) };
                 self.adopt(fd).map(Completion::Accepted)
             }
             Err(Errno::CANCELED | Errno::CONNABORTED | Errno::INTR) => None,

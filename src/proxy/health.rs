@@ -139,7 +139,8 @@ mod tests {
         let mut previous = Duration::ZERO;
         for _ in 0..5 {
             let step = Duration::from_millis(10);
-            let waited = (0..).map(|i| i * step).find(|&t| health.take_probe(now + t)).unwrap();
+            let waited =
+                (0..10_000).map(|i| i * step).find(|&t| health.take_probe(now + t)).unwrap();
             assert!(waited > previous.mul_f64(1.2), "{waited:?} after {previous:?}");
             assert!(!health.take_probe(now + waited), "one probe at a time");
             previous = waited;

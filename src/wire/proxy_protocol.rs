@@ -1,5 +1,4 @@
-//! The header of the PROXY protocol, versions 1 and 2, as its specification by HAProxy
-//! Technologies gives it ("The PROXY protocol", sections 2.1 and 2.2).
+//! The header of the PROXY protocol, versions 1 and 2, as its specification gives it ("The PROXY protocol", sections 2.1 and 2.2).
 
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
@@ -34,9 +33,9 @@ pub fn write_v2(out: &mut [u8; HEADER_MAX], source: SocketAddr, destination: Soc
     const TCP_OVER_IPV4: u8 = 0x11;
     const TCP_OVER_IPV6: u8 = 0x21;
     let (source, destination) = same_family(source, destination);
-    let (family, addresses) =
-        if source.is_ipv4() { (TCP_OVER_IPV4, 4) } else { (TCP_OVER_IPV6, 16) };
-    let length = 2 * addresses as u16 + 4;
+    let (family, size) =
+        if source.is_ipv4() { (TCP_OVER_IPV4, 4_u16) } else { (TCP_OVER_IPV6, 16) };
+    let length = 2 * size + 4;
     let mut at = 0;
     let mut put = |bytes: &[u8]| {
         out[at..at + bytes.len()].copy_from_slice(bytes);
