@@ -33,7 +33,7 @@ pub const fn buffers_max(sessions_max: usize) -> usize {
         // Lent to the kernel, not yet filled.
         + BUFFER_RING_ENTRIES as usize
         // For bursts: what is above the first two terms is shared by those that run ahead.
-        + 512
+        + 256
 }
 
 /// With fewer free buffers than this, sessions get one buffer a direction and no more.
@@ -50,11 +50,11 @@ const fn buffers_reserved(sessions_max: usize) -> usize {
 // ---- Connections -------------------------------------------------------------------------------
 
 /// Connections of the kernel's accept queue, a listener.
-pub const LISTEN_BACKLOG: i32 = 4096;
+pub const LISTEN_BACKLOG: i32 = 1024;
 
-/// Clients that one worker may accept beyond `AEGIS_MAX_SESSIONS`: what a multishot accept can
-/// bring between two turns before it is stopped.
-pub const ACCEPT_OVERSHOOT: usize = 512;
+/// Sessions that one worker may hold beyond `AEGIS_MAX_SESSIONS`: the accept queues of two
+/// listeners, which a drain empties whatever they hold.
+pub const ACCEPT_OVERSHOOT: usize = 2 * LISTEN_BACKLOG as usize;
 
 /// Connections that all pools of one worker together may hold, warm or being made.
 pub const POOL_CONNS_MAX: usize = 4096;

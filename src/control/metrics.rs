@@ -82,7 +82,7 @@ fn write_workers(text: &mut Encoder, view: &View) {
     }
 
     let name = "aegis_bytes_total";
-    text.family(name, Counter, "Payload bytes that the receiving side's socket took.");
+    text.family(name, Counter, "Payload bytes received, by where they were sent on to.");
     for (worker, stats) in &workers {
         let to_backend = stats.bytes_to_backend.get();
         let to_client = stats.bytes_to_client.get();

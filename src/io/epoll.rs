@@ -279,7 +279,10 @@ impl Epoll {
                         self.room -= 1;
                         match self.register(fd, false) {
                             Ok(conn) => return Some(Completion::Accepted(conn)),
-                            Err(error) => return Some(Completion::AcceptFailed(error)),
+                            Err(error) => {
+                                self.room = 0;
+                                return Some(Completion::AcceptFailed(error));
+                            }
                         }
                     }
                     Err(Errno::AGAIN) => self.acceptable[index] = false,

@@ -20,6 +20,7 @@ pub mod buffers;
 pub mod epoll;
 pub mod probe;
 mod provided;
+mod ring;
 #[cfg(test)]
 pub mod sim;
 pub mod socket;

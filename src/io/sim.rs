@@ -35,6 +35,8 @@ pub struct Plan {
     pub resets_at: Option<usize>,
     /// Stops reading for good after so many bytes.
     pub stalls_at: Option<usize>,
+    /// Sends in pieces of up to so many bytes.
+    pub piece: usize,
     /// Longest pause between two of its steps, in microseconds.
     pub pause_us: u64,
 }
@@ -218,6 +220,7 @@ impl Sim {
             ends_first: rng.u8(..3) > 0,
             resets_at: (rng.u8(..8) == 0).then(|| rng.usize(..=sends)),
             stalls_at: (rng.u8(..16) == 0).then(|| rng.usize(..10_000)),
+            piece: if rng.u8(..4) == 0 { 100 } else { BUFFER_SIZE },
             pause_us: [20, 300, 5_000, 50_000][rng.usize(..4)],
         }
     }
@@ -404,7 +407,7 @@ impl Sim {
             let step = Step::Receive(conn.index() as u32, conn.generation());
             return self.schedule(Duration::from_millis(1), step);
         };
-        let len = self.rng.usize(1..=waiting.min(BUFFER_SIZE));
+        let len = self.rng.usize(1..=waiting.min(peer.plan.piece));
         let (id, at) = (peer.id, socket.taken);
         socket.taken += len;
         let bytes = self.stream(id, at, len);

@@ -16,30 +16,22 @@ use std::ptr;
 use std::time::{Duration, Instant};
 
 use io_uring::squeue::Flags;
-use io_uring::types::{Fd, SubmitArgs, Timespec};
-use io_uring::{IoUring, cqueue, opcode, squeue};
+use io_uring::types::Fd;
+use io_uring::{cqueue, opcode, squeue};
 use rustix::io::Errno;
-use socket2::SockAddr;
 
 use super::buffers::{Buf, Buffers, Chain};
-use super::probe::{self, Features};
+use super::probe::Features;
 use super::provided::ProvidedBuffers;
+use super::ring::Ring;
 use super::{Close, Completion, ConnId, Driver, DriverSetup, Wait, socket};
 use crate::limits;
 use crate::slab::Slab;
 
-/// Submissions between two system calls; more than that are handed over in between.
-const SQ_ENTRIES: u32 = 1024;
-/// Completions that fit before the kernel has to queue them aside.
-const CQ_ENTRIES: u32 = 8192;
-/// Buffers that one send takes at most.
-const SEND_PARTS_MAX: usize = 8;
 /// A send up to this size is expected to complete at once.
 const SEND_INLINE_MAX: u32 = 4096;
 /// How long such sends may delay the return of a wait that they alone would end.
 const SEND_INLINE_WAIT: Duration = Duration::from_millis(1);
-/// With more room than this, one multishot accept serves; below, clients are accepted singly.
-const ACCEPT_MULTI_ROOM: usize = limits::ACCEPT_OVERSHOOT;
 
 /// What an operation is, packed into its user data beside the slot and its generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,38 +139,24 @@ struct Listener {
     stopping: bool,
 }
 
-/// Message headers of sends that take several buffers. The kernel copies them when it takes the
-/// submission, so an entry is free again after that.
-struct Headers {
-    entries: Box<[(libc::msghdr, [libc::iovec; SEND_PARTS_MAX])]>,
-    used: usize,
-}
-
 /// The `io_uring` driver of one worker.
 pub struct Uring {
     // Dropped first, so that no operation outlives the memory below.
-    ring: IoUring,
+    ring: Ring,
     provided: ProvidedBuffers,
     buffers: Buffers,
     sockets: Slab<Socket>,
     listeners: Vec<Listener>,
     wake: OwnedFd,
     options: socket::Options,
-    features: Features,
     lean_below: u32,
     room: usize,
     now: Instant,
-    completions: VecDeque<cqueue::Entry>,
     accepted: VecDeque<ConnId>,
     pending: Vec<ConnId>,
     starving: VecDeque<ConnId>,
-    addresses: Box<[Option<SockAddr>]>,
-    addresses_used: usize,
-    headers: Headers,
     inline_sends: u32,
     buffer_waits: u64,
-    /// What the kernel refused for good; the next wait reports it.
-    failure: Option<io::Error>,
 }
 
 impl Uring {
@@ -187,9 +165,8 @@ impl Uring {
     /// # Errors
     /// The kernel denies the ring or one of its parts.
     pub fn new(setup: DriverSetup, features: Features) -> io::Result<Self> {
-        let ring = probe::build_ring(features, SQ_ENTRIES, CQ_ENTRIES)?;
-        let provided = ProvidedBuffers::register(&ring, limits::BUFFER_RING_ENTRIES)?;
-        let header = (empty_header(), [empty_part(); SEND_PARTS_MAX]);
+        let ring = Ring::new(features)?;
+        let provided = ProvidedBuffers::register(ring.uring(), limits::BUFFER_RING_ENTRIES)?;
         let mut driver = Self {
             provided,
             sockets: Slab::with_capacity(setup.conns_max),
@@ -200,20 +177,14 @@ impl Uring {
                 .collect(),
             wake: setup.wake,
             options: setup.options,
-            features,
             lean_below: setup.buffers_lean_below,
             room: 0,
             now: Instant::now(),
-            completions: VecDeque::with_capacity(2 * CQ_ENTRIES as usize),
             accepted: VecDeque::new(),
             pending: Vec::with_capacity(setup.conns_max),
             starving: VecDeque::with_capacity(setup.conns_max),
-            addresses: (0..SQ_ENTRIES).map(|_| None).collect(),
-            addresses_used: 0,
-            headers: Headers { entries: vec![header; SQ_ENTRIES as usize].into(), used: 0 },
             inline_sends: 0,
             buffer_waits: 0,
-            failure: None,
             ring,
             buffers: Buffers::new(setup.buffers_max)?,
         };
@@ -225,45 +196,20 @@ impl Uring {
         Ok(driver)
     }
 
-    fn push(&mut self, entry: &squeue::Entry) {
-        // SAFETY: every entry points only to memory that lives until its completion: buffers of
-        // the pool, which stay taken; or until submission: addresses and headers, whose tables
-        // have as many entries as the queue.
-        while unsafe { self.ring.submission().push(entry) }.is_err() && self.failure.is_none() {
-            self.hand_over();
-        }
-    }
-
-    /// Submits without waiting.
-    fn hand_over(&mut self) {
-        let outcome = self.ring.submit().map(drop);
-        self.after_submit(outcome);
-    }
-
-    fn after_submit(&mut self, outcome: io::Result<()>) {
-        self.completions.extend(self.ring.completion());
-        if self.ring.submission().is_empty() {
-            self.headers.used = 0;
-            self.addresses_used = 0;
-        }
-        if let Err(error) = outcome {
-            match error.raw_os_error() {
-                // Time is up; a signal came; or completions had to be taken first, as was done.
-                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => {}
-                _ => self.failure = Some(error),
-            }
-        }
+    /// Queues an operation that points to no memory but that of the buffers.
+    fn push(&mut self, entry: squeue::Entry, kind: Kind, conn: ConnId) {
+        // SAFETY: buffers of the pool stay taken until the operation on them has completed.
+        unsafe { self.ring.push(&entry.user_data(user_data(kind, conn))) }
     }
 
     fn arm_wake(&mut self) {
         let fd = Fd(self.wake.as_raw_fd());
-        let entry = opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true).build();
-        self.push(&entry.user_data((Kind::Wake as u64) << 60));
+        let poll = opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true).build();
+        self.push(poll, Kind::Wake, ConnId::from_parts(0, 0));
     }
 
     fn forget(&mut self, entry: squeue::Entry) {
-        let entry = entry.flags(Flags::SKIP_SUCCESS).user_data((Kind::Forget as u64) << 60);
-        self.push(&entry);
+        self.ring.forget(entry, user_data(Kind::Forget, ConnId::from_parts(0, 0)));
     }
 
     fn cancel(&mut self, kind: Kind, conn: ConnId) {
@@ -321,7 +267,7 @@ impl Uring {
             } else {
                 opcode::RecvMulti::new(fd, ProvidedBuffers::GROUP).build()
             };
-            self.push(&entry.user_data(user_data(Kind::Receive, conn)));
+            self.push(entry, Kind::Receive, conn);
         }
         self.flush(conn);
     }
@@ -342,37 +288,29 @@ impl Uring {
         socket.ops.send = true;
         let fd = Fd(socket.fd.as_raw_fd());
         if socket.queue.buffers() == 1 {
-            if socket.queue.bytes() <= SEND_INLINE_MAX && !socket.shutdown {
+            let lean = self.buffers.free() < self.lean_below;
+            if socket.queue.bytes() <= SEND_INLINE_MAX && !socket.shutdown && !lean {
                 self.inline_sends += 1;
             }
             let Some((at, len)) = self.buffers.parts(&socket.queue).next() else { return };
             let send = opcode::Send::new(fd, at.as_ptr(), len as u32).flags(libc::MSG_NOSIGNAL);
-            self.push(&send.build().user_data(user_data(Kind::Send, conn)));
-            return;
+            self.push(send.build(), Kind::Send, conn);
+        } else {
+            let parts = self.buffers.parts(&socket.queue);
+            // SAFETY: the queue's buffers stay taken until the send has completed.
+            unsafe { self.ring.send_parts(fd, parts, user_data(Kind::Send, conn)) }
         }
-        while self.headers.used == self.headers.entries.len() && self.failure.is_none() {
-            self.hand_over();
-        }
-        let Some(socket) = self.sockets.get(conn) else { return };
-        let Some((header, parts)) = self.headers.entries.get_mut(self.headers.used) else { return };
-        self.headers.used += 1;
-        let mut count = 0;
-        for ((at, len), part) in self.buffers.parts(&socket.queue).zip(parts.iter_mut()) {
-            *part = libc::iovec { iov_base: at.as_ptr().cast(), iov_len: len };
-            count += 1;
-        }
-        header.msg_iov = parts.as_mut_ptr();
-        header.msg_iovlen = count;
-        let send = opcode::SendMsg::new(fd, header).flags(libc::MSG_NOSIGNAL as u32);
-        self.push(&send.build().user_data(user_data(Kind::Send, conn)));
     }
 
     fn settle_listener(&mut self, index: usize) {
+        let queues = self.listeners.len() * limits::LISTEN_BACKLOG as usize;
         let listener = &mut self.listeners[index];
         let Some(fd) = &listener.fd else { return };
         let fd = Fd(fd.as_raw_fd());
-        let multi = self.room > ACCEPT_MULTI_ROOM;
-        let data = user_data(Kind::Accept, ConnId::from_parts(index as u32, 0));
+        // A multishot accept may empty the whole queue before it can be stopped: near the limit,
+        // clients are accepted one by one.
+        let multi = self.room > queues;
+        let key = ConnId::from_parts(index as u32, 0);
         match listener.armed {
             None if self.room > 0 => {
                 listener.armed = Some(multi);
@@ -382,13 +320,13 @@ impl Uring {
                     let accept = opcode::Accept::new(fd, ptr::null_mut(), ptr::null_mut());
                     accept.flags(libc::SOCK_CLOEXEC).build()
                 };
-                self.push(&entry.user_data(data));
+                self.push(entry, Kind::Accept, key);
             }
             Some(armed_multi)
                 if !listener.stopping && (self.room == 0 || (armed_multi && !multi)) =>
             {
                 listener.stopping = true;
-                self.forget(opcode::AsyncCancel::new(data).build());
+                self.cancel(Kind::Accept, key);
             }
             _ => {}
         }
@@ -526,28 +464,6 @@ impl Uring {
         }
     }
 
-    fn submit_and_wait(&self, events: u32, batch: Duration, most: Duration) -> io::Result<()> {
-        let submitter = self.ring.submitter();
-        let most = Timespec::from(most);
-        let args = SubmitArgs::new().timespec(&most);
-        if events == 1 {
-            return submitter.submit_with_args(1, &args).map(drop);
-        }
-        if self.features.min_wait {
-            let args = args.min_wait_usec(batch.as_micros() as u32);
-            return submitter.submit_with_args(events as usize, &args).map(drop);
-        }
-        // Before kernel 6.12: first for the batch, then for a single event.
-        let batch = Timespec::from(batch);
-        let first = SubmitArgs::new().timespec(&batch);
-        match submitter.submit_with_args(events as usize, &first) {
-            Err(error) if error.raw_os_error() == Some(libc::ETIME) => {
-                submitter.submit_with_args(1, &args).map(drop)
-            }
-            outcome => outcome.map(drop),
-        }
-    }
-
     /// Gives the slot back once the kernel holds nothing of it.
     fn finish_close(&mut self, conn: ConnId) {
         let Some(socket) = self.sockets.get(conn) else { return };
@@ -571,20 +487,18 @@ impl Driver for Uring {
 
     fn wait(&mut self, wait: Wait) -> io::Result<()> {
         self.settle();
-        self.completions.extend(self.ring.completion());
         let (events, batch) = match (wait.events, self.inline_sends) {
             (events, 0) => (events, wait.batch),
             (1, inline) => (1 + inline, SEND_INLINE_WAIT),
             (events, inline) => (events + inline, wait.batch),
         };
-        let outcome = if self.completions.is_empty() && self.accepted.is_empty() {
-            self.submit_and_wait(events, batch.min(wait.most), wait.most)
+        if self.ring.has_completions() || !self.accepted.is_empty() {
+            self.ring.submit();
         } else {
-            self.ring.submit().map(drop)
-        };
-        self.after_submit(outcome);
+            self.ring.submit_and_wait(events, batch, wait.most);
+        }
         self.now = Instant::now();
-        self.failure.take().map_or(Ok(()), Err)
+        self.ring.take_failure().map_or(Ok(()), Err)
     }
 
     fn next(&mut self) -> Option<Completion> {
@@ -592,7 +506,7 @@ impl Driver for Uring {
             return Some(Completion::Accepted(conn));
         }
         loop {
-            let entry = self.completions.pop_front()?;
+            let entry = self.ring.pop()?;
             if let Some(completion) = self.on_completion(&entry) {
                 return Some(completion);
             }
@@ -615,8 +529,7 @@ impl Driver for Uring {
                 }
             }
             if armed {
-                let data = user_data(Kind::Accept, ConnId::from_parts(index as u32, 0));
-                self.forget(opcode::AsyncCancel::new(data).build());
+                self.cancel(Kind::Accept, ConnId::from_parts(index as u32, 0));
             }
         }
     }
@@ -629,17 +542,7 @@ impl Driver for Uring {
         let Ok(conn) = self.sockets.insert(entry) else {
             return Err(io::ErrorKind::QuotaExceeded.into());
         };
-        while self.addresses_used == self.addresses.len() && self.failure.is_none() {
-            self.hand_over();
-        }
-        let Some(slot) = self.addresses.get_mut(self.addresses_used) else {
-            return Err(io::ErrorKind::QuotaExceeded.into());
-        };
-        self.addresses_used += 1;
-        let address = slot.insert(SockAddr::from(*address));
-        let (at, len) = (address.as_ptr().cast(), address.len());
-        let connect = opcode::Connect::new(fd, at, len).build();
-        self.push(&connect.user_data(user_data(Kind::Connect, conn)));
+        self.ring.connect(fd, *address, user_data(Kind::Connect, conn));
         Ok(conn)
     }
 
@@ -703,30 +606,7 @@ impl Driver for Uring {
     }
 }
 
-impl Drop for Uring {
-    fn drop(&mut self) {
-        // What was asked for last, such as closes, still goes out.
-        let _ = self.ring.submit();
-    }
-}
-
 /// The result of a completion: a count or descriptor, or the error.
 fn result(entry: &cqueue::Entry) -> Result<u32, Errno> {
     u32::try_from(entry.result()).map_err(|_| Errno::from_raw_os_error(-entry.result()))
-}
-
-fn empty_header() -> libc::msghdr {
-    libc::msghdr {
-        msg_name: ptr::null_mut(),
-        msg_namelen: 0,
-        msg_iov: ptr::null_mut(),
-        msg_iovlen: 0,
-        msg_control: ptr::null_mut(),
-        msg_controllen: 0,
-        msg_flags: 0,
-    }
-}
-
-fn empty_part() -> libc::iovec {
-    libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 }
 }

@@ -13,6 +13,9 @@ const EJECT_TIME_MAX: Duration = Duration::from_secs(30);
 /// An endpoint that has been usable for so long starts again with the shortest ejection.
 const FORGIVEN_AFTER: Duration = Duration::from_secs(60);
 
+/// A probe that could not even be started is tried again after this.
+const PROBE_RETRY: Duration = Duration::from_secs(1);
+
 /// When an endpoint is ejected, and for how long.
 #[derive(Debug, Clone, Copy)]
 pub struct HealthConfig {
@@ -93,6 +96,13 @@ impl Health {
         true
     }
 
+    /// The probe could not be made, for a reason on this side; another one is due a little later.
+    pub fn on_probe_lost(&mut self, now: Instant) {
+        if self.state == State::Probing {
+            self.state = State::Ejected { until: now + PROBE_RETRY };
+        }
+    }
+
     /// Whether a probe connection is due. If so, it has to be made now.
     pub fn take_probe(&mut self, now: Instant) -> bool {
         let due = matches!(self.state, State::Ejected { until } if until <= now);
@@ -150,6 +160,19 @@ mod tests {
         assert!(health.take_probe(now + 2 * EJECT_TIME_MAX));
         assert!(health.on_success(now));
         assert!(health.is_usable());
+    }
+
+    #[test]
+    fn a_probe_that_could_not_be_made_is_made_later() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let now = Instant::now();
+        let mut health = Health::default();
+        eject(&mut health, now, &mut rng);
+        let later = now + EJECT_TIME_MAX;
+        assert!(health.take_probe(later));
+        health.on_probe_lost(later);
+        assert!(!health.take_probe(later));
+        assert!(health.take_probe(later + PROBE_RETRY));
     }
 
     #[test]

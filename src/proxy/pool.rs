@@ -16,6 +16,8 @@ use crate::telemetry::Discard;
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 /// …to here.
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// A connection that has been open for so long, or has served, shows that the backend is well.
+const PROVEN_AFTER: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 struct Idle {
@@ -51,7 +53,9 @@ impl Pool {
     /// Takes the oldest warm connection. If there is none, more will be kept from now on.
     pub fn checkout(&mut self) -> Option<ConnId> {
         let oldest = self.idle.pop_front();
-        if oldest.is_none() {
+        if oldest.is_some() {
+            self.failures = 0;
+        } else {
             self.target = (self.target * 2).max(1).min(self.config.max_idle);
         }
         oldest.map(|idle| idle.conn)
@@ -77,8 +81,6 @@ impl Pool {
     #[must_use = "a connection that is not kept is to be closed"]
     pub fn on_connected(&mut self, conn: ConnId, now: Instant, rng: &mut fastrand::Rng) -> bool {
         self.connecting -= 1;
-        self.failures = 0;
-        self.retry_at = None;
         if self.idle.len() >= self.config.max_idle {
             return false;
         }
@@ -92,19 +94,39 @@ impl Pool {
     /// A connect for the pool failed; the next waits, longer each time.
     pub fn on_connect_failed(&mut self, now: Instant, rng: &mut fastrand::Rng) {
         self.connecting -= 1;
+        self.back_off(now, rng);
+    }
+
+    /// A warm connection ended or broke. A backend that accepts only to close is no better than
+    /// one that refuses.
+    pub fn on_died(&mut self, conn: ConnId, now: Instant, rng: &mut fastrand::Rng) {
+        let died = self.idle.iter().position(|idle| idle.conn == conn);
+        let died = died.and_then(|at| self.idle.remove(at));
+        if died.is_some_and(|idle| now.saturating_duration_since(idle.since) < PROVEN_AFTER) {
+            self.back_off(now, rng);
+        }
+    }
+
+    fn back_off(&mut self, now: Instant, rng: &mut fastrand::Rng) {
+        if self.retry_at.is_some_and(|at| now < at) {
+            return; // Of several that fail together the first one counts.
+        }
         let backoff = BACKOFF_MIN.saturating_mul(1 << self.failures.min(10)).min(BACKOFF_MAX);
         self.failures += 1;
         self.retry_at = Some(now + backoff.mul_f64(0.5 + rng.f64()));
     }
 
-    /// A warm connection has gone. Says whether it was one of this pool.
-    pub fn remove(&mut self, conn: ConnId) -> bool {
-        let position = self.idle.iter().position(|idle| idle.conn == conn);
-        position.is_some_and(|at| self.idle.remove(at).is_some())
+    /// Takes a warm connection out that is not to be kept after all.
+    pub fn remove(&mut self, conn: ConnId) {
+        self.idle.retain(|idle| idle.conn != conn);
     }
 
     /// The next connection to close because of its age, and why.
     pub fn expire(&mut self, now: Instant) -> Option<(ConnId, Discard)> {
+        let proven = |idle: &Idle| now.saturating_duration_since(idle.since) >= PROVEN_AFTER;
+        if self.idle.front().is_some_and(proven) {
+            self.failures = 0;
+        }
         if let Some(at) = self.idle.iter().position(|i| i.retire_at.is_some_and(|at| at <= now)) {
             return self.idle.remove(at).map(|idle| (idle.conn, Discard::Lifetime));
         }
@@ -192,7 +214,7 @@ mod tests {
         let mut pool = warmed(now, 2);
         assert_eq!(pool.checkout(), Some(conn(0)));
         assert_eq!(pool.shortage(now), 1);
-        assert!(pool.remove(conn(1)) && !pool.remove(conn(1)));
+        pool.remove(conn(1));
         assert_eq!(pool.shortage(now), 2);
     }
 
@@ -232,5 +254,24 @@ mod tests {
         pool.on_connecting();
         assert!(pool.on_connected(conn(7), later, &mut rng));
         assert_eq!(pool.shortage(later), 1, "no longer held back");
+    }
+
+    #[test]
+    fn a_backend_that_accepts_only_to_close_is_not_stormed() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let start = Instant::now();
+        let mut pool = Pool::new(&config());
+        let mut connects = 0;
+        for millisecond in 0..10_000 {
+            let now = start + Duration::from_millis(millisecond);
+            for _ in 0..pool.shortage(now) {
+                connects += 1;
+                pool.on_connecting();
+                assert!(pool.on_connected(conn(connects), now, &mut rng));
+                pool.on_died(conn(connects), now, &mut rng);
+            }
+            pool.expire(now);
+        }
+        assert!((10..30).contains(&connects), "{connects} connects in ten seconds");
     }
 }

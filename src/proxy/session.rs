@@ -239,14 +239,16 @@ impl Session {
     }
 
     /// A side broke while receiving from it: nothing more comes, nothing can be sent.
-    pub fn on_receive_failed(&mut self, from: Side) -> Action {
+    pub fn on_receive_failed(&mut self, from: Side, now: Instant) -> Action {
+        self.active = now;
         self.relay(from).on_ended();
         self.on_broken(from)
     }
 
     /// A side broke while sending to it. What it sent before may still be on its way here, so it
     /// is read to its end.
-    pub fn on_send_failed(&mut self, to: Side) -> Action {
+    pub fn on_send_failed(&mut self, to: Side, now: Instant) -> Action {
+        self.active = now;
         self.on_broken(to)
     }
 
@@ -265,7 +267,8 @@ impl Session {
         if self.state == State::Connecting {
             return None; // The attempt has a timer of its own.
         }
-        let limit = if self.is_half_closed() { timeouts.half_close } else { timeouts.idle };
+        let half_close = timeouts.half_close.filter(|_| self.is_half_closed());
+        let limit = half_close.or(timeouts.idle);
         limit.map(|limit| self.active + limit)
     }
 
@@ -274,7 +277,9 @@ impl Session {
         match self.deadline(timeouts) {
             Some(deadline) if deadline <= now => Action::Close(match self.failure {
                 Some(reason) => reason,
-                None if self.is_half_closed() => CloseReason::HalfCloseTimeout,
+                None if self.is_half_closed() && timeouts.half_close.is_some() => {
+                    CloseReason::HalfCloseTimeout
+                }
                 None => CloseReason::IdleTimeout,
             }),
             _ => Action::None,
@@ -350,7 +355,7 @@ mod tests {
     fn a_reset_waits_for_the_bytes_that_came_before_it() {
         let (mut session, now) = open();
         session.on_received(Side::Backend, 10, LIMIT, now);
-        assert_eq!(session.on_receive_failed(Side::Backend), Action::Pause(Side::Client));
+        assert_eq!(session.on_receive_failed(Side::Backend, now), Action::Pause(Side::Client));
         assert_eq!(session.on_received(Side::Client, 7, LIMIT, now), Action::Discard);
         assert_eq!(
             session.on_sent(Side::Client, 10, LIMIT, now),
@@ -362,7 +367,7 @@ mod tests {
     fn a_side_that_takes_nothing_is_still_read_to_its_end() {
         let (mut session, now) = open();
         session.on_received(Side::Client, 10, LIMIT, now);
-        assert_eq!(session.on_send_failed(Side::Backend), Action::Pause(Side::Client));
+        assert_eq!(session.on_send_failed(Side::Backend, now), Action::Pause(Side::Client));
         assert_eq!(session.on_received(Side::Backend, 3, LIMIT, now), Action::None);
         // The kernel reports an ordinary end once the error was taken by the send.
         assert_eq!(session.on_ended(Side::Backend, now), Action::None);
@@ -374,9 +379,12 @@ mod tests {
 
     #[test]
     fn both_sides_breaking_closes_for_the_first_reason() {
-        let (mut session, _) = open();
-        session.on_send_failed(Side::Client);
-        assert_eq!(session.on_send_failed(Side::Backend), Action::Close(CloseReason::ClientReset));
+        let (mut session, now) = open();
+        session.on_send_failed(Side::Client, now);
+        assert_eq!(
+            session.on_send_failed(Side::Backend, now),
+            Action::Close(CloseReason::ClientReset)
+        );
     }
 
     #[test]

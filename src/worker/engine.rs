@@ -23,6 +23,8 @@ const TURN_MAX: Duration = Duration::from_millis(500);
 const UPKEEP_INTERVAL: Duration = Duration::from_millis(100);
 /// After a failed accept, the next is tried when a session ends, or after this.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+/// The last free places for sessions are offered to one worker after the other, so long each.
+const ROTATION: Duration = Duration::from_millis(50);
 /// Complaints about a lasting state are repeated this often.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -71,6 +73,8 @@ pub(super) struct Owned {
 struct AcceptGate {
     /// There was no room at the latest look.
     full: bool,
+    /// There was some, but it was other workers' turn.
+    waits_for_turn: bool,
     /// A failed accept is tried again from then on.
     retry_at: Option<Instant>,
     complained_at: Option<Instant>,
@@ -95,6 +99,8 @@ pub struct Engine<D> {
     /// Endpoints whose pool may want connections.
     pub(super) short_pools: Vec<u16>,
     pub(super) batcher: Batcher,
+    /// Clients to be served at the end of the turn.
+    accepted: Vec<ConnId>,
     mailbox: Arc<Mailbox>,
     everyone: Arc<[Arc<WorkerStats>]>,
     index: usize,
@@ -128,6 +134,7 @@ impl<D: Driver> Engine<D> {
             pool_conns: 0,
             short_pools: Vec::with_capacity(limits::ENDPOINTS_MAX),
             batcher: Batcher::new(now),
+            accepted: Vec::with_capacity(limits::ACCEPT_OVERSHOOT),
             mailbox: setup.mailbox,
             everyone: setup.stats,
             index: setup.index,
@@ -168,11 +175,14 @@ impl<D: Driver> Engine<D> {
         let wait = self.plan_wait();
         self.driver.wait(wait)?;
         self.now = self.driver.now();
+        // While this worker slept the others may have taken the room.
+        self.steer_accepting();
         let mut events = 0;
         while let Some(completion) = self.driver.next() {
             events += 1;
             self.on_completion(completion);
         }
+        self.serve_accepted();
         while let Some(slot) = self.timers.pop(self.now) {
             self.on_timer(slot);
         }
@@ -185,9 +195,19 @@ impl<D: Driver> Engine<D> {
         Ok(())
     }
 
+    /// Serves the clients that this turn brought, last: by now it is known which warm connections
+    /// have ended.
+    fn serve_accepted(&mut self) {
+        let mut accepted = std::mem::take(&mut self.accepted);
+        for conn in accepted.drain(..) {
+            self.on_accepted(conn);
+        }
+        self.accepted = accepted;
+    }
+
     fn plan_wait(&mut self) -> Wait {
         let (events, batch) = self.batcher.plan(self.now);
-        let mut most = TURN_MAX;
+        let mut most = if self.gate.waits_for_turn || self.gate.full { ROTATION } else { TURN_MAX };
         let due = [self.timers.next(), self.gate.retry_at, self.pools_need_upkeep_at()];
         for at in due.into_iter().flatten() {
             most = most.min(at.saturating_duration_since(self.now));
@@ -202,7 +222,7 @@ impl<D: Driver> Engine<D> {
 
     fn on_completion(&mut self, completion: Completion) {
         match completion {
-            Completion::Accepted(conn) => self.on_accepted(conn),
+            Completion::Accepted(conn) => self.accepted.push(conn),
             Completion::AcceptFailed(error) => self.on_accept_failed(&error),
             Completion::Connected(conn) => match self.owner(conn) {
                 Owner::Session(session, _) => self.on_session_connected(session, conn),
@@ -222,7 +242,8 @@ impl<D: Driver> Engine<D> {
             },
             Completion::ReceiveFailed(conn) => match self.peek_owner(conn) {
                 Some(&Owner::Session(session, side)) => {
-                    self.apply(session, |session, _| session.on_receive_failed(side));
+                    self.apply(session, |session, now| session.on_receive_failed(side, now));
+                    self.arm_deadline(session);
                 }
                 Some(&Owner::Warm { endpoint, .. }) => self.on_warm_died(endpoint, conn),
                 _ => {}
@@ -234,7 +255,8 @@ impl<D: Driver> Engine<D> {
             }
             Completion::SendFailed(conn) => {
                 if let Some(&Owner::Session(session, side)) = self.peek_owner(conn) {
-                    self.apply(session, |session, _| session.on_send_failed(side));
+                    self.apply(session, |session, now| session.on_send_failed(side, now));
+                    self.arm_deadline(session);
                 }
             }
             Completion::Woken => self.on_mail(),
@@ -276,14 +298,16 @@ impl<D: Driver> Engine<D> {
             if self.order == Order::Run {
                 self.driver.stop_listening();
                 self.stats.set_state(WorkerState::Draining);
-                self.gate.retry_at = None;
+                self.gate = AcceptGate::default();
             }
             self.order = order;
+            // The clients that were still in the accept queue are sessions before it is asked
+            // whether there are any.
+            while let Some(completion) = self.driver.next() {
+                self.on_completion(completion);
+            }
+            self.serve_accepted();
             if order == Order::Stop {
-                // The clients that were still in the accept queue come first.
-                while let Some(completion) = self.driver.next() {
-                    self.on_completion(completion);
-                }
                 self.close_all_sessions(CloseReason::DrainDeadline);
             }
         }
@@ -296,21 +320,26 @@ impl<D: Driver> Engine<D> {
         }
         let active: u64 = self.everyone.iter().map(|stats| stats.sessions_active.get()).sum();
         let free = self.sessions_max.saturating_sub(active as usize);
-        // Each worker takes at most its share of what is left, so that together they never take
-        // more; of a remainder, the first ones get one each.
+        // Each worker takes at most its share of what is left as it looks; of a remainder, some
+        // get one each, in turns, so that nobody's clients wait for ever.
         let workers = self.everyone.len();
-        let share = free / workers + usize::from(self.index < free % workers);
+        let alive = self.now.saturating_duration_since(self.started);
+        let first = (alive.as_millis() / ROTATION.as_millis()) as usize;
+        let share = free / workers + usize::from((self.index + first) % workers < free % workers);
+        // Before the first snapshot there is nowhere to send a client.
+        let share = if self.stats.applied_generation.get() == 0 { 0 } else { share };
         if self.gate.retry_at.is_some_and(|at| self.now < at) {
             self.driver.accept(0);
             return;
         }
         self.gate.retry_at = None;
-        if share == 0 && !self.gate.full {
+        if free == 0 && !self.gate.full {
             self.stats.accept_pauses.add(1);
             let most = self.sessions_max;
             self.complain(format_args!("{most} sessions are open (AEGIS_MAX_SESSIONS): newcomers wait in the kernel's queue"));
         }
-        self.gate.full = share == 0;
+        self.gate.full = free == 0;
+        self.gate.waits_for_turn = share == 0 && free > 0;
         self.driver.accept(share);
     }
 
@@ -346,10 +375,18 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Bytes that one direction of a session may have in flight now: plenty while buffers are
-    /// plenty, one buffer when they are not.
+    /// plenty, what a single receive brings when they are not.
     pub(super) fn in_flight_limit(&mut self) -> u32 {
         let spare = self.driver.buffers().free().saturating_sub(self.lean_below);
-        (spare / 16).clamp(1, limits::RELAY_BUFFERS_MAX) * limits::BUFFER_SIZE as u32
+        match (spare / 16).min(limits::RELAY_BUFFERS_MAX) {
+            0 => 1,
+            buffers => buffers * limits::BUFFER_SIZE as u32,
+        }
+    }
+
+    /// Whether buffers are short.
+    pub(super) fn is_lean(&mut self) -> bool {
+        self.driver.buffers().free() < self.lean_below
     }
 
     /// Takes note of whose a connection is from now on.

@@ -88,7 +88,11 @@ impl<D: Driver> Engine<D> {
         if let Some(entry) = self.table.get_mut(endpoint) {
             entry.pool.on_connect_failed(now, &mut self.rng);
         }
-        if !is_local(error) {
+        if is_local(error) {
+            if let Some(entry) = self.table.get_mut(endpoint) {
+                entry.health.on_probe_lost(now);
+            }
+        } else {
             self.on_endpoint_failure(endpoint, error);
         }
         self.publish_pool(endpoint);
@@ -101,7 +105,7 @@ impl<D: Driver> Engine<D> {
             return self.driver.buffers().give(buf);
         };
         self.driver.buffers().push(&mut greeting, buf);
-        if greeting.buffers() > limits::POOL_GREETING_BUFFERS_MAX {
+        if greeting.buffers() > limits::POOL_GREETING_BUFFERS_MAX || self.is_lean() {
             self.driver.buffers().clear(&mut greeting);
             self.forget_warm(endpoint, conn, Discard::Unexpected);
             return;
@@ -115,8 +119,9 @@ impl<D: Driver> Engine<D> {
     }
 
     fn forget_warm(&mut self, endpoint: u16, conn: ConnId, why: Discard) {
+        let now = self.now;
         if let Some(entry) = self.table.get_mut(endpoint) {
-            entry.pool.remove(conn);
+            entry.pool.on_died(conn, now, &mut self.rng);
         }
         self.discard(conn, why);
         self.mark_short(endpoint);

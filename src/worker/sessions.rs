@@ -14,6 +14,9 @@ use crate::slab::Key;
 use crate::telemetry::{Checkout, CloseReason};
 use crate::wire::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
 
+/// All buffers are taken.
+struct NoBuffer;
+
 impl<D: Driver> Engine<D> {
     pub(super) fn on_accepted(&mut self, client: ConnId) {
         self.stats.sessions_opened.add(1);
@@ -68,7 +71,8 @@ impl<D: Driver> Engine<D> {
     }
 
     fn try_endpoint(&mut self, key: Key, endpoint: u16) -> io::Result<()> {
-        let Some(entry) = self.table.get_mut(endpoint) else { return Ok(()) };
+        let gone = || io::Error::from(io::ErrorKind::NotFound);
+        let entry = self.table.get_mut(endpoint).ok_or_else(gone)?;
         entry.sessions += 1;
         entry.stats().sessions_active.set(u64::from(entry.sessions));
         let warm = entry.pool.checkout();
@@ -112,7 +116,9 @@ impl<D: Driver> Engine<D> {
     pub(super) fn on_session_connect_failed(&mut self, key: Key, conn: ConnId, error: &io::Error) {
         self.timers.clear(conn.index());
         self.driver.close(conn, Close::Reset);
-        if let Some(endpoint) = self.sessions.get(key).and_then(Session::endpoint) {
+        if let Some(endpoint) = self.sessions.get(key).and_then(Session::endpoint)
+            && !is_local(error)
+        {
             self.on_endpoint_failure(endpoint, error);
         }
         self.leave_endpoint(key);
@@ -150,12 +156,20 @@ impl<D: Driver> Engine<D> {
             return;
         };
         self.own(backend, Owner::Session(key, Side::Backend));
-        let preface = self.proxy_header(client);
+        let preface = match self.proxy_header(client) {
+            Ok(preface) => preface,
+            Err(NoBuffer) => {
+                // Without it the backend would take the client's bytes for the header.
+                self.driver.buffers().clear(&mut greeting);
+                if let Some(session) = self.sessions.get_mut(key) {
+                    session.on_connecting(backend, self.now);
+                }
+                return self.close_session(key, CloseReason::Overload);
+            }
+        };
         let Some(session) = self.sessions.get_mut(key) else { return };
         session.on_connected(backend, preface.as_ref().map_or(0, Buf::len), self.now);
-        if let Some(deadline) = session.deadline(&self.timeouts) {
-            self.timers.set(client.index(), deadline);
-        }
+        self.arm_deadline(key);
         if let Some(buf) = preface {
             self.driver.send(backend, buf);
         }
@@ -167,9 +181,9 @@ impl<D: Driver> Engine<D> {
     }
 
     /// The PROXY protocol header that the backend is to get first, if any.
-    fn proxy_header(&mut self, client: ConnId) -> Option<Buf> {
+    fn proxy_header(&mut self, client: ConnId) -> Result<Option<Buf>, NoBuffer> {
         let write = match self.config.proxy_protocol {
-            ProxyProtocol::Off => return None,
+            ProxyProtocol::Off => return Ok(None),
             ProxyProtocol::V1 => write_v1,
             ProxyProtocol::V2 => write_v2,
         };
@@ -179,10 +193,10 @@ impl<D: Driver> Engine<D> {
         let mut header = [0; HEADER_MAX];
         let len = write(&mut header, source, destination);
         let buffers = self.driver.buffers();
-        let mut buf = buffers.take()?;
+        let mut buf = buffers.take().ok_or(NoBuffer)?;
         buffers.space(&mut buf)[..len].copy_from_slice(&header[..len]);
         buffers.set_len(&mut buf, len);
-        Some(buf)
+        Ok(Some(buf))
     }
 
     pub(super) fn on_received(&mut self, key: Key, from: Side, buf: Buf) {
@@ -217,7 +231,12 @@ impl<D: Driver> Engine<D> {
 
     pub(super) fn on_ended(&mut self, key: Key, from: Side) {
         self.apply(key, |session, now| session.on_ended(from, now));
-        // A half-closed session has another time limit.
+        self.arm_deadline(key);
+    }
+
+    /// Sets the session's timer: it has been opened, one direction of it has ended, or activity
+    /// has moved the deadline at which the timer fired.
+    pub(super) fn arm_deadline(&mut self, key: Key) {
         if let Some(session) = self.sessions.get(key)
             && let (Some(client), Some(deadline)) =
                 (session.conn(Side::Client), session.deadline(&self.timeouts))
@@ -229,13 +248,7 @@ impl<D: Driver> Engine<D> {
     pub(super) fn on_session_deadline(&mut self, key: Key) {
         let timeouts = self.timeouts;
         self.apply(key, |session, now| session.on_deadline(&timeouts, now));
-        // Activity may have moved it.
-        if let Some(session) = self.sessions.get(key)
-            && let (Some(client), Some(deadline)) =
-                (session.conn(Side::Client), session.deadline(&timeouts))
-        {
-            self.timers.set(client.index(), deadline);
-        }
+        self.arm_deadline(key);
     }
 
     /// Tells a session what happened and does what it answers.
@@ -266,7 +279,8 @@ impl<D: Driver> Engine<D> {
 
     pub(super) fn close_session(&mut self, key: Key, reason: CloseReason) {
         let Some(session) = self.sessions.remove(key) else { return };
-        let how = how_to_close(reason);
+        // An orderly end would pass for the whole stream.
+        let how = if session.in_flight() > 0 { Close::Reset } else { how_to_close(reason) };
         for side in [Side::Client, Side::Backend] {
             if let Some(conn) = session.conn(side) {
                 self.timers.clear(conn.index());

@@ -22,7 +22,7 @@ struct Run {
     generation: u64,
     rng: fastrand::Rng,
     buffers: u32,
-    timeouts: bool,
+    everyone_ends: bool,
     sessions_max: usize,
 }
 
@@ -32,10 +32,11 @@ impl Run {
         let sessions_max = rng.usize(3..40);
         let lean = rng.bool();
         let timeouts = rng.u8(..4) == 0;
+        let idle_timeout = (timeouts && rng.bool()).then_some(10 * SECOND);
         let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
         config.pool.min_idle = rng.usize(..3);
         config.pool.max_idle = config.pool.min_idle + rng.usize(..4);
-        config.idle_timeout = timeouts.then_some(10 * SECOND);
+        config.idle_timeout = idle_timeout;
         config.half_close_timeout = timeouts.then_some(3 * SECOND);
         // Short of buffers, or with plenty.
         let buffers = if lean { 6 * sessions_max + 64 } else { limits::buffers_max(sessions_max) };
@@ -63,7 +64,7 @@ impl Run {
             generation: 0,
             rng,
             buffers: buffers as u32,
-            timeouts,
+            everyone_ends: idle_timeout.is_some(),
             sessions_max,
         }
     }
@@ -189,6 +190,7 @@ impl Run {
         let limit = (limits::RELAY_BUFFERS_MAX + 3 + limits::POOL_GREETING_BUFFERS_MAX)
             * limits::BUFFER_SIZE as u32;
         assert!(driver.queue_peak <= limit, "{} bytes in flight", driver.queue_peak);
+        assert_eq!(driver.buffer_waits(), 0, "a slow session held buffers that others needed");
     }
 
     /// Whoever is still served is waiting for a peer that stalls.
@@ -196,7 +198,7 @@ impl Run {
         let stalling = |peer: &&Peer| peer.plan.stalls_at.is_some();
         let stalled = self.engine.driver().peers.iter().filter(stalling).count();
         assert!(self.engine.sessions() <= stalled, "{} sessions hang", self.engine.sessions());
-        if self.timeouts {
+        if self.everyone_ends {
             assert_eq!(self.engine.sessions(), 0, "time limits end every session");
         }
     }
@@ -227,7 +229,7 @@ fn a_thousand_seeds_lose_no_byte_and_leak_nothing() {
         finished += f;
     }
     println!("{opened} sessions, {finished} finished in order");
-    assert!(finished > opened / 3, "{finished} of {opened}: the runs test too little");
+    assert!(finished > opened / 4, "{finished} of {opened}: the runs test too little");
 }
 
 #[test]

@@ -1,0 +1,214 @@
+//! The rings: handing submissions over, waiting, taking completions.
+//!
+//! What a submission points to besides buffers (addresses, message headers) lives here until the
+//! kernel has taken the submission, which then holds a copy.
+#![allow(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::SocketAddr;
+use std::ptr::{self, NonNull};
+use std::time::Duration;
+
+use io_uring::squeue::{self, Flags};
+use io_uring::types::{Fd, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode};
+use socket2::SockAddr;
+
+use super::probe::{self, Features};
+
+/// Submissions between two system calls; more than that are handed over in between.
+const SQ_ENTRIES: u32 = 1024;
+/// Completions that fit before the kernel has to queue them aside.
+const CQ_ENTRIES: u32 = 8192;
+/// Buffers that one send takes at most.
+const SEND_PARTS_MAX: usize = 8;
+
+/// A message header and the parts that it points to.
+type Header = (libc::msghdr, [libc::iovec; SEND_PARTS_MAX]);
+
+/// An `io_uring` instance with what its pending submissions need.
+pub(super) struct Ring {
+    uring: IoUring,
+    features: Features,
+    completions: VecDeque<cqueue::Entry>,
+    /// As many as submissions can be pending, so that each can have one.
+    addresses: Box<[Option<SockAddr>]>,
+    addresses_used: usize,
+    headers: Box<[Header]>,
+    headers_used: usize,
+    /// What the kernel refused for good; the next wait reports it.
+    failure: Option<io::Error>,
+}
+
+impl Ring {
+    /// Sets the rings up.
+    ///
+    /// # Errors
+    /// The kernel denies them.
+    pub(super) fn new(features: Features) -> io::Result<Self> {
+        let part = libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 };
+        let header = libc::msghdr {
+            msg_name: ptr::null_mut(),
+            msg_namelen: 0,
+            msg_iov: ptr::null_mut(),
+            msg_iovlen: 0,
+            msg_control: ptr::null_mut(),
+            msg_controllen: 0,
+            msg_flags: 0,
+        };
+        Ok(Self {
+            uring: probe::build_ring(features, SQ_ENTRIES, CQ_ENTRIES)?,
+            features,
+            completions: VecDeque::with_capacity(2 * CQ_ENTRIES as usize),
+            addresses: (0..SQ_ENTRIES).map(|_| None).collect(),
+            addresses_used: 0,
+            headers: vec![(header, [part; SEND_PARTS_MAX]); SQ_ENTRIES as usize].into(),
+            headers_used: 0,
+            failure: None,
+        })
+    }
+
+    /// The instance, to register things with.
+    pub(super) fn uring(&self) -> &IoUring {
+        &self.uring
+    }
+
+    /// Queues a submission.
+    ///
+    /// # Safety
+    /// All memory that the entry points to stays as it is until the operation has completed.
+    pub(super) unsafe fn push(&mut self, entry: &squeue::Entry) {
+        self.make_room();
+        // SAFETY: as the caller promised. The push fails only after a failure that the next wait
+        // reports, and then nothing matters any more.
+        let _ = unsafe { self.uring.submission().push(entry) };
+    }
+
+    /// Queues an operation on a descriptor alone, whose success is of no interest.
+    pub(super) fn forget(&mut self, entry: squeue::Entry, data: u64) {
+        // SAFETY: cancels and closes point to no memory.
+        unsafe { self.push(&entry.flags(Flags::SKIP_SUCCESS).user_data(data)) }
+    }
+
+    /// Queues a connect.
+    pub(super) fn connect(&mut self, fd: Fd, address: SocketAddr, data: u64) {
+        self.make_room();
+        let Some(slot) = self.addresses.get_mut(self.addresses_used) else { return };
+        self.addresses_used += 1;
+        let address = slot.insert(SockAddr::from(address));
+        let connect = opcode::Connect::new(fd, address.as_ptr().cast(), address.len()).build();
+        // SAFETY: the address stays as it is until the submission is taken, which copies it; there
+        // is room, so it is queued before anything is handed over.
+        unsafe { self.push(&connect.user_data(data)) }
+    }
+
+    /// Queues a send of several buffers.
+    ///
+    /// # Safety
+    /// The parts stay as they are until the operation has completed.
+    pub(super) unsafe fn send_parts(
+        &mut self,
+        fd: Fd,
+        parts: impl Iterator<Item = (NonNull<u8>, usize)>,
+        data: u64,
+    ) {
+        self.make_room();
+        let Some((header, slots)) = self.headers.get_mut(self.headers_used) else { return };
+        self.headers_used += 1;
+        let mut count = 0;
+        for ((at, len), slot) in parts.zip(slots.iter_mut()) {
+            *slot = libc::iovec { iov_base: at.as_ptr().cast(), iov_len: len };
+            count += 1;
+        }
+        header.msg_iov = slots.as_mut_ptr();
+        header.msg_iovlen = count;
+        let send = opcode::SendMsg::new(fd, header).flags(libc::MSG_NOSIGNAL as u32).build();
+        // SAFETY: as for a connect; the caller vouches for the parts.
+        unsafe { self.push(&send.user_data(data)) }
+    }
+
+    /// Hands over until the next push finds room in the queue and in the tables beside it.
+    fn make_room(&mut self) {
+        while self.failure.is_none()
+            && (self.uring.submission().is_full()
+                || self.addresses_used == self.addresses.len()
+                || self.headers_used == self.headers.len())
+        {
+            self.submit();
+        }
+    }
+
+    /// Hands everything over without waiting, and takes what has completed.
+    pub(super) fn submit(&mut self) {
+        let outcome = self.uring.submit().map(drop);
+        self.after_submit(outcome);
+    }
+
+    /// Hands everything over, waits for `events` completions, but after `batch` for one, and after
+    /// `most` for none; and takes what has completed.
+    pub(super) fn submit_and_wait(&mut self, events: u32, batch: Duration, most: Duration) {
+        let outcome = self.enter(events, batch.min(most), most);
+        self.after_submit(outcome);
+    }
+
+    fn enter(&self, events: u32, batch: Duration, most: Duration) -> io::Result<()> {
+        let submitter = self.uring.submitter();
+        let most = Timespec::from(most);
+        let args = SubmitArgs::new().timespec(&most);
+        if events == 1 {
+            return submitter.submit_with_args(1, &args).map(drop);
+        }
+        if self.features.min_wait {
+            let args = args.min_wait_usec(batch.as_micros() as u32);
+            return submitter.submit_with_args(events as usize, &args).map(drop);
+        }
+        // Before kernel 6.12: first for the batch, then for a single event.
+        let batch = Timespec::from(batch);
+        let first = SubmitArgs::new().timespec(&batch);
+        match submitter.submit_with_args(events as usize, &first) {
+            Err(error) if error.raw_os_error() == Some(libc::ETIME) => {
+                submitter.submit_with_args(1, &args).map(drop)
+            }
+            outcome => outcome.map(drop),
+        }
+    }
+
+    fn after_submit(&mut self, outcome: io::Result<()>) {
+        self.completions.extend(self.uring.completion());
+        if self.uring.submission().is_empty() {
+            self.headers_used = 0;
+            self.addresses_used = 0;
+        }
+        if let Err(error) = outcome {
+            match error.raw_os_error() {
+                // Time is up; a signal came; or completions had to be taken first, as was done.
+                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => {}
+                _ => self.failure = Some(error),
+            }
+        }
+    }
+
+    /// Takes completions that are there without a system call, and says whether there are any.
+    pub(super) fn has_completions(&mut self) -> bool {
+        self.completions.extend(self.uring.completion());
+        !self.completions.is_empty()
+    }
+
+    /// The next completion taken.
+    pub(super) fn pop(&mut self) -> Option<cqueue::Entry> {
+        self.completions.pop_front()
+    }
+
+    /// What the kernel refused for good, if anything.
+    pub(super) fn take_failure(&mut self) -> Option<io::Error> {
+        self.failure.take()
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // What was asked for last, such as closes, still goes out.
+        let _ = self.uring.submit();
+    }
+}
