@@ -27,6 +27,8 @@ const EVENTS_MAX: usize = 1024;
 const SEND_PARTS_MAX: usize = 8;
 /// Reads and accepts of one turn; the rest comes in the next, after commands and timers.
 const STEPS_PER_TURN: u32 = 2048;
+/// One step in so many looks for clients before it reads.
+const ACCEPT_EVERY: u32 = 32;
 /// Event data of listener `i` is this plus `i`, out of the reach of connections' keys.
 const LISTENER: u64 = u64::MAX - 0xffff;
 /// Event data of the wake-up descriptor.
@@ -240,7 +242,9 @@ impl Epoll {
             let space = self.buffers.space(&mut buf);
             match rustix::net::recv(&socket.fd, space, RecvFlags::empty()) {
                 Ok((1.., count)) => {
-                    // A short read empties the socket, unless its end is waiting behind.
+                    // A short read empties the socket, unless its end is waiting behind. (Or an
+                    // urgent mark, at which reads stop: what is behind then waits for the next
+                    // segment. Nobody sends those.)
                     socket.readable = count == limits::BUFFER_SIZE || socket.hung_up;
                     self.buffers.set_len(&mut buf, count);
                     self.enqueue(conn);
@@ -327,11 +331,11 @@ impl Driver for Epoll {
     }
 
     fn wait(&mut self, wait: Wait) -> io::Result<()> {
-        for _ in 0..self.starving.len().min(self.buffers.free() as usize) {
-            if let Some(conn) = self.starving.pop_front()
-                && self.sockets.get(conn).is_some()
-            {
-                self.ready.push_back(conn);
+        if self.buffers.free() > 0 {
+            while let Some(conn) = self.starving.pop_front() {
+                if self.sockets.get(conn).is_some() {
+                    self.ready.push_back(conn);
+                }
             }
         }
         let most = if self.busy() { std::time::Duration::ZERO } else { wait.most };
@@ -355,7 +359,12 @@ impl Driver for Epoll {
             }
         }
         self.steps = self.steps.checked_sub(1)?;
-        self.read_one().or_else(|| self.accept_one())
+        // Now and then clients come first, so that bulk streams cannot keep them out.
+        if self.steps % ACCEPT_EVERY == 0 {
+            self.accept_one().or_else(|| self.read_one())
+        } else {
+            self.read_one().or_else(|| self.accept_one())
+        }
     }
 
     fn accept(&mut self, room: usize) {

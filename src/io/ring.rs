@@ -11,7 +11,7 @@ use std::ptr::{self, NonNull};
 use std::time::Duration;
 
 use io_uring::squeue::{self, Flags};
-use io_uring::types::{Fd, SubmitArgs, Timespec};
+use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode};
 use socket2::SockAddr;
 
@@ -80,6 +80,16 @@ impl Ring {
     /// All memory that the entry points to stays as it is until the operation has completed.
     pub(super) unsafe fn push(&mut self, entry: &squeue::Entry) {
         self.make_room();
+        // SAFETY: as the caller promised.
+        unsafe { self.push_into_room(entry) }
+    }
+
+    /// Queues a submission for which [`Ring::make_room`] has been called. Nothing is handed over
+    /// in between, so what it uses of the tables stays its own until then.
+    ///
+    /// # Safety
+    /// As for [`Ring::push`], or until the submission is taken for what the kernel copies.
+    unsafe fn push_into_room(&mut self, entry: &squeue::Entry) {
         // SAFETY: as the caller promised. The push fails only after a failure that the next wait
         // reports, and then nothing matters any more.
         let _ = unsafe { self.uring.submission().push(entry) };
@@ -98,9 +108,8 @@ impl Ring {
         self.addresses_used += 1;
         let address = slot.insert(SockAddr::from(address));
         let connect = opcode::Connect::new(fd, address.as_ptr().cast(), address.len()).build();
-        // SAFETY: the address stays as it is until the submission is taken, which copies it; there
-        // is room, so it is queued before anything is handed over.
-        unsafe { self.push(&connect.user_data(data)) }
+        // SAFETY: the address stays as it is until the submission is taken, which copies it.
+        unsafe { self.push_into_room(&connect.user_data(data)) }
     }
 
     /// Queues a send of several buffers.
@@ -125,7 +134,7 @@ impl Ring {
         header.msg_iovlen = count;
         let send = opcode::SendMsg::new(fd, header).flags(libc::MSG_NOSIGNAL as u32).build();
         // SAFETY: as for a connect; the caller vouches for the parts.
-        unsafe { self.push(&send.user_data(data)) }
+        unsafe { self.push_into_room(&send.user_data(data)) }
     }
 
     /// Hands over until the next push finds room in the queue and in the tables beside it.
@@ -208,7 +217,10 @@ impl Ring {
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        // What was asked for last, such as closes, still goes out.
+        // What was asked for last, such as closes, still goes out. Then everything is cancelled:
+        // closing the ring alone would do that some time later, when the buffers may be gone.
         let _ = self.uring.submit();
+        let patience = Timespec::from(Duration::from_secs(1));
+        let _ = self.uring.submitter().register_sync_cancel(Some(patience), CancelBuilder::any());
     }
 }

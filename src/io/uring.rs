@@ -103,14 +103,14 @@ struct Socket {
     /// The user wants to receive.
     wanted: bool,
     /// It brings more than can be passed on: received from one buffer at a time, since a multishot
-    /// receive may run 32 buffers ahead before it can be stopped.
+    /// receive may run many buffers ahead before it can be stopped.
     bulk: bool,
     /// The peer's direction has ended or failed.
     ended: bool,
     /// In the list of sockets to arm or to flush before the next wait.
     pending: bool,
     shutdown: bool,
-    closing: Option<Close>,
+    closing: bool,
     queue: Chain,
 }
 
@@ -125,7 +125,7 @@ impl Socket {
             ended: false,
             pending: false,
             shutdown: false,
-            closing: None,
+            closing: false,
             queue: Chain::default(),
         }
     }
@@ -229,8 +229,9 @@ impl Uring {
     fn settle(&mut self) {
         self.inline_sends = 0;
         self.provided.refill(&mut self.buffers);
-        for _ in 0..self.starving.len().min(self.provided.available()) {
-            if let Some(conn) = self.starving.pop_front() {
+        if self.provided.available() > 0 {
+            // All of them: those that starve on again come back at no great cost.
+            while let Some(conn) = self.starving.pop_front() {
                 if let Some(socket) = self.sockets.get_mut(conn)
                     && socket.receiving == Receiving::Starving
                 {
@@ -253,7 +254,7 @@ impl Uring {
     fn settle_socket(&mut self, conn: ConnId) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
         socket.pending = false;
-        if socket.closing.is_some() {
+        if socket.closing {
             return;
         }
         let fd = Fd(socket.fd.as_raw_fd());
@@ -367,7 +368,7 @@ impl Uring {
             socket.ops.receive = false;
             socket.receiving = Receiving::Idle;
         }
-        if socket.closing.is_some() {
+        if socket.closing {
             if let Some(buf) = buf {
                 self.buffers.give(buf);
             }
@@ -389,18 +390,29 @@ impl Uring {
                 }
                 Some(Completion::Ended(conn))
             }
+            (Err(errno), Some(buf)) => {
+                self.buffers.give(buf);
+                self.on_receive_error(conn, errno)
+            }
+            (Err(errno), None) => self.on_receive_error(conn, errno),
+        }
+    }
+
+    fn on_receive_error(&mut self, conn: ConnId, errno: Errno) -> Option<Completion> {
+        let socket = self.sockets.get_mut(conn)?;
+        match errno {
             // Stopped as asked. It may be wanted again by now.
-            (Err(Errno::CANCELED | Errno::INTR), _) => {
+            Errno::CANCELED | Errno::INTR => {
                 self.mark_pending(conn);
                 None
             }
-            (Err(Errno::NOBUFS), _) => {
+            Errno::NOBUFS => {
                 socket.receiving = Receiving::Starving;
                 self.buffer_waits += u64::from(self.buffers.free() == 0);
                 self.starving.push_back(conn);
                 None
             }
-            (Err(_), _) => {
+            _ => {
                 socket.ended = true;
                 Some(Completion::ReceiveFailed(conn))
             }
@@ -410,7 +422,7 @@ impl Uring {
     fn on_send(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
         let socket = self.sockets.get_mut(conn)?;
         socket.ops.send = false;
-        if socket.closing.is_some() {
+        if socket.closing {
             self.finish_close(conn);
             return None;
         }
@@ -437,7 +449,7 @@ impl Uring {
     fn on_connect(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
         let socket = self.sockets.get_mut(conn)?;
         socket.ops.connect = false;
-        if socket.closing.is_some() {
+        if socket.closing {
             self.finish_close(conn);
             return None;
         }
@@ -467,16 +479,13 @@ impl Uring {
     /// Gives the slot back once the kernel holds nothing of it.
     fn finish_close(&mut self, conn: ConnId) {
         let Some(socket) = self.sockets.get(conn) else { return };
-        let (false, Some(how)) = (socket.ops.any(), socket.closing) else { return };
+        if socket.ops.any() || !socket.closing {
+            return;
+        }
         let Some(mut socket) = self.sockets.remove(conn) else { return };
         self.buffers.clear(&mut socket.queue);
-        match how {
-            Close::Reset => socket::close_with_reset(&socket.fd),
-            Close::Graceful => {
-                let fd = Fd(socket.fd.into_raw_fd());
-                self.forget(opcode::Close::new(fd).build());
-            }
-        }
+        let fd = Fd(socket.fd.into_raw_fd());
+        self.forget(opcode::Close::new(fd).build());
     }
 }
 
@@ -578,7 +587,11 @@ impl Driver for Uring {
 
     fn close(&mut self, conn: ConnId, how: Close) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
-        socket.closing = Some(how);
+        if how == Close::Reset {
+            // At once, so that it holds however the descriptor comes to be closed.
+            socket::close_with_reset(&socket.fd);
+        }
+        socket.closing = true;
         let Ops { connect, receive, send } = socket.ops;
         for (out, kind) in [(connect, Kind::Connect), (receive, Kind::Receive), (send, Kind::Send)]
         {

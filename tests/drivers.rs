@@ -1,0 +1,258 @@
+//! The contract of a driver, kept by `io_uring` and epoll alike, on real sockets.
+#![allow(missing_docs)]
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use aegis::config::IoChoice;
+use aegis::io::epoll::Epoll;
+use aegis::io::probe::{self, DriverKind};
+use aegis::io::socket::Options;
+use aegis::io::uring::Uring;
+use aegis::io::{Close, Completion, ConnId, Driver, DriverSetup, Wait};
+use aegis::limits::{BUFFER_RING_ENTRIES, BUFFER_SIZE};
+use aegis::worker::listener;
+use aegis::worker::mailbox::Mailbox;
+
+const PATIENCE: Duration = Duration::from_secs(10);
+const BUFFERS: usize = BUFFER_RING_ENTRIES as usize + 4000;
+
+struct Rig<D> {
+    driver: D,
+    address: SocketAddr,
+    seen: Vec<Completion>,
+}
+
+fn prepare() -> (DriverSetup, SocketAddr) {
+    let any = "127.0.0.1:0".parse().unwrap();
+    let mut listeners = listener::listen(&[any], 1, &Options::default()).unwrap();
+    let wake = Mailbox::new().unwrap().wake_fd().try_clone_to_owned().unwrap();
+    let setup = DriverSetup {
+        listeners: listeners.sets.remove(0),
+        wake,
+        conns_max: 4000,
+        buffers_max: BUFFERS,
+        buffers_lean_below: 100,
+        options: Options::default(),
+    };
+    (setup, listeners.addresses[0])
+}
+
+/// Runs a test on each driver. It says so where `io_uring` cannot run.
+macro_rules! on_each_driver {
+    ($($name:ident,)+) => { $(
+        #[test]
+        fn $name() {
+            let (setup, address) = prepare();
+            let driver = Epoll::new(setup).unwrap();
+            checks::$name(Rig { driver, address, seen: Vec::new() });
+            match probe::choose(IoChoice::Uring).map(|verdict| verdict.driver) {
+                Ok(DriverKind::Uring(features)) => {
+                    let (setup, address) = prepare();
+                    let driver = Uring::new(setup, features).unwrap();
+                    checks::$name(Rig { driver, address, seen: Vec::new() });
+                }
+                Ok(DriverKind::Epoll) => unreachable!("io_uring was demanded"),
+                Err(why) => eprintln!("SKIPPED: {} on io_uring: {why}", stringify!($name)),
+            }
+        }
+    )+ };
+}
+
+on_each_driver![
+    sends_of_one_turn_keep_to_their_connections_however_many_there_are,
+    connects_of_one_turn_reach_their_addresses_however_many_there_are,
+    a_reset_is_a_reset_however_the_driver_ends,
+    a_closed_connection_brings_no_more_events,
+    receiving_stops_and_goes_on_without_a_lost_byte,
+    without_buffers_receives_wait_and_go_on,
+];
+
+impl<D: Driver> Rig<D> {
+    fn turn(&mut self) {
+        let most = Duration::from_millis(10);
+        self.driver.wait(Wait { events: 1, batch: Duration::ZERO, most }).unwrap();
+        while let Some(completion) = self.driver.next() {
+            self.seen.push(completion);
+        }
+    }
+
+    /// Turns until `found` says so of what has been seen.
+    fn until(&mut self, what: &str, mut found: impl FnMut(&mut D, &mut Vec<Completion>) -> bool) {
+        let begun = Instant::now();
+        while !found(&mut self.driver, &mut self.seen) {
+            assert!(begun.elapsed() < PATIENCE, "not in time: {what}");
+            self.turn();
+        }
+    }
+
+    /// A client and the driver's connection to it.
+    fn accept(&mut self) -> (TcpStream, ConnId) {
+        self.driver.accept(4000);
+        let client = TcpStream::connect(self.address).unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut accepted = None;
+        self.until("accept", |_, seen| {
+            seen.retain(|completion| match completion {
+                Completion::Accepted(conn) => {
+                    accepted = Some(*conn);
+                    false
+                }
+                _ => true,
+            });
+            accepted.is_some()
+        });
+        (client, accepted.unwrap())
+    }
+
+    fn send(&mut self, conn: ConnId, text: &[u8]) {
+        let buffers = self.driver.buffers();
+        let mut buf = buffers.take().unwrap();
+        buffers.space(&mut buf)[..text.len()].copy_from_slice(text);
+        buffers.set_len(&mut buf, text.len());
+        self.driver.send(conn, buf);
+    }
+
+    /// Takes what was received out of what was seen.
+    fn received(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for completion in std::mem::take(&mut self.seen) {
+            match completion {
+                Completion::Received(_, buf) => {
+                    bytes.extend_from_slice(self.driver.buffers().bytes(&buf));
+                    self.driver.buffers().give(buf);
+                }
+                other => self.seen.push(other),
+            }
+        }
+        bytes
+    }
+}
+
+mod checks {
+    use super::*;
+
+    /// As many operations as fill a submission queue.
+    const MANY: usize = 1024;
+
+    pub fn sends_of_one_turn_keep_to_their_connections_however_many_there_are<D: Driver>(
+        mut rig: Rig<D>,
+    ) {
+        let mut pairs: Vec<_> = (0..MANY + 4).map(|_| rig.accept()).collect();
+        let senders = pairs.split_off(MANY);
+        for (_, conn) in &pairs {
+            rig.driver.receive(*conn, true);
+        }
+        for (number, (_, conn)) in senders.iter().enumerate() {
+            // Two buffers each, so that the send needs a header.
+            for _ in 0..2 {
+                rig.send(*conn, &[number as u8; BUFFER_SIZE]);
+            }
+        }
+        let mut sent = 0;
+        rig.until("sent", |_, seen| {
+            sent += seen.drain(..).filter(|c| matches!(c, Completion::Sent(..))).count();
+            sent >= senders.len()
+        });
+        for (number, (mut client, _)) in senders.into_iter().enumerate() {
+            let mut bytes = [0xff; 2 * BUFFER_SIZE];
+            client.read_exact(&mut bytes).unwrap();
+            assert!(bytes.iter().all(|&byte| byte == number as u8), "another's bytes");
+        }
+    }
+
+    pub fn connects_of_one_turn_reach_their_addresses_however_many_there_are<D: Driver>(
+        mut rig: Rig<D>,
+    ) {
+        let pairs: Vec<_> = (0..MANY).map(|_| rig.accept()).collect();
+        for (_, conn) in &pairs {
+            rig.driver.receive(*conn, true);
+        }
+        let backends: Vec<_> = (0..4).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+        let wanted: Vec<_> = backends
+            .iter()
+            .map(|backend| backend.local_addr().unwrap())
+            .map(|address| (rig.driver.connect(&address).unwrap(), address))
+            .collect();
+        rig.until("connected", |_, seen| {
+            seen.iter().filter(|c| matches!(c, Completion::Connected(_))).count() == wanted.len()
+        });
+        for (conn, address) in wanted {
+            assert_eq!(rig.driver.peer_address(conn), Some(address));
+        }
+    }
+
+    pub fn a_reset_is_a_reset_however_the_driver_ends<D: Driver>(mut rig: Rig<D>) {
+        let (mut client, conn) = rig.accept();
+        rig.driver.receive(conn, true);
+        rig.turn();
+        rig.driver.close(conn, Close::Reset);
+        // What the kernel gives back in this wait is never looked at.
+        let wait = Wait { events: 1, batch: Duration::ZERO, most: Duration::ZERO };
+        rig.driver.wait(wait).unwrap();
+        drop(rig);
+        assert_eq!(client.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    }
+
+    pub fn a_closed_connection_brings_no_more_events<D: Driver>(mut rig: Rig<D>) {
+        let (mut client, conn) = rig.accept();
+        rig.driver.receive(conn, true);
+        rig.turn();
+        client.write_all(b"late").unwrap();
+        rig.driver.close(conn, Close::Graceful);
+        let free = rig.driver.buffers().free();
+        for _ in 0..10 {
+            rig.turn();
+        }
+        assert!(rig.seen.is_empty(), "{:?}", rig.seen);
+        assert_eq!(rig.driver.buffers().free(), free, "no buffer was lost");
+    }
+
+    pub fn receiving_stops_and_goes_on_without_a_lost_byte<D: Driver>(mut rig: Rig<D>) {
+        const TOTAL: usize = 8 << 20;
+        let (mut client, conn) = rig.accept();
+        let writer = std::thread::spawn(move || {
+            let bytes: Vec<u8> = (0..TOTAL).map(|i| (i / 3) as u8).collect();
+            client.write_all(&bytes).unwrap();
+            client
+        });
+        let mut received = Vec::new();
+        let mut on = false;
+        let begun = Instant::now();
+        while received.len() < TOTAL {
+            assert!(begun.elapsed() < PATIENCE, "{} of {TOTAL} bytes", received.len());
+            on = !on;
+            rig.driver.receive(conn, on);
+            rig.turn();
+            received.append(&mut rig.received());
+        }
+        assert!(received.iter().enumerate().all(|(i, &byte)| byte == (i / 3) as u8));
+        writer.join().unwrap();
+    }
+
+    pub fn without_buffers_receives_wait_and_go_on<D: Driver>(mut rig: Rig<D>) {
+        let (mut client, conn) = rig.accept();
+        rig.turn();
+        let mut hoard = Vec::new();
+        while let Some(buf) = rig.driver.buffers().take() {
+            hoard.push(buf);
+        }
+        rig.driver.receive(conn, true);
+        let bytes = vec![5; 6 << 20];
+        let expected = bytes.len();
+        let writer = std::thread::spawn(move || client.write_all(&bytes).map(|()| client).unwrap());
+        rig.until("shortage", |driver, _| driver.buffer_waits() > 0);
+        for buf in hoard {
+            rig.driver.buffers().give(buf);
+        }
+        let mut count = rig.received().len();
+        let begun = Instant::now();
+        while count < expected {
+            assert!(begun.elapsed() < PATIENCE, "{count} of {expected} bytes");
+            rig.turn();
+            count += rig.received().len();
+        }
+        writer.join().unwrap();
+    }
+}
