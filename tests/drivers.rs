@@ -64,6 +64,7 @@ on_each_driver![
     sends_of_one_turn_keep_to_their_connections_however_many_there_are,
     connects_of_one_turn_reach_their_addresses_however_many_there_are,
     a_reset_is_a_reset_however_the_driver_ends,
+    a_reset_is_noticed_while_receiving_is_stopped,
     a_closed_connection_brings_no_more_events,
     receiving_stops_and_goes_on_without_a_lost_byte,
     without_buffers_receives_wait_and_go_on,
@@ -156,7 +157,7 @@ mod checks {
             sent >= senders.len()
         });
         for (number, (mut client, _)) in senders.into_iter().enumerate() {
-            let mut bytes = [0xff; 2 * BUFFER_SIZE];
+            let mut bytes = vec![0xff; 2 * BUFFER_SIZE];
             client.read_exact(&mut bytes).unwrap();
             assert!(bytes.iter().all(|&byte| byte == number as u8), "another's bytes");
         }
@@ -193,6 +194,22 @@ mod checks {
         rig.driver.wait(wait).unwrap();
         drop(rig);
         assert_eq!(client.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    }
+
+    pub fn a_reset_is_noticed_while_receiving_is_stopped<D: Driver>(mut rig: Rig<D>) {
+        let (client, conn) = rig.accept();
+        rig.driver.receive(conn, true);
+        rig.turn();
+        rig.driver.receive(conn, false);
+        for _ in 0..3 {
+            rig.turn();
+        }
+        socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(client);
+        rig.until("the reset", |_, seen| {
+            seen.iter().any(|seen| matches!(seen, Completion::ReceiveFailed(c) if *c == conn))
+        });
+        rig.driver.close(conn, Close::Reset);
     }
 
     pub fn a_closed_connection_brings_no_more_events<D: Driver>(mut rig: Rig<D>) {

@@ -170,6 +170,10 @@ impl Epoll {
             if flags.intersects(settled) {
                 self.finish_connect(conn);
             }
+        } else if flags.contains(EventFlags::ERR) && !socket.wanted && !socket.ended {
+            // A reset, which no receive would show while the user does not want to receive.
+            socket.ended = true;
+            self.completions.push_back(Completion::ReceiveFailed(conn));
         } else if flags.intersects(settled) && !socket.writable {
             socket.writable = true;
             self.flush(conn);
@@ -360,7 +364,7 @@ impl Driver for Epoll {
         }
         self.steps = self.steps.checked_sub(1)?;
         // Now and then clients come first, so that bulk streams cannot keep them out.
-        if self.steps % ACCEPT_EVERY == 0 {
+        if self.steps.is_multiple_of(ACCEPT_EVERY) {
             self.accept_one().or_else(|| self.read_one())
         } else {
             self.read_one().or_else(|| self.accept_one())

@@ -42,6 +42,8 @@ enum Kind {
     Receive = 3,
     Send = 4,
     Wake = 5,
+    /// Waits for an error of a socket that is not received from.
+    Watch = 7,
     /// Cancels and closes: nobody waits for their result.
     Forget = 6,
 }
@@ -58,6 +60,7 @@ fn parse_user_data(data: u64) -> (Option<Kind>, ConnId) {
         3 => Some(Kind::Receive),
         4 => Some(Kind::Send),
         5 => Some(Kind::Wake),
+        7 => Some(Kind::Watch),
         _ => None,
     };
     (kind, ConnId::from_parts((data >> 32) as u32 & 0x0fff_ffff, data as u32))
@@ -78,17 +81,26 @@ enum Receiving {
     Starving,
 }
 
-/// Which operations the kernel holds for a socket.
-#[derive(Debug, Default)]
-struct Ops {
-    connect: bool,
-    receive: bool,
-    send: bool,
-}
+/// Which operations the kernel holds for a socket: one bit a [`Kind`], at most one operation each.
+#[derive(Debug, Clone, Copy, Default)]
+struct Ops(u8);
 
 impl Ops {
-    fn any(&self) -> bool {
-        self.connect || self.receive || self.send
+    fn add(&mut self, kind: Kind) {
+        debug_assert!(!self.has(kind), "{kind:?} twice");
+        self.0 |= 1 << kind as u8;
+    }
+
+    fn remove(&mut self, kind: Kind) {
+        self.0 &= !(1 << kind as u8);
+    }
+
+    fn has(self, kind: Kind) -> bool {
+        self.0 & (1 << kind as u8) != 0
+    }
+
+    fn any(self) -> bool {
+        self.0 != 0
     }
 }
 
@@ -260,7 +272,7 @@ impl Uring {
         let fd = Fd(socket.fd.as_raw_fd());
         if socket.wanted && !socket.ended && socket.receiving == Receiving::Idle {
             socket.receiving = Receiving::Armed;
-            socket.ops.receive = true;
+            socket.ops.add(Kind::Receive);
             let lean = self.buffers.free() < self.lean_below;
             let entry = if lean || socket.bulk {
                 let receive = opcode::Recv::new(fd, ptr::null_mut(), limits::BUFFER_SIZE as u32);
@@ -270,13 +282,26 @@ impl Uring {
             };
             self.push(entry, Kind::Receive, conn);
         }
+        self.watch(conn);
         self.flush(conn);
+    }
+
+    /// Lets a stopped socket still tell of a reset, which no receive would show.
+    fn watch(&mut self, conn: ConnId) {
+        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        let stopped = !socket.wanted && !socket.ended && socket.bulk;
+        if stopped && socket.receiving == Receiving::Idle && !socket.ops.has(Kind::Watch) {
+            socket.ops.add(Kind::Watch);
+            let fd = Fd(socket.fd.as_raw_fd());
+            let poll = opcode::PollAdd::new(fd, libc::POLLERR as u32).build();
+            self.push(poll, Kind::Watch, conn);
+        }
     }
 
     /// Sends what is queued, then ends the direction if that was asked for.
     fn flush(&mut self, conn: ConnId) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
-        if socket.ops.send {
+        if socket.ops.has(Kind::Send) {
             return;
         }
         if socket.queue.is_empty() {
@@ -286,11 +311,11 @@ impl Uring {
             }
             return;
         }
-        socket.ops.send = true;
+        socket.ops.add(Kind::Send);
         let fd = Fd(socket.fd.as_raw_fd());
         if socket.queue.buffers() == 1 {
-            let lean = self.buffers.free() < self.lean_below;
-            if socket.queue.bytes() <= SEND_INLINE_MAX && !socket.shutdown && !lean {
+            let scarce = self.buffers.free() < self.lean_below;
+            if socket.queue.bytes() <= SEND_INLINE_MAX && !socket.shutdown && !scarce {
                 self.inline_sends += 1;
             }
             let Some((at, len)) = self.buffers.parts(&socket.queue).next() else { return };
@@ -365,7 +390,7 @@ impl Uring {
         let more = cqueue::more(entry.flags());
         let socket = self.sockets.get_mut(conn)?;
         if !more {
-            socket.ops.receive = false;
+            socket.ops.remove(Kind::Receive);
             socket.receiving = Receiving::Idle;
         }
         if socket.closing {
@@ -419,9 +444,25 @@ impl Uring {
         }
     }
 
+    fn on_watch(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
+        let socket = self.sockets.get_mut(conn)?;
+        socket.ops.remove(Kind::Watch);
+        if socket.closing {
+            self.finish_close(conn);
+            return None;
+        }
+        // If it is received from again, that will show the error, behind what came before it.
+        let stopped = !socket.wanted && !socket.ended && socket.receiving == Receiving::Idle;
+        let broken = entry.result() & i32::from(libc::POLLERR) != 0;
+        (stopped && broken && entry.result() > 0).then(|| {
+            socket.ended = true;
+            Completion::ReceiveFailed(conn)
+        })
+    }
+
     fn on_send(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
         let socket = self.sockets.get_mut(conn)?;
-        socket.ops.send = false;
+        socket.ops.remove(Kind::Send);
         if socket.closing {
             self.finish_close(conn);
             return None;
@@ -448,7 +489,7 @@ impl Uring {
 
     fn on_connect(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
         let socket = self.sockets.get_mut(conn)?;
-        socket.ops.connect = false;
+        socket.ops.remove(Kind::Connect);
         if socket.closing {
             self.finish_close(conn);
             return None;
@@ -466,6 +507,7 @@ impl Uring {
             Kind::Connect => self.on_connect(conn, entry),
             Kind::Receive => self.on_receive(conn, entry),
             Kind::Send => self.on_send(conn, entry),
+            Kind::Watch => self.on_watch(conn, entry),
             Kind::Wake => {
                 if !cqueue::more(entry.flags()) {
                     self.arm_wake();
@@ -547,7 +589,7 @@ impl Driver for Uring {
         let socket = socket::outgoing(address, &self.options)?;
         let fd = Fd(socket.as_raw_fd());
         let mut entry = Socket::new(socket.into());
-        entry.ops.connect = true;
+        entry.ops.add(Kind::Connect);
         let Ok(conn) = self.sockets.insert(entry) else {
             return Err(io::ErrorKind::QuotaExceeded.into());
         };
@@ -568,12 +610,13 @@ impl Driver for Uring {
             socket.receiving = Receiving::Stopping;
             self.cancel(Kind::Receive, conn);
         }
+        self.mark_pending(conn);
     }
 
     fn send(&mut self, conn: ConnId, buf: Buf) {
         let Some(socket) = self.sockets.get_mut(conn) else { return self.buffers.give(buf) };
         self.buffers.push(&mut socket.queue, buf);
-        if !socket.ops.send {
+        if !socket.ops.has(Kind::Send) {
             self.mark_pending(conn);
         }
     }
@@ -592,10 +635,9 @@ impl Driver for Uring {
             socket::close_with_reset(&socket.fd);
         }
         socket.closing = true;
-        let Ops { connect, receive, send } = socket.ops;
-        for (out, kind) in [(connect, Kind::Connect), (receive, Kind::Receive), (send, Kind::Send)]
-        {
-            if out {
+        let ops = socket.ops;
+        for kind in [Kind::Connect, Kind::Receive, Kind::Send, Kind::Watch] {
+            if ops.has(kind) {
                 self.cancel(kind, conn);
             }
         }

@@ -156,16 +156,13 @@ impl<D: Driver> Engine<D> {
             return;
         };
         self.own(backend, Owner::Session(key, Side::Backend));
-        let preface = match self.proxy_header(client) {
-            Ok(preface) => preface,
-            Err(NoBuffer) => {
-                // Without it the backend would take the client's bytes for the header.
-                self.driver.buffers().clear(&mut greeting);
-                if let Some(session) = self.sessions.get_mut(key) {
-                    session.on_connecting(backend, self.now);
-                }
-                return self.close_session(key, CloseReason::Overload);
+        let Ok(preface) = self.proxy_header(client) else {
+            // Without it the backend would take the client's bytes for the header.
+            self.driver.buffers().clear(&mut greeting);
+            if let Some(session) = self.sessions.get_mut(key) {
+                session.on_connecting(backend, self.now);
             }
+            return self.close_session(key, CloseReason::Overload);
         };
         let Some(session) = self.sessions.get_mut(key) else { return };
         session.on_connected(backend, preface.as_ref().map_or(0, Buf::len), self.now);
