@@ -114,6 +114,8 @@ struct Socket {
     receiving: Receiving,
     /// The user wants to receive.
     wanted: bool,
+    /// The user has wanted to, and does not now.
+    stopped: bool,
     /// It brings more than can be passed on: received from one buffer at a time, since a multishot
     /// receive may run many buffers ahead before it can be stopped.
     bulk: bool,
@@ -133,6 +135,7 @@ impl Socket {
             ops: Ops::default(),
             receiving: Receiving::Idle,
             wanted: false,
+            stopped: false,
             bulk: false,
             ended: false,
             pending: false,
@@ -289,8 +292,11 @@ impl Uring {
     /// Lets a stopped socket still tell of a reset, which no receive would show.
     fn watch(&mut self, conn: ConnId) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
-        let stopped = !socket.wanted && !socket.ended && socket.bulk;
-        if stopped && socket.receiving == Receiving::Idle && !socket.ops.has(Kind::Watch) {
+        if socket.stopped
+            && !socket.ended
+            && socket.receiving == Receiving::Idle
+            && !socket.ops.has(Kind::Watch)
+        {
             socket.ops.add(Kind::Watch);
             let fd = Fd(socket.fd.as_raw_fd());
             let poll = opcode::PollAdd::new(fd, libc::POLLERR as u32).build();
@@ -452,7 +458,7 @@ impl Uring {
             return None;
         }
         // If it is received from again, that will show the error, behind what came before it.
-        let stopped = !socket.wanted && !socket.ended && socket.receiving == Receiving::Idle;
+        let stopped = socket.stopped && !socket.ended && socket.receiving == Receiving::Idle;
         let broken = entry.result() & i32::from(libc::POLLERR) != 0;
         (stopped && broken && entry.result() > 0).then(|| {
             socket.ended = true;
@@ -599,6 +605,7 @@ impl Driver for Uring {
 
     fn receive(&mut self, conn: ConnId, on: bool) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
+        socket.stopped = !on;
         socket.wanted = on;
         if on {
             self.mark_pending(conn);

@@ -71,7 +71,8 @@ pub fn socket_options(config: &Config) -> socket::Options {
     socket::Options { keepalive: config.keepalive, user_timeout: config.tcp_user_timeout }
 }
 
-/// Starts a worker's thread and returns once it is accepting.
+/// Starts a worker's thread and returns once its driver is set up. It accepts from the first
+/// snapshot of endpoints on.
 ///
 /// # Errors
 /// The thread or its driver cannot be set up.

@@ -1,13 +1,15 @@
 //! What happens at the limits.
 
-use std::io::Write;
-use std::net::Shutdown;
+use std::io::{ErrorKind, Write};
+use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::support::backend::Backend;
-use crate::support::client::{ask, connect, is_silent, read_end, read_line, wait_closed};
+use crate::support::backend::{Backend, reset_on_close};
+use crate::support::client::{
+    ask, ask_once, connect, is_silent, read_end, read_line, read_to_end, wait_closed,
+};
 use crate::support::metrics::{ACCEPT_PAUSES, SESSIONS_ACTIVE, SESSIONS_CLOSED};
 use crate::support::proxy::Builder;
 use crate::support::{Io, on_both_drivers};
@@ -18,7 +20,25 @@ on_both_drivers![
     a_descriptor_limit_that_is_too_small_is_refused_with_the_sum,
     a_session_without_traffic_ends_after_the_idle_timeout,
     a_half_closed_session_without_traffic_ends_after_its_own_timeout,
+    a_stream_cut_by_a_timeout_does_not_look_whole,
+    a_session_with_a_broken_side_and_a_stalled_one_ends,
+    fewer_sessions_than_workers_serve_everyone_in_turn,
+    a_backend_that_accepts_only_to_close_is_not_stormed,
 ];
+
+/// More than the buffers of all sockets on the way hold.
+const FLOOD: usize = 64 << 20;
+
+/// Writes until the other side has taken nothing for a moment.
+fn fill(mut stream: &TcpStream) {
+    let _ = stream.set_write_timeout(Some(Duration::from_millis(200)));
+    let piece = vec![7; 1 << 20];
+    for _ in 0..FLOOD / piece.len() {
+        if stream.write_all(&piece).is_err() {
+            return;
+        }
+    }
+}
 
 fn the_session_above_the_limit_waits_and_is_served_when_another_ends(io: Io) {
     let backend = Backend::named("a");
@@ -121,4 +141,55 @@ fn a_half_closed_session_without_traffic_ends_after_its_own_timeout(io: Io) {
     let labels = [("reason", "half_close_timeout")];
     proxy.wait_for(SESSIONS_CLOSED, &labels, |sessions| sessions == 1);
     assert_eq!(proxy.metric(SESSIONS_ACTIVE, &[]), 0);
+}
+
+fn a_stream_cut_by_a_timeout_does_not_look_whole(io: Io) {
+    let backend = Backend::scripted(|stream| {
+        fill(stream);
+        let _ = read_line(stream);
+    });
+    let proxy =
+        Builder::on(io).backends(&[backend.address()]).set("AEGIS_IDLE_TIMEOUT", "1s").start();
+    let client = connect(proxy.address());
+    proxy.wait_for(SESSIONS_CLOSED, &[("reason", "idle_timeout")], |sessions| sessions == 1);
+    let error = read_to_end(&client).expect_err("an end of stream after a part of it");
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+}
+
+fn a_session_with_a_broken_side_and_a_stalled_one_ends(io: Io) {
+    let backend = Backend::scripted(|stream| {
+        fill(stream);
+        reset_on_close(stream);
+    });
+    let proxy = Builder::on(io)
+        .backends(&[backend.address()])
+        .without_pool()
+        .set("AEGIS_HALF_CLOSE_TIMEOUT", "1s")
+        .start();
+    let stalled = connect(proxy.address());
+    proxy.wait_for(SESSIONS_CLOSED, &[("reason", "backend_reset")], |sessions| sessions == 1);
+    assert_eq!(proxy.metric(SESSIONS_ACTIVE, &[]), 0);
+    drop(stalled);
+}
+
+fn fewer_sessions_than_workers_serve_everyone_in_turn(io: Io) {
+    let backend = Backend::named("a");
+    let proxy = Builder::on(io)
+        .backends(&[backend.address()])
+        .set("AEGIS_WORKERS", "4")
+        .set("AEGIS_MAX_SESSIONS", "1")
+        .start();
+    for _ in 0..20 {
+        assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
+    }
+}
+
+fn a_backend_that_accepts_only_to_close_is_not_stormed(io: Io) {
+    let backend = Backend::scripted(|_| {});
+    let proxy = Builder::on(io).backends(&[backend.address()]).set("AEGIS_WORKERS", "1").start();
+    proxy.wait_for("aegis_pool_discards_total", &[("reason", "dead")], |dead| dead >= 6);
+    let (begun, before) = (Instant::now(), backend.accepted());
+    proxy.wait_for("aegis_pool_discards_total", &[("reason", "dead")], |dead| dead >= 9);
+    let rate = (backend.accepted() - before) as f64 / begun.elapsed().as_secs_f64();
+    assert!(rate < 100.0, "{rate} connects a second");
 }
