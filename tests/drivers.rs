@@ -65,6 +65,7 @@ on_each_driver![
     connects_of_one_turn_reach_their_addresses_however_many_there_are,
     a_reset_is_a_reset_however_the_driver_ends,
     a_reset_is_noticed_while_receiving_is_stopped,
+    a_drain_serves_who_has_connected_and_lets_nobody_else_in,
     a_closed_connection_brings_no_more_events,
     receiving_stops_and_goes_on_without_a_lost_byte,
     without_buffers_receives_wait_and_go_on,
@@ -210,6 +211,22 @@ mod checks {
             seen.iter().any(|seen| matches!(seen, Completion::ReceiveFailed(c) if *c == conn))
         });
         rig.driver.close(conn, Close::Reset);
+    }
+
+    pub fn a_drain_serves_who_has_connected_and_lets_nobody_else_in<D: Driver>(mut rig: Rig<D>) {
+        rig.driver.accept(0);
+        rig.turn();
+        let early: Vec<_> = (0..5).map(|_| TcpStream::connect(rig.address).unwrap()).collect();
+        rig.driver.refuse_handshakes();
+        let late = TcpStream::connect_timeout(&rig.address, Duration::from_millis(300));
+        assert_eq!(late.unwrap_err().kind(), ErrorKind::TimedOut);
+        rig.driver.stop_listening();
+        rig.until("the accept queue", |_, seen| {
+            seen.iter().filter(|seen| matches!(seen, Completion::Accepted(_))).count()
+                == early.len()
+        });
+        let late = TcpStream::connect(rig.address).unwrap_err();
+        assert_eq!(late.kind(), ErrorKind::ConnectionRefused);
     }
 
     pub fn a_closed_connection_brings_no_more_events<D: Driver>(mut rig: Rig<D>) {

@@ -375,6 +375,10 @@ impl Driver for Epoll {
         self.room = room;
     }
 
+    fn refuse_handshakes(&mut self) {
+        self.listeners.iter().flatten().for_each(socket::refuse_handshakes);
+    }
+
     fn stop_listening(&mut self) {
         self.room = 0;
         for index in 0..self.listeners.len() {

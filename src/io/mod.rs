@@ -128,8 +128,12 @@ pub trait Driver {
     /// How many more clients may be accepted from now on; 0 stops accepting.
     fn accept(&mut self, room: usize);
 
+    /// Lets no new handshake begin. Those under way still end in the accept queues.
+    fn refuse_handshakes(&mut self);
+
     /// Empties the kernel's accept queues into [`Completion::Accepted`], then closes the
-    /// listeners, so that no client is accepted by the kernel and dropped.
+    /// listeners. A while after [`Driver::refuse_handshakes`] no client is accepted by the kernel
+    /// and dropped by this.
     fn stop_listening(&mut self);
 
     /// Starts connecting.

@@ -494,6 +494,10 @@ impl Driver for Sim {
         self.room = room;
     }
 
+    fn refuse_handshakes(&mut self) {
+        self.listening = false;
+    }
+
     fn stop_listening(&mut self) {
         self.room = 0;
         self.listening = false;

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::net::SocketFlags;
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, TcpKeepalive, Type};
 
 /// Options of every TCP socket of the data plane.
 #[derive(Debug, Clone, Default)]
@@ -64,16 +64,27 @@ pub(super) fn local_address(socket: &impl AsFd) -> Option<SocketAddr> {
     SockRef::from(socket).local_addr().ok()?.as_socket()
 }
 
-/// Takes every client that the kernel has accepted on `listener`, and keeps it from accepting
-/// more: from here on packets to it are dropped unanswered, so that no handshake completes between
-/// the last accept and the close, which would reset that client.
-pub(super) fn empty_accept_queue(listener: &OwnedFd) -> Vec<OwnedFd> {
-    // A classic BPF program of one instruction: return 0, "keep nothing of the packet".
-    const RETURN: u16 = 0x06; // BPF_RET | BPF_K
-    let drop_all = [socket2::SockFilter::new(RETURN, 0, 0, 0)];
-    if let Err(error) = SockRef::from(listener).attach_filter(&drop_all) {
-        tracing::warn!(%error, "clients that connect in this very moment may be reset");
+/// Drops the packets that would begin a handshake with `listener`, unanswered. Handshakes under way
+/// go on: a client that has seen our answer counts on being served.
+pub(super) fn refuse_handshakes(listener: &OwnedFd) {
+    // Classic BPF; offsets count from the TCP header.
+    const FLAGS_OFFSET: u32 = 13;
+    const SYN: u32 = 0x02;
+    const ACK: u32 = 0x10;
+    let only_others = [
+        SockFilter::new(0x30 /* BPF_LD | BPF_B | BPF_ABS */, 0, 0, FLAGS_OFFSET),
+        SockFilter::new(0x54 /* BPF_ALU | BPF_AND | BPF_K */, 0, 0, SYN | ACK),
+        SockFilter::new(0x15 /* BPF_JMP | BPF_JEQ | BPF_K */, 0, 1, SYN),
+        SockFilter::new(0x06 /* BPF_RET | BPF_K */, 0, 0, 0),
+        SockFilter::new(0x06 /* BPF_RET | BPF_K */, 0, 0, u32::MAX),
+    ];
+    if let Err(error) = SockRef::from(listener).attach_filter(&only_others) {
+        tracing::warn!(%error, "clients that connect while the listener closes may be reset");
     }
+}
+
+/// Takes every client that the kernel has accepted on `listener`.
+pub(super) fn empty_accept_queue(listener: &OwnedFd) -> Vec<OwnedFd> {
     let mut clients = Vec::new();
     if rustix::io::ioctl_fionbio(listener, true).is_ok() {
         while let Ok(client) = rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {

@@ -574,6 +574,10 @@ impl Driver for Uring {
         self.room = room;
     }
 
+    fn refuse_handshakes(&mut self) {
+        self.listeners.iter().filter_map(|l| l.fd.as_ref()).for_each(socket::refuse_handshakes);
+    }
+
     fn stop_listening(&mut self) {
         self.room = 0;
         for index in 0..self.listeners.len() {

@@ -25,6 +25,8 @@ const UPKEEP_INTERVAL: Duration = Duration::from_millis(100);
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// The last free places for sessions are offered to one worker after the other, so long each.
 const ROTATION: Duration = Duration::from_millis(50);
+/// In a drain, handshakes under way may take so long to end before the listeners are closed.
+const HANDSHAKE_MAX: Duration = Duration::from_millis(100);
 /// Complaints about a lasting state are repeated this often.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -99,6 +101,8 @@ pub struct Engine<D> {
     /// Endpoints whose pool may want connections.
     pub(super) short_pools: Vec<u16>,
     pub(super) batcher: Batcher,
+    /// In a drain, the listeners stay open until then.
+    listening_until: Option<Instant>,
     /// Clients to be served at the end of the turn.
     accepted: Vec<ConnId>,
     mailbox: Arc<Mailbox>,
@@ -134,6 +138,7 @@ impl<D: Driver> Engine<D> {
             pool_conns: 0,
             short_pools: Vec::with_capacity(limits::ENDPOINTS_MAX),
             batcher: Batcher::new(now),
+            listening_until: None,
             accepted: Vec::with_capacity(limits::ACCEPT_OVERSHOOT),
             mailbox: setup.mailbox,
             everyone: setup.stats,
@@ -163,7 +168,7 @@ impl<D: Driver> Engine<D> {
 
     /// Whether it was told to end and nothing is left to do.
     pub fn is_finished(&self) -> bool {
-        self.order > Order::Run && self.sessions.is_empty()
+        self.order > Order::Run && self.listening_until.is_none() && self.sessions.is_empty()
     }
 
     /// One turn.
@@ -183,6 +188,9 @@ impl<D: Driver> Engine<D> {
             self.on_completion(completion);
         }
         self.serve_accepted();
+        if self.listening_until.is_some_and(|at| self.now >= at) {
+            self.stop_listening();
+        }
         while let Some(slot) = self.timers.pop(self.now) {
             self.on_timer(slot);
         }
@@ -208,7 +216,12 @@ impl<D: Driver> Engine<D> {
     fn plan_wait(&mut self) -> Wait {
         let (events, batch) = self.batcher.plan(self.now);
         let mut most = if self.gate.waits_for_turn || self.gate.full { ROTATION } else { TURN_MAX };
-        let due = [self.timers.next(), self.gate.retry_at, self.pools_need_upkeep_at()];
+        let due = [
+            self.timers.next(),
+            self.gate.retry_at,
+            self.listening_until,
+            self.pools_need_upkeep_at(),
+        ];
         for at in due.into_iter().flatten() {
             most = most.min(at.saturating_duration_since(self.now));
         }
@@ -296,26 +309,34 @@ impl<D: Driver> Engine<D> {
         let order = self.mailbox.current_order();
         if order > self.order {
             if self.order == Order::Run {
-                self.driver.stop_listening();
+                self.driver.refuse_handshakes();
+                self.listening_until = Some(self.now + HANDSHAKE_MAX);
                 self.stats.set_state(WorkerState::Draining);
                 self.gate = AcceptGate::default();
             }
             self.order = order;
-            // The clients that were still in the accept queue are sessions before it is asked
-            // whether there are any.
-            while let Some(completion) = self.driver.next() {
-                self.on_completion(completion);
-            }
-            self.serve_accepted();
             if order == Order::Stop {
+                self.stop_listening();
                 self.close_all_sessions(CloseReason::DrainDeadline);
             }
         }
     }
 
+    /// Closes the listeners. The clients that were still in the accept queues become sessions.
+    fn stop_listening(&mut self) {
+        if self.listening_until.take().is_some() {
+            self.gate = AcceptGate::default();
+            self.driver.stop_listening();
+            while let Some(completion) = self.driver.next() {
+                self.on_completion(completion);
+            }
+            self.serve_accepted();
+        }
+    }
+
     /// Lets in as many clients as there is room for in the whole process.
     fn steer_accepting(&mut self) {
-        if self.order > Order::Run {
+        if self.order > Order::Run && self.listening_until.is_none() {
             return;
         }
         let active: u64 = self.everyone.iter().map(|stats| stats.sessions_active.get()).sum();
@@ -345,7 +366,7 @@ impl<D: Driver> Engine<D> {
 
     fn on_accept_failed(&mut self, error: &io::Error) {
         self.stats.accept_errors.add(1);
-        if self.order == Order::Run {
+        if self.order == Order::Run || self.listening_until.is_some() {
             self.gate.retry_at = Some(self.now + ACCEPT_RETRY);
         }
         self.complain(format_args!("accepting failed, newcomers wait: {error}"));
