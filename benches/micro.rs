@@ -1,0 +1,79 @@
+//! What the data plane does most often, one thing at a time.
+#![allow(missing_docs)]
+
+use std::time::{Duration, Instant};
+
+use aegis::io::Chain;
+use aegis::io::buffers::Buffers;
+use aegis::slab::Slab;
+use aegis::telemetry::{Counter, Histogram};
+use aegis::wire::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
+use aegis::worker::timers::Timers;
+use divan::{Bencher, black_box};
+
+fn main() {
+    divan::main();
+}
+
+#[divan::bench]
+fn slab_insert_and_remove(bencher: Bencher) {
+    let mut slab = Slab::with_capacity(10_000);
+    let _kept: Vec<_> = (0..5_000).map(|i| slab.insert(i)).collect();
+    bencher.bench_local(|| slab.insert(black_box(7)).map(|key| slab.remove(key)));
+}
+
+#[divan::bench]
+fn buffer_through_a_queue(bencher: Bencher) {
+    let Ok(mut buffers) = Buffers::new(64) else { return };
+    bencher.bench_local(|| {
+        let mut queue = Chain::default();
+        if let Some(mut buf) = buffers.take() {
+            buffers.set_len(&mut buf, black_box(64));
+            buffers.push(&mut queue, buf);
+        }
+        buffers.advance(&mut queue, 64);
+    });
+}
+
+#[divan::bench]
+fn timer_set_and_clear(bencher: Bencher) {
+    let start = Instant::now();
+    let mut timers = Timers::new(10_000, start);
+    (0..5_000).for_each(|slot| timers.set(slot, start + Duration::from_secs(slot as u64 % 60)));
+    bencher.bench_local(|| {
+        timers.set(7_000, black_box(start + Duration::from_secs(1)));
+        timers.clear(7_000);
+    });
+}
+
+#[divan::bench]
+fn timers_next(bencher: Bencher) {
+    let start = Instant::now();
+    let mut timers = Timers::new(10, start);
+    timers.set(1, start + Duration::from_secs(5));
+    bencher.bench_local(|| black_box(&timers).next());
+}
+
+#[divan::bench]
+fn counter_add(bencher: Bencher) {
+    let counter = Counter::default();
+    bencher.bench_local(|| black_box(&counter).add(64));
+}
+
+#[divan::bench]
+fn histogram_record(bencher: Bencher) {
+    let histogram = Histogram::default();
+    bencher.bench_local(|| histogram.record(black_box(Duration::from_micros(730))));
+}
+
+#[divan::bench]
+fn proxy_header_v1(bencher: Bencher) {
+    let address = ([10, 1, 2, 3], 54_321).into();
+    bencher.bench_local(|| write_v1(&mut [0; HEADER_MAX], black_box(address), address));
+}
+
+#[divan::bench]
+fn proxy_header_v2(bencher: Bencher) {
+    let address = ([10, 1, 2, 3], 54_321).into();
+    bencher.bench_local(|| write_v2(&mut [0; HEADER_MAX], black_box(address), address));
+}
