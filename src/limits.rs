@@ -20,7 +20,7 @@ pub const BUFFER_SIZE: usize = 16 * 1024;
 pub const RELAY_BUFFERS_MAX: u32 = 8;
 
 /// Buffers lent to the kernel at a time for whichever socket receives next.
-pub const BUFFER_RING_ENTRIES: u16 = 256;
+pub const BUFFER_RING_ENTRIES: u16 = 128;
 
 /// Sessions for which a worker reserves buffers: above, stalled sessions share.
 const BUFFERED_SESSIONS_MAX: usize = 32 * 1024;
