@@ -407,6 +407,18 @@ mod tests {
     }
 
     #[test]
+    fn without_a_limit_of_its_own_a_half_closed_session_keeps_the_idle_limit() {
+        let (mut session, start) = open();
+        let second = Duration::from_secs(1);
+        let timeouts = Timeouts { idle: Some(10 * second), half_close: None };
+        session.on_ended(Side::Client, start);
+        assert_eq!(
+            session.on_deadline(&timeouts, start + 10 * second),
+            Action::Close(CloseReason::IdleTimeout)
+        );
+    }
+
+    #[test]
     fn the_first_byte_back_is_timed_once() {
         let (mut session, now) = open();
         assert_eq!(session.take_first_byte(now), None);
