@@ -110,7 +110,7 @@ const POOL_ENDPOINTS_PER_BACKEND: u64 = 2;
 const DESCRIPTORS_PER_WORKER: u64 = 2;
 
 /// Connections to the admin port: a scraper, the kubelet's probes, people.
-pub const ADMIN_CONNECTIONS: u64 = 32;
+pub const ADMIN_CONNECTIONS: usize = 32;
 
 /// The admin listener, the runtime's own epoll, eventfd and signal pipe, lookups in DNS, and the
 /// connections to the API server.
@@ -164,7 +164,7 @@ pub fn descriptors_needed(max_sessions: usize, users: &DescriptorUsers) -> Descr
         sessions: max_sessions as u64 * DESCRIPTORS_PER_SESSION,
         pools: workers * pool_max_idle * endpoints,
         workers: workers * (listeners + DESCRIPTORS_PER_WORKER),
-        admin: ADMIN_CONNECTIONS,
+        admin: ADMIN_CONNECTIONS as u64,
         control: CONTROL_DESCRIPTORS,
         standard: STANDARD_DESCRIPTORS,
         slack: SLACK_DESCRIPTORS,

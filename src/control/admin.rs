@@ -28,10 +28,8 @@ use warp::reject::{MethodNotAllowed, Rejection};
 use super::View;
 use super::metrics;
 use super::view::{EndpointCounts, labels, usable};
+use crate::limits::ADMIN_CONNECTIONS;
 use crate::telemetry::EndpointStats;
-
-/// Admin connections served at a time; further ones wait in the listener's queue.
-const CONNECTIONS_MAX: usize = 32;
 
 /// How long one connection may take from accept to close: its request, the answer, and its way
 /// over a slow network. Scrapers give up at ten seconds too, by default.
@@ -108,7 +106,7 @@ async fn serve_within(time_max: Duration, listener: tokio::net::TcpListener, vie
     let service = TowerToHyperService::new(warp::service(pages(&view).recover(rejected)));
     let mut http = auto::Builder::new(TokioExecutor::new()).http1_only();
     http.http1().keep_alive(false);
-    let free = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let free = Arc::new(Semaphore::new(ADMIN_CONNECTIONS));
     while let Ok(permit) = Arc::clone(&free).acquire_owned().await {
         let stream: TcpStream = match listener.accept().await {
             Ok((stream, _)) => stream,

@@ -161,7 +161,6 @@ fn receive_once(mut ring: IoUring) -> io::Result<()> {
     let accepted = run(&mut ring, &accept)?;
     let receive = opcode::RecvMulti::new(Fd(accepted.result()), ProvidedBuffers::GROUP).build();
     let received = run(&mut ring, &receive)?;
-    // The accepted descriptor is ours; a ring that cannot close it is torn down below anyway.
     // SAFETY: the kernel gave this descriptor to us alone.
     drop(unsafe {
         <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(accepted.result())

@@ -266,7 +266,13 @@ impl Uring {
         }
     }
 
+    /// Whether buffers are short: then each receive takes one, so that no socket runs ahead.
+    fn is_lean(&self) -> bool {
+        self.buffers.free() < self.lean_below
+    }
+
     fn settle_socket(&mut self, conn: ConnId) {
+        let lean = self.is_lean();
         let Some(socket) = self.sockets.get_mut(conn) else { return };
         socket.pending = false;
         if socket.closing {
@@ -276,7 +282,6 @@ impl Uring {
         if socket.wanted && !socket.ended && socket.receiving == Receiving::Idle {
             socket.receiving = Receiving::Armed;
             socket.ops.add(Kind::Receive);
-            let lean = self.buffers.free() < self.lean_below;
             let entry = if lean || socket.bulk {
                 let receive = opcode::Recv::new(fd, ptr::null_mut(), limits::BUFFER_SIZE as u32);
                 receive.buf_group(ProvidedBuffers::GROUP).build().flags(Flags::BUFFER_SELECT)
@@ -306,6 +311,7 @@ impl Uring {
 
     /// Sends what is queued, then ends the direction if that was asked for.
     fn flush(&mut self, conn: ConnId) {
+        let lean = self.is_lean();
         let Some(socket) = self.sockets.get_mut(conn) else { return };
         if socket.ops.has(Kind::Send) {
             return;
@@ -320,12 +326,12 @@ impl Uring {
         socket.ops.add(Kind::Send);
         let fd = Fd(socket.fd.as_raw_fd());
         if socket.queue.buffers() == 1 {
-            let scarce = self.buffers.free() < self.lean_below;
-            if socket.queue.bytes() <= SEND_INLINE_MAX && !socket.shutdown && !scarce {
+            if socket.queue.bytes() <= SEND_INLINE_MAX && !socket.shutdown && !lean {
                 self.inline_sends += 1;
             }
-            let Some((at, len)) = self.buffers.parts(&socket.queue).next() else { return };
-            let send = opcode::Send::new(fd, at.as_ptr(), len as u32).flags(libc::MSG_NOSIGNAL);
+            let Some((bytes, count)) = self.buffers.parts(&socket.queue).next() else { return };
+            let send =
+                opcode::Send::new(fd, bytes.as_ptr(), count as u32).flags(libc::MSG_NOSIGNAL);
             self.push(send.build(), Kind::Send, conn);
         } else {
             let parts = self.buffers.parts(&socket.queue);
@@ -406,73 +412,66 @@ impl Uring {
             self.finish_close(conn);
             return None;
         }
-        match (result(entry), buf) {
+        let (outcome, unused) = match (result(entry), buf) {
             (Ok(1..), Some(buf)) => {
                 socket.bulk &= buf.len() as usize == limits::BUFFER_SIZE;
                 if !more {
                     self.mark_pending(conn);
                 }
-                Some(Completion::Received(conn, buf))
+                return Some(Completion::Received(conn, buf));
             }
-            (Ok(_), buf) => {
+            other => other,
+        };
+        if let Some(buf) = unused {
+            self.buffers.give(buf);
+        }
+        match outcome {
+            Ok(_) => {
                 socket.ended = true;
-                if let Some(buf) = buf {
-                    self.buffers.give(buf);
-                }
                 Some(Completion::Ended(conn))
             }
-            (Err(errno), Some(buf)) => {
-                self.buffers.give(buf);
-                self.on_receive_error(conn, errno)
-            }
-            (Err(errno), None) => self.on_receive_error(conn, errno),
-        }
-    }
-
-    fn on_receive_error(&mut self, conn: ConnId, errno: Errno) -> Option<Completion> {
-        let socket = self.sockets.get_mut(conn)?;
-        match errno {
             // Stopped as asked. It may be wanted again by now.
-            Errno::CANCELED | Errno::INTR => {
+            Err(Errno::CANCELED | Errno::INTR) => {
                 self.mark_pending(conn);
                 None
             }
-            Errno::NOBUFS => {
+            Err(Errno::NOBUFS) => {
                 socket.receiving = Receiving::Starving;
                 self.buffer_waits += u64::from(self.buffers.free() == 0);
                 self.starving.push_back(conn);
                 None
             }
-            _ => {
+            Err(_) => {
                 socket.ended = true;
                 Some(Completion::ReceiveFailed(conn))
             }
         }
     }
 
-    fn on_watch(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
+    /// The kernel has given an operation back. Its socket, unless it was only waiting to be closed.
+    fn came_back(&mut self, kind: Kind, conn: ConnId) -> Option<&mut Socket> {
         let socket = self.sockets.get_mut(conn)?;
-        socket.ops.remove(Kind::Watch);
+        socket.ops.remove(kind);
         if socket.closing {
             self.finish_close(conn);
-            return None;
         }
+        self.sockets.get_mut(conn).filter(|socket| !socket.closing)
+    }
+
+    fn on_watch(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
+        let socket = self.came_back(Kind::Watch, conn)?;
         // If it is received from again, that will show the error, behind what came before it.
         let stopped = socket.stopped && !socket.ended && socket.receiving == Receiving::Idle;
-        let broken = entry.result() & i32::from(libc::POLLERR) != 0;
-        (stopped && broken && entry.result() > 0).then(|| {
+        let broken = result(entry).is_ok_and(|events| events & libc::POLLERR as u32 != 0);
+        (stopped && broken).then(|| {
             socket.ended = true;
             Completion::ReceiveFailed(conn)
         })
     }
 
     fn on_send(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
+        self.came_back(Kind::Send, conn)?;
         let socket = self.sockets.get_mut(conn)?;
-        socket.ops.remove(Kind::Send);
-        if socket.closing {
-            self.finish_close(conn);
-            return None;
-        }
         match result(entry) {
             Ok(count) => {
                 self.buffers.advance(&mut socket.queue, count);
@@ -494,12 +493,7 @@ impl Uring {
     }
 
     fn on_connect(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
-        let socket = self.sockets.get_mut(conn)?;
-        socket.ops.remove(Kind::Connect);
-        if socket.closing {
-            self.finish_close(conn);
-            return None;
-        }
+        self.came_back(Kind::Connect, conn)?;
         Some(match result(entry) {
             Ok(_) => Completion::Connected(conn),
             Err(errno) => Completion::ConnectFailed(conn, errno.into()),

@@ -437,11 +437,6 @@ impl<D: Driver> Engine<D> {
         &mut self.driver
     }
 
-    /// The time of the present turn.
-    pub fn now(&self) -> Instant {
-        self.now
-    }
-
     /// Open sessions.
     pub fn sessions(&self) -> usize {
         self.sessions.len()
