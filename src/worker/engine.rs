@@ -23,6 +23,9 @@ const TURN_MAX: Duration = Duration::from_millis(500);
 const UPKEEP_INTERVAL: Duration = Duration::from_millis(100);
 /// After a failed accept, the next is tried when a session ends, or after this.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+/// With fewer free places than this a worker, each takes one client a turn: the others may be
+/// taking the same places at that moment, and then the limit is exceeded by one a worker at most.
+const FREE_SHORT: usize = 64;
 /// The last free places for sessions are offered to one worker after the other, so long each.
 const ROTATION: Duration = Duration::from_millis(50);
 /// In a drain, handshakes under way may take so long to end before the listeners are closed.
@@ -347,6 +350,7 @@ impl<D: Driver> Engine<D> {
         let alive = self.now.saturating_duration_since(self.started);
         let first = (alive.as_millis() / ROTATION.as_millis()) as usize;
         let share = free / workers + usize::from((self.index + first) % workers < free % workers);
+        let share = if free < FREE_SHORT * workers { share.min(1) } else { share };
         // Before the first snapshot there is nowhere to send a client.
         let share = if self.stats.applied_generation.get() == 0 { 0 } else { share };
         if self.gate.retry_at.is_some_and(|at| self.now < at) {
