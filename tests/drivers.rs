@@ -69,6 +69,9 @@ on_each_driver![
     a_closed_connection_brings_no_more_events,
     receiving_stops_and_goes_on_without_a_lost_byte,
     without_buffers_receives_wait_and_go_on,
+    small_sends_wait_for_room_and_arrive_whole,
+    a_small_send_to_a_broken_connection_fails,
+    a_wait_ends_when_its_time_is_up,
 ];
 
 impl<D: Driver> Rig<D> {
@@ -288,5 +291,71 @@ mod checks {
             count += rig.received().len();
         }
         writer.join().unwrap();
+    }
+    pub fn small_sends_wait_for_room_and_arrive_whole<D: Driver>(mut rig: Rig<D>) {
+        let (mut client, conn) = rig.accept();
+        let (mut queued, mut sent) = (0, 0);
+        // One at a time, as long as they are taken: the last one finds room for a part at most.
+        while queued == sent {
+            let message: Vec<u8> = (0..1000).map(|i| ((queued + i) % 251) as u8).collect();
+            rig.send(conn, &message);
+            queued += message.len();
+            for _ in 0..20 {
+                rig.turn();
+                sent += sent_bytes(&mut rig.seen);
+                if sent == queued {
+                    break;
+                }
+            }
+            assert!(queued < 64 << 20, "the socket takes everything");
+        }
+        let mut bytes = vec![0; queued];
+        let reader = std::thread::spawn(move || client.read_exact(&mut bytes).map(|()| bytes));
+        rig.until("the rest", |_, seen| {
+            sent += sent_bytes(seen);
+            sent == queued
+        });
+        let bytes = reader.join().unwrap().unwrap();
+        assert!(bytes.iter().enumerate().all(|(i, &byte)| byte == (i % 251) as u8));
+    }
+
+    fn sent_bytes(seen: &mut Vec<Completion>) -> usize {
+        let bytes = |completion| match completion {
+            Completion::Sent(_, bytes) => bytes as usize,
+            other => panic!("{other:?}"),
+        };
+        seen.drain(..).map(bytes).sum()
+    }
+
+    pub fn a_small_send_to_a_broken_connection_fails<D: Driver>(mut rig: Rig<D>) {
+        let (client, conn) = rig.accept();
+        let free = rig.driver.buffers().free();
+        socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(client);
+        rig.send(conn, b"nobody reads this");
+        rig.until("the failure", |_, seen| {
+            seen.iter().any(|seen| matches!(seen, Completion::SendFailed(c) if *c == conn))
+        });
+        assert_eq!(rig.driver.buffers().free(), free, "no buffer was lost");
+        assert!(!rig.seen.iter().any(|seen| matches!(seen, Completion::Sent(..))));
+    }
+
+    pub fn a_wait_ends_when_its_time_is_up<D: Driver>(mut rig: Rig<D>) {
+        // A long wait leaves a timer behind, which must not hold up the short one after it.
+        let (mut client, conn) = rig.accept();
+        rig.driver.receive(conn, true);
+        rig.turn();
+        client.write_all(b"x").unwrap();
+        for most in [5000, 50, 0, 20] {
+            let most = Duration::from_millis(most);
+            let begun = Instant::now();
+            rig.driver.wait(Wait { events: 1, batch: Duration::ZERO, most }).unwrap();
+            let waited = begun.elapsed();
+            assert!(waited < Duration::from_secs(2), "{waited:?} instead of {most:?}");
+            while let Some(completion) = rig.driver.next() {
+                rig.seen.push(completion);
+            }
+        }
+        assert_eq!(rig.received(), b"x");
     }
 }

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::ptr::{self, NonNull};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use io_uring::squeue::{self, Flags};
 use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
@@ -37,6 +37,11 @@ pub(super) struct Ring {
     addresses_used: usize,
     headers: Box<[Header]>,
     headers_used: usize,
+    /// When the timer fires that the kernel holds, if it holds one.
+    timer: Option<Instant>,
+    timer_delay: Box<Timespec>,
+    /// After the latest system call no submission was left, and no completion waited aside.
+    told_all: bool,
     /// What the kernel refused for good; the next wait reports it.
     failure: Option<io::Error>,
 }
@@ -65,6 +70,9 @@ impl Ring {
             addresses_used: 0,
             headers: vec![(header, [part; SEND_PARTS_MAX]); SQ_ENTRIES as usize].into(),
             headers_used: 0,
+            timer: None,
+            timer_delay: Box::default(),
+            told_all: true,
             failure: None,
         })
     }
@@ -154,8 +162,35 @@ impl Ring {
         self.after_submit(outcome);
     }
 
-    /// Hands everything over, waits for `events` completions, but after `batch` for one, and after
-    /// `most` for none; and takes what has completed.
+    /// Makes sure that a completion with the user data `data` comes after `delay` at the latest,
+    /// unless one is on its way already. [`Ring::on_timer`] is to be told of each.
+    ///
+    /// A timer that stands costs nothing a turn; a limit given to each wait would set and clear
+    /// one of the kernel's every time.
+    pub(super) fn wake_after(&mut self, now: Instant, delay: Duration, data: u64) {
+        let at = now + delay;
+        if self.timer.is_some_and(|armed| armed <= at) {
+            return;
+        }
+        self.make_room();
+        *self.timer_delay = Timespec::from(delay);
+        let delay: *const Timespec = &raw const *self.timer_delay;
+        let entry = match self.timer.replace(at) {
+            None => opcode::Timeout::new(delay).build().user_data(data),
+            // If it has just fired, this finds nothing, and the next wait sets another.
+            Some(_) => opcode::TimeoutUpdate::new(data, delay).build().flags(Flags::SKIP_SUCCESS),
+        };
+        // SAFETY: the delay stays where it is; the kernel copies it as it takes the submission.
+        unsafe { self.push_into_room(&entry) }
+    }
+
+    /// The timer has fired.
+    pub(super) fn on_timer(&mut self) {
+        self.timer = None;
+    }
+
+    /// Hands everything over, waits for `events` completions, but after `batch` for one, and, if
+    /// it batches, after `most` for none; and takes what has completed.
     pub(super) fn submit_and_wait(&mut self, events: u32, batch: Duration, most: Duration) {
         let outcome = self.enter(events, batch.min(most), most);
         self.after_submit(outcome);
@@ -163,13 +198,13 @@ impl Ring {
 
     fn enter(&self, events: u32, batch: Duration, most: Duration) -> io::Result<()> {
         let submitter = self.uring.submitter();
-        let most = Timespec::from(most);
-        let args = SubmitArgs::new().timespec(&most);
         if events == 1 {
-            return submitter.submit_with_args(1, &args).map(drop);
+            return submitter.submit_and_wait(1).map(drop);
         }
         if self.features.min_wait {
-            let args = args.min_wait_usec(batch.as_micros() as u32);
+            // Without the second limit the kernel would come back empty-handed at the first.
+            let most = Timespec::from(most);
+            let args = SubmitArgs::new().timespec(&most).min_wait_usec(batch.as_micros() as u32);
             return submitter.submit_with_args(events as usize, &args).map(drop);
         }
         // Before kernel 6.12: first for the batch, then for a single event.
@@ -177,7 +212,7 @@ impl Ring {
         let first = SubmitArgs::new().timespec(&batch);
         match submitter.submit_with_args(events as usize, &first) {
             Err(error) if error.raw_os_error() == Some(libc::ETIME) => {
-                submitter.submit_with_args(1, &args).map(drop)
+                submitter.submit_and_wait(1).map(drop)
             }
             outcome => outcome.map(drop),
         }
@@ -185,10 +220,13 @@ impl Ring {
 
     fn after_submit(&mut self, outcome: io::Result<()>) {
         self.completions.extend(self.uring.completion());
-        if self.uring.submission().is_empty() {
+        let submissions = self.uring.submission();
+        self.told_all = submissions.is_empty() && !submissions.cq_overflow();
+        if submissions.is_empty() {
             self.headers_used = 0;
             self.addresses_used = 0;
         }
+        drop(submissions);
         if let Err(error) = outcome {
             match error.raw_os_error() {
                 // Time is up; a signal came; or completions had to be taken first, as was done.
@@ -202,6 +240,12 @@ impl Ring {
     pub(super) fn has_completions(&mut self) -> bool {
         self.completions.extend(self.uring.completion());
         !self.completions.is_empty()
+    }
+
+    /// Whether the kernel has taken all submissions, and told in the completions taken so far how
+    /// those that complete at once went.
+    pub(super) fn has_told_all(&self) -> bool {
+        self.told_all
     }
 
     /// The next completion taken.

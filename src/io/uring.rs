@@ -11,9 +11,10 @@ use std::collections::VecDeque;
 use std::io;
 use std::mem;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use io_uring::squeue::Flags;
 use io_uring::types::Fd;
@@ -28,10 +29,8 @@ use super::{Close, Completion, ConnId, Driver, DriverSetup, Wait, socket};
 use crate::limits;
 use crate::slab::Slab;
 
-/// A send up to this size is expected to complete at once.
+/// A send up to this size is expected to complete as it is submitted.
 const SEND_INLINE_MAX: u32 = 4096;
-/// How long such sends may delay the return of a wait that they alone would end.
-const SEND_INLINE_WAIT: Duration = Duration::from_millis(1);
 
 /// What an operation is, packed into its user data beside the slot and its generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +41,8 @@ enum Kind {
     Receive = 3,
     Send = 4,
     Wake = 5,
+    /// Ends a wait.
+    Timer = 8,
     /// Waits for an error of a socket that is not received from.
     Watch = 7,
     /// Cancels and closes: nobody waits for their result.
@@ -61,6 +62,7 @@ fn parse_user_data(data: u64) -> (Option<Kind>, ConnId) {
         4 => Some(Kind::Send),
         5 => Some(Kind::Wake),
         7 => Some(Kind::Watch),
+        8 => Some(Kind::Timer),
         _ => None,
     };
     (kind, ConnId::from_parts((data >> 32) as u32 & 0x0fff_ffff, data as u32))
@@ -125,6 +127,10 @@ struct Socket {
     pending: bool,
     shutdown: bool,
     closing: bool,
+    /// The bytes of a send that completes as it is submitted, and posts only a failure.
+    inline: Option<NonZeroU32>,
+    /// The latest inline send found no room.
+    congested: bool,
     queue: Chain,
 }
 
@@ -141,6 +147,8 @@ impl Socket {
             pending: false,
             shutdown: false,
             closing: false,
+            inline: None,
+            congested: false,
             queue: Chain::default(),
         }
     }
@@ -170,7 +178,8 @@ pub struct Uring {
     accepted: VecDeque<ConnId>,
     pending: Vec<ConnId>,
     starving: VecDeque<ConnId>,
-    inline_sends: u32,
+    /// Sockets with an inline send of which nothing is known yet.
+    inline: VecDeque<ConnId>,
     buffer_waits: u64,
 }
 
@@ -198,7 +207,7 @@ impl Uring {
             accepted: VecDeque::new(),
             pending: Vec::with_capacity(setup.conns_max),
             starving: VecDeque::with_capacity(setup.conns_max),
-            inline_sends: 0,
+            inline: VecDeque::with_capacity(setup.conns_max),
             buffer_waits: 0,
             ring,
             buffers: Buffers::new(setup.buffers_max)?,
@@ -242,7 +251,6 @@ impl Uring {
 
     /// Turns what the user asked for since the last wait into submissions.
     fn settle(&mut self) {
-        self.inline_sends = 0;
         self.provided.refill(&mut self.buffers);
         if self.provided.available() > 0 {
             // All of them: those that starve on again come back at no great cost.
@@ -310,8 +318,12 @@ impl Uring {
     }
 
     /// Sends what is queued, then ends the direction if that was asked for.
+    ///
+    /// A small send nearly always finds room in the socket. It is submitted so that it completes
+    /// at once, wholly or with an error: `MSG_DONTWAIT` keeps the kernel from waiting for room,
+    /// `MSG_WAITALL` makes a part of it a failure, and success posts no completion. So sends do
+    /// not end the waiting for what is to be received.
     fn flush(&mut self, conn: ConnId) {
-        let lean = self.is_lean();
         let Some(socket) = self.sockets.get_mut(conn) else { return };
         if socket.ops.has(Kind::Send) {
             return;
@@ -326,13 +338,17 @@ impl Uring {
         socket.ops.add(Kind::Send);
         let fd = Fd(socket.fd.as_raw_fd());
         if socket.queue.buffers() == 1 {
-            if socket.queue.bytes() <= SEND_INLINE_MAX && !socket.shutdown && !lean {
-                self.inline_sends += 1;
-            }
             let Some((bytes, count)) = self.buffers.parts(&socket.queue).next() else { return };
-            let send =
-                opcode::Send::new(fd, bytes.as_ptr(), count as u32).flags(libc::MSG_NOSIGNAL);
-            self.push(send.build(), Kind::Send, conn);
+            let send = opcode::Send::new(fd, bytes.as_ptr(), count as u32);
+            let send = if count as u32 <= SEND_INLINE_MAX && !socket.congested {
+                socket.inline = NonZeroU32::new(count as u32);
+                self.inline.push_back(conn);
+                let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT | libc::MSG_WAITALL;
+                send.flags(flags).build().flags(Flags::SKIP_SUCCESS)
+            } else {
+                send.flags(libc::MSG_NOSIGNAL).build()
+            };
+            self.push(send, Kind::Send, conn);
         } else {
             let parts = self.buffers.parts(&socket.queue);
             // SAFETY: the queue's buffers stay taken until the send has completed.
@@ -469,11 +485,30 @@ impl Uring {
         })
     }
 
-    fn on_send(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
+    /// The next inline send that did not fail: all completions that there are have been handled.
+    fn next_inline_send(&mut self) -> Option<Completion> {
+        if !self.ring.has_told_all() {
+            return None;
+        }
+        while let Some(conn) = self.inline.pop_front() {
+            if let Some(count) = self.sockets.get(conn).and_then(|socket| socket.inline)
+                && let Some(completion) = self.on_send(conn, Ok(count.get()))
+            {
+                return Some(completion);
+            }
+        }
+        None
+    }
+
+    fn on_send(&mut self, conn: ConnId, result: Result<u32, Errno>) -> Option<Completion> {
+        let socket = self.sockets.get_mut(conn)?;
+        let inline = socket.inline.take().is_some();
         self.came_back(Kind::Send, conn)?;
         let socket = self.sockets.get_mut(conn)?;
-        match result(entry) {
+        match result {
             Ok(count) => {
+                // A part of an inline send: the rest waits for room.
+                socket.congested = inline && count < socket.queue.bytes();
                 self.buffers.advance(&mut socket.queue, count);
                 if !socket.queue.is_empty() || socket.shutdown {
                     self.mark_pending(conn);
@@ -481,6 +516,7 @@ impl Uring {
                 Some(Completion::Sent(conn, count))
             }
             Err(Errno::INTR | Errno::AGAIN) => {
+                socket.congested = true;
                 self.mark_pending(conn);
                 None
             }
@@ -506,13 +542,17 @@ impl Uring {
             Kind::Accept => self.on_accept(conn.index(), entry),
             Kind::Connect => self.on_connect(conn, entry),
             Kind::Receive => self.on_receive(conn, entry),
-            Kind::Send => self.on_send(conn, entry),
+            Kind::Send => self.on_send(conn, result(entry)),
             Kind::Watch => self.on_watch(conn, entry),
             Kind::Wake => {
                 if !cqueue::more(entry.flags()) {
                     self.arm_wake();
                 }
                 Some(Completion::Woken)
+            }
+            Kind::Timer => {
+                self.ring.on_timer();
+                None
             }
             Kind::Forget => None,
         }
@@ -537,16 +577,15 @@ impl Driver for Uring {
     }
 
     fn wait(&mut self, wait: Wait) -> io::Result<()> {
+        // Only if the kernel could not take all submissions.
+        let unresolved = !self.inline.is_empty();
         self.settle();
-        let (events, batch) = match (wait.events, self.inline_sends) {
-            (events, 0) => (events, wait.batch),
-            (1, inline) => (1 + inline, SEND_INLINE_WAIT),
-            (events, inline) => (events + inline, wait.batch),
-        };
-        if self.ring.has_completions() || !self.accepted.is_empty() {
+        if self.ring.has_completions() || !self.accepted.is_empty() || unresolved {
             self.ring.submit();
         } else {
-            self.ring.submit_and_wait(events, batch, wait.most);
+            let data = user_data(Kind::Timer, ConnId::from_parts(0, 0));
+            self.ring.wake_after(self.now, wait.most, data);
+            self.ring.submit_and_wait(wait.events, wait.batch, wait.most);
         }
         self.now = Instant::now();
         self.ring.take_failure().map_or(Ok(()), Err)
@@ -556,12 +595,12 @@ impl Driver for Uring {
         if let Some(conn) = self.accepted.pop_front() {
             return Some(Completion::Accepted(conn));
         }
-        loop {
-            let entry = self.ring.pop()?;
+        while let Some(entry) = self.ring.pop() {
             if let Some(completion) = self.on_completion(&entry) {
                 return Some(completion);
             }
         }
+        self.next_inline_send()
     }
 
     fn accept(&mut self, room: usize) {
@@ -641,8 +680,9 @@ impl Driver for Uring {
         }
         socket.closing = true;
         let ops = socket.ops;
+        let inline = socket.inline.is_some();
         for kind in [Kind::Connect, Kind::Receive, Kind::Send, Kind::Watch] {
-            if ops.has(kind) {
+            if ops.has(kind) && !(kind == Kind::Send && inline) {
                 self.cancel(kind, conn);
             }
         }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// Activity is counted over windows of this length.
 const WINDOW: Duration = Duration::from_millis(5);
 /// With fewer active sessions than this, every event counts at once.
-const SESSIONS_MIN: u32 = 8;
+const SESSIONS_MIN: u32 = 16;
 /// The wait is for the events of a quarter of the active sessions…
 const SESSIONS_PER_EVENT: u32 = 4;
 /// …but not for more than this,
@@ -80,7 +80,7 @@ mod tests {
     #[test]
     fn one_busy_session_never_waits_and_many_batch() {
         assert_eq!(run(1, 10_000), 1);
-        assert_eq!(run(7, 10_000), 1);
+        assert_eq!(run(15, 10_000), 1);
         assert_eq!(run(200, 10_000), 50);
         assert_eq!(run(5000, 10_000), 62, "250 events fit in a window");
     }
