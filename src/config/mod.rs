@@ -31,6 +31,22 @@ pub struct Config {
     pub backends: Vec<HostPort>,
     /// How often names among the backends are resolved again.
     pub dns_refresh: Duration,
+    /// Where endpoints come from.
+    pub discovery: Discovery,
+    /// What of Kubernetes the endpoints are.
+    pub kube: KubeConfig,
+    /// Which endpoints are preferred.
+    pub locality: Locality,
+    /// The node that this runs on.
+    pub node_name: Option<String>,
+    /// The zone that this runs in.
+    pub zone: Option<String>,
+    /// Ends sessions on an endpoint this long after it has left the set.
+    pub backend_drain: Option<Duration>,
+    /// How long an endpoint that joins others takes to its full share.
+    pub slow_start: Option<Duration>,
+    /// How long a new session waits for an endpoint while there is none at all.
+    pub endpoint_wait: Duration,
     /// How many worker threads; `None` means what the container may use.
     pub workers: Option<NonZeroUsize>,
     /// Whether workers are pinned to cores.
@@ -83,11 +99,30 @@ impl Config {
             Some(number) => number.to_string(),
             None => "auto".to_owned(),
         };
+        let or_word = |text: Option<String>, word: &str| text.unwrap_or_else(|| word.to_owned());
         vec![
             (AEGIS_LISTEN.name, list_text(&self.listen)),
             (AEGIS_ADMIN.name, self.admin.to_string()),
             (AEGIS_BACKENDS.name, list_text(&self.backends)),
             (AEGIS_DNS_REFRESH.name, duration_text(&self.dns_refresh)),
+            (AEGIS_DISCOVERY.name, self.discovery.to_string()),
+            (
+                AEGIS_KUBE_SERVICE.name,
+                or_word(self.kube.service.as_ref().map(ToString::to_string), "none"),
+            ),
+            (AEGIS_KUBE_SELECTOR.name, or_word(self.kube.selector.clone(), "none")),
+            (AEGIS_KUBE_NAMESPACE.name, or_word(self.kube.namespace.clone(), "auto")),
+            (
+                AEGIS_KUBE_PORT.name,
+                or_word(self.kube.port.as_ref().map(ToString::to_string), "auto"),
+            ),
+            (AEGIS_KUBE_WATCH_TIMEOUT.name, duration_text(&self.kube.watch_timeout)),
+            (AEGIS_LOCALITY.name, self.locality.to_string()),
+            (AEGIS_NODE_NAME.name, or_word(self.node_name.clone(), "none")),
+            (AEGIS_ZONE.name, or_word(self.zone.clone(), "none")),
+            (AEGIS_BACKEND_DRAIN.name, optional(&self.backend_drain)),
+            (AEGIS_SLOW_START.name, optional(&self.slow_start)),
+            (AEGIS_ENDPOINT_WAIT.name, duration_text(&self.endpoint_wait)),
             (AEGIS_BALANCE.name, self.balance.to_string()),
             (AEGIS_WORKERS.name, or_auto(self.workers)),
             (AEGIS_PIN.name, self.pin.to_string()),
@@ -112,6 +147,61 @@ impl Config {
             (AEGIS_LOG_FORMAT.name, self.log_format.to_string()),
         ]
     }
+}
+
+/// Where endpoints come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Discovery {
+    /// The backends, which are all addresses.
+    Static,
+    /// The backends, names among them resolved again and again.
+    Dns,
+    /// The Kubernetes API.
+    Kubernetes,
+}
+
+/// Which endpoints are preferred.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Locality {
+    /// None.
+    Off,
+    /// Those of the same zone.
+    Zone,
+    /// Those of the same node.
+    Node,
+}
+
+/// What of Kubernetes the endpoints are: one of service and selector where it is used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KubeConfig {
+    /// The Service whose endpoints they are.
+    pub service: Option<ServiceName>,
+    /// A label selector of Pods.
+    pub selector: Option<String>,
+    /// The namespace of either; `None` is the program's own.
+    pub namespace: Option<String>,
+    /// The port; `None` is the only one there is.
+    pub port: Option<KubePort>,
+    /// How long one watch lasts, in whole seconds.
+    pub watch_timeout: Duration,
+}
+
+/// A Service's name, and its namespace if it was given with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServiceName {
+    /// The Service's name.
+    pub name: String,
+    /// Its namespace.
+    pub namespace: Option<String>,
+}
+
+/// A port by its name or number.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KubePort {
+    /// Its name in the slices, or in the containers.
+    Name(String),
+    /// Its number at the endpoints.
+    Number(u16),
 }
 
 /// A host (name or IP address) and a port.

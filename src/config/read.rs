@@ -6,11 +6,14 @@ use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use super::value::{
-    Parsed, duration, list, list_text, log_filter, number, or_word, socket_address,
+    Parsed, dns_label, duration, list, list_text, log_filter, number, or_word, selector,
+    socket_address,
 };
 #[allow(clippy::wildcard_imports)] // The table's constants, one for each field below.
 use super::variables::*;
-use super::{Config, ConfigErrors, HostPort, PoolConfig, Problem};
+use super::{
+    Config, ConfigErrors, Discovery, HostPort, KubeConfig, PoolConfig, Problem, ServiceName,
+};
 use crate::limits;
 
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -144,14 +147,24 @@ impl Reader<'_> {
 
     fn config(&mut self) -> Config {
         let problems_before = self.problems.len();
+        let backends: Vec<HostPort> =
+            self.read(&AEGIS_BACKENDS, |text| list(text, limits::ENDPOINTS_MAX, str::parse));
+        let kube = self.kube();
         let config = Config {
             listen: self.read(&AEGIS_LISTEN, |text| {
                 list(text, limits::LISTEN_ADDRESSES_MAX, socket_address)
             }),
             admin: self.read(&AEGIS_ADMIN, socket_address),
-            backends: self
-                .read(&AEGIS_BACKENDS, |text| list(text, limits::ENDPOINTS_MAX, str::parse)),
             dns_refresh: self.duration(&AEGIS_DNS_REFRESH, 100 * MILLISECOND, HOUR),
+            discovery: self.discovery(&backends, &kube),
+            backends,
+            kube,
+            locality: self.word(&AEGIS_LOCALITY),
+            node_name: self.place(&AEGIS_NODE_NAME),
+            zone: self.place(&AEGIS_ZONE),
+            backend_drain: self.duration_or_off(&AEGIS_BACKEND_DRAIN, Duration::ZERO, DAY),
+            slow_start: self.duration_or_off(&AEGIS_SLOW_START, 100 * MILLISECOND, 600 * SECOND),
+            endpoint_wait: self.duration(&AEGIS_ENDPOINT_WAIT, Duration::ZERO, 300 * SECOND),
             balance: self.word(&AEGIS_BALANCE),
             workers: self.number_or_auto(&AEGIS_WORKERS, limits::WORKERS_MAX),
             pin: self.word(&AEGIS_PIN),
@@ -180,8 +193,85 @@ impl Reader<'_> {
         // What stands in for a refused value is not to be blamed for anything.
         if self.problems.len() == problems_before {
             self.check_addresses(&config);
+            self.check_discovery(&config);
         }
         config
+    }
+
+    /// Where endpoints come from; what is left open follows from what else is set.
+    fn discovery(&mut self, backends: &[HostPort], kube: &KubeConfig) -> Discovery {
+        let said = self.read(&AEGIS_DISCOVERY, |text| or_word(text, "auto", str::parse));
+        said.unwrap_or_else(|| {
+            let named = match (&kube.service, &kube.selector) {
+                (Some(service), _) => Some((&AEGIS_KUBE_SERVICE, service.to_string())),
+                (None, Some(selector)) => Some((&AEGIS_KUBE_SELECTOR, selector.clone())),
+                (None, None) => None,
+            };
+            match named {
+                Some(named) => {
+                    if let Some(backends) = self.raw.backends.clone() {
+                        let why = "both name endpoints, and AEGIS_DISCOVERY does not say which";
+                        self.conflict((&AEGIS_BACKENDS, backends), named, why);
+                    }
+                    Discovery::Kubernetes
+                }
+                None if backends.iter().any(is_name) => Discovery::Dns,
+                None => Discovery::Static,
+            }
+        })
+    }
+
+    fn kube(&mut self) -> KubeConfig {
+        KubeConfig {
+            service: self.read(&AEGIS_KUBE_SERVICE, |text| or_word(text, "none", str::parse)),
+            selector: self.read(&AEGIS_KUBE_SELECTOR, |text| or_word(text, "none", selector)),
+            namespace: self.read(&AEGIS_KUBE_NAMESPACE, |text| or_word(text, "auto", dns_label)),
+            port: self.read(&AEGIS_KUBE_PORT, |text| or_word(text, "auto", str::parse)),
+            watch_timeout: self.read(&AEGIS_KUBE_WATCH_TIMEOUT, |text| {
+                let timeout = duration(text, &(SECOND..=300 * SECOND))?;
+                if timeout.subsec_nanos() == 0 {
+                    Ok(timeout)
+                } else {
+                    Err("not whole seconds".to_owned())
+                }
+            }),
+        }
+    }
+
+    /// Where this runs. On a node without the label, the downward API gives an empty text.
+    fn place(&mut self, variable: &Variable) -> Option<String> {
+        let text = (variable.raw)(self.raw).map(str::trim);
+        text.filter(|text| !text.is_empty() && *text != variable.default).map(str::to_owned)
+    }
+
+    fn check_discovery(&mut self, config: &Config) {
+        let discovery = || (&AEGIS_DISCOVERY, config.discovery.to_string());
+        let kube = &config.kube;
+        let service = kube.service.as_ref().map(ToString::to_string);
+        if let (Some(service), Some(selector)) = (&service, &kube.selector) {
+            let selector = (&AEGIS_KUBE_SELECTOR, selector.clone());
+            let service = (&AEGIS_KUBE_SERVICE, service.clone());
+            self.conflict(service, selector, "endpoints come from one of them");
+        }
+        if let Some(ServiceName { namespace: Some(named), .. }) = &kube.service
+            && let Some(namespace) = &kube.namespace
+            && namespace != named
+        {
+            let service = (&AEGIS_KUBE_SERVICE, service.clone().unwrap_or_default());
+            let namespace = (&AEGIS_KUBE_NAMESPACE, namespace.clone());
+            self.conflict(service, namespace, "they name different namespaces");
+        }
+        let nothing_named = service.is_none() && kube.selector.is_none();
+        if config.discovery == Discovery::Kubernetes && nothing_named {
+            let service = (&AEGIS_KUBE_SERVICE, "none".to_owned());
+            self.conflict(discovery(), service, "a Service or a selector has to be named");
+        }
+        if config.discovery == Discovery::Static
+            && let Some(name) = config.backends.iter().find(|backend| is_name(backend))
+        {
+            let backend = (&AEGIS_BACKENDS, name.to_string());
+            self.conflict(discovery(), backend, "names have to be resolved; dns does that");
+        }
     }
 
     fn pool(&mut self) -> PoolConfig {
@@ -237,6 +327,10 @@ impl Reader<'_> {
         let pairs = [(a.0.name, a.1), (b.0.name, b.1)];
         self.problems.push(Problem::Conflict { pairs, why: why.to_owned() });
     }
+}
+
+fn is_name(backend: &HostPort) -> bool {
+    backend.host.parse::<IpAddr>().is_err()
 }
 
 fn parse_text<T>(text: &str, parse: impl Fn(&str) -> Parsed<T>) -> Parsed<T> {

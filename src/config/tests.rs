@@ -84,6 +84,16 @@ fn random_text(name: &str, rng: &mut fastrand::Rng) -> String {
         "AEGIS_EJECT_TIME" => duration(rng, 10, 3_600_000),
         "AEGIS_LOG" => word(rng, &["off", "warn,aegis::io=debug", "info"]),
         "AEGIS_LOG_FORMAT" => word(rng, &["text", "json"]),
+        "AEGIS_DISCOVERY" => word(rng, &["auto", "dns"]),
+        "AEGIS_KUBE_SERVICE" | "AEGIS_KUBE_SELECTOR" => "none".to_owned(),
+        "AEGIS_KUBE_NAMESPACE" => word(rng, &["auto", "db-1"]),
+        "AEGIS_KUBE_PORT" => word(rng, &["auto", "chronos", "8080"]),
+        "AEGIS_KUBE_WATCH_TIMEOUT" => word(rng, &["1s", "5m", "1m 1s"]),
+        "AEGIS_LOCALITY" => word(rng, &["off", "zone", "node"]),
+        "AEGIS_NODE_NAME" | "AEGIS_ZONE" => word(rng, &["none", "", "eu-1a"]),
+        "AEGIS_BACKEND_DRAIN" => off_or(rng, 0, 86_400_000),
+        "AEGIS_SLOW_START" => off_or(rng, 100, 600_000),
+        "AEGIS_ENDPOINT_WAIT" => duration(rng, 0, 300_000),
         _ => off_or(rng, 10, 2_592_000_000),
     }
 }
@@ -109,6 +119,10 @@ fn ranges_are_those_that_the_table_tells() {
     // Just inside and just outside; what is inside has to stand in the table's text.
     for (name, low, below, high, above) in [
         ("AEGIS_DNS_REFRESH", "100ms", "99ms", "1h", "1h 1ms"),
+        ("AEGIS_KUBE_WATCH_TIMEOUT", "1s", "999ms", "5m", "5m 1s"),
+        ("AEGIS_BACKEND_DRAIN", "0s", "-1s", "1d", "2d"),
+        ("AEGIS_SLOW_START", "100ms", "99ms", "10m", "11m"),
+        ("AEGIS_ENDPOINT_WAIT", "0s", "-1s", "5m", "6m"),
         ("AEGIS_WORKERS", "1", "0", "256", "257"),
         ("AEGIS_MAX_SESSIONS", "1", "0", "1000000", "1000001"),
         ("AEGIS_POOL_MIN_IDLE", "0", "-1", "4096", "4097"),
@@ -278,4 +292,42 @@ fn booleans_of_yaml_are_on_and_off() {
         read(&[("AEGIS_PIN", "true"), ("AEGIS_KEEPALIVE", "false"), ("AEGIS_LOG", " warn\n")])
             .unwrap();
     assert_eq!((config.pin, config.keepalive, &*config.log), (Switch::On, None, "warn"));
+}
+
+#[test]
+fn where_endpoints_come_from_follows_from_what_is_set() {
+    let kubernetes = Discovery::Kubernetes;
+    for (vars, discovery) in [
+        (&[][..], Discovery::Static),
+        (&[("AEGIS_BACKENDS", "db:1")], Discovery::Dns),
+        (&[("AEGIS_KUBE_SERVICE", "chronos")], kubernetes),
+        (&[("AEGIS_KUBE_SELECTOR", "app=chronos,tier in (a, b)")], kubernetes),
+        (
+            &[
+                ("AEGIS_DISCOVERY", "kubernetes"),
+                ("AEGIS_BACKENDS", "db:1"),
+                ("AEGIS_KUBE_SERVICE", "a.b"),
+            ],
+            kubernetes,
+        ),
+        (&[("AEGIS_DISCOVERY", "static"), ("AEGIS_KUBE_SERVICE", "a")], Discovery::Static),
+    ] {
+        let config = read(vars).unwrap_or_else(|problems| panic!("{vars:?}: {problems}"));
+        assert_eq!(config.discovery, discovery, "{vars:?}");
+        let again = config.effective().into_iter().map(|(n, text)| (n.to_owned(), text));
+        assert_eq!(Config::from_vars(again), Ok(config), "{vars:?}");
+    }
+    for (vars, part) in [
+        (&[("AEGIS_DISCOVERY", "kubernetes")][..], "has to be named"),
+        (&[("AEGIS_DISCOVERY", "static"), ("AEGIS_BACKENDS", "db:1")], "have to be resolved"),
+        (&[("AEGIS_KUBE_SERVICE", "a"), ("AEGIS_KUBE_SELECTOR", "a=b")], "one of them"),
+        (&[("AEGIS_KUBE_SERVICE", "a"), ("AEGIS_BACKENDS", "db:1")], "does not say which"),
+        (&[("AEGIS_KUBE_SERVICE", "a.b"), ("AEGIS_KUBE_NAMESPACE", "c")], "different namespaces"),
+        (&[("AEGIS_KUBE_SERVICE", "A")], "not a name in Kubernetes"),
+        (&[("AEGIS_KUBE_SELECTOR", "a={}")], "not a label selector"),
+        (&[("AEGIS_KUBE_PORT", "0")], "below 1"),
+    ] {
+        let [problem] = &problems(vars)[..] else { panic!("{vars:?}: {:?}", problems(vars)) };
+        assert!(problem.contains(part), "{problem}");
+    }
 }

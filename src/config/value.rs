@@ -8,7 +8,10 @@ use std::time::Duration;
 
 use tracing_subscriber::EnvFilter;
 
-use super::{Balance, HostPort, IoChoice, LogFormat, ProxyProtocol, Switch};
+use super::{
+    Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, ProxyProtocol,
+    ServiceName, Switch,
+};
 
 /// A value, or why the text is none.
 pub(super) type Parsed<T> = Result<T, String>;
@@ -119,6 +122,71 @@ impl FromStr for HostPort {
     }
 }
 
+/// A name of Kubernetes' kind: a label of DNS (RFC 1123).
+pub(super) fn dns_label(text: &str) -> Parsed<String> {
+    let fits = (1..=LABEL_BYTES_MAX).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        && !text.starts_with('-')
+        && !text.ends_with('-');
+    if fits {
+        Ok(text.to_owned())
+    } else {
+        Err("not a name in Kubernetes: lower-case letters, digits and dashes".to_owned())
+    }
+}
+
+/// A label selector, as far as it can be checked here: the API server knows its syntax.
+pub(super) fn selector(text: &str) -> Parsed<String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "-_./=!,() ".contains(c);
+    if text.chars().all(fits) {
+        Ok(text.to_owned())
+    } else {
+        Err("not a label selector".to_owned())
+    }
+}
+
+impl FromStr for ServiceName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, namespace) = match text.split_once('.') {
+            Some((name, namespace)) => (name, Some(dns_label(namespace)?)),
+            None => (text, None),
+        };
+        Ok(Self { name: dns_label(name)?, namespace })
+    }
+}
+
+impl Display for ServiceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.namespace {
+            Some(namespace) => write!(f, "{}.{namespace}", self.name),
+            None => f.write_str(&self.name),
+        }
+    }
+}
+
+impl FromStr for KubePort {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.bytes().all(|b| b.is_ascii_digit()) {
+            number(text, &(1..=u16::MAX)).map(Self::Number)
+        } else {
+            dns_label(text).map(Self::Name)
+        }
+    }
+}
+
+impl Display for KubePort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Name(name) => f.write_str(name),
+            Self::Number(number) => number.fmt(f),
+        }
+    }
+}
+
 /// A DNS name or an IPv4 address, in lower case.
 fn check_name(name: &str) -> Parsed<String> {
     if name.is_empty() {
@@ -176,6 +244,12 @@ macro_rules! words {
 }
 
 words! {
+    Discovery {
+        "static" => Static,
+        "dns" => Dns,
+        "kubernetes" => Kubernetes,
+    }
+    Locality { "off" => Off, "zone" => Zone, "node" => Node, }
     Switch { "auto" => Auto, "on" => On, "off" => Off, }
     IoChoice { "auto" => Auto, "uring" => Uring, "epoll" => Epoll, }
     Balance {

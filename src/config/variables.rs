@@ -55,6 +55,42 @@ variables! {
     AEGIS_DNS_REFRESH dns_refresh = "5s",
         "a duration from 100ms to 1h",
         "How often names among the backends are resolved again.";
+    AEGIS_DISCOVERY discovery = "auto",
+        "auto, static, dns or kubernetes",
+        "Where endpoints come from. auto: Kubernetes if a service or selector is named, else the backends.";
+    AEGIS_KUBE_SERVICE kube_service = "none",
+        "none, NAME or NAME.NAMESPACE",
+        "The Kubernetes Service whose EndpointSlices name the endpoints.";
+    AEGIS_KUBE_SELECTOR kube_selector = "none",
+        "none, or a label selector such as app=chronos",
+        "The Kubernetes Pods that are the endpoints, in place of a Service.";
+    AEGIS_KUBE_NAMESPACE kube_namespace = "auto",
+        "auto, or a namespace",
+        "Where the Service or the Pods are. auto: the pod's own namespace, or the kubeconfig's.";
+    AEGIS_KUBE_PORT kube_port = "auto",
+        "auto, a port's name, or a number from 1 to 65535",
+        "The endpoints' port. auto: the only TCP port there is.";
+    AEGIS_KUBE_WATCH_TIMEOUT kube_watch_timeout = "60s",
+        "a duration of whole seconds from 1s to 5m",
+        "How long one watch lasts; a connection gone silent is given up 5s after that.";
+    AEGIS_LOCALITY locality = "off",
+        "off, zone or node",
+        "Prefers endpoints of the same zone or node. Needs Kubernetes, and the next two.";
+    AEGIS_NODE_NAME node_name = "none",
+        "none, or a node's name",
+        "The node that this runs on, from the downward API.";
+    AEGIS_ZONE zone = "none",
+        "none, or a zone's name",
+        "The zone that this runs in, from the downward API.";
+    AEGIS_BACKEND_DRAIN backend_drain = "off",
+        "off, or a duration from 0s to 1d",
+        "Ends sessions on an endpoint this long after it has left the set. off: they end by themselves.";
+    AEGIS_SLOW_START slow_start = "5s",
+        "off, or a duration from 100ms to 10m",
+        "An endpoint that joins others gets its full share of sessions only after this time.";
+    AEGIS_ENDPOINT_WAIT endpoint_wait = "5s",
+        "a duration from 0s to 5m",
+        "How long a new session waits for an endpoint while there is none at all.";
     AEGIS_BALANCE balance = "least_conn",
         "least_conn, round_robin, random_two or source_hash",
         "How the endpoint of a new session is chosen.";

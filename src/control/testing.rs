@@ -10,7 +10,8 @@ use tokio::sync::watch;
 
 use super::{DriverInfo, View, WorkerHandle};
 use crate::config::{
-    Balance, Config, HostPort, IoChoice, LogFormat, PoolConfig, ProxyProtocol, Switch,
+    Balance, Config, Discovery, HostPort, IoChoice, KubeConfig, Locality, LogFormat, PoolConfig,
+    ProxyProtocol, Switch,
 };
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
 use crate::telemetry::WorkerState;
@@ -26,6 +27,20 @@ pub fn config() -> Config {
         admin: "127.0.0.1:0".parse().unwrap(),
         backends: vec![HostPort { host: "10.0.0.1".to_owned(), port: 5432 }],
         dns_refresh: Duration::from_secs(30),
+        discovery: Discovery::Static,
+        kube: KubeConfig {
+            service: None,
+            selector: None,
+            namespace: None,
+            port: None,
+            watch_timeout: Duration::from_secs(60),
+        },
+        locality: Locality::Off,
+        node_name: None,
+        zone: None,
+        backend_drain: None,
+        slow_start: None,
+        endpoint_wait: Duration::ZERO,
         workers: None,
         pin: Switch::Auto,
         io: IoChoice::Auto,
