@@ -130,10 +130,22 @@ macro_rules! labels {
 }
 
 labels! {
+    /// Why a session went to an endpoint that is not near though near ones are preferred.
+    pub enum Spillover {
+        /// No near endpoint was usable and untried.
+        Few = "few",
+        /// The near ones had far more sessions.
+        Loaded = "loaded",
+    }
+}
+
+labels! {
     /// Every way in which a session can end.
     pub enum CloseReason {
         /// Both directions ended and every byte was delivered.
         Finished = "finished",
+        /// Its endpoint had left the set, and the time for its sessions was over.
+        EndpointRemoved = "endpoint_removed",
         /// The client reset its connection, or it broke.
         ClientReset = "client_reset",
         /// The backend reset its connection, or it broke.
@@ -232,6 +244,7 @@ pub struct WorkerStats {
     state: Gauge,
     closed: [Counter; CloseReason::COUNT],
     checkouts: [Counter; Checkout::COUNT],
+    spillovers: [Counter; Spillover::COUNT],
     discards: [Counter; Discard::COUNT],
     /// From the start of a connect to its success.
     pub connect_duration: Histogram,
@@ -250,6 +263,16 @@ impl WorkerStats {
     /// Sessions that ended for `reason`.
     pub fn closed(&self, reason: CloseReason) -> u64 {
         self.closed[reason as usize].get()
+    }
+
+    /// Counts a session that went to an endpoint that is not near.
+    pub fn count_spillover(&self, why: Spillover) {
+        self.spillovers[why as usize].add(1);
+    }
+
+    /// Spillovers for this reason.
+    pub fn spillovers(&self, why: Spillover) -> u64 {
+        self.spillovers[why as usize].get()
     }
 
     /// Counts how a session came by its backend connection.

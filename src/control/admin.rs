@@ -177,13 +177,19 @@ fn backends(view: &View) -> serde_json::Value {
             json!({
                 "name": label,
                 "address": endpoint.address,
+                "near": endpoint.is_near(),
                 "state": state(usable(endpoint)),
                 "total": EndpointCounts::total(endpoint),
                 "workers": endpoint.stats.iter().map(worker).collect::<Vec<_>>(),
             })
         })
         .collect();
-    json!({ "generation": snapshot.generation, "endpoints": endpoints })
+    let applied: Vec<_> = view.stats().map(|stats| stats.applied_generation.get()).collect();
+    json!({
+        "generation": snapshot.generation,
+        "applied_generations": applied,
+        "endpoints": endpoints,
+    })
 }
 
 fn config(view: &View) -> serde_json::Value {

@@ -9,8 +9,9 @@ use procfs::WithCurrentSystemInfo;
 use procfs::process::{LimitValue, Process};
 
 use super::View;
+use super::discovery::status::ErrorKind;
 use super::view::{EndpointCounts, labels, usable};
-use crate::telemetry::{Checkout, CloseReason, Discard, Histogram, Label, WorkerStats};
+use crate::telemetry::{Checkout, CloseReason, Discard, Histogram, Label, Spillover, WorkerStats};
 
 /// The `Content-Type` of the format.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -98,6 +99,13 @@ fn write_workers(text: &mut Encoder, view: &View) {
         text.sample(name, &[("result", result.name())], count);
     }
 
+    let name = "aegis_locality_spillovers_total";
+    text.family(name, Counter, "Sessions sent to endpoints that are not near, by why.");
+    for &reason in Spillover::ALL {
+        let count: u64 = view.stats().map(|stats| stats.spillovers(reason)).sum();
+        text.sample(name, &[("reason", reason.name())], count);
+    }
+
     let name = "aegis_pool_discards_total";
     text.family(name, Counter, "Pooled connections closed without having served a session.");
     for &reason in Discard::ALL {
@@ -129,6 +137,25 @@ fn write_endpoints(text: &mut Encoder, view: &View) {
     let name = "aegis_discovery_generation";
     text.family(name, Gauge, "Generation of the latest endpoint snapshot, 0 before the first.");
     text.sample(name, &[], snapshot.generation);
+
+    let name = "aegis_discovery_endpoints";
+    text.family(name, Gauge, "Endpoints in the latest snapshot.");
+    text.sample(name, &[], snapshot.endpoints.len());
+
+    let discovery = view.discovery();
+    let name = "aegis_discovery_last_sync_timestamp_seconds";
+    text.family(
+        name,
+        Gauge,
+        "When the source of endpoints answered last, 0 before the first time.",
+    );
+    text.sample(name, &[], discovery.last_sync_seconds());
+
+    let name = "aegis_discovery_errors_total";
+    text.family(name, Counter, "What went wrong between discovery and its source.");
+    for &kind in ErrorKind::ALL {
+        text.sample(name, &[("kind", kind.name())], discovery.errors(kind));
+    }
 
     let labels = labels(&snapshot.endpoints);
     let totals: Vec<_> = snapshot.endpoints.iter().map(|e| EndpointCounts::total(e)).collect();

@@ -20,12 +20,12 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, watch};
 
-use discovery::dns;
+use discovery::{dns, kubernetes};
 pub use lifecycle::Outcome;
 pub use logging::init_logging;
 pub use view::View;
 
-use crate::config::Config;
+use crate::config::{Config, Discovery};
 use crate::telemetry::WorkerStats;
 use crate::worker::mailbox::Mailbox;
 
@@ -90,6 +90,7 @@ impl Plane {
         let events = lifecycle::events(self.exited)?;
         let admin = tokio::net::TcpListener::from_std(self.admin)?;
         let snapshots = watch::Sender::default();
+        let status = Arc::new(discovery::status::Status::default());
         let view = Arc::new(View::new(
             Arc::clone(&self.config),
             self.started,
@@ -97,15 +98,22 @@ impl Plane {
             self.driver,
             self.max_sessions,
             snapshots.subscribe(),
+            Arc::clone(&status),
         ));
         let publisher = discovery::Publisher::new(self.workers, snapshots);
-        let backends = dns::Backends {
-            hosts: self.config.backends.clone(),
-            refresh: self.config.dns_refresh,
-            first_answer_max: dns::FIRST_ANSWER_MAX,
-            resolver: dns::SystemResolver,
-        };
-        tokio::spawn(backends.run(publisher));
+        if self.config.discovery == Discovery::Kubernetes {
+            let source = kubernetes::Kubernetes::new(Arc::clone(&self.config), status);
+            tokio::spawn(source.run(publisher));
+        } else {
+            let backends = dns::Backends {
+                hosts: self.config.backends.clone(),
+                refresh: self.config.dns_refresh,
+                first_answer_max: dns::FIRST_ANSWER_MAX,
+                resolver: dns::SystemResolver,
+                status,
+            };
+            tokio::spawn(backends.run(publisher));
+        }
         tokio::spawn(admin::serve(admin, Arc::clone(&view)));
         Ok(lifecycle::run(&view, events).await)
     }

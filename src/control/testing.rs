@@ -88,7 +88,7 @@ pub fn view_started(started: Instant, config: Config, endpoints: Vec<Arc<Endpoin
     }
     let snapshot = Arc::new(EndpointSnapshot { generation: 1, endpoints });
     let (_, snapshots) = watch::channel(snapshot);
-    View::new(Arc::new(config), started, workers, driver(), 1000, snapshots)
+    View::new(Arc::new(config), started, workers, driver(), 1000, snapshots, Arc::default())
 }
 
 pub fn endpoint(name: &str, address: &str) -> Arc<Endpoint> {

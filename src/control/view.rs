@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use tokio::sync::watch;
 
+use super::discovery::status::Status;
 use super::{DriverInfo, WorkerHandle};
 use crate::config::Config;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
@@ -26,6 +27,7 @@ pub struct View {
     max_sessions: usize,
     draining: AtomicBool,
     snapshot: watch::Receiver<Arc<EndpointSnapshot>>,
+    discovery: Arc<Status>,
 }
 
 impl View {
@@ -37,9 +39,10 @@ impl View {
         driver: DriverInfo,
         max_sessions: usize,
         snapshot: watch::Receiver<Arc<EndpointSnapshot>>,
+        discovery: Arc<Status>,
     ) -> Self {
         let draining = AtomicBool::new(false);
-        Self { config, started, workers, driver, max_sessions, draining, snapshot }
+        Self { config, started, workers, driver, max_sessions, draining, snapshot, discovery }
     }
 
     /// The configuration.
@@ -77,6 +80,11 @@ impl View {
         Arc::clone(&self.snapshot.borrow())
     }
 
+    /// How discovery fares.
+    pub fn discovery(&self) -> &Status {
+        &self.discovery
+    }
+
     /// Whether the process was asked to end.
     pub fn draining(&self) -> bool {
         self.draining.load(Relaxed)
@@ -107,7 +115,9 @@ impl View {
         }
         let snapshot = self.snapshot();
         if snapshot.endpoints.is_empty() {
-            reasons.push("no endpoint: discovery has found none".to_owned());
+            let why = self.discovery.trouble();
+            let why = why.unwrap_or_else(|| "discovery has found none".to_owned());
+            reasons.push(format!("no endpoint: {why}"));
         } else if !snapshot.endpoints.iter().any(|endpoint| usable(endpoint)) {
             let count = snapshot.endpoints.len();
             reasons.push(format!("no endpoint usable: all {count} are ejected"));

@@ -3,6 +3,7 @@
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::endpoints::{Endpoint, EndpointSnapshot};
 use super::health::Health;
@@ -10,7 +11,7 @@ use super::pool::Pool;
 use super::session::Tried;
 use crate::config::{Balance, PoolConfig};
 use crate::limits::ENDPOINTS_MAX;
-use crate::telemetry::EndpointStats;
+use crate::telemetry::{EndpointStats, Spillover};
 
 /// One endpoint of one worker.
 #[derive(Debug)]
@@ -25,9 +26,71 @@ pub struct Entry {
     pub sessions: u32,
     worker: usize,
     present: bool,
+    /// When it left the set.
+    removed_at: Option<Instant>,
+    ramp: Ramp,
 }
 
+/// How far an endpoint that joined others is on the way to its full share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ramp {
+    /// No connection to it has been made yet.
+    Cold,
+    /// The first one was made then; it now gets this part of its share, in percent.
+    Warming {
+        since: Instant,
+        percent: u32,
+    },
+    Full,
+}
+
+/// The part of its share that an endpoint starts with, in percent.
+const RAMP_PERCENT_MIN: u32 = 10;
+
+/// A near endpoint is too loaded when the best other one has less than half of its sessions, not
+/// counting the first few.
+const NEAR_LOAD_FACTOR: u32 = 2;
+const NEAR_LOAD_FREE: u32 = 8;
+
 impl Entry {
+    /// Moves the slow start on. An endpoint counts as warm from its first connection.
+    pub fn ramp_up(&mut self, slow_start: Duration, now: Instant) {
+        let warm = self.pool.idle() > 0 || self.stats().connects.get() > 0;
+        self.ramp = match self.ramp {
+            Ramp::Cold if warm => Ramp::Warming { since: now, percent: RAMP_PERCENT_MIN },
+            Ramp::Warming { since, .. } => {
+                let passed = now.saturating_duration_since(since).as_secs_f64();
+                match (100.0 * passed / slow_start.as_secs_f64()) as u32 {
+                    100.. => Ramp::Full,
+                    percent => Ramp::Warming { since, percent: percent.max(RAMP_PERCENT_MIN) },
+                }
+            }
+            ramp => ramp,
+        };
+    }
+
+    fn percent(&self) -> u32 {
+        match self.ramp {
+            Ramp::Cold => RAMP_PERCENT_MIN,
+            Ramp::Warming { percent, .. } => percent,
+            Ramp::Full => 100,
+        }
+    }
+
+    /// Its load, as much higher as its share is smaller.
+    fn load(&self) -> u32 {
+        match self.percent() {
+            100 => self.sessions,
+            percent => (self.sessions + 1).saturating_mul(100) / percent,
+        }
+    }
+
+    /// Whether it left the set at least `drain` ago and still has sessions.
+    pub fn is_overdue(&self, drain: Duration, now: Instant) -> bool {
+        let passed = |at| now.saturating_duration_since(at) >= drain;
+        self.sessions > 0 && self.removed_at.is_some_and(passed)
+    }
+
     /// This worker's counters of the endpoint.
     pub fn stats(&self) -> &EndpointStats {
         &self.endpoint.stats[self.worker]
@@ -41,6 +104,15 @@ impl Entry {
     fn is_unused(&self) -> bool {
         self.sessions == 0 && self.pool.idle() == 0 && self.pool.connecting() == 0
     }
+}
+
+/// Which endpoints are looked at.
+#[derive(Debug, Clone, Copy)]
+enum Among {
+    All,
+    Usable,
+    Near,
+    Far,
 }
 
 /// The table of endpoints. An index stays an endpoint's own while anything refers to it.
@@ -62,16 +134,31 @@ impl Table {
 
     /// Puts a snapshot in force: known endpoints keep their pools and counts, new ones come in,
     /// and missing ones get no new session. Applying it twice changes nothing.
-    pub fn apply(&mut self, snapshot: &EndpointSnapshot, pool: &PoolConfig) {
+    ///
+    /// With `slow_start`, an endpoint that joins others gets less than its share at first.
+    pub fn apply(
+        &mut self,
+        snapshot: &EndpointSnapshot,
+        pool: &PoolConfig,
+        slow_start: bool,
+        now: Instant,
+    ) {
+        let joins = slow_start && !self.present.is_empty();
         for entry in self.entries.iter_mut().flatten() {
             entry.present = false;
+            entry.removed_at.get_or_insert(now);
         }
         self.present.clear();
+        // Most often a snapshot has the order of the last one, so the next is found at once.
+        let mut after = 0;
         for endpoint in snapshot.endpoints.iter().take(ENDPOINTS_MAX) {
-            let known = self.entries.iter().position(|entry| {
-                entry.as_ref().is_some_and(|entry| Arc::ptr_eq(&entry.endpoint, endpoint))
+            let count = self.entries.len();
+            let known = (0..count).map(|i| (after + i) % count).find(|&index| {
+                let entry = self.entries[index].as_ref();
+                entry.is_some_and(|entry| Arc::ptr_eq(&entry.endpoint, endpoint))
             });
             let index = known.unwrap_or_else(|| self.vacant());
+            after = index + 1;
             let worker = self.worker;
             let entry = self.entries[index].get_or_insert_with(|| Entry {
                 endpoint: Arc::clone(endpoint),
@@ -80,8 +167,11 @@ impl Table {
                 sessions: 0,
                 worker,
                 present: true,
+                removed_at: None,
+                ramp: if joins { Ramp::Cold } else { Ramp::Full },
             });
             entry.present = true;
+            entry.removed_at = None;
             self.present.push(index as u16);
         }
         self.forget_unused();
@@ -118,6 +208,11 @@ impl Table {
         self.present.is_empty()
     }
 
+    /// Whether there is any endpoint to look after, removed ones included.
+    pub fn has_entries(&self) -> bool {
+        self.entries.iter().any(Option::is_some)
+    }
+
     /// The endpoint for a session's next attempt: a usable one that it has not tried, or, should
     /// none be left, any that it has not tried.
     pub fn choose(
@@ -127,7 +222,31 @@ impl Table {
         rng: &mut fastrand::Rng,
     ) -> Option<u16> {
         self.turn = self.turn.wrapping_add(1);
-        self.pick(tried, source, rng, true).or_else(|| self.pick(tried, source, rng, false))
+        self.pick(tried, source, rng, Among::Usable)
+            .or_else(|| self.pick(tried, source, rng, Among::All))
+    }
+
+    /// The same where near endpoints are preferred, and why it is another one, if it is.
+    pub fn choose_near(
+        &mut self,
+        tried: &Tried,
+        source: Option<IpAddr>,
+        rng: &mut fastrand::Rng,
+    ) -> (Option<u16>, Option<Spillover>) {
+        self.turn = self.turn.wrapping_add(1);
+        let near = self.pick(tried, source, rng, Among::Near);
+        let other = self.pick(tried, source, rng, Among::Far);
+        let load = |index: u16| self.entries[usize::from(index)].as_ref().map_or(0, Entry::load);
+        match (near, other) {
+            (Some(near), Some(other))
+                if load(near) > NEAR_LOAD_FACTOR * load(other) + NEAR_LOAD_FREE =>
+            {
+                (Some(other), Some(Spillover::Loaded))
+            }
+            (Some(near), _) => (Some(near), None),
+            (None, Some(other)) => (Some(other), Some(Spillover::Few)),
+            (None, None) => (self.pick(tried, source, rng, Among::All), None),
+        }
     }
 
     fn pick(
@@ -135,7 +254,7 @@ impl Table {
         tried: &Tried,
         source: Option<IpAddr>,
         rng: &mut fastrand::Rng,
-        usable_only: bool,
+        among: Among,
     ) -> Option<u16> {
         let count = self.present.len();
         // Starting each time one further on makes equals take turns.
@@ -143,13 +262,24 @@ impl Table {
             .map(|i| self.present[(self.turn + i) % count])
             .filter(|&index| !tried.contains(index))
             .filter_map(|index| Some((index, self.entries[usize::from(index)].as_ref()?)))
-            .filter(|(_, entry)| !usable_only || entry.health.is_usable());
+            .filter(|(_, entry)| match among {
+                Among::All => true,
+                Among::Usable => entry.health.is_usable(),
+                Among::Near => entry.health.is_usable() && entry.endpoint.is_near(),
+                Among::Far => entry.health.is_usable() && !entry.endpoint.is_near(),
+            });
         let chosen = match self.policy {
             Balance::RoundRobin => {
-                let mut candidates = candidates;
-                candidates.next()
+                // One on its way to its full share is passed over now and then.
+                let takes = |entry: &Entry, rng: &mut fastrand::Rng| {
+                    entry.percent() == 100 || rng.u32(..100) < entry.percent()
+                };
+                candidates
+                    .clone()
+                    .find(|(_, entry)| takes(entry, rng))
+                    .or(candidates.clone().next())
             }
-            Balance::LeastConn => candidates.min_by_key(|(_, entry)| entry.sessions),
+            Balance::LeastConn => candidates.min_by_key(|(_, entry)| entry.load()),
             Balance::RandomTwo => {
                 let all = candidates.clone().count();
                 if all == 0 {
@@ -158,7 +288,7 @@ impl Table {
                 let first = rng.usize(..all);
                 let second = if all > 1 { (first + rng.usize(1..all)) % all } else { first };
                 let drawn = candidates.enumerate().filter(|(i, _)| *i == first || *i == second);
-                drawn.map(|(_, candidate)| candidate).min_by_key(|(_, entry)| entry.sessions)
+                drawn.map(|(_, candidate)| candidate).min_by_key(|(_, entry)| entry.load())
             }
             Balance::SourceHash => candidates.max_by_key(|(_, entry)| {
                 // Rendezvous hashing (Thaler and Ravishankar): only the sources of an endpoint
@@ -177,7 +307,6 @@ mod tests {
     use crate::io::ConnId;
     use crate::proxy::health::HealthConfig;
     use crate::proxy::session::Session;
-    use std::time::{Duration, Instant};
 
     fn endpoint(number: u16) -> Arc<Endpoint> {
         Endpoint::new(format!("e{number}"), ([127, 0, 0, 1], 1000 + number).into(), 1)
@@ -189,7 +318,12 @@ mod tests {
 
     fn table(policy: Balance, endpoints: &[Arc<Endpoint>]) -> Table {
         let mut table = Table::new(policy, 0);
-        table.apply(&EndpointSnapshot { generation: 1, endpoints: endpoints.to_vec() }, &pool());
+        table.apply(
+            &EndpointSnapshot { generation: 1, endpoints: endpoints.to_vec() },
+            &pool(),
+            true,
+            Instant::now(),
+        );
         table
     }
 
@@ -232,7 +366,7 @@ mod tests {
         let before: Vec<_> =
             (0..200).map(|i| table.choose(&Tried::default(), source(i), &mut rng)).collect();
         let rest = EndpointSnapshot { generation: 2, endpoints: endpoints[1..].to_vec() };
-        table.apply(&rest, &pool());
+        table.apply(&rest, &pool(), true, Instant::now());
         for (i, &was) in (0..200).zip(&before) {
             let is = table.choose(&Tried::default(), source(i), &mut rng);
             assert!(is == was || was == Some(0), "source {i} moved from {was:?} to {is:?}");
@@ -264,7 +398,7 @@ mod tests {
         table.get_mut(1).unwrap().sessions = 5;
         let next = EndpointSnapshot { generation: 2, endpoints: vec![b, c] };
         for _ in 0..2 {
-            table.apply(&next, &pool());
+            table.apply(&next, &pool(), true, Instant::now());
             assert!(!table.get_mut(0).unwrap().is_present(), "removed, but a session is on it");
             assert_eq!(table.get_mut(1).unwrap().sessions, 5);
             assert_eq!(table.get_mut(2).unwrap().endpoint.name, "e2");

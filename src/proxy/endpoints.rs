@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use crate::telemetry::EndpointStats;
 
@@ -12,6 +13,7 @@ pub struct Endpoint {
     pub name: String,
     /// Where to connect.
     pub address: SocketAddr,
+    near: AtomicBool,
     /// Its counters, one block a worker, indexed by worker.
     pub stats: Box<[EndpointStats]>,
 }
@@ -20,7 +22,18 @@ impl Endpoint {
     /// An endpoint with fresh counters for `workers` workers.
     pub fn new(name: impl Into<String>, address: SocketAddr, workers: usize) -> Arc<Self> {
         let stats = (0..workers).map(|_| EndpointStats::default()).collect();
-        Arc::new(Self { name: name.into(), address, stats })
+        Arc::new(Self { name: name.into(), address, near: AtomicBool::new(false), stats })
+    }
+
+    /// Whether it is preferred because it is near.
+    pub fn is_near(&self) -> bool {
+        self.near.load(Relaxed)
+    }
+
+    /// For discovery alone. It is advice that may change while the endpoint stays the same one,
+    /// with its pools and counters, so it is not worth a snapshot of its own.
+    pub fn set_near(&self, near: bool) {
+        self.near.store(near, Relaxed);
     }
 }
 

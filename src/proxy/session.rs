@@ -145,6 +145,11 @@ impl Session {
         self.state == State::Open
     }
 
+    /// Whether no endpoint has been tried, for want of any.
+    pub fn awaits_endpoint(&self) -> bool {
+        self.state == State::Connecting && self.tried.attempts() == 0
+    }
+
     /// How long ago the client was accepted.
     pub fn age(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.opened)
@@ -311,6 +316,7 @@ pub fn how_to_close(reason: CloseReason) -> Close {
         CloseReason::Finished
         | CloseReason::IdleTimeout
         | CloseReason::HalfCloseTimeout
+        | CloseReason::EndpointRemoved
         | CloseReason::DrainDeadline => Close::Graceful,
         CloseReason::ClientReset
         | CloseReason::BackendReset

@@ -233,7 +233,7 @@ impl<D: Driver> Engine<D> {
 
     /// Without warm connections or endpoints to watch there is nothing to look over.
     fn pools_need_upkeep_at(&self) -> Option<Instant> {
-        (!self.table.is_empty()).then_some(self.upkeep_at)
+        self.table.has_entries().then_some(self.upkeep_at)
     }
 
     fn on_completion(&mut self, completion: Completion) {
@@ -302,11 +302,14 @@ impl<D: Driver> Engine<D> {
     fn on_mail(&mut self) {
         self.mailbox.clear_wake();
         if let Some(snapshot) = self.mailbox.take_snapshot() {
-            self.table.apply(&snapshot, &self.config.pool);
+            let slow_start = self.config.slow_start.is_some();
+            self.table.apply(&snapshot, &self.config.pool, slow_start, self.now);
             self.evict_removed();
             self.stats.applied_generation.set(snapshot.generation);
-            for endpoint in self.table.indices() {
-                self.mark_short(endpoint);
+            self.short_pools.clear();
+            self.short_pools.extend(self.table.indices());
+            if !self.table.is_empty() {
+                self.dispatch_waiting();
             }
         }
         let order = self.mailbox.current_order();

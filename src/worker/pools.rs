@@ -196,6 +196,13 @@ impl<D: Driver> Engine<D> {
                 self.discard(conn, why);
             }
             let Some(entry) = self.table.get_mut(endpoint) else { continue };
+            if let Some(slow_start) = self.config.slow_start {
+                entry.ramp_up(slow_start, now);
+            }
+            if self.config.backend_drain.is_some_and(|drain| entry.is_overdue(drain, now)) {
+                self.close_sessions_on(endpoint);
+            }
+            let Some(entry) = self.table.get_mut(endpoint) else { continue };
             let running = self.order == Order::Run && entry.is_present();
             if running && entry.health.take_probe(now) {
                 self.warm(endpoint);

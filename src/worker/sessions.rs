@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::engine::{Engine, Owner};
 use super::pools::is_local;
-use crate::config::{Balance, ProxyProtocol};
+use crate::config::{Balance, Locality, ProxyProtocol};
 use crate::io::{Buf, Chain, Close, ConnId, Driver};
 use crate::proxy::Side;
 use crate::proxy::session::{Action, Session, Tried, how_to_close};
@@ -41,7 +41,14 @@ impl<D: Driver> Engine<D> {
                 .flatten()
                 .map(|address| address.ip());
             let left = tried.attempts() < self.config.connect_attempts;
-            let mut choose = |tried: &Tried| self.table.choose(tried, source, &mut self.rng);
+            let mut choose = |tried: &Tried| {
+                if self.config.locality == Locality::Off {
+                    return self.table.choose(tried, source, &mut self.rng);
+                }
+                let (chosen, spilled) = self.table.choose_near(tried, source, &mut self.rng);
+                spilled.inspect(|&why| self.stats.count_spillover(why));
+                chosen
+            };
             let chosen = left.then(|| {
                 choose(&tried).or_else(|| {
                     // A handshake that got lost, in a full accept queue for one, is worth another
@@ -51,7 +58,13 @@ impl<D: Driver> Engine<D> {
                 })
             });
             let chosen = chosen.flatten();
-            let Some(endpoint) = chosen else { return self.close_session(key, otherwise) };
+            let Some(endpoint) = chosen else {
+                return if self.table.is_empty() && tried.attempts() == 0 && !self.waited(key) {
+                    self.await_endpoint(key);
+                } else {
+                    self.close_session(key, otherwise);
+                };
+            };
             if tried.attempts() > 0 {
                 self.stats.connect_retries.add(1);
             }
@@ -66,6 +79,48 @@ impl<D: Driver> Engine<D> {
                     self.leave_endpoint(key);
                     otherwise = CloseReason::ConnectFailed;
                 }
+            }
+        }
+    }
+
+    /// Whether a session has waited for an endpoint for as long as it may.
+    fn waited(&self, key: Key) -> bool {
+        let age = self.sessions.get(key).map(|session| session.age(self.now));
+        age.is_none_or(|age| age >= self.config.endpoint_wait)
+    }
+
+    /// There is no endpoint at all: the session waits until one comes, or its time is up.
+    fn await_endpoint(&mut self, key: Key) {
+        if let Some(session) = self.sessions.get(key)
+            && let Some(client) = session.conn(Side::Client)
+        {
+            let left = self.config.endpoint_wait.saturating_sub(session.age(self.now));
+            self.timers.set(client.index(), self.now + left);
+        }
+    }
+
+    /// There are endpoints again: those that wait for one are served.
+    pub(super) fn dispatch_waiting(&mut self) {
+        for slot in 0..self.sessions.slots() {
+            if let Some(key) = self.sessions.key_at(slot)
+                && let Some(session) = self.sessions.get(key)
+                && session.awaits_endpoint()
+            {
+                if let Some(client) = session.conn(Side::Client) {
+                    self.timers.clear(client.index());
+                }
+                self.dispatch(key, CloseReason::NoEndpoint);
+            }
+        }
+    }
+
+    /// Ends the sessions on an endpoint that left the set long enough ago.
+    pub(super) fn close_sessions_on(&mut self, endpoint: u16) {
+        for slot in 0..self.sessions.slots() {
+            if let Some(key) = self.sessions.key_at(slot)
+                && self.sessions.get(key).is_some_and(|s| s.endpoint() == Some(endpoint))
+            {
+                self.close_session(key, CloseReason::EndpointRemoved);
             }
         }
     }
@@ -243,6 +298,10 @@ impl<D: Driver> Engine<D> {
     }
 
     pub(super) fn on_session_deadline(&mut self, key: Key) {
+        if self.sessions.get(key).is_some_and(Session::awaits_endpoint) {
+            // The timer may have fired for a moment too early: it is set again then.
+            return self.dispatch(key, CloseReason::NoEndpoint);
+        }
         let timeouts = self.timeouts;
         self.apply(key, |session, now| session.on_deadline(&timeouts, now));
         self.arm_deadline(key);

@@ -13,6 +13,7 @@ mod drain;
 mod failover;
 mod integrity;
 mod io_fallback;
+mod kubernetes;
 mod limits;
 mod memory;
 mod pooling;

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::{self, JoinHandle};
@@ -36,7 +36,11 @@ impl Backend {
     /// A server that runs `handler` on each connection and closes it afterwards. What a handler
     /// finds out it has to send to the test: a panic would stay in its thread.
     pub fn scripted(handler: impl Fn(&TcpStream) + Send + Sync + 'static) -> Self {
-        let address = "127.0.0.2:0".parse().unwrap();
+        Self::scripted_at([127, 0, 0, 2].into(), handler)
+    }
+
+    fn scripted_at(ip: IpAddr, handler: impl Fn(&TcpStream) + Send + Sync + 'static) -> Self {
+        let address = SocketAddr::new(ip, 0);
         let accepted = Arc::default();
         let mut backend = Self { address, handler: Arc::new(handler), accepted, running: None };
         backend.start();
@@ -57,7 +61,12 @@ impl Backend {
 
     /// Answers each line with its own name.
     pub fn named(name: &'static str) -> Self {
-        Self::scripted(move |mut stream| {
+        Self::named_at(name, [127, 0, 0, 2].into())
+    }
+
+    /// The same, at an address that need not be of the loopback interface.
+    pub fn named_at(name: &'static str, ip: IpAddr) -> Self {
+        Self::scripted_at(ip, move |mut stream| {
             while read_line(stream).is_ok() {
                 if stream.write_all(format!("{name}\n").as_bytes()).is_err() {
                     return;

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 pub const ACCEPT_PAUSES: &str = "aegis_accept_pauses_total";
 pub const CONNECT_RETRIES: &str = "aegis_connect_retries_total";
+pub const DISCOVERY_ENDPOINTS: &str = "aegis_discovery_endpoints";
+pub const DISCOVERY_ERRORS: &str = "aegis_discovery_errors_total";
 pub const ENDPOINT_USABLE: &str = "aegis_endpoint_usable";
 pub const IO_DRIVER: &str = "aegis_io_driver_info";
 pub const POOL_CHECKOUTS: &str = "aegis_pool_checkouts_total";

@@ -7,6 +7,7 @@
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -14,6 +15,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{info, warn};
 
+use super::status::{ErrorKind, Status};
 use super::{Publisher, Wanted};
 use crate::config::HostPort;
 
@@ -53,6 +55,8 @@ pub struct Backends<R> {
     pub first_answer_max: Duration,
     /// Who looks names up.
     pub resolver: R,
+    /// Where it says how it fares.
+    pub status: Arc<Status>,
 }
 
 impl<R: Resolve> Backends<R> {
@@ -72,6 +76,9 @@ impl<R: Resolve> Backends<R> {
                 let (resolver, answers) = (self.resolver.clone(), answers.clone());
                 lookups.spawn(follow(index, host, self.refresh, resolver, answers));
             }
+        }
+        if lookups.is_empty() {
+            self.status.on_sync();
         }
         // Only the lookups hold senders now: without any, the loop ends.
         drop(answers);
@@ -94,8 +101,13 @@ impl<R: Resolve> Backends<R> {
             };
             let Some(Answer { index, wanted }) = answer else { return };
             unanswered[index] = false;
-            if let Some(wanted) = wanted {
-                known[index] = wanted;
+            match wanted {
+                Ok(wanted) => {
+                    known[index] = wanted;
+                    self.status.on_sync();
+                    self.status.clear_trouble();
+                }
+                Err(why) => self.status.on_error(ErrorKind::Lookup, why),
             }
         }
     }
@@ -104,8 +116,8 @@ impl<R: Resolve> Backends<R> {
 /// The end of one lookup of backend `index`.
 struct Answer {
     index: usize,
-    /// Never empty; `None` after a failure, which changes nothing.
-    wanted: Option<Vec<Wanted>>,
+    /// Never empty; a failure, told of here, changes nothing.
+    wanted: Result<Vec<Wanted>, String>,
 }
 
 /// Looks `host` up every `refresh`, sooner after failures, until nobody listens.
@@ -125,7 +137,7 @@ async fn follow<R: Resolve>(
                     info!(backend = name, failures, "name resolves again");
                 }
                 failures = 0;
-                (Some(wanted), refresh)
+                (Ok(wanted), refresh)
             }
             Err(error) => {
                 if failures == 0 {
@@ -133,7 +145,7 @@ async fn follow<R: Resolve>(
                 }
                 let wait = RETRY_MIN.saturating_mul(1 << failures.min(16)).min(refresh);
                 failures = failures.saturating_add(1);
-                (None, wait)
+                (Err(format!("{name} does not resolve: {error}")), wait)
             }
         };
         if answers.send(Answer { index, wanted }).await.is_err() {
@@ -150,18 +162,18 @@ async fn lookup<R: Resolve>(name: &str, host: &HostPort, resolver: &R) -> io::Re
     }
     // Name servers rotate their answers, and a new order is no change.
     addresses.sort_unstable();
-    Ok(addresses.into_iter().map(|a| (format!("{name}@{}", a.ip()), a)).collect())
+    Ok(addresses.into_iter().map(|a| Wanted::new(format!("{name}@{}", a.ip()), a)).collect())
 }
 
 fn literal(host: &HostPort) -> Option<Wanted> {
     let address = SocketAddr::new(host.host.parse::<IpAddr>().ok()?, host.port);
-    Some((address.to_string(), address))
+    Some(Wanted::new(address.to_string(), address))
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
 
     use tokio::sync::watch;
 
@@ -220,6 +232,7 @@ mod tests {
             refresh: Duration::from_millis(1),
             first_answer_max,
             resolver: script.clone(),
+            status: Arc::default(),
         };
         let running = tokio::spawn(backends.run(publisher));
         let snapshot = receiver

@@ -1,10 +1,12 @@
 //! Discovery: from what a source knows to complete, ordered snapshots in every worker's mailbox.
 //!
-//! A source ([`dns`]) says what it wants as a whole, as often as it likes; [`Publisher`] publishes
+//! A source ([`dns`], [`kubernetes`]) says what it wants as a whole, as often as it likes; [`Publisher`] publishes
 //! when that differs from the last snapshot. A source that fails says nothing, so the last known
 //! good set stays in force.
 
 pub mod dns;
+pub mod kubernetes;
+pub mod status;
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -20,8 +22,23 @@ use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
 /// Name lookups at a time; each holds a thread while the system's resolver waits.
 pub const LOOKUPS_MAX: usize = 8;
 
-/// An endpoint that a source wants: its name and address.
-pub type Wanted = (String, SocketAddr);
+/// An endpoint that a source wants.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// Its name, which is to be stable.
+    pub name: String,
+    /// Where to connect.
+    pub address: SocketAddr,
+    /// Whether it is preferred because it is near.
+    pub near: bool,
+}
+
+impl Wanted {
+    /// An endpoint of which only this is known.
+    pub fn new(name: impl Into<String>, address: SocketAddr) -> Self {
+        Self { name: name.into(), address, near: false }
+    }
+}
 
 /// Turns wanted endpoints into snapshots.
 #[derive(Debug)]
@@ -51,10 +68,14 @@ impl Publisher {
         let mut seen = HashSet::new();
         let mut endpoints: Vec<_> = wanted
             .into_iter()
-            .filter(|(_, address)| seen.insert(*address))
-            .map(|(name, address)| match known.get(&address) {
-                Some(endpoint) if endpoint.name == name => Arc::clone(endpoint),
-                _ => Endpoint::new(name, address, self.workers.len()),
+            .filter(|wanted| seen.insert(wanted.address))
+            .map(|Wanted { name, address, near }| {
+                let endpoint = match known.get(&address) {
+                    Some(endpoint) if endpoint.name == name => Arc::clone(endpoint),
+                    _ => Endpoint::new(name, address, self.workers.len()),
+                };
+                endpoint.set_near(near);
+                endpoint
             })
             .collect();
         let left_out = endpoints.len().saturating_sub(ENDPOINTS_MAX);
@@ -86,7 +107,7 @@ mod tests {
     use crate::control::testing;
 
     fn wanted(addresses: &[&str]) -> Vec<Wanted> {
-        addresses.iter().map(|a| ((*a).to_owned(), a.parse().unwrap())).collect()
+        addresses.iter().map(|a| Wanted::new(*a, a.parse().unwrap())).collect()
     }
 
     fn publisher() -> Publisher {
@@ -125,7 +146,7 @@ mod tests {
         let second = Arc::clone(&publisher.snapshots.borrow());
         assert!(Arc::ptr_eq(&first.endpoints[1], &second.endpoints[0]));
 
-        publisher.publish([("renamed".to_owned(), "10.0.0.2:1".parse().unwrap())]);
+        publisher.publish([Wanted::new("renamed", "10.0.0.2:1".parse().unwrap())]);
         let third = Arc::clone(&publisher.snapshots.borrow());
         assert!(!Arc::ptr_eq(&second.endpoints[0], &third.endpoints[0]));
     }
@@ -137,7 +158,7 @@ mod tests {
         assert_eq!(publisher.snapshots.borrow().endpoints.len(), 2);
 
         let many = (0..=ENDPOINTS_MAX as u16)
-            .map(|port| ("many".to_owned(), SocketAddr::from(([10, 0, 0, 1], port))));
+            .map(|port| Wanted::new("many", SocketAddr::from(([10, 0, 0, 1], port))));
         publisher.publish(many);
         assert_eq!(publisher.snapshots.borrow().endpoints.len(), ENDPOINTS_MAX);
     }

@@ -1,0 +1,372 @@
+//! Kubernetes objects → endpoints: pure, and the only judge of what may be connected to.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
+
+use crate::config::{KubePort, Locality};
+use crate::control::discovery::Wanted;
+
+/// The label that topology controllers put on nodes, and from 1.35 on also on pods.
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+
+/// How objects are read.
+#[derive(Debug, Clone)]
+pub struct Rules {
+    /// Which port is meant.
+    pub port: Option<KubePort>,
+    /// Which endpoints are near.
+    pub locality: Locality,
+    /// The own node.
+    pub node: Option<String>,
+    /// The own zone.
+    pub zone: Option<String>,
+}
+
+/// What one object says of one endpoint; all that is kept of it in memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Candidate {
+    /// What makes it the same endpoint in several objects: the pod's uid, or its address.
+    id: String,
+    name: String,
+    address: SocketAddr,
+    terminating: bool,
+    near: bool,
+}
+
+/// What one object says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Said {
+    candidates: Vec<Candidate>,
+    /// Why endpoints are left out though they serve.
+    trouble: Option<String>,
+}
+
+/// Reads a slice.
+pub fn slice(slice: &EndpointSlice, rules: &Rules) -> Said {
+    // Names (`FQDN`) are a deprecated kind that nothing in a cluster makes.
+    if slice.address_type != "IPv4" && slice.address_type != "IPv6" {
+        return Said::default();
+    }
+    let ports = slice.ports.iter().flatten().filter_map(|port| {
+        let tcp = port.protocol.as_deref().is_none_or(|protocol| protocol == "TCP");
+        let number = port.port.and_then(|number| u16::try_from(number).ok())?;
+        tcp.then(|| (port.name.as_deref().unwrap_or(""), number))
+    });
+    let port = match choose_port(rules.port.as_ref(), ports) {
+        Ok(port) => port,
+        Err(why) => {
+            let serving = slice.endpoints.iter().any(|endpoint| is_serving(endpoint));
+            return Said { candidates: Vec::new(), trouble: serving.then_some(why) };
+        }
+    };
+    let candidates = slice.endpoints.iter().filter(|endpoint| is_serving(endpoint));
+    Said {
+        candidates: candidates.filter_map(|e| candidate(e, port, rules)).collect(),
+        trouble: None,
+    }
+}
+
+fn is_serving(endpoint: &Endpoint) -> bool {
+    // Not `ready`: with publishNotReadyAddresses that is always true.
+    let conditions = endpoint.conditions.as_ref();
+    conditions.and_then(|c| c.serving.or(c.ready)).unwrap_or(true)
+}
+
+fn candidate(endpoint: &Endpoint, port: u16, rules: &Rules) -> Option<Candidate> {
+    // Further addresses stand for the same endpoint, and nothing ever sets them.
+    let text = endpoint.addresses.first()?;
+    let ip: IpAddr = text.parse().ok()?;
+    let target = endpoint.target_ref.as_ref();
+    let name = target.and_then(|target| target.name.as_ref()).or(endpoint.hostname.as_ref());
+    let address = SocketAddr::new(ip, port);
+    let same = |own: &Option<String>, its: &Option<String>| own.is_some() && own == its;
+    let hints = endpoint.hints.as_ref();
+    let near = match rules.locality {
+        Locality::Off => false,
+        Locality::Node => match hints.and_then(|hints| hints.for_nodes.as_ref()) {
+            Some(nodes) => nodes.iter().any(|node| Some(&node.name) == rules.node.as_ref()),
+            None => same(&rules.node, &endpoint.node_name),
+        },
+        Locality::Zone => match hints.and_then(|hints| hints.for_zones.as_ref()) {
+            Some(zones) => zones.iter().any(|zone| Some(&zone.name) == rules.zone.as_ref()),
+            None => same(&rules.zone, &endpoint.zone),
+        },
+    };
+    Some(Candidate {
+        id: target.and_then(|target| target.uid.clone()).unwrap_or_else(|| ip.to_string()),
+        name: name.cloned().unwrap_or_else(|| address.to_string()),
+        address,
+        terminating: endpoint.conditions.as_ref().and_then(|c| c.terminating).unwrap_or(false),
+        near,
+    })
+}
+
+/// Reads a pod.
+pub fn pod(pod: &Pod, rules: &Rules) -> Said {
+    let Some(status) = &pod.status else { return Said::default() };
+    let ready =
+        status.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True");
+    let running = status.phase.as_deref() == Some("Running");
+    let ip = status.pod_ip.as_deref().and_then(|ip| ip.parse::<IpAddr>().ok());
+    let (Some(ip), true) = (ip, ready && running) else { return Said::default() };
+    let spec = pod.spec.as_ref();
+    let containers = spec.map(|spec| &spec.containers[..]).unwrap_or_default();
+    let sidecars = spec.and_then(|spec| spec.init_containers.as_deref()).unwrap_or_default();
+    let sidecars = sidecars.iter().filter(|c| c.restart_policy.as_deref() == Some("Always"));
+    let ports = containers.iter().chain(sidecars).flat_map(|c| c.ports.iter().flatten());
+    let ports = ports.filter_map(|port| {
+        let tcp = port.protocol.as_deref().is_none_or(|protocol| protocol == "TCP");
+        let number = u16::try_from(port.container_port).ok()?;
+        tcp.then(|| (port.name.as_deref().unwrap_or(""), number))
+    });
+    let port = match choose_port(rules.port.as_ref(), ports) {
+        Ok(port) => port,
+        Err(why) => return Said { candidates: Vec::new(), trouble: Some(why) },
+    };
+    let address = SocketAddr::new(ip, port);
+    let node = spec.and_then(|spec| spec.node_name.as_ref());
+    let zone = pod.metadata.labels.as_ref().and_then(|labels| labels.get(ZONE_LABEL));
+    let near = match rules.locality {
+        Locality::Off => false,
+        Locality::Node => node.is_some() && node == rules.node.as_ref(),
+        Locality::Zone => zone.is_some() && zone == rules.zone.as_ref(),
+    };
+    let candidate = Candidate {
+        id: pod.metadata.uid.clone().unwrap_or_else(|| ip.to_string()),
+        name: pod.metadata.name.clone().unwrap_or_else(|| address.to_string()),
+        address,
+        terminating: pod.metadata.deletion_timestamp.is_some(),
+        near,
+    };
+    Said { candidates: vec![candidate], trouble: None }
+}
+
+/// The port that is meant, or why there is none.
+fn choose_port<'a>(
+    meant: Option<&KubePort>,
+    ports: impl Iterator<Item = (&'a str, u16)>,
+) -> Result<u16, String> {
+    let ports: BTreeSet<(&str, u16)> = ports.collect();
+    let listed = || {
+        let texts: Vec<_> = ports.iter().map(|(name, n)| format!("{n} ({name:?})")).collect();
+        if texts.is_empty() { "none".to_owned() } else { texts.join(", ") }
+    };
+    match meant {
+        // A headless Service without ports has endpoints all the same.
+        Some(KubePort::Number(number)) => Ok(*number),
+        Some(KubePort::Name(name)) => {
+            let found = ports.iter().find(|(its, _)| its == name).map(|&(_, number)| number);
+            found.ok_or_else(|| format!("no TCP port is called {name:?}; there is {}", listed()))
+        }
+        None => match ports.iter().collect::<Vec<_>>()[..] {
+            [&(_, number)] => Ok(number),
+            _ => Err(format!("AEGIS_KUBE_PORT has to choose a TCP port; there is {}", listed())),
+        },
+    }
+}
+
+/// The union of what all objects say: one entry an endpoint, in a stable order. Endpoints that are
+/// going away are there only if no other is.
+pub fn union<'a>(all: impl Iterator<Item = &'a Said>) -> (Vec<Wanted>, Option<String>) {
+    let mut trouble = None;
+    // While it moves between slices, an endpoint is in two of them; with two families, too. The
+    // least wins: one that stays before one that goes, IPv4 before IPv6.
+    let mut endpoints = BTreeMap::<&str, &Candidate>::new();
+    for said in all {
+        trouble = trouble.or(said.trouble.as_ref());
+        for candidate in &said.candidates {
+            let rank = |c: &Candidate| (c.terminating, c.address);
+            let known = endpoints.entry(&candidate.id).or_insert(candidate);
+            if rank(candidate) < rank(known) {
+                *known = candidate;
+            }
+        }
+    }
+    let last_resort = endpoints.values().all(|candidate| candidate.terminating);
+    let mut wanted: Vec<_> = endpoints
+        .into_values()
+        .filter(|candidate| last_resort || !candidate.terminating)
+        .map(|c| Wanted { name: c.name.clone(), address: c.address, near: c.near })
+        .collect();
+    wanted.sort_unstable_by(|a, b| (&a.name, a.address).cmp(&(&b.name, b.address)));
+    (wanted, trouble.cloned())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn rules() -> Rules {
+        Rules { port: None, locality: Locality::Off, node: None, zone: None }
+    }
+
+    fn named(port: &str) -> Rules {
+        Rules { port: Some(port.parse().unwrap()), ..rules() }
+    }
+
+    fn slice_of(family: &str, ports: Value, endpoints: Value) -> EndpointSlice {
+        serde_json::from_value(json!({
+            "metadata": {"name": "s"}, "addressType": family, "ports": ports,
+            "endpoints": endpoints,
+        }))
+        .unwrap()
+    }
+
+    fn endpoint(ip: &str, pod: &str, conditions: Value) -> Value {
+        let target = json!({"kind": "Pod", "name": pod, "uid": format!("uid-{pod}")});
+        json!({"addresses": [ip], "targetRef": target, "conditions": conditions})
+    }
+
+    fn one_port() -> Value {
+        json!([{"name": "chronos", "port": 8080, "protocol": "TCP"}])
+    }
+
+    /// Name and address of each endpoint.
+    fn found(slices: &[EndpointSlice], rules: &Rules) -> Vec<String> {
+        let said: Vec<_> = slices.iter().map(|s| slice(s, rules)).collect();
+        let (wanted, _) = union(said.iter());
+        wanted.iter().map(|w| format!("{} {}", w.name, w.address)).collect()
+    }
+
+    #[test]
+    fn conditions_say_who_serves_and_nothing_said_means_yes() {
+        let endpoints = json!([
+            endpoint("10.0.0.1", "said-nothing", json!({})),
+            endpoint("10.0.0.2", "serves", json!({"ready": true, "serving": true})),
+            // As with publishNotReadyAddresses.
+            endpoint("10.0.0.3", "published-only", json!({"ready": true, "serving": false})),
+            endpoint("10.0.0.4", "of-old", json!({"ready": false})),
+            endpoint(
+                "10.0.0.5",
+                "goes",
+                json!({"ready": true, "serving": true, "terminating": true})
+            ),
+        ]);
+        let slices = [slice_of("IPv4", one_port(), endpoints)];
+        assert_eq!(
+            found(&slices, &rules()),
+            ["said-nothing 10.0.0.1:8080", "serves 10.0.0.2:8080"]
+        );
+    }
+
+    #[test]
+    fn endpoints_that_go_are_better_than_none() {
+        let goes = |serving: bool| json!({"serving": serving, "terminating": true});
+        let endpoints =
+            json!([endpoint("10.0.0.1", "a", goes(true)), endpoint("10.0.0.2", "b", goes(false)),]);
+        let slices = [slice_of("IPv4", one_port(), endpoints)];
+        assert_eq!(found(&slices, &rules()), ["a 10.0.0.1:8080"]);
+    }
+
+    #[test]
+    fn slices_are_one_set_in_a_stable_order_whatever_their_own() {
+        let a = slice_of(
+            "IPv4",
+            one_port(),
+            json!([endpoint("10.0.0.2", "b", json!({})), endpoint("10.0.0.1", "a", json!({}))]),
+        );
+        let b = slice_of("IPv4", one_port(), json!([endpoint("10.0.0.3", "c", json!({}))]));
+        let all = ["a 10.0.0.1:8080", "b 10.0.0.2:8080", "c 10.0.0.3:8080"];
+        assert_eq!(found(&[a.clone(), b.clone()], &rules()), all);
+        assert_eq!(found(&[b, a], &rules()), all);
+    }
+
+    #[test]
+    fn an_endpoint_in_two_slices_counts_once_and_the_one_that_stays_wins() {
+        let goes = json!({"terminating": true});
+        let old = slice_of("IPv4", one_port(), json!([endpoint("10.0.0.1", "a", goes)]));
+        let new = slice_of("IPv4", one_port(), json!([endpoint("10.0.0.1", "a", json!({}))]));
+        for slices in [[old.clone(), new.clone()], [new, old]] {
+            assert_eq!(found(&slices, &rules()), ["a 10.0.0.1:8080"]);
+        }
+    }
+
+    #[test]
+    fn a_pod_with_two_families_is_one_endpoint_and_names_are_passed_over() {
+        let four = slice_of("IPv4", one_port(), json!([endpoint("10.0.0.1", "a", json!({}))]));
+        let six = slice_of(
+            "IPv6",
+            one_port(),
+            json!([endpoint("fd00::1", "a", json!({})), endpoint("fd00::2", "b", json!({}))]),
+        );
+        let name = slice_of("FQDN", one_port(), json!([endpoint("db.example", "c", json!({}))]));
+        assert_eq!(found(&[six, four, name], &rules()), ["a 10.0.0.1:8080", "b [fd00::2]:8080"]);
+    }
+
+    #[test]
+    fn ports_are_chosen_by_name_in_each_slice_or_by_number_or_as_the_only_one() {
+        let both = |client, peer| {
+            json!([{"name": "client", "port": client}, {"name": "peer", "port": peer},
+                   {"name": "client", "port": 53, "protocol": "UDP"}])
+        };
+        let a = slice_of("IPv4", both(8080, 7000), json!([endpoint("10.0.0.1", "a", json!({}))]));
+        let b = slice_of("IPv4", both(9090, 7000), json!([endpoint("10.0.0.2", "b", json!({}))]));
+        let slices = [a, b];
+        assert_eq!(found(&slices, &named("client")), ["a 10.0.0.1:8080", "b 10.0.0.2:9090"]);
+        assert_eq!(found(&slices, &named("1234")), ["a 10.0.0.1:1234", "b 10.0.0.2:1234"]);
+        for (rules, part) in [(named("sql"), "\"sql\""), (rules(), "AEGIS_KUBE_PORT")] {
+            let said = slice(&slices[0], &rules);
+            let (wanted, trouble) = union([&said].into_iter());
+            assert_eq!(wanted.len(), 0);
+            let trouble = trouble.unwrap();
+            assert!(trouble.contains(part) && trouble.contains("8080 (\"client\")"), "{trouble}");
+        }
+    }
+
+    #[test]
+    fn near_is_what_hints_say_or_else_where_the_endpoint_is() {
+        let mut here = endpoint("10.0.0.1", "here", json!({}));
+        (here["nodeName"], here["zone"]) = (json!("n1"), json!("z1"));
+        let mut there = endpoint("10.0.0.2", "there", json!({}));
+        (there["nodeName"], there["zone"]) = (json!("n2"), json!("z2"));
+        let mut hinted = there.clone();
+        hinted["targetRef"] = json!({"name": "hinted", "uid": "h"});
+        hinted["addresses"] = json!(["10.0.0.3"]);
+        hinted["hints"] = json!({"forZones": [{"name": "z1"}], "forNodes": [{"name": "n1"}]});
+        let slice_ = slice_of("IPv4", one_port(), json!([here, there, hinted]));
+        for (locality, own, near) in [
+            (Locality::Zone, true, &["here", "hinted"][..]),
+            (Locality::Node, true, &["here", "hinted"]),
+            (Locality::Zone, false, &[]),
+            (Locality::Off, true, &[]),
+        ] {
+            let own = |name: &str| own.then(|| name.to_owned());
+            let rules = Rules { port: None, locality, node: own("n1"), zone: own("z1") };
+            let (wanted, _) = union([&slice(&slice_, &rules)].into_iter());
+            let found: Vec<_> = wanted.iter().filter(|w| w.near).map(|w| &w.name[..]).collect();
+            assert_eq!(found, near, "{locality:?}");
+        }
+    }
+
+    #[test]
+    fn pods_serve_while_they_run_and_are_ready() {
+        let pod_of = |name: &str, phase: &str, ready: &str, deleted: bool| -> Pod {
+            let deleted = deleted.then_some("2026-01-01T00:00:00Z");
+            serde_json::from_value(json!({
+                "metadata": {"name": name, "uid": name, "deletionTimestamp": deleted},
+                "spec": {"containers": [{"name": "c", "ports": [
+                    {"name": "chronos", "containerPort": 8080}, {"name": "m", "containerPort": 9}]}]},
+                "status": {"phase": phase, "podIP": "10.0.0.1",
+                           "conditions": [{"type": "Ready", "status": ready}]},
+            }))
+            .unwrap()
+        };
+        for (phase, ready, deleted, expected) in [
+            ("Running", "True", false, true),
+            ("Running", "False", false, false),
+            ("Pending", "True", false, false),
+            ("Running", "True", true, false),
+        ] {
+            let other = pod(&pod_of("other", "Running", "True", false), &named("chronos"));
+            let said = pod(&pod_of("a", phase, ready, deleted), &named("chronos"));
+            let (wanted, _) = union([&other, &said].into_iter());
+            assert_eq!(wanted.iter().any(|w| w.name == "a"), expected, "{phase} {ready} {deleted}");
+            assert!(wanted.iter().all(|w| w.address.port() == 8080));
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! How discovery fares: written by the source, shown by metrics and probes.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::telemetry::Label;
+
+/// What went wrong between discovery and its source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ErrorKind {
+    /// No connection, no answer in time, or no trust in the certificate.
+    Unreachable,
+    /// The credentials were not accepted: 401.
+    Unauthorized,
+    /// The credentials do not allow it: 403.
+    Forbidden,
+    /// The watch fell too far behind and starts over: 410.
+    Expired,
+    /// The source asks for patience: 429.
+    Throttled,
+    /// Any other error that the source reported.
+    Refused,
+    /// The answer made no sense.
+    Malformed,
+    /// The credentials or the address of the source cannot be found.
+    Configuration,
+    /// A name does not resolve.
+    Lookup,
+}
+
+impl Label for ErrorKind {
+    const ALL: &'static [Self] = &[
+        Self::Unreachable,
+        Self::Unauthorized,
+        Self::Forbidden,
+        Self::Expired,
+        Self::Throttled,
+        Self::Refused,
+        Self::Malformed,
+        Self::Configuration,
+        Self::Lookup,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Unreachable => "unreachable",
+            Self::Unauthorized => "unauthorized",
+            Self::Forbidden => "forbidden",
+            Self::Expired => "expired",
+            Self::Throttled => "throttled",
+            Self::Refused => "refused",
+            Self::Malformed => "malformed",
+            Self::Configuration => "configuration",
+            Self::Lookup => "lookup",
+        }
+    }
+}
+
+/// The state of discovery.
+#[derive(Debug, Default)]
+pub struct Status {
+    errors: [AtomicU64; ErrorKind::ALL.len()],
+    /// Milliseconds since the Unix epoch; 0 before the first.
+    last_sync_ms: AtomicU64,
+    trouble: Mutex<Option<String>>,
+}
+
+impl Status {
+    /// The source has answered: what is known is what it knows now.
+    pub fn on_sync(&self) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.last_sync_ms.store(now.as_millis() as u64, Relaxed);
+    }
+
+    /// Something went wrong. It is the reason shown until [`Status::clear_trouble`].
+    pub fn on_error(&self, kind: ErrorKind, what: String) {
+        self.errors[kind as usize].fetch_add(1, Relaxed);
+        self.set_trouble(what);
+    }
+
+    /// There is a reason why endpoints may be missing.
+    pub fn set_trouble(&self, what: String) {
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(what);
+    }
+
+    /// All is well again.
+    pub fn clear_trouble(&self) {
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Why endpoints may be missing.
+    pub fn trouble(&self) -> Option<String> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Errors so far.
+    pub fn errors(&self, kind: ErrorKind) -> u64 {
+        self.errors[kind as usize].load(Relaxed)
+    }
+
+    /// When the source answered last, in seconds since the Unix epoch; 0 before the first time.
+    pub fn last_sync_seconds(&self) -> f64 {
+        self.last_sync_ms.load(Relaxed) as f64 / 1000.0
+    }
+}

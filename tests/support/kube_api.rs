@@ -1,0 +1,265 @@
+//! A Kubernetes API over TLS with bearer tokens: etcd and kube-apiserver where
+//! `KUBEBUILDER_ASSETS` names the folder that holds them, else the stand-in of [`stand_in`].
+//!
+//! The proxy reaches it through a [`Gate`], which cuts, refuses or falls silent on demand.
+
+mod gate;
+mod real;
+mod stand_in;
+mod tls;
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::path::PathBuf;
+use std::sync::Once;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::say;
+pub use gate::Gate;
+pub use stand_in::Faults;
+use tls::Authority;
+
+/// The namespace of all objects.
+pub const NAMESPACE: &str = "db";
+const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/db/endpointslices";
+const PODS: &str = "/api/v1/namespaces/db/pods";
+const ADMIN_TOKEN: &str = "admin-token";
+
+/// The credentials that the proxy has at first.
+pub const PROXY_TOKEN: &str = "proxy-token";
+
+enum Server {
+    Real(real::ApiServer),
+    StandIn(stand_in::StandIn),
+}
+
+/// An API, the way to it, and a kubeconfig that names both.
+pub struct KubeApi {
+    server: Server,
+    pub gate: Gate,
+    authority: Authority,
+    folder: TempDir,
+}
+
+impl KubeApi {
+    /// Starts an API in which the proxy may watch.
+    pub fn start() -> Self {
+        let authority = Authority::new();
+        let assets = std::env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from);
+        let server =
+            match assets {
+                Some(assets) => Server::Real(real::ApiServer::start(&assets, &authority)),
+                None => {
+                    static ONCE: Once = Once::new();
+                    ONCE.call_once(|| {
+                    say("SKIPPED: kubernetes on a real API server: KUBEBUILDER_ASSETS is not set; \
+                         only the stand-in ran");
+                });
+                    Server::StandIn(stand_in::StandIn::start(&authority))
+                }
+            };
+        let address = match &server {
+            Server::Real(server) => server.address(),
+            Server::StandIn(server) => server.address(),
+        };
+        let gate = Gate::to(address);
+        let folder = TempDir::new().unwrap();
+        let api = Self { server, gate, authority, folder };
+        api.write_token(PROXY_TOKEN);
+        let kubeconfig = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "test",
+            "clusters": [{"name": "test", "cluster": {
+                "server": format!("https://{}", api.gate.address()),
+                "certificate-authority-data": api.authority.base64(),
+            }}],
+            "users": [{"name": "proxy", "user": {"tokenFile": api.token_file()}}],
+            "contexts": [{"name": "test", "context":
+                {"cluster": "test", "user": "proxy", "namespace": NAMESPACE}}],
+        });
+        fs::write(api.kubeconfig(), kubeconfig.to_string()).unwrap();
+        if let Server::Real(_) = api.server {
+            api.create("/api/v1/namespaces", &json!({"metadata": {"name": NAMESPACE}}));
+        }
+        api.grant();
+        api
+    }
+
+    /// Where the proxy's credentials are.
+    pub fn kubeconfig(&self) -> String {
+        self.folder.path().join("kubeconfig").to_str().unwrap().to_owned()
+    }
+
+    fn token_file(&self) -> String {
+        self.folder.path().join("token").to_str().unwrap().to_owned()
+    }
+
+    pub fn write_token(&self, token: &str) {
+        fs::write(self.token_file(), token).unwrap();
+    }
+
+    /// The faults that only the stand-in can have.
+    pub fn faults(&self) -> Option<&Faults> {
+        match &self.server {
+            Server::Real(_) => None,
+            Server::StandIn(server) => Some(server.faults()),
+        }
+    }
+
+    /// Allows the proxy to read, as the README says.
+    pub fn grant(&self) {
+        match &self.server {
+            Server::StandIn(server) => server.faults().set_forbidden(false),
+            Server::Real(_) => {
+                let rbac = "/apis/rbac.authorization.k8s.io/v1/namespaces/db";
+                let verbs = ["get", "list", "watch"];
+                self.create(&format!("{rbac}/roles"), &json!({
+                    "metadata": {"name": "aegis"},
+                    "rules": [
+                        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": verbs},
+                        {"apiGroups": [""], "resources": ["pods"], "verbs": verbs},
+                    ],
+                }));
+                self.create(&format!("{rbac}/rolebindings"), &json!({
+                    "metadata": {"name": "aegis"},
+                    "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "aegis"},
+                    "subjects": [{"kind": "User", "name": "proxy"}],
+                }));
+            }
+        }
+    }
+
+    /// Takes that away again.
+    pub fn revoke(&self) {
+        match &self.server {
+            Server::StandIn(server) => server.faults().set_forbidden(true),
+            Server::Real(_) => {
+                let rbac = "/apis/rbac.authorization.k8s.io/v1/namespaces/db";
+                self.request("DELETE", &format!("{rbac}/rolebindings/aegis"), None);
+                self.request("DELETE", &format!("{rbac}/roles/aegis"), None);
+            }
+        }
+    }
+
+    /// Makes a slice say this: creates or replaces it.
+    pub fn slice(&self, name: &str, slice: &Slice) {
+        let object = slice.object(name);
+        let path = format!("{SLICES}/{name}");
+        if self.request("PUT", &path, Some(&object)).0 == 404 {
+            self.create(SLICES, &object);
+        }
+    }
+
+    pub fn delete_slice(&self, name: &str) {
+        let (status, body) = self.request("DELETE", &format!("{SLICES}/{name}"), None);
+        assert_eq!(status, 200, "{body}");
+    }
+
+    /// A running, ready pod.
+    pub fn pod(&self, name: &str, labels: &Value, address: SocketAddr) {
+        let (created, ready) = pod(name, labels, address);
+        self.create(PODS, &created);
+        let (status, body) = self.request("GET", &format!("{PODS}/{name}"), None);
+        assert_eq!(status, 200, "{body}");
+        let mut stored: Value = serde_json::from_str(&body).unwrap();
+        stored["status"] = ready;
+        let (status, body) = self.request("PUT", &format!("{PODS}/{name}/status"), Some(&stored));
+        assert_eq!(status, 200, "{body}");
+    }
+
+    pub fn delete_pod(&self, name: &str) {
+        let path = format!("{PODS}/{name}?gracePeriodSeconds=0");
+        let (status, body) = self.request("DELETE", &path, None);
+        assert_eq!(status, 200, "{body}");
+    }
+
+    fn create(&self, path: &str, object: &Value) {
+        let (status, body) = self.request("POST", path, Some(object));
+        assert!(status == 201 || status == 409, "POST {path}: {status} {body}");
+    }
+
+    fn request(&self, method: &str, path: &str, body: Option<&Value>) -> (u16, String) {
+        let address = match &self.server {
+            Server::Real(server) => server.address(),
+            Server::StandIn(server) => server.address(),
+        };
+        self.authority.request(address, ADMIN_TOKEN, method, path, body)
+    }
+}
+
+fn pod(name: &str, labels: &Value, address: SocketAddr) -> (Value, Value) {
+    let port = json!({"name": "chronos", "containerPort": address.port()});
+    let created = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": name, "namespace": NAMESPACE, "labels": labels},
+        "spec": {
+            "nodeName": "node-1",
+            "containers": [{"name": "c", "image": "chronos", "ports": [port]}],
+        },
+    });
+    let ip = address.ip().to_string();
+    let ready = json!({
+        "phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}],
+        "conditions": [{"type": "Ready", "status": "True"}],
+    });
+    (created, ready)
+}
+
+/// What a slice says: one port, and who is behind it.
+#[derive(Clone)]
+pub struct Slice {
+    service: &'static str,
+    port: u16,
+    endpoints: Vec<Value>,
+}
+
+impl Slice {
+    pub fn of(port: u16) -> Self {
+        Self { service: "chronos", port, endpoints: Vec::new() }
+    }
+
+    pub fn with(self, pod: &str, ip: IpAddr) -> Self {
+        self.with_conditions(pod, ip, json!({"ready": true, "serving": true, "terminating": false}))
+    }
+
+    pub fn terminating(self, pod: &str, ip: IpAddr) -> Self {
+        self.with_conditions(pod, ip, json!({"ready": false, "serving": true, "terminating": true}))
+    }
+
+    fn with_conditions(mut self, pod: &str, ip: IpAddr, conditions: Value) -> Self {
+        self.endpoints.push(json!({
+            "addresses": [ip.to_string()], "conditions": conditions,
+            "targetRef": {"kind": "Pod", "name": pod, "namespace": NAMESPACE, "uid": format!("uid-{pod}")},
+        }));
+        self
+    }
+
+    /// Where the endpoint added last is.
+    pub fn at(mut self, node: &str, zone: &str) -> Self {
+        let last = self.endpoints.last_mut().unwrap();
+        (last["nodeName"], last["zone"]) = (json!(node), json!(zone));
+        self
+    }
+
+    fn object(&self, name: &str) -> Value {
+        json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+            "metadata": {"name": name, "namespace": NAMESPACE,
+                         "labels": {"kubernetes.io/service-name": self.service}},
+            "addressType": "IPv4",
+            "ports": [{"name": "chronos", "port": self.port, "protocol": "TCP"}],
+            "endpoints": self.endpoints,
+        })
+    }
+}
+
+/// An address of this host that an API server takes for an endpoint's: not of the loopback.
+pub fn host_ip() -> IpAddr {
+    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    // Nothing is sent: it only asks the routing table for the source address.
+    match socket.connect("192.0.2.1:9") {
+        Ok(()) => socket.local_addr().unwrap().ip(),
+        Err(_) => [127, 0, 0, 2].into(),
+    }
+}

@@ -1,0 +1,118 @@
+//! etcd and kube-apiserver as child processes, bound to the loopback interface.
+
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use super::tls::Authority;
+use super::{ADMIN_TOKEN, PROXY_TOKEN};
+use crate::support::eventually;
+
+/// An API server takes its time on a busy machine.
+const START_MAX: Duration = Duration::from_secs(120);
+
+pub struct ApiServer {
+    address: SocketAddr,
+    children: Vec<Child>,
+    _folder: TempDir,
+}
+
+impl ApiServer {
+    pub fn start(assets: &Path, authority: &Authority) -> Self {
+        let folder = TempDir::new().unwrap();
+        let file = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            fs::write(&path, text).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        let certificate = file("server.pem", &authority.server_pem);
+        let key = file("server.key", &authority.key_pem);
+        let tokens = format!(
+            "{ADMIN_TOKEN},admin,admin,system:masters\n{PROXY_TOKEN},proxy,proxy\n\
+             proxy-token-2,proxy,proxy\n"
+        );
+        let tokens = file("tokens.csv", &tokens);
+        let [etcd, peer, address] = free_ports();
+        let logs = folder.path().to_owned();
+        let run = |program: &str, arguments: &[String]| {
+            let log = fs::File::create(logs.join(format!("{program}.log"))).unwrap();
+            Command::new(assets.join(program))
+                .args(arguments)
+                .stdin(Stdio::null())
+                .stdout(log.try_clone().unwrap())
+                .stderr(log)
+                .spawn()
+                .unwrap_or_else(|error| panic!("{program} of KUBEBUILDER_ASSETS: {error}"))
+        };
+        let data = folder.path().join("etcd");
+        let etcd_url = format!("http://{etcd}");
+        let mut server = Self { address, children: Vec::new(), _folder: folder };
+        let peer_url = format!("http://{peer}");
+        server.children.push(run_in(
+            &run,
+            "etcd",
+            &[
+                ("data-dir", data.to_str().unwrap()),
+                ("listen-client-urls", &etcd_url),
+                ("advertise-client-urls", &etcd_url),
+                ("listen-peer-urls", &peer_url),
+                ("initial-advertise-peer-urls", &peer_url),
+                ("initial-cluster", &format!("default={peer_url}")),
+                ("unsafe-no-fsync", "true"),
+            ],
+        ));
+        server.children.push(run_in(
+            &run,
+            "kube-apiserver",
+            &[
+                ("etcd-servers", &etcd_url),
+                ("bind-address", "127.0.0.1"),
+                ("advertise-address", "127.0.0.1"),
+                ("secure-port", &address.port().to_string()),
+                ("tls-cert-file", &certificate),
+                ("tls-private-key-file", &key),
+                ("token-auth-file", &tokens),
+                ("authorization-mode", "RBAC"),
+                ("service-account-issuer", "https://127.0.0.1"),
+                ("service-account-key-file", &key),
+                ("service-account-signing-key-file", &key),
+                ("service-cluster-ip-range", "10.96.0.0/16"),
+                ("endpoint-reconciler-type", "none"),
+                ("disable-admission-plugins", "ServiceAccount"),
+            ],
+        ));
+        eventually("the API server is ready", START_MAX, || {
+            let ready = authority.try_request(address, ADMIN_TOKEN, "GET", "/readyz", None);
+            (ready.ok()?.0 == 200).then_some(())
+        });
+        server
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+fn run_in(run: &dyn Fn(&str, &[String]) -> Child, program: &str, flags: &[(&str, &str)]) -> Child {
+    let flags: Vec<_> = flags.iter().map(|(name, value)| format!("--{name}={value}")).collect();
+    run(program, &flags)
+}
+
+/// Ports that nobody has. They are bound together, so that they differ.
+fn free_ports() -> [SocketAddr; 3] {
+    let bound = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    bound.map(|listener| listener.local_addr().unwrap())
+}
+
+impl Drop for ApiServer {
+    fn drop(&mut self) {
+        for child in self.children.iter_mut().rev() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
