@@ -1,13 +1,18 @@
 //! Endpoints found through a Kubernetes API.
 
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::backend::Backend;
-use crate::support::client::{ask, ask_once, connect};
+use crate::support::client::{ask, ask_once, connect, wait_closed};
 use crate::support::kube_api::{KubeApi, NAMESPACE, Slice, host_ip};
-use crate::support::metrics::{DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS};
+use crate::support::metrics::{
+    APPLIED_GENERATION, DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, ENDPOINT_SESSIONS, SESSIONS_ACTIVE,
+    SESSIONS_CLOSED, SPILLOVERS,
+};
 use crate::support::proxy::{Builder, Proxy};
-use crate::support::{Io, PATIENCE, eventually, measured, on_both_drivers};
+use crate::support::{Io, PATIENCE, SetOnDrop, eventually, heavy, measured, on_both_drivers, skip};
 
 on_both_drivers![
     a_service_is_followed_from_one_endpoint_to_five_to_none_to_three,
@@ -16,6 +21,13 @@ on_both_drivers![
     an_api_that_is_gone_at_the_start_is_waited_for,
     a_missing_role_is_told_and_its_grant_is_noticed,
     a_connection_gone_silent_is_given_up,
+    errors_of_the_api_are_counted_and_outlived,
+    a_rotated_token_is_read_again,
+    an_endpoint_that_goes_is_drained_within_its_time,
+    a_rolling_replacement_fails_no_session,
+    near_endpoints_are_preferred_until_they_are_gone,
+    a_change_reaches_every_worker_within_milliseconds,
+    a_thousand_endpoints_that_change_all_the_time_harm_nobody,
 ];
 
 fn on(io: Io, api: &KubeApi) -> Builder {
@@ -81,10 +93,10 @@ fn a_service_is_followed_from_one_endpoint_to_five_to_none_to_three(io: Io) {
     assert_eq!(ask(&held, "who"), by, "a live session stays");
 
     // A session that comes now waits for the first endpoint.
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         let waiting = scope.spawn(|| ask_once(proxy.address(), "who"));
         eventually("it waits", PATIENCE, || {
-            (proxy.metric(crate::support::metrics::SESSIONS_ACTIVE, &[]) == 2).then_some(())
+            (proxy.metric(SESSIONS_ACTIVE, &[]) == 2).then_some(())
         });
         for (name, server) in names.iter().zip(&servers).take(3) {
             announce(&api, name, server);
@@ -194,4 +206,234 @@ fn a_connection_gone_silent_is_given_up(io: Io) {
     wait_for_endpoints(&proxy, 2);
     measured(&format!("a silent connection was replaced after {:?}", silent.elapsed()));
     assert_eq!(who(&proxy), ["a", "b"]);
+}
+
+/// On the stand-in alone: no real server answers so on demand.
+fn errors_of_the_api_are_counted_and_outlived(io: Io) {
+    let api = KubeApi::start();
+    let Some(faults) = api.faults() else {
+        return skip("a real API server gives no 410, 429 or 500 on demand");
+    };
+    let servers = backends(&["a", "b", "c"]);
+    announce(&api, "a", &servers[0]);
+    faults.forget_streaming_lists();
+    let proxy = on(io, &api).start();
+    wait_for_endpoints(&proxy, 1);
+    for (status, kind) in [(429, "throttled"), (500, "refused")] {
+        faults.answer(Some(status));
+        proxy.wait_for(DISCOVERY_ERRORS, &[("kind", kind)], |errors| errors >= 1);
+        assert_eq!(who(&proxy), ["a"]);
+        faults.answer(None);
+    }
+    announce(&api, "b", &servers[1]);
+    wait_for_endpoints(&proxy, 2);
+
+    api.gate.close();
+    proxy.wait_for(DISCOVERY_ERRORS, &[("kind", "unreachable")], |errors| errors >= 1);
+    announce(&api, "c", &servers[2]);
+    faults.compact();
+    api.gate.open();
+    proxy.wait_for(DISCOVERY_ERRORS, &[("kind", "expired")], |errors| errors >= 1);
+    wait_for_endpoints(&proxy, 3);
+    assert_eq!(who(&proxy), ["a", "b", "c"]);
+}
+
+fn a_rotated_token_is_read_again(io: Io) {
+    let api = KubeApi::start();
+    let servers = backends(&["a", "b"]);
+    announce(&api, "a", &servers[0]);
+    let proxy = on(io, &api).start();
+    wait_for_endpoints(&proxy, 1);
+    api.write_token("proxy-token-2");
+    match api.faults() {
+        // The old one is refused at once: the client must not wait until it reads the file again.
+        Some(faults) => faults.accept_only("proxy-token-2"),
+        None => api.gate.cut(),
+    }
+    announce(&api, "b", &servers[1]);
+    wait_for_endpoints(&proxy, 2);
+    assert_eq!(who(&proxy), ["a", "b"]);
+}
+
+fn an_endpoint_that_goes_is_drained_within_its_time(io: Io) {
+    let api = KubeApi::start();
+    let servers = backends(&["a", "b"]);
+    announce(&api, "a", &servers[0]);
+    let proxy = on(io, &api).set("AEGIS_BACKEND_DRAIN", "1s").start();
+    wait_for_endpoints(&proxy, 1);
+    let held = connect(proxy.address());
+    assert_eq!(ask(&held, "who"), "a");
+    announce(&api, "b", &servers[1]);
+    wait_for_endpoints(&proxy, 2);
+    let a = servers[0].address();
+    api.slice("a", &Slice::of(a.port()).terminating("pod-a", a.ip()));
+    let goes = Instant::now();
+    wait_for_endpoints(&proxy, 1);
+    assert_eq!(who(&proxy), ["b"], "no new session");
+    assert_eq!(ask(&held, "who"), "a", "the live one has its time");
+    wait_closed(&held).unwrap();
+    let took = goes.elapsed();
+    assert!(took >= Duration::from_secs(1), "ended after {took:?} already");
+    assert!(proxy.metric(SESSIONS_CLOSED, &[("reason", "endpoint_removed")]) == 1);
+}
+
+fn a_rolling_replacement_fails_no_session(io: Io) {
+    let api = KubeApi::start();
+    let mut old = backends(&["a", "b", "c"]);
+    let names = ["a", "b", "c"];
+    for (name, server) in names.iter().zip(&old) {
+        announce(&api, name, server);
+    }
+    let proxy = on(io, &api).set("AEGIS_SLOW_START", "500ms").start();
+    wait_for_endpoints(&proxy, 3);
+    let (stop, served) = (AtomicBool::new(false), AtomicU64::new(0));
+    let mut new = Vec::new();
+    thread::scope(|scope| {
+        let _stop = SetOnDrop(&stop);
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !stop.load(Relaxed) {
+                    ask_once(proxy.address(), "who").expect("no session fails");
+                    served.fetch_add(1, Relaxed);
+                }
+            });
+        }
+        for (name, mut server) in names.iter().zip(old.drain(..)) {
+            let next = Backend::named_at("new", host_ip());
+            let address = next.address();
+            api.slice(
+                &format!("{name}-new"),
+                &Slice::of(address.port()).with(&format!("pod-{name}-new"), address.ip()),
+            );
+            wait_for_endpoints(&proxy, 4);
+            api.delete_slice(name);
+            wait_for_endpoints(&proxy, 3);
+            // Sessions that were on it end first, as a pod's grace period lets them.
+            let label = format!("pod-{name}");
+            proxy.wait_for_absence(ENDPOINT_SESSIONS, &[("endpoint", &label)]);
+            eventually("its sessions have ended", PATIENCE, || (server.open() == 0).then_some(()));
+            server.kill();
+            new.push(next);
+        }
+    });
+    assert_eq!(who(&proxy), ["new"]);
+    measured(&format!("{} sessions served, none failed", served.load(Relaxed)));
+}
+
+fn near_endpoints_are_preferred_until_they_are_gone(io: Io) {
+    let api = KubeApi::start();
+    let servers = backends(&["near", "far"]);
+    let place = |name: &str, server: &Backend, zone: &str| {
+        let address = server.address();
+        let slice = Slice::of(address.port()).with(name, address.ip()).at("node", zone);
+        api.slice(name, &slice);
+    };
+    place("near", &servers[0], "z1");
+    place("far", &servers[1], "z2");
+    let proxy = on(io, &api).set("AEGIS_LOCALITY", "zone").set("AEGIS_ZONE", "z1").start();
+    wait_for_endpoints(&proxy, 2);
+    assert_eq!(who(&proxy), ["near"]);
+    assert_eq!(proxy.metric(SPILLOVERS, &[]), 0);
+    // Too loaded: a session more than the far one would be far behind.
+    let held: Vec<_> = (0..60).map(|_| connect(proxy.address())).collect();
+    let by: Vec<_> = held.iter().map(|client| ask(client, "who")).collect();
+    assert!(by.iter().any(|who| who == "far"), "all on the near one");
+    assert!(proxy.metric(SPILLOVERS, &[("reason", "loaded")]) > 0);
+    drop(held);
+    api.delete_slice("near");
+    wait_for_endpoints(&proxy, 1);
+    assert_eq!(who(&proxy), ["far"]);
+    assert!(proxy.metric(SPILLOVERS, &[("reason", "few")]) >= 40);
+}
+
+fn a_change_reaches_every_worker_within_milliseconds(io: Io) {
+    let _alone = heavy();
+    let api = KubeApi::start();
+    let servers = backends(&["a", "b"]);
+    announce(&api, "a", &servers[0]);
+    let proxy = on(io, &api).without_pool().start();
+    wait_for_endpoints(&proxy, 1);
+    let mut took = Vec::new();
+    for round in 0..100u64 {
+        let before = proxy.metric(APPLIED_GENERATION, &[]);
+        let begun = Instant::now();
+        if round % 2 == 0 {
+            announce(&api, "b", &servers[1]);
+        } else {
+            api.delete_slice("b");
+        }
+        let workers = 2;
+        while proxy.metric(APPLIED_GENERATION, &[]) < before + workers {
+            assert!(begun.elapsed() < PATIENCE, "a change does not arrive");
+        }
+        took.push(begun.elapsed());
+    }
+    took.sort_unstable();
+    // The write to the API with its TLS handshake and the scrapes are part of it.
+    measured(&format!(
+        "from the start of the API's change to every worker, seen by scraping: p50 {:?}, p99 {:?}",
+        took[50], took[98]
+    ));
+    assert!(took[50] < Duration::from_secs(1), "{took:?}");
+}
+
+fn a_thousand_endpoints_that_change_all_the_time_harm_nobody(io: Io) {
+    const SLICES: u16 = 12;
+    const CHANGES: u32 = 250;
+    let _alone = heavy();
+    let api = KubeApi::start();
+    if api.faults().is_none() {
+        return skip("a real API server takes no thousand addresses of one host");
+    }
+    let server = Backend::named_at("a", [0, 0, 0, 0].into());
+    let port = server.address().port();
+    let slice = |number: u16, left_out: u16| {
+        let members = (0..84u16).filter(|member| *member != left_out);
+        members.fold(Slice::of(port), |slice, member| {
+            let ip = [127, 1, number as u8, member as u8 + 1].into();
+            slice.with(&format!("pod-{number}-{member}"), ip)
+        })
+    };
+    for number in 0..SLICES {
+        api.slice(&format!("s{number}"), &slice(number, u16::MAX));
+    }
+    let proxy = on(io, &api).without_pool().start();
+    wait_for_endpoints(&proxy, 1008);
+    let mut latencies = Vec::new();
+    let stop = AtomicBool::new(false);
+    let cpu = |proxy: &Proxy| proxy.thread_cpu("aegis-proxy");
+    let (before, begun) = (cpu(&proxy), Instant::now());
+    thread::scope(|scope| {
+        let _stop = SetOnDrop(&stop);
+        let (proxy, stop) = (&proxy, &stop);
+        let client = scope.spawn(move || {
+            let client = connect(proxy.address());
+            let mut took = Vec::new();
+            while !stop.load(Relaxed) {
+                let asked = Instant::now();
+                ask(&client, "who");
+                took.push(asked.elapsed());
+            }
+            took
+        });
+        for change in 0..CHANGES {
+            let number = change as u16 % SLICES;
+            api.slice(&format!("s{number}"), &slice(number, change as u16 % 84));
+            let due = begun + (change + 1) * Duration::from_millis(20);
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+        }
+        stop.store(true, Relaxed);
+        latencies = client.join().unwrap();
+    });
+    let (wall, used) = (begun.elapsed(), cpu(&proxy) - before);
+    latencies.sort_unstable();
+    let p99 = latencies[latencies.len() * 99 / 100];
+    measured(&format!(
+        "{CHANGES} changes in {wall:?} (debug build where tests are): control thread {:.0} % of a \
+         core, round trips p50 {:?}, p99 {p99:?}",
+        100.0 * used.as_secs_f64() / wall.as_secs_f64(),
+        latencies[latencies.len() / 2]
+    ));
+    wait_for_endpoints(&proxy, 1008 - u64::from(SLICES));
+    assert!(p99 < Duration::from_secs(1));
 }

@@ -98,6 +98,13 @@ impl Backend {
         self.accepted.load(Relaxed)
     }
 
+    /// Connections that are open now.
+    pub fn open(&self) -> usize {
+        let running = self.running.as_ref().unwrap();
+        let connections = running.connections.lock().unwrap();
+        connections.iter().filter(|connection| connection.strong_count() > 0).count()
+    }
+
     /// Listens again, at the same address.
     pub fn start(&mut self) {
         assert!(self.running.is_none());

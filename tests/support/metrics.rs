@@ -3,16 +3,20 @@
 use std::collections::BTreeMap;
 
 pub const ACCEPT_PAUSES: &str = "aegis_accept_pauses_total";
+pub const APPLIED_GENERATION: &str = "aegis_worker_applied_generation";
 pub const CONNECT_RETRIES: &str = "aegis_connect_retries_total";
 pub const DISCOVERY_ENDPOINTS: &str = "aegis_discovery_endpoints";
 pub const DISCOVERY_ERRORS: &str = "aegis_discovery_errors_total";
 pub const ENDPOINT_USABLE: &str = "aegis_endpoint_usable";
+pub const ENDPOINT_SESSIONS: &str = "aegis_endpoint_sessions_active";
 pub const IO_DRIVER: &str = "aegis_io_driver_info";
 pub const POOL_CHECKOUTS: &str = "aegis_pool_checkouts_total";
 pub const POOL_CONNECTIONS: &str = "aegis_pool_connections";
 pub const POOL_DISCARDS: &str = "aegis_pool_discards_total";
 pub const SESSIONS_ACTIVE: &str = "aegis_sessions_active";
 pub const SESSIONS_CLOSED: &str = "aegis_sessions_closed_total";
+
+pub const SPILLOVERS: &str = "aegis_locality_spillovers_total";
 
 /// Labels to select samples by.
 pub type Labels<'a> = &'a [(&'a str, &'a str)];

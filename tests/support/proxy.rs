@@ -265,6 +265,24 @@ impl Proxy {
         }
     }
 
+    /// Waits until the metric has no samples with these labels.
+    pub fn wait_for_absence(&self, name: &str, labels: Labels) {
+        eventually(&format!("no {name}{labels:?}"), PATIENCE, || {
+            self.metrics().sum(name, labels).is_none().then_some(())
+        });
+    }
+
+    /// The CPU time of the thread of this name.
+    pub fn thread_cpu(&self, name: &str) -> Duration {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        let named = tasks.map(|task| task.unwrap().path()).find(|task| {
+            fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim() == name)
+        });
+        let task = named.unwrap_or_else(|| panic!("no thread is called {name}"));
+        let text = fs::read_to_string(task.join("schedstat")).unwrap();
+        Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
+    }
+
     pub fn terminate(&self) {
         kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
     }
