@@ -78,7 +78,7 @@ impl ApiServer {
                 ("token-auth-file", &tokens),
                 ("authorization-mode", "RBAC"),
                 ("service-account-issuer", "https://127.0.0.1"),
-                ("service-account-key-file", &key),
+                ("service-account-key-file", &certificate),
                 ("service-account-signing-key-file", &key),
                 ("service-cluster-ip-range", "10.96.0.0/16"),
                 ("endpoint-reconciler-type", "none"),

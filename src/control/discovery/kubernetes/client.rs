@@ -28,6 +28,8 @@ pub async fn connect(watch: Duration, status: Arc<Status>) -> kube::Result<(Clie
     config.connect_timeout = Some(CONNECT_TIMEOUT);
     // A connection that says nothing, not even that the watch is over, is dead.
     config.read_timeout = Some(watch + SILENCE_MARGIN);
+    // The library would try 15 times in silence, with waits of up to a quarter of an hour.
+    config.default_retry = false;
     let namespace = config.default_namespace.clone();
     let noted = MapResponseLayer::new(move |response: http::Response<_>| {
         if response.status().is_success() {
