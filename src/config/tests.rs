@@ -78,7 +78,7 @@ fn random_text(name: &str, rng: &mut fastrand::Rng) -> String {
         "AEGIS_KEEPALIVE" => off_or(rng, 1000, 32_400_000),
         "AEGIS_TCP_USER_TIMEOUT" => off_or(rng, 100, 86_400_000),
         "AEGIS_PROXY_PROTOCOL" => word(rng, &["off", "v1", "v2"]),
-        "AEGIS_DRAIN_DELAY" => duration(rng, 0, 300_000),
+        "AEGIS_DRAIN_DELAY" | "AEGIS_ENDPOINT_WAIT" => duration(rng, 0, 300_000),
         "AEGIS_DRAIN_TIMEOUT" => duration(rng, 0, 3_600_000),
         "AEGIS_EJECT_FAILURES" => rng.u32(1..=1000).to_string(),
         "AEGIS_EJECT_TIME" => duration(rng, 10, 3_600_000),
@@ -93,7 +93,6 @@ fn random_text(name: &str, rng: &mut fastrand::Rng) -> String {
         "AEGIS_NODE_NAME" | "AEGIS_ZONE" => word(rng, &["none", "", "eu-1a"]),
         "AEGIS_BACKEND_DRAIN" => off_or(rng, 0, 86_400_000),
         "AEGIS_SLOW_START" => off_or(rng, 100, 600_000),
-        "AEGIS_ENDPOINT_WAIT" => duration(rng, 0, 300_000),
         _ => off_or(rng, 10, 2_592_000_000),
     }
 }

@@ -58,7 +58,7 @@ pub fn slice(slice: &EndpointSlice, rules: &Rules) -> Said {
     let port = match choose_port(rules.port.as_ref(), ports) {
         Ok(port) => port,
         Err(why) => {
-            let serving = slice.endpoints.iter().any(|endpoint| is_serving(endpoint));
+            let serving = slice.endpoints.iter().any(is_serving);
             return Said { candidates: Vec::new(), trouble: serving.then_some(why) };
         }
     };
