@@ -48,18 +48,16 @@ impl KubeApi {
     pub fn start() -> Self {
         let authority = Authority::new();
         let assets = std::env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from);
-        let server =
-            match assets {
-                Some(assets) => Server::Real(real::ApiServer::start(&assets, &authority)),
-                None => {
-                    static ONCE: Once = Once::new();
-                    ONCE.call_once(|| {
-                    say("SKIPPED: kubernetes on a real API server: KUBEBUILDER_ASSETS is not set; \
-                         only the stand-in ran");
-                });
-                    Server::StandIn(stand_in::StandIn::start(&authority))
-                }
-            };
+        let server = if let Some(assets) = assets {
+            Server::Real(real::ApiServer::start(&assets, &authority))
+        } else {
+            static ONCE: Once = Once::new();
+            ONCE.call_once(|| {
+                say("SKIPPED: kubernetes on a real API server: KUBEBUILDER_ASSETS is not set; \
+                     only the stand-in ran");
+            });
+            Server::StandIn(stand_in::StandIn::start(&authority))
+        };
         let address = match &server {
             Server::Real(server) => server.address(),
             Server::StandIn(server) => server.address(),
