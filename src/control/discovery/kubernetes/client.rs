@@ -121,7 +121,8 @@ fn api(status: &ApiStatus, verb: &str, resource: &str, namespace: &str) -> Troub
         kind,
         what,
         wait: Duration::from_secs(seconds.into()),
-        no_streaming: matches!(status.code, 400 | 422),
+        // 500 is what a server says whose etcd is too old for them.
+        no_streaming: matches!(status.code, 400 | 422 | 500),
     }
 }
 
