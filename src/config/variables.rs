@@ -57,7 +57,7 @@ variables! {
         "How often names among the backends are resolved again.";
     AEGIS_DISCOVERY discovery = "auto",
         "auto, static, dns or kubernetes",
-        "Where endpoints come from. auto: Kubernetes if a service or selector is named, else the backends.";
+        "Where endpoints come from. auto: Kubernetes if it is named, else backends.";
     AEGIS_KUBE_SERVICE kube_service = "none",
         "none, NAME or NAME.NAMESPACE",
         "The Kubernetes Service whose EndpointSlices name the endpoints.";
@@ -84,7 +84,7 @@ variables! {
         "The zone that this runs in, from the downward API.";
     AEGIS_BACKEND_DRAIN backend_drain = "off",
         "off, or a duration from 0s to 1d",
-        "Ends sessions on an endpoint this long after it has left the set. off: they end by themselves.";
+        "Ends sessions on an endpoint this long after it left. off: they end by themselves.";
     AEGIS_SLOW_START slow_start = "5s",
         "off, or a duration from 100ms to 10m",
         "An endpoint that joins others gets its full share of sessions only after this time.";
