@@ -1,0 +1,251 @@
+//! The contestants: how each is set up for this job, started, watched and stopped.
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::load;
+use crate::usage::Processes;
+
+/// Workers or threads of every contestant.
+pub const WORKERS: usize = 2;
+/// Sessions that every contestant is set up for.
+const SESSIONS: usize = 9_000;
+const START: Duration = Duration::from_secs(5);
+const STOP: Duration = Duration::from_secs(5);
+const NGINX_MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
+
+/// What stands between the load and the backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum)]
+pub enum Contestant {
+    /// Nothing
+    Direct,
+    /// Aegis on `io_uring`
+    Uring,
+    /// Aegis on epoll
+    Epoll,
+    /// `HAProxy`, mode tcp
+    Haproxy,
+    /// nginx, module stream
+    Nginx,
+}
+
+impl Contestant {
+    pub const ALL: &[Self] = &[Self::Direct, Self::Uring, Self::Epoll, Self::Haproxy, Self::Nginx];
+
+    /// What it is called in the report.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "no proxy",
+            Self::Uring => "Aegis io_uring",
+            Self::Epoll => "Aegis epoll",
+            Self::Haproxy => "HAProxy",
+            Self::Nginx => "nginx",
+        }
+    }
+
+    /// Whether Aegis is compared with it.
+    pub fn is_peer(self) -> bool {
+        matches!(self, Self::Haproxy | Self::Nginx)
+    }
+
+    /// Exactly what is run. Fails with what to install if it is missing.
+    pub fn version(self) -> Result<String, String> {
+        let first_line = |program: &str, argument: &str, package: &str| {
+            let output = Command::new(program).arg(argument).output().map_err(|error| {
+                format!("{program} does not start ({error}): apt-get install {package}")
+            })?;
+            let text = [output.stdout, output.stderr].concat();
+            Ok(String::from_utf8_lossy(&text).lines().next().unwrap_or_default().to_owned())
+        };
+        match self {
+            Self::Direct => Ok("no proxy".to_owned()),
+            Self::Uring | Self::Epoll => first_line(AEGIS, "--version", "nothing, cargo builds it"),
+            Self::Haproxy => first_line("haproxy", "-v", "haproxy"),
+            Self::Nginx if Path::new(NGINX_MODULE).exists() => {
+                first_line("nginx", "-v", "nginx libnginx-mod-stream")
+            }
+            Self::Nginx => {
+                Err(format!("{NGINX_MODULE} is missing: apt-get install nginx libnginx-mod-stream"))
+            }
+        }
+    }
+}
+
+const AEGIS: &str = env!("CARGO_BIN_EXE_aegis-proxy");
+
+/// A port that nobody listens on, below those that the kernel gives to clients.
+pub fn free_port() -> io::Result<u16> {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let spread = (std::process::id() % 500) as u16 * 20;
+    for _ in 0..1000 {
+        let port = 20_000 + (spread + NEXT.fetch_add(1, Relaxed)) % 12_000;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    Err(io::Error::other("no free port from 20000 to 32000"))
+}
+
+/// A contestant that runs; it stops with this handle.
+pub struct Running {
+    pub contestant: Contestant,
+    /// Where clients connect.
+    pub address: SocketAddr,
+    child: Option<Child>,
+    pub processes: Processes,
+    /// Bytes of user space before the first connection.
+    pub memory_at_start: u64,
+    _folder: tempfile::TempDir,
+}
+
+impl Running {
+    /// Starts it in front of `backend`, and waits until it serves.
+    pub fn start(
+        contestant: Contestant,
+        backend: SocketAddr,
+        splice: bool,
+    ) -> Result<Self, String> {
+        let told = |error: io::Error| format!("starting {}: {error}", contestant.name());
+        let folder = tempfile::tempdir().map_err(told)?;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port().map_err(told)?));
+        let command = command(contestant, address, backend, splice, folder.path()).map_err(told)?;
+        let Some(mut command) = command else {
+            return Ok(Self {
+                contestant,
+                address: backend,
+                child: None,
+                processes: Processes::default(),
+                memory_at_start: 0,
+                _folder: folder,
+            });
+        };
+        let log = folder.path().join("log");
+        let output = File::create(&log).map_err(told)?;
+        command.stdin(Stdio::null()).stdout(output.try_clone().map_err(told)?).stderr(output);
+        let child = command.spawn().map_err(told)?;
+        let processes = Processes(vec![child.id()]);
+        let mut running = Self {
+            contestant,
+            address,
+            child: Some(child),
+            processes,
+            memory_at_start: 0,
+            _folder: folder,
+        };
+        let deadline = Instant::now() + START;
+        while let Err(error) = load::connect(address, 1, 0) {
+            let ended = running.child.as_mut().is_some_and(|c| !matches!(c.try_wait(), Ok(None)));
+            if ended || Instant::now() > deadline {
+                let log = fs::read_to_string(&log).unwrap_or_default();
+                return Err(format!("{} does not serve: {error}\n{log}", contestant.name()));
+            }
+            sleep(Duration::from_millis(10));
+        }
+        running.processes = Processes::of(running.processes.0[0]);
+        running.memory_at_start = running.processes.memory();
+        Ok(running)
+    }
+
+    fn stop(child: &mut Child) {
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let deadline = Instant::now() + STOP;
+        let _ = pid.map(|pid| kill_process(pid, Signal::TERM));
+        while matches!(child.try_wait(), Ok(None)) {
+            if Instant::now() > deadline {
+                let _ = child.kill();
+            }
+            sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            Self::stop(child);
+        }
+    }
+}
+
+fn command(
+    contestant: Contestant,
+    listen: SocketAddr,
+    backend: SocketAddr,
+    splice: bool,
+    folder: &Path,
+) -> io::Result<Option<Command>> {
+    let file = folder.join("configuration");
+    let mut command = match contestant {
+        Contestant::Direct => return Ok(None),
+        Contestant::Uring | Contestant::Epoll => {
+            let mut command = Command::new(AEGIS);
+            let io = if contestant == Contestant::Uring { "uring" } else { "epoll" };
+            command.env_clear().envs([
+                ("AEGIS_LISTEN", listen.to_string()),
+                ("AEGIS_ADMIN", "127.0.0.1:0".to_owned()),
+                ("AEGIS_BACKENDS", backend.to_string()),
+                ("AEGIS_WORKERS", WORKERS.to_string()),
+                ("AEGIS_MAX_SESSIONS", SESSIONS.to_string()),
+                ("AEGIS_IO", io.to_owned()),
+                ("AEGIS_LOG", "warn".to_owned()),
+                ("AEGIS_DRAIN_DELAY", "0s".to_owned()),
+                ("AEGIS_DRAIN_TIMEOUT", "0s".to_owned()),
+            ]);
+            command
+        }
+        Contestant::Haproxy => {
+            fs::write(&file, haproxy(listen, backend, splice))?;
+            let mut command = Command::new("haproxy");
+            command.args(["-db", "-f"]).arg(&file);
+            command
+        }
+        Contestant::Nginx => {
+            fs::write(&file, nginx(listen, backend, folder))?;
+            let mut command = Command::new("nginx");
+            command.arg("-p").arg(folder).arg("-c").arg(&file).args(["-e", "stderr"]);
+            command
+        }
+    };
+    command.current_dir(folder);
+    Ok(Some(command))
+}
+
+/// As its configuration manual advises: a thread a core with a listener of its own each, no
+/// logging, splicing for bulk.
+fn haproxy(listen: SocketAddr, backend: SocketAddr, splice: bool) -> String {
+    let mut text = format!(
+        "global\n  nbthread {WORKERS}\n  maxconn {SESSIONS}\n\
+         defaults\n  mode tcp\n  timeout connect 5s\n  timeout client 1h\n  timeout server 1h\n\
+         listen bench\n  bind {listen} backlog 4096 shards by-thread\n  server backend {backend}\n",
+    );
+    if splice {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "  option splice-auto");
+    }
+    text
+}
+
+/// As its documentation advises: a worker a core with a listener of its own each, connections
+/// enough for both sides, no logging.
+fn nginx(listen: SocketAddr, backend: SocketAddr, folder: &Path) -> String {
+    format!(
+        "load_module {NGINX_MODULE};\ndaemon off;\nuser root;\nworker_processes {WORKERS};\n\
+         worker_rlimit_nofile {files};\npid {folder}/pid;\nerror_log stderr crit;\n\
+         events {{ worker_connections {files}; }}\n\
+         stream {{\n  server {{\n    listen {listen} reuseport backlog=4096;\n\
+         \x20   proxy_pass {backend};\n    tcp_nodelay on;\n    proxy_timeout 1h;\n\
+         \x20   proxy_connect_timeout 5s;\n  }}\n}}\n",
+        files = 2 * SESSIONS + 1000,
+        folder = folder.display(),
+    )
+}

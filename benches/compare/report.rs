@@ -1,0 +1,267 @@
+//! What was measured, as text, as JSON and as a page.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use crate::measure::Results;
+use crate::page;
+use crate::peers::{Contestant, WORKERS};
+use crate::scenarios::{Against, Scenario, Sweep, Target};
+use crate::stats::{Metric, Run, Summary, paired};
+
+/// Everything that was measured.
+#[derive(Serialize)]
+pub struct Report {
+    pub quick: bool,
+    pub date: String,
+    pub machine: String,
+    pub versions: Vec<String>,
+    pub scenarios: Vec<Measured>,
+}
+
+/// One scenario's part.
+#[derive(Serialize)]
+pub struct Measured {
+    pub name: String,
+    pub about: String,
+    pub bulk: bool,
+    #[serde(skip)]
+    pub sweep: Option<(Sweep, usize)>,
+    pub lines: Vec<Line>,
+    pub verdicts: Vec<Verdict>,
+}
+
+/// One contestant in a scenario: its median of each metric, and all its runs.
+#[derive(Serialize)]
+pub struct Line {
+    #[serde(skip)]
+    pub contestant: Contestant,
+    pub name: &'static str,
+    pub median: Run,
+    pub syscalls: Option<f64>,
+    pub runs: Vec<Run>,
+}
+
+/// A figure of Aegis beside what it is to be.
+#[derive(Serialize)]
+pub struct Verdict {
+    pub driver: &'static str,
+    pub metric: Metric,
+    pub against: &'static str,
+    pub figure: Summary,
+    pub bound: f64,
+    pub met: bool,
+}
+
+impl Report {
+    /// An empty report of this machine. Fails if a contestant is missing.
+    pub fn new(contestants: &[Contestant], quick: bool) -> Result<Self, String> {
+        let versions = contestants
+            .iter()
+            .filter(|c| !matches!(c, Contestant::Direct))
+            .map(|c| c.version().map(|version| format!("{}: {version}", c.name())));
+        Ok(Self {
+            quick,
+            date: date(),
+            machine: machine(),
+            versions: versions.collect::<Result<_, _>>()?,
+            scenarios: Vec::new(),
+        })
+    }
+
+    /// What was run, where and when.
+    pub fn heading(&self) -> String {
+        let quick = if self.quick { "\nQuick: the figures say little." } else { "" };
+        let versions = self.versions.join("\n");
+        format!("{}\n{}\n{versions}\n{WORKERS} workers each{quick}\n", self.date, self.machine)
+    }
+
+    /// Adds a scenario, and gives its table.
+    pub fn add(&mut self, scenario: &Scenario, results: &[Results]) -> String {
+        let line = |results: &Results| Line {
+            contestant: results.contestant,
+            name: results.contestant.name(),
+            median: median(&results.runs),
+            syscalls: results.syscalls,
+            runs: results.runs.clone(),
+        };
+        let lines: Vec<Line> = results.iter().map(line).collect();
+        let measured = Measured {
+            name: scenario.name.clone(),
+            about: scenario.about.clone(),
+            bulk: scenario.is_bulk(),
+            sweep: scenario.sweep,
+            verdicts: verdicts(scenario, &lines),
+            lines,
+        };
+        let table = measured.table();
+        self.scenarios.push(measured);
+        table
+    }
+
+    /// Every target, and whether it was met.
+    pub fn verdicts(&self) -> String {
+        let mut text = format!(
+            "{:16} {:16} {:14} {:22} {:>8}  {:17} {:>8}\n",
+            "scenario", "driver", "metric", "against", "figure", "from … to", "target"
+        );
+        for scenario in &self.scenarios {
+            for verdict in &scenario.verdicts {
+                let _ = writeln!(text, "{:16} {verdict}", scenario.name);
+            }
+        }
+        text
+    }
+
+    /// Writes the JSON and the page, and says where.
+    pub fn save(&self) -> Result<(), String> {
+        let folder = std::env::var_os("CARGO_TARGET_DIR").map_or("target".into(), PathBuf::from);
+        let folder = folder.join("bench");
+        let told = |error: std::io::Error| format!("writing to {}: {error}", folder.display());
+        fs::create_dir_all(&folder).map_err(told)?;
+        let json = serde_json::to_string_pretty(self).map_err(|error| error.to_string())?;
+        fs::write(folder.join("report.json"), json).map_err(told)?;
+        fs::write(folder.join("report.html"), page::html(self)?).map_err(told)?;
+        println!("\n{0}/report.html\n{0}/report.json", folder.display());
+        Ok(())
+    }
+}
+
+impl std::fmt::Display for Verdict {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Summary { median, min, max } = self.figure;
+        let digits = if median >= 100.0 { 0 } else { 2 };
+        let spread = format!("{min:.digits$} … {max:.digits$}");
+        let sign = if self.metric == Metric::Throughput { "≥" } else { "≤" };
+        let met = if self.met { "met" } else { "NOT met" };
+        write!(
+            f,
+            "{:16} {:14} {:22} {median:>8.digits$}  {spread:17} {sign} {:<6} {met}",
+            self.driver,
+            self.metric.name(),
+            self.against,
+            self.bound
+        )
+    }
+}
+
+fn median(runs: &[Run]) -> Run {
+    let of = |metric| Summary::of(runs.iter().filter_map(|run| run.get(metric))).map(|s| s.median);
+    Run {
+        throughput: of(Metric::Throughput),
+        p50: of(Metric::P50),
+        p90: of(Metric::P90),
+        p99: of(Metric::P99),
+        p999: of(Metric::P999),
+        max: of(Metric::Max),
+        cpu: of(Metric::Cpu),
+        switches: of(Metric::Switches),
+        memory: of(Metric::Memory),
+        idle_p99: of(Metric::IdleP99),
+    }
+}
+
+fn verdicts(scenario: &Scenario, lines: &[Line]) -> Vec<Verdict> {
+    let runs =
+        |wanted: Contestant| lines.iter().find(|l| l.contestant == wanted).map(|l| &l.runs[..]);
+    let peers: Vec<&[Run]> =
+        lines.iter().filter(|line| line.contestant.is_peer()).map(|line| &line.runs[..]).collect();
+    let mut verdicts = Vec::new();
+    for contestant in [Contestant::Uring, Contestant::Epoll] {
+        let Some(own) = runs(contestant) else { continue };
+        for target in &scenario.targets {
+            let Some(target) = for_driver(*target, contestant) else { continue };
+            let haproxy: Vec<_> = runs(Contestant::Haproxy).into_iter().collect();
+            let (figure, against) = match target.against {
+                Against::Peers => (paired(target.metric, own, &peers), "better peer"),
+                Against::Haproxy => (paired(target.metric, own, &haproxy), "HAProxy with splice"),
+                Against::Nothing => {
+                    (Summary::of(own.iter().filter_map(|run| run.get(target.metric))), "itself")
+                }
+            };
+            verdicts.extend(figure.map(|figure| Verdict {
+                driver: contestant.name(),
+                metric: target.metric,
+                against,
+                figure,
+                bound: target.bound,
+                met: target.metric.meets(figure.median, target.bound),
+            }));
+        }
+    }
+    verdicts
+}
+
+/// On epoll, Aegis is to be no worse than the better peer.
+fn for_driver(target: Target, contestant: Contestant) -> Option<Target> {
+    match (contestant, target.against) {
+        (Contestant::Uring, _) => Some(target),
+        (_, Against::Nothing) => None,
+        (_, _) => Some(Target { bound: 1.0, against: Against::Peers, ..target }),
+    }
+}
+
+impl Measured {
+    fn table(&self) -> String {
+        let (work, cpu, per) =
+            if self.bulk { ("GB/s", "CPU s/GB", "MB") } else { ("req/s", "CPU µs", "req") };
+        let mut text = format!(
+            "{}: {}\n  {:16}{work:>9}{:>9}{:>9}{:>9}{:>9}{:>9}{cpu:>10}{:>10}{:>10}{:>9}\n",
+            self.name,
+            self.about,
+            "",
+            "p50 µs",
+            "p90",
+            "p99",
+            "p99.9",
+            "max",
+            format!("switch/{per}"),
+            format!("calls/{per}"),
+            "B/conn",
+        );
+        for line in &self.lines {
+            let run = &line.median;
+            let _ = write!(text, "  {:16}", line.name);
+            let digits = if self.bulk { 2 } else { 0 };
+            let cells = [
+                (run.throughput, 9, digits),
+                (run.p50, 9, 0),
+                (run.p90, 9, 0),
+                (run.p99, 9, 0),
+                (run.p999, 9, 0),
+                (run.max, 9, 0),
+                (run.cpu, 10, 2),
+                (run.switches, 10, 3),
+                (line.syscalls, 10, 2),
+                (run.memory, 9, 0),
+            ];
+            for (value, width, digits) in cells {
+                let cell = value.map_or("–".to_owned(), |value| format!("{value:.digits$}"));
+                let _ = write!(text, "{cell:>width$}");
+            }
+            text.push('\n');
+        }
+        text
+    }
+}
+
+fn date() -> String {
+    let output = std::process::Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"]).output();
+    output.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned()).unwrap_or_default()
+}
+
+fn machine() -> String {
+    let read = |path| fs::read_to_string(path).unwrap_or_default();
+    let cpus = read("/proc/cpuinfo");
+    let models: Vec<&str> = cpus
+        .lines()
+        .filter(|line| line.starts_with("model name"))
+        .filter_map(|line| Some(line.split_once(':')?.1.trim()))
+        .collect();
+    let model = models.first().unwrap_or(&"unknown processor");
+    let kernel = read("/proc/sys/kernel/osrelease");
+    format!("{} × {model}, Linux {}", models.len(), kernel.trim())
+}

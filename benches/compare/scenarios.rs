@@ -1,0 +1,167 @@
+//! What is measured, and which figures it is to reach.
+
+use crate::load::{BULK_WRITE, Pace};
+use crate::stats::Metric;
+
+/// What a figure is held against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Against {
+    /// The ratio to the better of the peers.
+    Peers,
+    /// The ratio to `HAProxy`.
+    Haproxy,
+    /// Nothing: it is the figure itself.
+    Nothing,
+}
+
+/// A figure to be reached by Aegis on `io_uring`.
+#[derive(Debug, Clone, Copy)]
+pub struct Target {
+    pub metric: Metric,
+    pub bound: f64,
+    pub against: Against,
+}
+
+/// A series of scenarios that differ in one number, for a plot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sweep {
+    Connections,
+    MessageSize,
+}
+
+/// One load, put on each contestant in turns.
+#[derive(Debug, Clone)]
+pub struct Scenario {
+    pub name: String,
+    pub about: String,
+    pub pace: Pace,
+    pub connections: usize,
+    pub idle: usize,
+    pub request: u32,
+    pub reply: u32,
+    pub targets: Vec<Target>,
+    /// What the sweep varies, and its value here.
+    pub sweep: Option<(Sweep, usize)>,
+}
+
+impl Scenario {
+    fn new(name: &str, about: &str, pace: Pace, connections: usize, targets: &[Target]) -> Self {
+        let bulk = pace == Pace::Bulk;
+        Self {
+            name: name.to_owned(),
+            about: about.to_owned(),
+            pace,
+            connections,
+            idle: 0,
+            request: if bulk { BULK_WRITE } else { 64 },
+            reply: if bulk { 0 } else { 128 },
+            targets: targets.to_vec(),
+            sweep: None,
+        }
+    }
+
+    /// Whether splicing helps.
+    pub fn is_bulk(&self) -> bool {
+        self.pace == Pace::Bulk
+    }
+}
+
+/// The pace of `half-load` until the peers' capacity is known.
+pub const RATE_TO_BE_MEASURED: Pace = Pace::Open(0.0);
+
+/// All of them, in the order of the report.
+pub fn all() -> Vec<Scenario> {
+    let mut all = named();
+    for connections in [1, 4, 16, 64, 200, 1000, 2000, 8000] {
+        let name = format!("connections-{connections}");
+        let about = format!("sweep: {connections} connections, 64 B → 128 B");
+        let mut point = Scenario::new(&name, &about, Pace::Closed, connections, &[]);
+        point.sweep = Some((Sweep::Connections, connections));
+        all.push(point);
+    }
+    for size in [64, 256, 1024, 4096, 16_384, 65_536] {
+        let about = format!("sweep: messages of {size} B both ways, 64 connections");
+        let mut point = Scenario::new(&format!("size-{size}"), &about, Pace::Closed, 64, &[]);
+        (point.request, point.reply) = (size, size);
+        point.sweep = Some((Sweep::MessageSize, size as usize));
+        all.push(point);
+    }
+    all
+}
+
+fn named() -> Vec<Scenario> {
+    use Metric::{Cpu, IdleP99, Memory, P50, P99, P999, Throughput};
+    let to = |metric, bound| Target { metric, bound, against: Against::Peers };
+    let haproxy = |metric, bound| Target { metric, bound, against: Against::Haproxy };
+    let itself = |metric, bound| Target { metric, bound, against: Against::Nothing };
+    let bulk = [haproxy(Throughput, 1.0), haproxy(Cpu, 0.8)];
+    let mut idle = Scenario::new(
+        "idle",
+        "8,000 idle connections, 200 busy ones among them",
+        Pace::Closed,
+        200,
+        &[itself(Memory, 1024.0), to(Memory, 0.25), itself(IdleP99, 1.1)],
+    );
+    idle.idle = 8000;
+    vec![
+        Scenario::new(
+            "keepalive-200",
+            "200 connections, 64 B → 128 B",
+            Pace::Closed,
+            200,
+            &[to(Cpu, 0.6), to(Throughput, 1.3), to(P99, 0.8)],
+        ),
+        Scenario::new(
+            "keepalive-16",
+            "16 connections, 64 B → 128 B",
+            Pace::Closed,
+            16,
+            &[to(Cpu, 0.8), to(P99, 1.0)],
+        ),
+        Scenario::new(
+            "ping-pong",
+            "1 connection, one request at a time",
+            Pace::Closed,
+            1,
+            &[to(P50, 1.0), to(P99, 1.0)],
+        ),
+        Scenario::new(
+            "keepalive-2000",
+            "2,000 connections, 64 B → 128 B",
+            Pace::Closed,
+            2000,
+            &[to(Cpu, 0.6), to(P99, 0.8)],
+        ),
+        Scenario::new(
+            "half-load",
+            "open loop at half of the slowest peer's capacity, 200 connections",
+            RATE_TO_BE_MEASURED,
+            200,
+            &[to(P99, 0.8), to(P999, 0.8)],
+        ),
+        Scenario::new(
+            "churn",
+            "a new connection for each request, 200 at a time",
+            Pace::Churn,
+            200,
+            &[to(Throughput, 1.7), to(P99, 0.6)],
+        ),
+        Scenario::new("bulk-1", "bulk, 1 stream, 64 KiB writes", Pace::Bulk, 1, &bulk),
+        Scenario::new("bulk-8", "bulk, 8 streams, 64 KiB writes", Pace::Bulk, 8, &bulk),
+        idle,
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique() {
+        let mut names: Vec<_> = all().into_iter().map(|scenario| scenario.name).collect();
+        let count = names.len();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), count);
+    }
+}

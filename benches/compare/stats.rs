@@ -1,0 +1,183 @@
+//! What is measured of a run, and how runs are compared.
+
+use serde::Serialize;
+
+/// What is measured of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Metric {
+    Throughput,
+    P50,
+    P90,
+    P99,
+    P999,
+    Max,
+    /// Per request, or per GB of a bulk stream.
+    Cpu,
+    Switches,
+    /// Bytes of user space a connection.
+    Memory,
+    /// The p99 with idle connections over the p99 without.
+    IdleP99,
+}
+
+impl Metric {
+    pub const ALL: [Self; 10] = [
+        Self::Throughput,
+        Self::P50,
+        Self::P90,
+        Self::P99,
+        Self::P999,
+        Self::Max,
+        Self::Cpu,
+        Self::Switches,
+        Self::Memory,
+        Self::IdleP99,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Throughput => "throughput",
+            Self::P50 => "p50",
+            Self::P90 => "p90",
+            Self::P99 => "p99",
+            Self::P999 => "p99.9",
+            Self::Max => "max",
+            Self::Cpu => "CPU",
+            Self::Switches => "switches",
+            Self::Memory => "memory",
+            Self::IdleP99 => "p99 with idle",
+        }
+    }
+
+    /// Of two values, the one to be beaten.
+    pub fn better(self, a: f64, b: f64) -> f64 {
+        if self == Self::Throughput { a.max(b) } else { a.min(b) }
+    }
+
+    /// Whether `value` reaches `bound`.
+    pub fn meets(self, value: f64, bound: f64) -> bool {
+        if self == Self::Throughput { value >= bound } else { value <= bound }
+    }
+}
+
+/// One run of one contestant. What does not apply is absent.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Run {
+    /// Requests a second, or GB a second of a bulk stream.
+    pub throughput: Option<f64>,
+    /// Microseconds.
+    pub p50: Option<f64>,
+    pub p90: Option<f64>,
+    pub p99: Option<f64>,
+    pub p999: Option<f64>,
+    pub max: Option<f64>,
+    /// Microseconds a request, or seconds a GB of a bulk stream.
+    pub cpu: Option<f64>,
+    /// A request, or a MB of a bulk stream.
+    pub switches: Option<f64>,
+    /// Bytes a connection above what the program held before the first one.
+    pub memory: Option<f64>,
+    pub idle_p99: Option<f64>,
+}
+
+impl Run {
+    pub fn get(&self, metric: Metric) -> Option<f64> {
+        match metric {
+            Metric::Throughput => self.throughput,
+            Metric::P50 => self.p50,
+            Metric::P90 => self.p90,
+            Metric::P99 => self.p99,
+            Metric::P999 => self.p999,
+            Metric::Max => self.max,
+            Metric::Cpu => self.cpu,
+            Metric::Switches => self.switches,
+            Metric::Memory => self.memory,
+            Metric::IdleP99 => self.idle_p99,
+        }
+    }
+}
+
+/// The median and how far the values lie from it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Summary {
+    pub median: f64,
+    pub min: f64,
+    pub max: f64,
+}
+
+impl Summary {
+    /// Of no values there is none.
+    pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
+        let mut sorted: Vec<f64> = values.into_iter().collect();
+        sorted.sort_by(f64::total_cmp);
+        let (min, max) = (*sorted.first()?, *sorted.last()?);
+        let middle = sorted.len() / 2;
+        let below = if sorted.len().is_multiple_of(2) { middle - 1 } else { middle };
+        Some(Self { median: f64::midpoint(sorted[below], sorted[middle]), min, max })
+    }
+}
+
+/// Round by round, `own` over the better of `others` in the same round. A round in which one of
+/// them has no value does not count.
+pub fn paired(metric: Metric, own: &[Run], others: &[&[Run]]) -> Option<Summary> {
+    let rounds = own.iter().enumerate();
+    Summary::of(rounds.filter_map(|(round, own)| {
+        let mut better: Option<f64> = None;
+        for other in others {
+            let other = other.get(round)?.get(metric)?;
+            better = Some(better.map_or(other, |better| metric.better(better, other)));
+        }
+        better.filter(|better| *better > 0.0).and_then(|better| Some(own.get(metric)? / better))
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn runs(metric: Metric, values: &[f64]) -> Vec<Run> {
+        let run = |value: &f64| match metric {
+            Metric::Throughput => Run { throughput: Some(*value), ..Run::default() },
+            _ => Run { p99: Some(*value), ..Run::default() },
+        };
+        values.iter().map(run).collect()
+    }
+
+    #[test]
+    fn medians_are_in_the_middle() {
+        assert_eq!(Summary::of([]), None);
+        let of = |values: &[f64]| Summary::of(values.iter().copied()).unwrap();
+        assert_eq!(of(&[3.0]), Summary { median: 3.0, min: 3.0, max: 3.0 });
+        assert_eq!(of(&[9.0, 1.0, 2.0]), Summary { median: 2.0, min: 1.0, max: 9.0 });
+        assert_eq!(of(&[4.0, 1.0, 2.0, 9.0]), Summary { median: 3.0, min: 1.0, max: 9.0 });
+    }
+
+    #[test]
+    fn each_round_is_compared_with_its_own_better_peer() {
+        let own = runs(Metric::P99, &[10.0, 20.0, 30.0]);
+        let one = runs(Metric::P99, &[20.0, 10.0, 30.0]);
+        let two = runs(Metric::P99, &[40.0, 40.0, 15.0]);
+        let summary = paired(Metric::P99, &own, &[&one, &two]);
+        assert_eq!(summary, Some(Summary { median: 2.0, min: 0.5, max: 2.0 }));
+    }
+
+    #[test]
+    fn of_throughputs_the_higher_is_the_better() {
+        let own = runs(Metric::Throughput, &[30.0]);
+        let (one, two) = (runs(Metric::Throughput, &[20.0]), runs(Metric::Throughput, &[15.0]));
+        let summary = paired(Metric::Throughput, &own, &[&one, &two]).unwrap();
+        assert_eq!(summary.median, 1.5);
+        assert!(Metric::Throughput.meets(1.5, 1.3) && !Metric::Throughput.meets(1.2, 1.3));
+        assert!(Metric::P99.meets(0.8, 0.8) && !Metric::P99.meets(0.9, 0.8));
+    }
+
+    #[test]
+    fn rounds_with_a_value_missing_do_not_count() {
+        let own = runs(Metric::P99, &[10.0, 20.0]);
+        let other = runs(Metric::P99, &[20.0]);
+        assert_eq!(paired(Metric::P99, &own, &[&other]).unwrap().median, 0.5);
+        assert_eq!(paired(Metric::P99, &own, &[]), None);
+        assert_eq!(paired(Metric::Cpu, &own, &[&other]), None);
+    }
+}

@@ -1,0 +1,108 @@
+//! What a program used, from the kernel's own accounting, summed over its processes and threads.
+
+use std::fs;
+use std::ops::Sub;
+
+/// Counted since the program's start. Threads that have ended are missing, so a program whose
+/// threads come and go shows too little; none of the contestants serves traffic on such threads.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Usage {
+    /// Time on a core, in user space and in the kernel.
+    pub cpu_ns: u64,
+    /// Times that a thread went to sleep.
+    pub switches: u64,
+}
+
+impl Sub for Usage {
+    type Output = Self;
+
+    fn sub(self, before: Self) -> Self {
+        Self {
+            cpu_ns: self.cpu_ns.saturating_sub(before.cpu_ns),
+            switches: self.switches.saturating_sub(before.switches),
+        }
+    }
+}
+
+/// The processes of a program: its first one and all that descend from it.
+#[derive(Debug, Clone, Default)]
+pub struct Processes(pub Vec<u32>);
+
+impl Processes {
+    /// Those that exist now.
+    pub fn of(first: u32) -> Self {
+        let parents: Vec<(u32, u32)> = fs::read_dir("/proc")
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .filter_map(|pid| Some((pid, parent(pid)?)))
+            .collect();
+        let mut all = vec![first];
+        let mut at = 0;
+        while let Some(&of) = all.get(at) {
+            all.extend(parents.iter().filter(|(_, parent)| *parent == of).map(|(pid, _)| pid));
+            at += 1;
+        }
+        Self(all)
+    }
+
+    /// What they have used until now.
+    pub fn usage(&self) -> Usage {
+        let mut sum = Usage::default();
+        for pid in &self.0 {
+            for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+                let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+                sum.cpu_ns += number(&read("schedstat"), 0);
+                sum.switches += field(&read("status"), "voluntary_ctxt_switches:");
+            }
+        }
+        sum
+    }
+
+    /// Bytes of user space that are theirs: shared pages count by their share.
+    pub fn memory(&self) -> u64 {
+        let rollup = |pid| fs::read_to_string(format!("/proc/{pid}/smaps_rollup"));
+        let kib = |pid| field(&rollup(pid).unwrap_or_default(), "Pss:");
+        self.0.iter().map(|pid| kib(pid) * 1024).sum()
+    }
+}
+
+fn parent(pid: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    u32::try_from(field(&status, "PPid:")).ok()
+}
+
+fn number(text: &str, at: usize) -> u64 {
+    text.split_whitespace().nth(at).and_then(|word| word.parse().ok()).unwrap_or(0)
+}
+
+fn field(text: &str, name: &str) -> u64 {
+    text.lines().find_map(|line| line.strip_prefix(name)).map_or(0, |rest| number(rest, 0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_shows_and_so_does_memory() {
+        let me = Processes::of(std::process::id());
+        let before = me.usage();
+        let mut sum = 0_u64;
+        while (me.usage() - before).cpu_ns < 1_000_000 {
+            sum = std::hint::black_box(sum + 1);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        assert!((me.usage() - before).switches > 0);
+        assert!(me.memory() > 100_000);
+    }
+
+    #[test]
+    fn children_belong_to_it() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let all = Processes::of(std::process::id());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(all.0.contains(&child.id()), "{all:?}");
+    }
+}
