@@ -11,8 +11,9 @@ demo: ## Run a store with the proxy in front of it
 test: ## Run all tests
 	cargo test
 
-bench: ## Run the benchmarks
-	cargo bench
+bench: ## Run the benchmarks (QUICK=1: check that they work)
+	cargo bench --bench micro $(if $(QUICK),-- --sample-count 1 --sample-size 1)
+	cargo bench --bench compare -- $(if $(QUICK),--quick)
 
 lint: ## Check the format and the lints
 	cargo fmt --check

@@ -3,8 +3,10 @@
 
 use std::time::{Duration, Instant};
 
-use aegis::io::Chain;
+use aegis::config::PoolConfig;
 use aegis::io::buffers::Buffers;
+use aegis::io::{Chain, ConnId};
+use aegis::proxy::pool::Pool;
 use aegis::slab::Slab;
 use aegis::telemetry::{Counter, Histogram};
 use aegis::wire::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
@@ -32,6 +34,23 @@ fn buffer_through_a_queue(bencher: Bencher) {
             buffers.push(&mut queue, buf);
         }
         buffers.advance(&mut queue, 64);
+    });
+}
+
+#[divan::bench]
+fn pool_checkout_and_refill(bencher: Bencher) {
+    let config = PoolConfig { min_idle: 32, max_idle: 64, idle_timeout: None, max_lifetime: None };
+    let (mut pool, mut rng) = (Pool::new(&config), fastrand::Rng::with_seed(1));
+    let now = Instant::now();
+    let mut connect = |pool: &mut Pool, conn| {
+        pool.on_connecting();
+        pool.on_connected(conn, now, &mut rng)
+    };
+    (0..32).for_each(|number| assert!(connect(&mut pool, ConnId::from_parts(number, 0))));
+    bencher.bench_local(|| {
+        let conn = pool.checkout();
+        black_box(pool.shortage(black_box(now)));
+        conn.map(|conn| connect(&mut pool, conn))
     });
 }
 

@@ -116,7 +116,7 @@ impl Server {
             for event in &events {
                 match event.token().0.checked_sub(self.listeners.len()) {
                     None => self.accept(event.token().0)?,
-                    Some(key) => self.serve(key),
+                    Some(key) => self.serve(key, event.is_read_closed()),
                 }
             }
         }
@@ -143,11 +143,11 @@ impl Server {
         }
     }
 
-    fn serve(&mut self, key: usize) {
+    fn serve(&mut self, key: usize, ended: bool) {
         // The connection may have ended earlier in the same turn.
         let Some(conn) = self.conns.get_mut(key) else { return };
         // A reset is an end like any other: whoever misses a reply says so.
-        if !conn.serve(&mut self.buffer).unwrap_or(false) {
+        if !conn.serve(&mut self.buffer, ended).unwrap_or(false) {
             self.conns.remove(key);
         }
     }
@@ -155,7 +155,7 @@ impl Server {
 
 impl Conn {
     /// Reads and answers what there is. Says whether the connection goes on.
-    fn serve(&mut self, buffer: &mut [u8]) -> io::Result<bool> {
+    fn serve(&mut self, buffer: &mut [u8], ended: bool) -> io::Result<bool> {
         self.flush()?;
         loop {
             let read = match self.stream.read(buffer) {
@@ -179,7 +179,7 @@ impl Conn {
                 }
             }
             self.flush()?;
-            if read < buffer.len() {
+            if read < buffer.len() && !ended {
                 return Ok(true); // More will come with an event of its own.
             }
         }

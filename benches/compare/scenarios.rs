@@ -151,17 +151,3 @@ fn named() -> Vec<Scenario> {
         idle,
     ]
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_are_unique() {
-        let mut names: Vec<_> = all().into_iter().map(|scenario| scenario.name).collect();
-        let count = names.len();
-        names.sort();
-        names.dedup();
-        assert_eq!(names.len(), count);
-    }
-}

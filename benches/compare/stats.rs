@@ -50,6 +50,21 @@ impl Metric {
         }
     }
 
+    /// What it is counted in.
+    pub fn unit(self, bulk: bool) -> &'static str {
+        match self {
+            Self::Throughput if bulk => "GB/s",
+            Self::Throughput => "/s",
+            Self::P50 | Self::P90 | Self::P99 | Self::P999 | Self::Max => "µs",
+            Self::Cpu if bulk => "s/GB",
+            Self::Cpu => "µs/request",
+            Self::Switches if bulk => "/MB",
+            Self::Switches => "/request",
+            Self::Memory => "B/connection",
+            Self::IdleP99 => "(ratio)",
+        }
+    }
+
     /// Of two values, the one to be beaten.
     pub fn better(self, a: f64, b: f64) -> f64 {
         if self == Self::Throughput { a.max(b) } else { a.min(b) }
