@@ -174,7 +174,7 @@ impl Generator {
             now,
             requests: 0,
             bytes: 0,
-            latency: Histogram::new(3).expect("three digits are possible"),
+            latency: Histogram::new_with_bounds(1_000, 60_000_000_000, 3).expect("right bounds"),
             buffer: vec![0; 256 * 1024],
         })
     }

