@@ -98,7 +98,9 @@ fn main() -> ExitCode {
 fn compare(options: &Options) -> Result<(), String> {
     let scenarios = options.scenarios()?;
     if options.list {
-        scenarios.iter().for_each(|scenario| println!("{:16} {}", scenario.name, scenario.about));
+        for scenario in &scenarios {
+            println!("{:16} {}", scenario.name, scenario.about);
+        }
         return Ok(());
     }
     let contestants = match &options.contestants[..] {
