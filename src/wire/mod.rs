@@ -1,3 +1,4 @@
 //! Bytes of protocols: boundaries and headers, nothing more.
 
+pub mod chronos;
 pub mod proxy_protocol;
