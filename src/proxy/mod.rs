@@ -8,6 +8,7 @@ pub mod endpoints;
 pub mod health;
 pub mod pool;
 pub mod relay;
+pub mod route;
 pub mod session;
 
 /// One end of a session.
