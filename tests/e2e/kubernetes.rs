@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::backend::Backend;
 use crate::support::client::{ask, ask_once, connect, wait_closed};
-use crate::support::kube_api::{KubeApi, NAMESPACE, Slice, host_ip};
+use crate::support::kube_api::{Credentials, KubeApi, NAMESPACE, Slice, host_ip};
 use crate::support::metrics::{
     APPLIED_GENERATION, DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, ENDPOINT_SESSIONS, Labels,
     SESSIONS_ACTIVE, SESSIONS_CLOSED, SPILLOVERS,
@@ -18,8 +18,10 @@ on_both_drivers![
     a_service_is_followed_from_one_endpoint_to_five_to_none_to_three,
     short_sessions_outlive_every_scaling,
     a_session_that_waits_too_long_is_refused,
+    a_kubeconfig_at_home_and_a_service_are_enough,
     pods_are_found_by_their_labels,
     an_api_that_is_gone_harms_nobody_and_comes_back,
+    an_api_that_is_killed_is_found_again,
     an_api_that_is_gone_at_the_start_is_waited_for,
     a_missing_role_is_told_and_its_grant_is_noticed,
     a_connection_gone_silent_is_given_up,
@@ -210,6 +212,20 @@ fn a_session_that_waits_too_long_is_refused(io: Io) {
     refused(2);
 }
 
+fn a_kubeconfig_at_home_and_a_service_are_enough(io: Io) {
+    let api = KubeApi::start();
+    let servers = backends(&["a"]);
+    announce(&api, "a", &servers[0]);
+    for credentials in [Credentials::Token, Credentials::Certificate] {
+        let proxy = Builder::on(io)
+            .set("HOME", api.home(&credentials))
+            .set("AEGIS_KUBE_SERVICE", "chronos")
+            .start();
+        wait_for_endpoints(&proxy, 1);
+        assert_eq!(who(&proxy), ["a"], "{credentials:?}");
+    }
+}
+
 fn pods_are_found_by_their_labels(io: Io) {
     let api = KubeApi::start();
     let servers = backends(&["a", "b"]);
@@ -249,6 +265,40 @@ fn an_api_that_is_gone_harms_nobody_and_comes_back(io: Io) {
 
     api.gate.open();
     wait_for_endpoints(&proxy, 2);
+    assert_eq!(who(&proxy), ["a", "b"]);
+}
+
+/// `AEGIS_E2E_OUTAGE` says for how many seconds, such as 60.
+fn an_api_that_is_killed_is_found_again(io: Io) {
+    let outage = std::env::var("AEGIS_E2E_OUTAGE").map_or(1, |seconds| seconds.parse().unwrap());
+    let outage = Duration::from_secs(outage);
+    let mut api = KubeApi::start();
+    let servers = backends(&["a", "b"]);
+    announce(&api, "a", &servers[0]);
+    let proxy = on(io, &api).start();
+    wait_for_endpoints(&proxy, 1);
+    let held = connect(proxy.address());
+    assert_eq!(ask(&held, "who"), "a");
+    api.kill();
+    let (killed, mut served) = (Instant::now(), 0);
+    eventually("the outage is over", outage + PATIENCE, || {
+        assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
+        assert_eq!(ask(&held, "who"), "a");
+        served += 1;
+        (killed.elapsed() >= outage).then_some(())
+    });
+    assert_eq!(proxy.get("/readyz").status, 200);
+    let errors = proxy.metric(DISCOVERY_ERRORS, &[("kind", "unreachable")]);
+    assert!(errors > 0);
+    api.restart();
+    let back = Instant::now();
+    announce(&api, "b", &servers[1]);
+    wait_for_endpoints(&proxy, 2);
+    measured(&format!(
+        "{served} sessions served in an outage of {outage:?}, none failed; {errors} attempts; the \
+         next change known {:?} after the API was back",
+        back.elapsed()
+    ));
     assert_eq!(who(&proxy), ["a", "b"]);
 }
 
