@@ -550,7 +550,7 @@ fn a_change_reaches_every_worker_within_milliseconds(io: Io) {
 
 fn a_thousand_endpoints_that_change_all_the_time_harm_nobody(io: Io) {
     const SLICES: u16 = 12;
-    const CHANGES: u32 = 250;
+    const CHANGES: u32 = 150;
     let _alone = heavy();
     let api = KubeApi::start();
     if api.faults().is_none() {
