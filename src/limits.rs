@@ -112,9 +112,12 @@ const DESCRIPTORS_PER_WORKER: u64 = 2;
 /// Connections to the admin port: a scraper, the kubelet's probes, people.
 pub const ADMIN_CONNECTIONS: usize = 32;
 
-/// The admin listener, the runtime's own epoll, eventfd and signal pipe, lookups in DNS, and the
-/// connections to the API server.
+/// The admin listener, the runtime's own epoll, eventfd and signal pipe, and lookups in DNS.
 const CONTROL_DESCRIPTORS: u64 = 32;
+
+/// Connections to the Kubernetes API: the watch, the one that a new client makes while that of the
+/// last one is still closing, and for each a lookup in DNS and the files with its credentials.
+const KUBERNETES_DESCRIPTORS: u64 = 8;
 
 /// Standard input, output and error.
 const STANDARD_DESCRIPTORS: u64 = 3;
@@ -132,8 +135,8 @@ pub struct DescriptorUsers {
     pub listeners: usize,
     /// Warm connections at most, per worker and endpoint; those being made count as warm.
     pub pool_max_idle: usize,
-    /// Configured backends.
-    pub backends: usize,
+    /// Configured backends; `None` where the Kubernetes API names the endpoints.
+    pub backends: Option<usize>,
 }
 
 /// How many descriptors the process needs, part by part.
@@ -157,15 +160,19 @@ pub struct DescriptorsNeeded {
 
 /// How many descriptors `max_sessions` sessions and the other `users` need.
 pub fn descriptors_needed(max_sessions: usize, users: &DescriptorUsers) -> DescriptorsNeeded {
-    let [workers, listeners, pool_max_idle, backends] =
-        [users.workers, users.listeners, users.pool_max_idle, users.backends].map(|n| n as u64);
-    let endpoints = (backends * POOL_ENDPOINTS_PER_BACKEND).min(ENDPOINTS_MAX as u64);
+    let [workers, listeners, pool_max_idle] =
+        [users.workers, users.listeners, users.pool_max_idle].map(|n| n as u64);
+    // Nobody knows how many endpoints a Service will have: as many as there can be.
+    let unknown = ENDPOINTS_MAX as u64;
+    let endpoints =
+        users.backends.map_or(unknown, |n| unknown.min(n as u64 * POOL_ENDPOINTS_PER_BACKEND));
+    let kubernetes = if users.backends.is_none() { KUBERNETES_DESCRIPTORS } else { 0 };
     DescriptorsNeeded {
         sessions: max_sessions as u64 * DESCRIPTORS_PER_SESSION,
-        pools: workers * pool_max_idle * endpoints,
+        pools: workers * (pool_max_idle * endpoints).min(POOL_CONNS_MAX as u64),
         workers: workers * (listeners + DESCRIPTORS_PER_WORKER),
         admin: ADMIN_CONNECTIONS as u64,
-        control: CONTROL_DESCRIPTORS,
+        control: CONTROL_DESCRIPTORS + kubernetes,
         standard: STANDARD_DESCRIPTORS,
         slack: SLACK_DESCRIPTORS,
     }
@@ -266,7 +273,7 @@ mod tests {
     use super::*;
 
     const USERS: DescriptorUsers =
-        DescriptorUsers { workers: 4, listeners: 2, pool_max_idle: 64, backends: 3 };
+        DescriptorUsers { workers: 4, listeners: 2, pool_max_idle: 64, backends: Some(3) };
     // 4 workers × 64 × 6 endpoints + 4 × (2 + 2) + 32 + 32 + 3 + 64
     const FIXED: u64 = 1536 + 16 + 131;
 
@@ -278,8 +285,28 @@ mod tests {
     fn needs_are_the_sum_of_their_parts() {
         assert_eq!(descriptors_needed(0, &USERS).total(), FIXED);
         assert_eq!(descriptors_needed(100, &USERS).total(), FIXED + 200);
-        let many = DescriptorUsers { backends: ENDPOINTS_MAX, ..USERS };
-        assert_eq!(descriptors_needed(0, &many).pools, 4 * 64 * 1024);
+    }
+
+    #[test]
+    fn pools_need_no_more_than_all_of_a_worker_may_hold() {
+        let pools = |pool_max_idle, backends| {
+            descriptors_needed(0, &DescriptorUsers { pool_max_idle, backends, ..USERS }).pools
+        };
+        assert_eq!(pools(64, Some(ENDPOINTS_MAX)), 4 * 4096);
+        assert_eq!(pools(4096, Some(1)), 4 * 4096);
+        assert_eq!(pools(2, Some(ENDPOINTS_MAX)), 4 * 2 * 1024);
+    }
+
+    #[test]
+    fn endpoints_of_unknown_number_count_as_many_as_there_can_be() {
+        let users = DescriptorUsers { backends: None, ..USERS };
+        let (unknown, known) = (descriptors_needed(0, &users), descriptors_needed(0, &USERS));
+        assert_eq!(unknown.pools, 4 * 4096);
+        assert_eq!(unknown.control, known.control + 8, "the connections to the API");
+        let small = DescriptorUsers { pool_max_idle: 3, ..users };
+        assert_eq!(descriptors_needed(0, &small).pools, 4 * 3 * 1024);
+        let off = DescriptorUsers { pool_max_idle: 0, ..users };
+        assert_eq!(descriptors_needed(0, &off).pools, 0);
     }
 
     #[test]

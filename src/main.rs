@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use aegis::cli::{self, Command};
-use aegis::config::Config;
+use aegis::config::{Config, Discovery};
 use aegis::control::{DriverInfo, Plane, WorkerHandle, admin, init_logging};
 use aegis::io::probe::{self, Verdict};
 use aegis::limits::{self, DescriptorUsers};
@@ -45,7 +45,7 @@ fn decide(config: &Config) -> Result<Decisions, Error> {
         workers: plan.cores.len(),
         listeners: config.listen.len(),
         pool_max_idle: config.pool.max_idle,
-        backends: config.backends.len(),
+        backends: (config.discovery != Discovery::Kubernetes).then_some(config.backends.len()),
     };
     let nofile = limits::raise_nofile()?;
     let max_sessions = limits::max_sessions(config.max_sessions, nofile, &users)?.get();

@@ -100,6 +100,7 @@ impl Plane {
             snapshots.subscribe(),
             Arc::clone(&status),
         ));
+        tokio::spawn(discovery::log_changes(snapshots.subscribe()));
         let publisher = discovery::Publisher::new(self.workers, snapshots);
         if self.config.discovery == Discovery::Kubernetes {
             let source = kubernetes::Kubernetes::new(Arc::clone(&self.config), status);

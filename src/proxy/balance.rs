@@ -410,4 +410,147 @@ mod tests {
         table.forget_unused();
         assert!(table.get_mut(0).is_none());
     }
+
+    /// A table in which `e1` has joined `e0`.
+    fn joined(policy: Balance) -> Table {
+        let first = endpoint(0);
+        let mut table = table(policy, &[Arc::clone(&first)]);
+        let next = EndpointSnapshot { generation: 2, endpoints: vec![first, endpoint(1)] };
+        table.apply(&next, &pool(), true, Instant::now());
+        table
+    }
+
+    const SLOW_START: Duration = Duration::from_secs(100);
+
+    #[test]
+    fn an_endpoint_that_joins_warms_up_from_its_first_connection_on() {
+        let mut table = joined(Balance::RoundRobin);
+        assert_eq!(table.get_mut(0).unwrap().percent(), 100, "the first ones have no slow start");
+        let entry = table.get_mut(1).unwrap();
+        let begun = Instant::now();
+        let percent_after = |entry: &mut Entry, seconds| {
+            entry.ramp_up(SLOW_START, begun + Duration::from_secs(seconds));
+            entry.percent()
+        };
+        assert_eq!(percent_after(entry, 0), 10);
+        assert_eq!(percent_after(entry, 1000), 10, "no connection yet");
+        entry.stats().connects.add(1);
+        let percents = [1000, 1005, 1030, 1075, 1099, 1100, 1101];
+        let percents = percents.map(|seconds| percent_after(entry, seconds));
+        assert_eq!(percents, [10, 10, 30, 75, 99, 100, 100]);
+        assert_eq!(entry.ramp, Ramp::Full);
+    }
+
+    #[test]
+    fn no_endpoint_starts_slowly_where_slow_start_is_off_or_none_was_there() {
+        let mut first = table(Balance::RoundRobin, &[endpoint(0), endpoint(1)]);
+        let mut off = Table::new(Balance::RoundRobin, 0);
+        let endpoints = [endpoint(0), endpoint(1)];
+        for count in [1, 2] {
+            let endpoints = endpoints[..count].to_vec();
+            let snapshot = EndpointSnapshot { generation: count as u64, endpoints };
+            off.apply(&snapshot, &pool(), false, Instant::now());
+        }
+        for table in [&mut first, &mut off] {
+            for index in table.indices() {
+                assert_eq!(table.get_mut(index).unwrap().percent(), 100);
+            }
+        }
+    }
+
+    /// Of `sessions`, how many go to the endpoint that joined and has come to `percent`.
+    fn share_at(policy: Balance, percent: u32, sessions: u32) -> u32 {
+        let mut rng = fastrand::Rng::with_seed(7);
+        let mut table = joined(policy);
+        table.get_mut(1).unwrap().ramp = Ramp::Warming { since: Instant::now(), percent };
+        for _ in 0..sessions {
+            let chosen = table.choose(&Tried::default(), None, &mut rng).unwrap();
+            table.get_mut(chosen).unwrap().sessions += 1;
+        }
+        table.get_mut(1).unwrap().sessions
+    }
+
+    #[test]
+    fn the_share_of_an_endpoint_grows_with_its_warmth() {
+        const SESSIONS: u32 = 10_000;
+        for percent in [10, 25, 50, 75, 100] {
+            // In turn: of every other session, this part. Of 5,000 draws, four standard
+            // deviations are at most 142.
+            let share = share_at(Balance::RoundRobin, percent, SESSIONS);
+            let expected = SESSIONS / 2 * percent / 100;
+            assert!(share.abs_diff(expected) <= 142, "{percent} %: {share}, not {expected}");
+            // By load: as many sessions as the other, times this part.
+            for policy in [Balance::LeastConn, Balance::RandomTwo] {
+                let share = share_at(policy, percent, SESSIONS);
+                let expected = SESSIONS * percent / (100 + percent);
+                assert!(share.abs_diff(expected) <= 2, "{percent} %: {share}, not {expected}");
+            }
+        }
+    }
+
+    /// Two near endpoints, `e0` and `e1`, and two others.
+    fn near_and_far(policy: Balance) -> Table {
+        let endpoints = [0, 1, 2, 3].map(endpoint);
+        endpoints[0].set_near(true);
+        endpoints[1].set_near(true);
+        table(policy, &endpoints)
+    }
+
+    #[test]
+    fn near_endpoints_share_all_sessions_while_they_can() {
+        for policy in [Balance::LeastConn, Balance::RoundRobin, Balance::RandomTwo] {
+            let mut rng = fastrand::Rng::with_seed(1);
+            let mut table = near_and_far(policy);
+            let mut chosen = [0; 4];
+            for _ in 0..200 {
+                let (index, spillover) = table.choose_near(&Tried::default(), None, &mut rng);
+                assert_eq!(spillover, None);
+                chosen[usize::from(index.unwrap())] += 1;
+            }
+            assert_eq!(chosen[2..], [0, 0], "{policy:?}");
+            // Of 200 draws, four standard deviations are 57.
+            assert!((43..=157).contains(&chosen[0]), "{policy:?}: {chosen:?}");
+        }
+    }
+
+    #[test]
+    fn sessions_spill_over_where_near_endpoints_are_too_few() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let mut table = near_and_far(Balance::RoundRobin);
+        eject(&mut table, 0);
+        let (index, spillover) = table.choose_near(&Tried::default(), None, &mut rng);
+        assert_eq!((index, spillover), (Some(1), None), "one is left");
+        let (index, spillover) = table.choose_near(&tried(&[1]), None, &mut rng);
+        assert!(matches!(index, Some(2 | 3)) && spillover == Some(Spillover::Few), "{index:?}");
+        eject(&mut table, 1);
+        let (index, spillover) = table.choose_near(&Tried::default(), None, &mut rng);
+        assert!(matches!(index, Some(2 | 3)) && spillover == Some(Spillover::Few), "{index:?}");
+        // With none usable anywhere, any one not tried will do, and that is no spillover.
+        for index in [2, 3] {
+            eject(&mut table, index);
+        }
+        let (index, spillover) = table.choose_near(&tried(&[0, 1, 3]), None, &mut rng);
+        assert_eq!((index, spillover), (Some(2), None));
+        assert_eq!(table.choose_near(&tried(&[0, 1, 2, 3]), None, &mut rng), (None, None));
+    }
+
+    #[test]
+    fn sessions_spill_over_where_near_endpoints_are_too_loaded() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let mut table = near_and_far(Balance::LeastConn);
+        let mut choose = |near: u32, far: u32| {
+            for (index, sessions) in [(0, near), (1, near), (2, far), (3, far)] {
+                table.get_mut(index).unwrap().sessions = sessions;
+            }
+            table.choose_near(&Tried::default(), None, &mut rng)
+        };
+        for far in [0, 1, 10, 1000] {
+            let bound = 2 * far + 8;
+            let (index, spillover) = choose(bound, far);
+            assert!(matches!(index, Some(0 | 1)) && spillover.is_none(), "at {bound}: {index:?}");
+            let (index, spillover) = choose(bound + 1, far);
+            assert!(matches!(index, Some(2 | 3)), "at {bound} + 1: {index:?}");
+            assert_eq!(spillover, Some(Spillover::Loaded));
+        }
+    }
 }

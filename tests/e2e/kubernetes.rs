@@ -6,18 +6,22 @@ use std::time::{Duration, Instant};
 
 use crate::support::backend::Backend;
 use crate::support::client::{ask, ask_once, connect, wait_closed};
-use crate::support::kube_api::{KubeApi, NAMESPACE, Slice, host_ip};
+use crate::support::kube_api::{Credentials, KubeApi, NAMESPACE, Slice, host_ip};
 use crate::support::metrics::{
-    APPLIED_GENERATION, DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, ENDPOINT_SESSIONS, SESSIONS_ACTIVE,
-    SESSIONS_CLOSED, SPILLOVERS,
+    APPLIED_GENERATION, DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, ENDPOINT_SESSIONS, Labels,
+    SESSIONS_ACTIVE, SESSIONS_CLOSED, SPILLOVERS,
 };
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, SetOnDrop, eventually, heavy, measured, on_both_drivers, skip};
 
 on_both_drivers![
     a_service_is_followed_from_one_endpoint_to_five_to_none_to_three,
+    short_sessions_outlive_every_scaling,
+    a_session_that_waits_too_long_is_refused,
+    a_kubeconfig_at_home_and_a_service_are_enough,
     pods_are_found_by_their_labels,
     an_api_that_is_gone_harms_nobody_and_comes_back,
+    an_api_that_is_killed_is_found_again,
     an_api_that_is_gone_at_the_start_is_waited_for,
     a_missing_role_is_told_and_its_grant_is_noticed,
     a_connection_gone_silent_is_given_up,
@@ -29,6 +33,8 @@ on_both_drivers![
     a_change_reaches_every_worker_within_milliseconds,
     a_thousand_endpoints_that_change_all_the_time_harm_nobody,
 ];
+
+const NO_ENDPOINT: Labels = &[("reason", "no_endpoint")];
 
 fn on(io: Io, api: &KubeApi) -> Builder {
     Builder::on(io)
@@ -107,6 +113,119 @@ fn a_service_is_followed_from_one_endpoint_to_five_to_none_to_three(io: Io) {
     assert_eq!(who(&proxy), ["a", "b", "c"]);
 }
 
+fn short_sessions_outlive_every_scaling(io: Io) {
+    const CLIENTS: u64 = 2;
+    let api = KubeApi::start();
+    let names = ["a", "b", "c", "d", "e"];
+    let mut first = backends(&names);
+    announce(&api, "a", &first[0]);
+    let proxy = on(io, &api)
+        .set("AEGIS_BALANCE", "least_conn")
+        .set("AEGIS_SLOW_START", "300ms")
+        .set("AEGIS_ENDPOINT_WAIT", "1m")
+        .start();
+    wait_for_endpoints(&proxy, 1);
+    let (stop, served) = (AtomicBool::new(false), AtomicU64::new(0));
+    let served_more = || {
+        let before = served.load(Relaxed);
+        let more = || (served.load(Relaxed) >= before + 50).then_some(());
+        eventually("sessions are served", PATIENCE, more);
+    };
+    let mut longest = Duration::ZERO;
+    thread::scope(|scope| {
+        let _stop = SetOnDrop(&stop);
+        let clients: Vec<_> = (0..CLIENTS)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut longest = Duration::ZERO;
+                    while !stop.load(Relaxed) {
+                        let begun = Instant::now();
+                        ask_once(proxy.address(), "who").expect("no session fails");
+                        longest = longest.max(begun.elapsed());
+                        served.fetch_add(1, Relaxed);
+                    }
+                    longest
+                })
+            })
+            .collect();
+        served_more();
+        for (name, server) in names.iter().zip(&first).skip(1) {
+            announce(&api, name, server);
+        }
+        wait_for_endpoints(&proxy, 5);
+        served_more();
+        for name in names {
+            api.delete_slice(name);
+        }
+        wait_for_endpoints(&proxy, 0);
+        proxy.wait_for_absence(ENDPOINT_SESSIONS, &[]);
+        proxy.wait_for(SESSIONS_ACTIVE, &[], |waiting| waiting == CLIENTS);
+        let before = served.load(Relaxed);
+        // Whatever is served from now on comes from the new ones.
+        first.iter_mut().for_each(Backend::kill);
+        let second = backends(&["new"; 3]);
+        assert_eq!(served.load(Relaxed), before, "served by nobody");
+        announce(&api, "f", &second[0]);
+        eventually("those that waited are served", PATIENCE, || {
+            (served.load(Relaxed) >= before + CLIENTS).then_some(())
+        });
+        for (name, server) in ["g", "h"].iter().zip(&second[1..]) {
+            announce(&api, name, server);
+        }
+        wait_for_endpoints(&proxy, 3);
+        served_more();
+        stop.store(true, Relaxed);
+        longest = clients.into_iter().map(|client| client.join().unwrap()).max().unwrap();
+        assert_eq!(who(&proxy), ["new"]);
+    });
+    assert_eq!(proxy.metric(SESSIONS_CLOSED, NO_ENDPOINT), 0);
+    assert_eq!(proxy.metric(SESSIONS_CLOSED, &[("reason", "connect_failed")]), 0);
+    let served = served.load(Relaxed);
+    measured(&format!("{served} sessions served, none failed; the longest took {longest:?}"));
+}
+
+fn a_session_that_waits_too_long_is_refused(io: Io) {
+    const WAIT: Duration = Duration::from_millis(300);
+    let api = KubeApi::start();
+    let servers = backends(&["a"]);
+    announce(&api, "a", &servers[0]);
+    let proxy = on(io, &api).set("AEGIS_ENDPOINT_WAIT", "300ms").start();
+    wait_for_endpoints(&proxy, 1);
+    assert_eq!(who(&proxy), ["a"]);
+    api.delete_slice("a");
+    wait_for_endpoints(&proxy, 0);
+    let refused = |count| proxy.wait_for(SESSIONS_CLOSED, NO_ENDPOINT, |found| found == count);
+    refused(0);
+    for count in 1..=2 {
+        let begun = Instant::now();
+        wait_closed(&connect(proxy.address())).unwrap();
+        let took = begun.elapsed();
+        assert!(took >= WAIT, "refused after {took:?} already");
+        assert!(took < PATIENCE / 2, "refused after {took:?} only");
+        refused(count);
+    }
+    assert_eq!(proxy.metric(SESSIONS_ACTIVE, &[]), 0);
+    // Its time is over, but not that of those who come later.
+    announce(&api, "a", &servers[0]);
+    wait_for_endpoints(&proxy, 1);
+    assert_eq!(who(&proxy), ["a"]);
+    refused(2);
+}
+
+fn a_kubeconfig_at_home_and_a_service_are_enough(io: Io) {
+    let api = KubeApi::start();
+    let servers = backends(&["a"]);
+    announce(&api, "a", &servers[0]);
+    for credentials in [Credentials::Token, Credentials::Certificate] {
+        let proxy = Builder::on(io)
+            .set("HOME", api.home(&credentials))
+            .set("AEGIS_KUBE_SERVICE", "chronos")
+            .start();
+        wait_for_endpoints(&proxy, 1);
+        assert_eq!(who(&proxy), ["a"], "{credentials:?}");
+    }
+}
+
 fn pods_are_found_by_their_labels(io: Io) {
     let api = KubeApi::start();
     let servers = backends(&["a", "b"]);
@@ -146,6 +265,40 @@ fn an_api_that_is_gone_harms_nobody_and_comes_back(io: Io) {
 
     api.gate.open();
     wait_for_endpoints(&proxy, 2);
+    assert_eq!(who(&proxy), ["a", "b"]);
+}
+
+/// `AEGIS_E2E_OUTAGE` says for how many seconds, such as 60.
+fn an_api_that_is_killed_is_found_again(io: Io) {
+    let outage = std::env::var("AEGIS_E2E_OUTAGE").map_or(1, |seconds| seconds.parse().unwrap());
+    let outage = Duration::from_secs(outage);
+    let mut api = KubeApi::start();
+    let servers = backends(&["a", "b"]);
+    announce(&api, "a", &servers[0]);
+    let proxy = on(io, &api).start();
+    wait_for_endpoints(&proxy, 1);
+    let held = connect(proxy.address());
+    assert_eq!(ask(&held, "who"), "a");
+    api.kill();
+    let (killed, mut served) = (Instant::now(), 0);
+    eventually("the outage is over", outage + PATIENCE, || {
+        assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
+        assert_eq!(ask(&held, "who"), "a");
+        served += 1;
+        (killed.elapsed() >= outage).then_some(())
+    });
+    assert_eq!(proxy.get("/readyz").status, 200);
+    let errors = proxy.metric(DISCOVERY_ERRORS, &[("kind", "unreachable")]);
+    assert!(errors > 0);
+    api.restart();
+    let back = Instant::now();
+    announce(&api, "b", &servers[1]);
+    wait_for_endpoints(&proxy, 2);
+    measured(&format!(
+        "{served} sessions served in an outage of {outage:?}, none failed; {errors} attempts; the \
+         next change known {:?} after the API was back",
+        back.elapsed()
+    ));
     assert_eq!(who(&proxy), ["a", "b"]);
 }
 
@@ -274,7 +427,8 @@ fn an_endpoint_that_goes_is_drained_within_its_time(io: Io) {
     wait_closed(&held).unwrap();
     let took = goes.elapsed();
     assert!(took >= Duration::from_secs(1), "ended after {took:?} already");
-    assert!(proxy.metric(SESSIONS_CLOSED, &[("reason", "endpoint_removed")]) == 1);
+    // Counted once its connections are closed, which the client may see first.
+    proxy.wait_for(SESSIONS_CLOSED, &[("reason", "endpoint_removed")], |count| count == 1);
 }
 
 fn a_rolling_replacement_fails_no_session(io: Io) {
@@ -353,7 +507,8 @@ fn a_change_reaches_every_worker_within_milliseconds(io: Io) {
     announce(&api, "a", &servers[0]);
     let proxy = on(io, &api).without_pool().start();
     wait_for_endpoints(&proxy, 1);
-    let mut took = Vec::new();
+    let (mut took, mut after_answer) = (Vec::new(), Vec::new());
+    let first_change = Instant::now();
     for round in 0..100u64 {
         let before = proxy.metric(APPLIED_GENERATION, &[]);
         let begun = Instant::now();
@@ -362,24 +517,40 @@ fn a_change_reaches_every_worker_within_milliseconds(io: Io) {
         } else {
             api.delete_slice("b");
         }
+        let answered = Instant::now();
         let workers = 2;
         while proxy.metric(APPLIED_GENERATION, &[]) < before + workers {
             assert!(begun.elapsed() < PATIENCE, "a change does not arrive");
         }
         took.push(begun.elapsed());
+        after_answer.push(answered.elapsed());
     }
+    let churn = first_change.elapsed();
     took.sort_unstable();
-    // The write to the API with its TLS handshake and the scrapes are part of it.
+    after_answer.sort_unstable();
+    // The scrapes are part of both; of the first also the write to the API with its TLS handshake.
     measured(&format!(
-        "from the start of the API's change to every worker, seen by scraping: p50 {:?}, p99 {:?}",
-        took[50], took[98]
+        "to every worker, from the start of the API's change: p50 {:?}, p99 {:?}; from its answer: \
+         p50 {:?}, p99 {:?}",
+        took[50], took[98], after_answer[50], after_answer[98]
     ));
-    assert!(took[50] < Duration::from_secs(1), "{took:?}");
+    // An idle machine shows under 20 ms; this holds in a debug build on a busy one.
+    assert!(after_answer[98] < Duration::from_millis(200), "{after_answer:?}");
+
+    // The log follows at its own pace, and ends with what is true.
+    let generation = proxy.get("/backends").json()["generation"].as_u64();
+    let lines = eventually("the log tells the latest", PATIENCE, || {
+        let lines = proxy.log_events("endpoints changed");
+        (lines.last()?["generation"].as_u64() == generation).then_some(lines)
+    });
+    let changes: u64 = lines.iter().filter_map(|line| line["changes"].as_u64()).sum();
+    assert_eq!(Some(changes), generation, "each change is counted once");
+    assert!(lines.len() as u64 <= churn.as_secs() + 4, "{} lines in {churn:?}", lines.len());
 }
 
 fn a_thousand_endpoints_that_change_all_the_time_harm_nobody(io: Io) {
     const SLICES: u16 = 12;
-    const CHANGES: u32 = 250;
+    const CHANGES: u32 = 150;
     let _alone = heavy();
     let api = KubeApi::start();
     if api.faults().is_none() {

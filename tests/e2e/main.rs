@@ -2,6 +2,8 @@
 //! a theme, and each test on both drivers where the driver can matter.
 //!
 //! `AEGIS_E2E_BINARY` puts another build to the same tests, such as the one in the image.
+//! `KUBEBUILDER_ASSETS` names a folder with etcd and kube-apiserver, to be used instead of a stand-in;
+//! `AEGIS_E2E_OUTAGE` says for how many seconds the API is killed (1 unless set).
 
 #[path = "../support/mod.rs"]
 mod support;

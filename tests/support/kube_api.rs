@@ -19,7 +19,7 @@ use tempfile::TempDir;
 use super::say;
 pub use gate::Gate;
 pub use stand_in::Faults;
-use tls::Authority;
+use tls::{Authority, base64};
 
 /// The namespace of all objects.
 pub const NAMESPACE: &str = "db";
@@ -31,8 +31,15 @@ const ADMIN_TOKEN: &str = "admin-token";
 pub const PROXY_TOKEN: &str = "proxy-token";
 
 enum Server {
-    Real(real::ApiServer),
+    Real(Box<real::ApiServer>),
     StandIn(stand_in::StandIn),
+}
+
+/// What a kubeconfig proves its user by.
+#[derive(Debug)]
+pub enum Credentials {
+    Token,
+    Certificate,
 }
 
 /// An API, the way to it, and a kubeconfig that names both.
@@ -49,7 +56,7 @@ impl KubeApi {
         let authority = Authority::new();
         let assets = std::env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from);
         let server = if let Some(assets) = assets {
-            Server::Real(real::ApiServer::start(&assets, &authority))
+            Server::Real(Box::new(real::ApiServer::start(&assets, &authority)))
         } else {
             static ONCE: Once = Once::new();
             ONCE.call_once(|| {
@@ -66,17 +73,8 @@ impl KubeApi {
         let folder = TempDir::new().unwrap();
         let api = Self { server, gate, authority, folder };
         api.write_token(PROXY_TOKEN);
-        let kubeconfig = json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "test",
-            "clusters": [{"name": "test", "cluster": {
-                "server": format!("https://{}", api.gate.address()),
-                "certificate-authority-data": api.authority.base64(),
-            }}],
-            "users": [{"name": "proxy", "user": {"tokenFile": api.token_file()}}],
-            "contexts": [{"name": "test", "context":
-                {"cluster": "test", "user": "proxy", "namespace": NAMESPACE}}],
-        });
-        fs::write(api.kubeconfig(), kubeconfig.to_string()).unwrap();
+        let user = json!({"tokenFile": api.token_file()});
+        fs::write(api.kubeconfig(), api.kubeconfig_of(&user)).unwrap();
         if let Server::Real(_) = api.server {
             api.create("/api/v1/namespaces", &json!({"metadata": {"name": NAMESPACE}}));
         }
@@ -89,12 +87,57 @@ impl KubeApi {
         self.folder.path().join("kubeconfig").to_str().unwrap().to_owned()
     }
 
+    /// A home directory with a kubeconfig in its usual place, with these credentials.
+    pub fn home(&self, credentials: &Credentials) -> String {
+        let home = self.folder.path();
+        fs::create_dir_all(home.join(".kube")).unwrap();
+        let user = match credentials {
+            Credentials::Token => json!({"token": PROXY_TOKEN}),
+            Credentials::Certificate => json!({
+                "client-certificate-data": base64(&self.authority.client_pem),
+                "client-key-data": base64(&self.authority.key_pem),
+            }),
+        };
+        fs::write(home.join(".kube/config"), self.kubeconfig_of(&user)).unwrap();
+        home.to_str().unwrap().to_owned()
+    }
+
+    fn kubeconfig_of(&self, user: &Value) -> String {
+        json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "test",
+            "clusters": [{"name": "test", "cluster": {
+                "server": format!("https://{}", self.gate.address()),
+                "certificate-authority-data": base64(&self.authority.pem),
+            }}],
+            "users": [{"name": "proxy", "user": user}],
+            "contexts": [{"name": "test", "context":
+                {"cluster": "test", "user": "proxy", "namespace": NAMESPACE}}],
+        })
+        .to_string()
+    }
+
     fn token_file(&self) -> String {
         self.folder.path().join("token").to_str().unwrap().to_owned()
     }
 
     pub fn write_token(&self, token: &str) {
         fs::write(self.token_file(), token).unwrap();
+    }
+
+    /// Kills the server. The stand-in only looks so, from the proxy.
+    pub fn kill(&mut self) {
+        self.gate.close();
+        if let Server::Real(server) = &mut self.server {
+            server.kill();
+        }
+    }
+
+    /// Brings it back, with all that it knew.
+    pub fn restart(&mut self) {
+        if let Server::Real(server) = &mut self.server {
+            server.restart(&self.authority);
+        }
+        self.gate.open();
     }
 
     /// The faults that only the stand-in can have.

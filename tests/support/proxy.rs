@@ -220,6 +220,11 @@ impl Proxy {
         })
     }
 
+    /// All lines of the log with this message so far.
+    pub fn log_events(&self, message: &str) -> Vec<Value> {
+        self.log.events(message)
+    }
+
     /// Asks the admin port.
     pub fn get(&self, path: &str) -> Answer {
         self.try_get(path).unwrap_or_else(|error| panic!("GET {path}: {error}"))
@@ -340,10 +345,13 @@ struct Log(Arc<Mutex<Vec<String>>>);
 
 impl Log {
     fn field(&self, message: &str, field: &str) -> Option<String> {
+        self.events(message).first()?[field].as_str().map(str::to_owned)
+    }
+
+    fn events(&self, message: &str) -> Vec<Value> {
         let lines = self.0.lock().unwrap();
-        let mut events = lines.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        let found = events.find(|event| event["message"] == message)?;
-        found[field].as_str().map(str::to_owned)
+        let events = lines.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        events.filter(|event| event["message"] == message).collect()
     }
 }
 

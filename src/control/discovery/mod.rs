@@ -11,9 +11,12 @@ pub mod status;
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
 
 use tokio::sync::watch;
-use tracing::{info, warn};
+use tokio::time::sleep;
+use tracing::{debug, info, warn};
 
 use super::WorkerHandle;
 use crate::limits::ENDPOINTS_MAX;
@@ -45,6 +48,8 @@ impl Wanted {
 pub struct Publisher {
     workers: Vec<WorkerHandle>,
     snapshots: watch::Sender<Arc<EndpointSnapshot>>,
+    /// How many endpoints the last snapshot had no room for.
+    left_out: AtomicUsize,
 }
 
 impl Publisher {
@@ -53,7 +58,7 @@ impl Publisher {
         workers: Vec<WorkerHandle>,
         snapshots: watch::Sender<Arc<EndpointSnapshot>>,
     ) -> Self {
-        Self { workers, snapshots }
+        Self { workers, snapshots, left_out: AtomicUsize::new(0) }
     }
 
     /// Publishes the complete, ordered set `wanted` if it differs from the last one; the first is
@@ -85,8 +90,8 @@ impl Publisher {
         }
 
         let generation = last.generation + 1;
-        info!(generation, endpoints = endpoints.len(), "endpoints changed");
-        if left_out > 0 {
+        debug!(generation, endpoints = endpoints.len(), "new snapshot");
+        if self.left_out.swap(left_out, Relaxed) == 0 && left_out > 0 {
             warn!(left_out, max = ENDPOINTS_MAX, "too many endpoints: the last are left out");
         }
         let snapshot = Arc::new(EndpointSnapshot { generation, endpoints });
@@ -94,6 +99,25 @@ impl Publisher {
         for worker in &self.workers {
             worker.mailbox.deliver(Arc::clone(&snapshot));
         }
+    }
+}
+
+/// The time between two lines of the log about changed endpoints.
+const LOG_PAUSE: Duration = Duration::from_secs(1);
+
+/// Logs that endpoints changed: a single change at once, many as one line a second, so that the
+/// last line always tells the latest state.
+pub async fn log_changes(mut snapshots: watch::Receiver<Arc<EndpointSnapshot>>) {
+    let mut logged = 0;
+    while snapshots.changed().await.is_ok() {
+        let (generation, endpoints) = {
+            let snapshot = snapshots.borrow_and_update();
+            (snapshot.generation, snapshot.endpoints.len())
+        };
+        let changes = generation - logged;
+        info!(generation, endpoints, changes, "endpoints changed");
+        logged = generation;
+        sleep(LOG_PAUSE).await;
     }
 }
 

@@ -17,7 +17,9 @@ const START_MAX: Duration = Duration::from_secs(120);
 
 pub struct ApiServer {
     address: SocketAddr,
-    children: Vec<Child>,
+    etcd: Child,
+    program: Command,
+    running: Child,
     _folder: TempDir,
 }
 
@@ -29,6 +31,7 @@ impl ApiServer {
             fs::write(&path, text).unwrap();
             path.to_str().unwrap().to_owned()
         };
+        let authority_file = file("ca.pem", &authority.pem);
         let certificate = file("server.pem", &authority.server_pem);
         let key = file("server.key", &authority.key_pem);
         let tokens = format!(
@@ -38,22 +41,20 @@ impl ApiServer {
         let tokens = file("tokens.csv", &tokens);
         let [etcd, peer, address] = free_ports();
         let logs = folder.path().to_owned();
-        let run = |program: &str, arguments: &[String]| {
+        let command = |program: &str, flags: &[(&str, &str)]| {
             let log = fs::File::create(logs.join(format!("{program}.log"))).unwrap();
-            Command::new(assets.join(program))
-                .args(arguments)
+            let mut command = Command::new(assets.join(program));
+            command
+                .args(flags.iter().map(|(name, value)| format!("--{name}={value}")))
                 .stdin(Stdio::null())
                 .stdout(log.try_clone().unwrap())
-                .stderr(log)
-                .spawn()
-                .unwrap_or_else(|error| panic!("{program} of KUBEBUILDER_ASSETS: {error}"))
+                .stderr(log);
+            command
         };
         let data = folder.path().join("etcd");
         let etcd_url = format!("http://{etcd}");
-        let mut server = Self { address, children: Vec::new(), _folder: folder };
         let peer_url = format!("http://{peer}");
-        server.children.push(run_in(
-            &run,
+        let mut etcd = command(
             "etcd",
             &[
                 ("data-dir", data.to_str().unwrap()),
@@ -64,9 +65,8 @@ impl ApiServer {
                 ("initial-cluster", &format!("default={peer_url}")),
                 ("unsafe-no-fsync", "true"),
             ],
-        ));
-        server.children.push(run_in(
-            &run,
+        );
+        let mut program = command(
             "kube-apiserver",
             &[
                 ("etcd-servers", &etcd_url),
@@ -76,6 +76,7 @@ impl ApiServer {
                 ("tls-cert-file", &certificate),
                 ("tls-private-key-file", &key),
                 ("token-auth-file", &tokens),
+                ("client-ca-file", &authority_file),
                 ("authorization-mode", "RBAC"),
                 ("service-account-issuer", "https://127.0.0.1"),
                 ("service-account-key-file", &certificate),
@@ -84,12 +85,30 @@ impl ApiServer {
                 ("endpoint-reconciler-type", "none"),
                 ("disable-admission-plugins", "ServiceAccount"),
             ],
-        ));
+        );
+        let etcd = spawn(&mut etcd);
+        let running = spawn(&mut program);
+        let server = Self { address, etcd, program, running, _folder: folder };
+        server.wait_until_ready(authority);
+        server
+    }
+
+    fn wait_until_ready(&self, authority: &Authority) {
         eventually("the API server is ready", START_MAX, || {
-            let ready = authority.try_request(address, ADMIN_TOKEN, "GET", "/readyz", None);
+            let ready = authority.try_request(self.address, ADMIN_TOKEN, "GET", "/readyz", None);
             (ready.ok()?.0 == 200).then_some(())
         });
-        server
+    }
+
+    /// Kills the API server; what it stored stays in etcd.
+    pub fn kill(&mut self) {
+        end(&mut self.running);
+    }
+
+    /// Starts it again, at its address.
+    pub fn restart(&mut self, authority: &Authority) {
+        self.running = spawn(&mut self.program);
+        self.wait_until_ready(authority);
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -97,9 +116,14 @@ impl ApiServer {
     }
 }
 
-fn run_in(run: &dyn Fn(&str, &[String]) -> Child, program: &str, flags: &[(&str, &str)]) -> Child {
-    let flags: Vec<_> = flags.iter().map(|(name, value)| format!("--{name}={value}")).collect();
-    run(program, &flags)
+fn spawn(command: &mut Command) -> Child {
+    command.spawn().unwrap_or_else(|error| panic!("{command:?} of KUBEBUILDER_ASSETS: {error}"))
+}
+
+fn end(child: &mut Child) {
+    // Both fail where it has ended and been waited for.
+    let _ = child.kill();
+    let _ = child.wait();
 }
 
 /// Ports that nobody has. They are bound together, so that they differ.
@@ -110,9 +134,7 @@ fn free_ports() -> [SocketAddr; 3] {
 
 impl Drop for ApiServer {
     fn drop(&mut self) {
-        for child in self.children.iter_mut().rev() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        end(&mut self.running);
+        end(&mut self.etcd);
     }
 }

@@ -160,8 +160,12 @@ fn serve(stream: TcpStream, config: Arc<ServerConfig>, store: &Store) -> std::io
     stream.set_nodelay(true)?;
     let tls = ServerConnection::new(config).map_err(std::io::Error::other)?;
     let mut stream = BufReader::new(StreamOwned::new(tls, stream));
-    while let Some(request) = read(&mut stream)? {
+    while let Some(mut request) = read(&mut stream)? {
         let tls = stream.get_mut();
+        if tls.conn.peer_certificates().is_some() {
+            // It is signed for nobody else.
+            PROXY_TOKEN.clone_into(&mut request.token);
+        }
         if let Some((status, message)) = refusal(&request, store) {
             answer(tls, status, &failure(status, &message))?;
         } else if request.query.get("watch").is_some_and(|watch| watch == "true") {

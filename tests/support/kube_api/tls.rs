@@ -4,15 +4,21 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
+    KeyPair,
+};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, StreamOwned};
 use serde_json::Value;
 
 use crate::support::PATIENCE;
 
 pub struct Authority {
-    pem: String,
+    pub pem: String,
+    /// A client certificate for the user `proxy`; the key is the server's.
+    pub client_pem: String,
     der: CertificateDer<'static>,
     pub server_pem: String,
     pub key_pem: String,
@@ -28,8 +34,13 @@ impl Authority {
         let key = KeyPair::generate().unwrap();
         let server = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
         let server = server.signed_by(&key, &issuer).unwrap();
+        let mut client = CertificateParams::new(Vec::new()).unwrap();
+        client.distinguished_name.push(DnType::CommonName, "proxy");
+        client.extended_key_usages.push(ExtendedKeyUsagePurpose::ClientAuth);
+        let client = client.signed_by(&key, &issuer).unwrap();
         Self {
             pem: issuer.pem(),
+            client_pem: client.pem(),
             der: issuer.der().clone(),
             server_pem: server.pem(),
             key_pem: key.serialize_pem(),
@@ -38,29 +49,24 @@ impl Authority {
         }
     }
 
-    /// For a kubeconfig.
-    pub fn base64(&self) -> String {
-        const DIGITS: &[u8; 64] =
-            b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-        let mut text = String::new();
-        for chunk in self.pem.as_bytes().chunks(3) {
-            let bytes = [chunk[0], *chunk.get(1).unwrap_or(&0), *chunk.get(2).unwrap_or(&0)];
-            let word = u32::from_be_bytes([0, bytes[0], bytes[1], bytes[2]]);
-            for (i, shift) in [18, 12, 6, 0].into_iter().enumerate() {
-                let digit = DIGITS[(word >> shift & 63) as usize] as char;
-                text.push(if i <= chunk.len() { digit } else { '=' });
-            }
-        }
-        text
+    fn roots(&self) -> RootCertStore {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.der.clone()).unwrap();
+        roots
     }
 
     pub fn server_config(&self) -> Arc<ServerConfig> {
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.key.clone()));
         let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let verifier =
+            WebPkiClientVerifier::builder_with_provider(Arc::new(self.roots()), provider.clone())
+                .allow_unauthenticated()
+                .build()
+                .unwrap();
         let config = ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .unwrap()
-            .with_no_client_auth()
+            .with_client_cert_verifier(verifier)
             .with_single_cert(vec![self.server.clone()], key);
         Arc::new(config.unwrap())
     }
@@ -86,13 +92,11 @@ impl Authority {
         path: &str,
         body: Option<&Value>,
     ) -> std::io::Result<(u16, String)> {
-        let mut roots = RootCertStore::empty();
-        roots.add(self.der.clone()).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let config = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .unwrap()
-            .with_root_certificates(roots)
+            .with_root_certificates(self.roots())
             .with_no_client_auth();
         let name = "127.0.0.1".try_into().unwrap();
         let tls = ClientConnection::new(Arc::new(config), name).unwrap();
@@ -118,4 +122,19 @@ impl Authority {
         let status = head.split(' ').nth(1).and_then(|s| s.parse().ok());
         Ok((status.ok_or(std::io::ErrorKind::InvalidData)?, body.to_owned()))
     }
+}
+
+/// Base64, as kubeconfigs have it.
+pub fn base64(data: &str) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::new();
+    for chunk in data.as_bytes().chunks(3) {
+        let bytes = [chunk[0], *chunk.get(1).unwrap_or(&0), *chunk.get(2).unwrap_or(&0)];
+        let word = u32::from_be_bytes([0, bytes[0], bytes[1], bytes[2]]);
+        for (i, shift) in [18, 12, 6, 0].into_iter().enumerate() {
+            let digit = DIGITS[(word >> shift & 63) as usize] as char;
+            text.push(if i <= chunk.len() { digit } else { '=' });
+        }
+    }
+    text
 }

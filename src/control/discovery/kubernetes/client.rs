@@ -139,3 +139,69 @@ fn chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(code: u16, message: &str) -> Box<ApiStatus> {
+        ApiStatus::failure(message, "").with_code(code).boxed()
+    }
+
+    #[test]
+    fn a_missing_permission_is_told_with_the_role_that_grants_it() {
+        let forbidden = || answer(403, "User \"proxy\" is not allowed");
+        let cases = [
+            (watcher::Error::InitialListFailed(Error::Api(forbidden())), "list"),
+            (watcher::Error::WatchStartFailed(Error::Api(forbidden())), "watch"),
+            (watcher::Error::WatchFailed(Error::Api(forbidden())), "watch"),
+            (watcher::Error::WatchError(forbidden()), "watch"),
+        ];
+        for (error, verb) in &cases {
+            let trouble = explain(error, "endpointslices.discovery.k8s.io", "db");
+            assert_eq!(trouble.kind, ErrorKind::Forbidden);
+            assert_eq!(
+                trouble.what,
+                format!(
+                    "not allowed to {verb} endpointslices in namespace \"db\": bind the service \
+                     account to a Role there with apiGroups: [\"discovery.k8s.io\"], resources: \
+                     [\"endpointslices\"], verbs: [\"get\", \"list\", \"watch\"]. The API says: User \
+                     \"proxy\" is not allowed"
+                )
+            );
+            assert!(!trouble.no_streaming && trouble.wait.is_zero());
+        }
+        // Pods are of the core group, which has no name.
+        let trouble = explain(&cases[0].0, "pods", "db");
+        assert!(trouble.what.contains("apiGroups: [\"\"], resources: [\"pods\"]"), "{trouble:?}");
+    }
+
+    #[test]
+    fn each_answer_has_its_kind() {
+        for (code, kind, no_streaming) in [
+            (400, ErrorKind::Refused, true),
+            (401, ErrorKind::Unauthorized, false),
+            (403, ErrorKind::Forbidden, false),
+            (410, ErrorKind::Expired, false),
+            (422, ErrorKind::Refused, true),
+            (429, ErrorKind::Throttled, false),
+            (500, ErrorKind::Refused, true),
+            (503, ErrorKind::Refused, false),
+        ] {
+            let error = watcher::Error::WatchError(answer(code, "because"));
+            let trouble = explain(&error, "pods", "db");
+            assert_eq!((trouble.kind, trouble.no_streaming), (kind, no_streaming), "{code}");
+            assert!(trouble.what.contains("because"), "{trouble:?}");
+        }
+        let trouble = explain(&watcher::Error::NoResourceVersion, "pods", "db");
+        assert_eq!(trouble.kind, ErrorKind::Malformed);
+    }
+
+    #[test]
+    fn a_server_that_asks_for_patience_gets_it() {
+        let status = r#"{"code": 429, "details": {"retryAfterSeconds": 7}}"#;
+        let status = serde_json::from_str(status).unwrap();
+        let trouble = explain(&watcher::Error::WatchError(status), "pods", "db");
+        assert_eq!(trouble.wait, Duration::from_secs(7));
+    }
+}
