@@ -17,7 +17,7 @@ const SESSIONS_PER_EVENT: u32 = 4;
 /// …but not for more than this,
 const EVENTS_MAX: u32 = 128;
 /// nor longer than this.
-const BATCH_MAX: Duration = Duration::from_micros(400);
+const BATCH_MAX: Duration = Duration::from_micros(100);
 
 /// Estimates the load of one worker.
 #[derive(Debug)]
