@@ -21,6 +21,7 @@ use crate::telemetry::{WorkerState, WorkerStats};
 pub mod batch;
 pub mod cores;
 pub mod engine;
+mod exchanges;
 pub mod listener;
 pub mod mailbox;
 mod pools;

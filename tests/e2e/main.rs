@@ -21,3 +21,4 @@ mod memory;
 mod pooling;
 mod proxy_protocol;
 mod relay;
+mod requests;
