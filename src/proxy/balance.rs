@@ -250,7 +250,9 @@ impl Table {
         let endpoints = self.present.iter().filter_map(|&i| self.entries[usize::from(i)].as_ref());
         let endpoints: Vec<_> = endpoints.map(|entry| &entry.endpoint).collect();
         let mut counts: HashMap<&str, usize> = HashMap::new();
-        endpoints.iter().for_each(|e| *counts.entry(e.name.as_str()).or_default() += 1);
+        for endpoint in &endpoints {
+            *counts.entry(endpoint.name.as_str()).or_default() += 1;
+        }
         let hash = |endpoint: &Endpoint| match counts.get(endpoint.name.as_str()) {
             Some(2..) => {
                 StableHash::of(format!("{}@{}", endpoint.name, endpoint.address).as_bytes())

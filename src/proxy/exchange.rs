@@ -18,11 +18,10 @@ use std::time::{Duration, Instant};
 
 use super::route::StableHash;
 use super::session::Tried;
-use crate::config::Protocol;
 use crate::io::buffers::Buffers;
 use crate::io::{Chain, ConnId};
 use crate::telemetry::{CloseReason, Outcome, Verb};
-use crate::wire::chronos::{self, LineEnd, RequestScanner};
+use crate::wire::chronos::{self, Command, LineEnd, RequestScanner};
 
 /// What is at the front of a client's input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -185,6 +184,10 @@ struct Exchange {
 }
 
 /// A client and the request that is under way for it.
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "independent facts, each told by the driver or the client"
+)]
 #[derive(Debug)]
 pub struct Client {
     /// Its connection.
@@ -348,14 +351,13 @@ impl Client {
         let Some(request) = chronos::Request::parse(line) else {
             return Front::Refused(len, Fault::Blank);
         };
-        use chronos::Command::{Compact, Del, Get, Other, Ping, Set};
         let verb = match request.command {
-            Ping => Verb::Ping,
-            Get => Verb::Get,
-            Set => Verb::Set,
-            Del => Verb::Del,
-            Compact => Verb::Compact,
-            Other => Verb::Other,
+            Command::Ping => Verb::Ping,
+            Command::Get => Verb::Get,
+            Command::Set => Verb::Set,
+            Command::Del => Verb::Del,
+            Command::Compact => Verb::Compact,
+            Command::Other => Verb::Other,
         };
         let write = matches!(verb, Verb::Set | Verb::Del);
         Front::Request(Request {
@@ -559,11 +561,6 @@ impl Sweep {
         };
         before - space.len()
     }
-}
-
-/// Whether a protocol's requests can be told apart by this.
-pub fn is_framed(protocol: Protocol) -> bool {
-    protocol != Protocol::Tcp
 }
 
 #[cfg(test)]

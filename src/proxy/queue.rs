@@ -123,11 +123,11 @@ impl Queue {
         self.links[client.index()] = UNLINKED;
         let ends = &mut self.lines[line.index()];
         match self.links.get_mut(previous as usize) {
-            Some(link) => link.next = next,
+            Some(before) => before.next = next,
             None => ends.head = next,
         }
         match self.links.get_mut(next as usize) {
-            Some(link) => link.previous = previous,
+            Some(after) => after.previous = previous,
             None => ends.tail = previous,
         }
         ends.len -= 1;
