@@ -112,7 +112,9 @@ fn serve_by_threads(count: usize) -> io::Result<()> {
         }));
     }
     println!();
-    threads.into_iter().for_each(|thread| drop(thread.join()));
+    for thread in threads {
+        drop(thread.join());
+    }
     Ok(())
 }
 

@@ -62,6 +62,9 @@ impl Frame {
             (Some(id), Some(len), Some(reply)) => Self { id, len, reply },
             _ => return Err(format!("wrong bytes: no header looks like {bytes:02x?}")),
         };
+        if frame.encode() != bytes {
+            return Err(format!("wrong bytes: no header looks like {bytes:02x?}"));
+        }
         let possible = |len: u32| (FRAME_MIN..=FRAME_MAX).contains(&(len as usize));
         if possible(frame.len) && (frame.reply == 0 || possible(frame.reply)) {
             Ok(frame)
@@ -106,10 +109,16 @@ impl Outgoing {
 }
 
 /// The frame that is coming in.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Incoming {
     header: [u8; HEADER],
     received: usize,
+}
+
+impl Default for Incoming {
+    fn default() -> Self {
+        Self { header: [0; HEADER], received: 0 }
+    }
 }
 
 impl Incoming {

@@ -170,7 +170,7 @@ mod tests {
             for (line, model) in LINES.into_iter().zip(&model) {
                 assert_eq!(queue.waiting(line), model.len());
             }
-            assert_eq!(queue.len(), model.iter().map(VecDeque::len).sum());
+            assert_eq!(queue.len(), model.iter().map(VecDeque::len).sum::<usize>());
         }
     }
 

@@ -86,7 +86,8 @@ fn requests_are_put_together_and_taken_apart(io: Io) {
         client.write_all(&[*byte]).unwrap();
     }
     assert_eq!(read_line(&client).unwrap(), "OK");
-    let joined: String = (0..500).map(|i| format!("SET k{i} v{i}\nGET k{i}\n")).collect();
+    let joined: Vec<_> = (0..500).map(|i| format!("SET k{i} v{i}\nGET k{i}\n")).collect();
+    let joined = joined.concat();
     let mut writer = client.try_clone().unwrap();
     let sent = thread::spawn(move || writer.write_all(joined.as_bytes()).unwrap());
     for i in 0..500 {
