@@ -282,6 +282,18 @@ impl Buffers {
         &scratch[..len]
     }
 
+    /// Takes bytes from the front of a chain, at most `len` and no more than one buffer holds: its
+    /// first buffer if all of that is wanted, else a copy. None: no buffer is free for that.
+    pub fn take_front(&mut self, chain: &mut Chain, len: u32) -> Option<Buf> {
+        let first = self.entries.get(chain.head as usize).map_or(0, |entry| entry.len);
+        if first <= len {
+            return self.pop(chain);
+        }
+        let buf = self.duplicate(chain, len)?;
+        self.advance(chain, buf.len);
+        Some(buf)
+    }
+
     /// A new buffer with the first `len` bytes of a chain, if one is free.
     pub fn duplicate(&mut self, chain: &Chain, len: u32) -> Option<Buf> {
         let mut buf = self.take()?;

@@ -106,6 +106,8 @@ pub struct Engine<D> {
     pub(super) queue: Queue,
     /// Clients to be looked at before the turn ends.
     pub(super) due: VecDeque<Key>,
+    /// Clients whose connection is to be given back before the turn ends.
+    pub(super) returning: Vec<Key>,
     /// Endpoints that may have connections for requests that wait.
     pub(super) freed: Vec<u16>,
     /// For a request that lies in several buffers.
@@ -143,7 +145,7 @@ impl<D: Driver> Engine<D> {
         let config = setup.config;
         let lends = config.pool.mode != PoolMode::Preconnect;
         let slots = setup.sessions_max + limits::ACCEPT_OVERSHOOT;
-        let (sessions_max, clients_max) = if lends { (0, slots) } else { (slots, 0) };
+        let clients_max = if lends { slots } else { 0 };
         Self {
             clients: Slab::with_capacity(clients_max),
             client_limits: ClientLimits {
@@ -154,6 +156,7 @@ impl<D: Driver> Engine<D> {
             },
             queue: Queue::new(config.requests.queue_max, clients_max),
             due: VecDeque::with_capacity(clients_max),
+            returning: Vec::with_capacity(clients_max),
             freed: Vec::with_capacity(limits::ENDPOINTS_MAX),
             scratch: vec![0; config.requests.line_max].into(),
             timeouts: Timeouts { idle: config.idle_timeout, half_close: config.half_close_timeout },
@@ -162,7 +165,7 @@ impl<D: Driver> Engine<D> {
                 eject_time: config.eject_time,
             },
             stats: Arc::clone(&setup.stats[setup.index]),
-            sessions: Slab::with_capacity(sessions_max),
+            sessions: Slab::with_capacity(slots),
             owners: Vec::with_capacity(conns_max),
             table: Table::new(config.balance, setup.index),
             timers: Timers::new(conns_max, now),
@@ -312,6 +315,7 @@ impl<D: Driver> Engine<D> {
             Completion::Sent(conn, bytes) => match self.peek_owner(conn) {
                 Some(&Owner::Session(session, side)) => self.on_sent(session, side, bytes),
                 Some(&Owner::Client(client)) => self.on_client_sent(client, bytes),
+                Some(&Owner::Lent(client)) => self.on_lent_sent(client, bytes),
                 _ => {}
             },
             Completion::SendFailed(conn) => match self.peek_owner(conn) {

@@ -8,14 +8,16 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use super::engine::{Engine, Owner};
-use crate::config::{Balance, Locality, PoolMode, Route};
+use crate::config::{Balance, Locality, PoolMode, Protocol, Route};
 use crate::io::{Buf, Close, ConnId, Driver};
 use crate::limits;
 use crate::proxy::Side;
 use crate::proxy::balance::Having;
-use crate::proxy::exchange::{Client, Due, Fault, Front, Lost, Reply, Request, Sweep, write_fault};
+use crate::proxy::exchange::{
+    Client, Due, Fault, Framing, Front, Lost, Reply, Request, Sweep, write_fault,
+};
 use crate::proxy::queue::Line;
-use crate::proxy::session::how_to_close;
+use crate::proxy::session::{Session, how_to_close};
 use crate::slab::Key;
 use crate::telemetry::{Checkout, CloseReason, Discard, Outcome, Retry, Spillover, Verb};
 
@@ -27,8 +29,8 @@ impl<D: Driver> Engine<D> {
 
     pub(super) fn on_client(&mut self, conn: ConnId) {
         self.stats.sessions_opened.add(1);
-        let requests = &self.config.requests;
-        let client = Client::new(conn, requests.line_max, requests.repeat_writes, self.now);
+        let framing = Framing::new(self.config.protocol, &self.config.requests);
+        let client = Client::new(conn, framing, self.now);
         let Ok(key) = self.clients.insert(client) else {
             self.stats.count_close(CloseReason::Overload);
             self.driver.close(conn, Close::Reset);
@@ -52,6 +54,9 @@ impl<D: Driver> Engine<D> {
     /// Lends what is free to those that have waited longest, then looks after the clients to which
     /// something has happened.
     pub(super) fn serve_clients(&mut self) {
+        while let Some(key) = self.returning.pop() {
+            self.return_loan(key);
+        }
         self.lend_freed();
         while let Some(key) = self.due.pop_front() {
             if let Some(client) = self.clients.get_mut(key) {
@@ -70,6 +75,10 @@ impl<D: Driver> Engine<D> {
                 self.place(key);
                 continue;
             }
+            if client.is_streaming() {
+                self.ask_more(key, limit);
+                break;
+            }
             if !client.is_reading() || client.unsent() > limit {
                 break;
             }
@@ -81,6 +90,7 @@ impl<D: Driver> Engine<D> {
                     self.tell(key, fault);
                 }
                 Front::Request(request) => client.begin(request, self.now),
+                Front::Opaque => client.begin_opaque(self.now),
             }
         }
         self.settle(key, limit);
@@ -92,8 +102,12 @@ impl<D: Driver> Engine<D> {
         if client.is_finished() {
             return self.close_client(key, CloseReason::Finished);
         }
+        if client.is_leaving() {
+            self.driver.buffers().clear(&mut client.input);
+        }
         // A request that is not whole yet has to go on, however short buffers are.
-        let waits_for_more = client.is_reading() && client.unsent() <= limit;
+        let waits_for_more = (client.is_reading() && client.unsent() <= limit)
+            || (client.is_streaming() && client.unasked() < limit);
         let wanted = waits_for_more || client.ahead() < limit.min(limits::BUFFER_SIZE as u32);
         if client.receiving != wanted {
             client.receiving = wanted;
@@ -110,7 +124,7 @@ impl<D: Driver> Engine<D> {
         let Some(client) = self.clients.get(key) else { return };
         let Some(request) = client.request() else { return };
         if client.loan.is_some() {
-            return self.ask(key);
+            return self.use_loan(key);
         }
         match self.destination(key, &request) {
             Some(endpoint) => self.place_at(key, endpoint),
@@ -231,19 +245,93 @@ impl<D: Driver> Engine<D> {
             client.loan = Some(loan);
             client.backend_receiving = true;
         }
-        self.ask(key);
+        self.use_loan(key);
+    }
+
+    fn use_loan(&mut self, key: Key) {
+        if self.clients.get(key).is_some_and(Client::is_opaque) {
+            self.turn_opaque(key);
+        } else {
+            self.ask(key);
+        }
     }
 
     /// Sends a client's request on the connection that it holds.
     fn ask(&mut self, key: Key) {
         let Some(client) = self.clients.get_mut(key) else { return };
         let (Some(request), Some(loan)) = (client.request(), client.loan) else { return };
-        let Some(buf) = self.driver.buffers().duplicate(&client.input, request.len) else {
-            return self.close_client(key, CloseReason::Overload);
-        };
         self.stats.queue_wait.record(client.on_asked(self.now));
-        self.driver.send(loan.conn, buf);
+        if request.repeatable || client.sweep.is_some() {
+            // Its bytes stay where they are, to be sent again.
+            let Some(buf) = self.driver.buffers().duplicate(&client.input, request.len) else {
+                return self.close_client(key, CloseReason::Overload);
+            };
+            client.on_backend_queued(buf.len());
+            self.driver.send(loan.conn, buf);
+        } else {
+            client.on_sent_on();
+            self.send_on(key, request.len);
+        }
         self.arm_client(key);
+    }
+
+    /// Sends the first `len` bytes of a client's input to its backend.
+    fn send_on(&mut self, key: Key, mut len: u32) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        let Some(loan) = client.loan else { return };
+        while len > 0 {
+            let Some(buf) = self.driver.buffers().take_front(&mut client.input, len) else {
+                return self.close_client(key, CloseReason::Overload);
+            };
+            len -= buf.len();
+            client.on_backend_queued(buf.len());
+            self.driver.send(loan.conn, buf);
+        }
+    }
+
+    /// Sends on what has come of a request that is longer than what was held of it.
+    fn ask_more(&mut self, key: Key, limit: u32) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        if client.unasked() >= limit || client.input.is_empty() {
+            return;
+        }
+        match client.more(self.driver.buffers()) {
+            Some(len) => self.send_on(key, len),
+            None => self.turn_opaque(key),
+        }
+    }
+
+    /// A client and the connection that it holds become a session of opaque bytes.
+    fn turn_opaque(&mut self, key: Key) {
+        self.queue.leave(key);
+        let Some(mut client) = self.clients.remove(key) else { return };
+        let Some(loan) = client.loan.take() else { return };
+        // What was kept of a request that was sent is not to be sent again.
+        let sent = client.request().map_or(0, |request| request.len);
+        self.driver.buffers().advance(&mut client.input, sent);
+        let timer = client.conn.index();
+        if let Some(entry) = self.table.get_mut(loan.endpoint) {
+            entry.pool.on_lent_closed();
+        }
+        self.timers.clear(timer);
+        let mut session = Session::new(client.conn, self.now);
+        session.on_trying(loan.endpoint, Some(loan.conn));
+        session.on_connected(loan.conn, client.unasked(), self.now);
+        session.on_received(Side::Backend, client.unsent(), u32::MAX, self.now);
+        let Ok(session) = self.sessions.insert(session) else {
+            unreachable!("as many sessions as clients fit")
+        };
+        self.own(client.conn, Owner::Session(session, Side::Client));
+        self.own(loan.conn, Owner::Session(session, Side::Backend));
+        self.arm_deadline(session);
+        self.driver.receive(client.conn, true);
+        self.driver.receive(loan.conn, true);
+        while let Some(buf) = self.driver.buffers().pop(&mut client.input) {
+            self.on_received(session, Side::Client, buf);
+        }
+        if client.has_ended() {
+            self.on_ended(session, Side::Client);
+        }
     }
 
     // ---- From a connection to an answer --------------------------------------------------------
@@ -270,6 +358,7 @@ impl<D: Driver> Engine<D> {
             self.driver.send(client.conn, buf);
         }
         match reply {
+            Reply::Opaque => self.turn_opaque(key),
             Reply::Partial => {
                 // A slow client holds its backend up rather than the worker's buffers.
                 if client.unsent() >= limit
@@ -281,14 +370,19 @@ impl<D: Driver> Engine<D> {
                 }
             }
             Reply::Complete => {
-                if self.config.pool.mode == PoolMode::Request || self.is_loan_obsolete(key) {
-                    self.return_loan(key);
+                let keeps_alive = client.keeps_alive();
+                if !keeps_alive {
+                    self.drop_loan(key, Discard::Spent);
+                } else if self.config.pool.mode == PoolMode::Request || self.is_loan_obsolete(key) {
+                    // At the end of the turn, when it is known that nothing came behind.
+                    self.returning.push(key);
                 }
-                self.on_answered(key);
+                self.on_answered(key, keeps_alive);
             }
             Reply::Surplus(_) => {
+                let keeps_alive = client.keeps_alive();
                 self.drop_loan(key, Discard::Unexpected);
-                self.on_answered(key);
+                self.on_answered(key, keeps_alive);
             }
         }
     }
@@ -300,13 +394,24 @@ impl<D: Driver> Engine<D> {
         aged || entry.is_some_and(|entry| !entry.is_present())
     }
 
-    fn on_answered(&mut self, key: Key) {
+    fn on_answered(&mut self, key: Key, keeps_alive: bool) {
         let Some(client) = self.clients.get_mut(key) else { return };
         if let Some(sweep) = &mut client.sweep {
             sweep.on_answered();
             return self.next_store(key);
         }
         self.finish(key, Outcome::Answered);
+        if !keeps_alive {
+            self.say_goodbye(key);
+        }
+    }
+
+    /// Ends our direction to a client behind all that it is told, and waits for it to leave.
+    fn say_goodbye(&mut self, key: Key) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        client.on_leaving(self.now);
+        self.driver.shutdown(client.conn);
+        self.mark_due(key);
     }
 
     /// Goes on with the next store of a request to all of them, or answers it.
@@ -351,10 +456,15 @@ impl<D: Driver> Engine<D> {
         }
         self.tell(key, fault);
         self.finish(key, fault.outcome());
+        // A fault of HTTP says that the connection ends with it.
+        if self.config.protocol == Protocol::Http1 {
+            self.say_goodbye(key);
+        }
     }
 
     fn tell(&mut self, key: Key, fault: Fault) {
-        self.say(key, |space| write_fault(fault, space));
+        let protocol = self.config.protocol;
+        self.say(key, |space| write_fault(protocol, fault, space));
     }
 
     /// Sends a client words of our own.
@@ -374,15 +484,19 @@ impl<D: Driver> Engine<D> {
 
     /// A connection that a client holds ended or broke.
     pub(super) fn on_lent_died(&mut self, key: Key, why: Retry) {
-        self.lose(key, Discard::Dead, why);
+        let spent = self.clients.get(key).is_some_and(|c| c.framing().ends_with_connection());
+        let discard = if spent { Discard::Spent } else { Discard::Dead };
+        self.lose(key, discard, why);
     }
 
     fn lose(&mut self, key: Key, discard: Discard, why: Retry) {
         self.drop_loan(key, discard);
         let attempts = self.config.connect_attempts;
+        let in_order = why == Retry::Ended && discard != Discard::Endpoint;
         let Some(client) = self.clients.get_mut(key) else { return };
-        match client.on_lost(attempts) {
+        match client.on_lost(in_order, attempts) {
             Lost::Idle => {}
+            Lost::Answered => self.on_answered(key, false),
             Lost::Repeat => {
                 self.stats.count_retry(why);
                 self.mark_due(key);
@@ -395,6 +509,10 @@ impl<D: Driver> Engine<D> {
     /// A client gives its connection back, silent as it is.
     fn return_loan(&mut self, key: Key) {
         let Some(client) = self.clients.get_mut(key) else { return };
+        if client.unasked() > 0 {
+            // Answered before it was asked.
+            return self.drop_loan(key, Discard::Unexpected);
+        }
         let Some(loan) = client.loan.take() else { return };
         if !client.backend_receiving {
             self.driver.receive(loan.conn, true);
@@ -447,6 +565,15 @@ impl<D: Driver> Engine<D> {
         client.on_active(self.now);
         self.driver.buffers().push(&mut client.input, buf);
         self.mark_due(key);
+    }
+
+    /// The backend that a client holds took bytes of its request.
+    pub(super) fn on_lent_sent(&mut self, key: Key, bytes: u32) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        client.on_backend_sent(bytes, self.now);
+        if client.is_streaming() {
+            self.mark_due(key);
+        }
     }
 
     pub(super) fn on_client_sent(&mut self, key: Key, bytes: u32) {

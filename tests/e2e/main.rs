@@ -14,6 +14,7 @@ mod config;
 mod crowd;
 mod drain;
 mod failover;
+mod http;
 mod integrity;
 mod io_fallback;
 mod kubernetes;

@@ -10,18 +10,26 @@
 //!
 //! One request of a client is under way at a time; those that it sends ahead wait in its input. So
 //! replies come in the order of the requests. The bytes of a request that can be repeated stay at
-//! the front of the input until the first byte of its answer.
+//! the front of the input until its answer is complete; others leave it as they are sent on.
+//!
+//! Where it is not certain what a message is, the client gets a connection of its own, both become
+//! an ordinary session of opaque bytes, and the connection serves nobody else.
 
-use std::fmt;
-use std::io::Write;
+mod fault;
+mod framing;
+mod sweep;
+
 use std::time::{Duration, Instant};
+
+pub use fault::{Fault, write_fault};
+pub use framing::Framing;
+pub use sweep::Sweep;
 
 use super::route::StableHash;
 use super::session::Tried;
 use crate::io::buffers::Buffers;
 use crate::io::{Chain, ConnId};
-use crate::telemetry::{CloseReason, Outcome, Verb};
-use crate::wire::chronos::{self, Command, LineEnd, RequestScanner};
+use crate::telemetry::{CloseReason, Verb};
 
 /// What is at the front of a client's input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,8 +38,10 @@ pub enum Front {
     Partial,
     /// So many bytes that no backend may see: they are answered with an error.
     Refused(u32, Fault),
-    /// A whole request.
+    /// A request, or as much of it as says what it is.
     Request(Request),
+    /// Bytes that can be read in more than one way.
+    Opaque,
 }
 
 /// A request, as far as it is understood.
@@ -45,65 +55,8 @@ pub struct Request {
     pub repeatable: bool,
     /// How many bytes of the input it is.
     pub len: u32,
-}
-
-/// What a client is told in place of an answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
-    /// The line holds nothing but white space.
-    Blank,
-    /// The line is longer than this many bytes.
-    TooLong(usize),
-    /// Too many requests wait already.
-    QueueFull,
-    /// No connection became free in this time.
-    QueueTimeout(Duration),
-    /// The endpoint that holds the key is out of use.
-    Unreachable,
-    /// The backend did not answer in this time.
-    Timeout(Duration),
-    /// The backend's connection ended first.
-    Lost,
-}
-
-impl Fault {
-    /// How the request counts.
-    pub fn outcome(self) -> Outcome {
-        match self {
-            Self::Blank | Self::TooLong(_) => Outcome::Refused,
-            Self::QueueFull => Outcome::QueueFull,
-            Self::QueueTimeout(_) => Outcome::QueueTimeout,
-            Self::Unreachable => Outcome::Unreachable,
-            Self::Timeout(_) => Outcome::Timeout,
-            Self::Lost => Outcome::Lost,
-        }
-    }
-}
-
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Blank => f.write_str("empty request"),
-            Self::TooLong(max) => write!(f, "request longer than {max} bytes"),
-            Self::QueueFull => f.write_str("too many requests wait for a connection"),
-            Self::QueueTimeout(limit) => write!(f, "no backend connection was free in {limit:?}"),
-            Self::Unreachable => f.write_str("the store that holds the key cannot be reached"),
-            Self::Timeout(limit) => {
-                write!(f, "no answer in {limit:?}; the request may have taken effect")
-            }
-            Self::Lost => {
-                f.write_str("connection to the backend lost; the request may have taken effect")
-            }
-        }
-    }
-}
-
-/// Writes a fault as the protocol says it. Returns its length.
-pub fn write_fault(fault: Fault, mut space: &mut [u8]) -> usize {
-    let before = space.len();
-    // It is far shorter than a buffer.
-    let _ = writeln!(space, "ERR {fault}");
-    before - space.len()
+    /// Whether that is all of it.
+    pub whole: bool,
 }
 
 /// A backend connection in a client's hands.
@@ -126,6 +79,8 @@ pub enum Reply {
     Complete,
     /// It ended after this many: the rest was not asked for, so the connection is of no more use.
     Surplus(usize),
+    /// From here on nobody can tell: all that comes is the client's.
+    Opaque,
 }
 
 /// What to do about a lost connection.
@@ -133,6 +88,8 @@ pub enum Reply {
 pub enum Lost {
     /// The client had no request on it.
     Idle,
+    /// Its end was the end of the answer.
+    Answered,
     /// The request is to be sent again.
     Repeat,
     /// The client is told.
@@ -171,6 +128,8 @@ enum State {
     Ready,
     Waiting,
     Asked,
+    /// It was told all there is to tell, and is to leave.
+    Leaving,
 }
 
 /// The request under way.
@@ -182,6 +141,10 @@ struct Exchange {
     asked: Instant,
     replied: bool,
 }
+
+/// What the wait for a connection is for, where it is to become an opaque session.
+const OPAQUE: Request =
+    Request { verb: Verb::Other, key: None, repeatable: false, len: 0, whole: false };
 
 /// A client and the request that is under way for it.
 #[allow(
@@ -208,15 +171,17 @@ pub struct Client {
     pub sweep: Option<Box<Sweep>>,
     /// Marks the load estimator's window in which it was last counted as active.
     pub window: u32,
-    scanner: RequestScanner,
-    /// Bytes of the input that the scanner has seen.
+    framing: Framing,
+    /// Bytes of the input that were looked at.
     scanned: u32,
-    line_max: usize,
-    repeat_writes: bool,
     state: State,
     exchange: Option<Exchange>,
+    /// The connection is to be given to it for good.
+    opaque: bool,
     /// Bytes on their way to it.
     unsent: u32,
+    /// Bytes on their way to its backend.
+    unasked: u32,
     ended: bool,
     opened: Instant,
     active: Instant,
@@ -224,7 +189,7 @@ pub struct Client {
 
 impl Client {
     /// A client just accepted.
-    pub fn new(conn: ConnId, line_max: usize, repeat_writes: bool, now: Instant) -> Self {
+    pub fn new(conn: ConnId, framing: Framing, now: Instant) -> Self {
         Self {
             conn,
             input: Chain::default(),
@@ -235,13 +200,13 @@ impl Client {
             timer: None,
             sweep: None,
             window: 0,
-            scanner: RequestScanner::new(line_max),
+            framing,
             scanned: 0,
-            line_max,
-            repeat_writes,
             state: State::Reading,
             exchange: None,
+            opaque: false,
             unsent: 0,
+            unasked: 0,
             ended: false,
             opened: now,
             active: now,
@@ -256,6 +221,36 @@ impl Client {
     /// Bytes on their way to it.
     pub fn unsent(&self) -> u32 {
         self.unsent
+    }
+
+    /// Bytes on their way to its backend.
+    pub fn unasked(&self) -> u32 {
+        self.unasked
+    }
+
+    /// How it talks.
+    pub fn framing(&self) -> &Framing {
+        &self.framing
+    }
+
+    /// Whether it is to have a connection for good, whose bytes nobody looks at.
+    pub fn is_opaque(&self) -> bool {
+        self.opaque
+    }
+
+    /// Whether it has ended its direction.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Whether it is only waited for to leave.
+    pub fn is_leaving(&self) -> bool {
+        self.state == State::Leaving
+    }
+
+    /// Whether more of the request under way is to be sent on as it comes.
+    pub fn is_streaming(&self) -> bool {
+        self.state == State::Asked && self.exchange.is_some_and(|e| !e.request.whole)
     }
 
     /// Bytes of the input behind the request under way.
@@ -290,7 +285,8 @@ impl Client {
 
     /// Whether it has ended its direction and is owed nothing more.
     pub fn is_finished(&self) -> bool {
-        self.ended && self.state == State::Reading && self.unsent == 0
+        let nothing_under_way = matches!(self.state, State::Reading | State::Leaving);
+        self.ended && nothing_under_way && self.unsent == 0
     }
 
     /// Bytes arrived from it.
@@ -309,6 +305,17 @@ impl Client {
         self.unsent += bytes;
     }
 
+    /// Bytes were queued for its backend.
+    pub fn on_backend_queued(&mut self, bytes: u32) {
+        self.unasked += bytes;
+    }
+
+    /// Its backend's socket took bytes.
+    pub fn on_backend_sent(&mut self, bytes: u32, now: Instant) {
+        self.unasked = self.unasked.saturating_sub(bytes);
+        self.active = now;
+    }
+
     /// Its socket took bytes.
     pub fn on_sent(&mut self, bytes: u32, now: Instant) {
         self.unsent = self.unsent.saturating_sub(bytes);
@@ -318,54 +325,24 @@ impl Client {
     /// Looks for a request at the front of the input. `scratch` holds a line of the greatest
     /// length, for one that lies in several buffers.
     pub fn front(&mut self, buffers: &mut Buffers, scratch: &mut [u8]) -> Front {
-        let (mut seen, mut skip) = (self.scanned, self.scanned as usize);
-        let mut end = None;
-        for slice in buffers.slices(&self.input) {
-            let fresh = &slice[skip.min(slice.len())..];
-            skip = skip.saturating_sub(slice.len());
-            end = self.scanner.on_bytes(fresh);
-            match end {
-                Some(LineEnd::Whole(count) | LineEnd::TooLong(count)) => {
-                    seen += count as u32;
-                    break;
-                }
-                None => seen += fresh.len() as u32,
-            }
-        }
-        self.scanned = if end.is_some() { 0 } else { seen };
-        match end {
-            Some(LineEnd::Whole(_)) => self.understand(seen, buffers, scratch),
-            Some(LineEnd::TooLong(_)) => Front::Refused(seen, Fault::TooLong(self.line_max)),
-            None => {
-                if self.scanner.is_too_long() {
-                    buffers.clear(&mut self.input);
-                    self.scanned = 0;
-                }
-                Front::Partial
-            }
-        }
+        self.framing.front(&mut self.input, &mut self.scanned, buffers, scratch)
     }
 
-    fn understand(&self, len: u32, buffers: &Buffers, scratch: &mut [u8]) -> Front {
-        let line = buffers.front(&self.input, len as usize, scratch);
-        let Some(request) = chronos::Request::parse(line) else {
-            return Front::Refused(len, Fault::Blank);
-        };
-        let verb = match request.command {
-            Command::Ping => Verb::Ping,
-            Command::Get => Verb::Get,
-            Command::Set => Verb::Set,
-            Command::Del => Verb::Del,
-            Command::Compact => Verb::Compact,
-            Command::Other => Verb::Other,
-        };
-        let write = matches!(verb, Verb::Set | Verb::Del);
-        Front::Request(Request {
-            verb,
-            key: request.key.map(StableHash::of),
-            repeatable: request.command.is_repeatable() || (write && self.repeat_writes),
-            len,
-        })
+    /// How many bytes of the input go on with the request that is being sent. None: it has become
+    /// ambiguous.
+    pub fn more(&mut self, buffers: &Buffers) -> Option<u32> {
+        let (len, whole) = self.framing.more(&self.input, buffers)?;
+        if let Some(exchange) = &mut self.exchange {
+            exchange.request.whole = whole;
+        }
+        Some(len)
+    }
+
+    /// The bytes at the front can be read in more than one way: it waits for a connection of its
+    /// own.
+    pub fn begin_opaque(&mut self, now: Instant) {
+        self.begin(OPAQUE, now);
+        self.opaque = true;
     }
 
     /// The request found at the front is under way from now on.
@@ -398,6 +375,8 @@ impl Client {
     /// The request is sent on the connection that the client holds. Returns how long it waited.
     pub fn on_asked(&mut self, now: Instant) -> Duration {
         self.state = State::Asked;
+        self.unasked = 0;
+        self.framing.on_asked();
         let Some(exchange) = &mut self.exchange else { return Duration::ZERO };
         exchange.asked = now;
         if let Some(loan) = self.loan {
@@ -412,22 +391,39 @@ impl Client {
         if let Some(exchange) = &mut self.exchange {
             exchange.replied = true;
         }
-        match chronos::reply(bytes) {
-            chronos::Reply::Partial => Reply::Partial,
-            chronos::Reply::Complete => Reply::Complete,
-            chronos::Reply::Surplus(count) => Reply::Surplus(count),
+        self.framing.reply(bytes)
+    }
+
+    /// Whether the answer that was just completed leaves both connections as they were before the
+    /// request.
+    pub fn keeps_alive(&self) -> bool {
+        self.exchange.is_none_or(|exchange| exchange.request.whole) && self.framing.keeps_alive()
+    }
+
+    /// All is said: it is to leave.
+    pub fn on_leaving(&mut self, now: Instant) {
+        self.state = State::Leaving;
+        self.active = now;
+    }
+
+    /// The bytes at the front have been sent on, and are not kept.
+    pub fn on_sent_on(&mut self) {
+        if let Some(exchange) = &mut self.exchange {
+            exchange.request.len = 0;
         }
     }
 
-    /// Its backend's connection ended or broke. `attempts_max` bounds how often a request is sent.
-    pub fn on_lost(&mut self, attempts_max: u32) -> Lost {
+    /// Its backend's connection ended, in order or not. `attempts_max` bounds how often a request
+    /// is sent.
+    pub fn on_lost(&mut self, in_order: bool, attempts_max: u32) -> Lost {
         self.loan = None;
         let Some(exchange) = &self.exchange else { return Lost::Idle };
         if self.state != State::Asked {
             return Lost::Idle;
         }
         if exchange.replied && self.sweep.is_none() {
-            return Lost::CutOff;
+            let complete = in_order && self.framing.ends_with_connection();
+            return if complete { Lost::Answered } else { Lost::CutOff };
         }
         let again = exchange.request.repeatable && exchange.tried.attempts() < attempts_max;
         if again {
@@ -466,7 +462,9 @@ impl Client {
         match (self.state, &self.exchange) {
             (State::Ready | State::Waiting, Some(exchange)) => Some(exchange.since + limits.queue),
             (State::Asked, Some(exchange)) => limits.request.map(|limit| exchange.asked + limit),
-            _ if self.ended => limits.half_close.map(|limit| self.active + limit),
+            _ if self.ended || self.state == State::Leaving => {
+                limits.half_close.map(|limit| self.active + limit)
+            }
             _ => limits.idle.map(|limit| self.active + limit),
         }
     }
@@ -479,93 +477,17 @@ impl Client {
         match self.state {
             State::Ready | State::Waiting => Due::GiveUp(Fault::QueueTimeout(limits.queue)),
             State::Asked => Due::GiveUp(Fault::Timeout(limits.request.unwrap_or_default())),
+            State::Leaving => Due::Close(CloseReason::HalfCloseTimeout),
             State::Reading if self.ended => Due::Close(CloseReason::HalfCloseTimeout),
             State::Reading => Due::Close(CloseReason::IdleTimeout),
         }
     }
 }
 
-/// A request that goes to every store, one after the other, so that one at a time is stalled.
-#[derive(Debug)]
-pub struct Sweep {
-    /// The endpoint that is asked now.
-    pub endpoint: u16,
-    stores: u32,
-    failed: u32,
-    answer: [u8; Self::ANSWER_MAX],
-    len: usize,
-    first_failure: Option<([u8; Self::ANSWER_MAX], usize)>,
-}
-
-impl Sweep {
-    /// As much of an answer as is passed on.
-    const ANSWER_MAX: usize = 128;
-
-    /// A sweep that begins at an endpoint.
-    pub fn new(endpoint: u16) -> Self {
-        Self {
-            endpoint,
-            stores: 0,
-            failed: 0,
-            answer: [0; Self::ANSWER_MAX],
-            len: 0,
-            first_failure: None,
-        }
-    }
-
-    /// Bytes of the present store's answer.
-    pub fn on_reply(&mut self, bytes: &[u8]) {
-        let space = &mut self.answer[self.len..];
-        let count = space.len().min(bytes.len());
-        space[..count].copy_from_slice(&bytes[..count]);
-        self.len += count;
-    }
-
-    /// The present store has answered, with `OK_COMPACTED` if all is well.
-    pub fn on_answered(&mut self) {
-        let answer = self.answer[..self.len].trim_ascii_end();
-        if answer != b"OK_COMPACTED" {
-            let len = answer.len();
-            self.failed += 1;
-            self.first_failure.get_or_insert((self.answer, len));
-        }
-        self.stores += 1;
-        self.len = 0;
-    }
-
-    /// The present store has failed.
-    pub fn on_failed(&mut self, fault: Fault) {
-        self.len = 0;
-        let mut text = [0; Self::ANSWER_MAX];
-        let mut space = &mut text[..];
-        let _ = write!(space, "ERR {fault}");
-        let len = Self::ANSWER_MAX - space.len();
-        self.on_reply(&text[..len]);
-        self.on_answered();
-    }
-
-    /// One answer for all stores. Returns its length.
-    pub fn write_answer(&self, mut space: &mut [u8]) -> usize {
-        let before = space.len();
-        // It is far shorter than a buffer.
-        let _ = match &self.first_failure {
-            None => writeln!(space, "OK_COMPACTED"),
-            Some((text, len)) => {
-                let (failed, stores) = (self.failed, self.stores);
-                let text = String::from_utf8_lossy(&text[..*len]);
-                writeln!(
-                    space,
-                    "ERR_COMPACT {failed} of {stores} stores failed, the first with: {text}"
-                )
-            }
-        };
-        before - space.len()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{Config, Protocol};
 
     fn feed(client: &mut Client, buffers: &mut Buffers, bytes: &[u8]) {
         let mut buf = buffers.take().unwrap();
@@ -576,7 +498,10 @@ mod tests {
 
     fn client() -> (Client, Buffers, Instant) {
         let now = Instant::now();
-        let client = Client::new(ConnId::from_parts(0, 0), 16, false, now);
+        let mut config = Config::from_vars([]).unwrap().requests;
+        config.line_max = 16;
+        let framing = Framing::new(Protocol::Chronos, &config);
+        let client = Client::new(ConnId::from_parts(0, 0), framing, now);
         (client, Buffers::new(8).unwrap(), now)
     }
 
@@ -593,6 +518,7 @@ mod tests {
                     buffers.advance(&mut client.input, len);
                     found.push(format!("{fault}"));
                 }
+                Front::Opaque => panic!("lines are never opaque"),
                 Front::Request(request) => {
                     client.begin(request, now);
                     assert_eq!(client.ahead(), 0);
@@ -626,7 +552,7 @@ mod tests {
             if replied {
                 assert_eq!(client.on_reply(b"O", now), Reply::Partial);
             }
-            assert_eq!(client.on_lost(3), expected, "{line:?} {replied}");
+            assert_eq!(client.on_lost(true, 3), expected, "{line:?} {replied}");
             assert_eq!(client.ahead(), 0, "its bytes are still there");
         }
     }
@@ -657,26 +583,5 @@ mod tests {
         client.on_ended(now);
         let closed = client.on_deadline(&limits, now + 5 * SECOND);
         assert_eq!(closed, Due::Close(CloseReason::HalfCloseTimeout));
-    }
-
-    #[test]
-    fn a_sweep_has_one_answer() {
-        let text = |sweep: &Sweep| {
-            let mut space = [0; 512];
-            let len = sweep.write_answer(&mut space);
-            String::from_utf8(space[..len].to_vec()).unwrap()
-        };
-        let mut sweep = Sweep::new(0);
-        sweep.on_reply(b"OK_COMP");
-        sweep.on_reply(b"ACTED\n");
-        sweep.on_answered();
-        assert_eq!(text(&sweep), "OK_COMPACTED\n");
-        sweep.on_reply(b"ERR_COMPACT disk full\n");
-        sweep.on_answered();
-        sweep.on_failed(Fault::Lost);
-        assert_eq!(
-            text(&sweep),
-            "ERR_COMPACT 2 of 3 stores failed, the first with: ERR_COMPACT disk full\n"
-        );
     }
 }
