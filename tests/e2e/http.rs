@@ -321,7 +321,7 @@ fn a_request_that_is_safe_is_repeated_and_no_other(io: Io) {
     let backend = Backend::scripted(move |mut stream| {
         while let Some(head) = read_head(stream) {
             let _ = read_body(stream, &head);
-            if seen.fetch_add(1, Relaxed) % 2 == 0 {
+            if seen.fetch_add(1, Relaxed).is_multiple_of(2) {
                 return;
             }
             let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");

@@ -11,6 +11,7 @@ use crate::wire::chronos::{self, Command, LineEnd};
 use crate::wire::http1::{self, Method, Scan};
 
 /// Tells the requests of one client apart, and their answers.
+#[allow(clippy::large_enum_variant, reason = "of a worker's clients all are the same variant")]
 #[derive(Debug)]
 pub enum Framing {
     /// Lines.
