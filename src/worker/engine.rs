@@ -45,6 +45,8 @@ pub struct EngineSetup {
     pub config: Arc<Config>,
     /// Sessions at a time in the whole process.
     pub sessions_max: usize,
+    /// Connections of its pools, idle or being made.
+    pub pool_conns_max: usize,
     /// Where commands come from.
     pub mailbox: Arc<Mailbox>,
     /// The counters of all workers, its own at `index`.
@@ -120,6 +122,7 @@ pub struct Engine<D> {
     pub(super) order: Order,
     /// Pool connections, warm or being made, of all endpoints.
     pub(super) pool_conns: usize,
+    pub(super) pool_conns_max: usize,
     /// Endpoints whose pool may want connections.
     pub(super) short_pools: Vec<u16>,
     pub(super) batcher: Batcher,
@@ -173,6 +176,7 @@ impl<D: Driver> Engine<D> {
             now,
             order: Order::Run,
             pool_conns: 0,
+            pool_conns_max: setup.pool_conns_max.min(limits::POOL_CONNS_MAX),
             short_pools: Vec::with_capacity(limits::ENDPOINTS_MAX),
             batcher: Batcher::new(now),
             listening_until: None,

@@ -517,7 +517,7 @@ impl<D: Driver> Engine<D> {
         if !client.backend_receiving {
             self.driver.receive(loan.conn, true);
         }
-        let useful = self.keeps_pools() && self.pool_conns < limits::POOL_CONNS_MAX;
+        let useful = self.keeps_pools() && self.pool_conns < self.pool_conns_max;
         let Some(entry) = self.table.get_mut(loan.endpoint) else { return };
         if entry.take_back(&loan, useful, self.now) {
             self.pool_conns += 1;

@@ -31,7 +31,7 @@ impl<D: Driver> Engine<D> {
         } else {
             0
         };
-        for _ in 0..wanted.min(limits::POOL_CONNS_MAX.saturating_sub(self.pool_conns)) {
+        for _ in 0..wanted.min(self.pool_conns_max.saturating_sub(self.pool_conns)) {
             if !self.warm(endpoint) {
                 break;
             }
