@@ -110,6 +110,8 @@ pub struct Engine<D> {
     pub(super) due: VecDeque<Key>,
     /// Clients whose connection is to be given back before the turn ends.
     pub(super) returning: Vec<Key>,
+    /// Connections that clients hold.
+    pub(super) loans: u32,
     /// Endpoints that may have connections for requests that wait.
     pub(super) freed: Vec<u16>,
     /// For a request that lies in several buffers.
@@ -160,6 +162,7 @@ impl<D: Driver> Engine<D> {
             queue: Queue::new(config.requests.queue_max, clients_max),
             due: VecDeque::with_capacity(clients_max),
             returning: Vec::with_capacity(clients_max),
+            loans: 0,
             freed: Vec::with_capacity(limits::ENDPOINTS_MAX),
             scratch: vec![0; config.requests.line_max].into(),
             timeouts: Timeouts { idle: config.idle_timeout, half_close: config.half_close_timeout },
@@ -261,6 +264,8 @@ impl<D: Driver> Engine<D> {
 
     fn plan_wait(&mut self) -> Wait {
         let (events, batch) = self.batcher.plan(self.now);
+        // Few connections for many clients bring few answers at a time.
+        let events = if self.lends() { events.min((self.loans / 2).max(1)) } else { events };
         let mut most = if self.gate.waits_for_turn || self.gate.full { ROTATION } else { TURN_MAX };
         let due = [
             self.timers.next(),

@@ -240,6 +240,7 @@ impl<D: Driver> Engine<D> {
         let Some(entry) = self.table.get_mut(endpoint) else { return };
         let Some(loan) = entry.lend(endpoint) else { return };
         self.pool_conns -= 1;
+        self.loans += 1;
         self.own(loan.conn, Owner::Lent(key));
         if let Some(client) = self.clients.get_mut(key) {
             client.loan = Some(loan);
@@ -304,8 +305,11 @@ impl<D: Driver> Engine<D> {
     /// A client and the connection that it holds become a session of opaque bytes.
     fn turn_opaque(&mut self, key: Key) {
         self.queue.leave(key);
+        let Some(loan) = self.clients.get_mut(key).and_then(|client| client.loan.take()) else {
+            return;
+        };
         let Some(mut client) = self.clients.remove(key) else { return };
-        let Some(loan) = client.loan.take() else { return };
+        self.loans -= 1;
         // What was kept of a request that was sent is not to be sent again.
         let sent = client.request().map_or(0, |request| request.len);
         self.driver.buffers().advance(&mut client.input, sent);
@@ -514,6 +518,7 @@ impl<D: Driver> Engine<D> {
             return self.drop_loan(key, Discard::Unexpected);
         }
         let Some(loan) = client.loan.take() else { return };
+        self.loans -= 1;
         if !client.backend_receiving {
             self.driver.receive(loan.conn, true);
         }
@@ -535,6 +540,7 @@ impl<D: Driver> Engine<D> {
     fn drop_loan(&mut self, key: Key, why: Discard) {
         let loan = self.clients.get_mut(key).and_then(|client| client.loan.take());
         let Some(loan) = loan else { return };
+        self.loans -= 1;
         if let Some(entry) = self.table.get_mut(loan.endpoint) {
             entry.on_lent_closed();
         }
