@@ -82,6 +82,10 @@ pub const POOL_GREETING_BUFFERS_MAX: u32 = 4;
 /// Endpoints that can be tried for one session; the bound of `AEGIS_CONNECT_ATTEMPTS`.
 pub const CONNECT_ATTEMPTS_MAX: usize = 8;
 
+/// Bytes of an HTTP/1 head, of a trailer section, and of the line before a chunk. Larger ones are
+/// passed on, but not understood. Servers take between 8 and 64 KiB.
+pub const HTTP1_HEAD_MAX: usize = 64 * 1024;
+
 // What can be configured.
 
 /// Addresses in `AEGIS_LISTEN`: each is a listening socket in every worker.
