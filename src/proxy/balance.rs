@@ -97,6 +97,7 @@ impl Entry {
     /// Lends an idle connection, if there is one. `index` is the entry's own.
     pub fn lend(&mut self, index: u16) -> Option<Loan> {
         let (conn, retire_at) = self.pool.lend()?;
+        self.stats().pool_idle.set(self.pool.idle() as u64);
         self.count_sessions(self.sessions + 1);
         Some(Loan { conn, endpoint: index, retire_at })
     }
@@ -107,7 +108,9 @@ impl Entry {
     pub fn take_back(&mut self, loan: &Loan, useful: bool, now: Instant) -> bool {
         self.count_sessions(self.sessions - 1);
         if useful && self.present {
-            return self.pool.take_back(loan.conn, loan.retire_at, now);
+            let kept = self.pool.take_back(loan.conn, loan.retire_at, now);
+            self.stats().pool_idle.set(self.pool.idle() as u64);
+            return kept;
         }
         self.pool.on_lent_closed();
         false

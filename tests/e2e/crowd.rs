@@ -249,8 +249,9 @@ fn crowd(io: Io, mode: &str, clients: usize, seed: u64) {
             thread::sleep(Duration::from_millis(rng.u64(..30)));
             victim.start();
             if mode == "request" {
-                let open = proxy.metric(POOL_CONNECTIONS, &[]);
-                assert!(open as usize <= 4 * POOL_SIZE, "{open} connections");
+                // One that changes from idle to lent while it is scraped may be there twice.
+                let few = || proxy.metric(POOL_CONNECTIONS, &[]) as usize <= 4 * POOL_SIZE;
+                assert!((0..5).any(|_| few()), "more connections than the pools may have");
             }
         }
         drop(done_at_last);
