@@ -333,6 +333,7 @@ impl<D: Driver> Engine<D> {
         while let Some(buf) = self.driver.buffers().pop(&mut client.input) {
             self.on_received(session, Side::Client, buf);
         }
+        self.driver.join(client.conn, loan.conn);
         if client.has_ended() {
             self.on_ended(session, Side::Client);
         }
