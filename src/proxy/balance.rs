@@ -329,6 +329,12 @@ impl Table {
         self.present.is_empty()
     }
 
+    /// Whether any endpoint of the latest snapshot is usable.
+    pub fn any_usable(&self) -> bool {
+        let entries = self.present.iter().map(|&index| self.entries[usize::from(index)].as_ref());
+        entries.flatten().any(|entry| entry.health.is_usable())
+    }
+
     /// Whether there is any endpoint to look after, removed ones included.
     pub fn has_entries(&self) -> bool {
         self.entries.iter().any(Option::is_some)
