@@ -160,7 +160,10 @@ impl<D: Driver> Engine<D> {
     fn place_at(&mut self, key: Key, endpoint: u16) {
         let line = Line::Endpoint(endpoint);
         let nobody_waits = self.queue.waiting(line) == 0;
-        let Some(entry) = self.table.get_mut(endpoint) else { return };
+        let Some(entry) = self.table.get_mut(endpoint).filter(|entry| entry.is_present()) else {
+            // It has left the set since it was chosen.
+            return self.give_up(key, Fault::Unreachable);
+        };
         if !entry.health.is_usable() && entry.pool.idle() == 0 {
             // Another store would give a wrong answer.
             return self.give_up(key, Fault::Unreachable);
