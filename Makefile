@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint
+.PHONY: help demo test fuzz bench lint
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -10,6 +10,9 @@ demo: ## Run a store with the proxy in front of it
 
 test: ## Run all tests
 	cargo test
+
+fuzz: ## Edit inputs of the scanners at random for SECONDS=60
+	AEGIS_FUZZ=$(or $(SECONDS),60) cargo test --release --test fuzz
 
 bench: ## Run the benchmarks (QUICK=1: check that they work)
 	cargo bench --bench micro $(if $(QUICK),-- --sample-count 1 --sample-size 1)
