@@ -4,3 +4,5 @@
 mod chronos;
 #[path = "fuzz/driver.rs"]
 mod driver;
+#[path = "fuzz/http1.rs"]
+mod http1;

@@ -88,8 +88,8 @@ fn try_one(corpus: &str, input: &[u8], check: Check, seed: u64, inputs: u64, spl
         if fails(&smaller, check, splits) { small = smaller } else { at += 1 }
     }
     panic!(
-        "input {inputs} of seed {seed} fails: b\"{small}\"\nto keep it: \
-         printf '%b' '…' > tests/fuzz/corpus/{corpus}/a-telling-name",
+        "input {inputs} of seed {seed}, split by seed {splits}, fails: b\"{small}\"\n\
+         To keep it, write these bytes to tests/fuzz/corpus/{corpus}/a-telling-name.",
         small = small.escape_ascii()
     );
 }
