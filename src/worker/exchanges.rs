@@ -590,7 +590,7 @@ impl<D: Driver> Engine<D> {
             client.backend_receiving = true;
             self.driver.receive(loan.conn, true);
         }
-        if client.is_reading() && (client.is_finished() || !client.input.is_empty()) {
+        if client.is_finished() || (client.is_reading() && !client.input.is_empty()) {
             self.mark_due(key);
         }
     }
