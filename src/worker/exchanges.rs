@@ -245,8 +245,7 @@ impl<D: Driver> Engine<D> {
         self.pool_conns -= 1;
         self.own(loan.conn, Owner::Lent(key));
         if let Some(client) = self.clients.get_mut(key) {
-            client.loan = Some(loan);
-            client.backend_receiving = true;
+            client.on_lent(loan);
         }
         self.use_loan(key);
     }

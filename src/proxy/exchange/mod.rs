@@ -372,10 +372,16 @@ impl Client {
         waits
     }
 
+    /// It was lent a connection, on which nothing is on its way.
+    pub fn on_lent(&mut self, loan: Loan) {
+        self.loan = Some(loan);
+        self.backend_receiving = true;
+        self.unasked = 0;
+    }
+
     /// The request is sent on the connection that the client holds. Returns how long it waited.
     pub fn on_asked(&mut self, now: Instant) -> Duration {
         self.state = State::Asked;
-        self.unasked = 0;
         self.framing.on_asked();
         let Some(exchange) = &mut self.exchange else { return Duration::ZERO };
         exchange.asked = now;
@@ -555,6 +561,27 @@ mod tests {
             assert_eq!(client.on_lost(true, 3), expected, "{line:?} {replied}");
             assert_eq!(client.ahead(), 0, "its bytes are still there");
         }
+    }
+
+    #[test]
+    fn bytes_of_an_earlier_request_are_not_forgotten_while_a_connection_is_kept() {
+        let (mut client, mut buffers, now) = client();
+        let loan = Loan { conn: ConnId::from_parts(1, 0), endpoint: 0, retire_at: None };
+        client.on_lent(loan);
+        for expected in [6, 12] {
+            feed(&mut client, &mut buffers, b"GET a\n");
+            let Front::Request(request) = client.front(&mut buffers, &mut [0; 16]) else {
+                panic!("it is whole");
+            };
+            client.begin(request, now);
+            client.on_asked(now);
+            client.on_backend_queued(request.len);
+            assert_eq!(client.unasked(), expected);
+            assert_eq!(client.on_reply(b"answered too early\n", now), Reply::Complete);
+            client.finish(&mut buffers, now);
+        }
+        client.on_lent(loan);
+        assert_eq!(client.unasked(), 0, "of a connection that is gone");
     }
 
     #[test]
