@@ -496,7 +496,7 @@ impl<D: Driver> Engine<D> {
         let attempts = self.config.connect_attempts;
         let in_order = why == Retry::Ended && discard != Discard::Endpoint;
         let Some(client) = self.clients.get_mut(key) else { return };
-        match client.on_lost(in_order, attempts) {
+        match client.on_lost(in_order, attempts, self.now) {
             Lost::Idle => {}
             Lost::Answered => self.on_answered(key, false),
             Lost::Repeat => {
