@@ -17,7 +17,7 @@ use crate::proxy::exchange::{
     Client, Due, Fault, Framing, Front, Lost, Reply, Request, Sweep, write_fault,
 };
 use crate::proxy::queue::Line;
-use crate::proxy::session::{Session, how_to_close};
+use crate::proxy::session::{Session, Tried, how_to_close};
 use crate::slab::Key;
 use crate::telemetry::{Checkout, CloseReason, Discard, Outcome, Retry, Spillover, Verb};
 
@@ -179,7 +179,9 @@ impl<D: Driver> Engine<D> {
         let Some(client) = self.clients.get(key) else { return };
         let tried = client.tried();
         let near = self.config.locality != Locality::Off;
-        let chosen = self.table.choose_for_request(&tried, None, near, &mut self.rng);
+        // A connection that broke says little about the next one to the same endpoint.
+        let mut choose = |tried| self.table.choose_for_request(tried, None, near, &mut self.rng);
+        let chosen = choose(&tried).or_else(|| choose(&Tried::default()));
         let nobody_waits = self.queue.waiting(Line::Any) == 0;
         match chosen {
             Some((endpoint, Having::Idle)) if nobody_waits => {
