@@ -456,7 +456,7 @@ impl<D: Driver> Engine<D> {
             return self.next_store(key);
         }
         if cut_off {
-            return self.close_client(key, CloseReason::BackendReset);
+            return self.cut_off(key, fault.outcome());
         }
         self.tell(key, fault);
         self.finish(key, fault.outcome());
@@ -464,6 +464,12 @@ impl<D: Driver> Engine<D> {
         if self.config.protocol == Protocol::Http1 {
             self.say_goodbye(key);
         }
+    }
+
+    /// A client that has a part of an answer gets no more of it.
+    fn cut_off(&mut self, key: Key, outcome: Outcome) {
+        self.finish(key, outcome);
+        self.close_client(key, CloseReason::BackendReset);
     }
 
     fn tell(&mut self, key: Key, fault: Fault) {
@@ -506,7 +512,7 @@ impl<D: Driver> Engine<D> {
                 self.mark_due(key);
             }
             Lost::Fail => self.give_up(key, Fault::Lost),
-            Lost::CutOff => self.close_client(key, CloseReason::BackendReset),
+            Lost::CutOff => self.cut_off(key, Outcome::Lost),
         }
     }
 
