@@ -77,6 +77,10 @@ impl<D: Driver> Engine<D> {
             }
             if client.is_streaming() {
                 self.ask_more(key, limit);
+                if self.clients.get(key).is_some_and(Client::has_broken_off) {
+                    // Its backend would wait for the rest as long as it may.
+                    return self.close_client(key, CloseReason::ClientReset);
+                }
                 break;
             }
             if !client.is_reading() || client.unsent() > limit {

@@ -255,6 +255,11 @@ impl Client {
         self.state == State::Asked && self.exchange.is_some_and(|e| !e.request.whole)
     }
 
+    /// Whether it has ended its direction within the request that is being sent on.
+    pub fn has_broken_off(&self) -> bool {
+        self.ended && self.is_streaming() && self.input.is_empty()
+    }
+
     /// Bytes of the input behind the request under way.
     pub fn ahead(&self) -> u32 {
         self.input.bytes() - self.exchange.map_or(0, |exchange| exchange.request.len)
