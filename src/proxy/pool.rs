@@ -28,6 +28,8 @@ struct Idle {
     conn: ConnId,
     since: Instant,
     retire_at: Option<Instant>,
+    /// It was lent before.
+    served: bool,
 }
 
 /// The warm connections of one worker to one endpoint.
@@ -87,7 +89,7 @@ impl Pool {
         if !keeps || retire_at.is_some_and(|at| at <= now) {
             return false;
         }
-        self.idle.push_back(Idle { conn, since: now, retire_at });
+        self.idle.push_back(Idle { conn, since: now, retire_at, served: true });
         true
     }
 
@@ -154,7 +156,7 @@ impl Pool {
         // Ages are spread by a tenth either way, so that a pool is never renewed all at once.
         let spread = 0.9 + 0.2 * rng.f64();
         let retire_at = self.config.max_lifetime.map(|lifetime| now + lifetime.mul_f64(spread));
-        self.idle.push_back(Idle { conn, since: now, retire_at });
+        self.idle.push_back(Idle { conn, since: now, retire_at, served: false });
         true
     }
 
@@ -169,7 +171,9 @@ impl Pool {
     pub fn on_died(&mut self, conn: ConnId, now: Instant, rng: &mut fastrand::Rng) {
         let died = self.idle.iter().position(|idle| idle.conn == conn);
         let died = died.and_then(|at| self.idle.remove(at));
-        if died.is_some_and(|idle| now.saturating_duration_since(idle.since) < PROVEN_AFTER) {
+        let proven =
+            |idle: Idle| idle.served || now.saturating_duration_since(idle.since) >= PROVEN_AFTER;
+        if died.is_some_and(|idle| !proven(idle)) {
             self.back_off(now, rng);
         }
     }
@@ -353,6 +357,20 @@ mod tests {
         pool.on_lent_closed();
         assert!(!pool.take_back(last, retire_at, now + 200 * SECOND), "too old");
         assert_eq!((pool.lent(), pool.idle(), pool.room()), (0, 1, 3));
+    }
+
+    #[test]
+    fn a_backend_that_closes_after_it_has_served_is_connected_to_again() {
+        let now = Instant::now();
+        let mut pool = Pool::new(&PoolConfig { mode: PoolMode::Request, ..config() });
+        let mut rng = fastrand::Rng::with_seed(1);
+        pool.on_connecting();
+        assert!(pool.on_connected(conn(0), now, &mut rng));
+        let (conn, retire_at) = pool.lend().unwrap();
+        assert!(pool.take_back(conn, retire_at, now));
+        pool.on_died(conn, now, &mut rng);
+        pool.want(1);
+        assert!(pool.shortage(now) > 0, "it is well");
     }
 
     #[test]
