@@ -184,7 +184,7 @@ impl<D: Driver> Engine<D> {
         let tried = client.tried();
         let near = self.config.locality != Locality::Off;
         // A connection that broke says little about the next one to the same endpoint.
-        let mut choose = |tried| self.table.choose_for_request(tried, None, near, &mut self.rng);
+        let mut choose = |tried: &Tried| self.table.choose_for_request(tried, None, near, &mut self.rng);
         let chosen = choose(&tried).or_else(|| choose(&Tried::default()));
         let nobody_waits = self.queue.waiting(Line::Any) == 0;
         match chosen {
