@@ -19,6 +19,10 @@ pub const BUFFER_SIZE: usize = 16 * 1024;
 /// plenty: enough to keep a bulk stream moving while a send is under way.
 pub const RELAY_BUFFERS_MAX: u32 = 8;
 
+/// Buffers that a request may hold that is not whole yet, while buffers are short: a line may lie in
+/// two, an HTTP head in more. As many a session are reserved.
+pub const PARTIAL_BUFFERS_LEAN_MAX: u32 = 2;
+
 /// Buffers lent to the kernel at a time for whichever socket receives next.
 pub const BUFFER_RING_ENTRIES: u16 = 128;
 

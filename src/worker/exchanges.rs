@@ -87,7 +87,13 @@ impl<D: Driver> Engine<D> {
                 break;
             }
             match client.front(self.driver.buffers(), &mut self.scratch) {
-                Front::Partial => break,
+                Front::Partial => {
+                    if client.input.buffers() > limits::PARTIAL_BUFFERS_LEAN_MAX && self.is_lean() {
+                        // Many that begin large heads and never end them would stall everybody.
+                        return self.close_client(key, CloseReason::Overload);
+                    }
+                    break;
+                }
                 Front::Refused(len, fault) => {
                     self.driver.buffers().advance(&mut client.input, len);
                     self.stats.count_request(Verb::Other, fault.outcome(), Duration::ZERO);
@@ -184,7 +190,8 @@ impl<D: Driver> Engine<D> {
         let tried = client.tried();
         let near = self.config.locality != Locality::Off;
         // A connection that broke says little about the next one to the same endpoint.
-        let mut choose = |tried: &Tried| self.table.choose_for_request(tried, None, near, &mut self.rng);
+        let mut choose =
+            |tried: &Tried| self.table.choose_for_request(tried, None, near, &mut self.rng);
         let chosen = choose(&tried).or_else(|| choose(&Tried::default()));
         let nobody_waits = self.queue.waiting(Line::Any) == 0;
         match chosen {
