@@ -285,6 +285,11 @@ impl Client {
         self.state == State::Ready
     }
 
+    /// Whether its request is in the queue.
+    pub fn is_waiting(&self) -> bool {
+        self.state == State::Waiting
+    }
+
     /// Whether an answer is expected.
     pub fn is_asked(&self) -> bool {
         self.state == State::Asked
@@ -475,7 +480,9 @@ impl Client {
     /// When the client has to be looked at next.
     pub fn deadline(&self, limits: &Limits) -> Option<Instant> {
         match (self.state, &self.exchange) {
-            (State::Ready | State::Waiting, Some(exchange)) => Some(exchange.wanting + limits.queue),
+            (State::Ready | State::Waiting, Some(exchange)) => {
+                Some(exchange.wanting + limits.queue)
+            }
             (State::Asked, Some(exchange)) => limits.request.map(|limit| exchange.asked + limit),
             _ if self.ended || self.state == State::Leaving => {
                 limits.half_close.map(|limit| self.active + limit)
