@@ -54,8 +54,8 @@ impl Lending {
         let sessions_max = rng.usize(3..40);
         let config = config(&mut rng);
         let buffers = match rng.u8(..3) {
-            0 => 2 * sessions_max + 4,
-            1 => 2 * sessions_max + 64,
+            0 => 2 * sessions_max.max(60) + 8,
+            1 => 6 * sessions_max.max(20) + 64,
             _ => limits::buffers_max(sessions_max),
         };
         let mut run = Run::with(rng, config, sessions_max, buffers);
