@@ -127,6 +127,7 @@ pub enum Reachability {
 }
 
 /// The simulated network and the driver on it.
+#[allow(clippy::struct_excessive_bools, reason = "independent facts")]
 pub struct Sim {
     rng: fastrand::Rng,
     start: Instant,

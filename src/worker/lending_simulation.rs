@@ -165,7 +165,7 @@ fn check_client(client: &Peer, cut_off: bool) -> (usize, usize) {
             assert!(parts.peek().is_none());
             let cut = client.saw_reset || client.reset || !client.saw_end;
             assert!(cut || cut_off, "client {id} got a part of an answer as if it were all");
-            let right = part.starts_with("ERR")
+            let right = "ERR".starts_with(&part[..part.len().min(3)])
                 || UNASKED.starts_with(&part[..part.len().min(UNASKED.len())])
                 || is_answer(asked, part);
             assert!(right, "client {id} asked {asked:?} and got the start of {part:.60}");
@@ -255,9 +255,18 @@ fn run(seed: u64) -> (u64, usize) {
 }
 
 #[test]
-fn a_thousand_seeds_give_every_client_its_own_answers() {
+fn five_hundred_seeds_give_every_client_its_own_answers() {
+    run_all(0..500);
+}
+
+#[test]
+fn five_hundred_other_seeds_do_so_at_the_same_time() {
+    run_all(500..1000);
+}
+
+fn run_all(seeds: std::ops::Range<u64>) {
     let (mut opened, mut answered) = (0, 0);
-    for seed in 0..1000 {
+    for seed in seeds {
         let outcome = std::panic::catch_unwind(|| run(seed));
         let (o, a) = outcome.unwrap_or_else(|_| panic!("seed {seed}"));
         opened += o;
