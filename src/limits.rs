@@ -19,6 +19,10 @@ pub const BUFFER_SIZE: usize = 16 * 1024;
 /// plenty: enough to keep a bulk stream moving while a send is under way.
 pub const RELAY_BUFFERS_MAX: u32 = 8;
 
+/// Buffers that a request may hold that is not whole yet, while buffers are short: a line may lie in
+/// two, an HTTP head in more. As many a session are reserved.
+pub const PARTIAL_BUFFERS_LEAN_MAX: u32 = 2;
+
 /// Buffers lent to the kernel at a time for whichever socket receives next.
 pub const BUFFER_RING_ENTRIES: u16 = 128;
 
@@ -85,10 +89,6 @@ pub const POOL_CONNECTING_MAX: usize = 16;
 /// Buffers that an idle pooled connection may hold of what its backend sent unasked: a greeting,
 /// which may come in a few pieces.
 pub const POOL_GREETING_BUFFERS_MAX: u32 = 4;
-
-/// Buffers that a client may hold of what it has sent, once buffers are short: a line of Chronos
-/// lies in two at most.
-pub const INPUT_BUFFERS_LEAN: u32 = 2;
 
 /// Endpoints that can be tried for one session; the bound of `AEGIS_CONNECT_ATTEMPTS`.
 pub const CONNECT_ATTEMPTS_MAX: usize = 8;

@@ -17,6 +17,10 @@ use super::{Close, Completion, ConnId, Driver, Wait};
 use crate::limits::BUFFER_SIZE;
 use crate::slab::Slab;
 
+pub mod lines;
+
+use lines::Lines;
+
 /// Bytes of each peer's stream start with its number, so that who talked to whom is known.
 pub const ID_BYTES: usize = 8;
 /// What a peer's socket buffers, in each direction.
@@ -66,6 +70,8 @@ pub struct Peer {
     pub ended: bool,
     /// It has reset the connection.
     pub reset: bool,
+    /// What it says, where peers speak lines.
+    pub lines: Option<Box<Lines>>,
     read: usize,
     pause_us: u64,
     conn: Option<ConnId>,
@@ -98,6 +104,8 @@ struct Socket {
     queue: Chain,
     shutdown: bool,
     stepping: bool,
+    /// A receive waits for a buffer.
+    starved: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -121,6 +129,7 @@ pub enum Reachability {
 }
 
 /// The simulated network and the driver on it.
+#[allow(clippy::struct_excessive_bools, reason = "independent facts")]
 pub struct Sim {
     rng: fastrand::Rng,
     start: Instant,
@@ -142,6 +151,8 @@ pub struct Sim {
     pub endpoints: Vec<Reachability>,
     /// Whether backends greet.
     pub greetings: bool,
+    /// Whether peers speak lines, each answered with one.
+    pub speaks_lines: bool,
     /// The most that was held for one connection, in bytes.
     pub queue_peak: u32,
 }
@@ -167,6 +178,7 @@ impl Sim {
             peers: Vec::new(),
             endpoints: vec![Reachability::Up; endpoints],
             greetings: rng.bool(),
+            speaks_lines: false,
             queue_peak: 0,
             rng,
         }
@@ -174,8 +186,12 @@ impl Sim {
 
     /// Lets a client come after `delay`.
     pub fn add_client(&mut self, delay: Duration) {
-        let plan = self.plan(true);
-        let peer = self.add_peer(true, plan);
+        let peer = if self.speaks_lines {
+            self.add_asker()
+        } else {
+            let plan = self.plan(true);
+            self.add_peer(true, plan)
+        };
         self.schedule(delay, Step::ClientArrives(peer));
     }
 
@@ -239,6 +255,7 @@ impl Sim {
             saw_reset: false,
             ended: false,
             reset: false,
+            lines: None,
             read: 0,
             conn: None,
         });
@@ -268,6 +285,7 @@ impl Sim {
             queue: Chain::default(),
             shutdown: false,
             stepping: false,
+            starved: false,
         };
         let conn = self.sockets.insert(socket).ok()?;
         self.peers[peer].conn = Some(conn);
@@ -331,13 +349,19 @@ impl Sim {
     /// A peer sends, reads, ends or resets, as it planned.
     fn peer_acts(&mut self, index: usize) {
         let chunk = self.rng.usize(1..8000);
-        let peer = &mut self.peers[index];
-        if peer.is_over() {
+        if self.peers[index].is_over() {
             return;
         }
+        self.answer(index);
+        let peer = &mut self.peers[index];
         let taken = peer.conn.and_then(|c| self.sockets.get(c)).map_or(0, |socket| socket.taken);
         let asked = peer.is_client || !peer.received.is_empty() || peer.saw_end;
-        let goal = if asked { peer.plan.sends } else { peer.plan.greeting };
+        let goal = match &peer.lines {
+            Some(lines) => lines.goal(peer).min(peer.plan.sends),
+            None if asked => peer.plan.sends,
+            None => peer.plan.greeting,
+        };
+        let chunk = peer.lines.as_ref().map_or(chunk, |lines| lines.chunk(chunk));
         let room = SOCKET_BYTES.saturating_sub(peer.sent - taken);
         let before_reset = peer.plan.resets_at.unwrap_or(usize::MAX).saturating_sub(peer.sent);
         let before = (peer.sent, peer.read);
@@ -352,6 +376,7 @@ impl Sim {
             let gives_in = peer.is_client && self.rng.u8(..20) == 0;
             peer.ended |= peer.plan.ends_first || peer.saw_end || gives_in;
         }
+        peer.ended |= peer.lines.is_some() && !peer.is_client && peer.saw_end;
         // With nothing to do it looks around ever more rarely.
         let busy = before != (peer.sent, peer.read);
         peer.pause_us = if busy { peer.plan.pause_us } else { (2 * peer.pause_us).min(500_000) };
@@ -371,7 +396,7 @@ impl Sim {
         if socket.connecting {
             return;
         }
-        if !socket.ended && (socket.wanted || socket.late > 0) {
+        if !socket.ended && !socket.starved && (socket.wanted || socket.late > 0) {
             self.soon(50, Step::Receive(index, generation));
         }
         if let Some(socket) = self.sockets.get_mut(conn)
@@ -385,6 +410,7 @@ impl Sim {
 
     fn receive_step(&mut self, conn: ConnId) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
+        socket.starved = false;
         if socket.ended || !(socket.wanted || socket.late > 0) {
             return;
         }
@@ -407,16 +433,25 @@ impl Sim {
         }
         let Some(mut buf) = self.buffers.take() else {
             self.buffer_waits += 1;
+            socket.starved = true;
             let step = Step::Receive(conn.index() as u32, conn.generation());
             return self.schedule(Duration::from_millis(1), step);
         };
         let sink = self.sink(conn);
         let Some(socket) = self.sockets.get_mut(conn) else { return self.buffers.give(buf) };
         let peer = &self.peers[socket.peer];
-        let len = self.rng.usize(1..=waiting.min(peer.plan.piece));
+        let piece = peer.lines.as_ref().map_or(0, |lines| lines.out.len() / 100);
+        let piece = peer.plan.piece.max(piece).min(BUFFER_SIZE);
+        let mut len = self.rng.usize(1..=waiting.min(piece));
         let (id, at) = (peer.id, socket.taken);
+        if let Some(lines) = &peer.lines {
+            len = lines.piece(at, len);
+        }
         socket.taken += len;
-        let bytes = self.stream(id, at, len);
+        let bytes = match &peer.lines {
+            Some(lines) => lines.out[at..at + len].to_vec(),
+            None => self.stream(id, at, len),
+        };
         self.buffers.space(&mut buf)[..len].copy_from_slice(&bytes);
         self.buffers.set_len(&mut buf, len);
         match sink {
@@ -456,6 +491,9 @@ impl Sim {
             for part in self.buffers.slices(&socket.queue) {
                 let rest = len - (peer.received.len() - before);
                 peer.received.extend_from_slice(&part[..part.len().min(rest)]);
+            }
+            if let Some(lines) = &mut peer.lines {
+                lines.hear(&peer.received[before..]);
             }
             self.buffers.advance(&mut socket.queue, len as u32);
             self.completions.push_back(Completion::Sent(conn, len as u32));
@@ -528,8 +566,12 @@ impl Driver for Sim {
     }
 
     fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
-        let plan = self.plan(false);
-        let peer = self.add_peer(false, plan);
+        let peer = if self.speaks_lines {
+            self.add_answerer(address.port())
+        } else {
+            let plan = self.plan(false);
+            self.add_peer(false, plan)
+        };
         let Some(conn) = self.add_socket(peer, true) else {
             return Err(io::ErrorKind::QuotaExceeded.into());
         };

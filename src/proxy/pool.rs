@@ -28,6 +28,8 @@ struct Idle {
     conn: ConnId,
     since: Instant,
     retire_at: Option<Instant>,
+    /// It was lent before.
+    served: bool,
 }
 
 /// The warm connections of one worker to one endpoint.
@@ -83,17 +85,27 @@ impl Pool {
     #[must_use = "a connection that is not kept is to be closed"]
     pub fn take_back(&mut self, conn: ConnId, retire_at: Option<Instant>, now: Instant) -> bool {
         self.lent -= 1;
-        let keeps = self.idle.len() < self.config.max_idle.max(1);
-        if !keeps || retire_at.is_some_and(|at| at <= now) {
+        if !self.keeps_one_more() || retire_at.is_some_and(|at| at <= now) {
             return false;
         }
-        self.idle.push_back(Idle { conn, since: now, retire_at });
+        self.idle.push_back(Idle { conn, since: now, retire_at, served: true });
         true
     }
 
     /// A lent connection was closed.
     pub fn on_lent_closed(&mut self) {
         self.lent -= 1;
+    }
+
+    /// Whether there is room for a further idle connection. Where requests share connections, all
+    /// of them may come back in one turn, to be lent at its end: the surplus grows old instead.
+    fn keeps_one_more(&self) -> bool {
+        let idle = self.idle.len();
+        match self.config.mode {
+            PoolMode::Preconnect => idle < self.config.max_idle,
+            PoolMode::Session => idle < self.config.max_idle.max(1),
+            PoolMode::Request => idle + self.lent < self.config.size,
+        }
     }
 
     /// How many more connections there may be.
@@ -151,15 +163,13 @@ impl Pool {
     #[must_use = "a connection that is not kept is to be closed"]
     pub fn on_connected(&mut self, conn: ConnId, now: Instant, rng: &mut fastrand::Rng) -> bool {
         self.connecting -= 1;
-        // One that requests wait for is kept, whatever may be idle.
-        let lends = self.config.mode != PoolMode::Preconnect;
-        if self.idle.len() >= self.config.max_idle.max(usize::from(lends)) {
+        if !self.keeps_one_more() {
             return false;
         }
         // Ages are spread by a tenth either way, so that a pool is never renewed all at once.
         let spread = 0.9 + 0.2 * rng.f64();
         let retire_at = self.config.max_lifetime.map(|lifetime| now + lifetime.mul_f64(spread));
-        self.idle.push_back(Idle { conn, since: now, retire_at });
+        self.idle.push_back(Idle { conn, since: now, retire_at, served: false });
         true
     }
 
@@ -174,7 +184,9 @@ impl Pool {
     pub fn on_died(&mut self, conn: ConnId, now: Instant, rng: &mut fastrand::Rng) {
         let died = self.idle.iter().position(|idle| idle.conn == conn);
         let died = died.and_then(|at| self.idle.remove(at));
-        if died.is_some_and(|idle| now.saturating_duration_since(idle.since) < PROVEN_AFTER) {
+        let proven =
+            |idle: Idle| idle.served || now.saturating_duration_since(idle.since) >= PROVEN_AFTER;
+        if died.is_some_and(|idle| !proven(idle)) {
             self.back_off(now, rng);
         }
     }
@@ -358,6 +370,39 @@ mod tests {
         pool.on_lent_closed();
         assert!(!pool.take_back(last, retire_at, now + 200 * SECOND), "too old");
         assert_eq!((pool.lent(), pool.idle(), pool.room()), (0, 1, 3));
+    }
+
+    #[test]
+    fn connections_that_requests_share_are_kept_up_to_the_size_and_no_further() {
+        let now = Instant::now();
+        let mut rng = fastrand::Rng::with_seed(1);
+        let few = PoolConfig { mode: PoolMode::Request, min_idle: 0, max_idle: 1, ..config() };
+        let mut pool = Pool::new(&few);
+        for number in 0..4 {
+            pool.on_connecting();
+            assert!(pool.on_connected(conn(number), now, &mut rng), "four requests wait");
+        }
+        let lent: Vec<_> = std::iter::from_fn(|| pool.lend()).collect();
+        pool.on_connecting();
+        assert!(!pool.on_connected(conn(4), now, &mut rng), "a probe is one too many");
+        for (conn, retire_at) in lent {
+            assert!(pool.take_back(conn, retire_at, now), "others may wait");
+        }
+        assert_eq!((pool.idle(), pool.room()), (4, 0));
+    }
+
+    #[test]
+    fn a_backend_that_closes_after_it_has_served_is_connected_to_again() {
+        let now = Instant::now();
+        let mut pool = Pool::new(&PoolConfig { mode: PoolMode::Request, ..config() });
+        let mut rng = fastrand::Rng::with_seed(1);
+        pool.on_connecting();
+        assert!(pool.on_connected(conn(0), now, &mut rng));
+        let (conn, retire_at) = pool.lend().unwrap();
+        assert!(pool.take_back(conn, retire_at, now));
+        pool.on_died(conn, now, &mut rng);
+        pool.want(1);
+        assert!(pool.shortage(now) > 0, "it is well");
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::proxy::exchange::{
     Client, Due, Fault, Framing, Front, Lost, Reply, Request, Sweep, write_fault,
 };
 use crate::proxy::queue::Line;
-use crate::proxy::session::{Session, how_to_close};
+use crate::proxy::session::{Session, Tried, how_to_close};
 use crate::slab::Key;
 use crate::telemetry::{Checkout, CloseReason, Discard, Outcome, Retry, Spillover, Verb};
 
@@ -77,13 +77,23 @@ impl<D: Driver> Engine<D> {
             }
             if client.is_streaming() {
                 self.ask_more(key, limit);
+                if self.clients.get(key).is_some_and(Client::has_broken_off) {
+                    // Its backend would wait for the rest as long as it may.
+                    return self.close_client(key, CloseReason::ClientReset);
+                }
                 break;
             }
             if !client.is_reading() || client.unsent() > limit {
                 break;
             }
             match client.front(self.driver.buffers(), &mut self.scratch) {
-                Front::Partial => break,
+                Front::Partial => {
+                    if client.input.buffers() > limits::PARTIAL_BUFFERS_LEAN_MAX && self.is_lean() {
+                        // Many that begin large heads and never end them would stall everybody.
+                        return self.close_client(key, CloseReason::Overload);
+                    }
+                    break;
+                }
                 Front::Refused(len, fault) => {
                     self.driver.buffers().advance(&mut client.input, len);
                     self.stats.count_request(Verb::Other, fault.outcome(), Duration::ZERO);
@@ -105,11 +115,6 @@ impl<D: Driver> Engine<D> {
         if client.is_leaving() {
             self.driver.buffers().clear(&mut client.input);
         }
-        if client.input.buffers() > limits::INPUT_BUFFERS_LEAN && self.is_lean() {
-            // What others need is not for heads that do not end.
-            return self.close_client(key, CloseReason::Overload);
-        }
-        let Some(client) = self.clients.get_mut(key) else { return };
         // A request that is not whole yet has to go on, however short buffers are.
         let waits_for_more = (client.is_reading() && client.unsent() <= limit)
             || (client.is_streaming() && client.unasked() < limit);
@@ -184,7 +189,10 @@ impl<D: Driver> Engine<D> {
         let Some(client) = self.clients.get(key) else { return };
         let tried = client.tried();
         let near = self.config.locality != Locality::Off;
-        let chosen = self.table.choose_for_request(&tried, None, near, &mut self.rng);
+        // A connection that broke says little about the next one to the same endpoint.
+        let mut choose =
+            |tried: &Tried| self.table.choose_for_request(tried, None, near, &mut self.rng);
+        let chosen = choose(&tried).or_else(|| choose(&Tried::default()));
         let nobody_waits = self.queue.waiting(Line::Any) == 0;
         match chosen {
             Some((endpoint, Having::Idle)) if nobody_waits => {
@@ -265,8 +273,7 @@ impl<D: Driver> Engine<D> {
         self.loans += 1;
         self.own(loan.conn, Owner::Lent(key));
         if let Some(client) = self.clients.get_mut(key) {
-            client.loan = Some(loan);
-            client.backend_receiving = true;
+            client.on_lent(loan);
         }
         self.use_loan(key);
     }
@@ -479,7 +486,7 @@ impl<D: Driver> Engine<D> {
             return self.next_store(key);
         }
         if cut_off {
-            return self.close_client(key, CloseReason::BackendReset);
+            return self.cut_off(key, fault.outcome());
         }
         self.tell(key, fault);
         self.finish(key, fault.outcome());
@@ -487,6 +494,12 @@ impl<D: Driver> Engine<D> {
         if self.config.protocol == Protocol::Http1 {
             self.say_goodbye(key);
         }
+    }
+
+    /// A client that has a part of an answer gets no more of it.
+    fn cut_off(&mut self, key: Key, outcome: Outcome) {
+        self.finish(key, outcome);
+        self.close_client(key, CloseReason::BackendReset);
     }
 
     fn tell(&mut self, key: Key, fault: Fault) {
@@ -521,7 +534,7 @@ impl<D: Driver> Engine<D> {
         let attempts = self.config.connect_attempts;
         let in_order = why == Retry::Ended && discard != Discard::Endpoint;
         let Some(client) = self.clients.get_mut(key) else { return };
-        match client.on_lost(in_order, attempts) {
+        match client.on_lost(in_order, attempts, self.now) {
             Lost::Idle => {}
             Lost::Answered => self.on_answered(key, false),
             Lost::Repeat => {
@@ -529,7 +542,7 @@ impl<D: Driver> Engine<D> {
                 self.mark_due(key);
             }
             Lost::Fail => self.give_up(key, Fault::Lost),
-            Lost::CutOff => self.close_client(key, CloseReason::BackendReset),
+            Lost::CutOff => self.cut_off(key, Outcome::Lost),
         }
     }
 
@@ -616,7 +629,7 @@ impl<D: Driver> Engine<D> {
             client.backend_receiving = true;
             self.driver.receive(loan.conn, true);
         }
-        if client.is_reading() && (client.is_finished() || !client.input.is_empty()) {
+        if client.is_finished() || (client.is_reading() && !client.input.is_empty()) {
             self.mark_due(key);
         }
     }

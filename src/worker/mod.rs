@@ -22,6 +22,8 @@ pub mod batch;
 pub mod cores;
 pub mod engine;
 mod exchanges;
+#[cfg(test)]
+mod lending_simulation;
 pub mod listener;
 pub mod mailbox;
 mod pools;

@@ -14,16 +14,16 @@ use crate::telemetry::{CloseReason, WorkerStats};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-struct Run {
-    engine: Engine<Sim>,
+pub(super) struct Run {
+    pub(super) engine: Engine<Sim>,
     mailbox: Arc<Mailbox>,
-    stats: Arc<WorkerStats>,
-    endpoints: Vec<Arc<Endpoint>>,
+    pub(super) stats: Arc<WorkerStats>,
+    pub(super) endpoints: Vec<Arc<Endpoint>>,
     generation: u64,
-    rng: fastrand::Rng,
+    pub(super) rng: fastrand::Rng,
     buffers: u32,
     everyone_ends: bool,
-    sessions_max: usize,
+    pub(super) sessions_max: usize,
 }
 
 impl Run {
@@ -40,6 +40,17 @@ impl Run {
         config.half_close_timeout = timeouts.then_some(3 * SECOND);
         // Short of buffers, or with plenty.
         let buffers = if lean { 6 * sessions_max + 64 } else { limits::buffers_max(sessions_max) };
+        Self::with(rng, config, sessions_max, buffers)
+    }
+
+    /// A run with this configuration.
+    pub(super) fn with(
+        mut rng: fastrand::Rng,
+        config: Config,
+        sessions_max: usize,
+        buffers: usize,
+    ) -> Self {
+        let everyone_ends = config.idle_timeout.is_some();
         let endpoints: Vec<_> = (0..rng.u16(1..5))
             .map(|i| Endpoint::new(format!("e{i}"), ([127, 0, 0, 1], i).into(), 1))
             .collect();
@@ -65,24 +76,24 @@ impl Run {
             generation: 0,
             rng,
             buffers: buffers as u32,
-            everyone_ends: idle_timeout.is_some(),
+            everyone_ends,
             sessions_max,
         }
     }
 
-    fn deliver(&mut self, endpoints: Vec<Arc<Endpoint>>) {
+    pub(super) fn deliver(&mut self, endpoints: Vec<Arc<Endpoint>>) {
         self.generation += 1;
         let generation = self.generation;
         self.mailbox.deliver(Arc::new(EndpointSnapshot { generation, endpoints }));
         self.engine.driver().wake();
     }
 
-    fn order(&mut self, order: Order) {
+    pub(super) fn order(&mut self, order: Order) {
         self.mailbox.order(order);
         self.engine.driver().wake();
     }
 
-    fn turn(&mut self) {
+    pub(super) fn turn(&mut self) {
         self.engine.turn().expect("the simulator never fails");
         // A drain empties the accept queue, whatever waits in it.
         let allowed = self.mailbox.current_order() > Order::Run
@@ -91,7 +102,7 @@ impl Run {
     }
 
     /// Endpoints fail, hang and recover, and discovery changes its mind.
-    fn disturb(&mut self) {
+    pub(super) fn disturb(&mut self) {
         match self.rng.u16(..400) {
             0..=2 => {
                 let at = self.rng.usize(..self.endpoints.len());
@@ -134,7 +145,7 @@ impl Run {
     }
 
     /// Removes every endpoint and stops; then nothing may be left.
-    fn stop(&mut self) {
+    pub(super) fn stop(&mut self) {
         self.deliver(Vec::new());
         self.turn();
         self.order(Order::Stop);
@@ -155,6 +166,8 @@ impl Run {
             CloseReason::IdleTimeout,
             CloseReason::HalfCloseTimeout,
             CloseReason::DrainDeadline,
+            CloseReason::EndpointRemoved,
+            CloseReason::Overload,
         ]
         .map(|reason| self.stats.closed(reason))
         .iter()

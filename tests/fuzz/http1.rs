@@ -108,6 +108,7 @@ fn trimmed(bytes: &[u8]) -> &[u8] {
 }
 
 #[derive(Debug, Default)]
+#[allow(clippy::struct_excessive_bools, reason = "each is said independently of the others")]
 struct Said {
     length: Option<u64>,
     chunked: bool,

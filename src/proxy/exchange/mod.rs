@@ -138,6 +138,8 @@ struct Exchange {
     request: Request,
     tried: Tried,
     since: Instant,
+    /// Since when it wants a connection.
+    wanting: Instant,
     asked: Instant,
     replied: bool,
 }
@@ -253,6 +255,11 @@ impl Client {
         self.state == State::Asked && self.exchange.is_some_and(|e| !e.request.whole)
     }
 
+    /// Whether it has ended its direction within the request that is being sent on.
+    pub fn has_broken_off(&self) -> bool {
+        self.ended && self.is_streaming() && self.input.is_empty()
+    }
+
     /// Bytes of the input behind the request under way.
     pub fn ahead(&self) -> u32 {
         self.input.bytes() - self.exchange.map_or(0, |exchange| exchange.request.len)
@@ -276,6 +283,11 @@ impl Client {
     /// Whether a request is to be sent or to join the queue.
     pub fn is_ready(&self) -> bool {
         self.state == State::Ready
+    }
+
+    /// Whether its request is in the queue.
+    pub fn is_waiting(&self) -> bool {
+        self.state == State::Waiting
     }
 
     /// Whether an answer is expected.
@@ -353,6 +365,7 @@ impl Client {
             request,
             tried: Tried::default(),
             since: now,
+            wanting: now,
             asked: now,
             replied: false,
         });
@@ -372,17 +385,23 @@ impl Client {
         waits
     }
 
+    /// It was lent a connection, on which nothing is on its way.
+    pub fn on_lent(&mut self, loan: Loan) {
+        self.loan = Some(loan);
+        self.backend_receiving = true;
+        self.unasked = 0;
+    }
+
     /// The request is sent on the connection that the client holds. Returns how long it waited.
     pub fn on_asked(&mut self, now: Instant) -> Duration {
         self.state = State::Asked;
-        self.unasked = 0;
         self.framing.on_asked();
         let Some(exchange) = &mut self.exchange else { return Duration::ZERO };
         exchange.asked = now;
         if let Some(loan) = self.loan {
             exchange.tried.push(loan.endpoint);
         }
-        now.saturating_duration_since(exchange.since)
+        now.saturating_duration_since(exchange.wanting)
     }
 
     /// Bytes arrived from its backend while an answer was expected.
@@ -415,9 +434,9 @@ impl Client {
 
     /// Its backend's connection ended, in order or not. `attempts_max` bounds how often a request
     /// is sent.
-    pub fn on_lost(&mut self, in_order: bool, attempts_max: u32) -> Lost {
+    pub fn on_lost(&mut self, in_order: bool, attempts_max: u32, now: Instant) -> Lost {
         self.loan = None;
-        let Some(exchange) = &self.exchange else { return Lost::Idle };
+        let Some(exchange) = &mut self.exchange else { return Lost::Idle };
         if self.state != State::Asked {
             return Lost::Idle;
         }
@@ -427,6 +446,7 @@ impl Client {
         }
         let again = exchange.request.repeatable && exchange.tried.attempts() < attempts_max;
         if again {
+            exchange.wanting = now;
             self.state = State::Ready;
             return Lost::Repeat;
         }
@@ -443,7 +463,7 @@ impl Client {
         self.state = State::Ready;
         if let Some(exchange) = &mut self.exchange {
             exchange.tried = Tried::default();
-            exchange.since = now;
+            exchange.wanting = now;
             exchange.replied = false;
         }
     }
@@ -460,7 +480,9 @@ impl Client {
     /// When the client has to be looked at next.
     pub fn deadline(&self, limits: &Limits) -> Option<Instant> {
         match (self.state, &self.exchange) {
-            (State::Ready | State::Waiting, Some(exchange)) => Some(exchange.since + limits.queue),
+            (State::Ready | State::Waiting, Some(exchange)) => {
+                Some(exchange.wanting + limits.queue)
+            }
             (State::Asked, Some(exchange)) => limits.request.map(|limit| exchange.asked + limit),
             _ if self.ended || self.state == State::Leaving => {
                 limits.half_close.map(|limit| self.active + limit)
@@ -552,9 +574,49 @@ mod tests {
             if replied {
                 assert_eq!(client.on_reply(b"O", now), Reply::Partial);
             }
-            assert_eq!(client.on_lost(true, 3), expected, "{line:?} {replied}");
+            assert_eq!(client.on_lost(true, 3, now), expected, "{line:?} {replied}");
             assert_eq!(client.ahead(), 0, "its bytes are still there");
         }
+    }
+
+    #[test]
+    fn a_request_that_is_sent_again_waits_anew() {
+        const SECOND: Duration = Duration::from_secs(1);
+        let limits = Limits { idle: None, half_close: None, queue: SECOND, request: None };
+        let (mut client, mut buffers, now) = client();
+        feed(&mut client, &mut buffers, b"GET a\n");
+        let Front::Request(request) = client.front(&mut buffers, &mut [0; 16]) else {
+            panic!("it is whole");
+        };
+        client.begin(request, now);
+        client.on_asked(now);
+        let later = now + 5 * SECOND;
+        assert_eq!(client.on_lost(true, 3, later), Lost::Repeat);
+        assert_eq!(client.on_deadline(&limits, later), Due::Nothing);
+        assert_eq!(client.on_asked(later + SECOND / 2), SECOND / 2, "the wait for a connection");
+        let took = client.finish(&mut buffers, later + SECOND).map(|(_, took)| took);
+        assert_eq!(took, Some(6 * SECOND), "the whole of it");
+    }
+
+    #[test]
+    fn bytes_of_an_earlier_request_are_not_forgotten_while_a_connection_is_kept() {
+        let (mut client, mut buffers, now) = client();
+        let loan = Loan { conn: ConnId::from_parts(1, 0), endpoint: 0, retire_at: None };
+        client.on_lent(loan);
+        for expected in [6, 12] {
+            feed(&mut client, &mut buffers, b"GET a\n");
+            let Front::Request(request) = client.front(&mut buffers, &mut [0; 16]) else {
+                panic!("it is whole");
+            };
+            client.begin(request, now);
+            client.on_asked(now);
+            client.on_backend_queued(request.len);
+            assert_eq!(client.unasked(), expected);
+            assert_eq!(client.on_reply(b"answered too early\n", now), Reply::Complete);
+            client.finish(&mut buffers, now);
+        }
+        client.on_lent(loan);
+        assert_eq!(client.unasked(), 0, "of a connection that is gone");
     }
 
     #[test]
@@ -577,7 +639,7 @@ mod tests {
         assert_eq!(client.on_deadline(&limits, now), Due::Nothing);
         let given_up = client.on_deadline(&limits, now + SECOND);
         assert_eq!(given_up, Due::GiveUp(Fault::QueueTimeout(SECOND)));
-        client.on_asked(now + SECOND);
+        assert_eq!(client.on_asked(now + SECOND), SECOND);
         assert_eq!(client.deadline(&limits), Some(now + 4 * SECOND));
         client.finish(&mut buffers, now);
         client.on_ended(now);

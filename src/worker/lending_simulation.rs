@@ -1,0 +1,282 @@
+//! The engine's lending modes on the simulator: a thousand seeded runs, every answer checked.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use super::engine::Engine;
+use super::mailbox::Order;
+use super::simulation::Run;
+use crate::config::{Balance, Config, PoolMode, Protocol, Route};
+use crate::io::sim::lines::{Asked, LINE_MAX, UNASKED, answer};
+use crate::io::sim::{Peer, Sim};
+use crate::limits;
+use crate::proxy::route::{StableHash, owner};
+use crate::telemetry::CloseReason;
+
+const SECOND: Duration = Duration::from_secs(1);
+const MS: Duration = Duration::from_millis(1);
+
+fn config(rng: &mut fastrand::Rng) -> Config {
+    let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
+    config.protocol = Protocol::Chronos;
+    config.pool.mode = if rng.u8(..3) > 0 { PoolMode::Request } else { PoolMode::Session };
+    config.pool.size = rng.usize(1..5);
+    config.pool.min_idle = rng.usize(..2);
+    config.pool.max_idle = config.pool.min_idle + rng.usize(..4);
+    config.pool.idle_timeout = Some(rng.u32(1..10) * SECOND);
+    config.pool.max_lifetime = (rng.u8(..4) == 0).then(|| rng.u32(1..4) * SECOND);
+    config.balance =
+        [Balance::LeastConn, Balance::RoundRobin, Balance::SourceHash, Balance::RandomTwo]
+            [rng.usize(..4)];
+    config.requests.line_max = LINE_MAX;
+    config.requests.queue_max = [1, 4, 1000][rng.usize(..3)];
+    config.requests.queue_timeout = [30 * MS, 300 * MS, 3 * SECOND][rng.usize(..3)];
+    config.requests.timeout = Some([100 * MS, 4 * SECOND][rng.usize(..2)]);
+    if config.pool.mode == PoolMode::Request && rng.bool() {
+        config.requests.route = Route::Key;
+    }
+    config.connect_timeout = [200 * MS, 3 * SECOND][rng.usize(..2)];
+    config.backend_drain = (rng.u8(..4) == 0).then_some(SECOND);
+    config.idle_timeout = (rng.u8(..6) == 0).then_some(10 * SECOND);
+    config.half_close_timeout = (rng.u8(..4) == 0).then_some(3 * SECOND);
+    config
+}
+
+struct Lending {
+    run: Run,
+    /// The endpoints have been the same from the start.
+    steady: bool,
+}
+
+impl Lending {
+    fn new(seed: u64) -> Self {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let sessions_max = rng.usize(3..40);
+        let config = config(&mut rng);
+        let buffers = match rng.u8(..3) {
+            0 => 2 * sessions_max.max(60) + 8,
+            1 => 6 * sessions_max.max(20) + 64,
+            _ => limits::buffers_max(sessions_max),
+        };
+        let mut run = Run::with(rng, config, sessions_max, buffers);
+        run.engine.driver().speaks_lines = true;
+        Self { run, steady: true }
+    }
+
+    fn serve(&mut self) {
+        let run = &mut self.run;
+        let all = run.endpoints.clone();
+        run.deliver(all);
+        for _ in 0..run.rng.usize(1..60) {
+            let delay = Duration::from_micros(run.rng.u64(..2_000_000));
+            run.engine.driver().add_client(delay);
+        }
+        let troubled = run.rng.bool();
+        self.steady = !troubled;
+        let drain_at = (run.rng.u8(..4) == 0).then(|| run.rng.u32(..2000) * SECOND / 1000);
+        let (mut drained, mut turns) = (false, 0);
+        while run.engine.driver().elapsed() < 300 * SECOND {
+            if troubled && run.engine.driver().elapsed() < 40 * SECOND {
+                run.disturb();
+            }
+            run.turn();
+            check_accounts(&mut run.engine);
+            turns += 1;
+            assert!(turns < 100_000, "spins at {:?}", run.engine.driver().elapsed());
+            if !drained && drain_at.is_some_and(|at| run.engine.driver().elapsed() >= at) {
+                drained = true;
+                run.order(Order::Drain);
+            }
+            let outside = run.engine.driver().clients_outside();
+            if run.engine.sessions() == 0 && (outside == 0 || drained) {
+                break;
+            }
+        }
+    }
+
+    fn check_liveness(&mut self) {
+        let engine = &mut self.run.engine;
+        let stalling = |peer: &&Peer| peer.plan.stalls_at.is_some();
+        let stalled = engine.driver().peers.iter().filter(stalling).count();
+        assert!(engine.sessions() <= stalled, "{} clients hang", engine.sessions());
+        assert_eq!(engine.queue.len(), 0, "requests hang in the queue");
+    }
+
+    /// Returns how many requests were answered by backends.
+    fn check_answers(&mut self) -> usize {
+        let cut_off: u64 = [
+            CloseReason::IdleTimeout,
+            CloseReason::HalfCloseTimeout,
+            CloseReason::Overload,
+            CloseReason::DrainDeadline,
+        ]
+        .map(|reason| self.run.stats.closed(reason))
+        .iter()
+        .sum();
+        let driver = self.run.engine.driver();
+        let (mut answered, mut leaked) = (0, 0);
+        for client in driver.peers.iter().filter(|peer| peer.is_client) {
+            let (answers, unasked) = check_client(client, cut_off > 0);
+            answered += answers;
+            leaked += unasked;
+        }
+        let unasked: usize =
+            driver.peers.iter().filter_map(|peer| peer.lines.as_ref()).map(|l| l.unasked).sum();
+        assert!(leaked <= unasked, "{leaked} words for {unasked}");
+        self.check_requests();
+        answered
+    }
+
+    /// No write is made twice, and keys go to their owner.
+    fn check_requests(&mut self) {
+        let by_key = self.run.engine.config.requests.route == Route::Key && self.steady;
+        let names: Vec<_> =
+            self.run.endpoints.iter().map(|e| StableHash::of(e.name.as_bytes())).collect();
+        let mut heard: HashMap<&str, usize> = HashMap::new();
+        for backend in self.run.engine.driver().peers.iter().filter(|peer| !peer.is_client) {
+            let Some(lines) = &backend.lines else { continue };
+            for line in &lines.heard {
+                let mut words = line.split_whitespace();
+                let (verb, tag) = (words.next().unwrap(), words.next().unwrap_or_default());
+                *heard.entry(line).or_default() += 1;
+                if by_key && ["GET", "SET", "DEL"].contains(&verb) {
+                    let expected = owner(StableHash::of(tag.as_bytes()), &names);
+                    assert_eq!(expected, Some(usize::from(lines.endpoint)), "{line}");
+                }
+            }
+        }
+        for (line, times) in heard {
+            let repeatable = ["GET", "PING"].iter().any(|verb| line.starts_with(verb));
+            assert!(times == 1 || repeatable || line == "COMPACT\n", "{times} times {line}");
+        }
+    }
+}
+
+/// What one client got: its answers in the order of its requests. Returns how many came from
+/// backends, and how many of those nobody had asked for.
+fn check_client(client: &Peer, cut_off: bool) -> (usize, usize) {
+    let (id, lines) = (client.id, client.lines.as_ref().expect("clients speak lines"));
+    let text = std::str::from_utf8(&client.received).expect("answers are text");
+    let (mut answers, mut unasked, mut whole) = (0, 0, 0);
+    let mut parts = text.split_inclusive('\n').peekable();
+    while let Some(part) = parts.next() {
+        let asked = lines.asked.get(whole).unwrap_or_else(|| panic!("{id} got more: {part}"));
+        if !part.ends_with('\n') {
+            assert!(parts.peek().is_none());
+            let cut = client.saw_reset || client.reset || !client.saw_end;
+            assert!(cut || cut_off, "client {id} got a part of an answer as if it were all");
+            let right = "ERR".starts_with(&part[..part.len().min(3)])
+                || UNASKED.starts_with(&part[..part.len().min(UNASKED.len())])
+                || is_answer(asked, part);
+            assert!(right, "client {id} asked {asked:?} and got the start of {part:.60}");
+            break;
+        }
+        whole += 1;
+        match asked {
+            Asked::Blank => assert_eq!(part, "ERR empty request\n", "client {id}"),
+            Asked::TooLong => assert_eq!(part, "ERR request longer than 64 bytes\n"),
+            _ if part.starts_with(UNASKED) => unasked += 1,
+            _ if part.starts_with("ERR ") || part.starts_with("ERR_COMPACT ") => {
+                let ours = part.contains("empty") || part.contains("longer");
+                assert!(!ours, "client {id} asked {asked:?} and got {part}");
+            }
+            _ => {
+                assert!(is_answer(asked, part), "client {id} asked {asked:?} and got {part:.60}");
+                answers += 1;
+            }
+        }
+    }
+    let made = lines.asked_in(client.sent);
+    assert!(whole <= made, "client {id} got answers before it asked");
+    let orderly = client.saw_end && !client.saw_reset && !client.reset;
+    if orderly && client.ended && !cut_off && client.plan.stalls_at.is_none() {
+        assert_eq!(whole, lines.whole_in(client.sent), "client {id} lacks answers");
+    }
+    (answers, unasked)
+}
+
+/// Whether `text` is an answer, or the first part of one.
+fn is_answer(asked: &Asked, text: &str) -> bool {
+    match asked {
+        Asked::Tag(tag) => {
+            let endpoint = text.strip_prefix("VAL ").and_then(|rest| rest.split(' ').nth(1));
+            let Some(endpoint) = endpoint.and_then(|e| e.strip_prefix('e')?.parse().ok()) else {
+                return format!("VAL {tag} e").starts_with(text) && !text.ends_with('\n');
+            };
+            answer(tag, endpoint).starts_with(text)
+        }
+        Asked::Compact => "OK_COMPACTED\n".starts_with(text),
+        Asked::Blank | Asked::TooLong => false,
+    }
+}
+
+/// Everything adds up, at the end of any turn.
+fn check_accounts(engine: &mut Engine<Sim>) {
+    let mut lent: HashMap<u16, usize> = HashMap::new();
+    let mut waiting = 0;
+    for slot in 0..engine.clients.slots() {
+        let Some(key) = engine.clients.key_at(slot) else { continue };
+        let Some(client) = engine.clients.get(key) else { continue };
+        if let Some(loan) = client.loan {
+            *lent.entry(loan.endpoint).or_default() += 1;
+        }
+        waiting += usize::from(client.is_waiting());
+        assert!(!client.is_ready() || client.due, "a request is forgotten");
+    }
+    assert_eq!(engine.queue.len(), waiting, "places in the queue");
+    assert!(engine.queue.len() <= engine.config.requests.queue_max, "the queue is too long");
+    assert!(engine.returning.is_empty() && engine.freed.len() <= engine.table.indices().count());
+    let (mut conns, is_request) = (0, engine.config.pool.mode == PoolMode::Request);
+    for index in engine.table.indices() {
+        let Some(entry) = engine.table.get_mut(index) else { continue };
+        let lent = lent.remove(&index).unwrap_or(0);
+        let pool = &entry.pool;
+        assert_eq!((pool.lent(), entry.sessions as usize), (lent, lent), "loans of {index}");
+        conns += pool.idle() + pool.connecting();
+        if is_request {
+            let all = lent + pool.idle() + pool.connecting();
+            // One more may be made to find out whether an endpoint is well again.
+            assert!(lent + pool.idle() <= engine.config.pool.size, "{all} connections");
+            assert!(all <= engine.config.pool.size + 1, "{all} connections");
+        }
+    }
+    assert!(lent.is_empty(), "loans of no endpoint: {lent:?}");
+    assert_eq!(engine.pool_conns, conns, "connections of all pools");
+}
+
+fn run(seed: u64) -> (u64, usize) {
+    let mut lending = Lending::new(seed);
+    lending.serve();
+    lending.check_liveness();
+    let answered = lending.check_answers();
+    lending.run.stop();
+    assert_eq!(lending.run.engine.queue.len(), 0, "places in the queue leaked");
+    (lending.run.stats.sessions_opened.get(), answered)
+}
+
+#[test]
+fn five_hundred_seeds_give_every_client_its_own_answers() {
+    run_all(0..500);
+}
+
+#[test]
+fn five_hundred_other_seeds_do_so_at_the_same_time() {
+    run_all(500..1000);
+}
+
+fn run_all(seeds: std::ops::Range<u64>) {
+    let (mut opened, mut answered) = (0, 0);
+    for seed in seeds {
+        let outcome = std::panic::catch_unwind(|| run(seed));
+        let (o, a) = outcome.unwrap_or_else(|_| panic!("seed {seed}"));
+        opened += o;
+        answered += a;
+    }
+    println!("{opened} clients, {answered} answers");
+    assert!(answered as u64 > 2 * opened, "{answered} answers for {opened}: too little is tested");
+}
+
+#[test]
+fn equal_seeds_lend_alike() {
+    assert_eq!(run(42), run(42));
+}
