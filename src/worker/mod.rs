@@ -21,9 +21,7 @@ use crate::telemetry::{WorkerState, WorkerStats};
 pub mod batch;
 pub mod cores;
 pub mod engine;
-mod exchanges;
-#[cfg(test)]
-mod lending_simulation;
+mod lending;
 pub mod listener;
 pub mod mailbox;
 mod pools;

@@ -348,7 +348,8 @@ fn a_slow_reader_holds_no_more_than_its_own(io: Io) {
         assert_eq!(ask(&quick, "GET small"), "small");
     }
     let held = proxy.metric("aegis_buffers_in_use", &[]);
-    assert!(held < 128 + 64, "{held} buffers are held");
+    // Those lent to the kernel, and what one multishot receive may run ahead.
+    assert!(held < 128 + 160, "{held} buffers are held");
     let mut answer = vec![0; LINE + 1];
     for _ in 0..2 {
         (&slow).read_exact(&mut answer).unwrap();

@@ -3,15 +3,15 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use super::engine::Engine;
-use super::mailbox::Order;
-use super::simulation::Run;
 use crate::config::{Balance, Config, PoolMode, Protocol, Route};
 use crate::io::sim::lines::{Asked, LINE_MAX, UNASKED, answer};
 use crate::io::sim::{Peer, Sim};
 use crate::limits;
 use crate::proxy::route::{StableHash, owner};
 use crate::telemetry::CloseReason;
+use crate::worker::engine::Engine;
+use crate::worker::mailbox::Order;
+use crate::worker::simulation::Run;
 
 const SECOND: Duration = Duration::from_secs(1);
 const MS: Duration = Duration::from_millis(1);

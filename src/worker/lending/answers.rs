@@ -1,0 +1,160 @@
+//! From a connection to an answer, or to an error in its place.
+
+use crate::config::{PoolMode, Protocol};
+use crate::io::{Buf, Driver};
+use crate::proxy::exchange::{Fault, Reply, write_fault};
+use crate::slab::Key;
+use crate::telemetry::{CloseReason, Discard, Outcome};
+use crate::worker::engine::Engine;
+
+impl<D: Driver> Engine<D> {
+    /// A backend sent bytes on a connection that a client holds.
+    pub(in crate::worker) fn on_reply(&mut self, key: Key, mut buf: Buf) {
+        let limit = self.in_flight_limit();
+        let Some(client) = self.clients.get_mut(key).filter(|client| client.is_asked()) else {
+            // Between two requests of a session.
+            self.driver.buffers().give(buf);
+            return self.drop_loan(key, Discard::Unexpected);
+        };
+        let buffers = self.driver.buffers();
+        let reply = client.on_reply(buffers.bytes(&buf), self.now);
+        if let Reply::Surplus(count) = reply {
+            buffers.set_len(&mut buf, count);
+        }
+        if let Some(sweep) = &mut client.sweep {
+            sweep.on_reply(buffers.bytes(&buf));
+            buffers.give(buf);
+        } else {
+            self.stats.bytes_to_client.add(u64::from(buf.len()));
+            client.on_queued(buf.len());
+            self.driver.send(client.conn, buf);
+        }
+        match reply {
+            Reply::Opaque => self.turn_opaque(key),
+            Reply::Partial => {
+                // A slow client holds its backend up rather than the worker's buffers.
+                if client.unsent() >= limit
+                    && client.backend_receiving
+                    && let Some(loan) = client.loan
+                {
+                    client.backend_receiving = false;
+                    self.driver.receive(loan.conn, false);
+                }
+            }
+            Reply::Complete => {
+                let keeps_alive = client.keeps_alive();
+                if !keeps_alive {
+                    self.drop_loan(key, Discard::Spent);
+                } else if self.config.pool.mode == PoolMode::Request || self.is_loan_obsolete(key) {
+                    // At the end of the turn, when it is known that nothing came behind.
+                    self.returning.push(key);
+                }
+                self.on_answered(key, keeps_alive);
+            }
+            Reply::Surplus(_) => {
+                let keeps_alive = client.keeps_alive();
+                self.drop_loan(key, Discard::Unexpected);
+                self.on_answered(key, keeps_alive);
+            }
+        }
+    }
+
+    pub(in crate::worker) fn is_loan_obsolete(&mut self, key: Key) -> bool {
+        let loan = self.clients.get(key).and_then(|client| client.loan);
+        let entry = loan.and_then(|loan| self.table.get_mut(loan.endpoint));
+        let aged = loan.and_then(|loan| loan.retire_at).is_some_and(|at| at <= self.now);
+        aged || entry.is_some_and(|entry| !entry.is_present())
+    }
+
+    pub(in crate::worker) fn on_answered(&mut self, key: Key, keeps_alive: bool) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        if let Some(sweep) = &mut client.sweep {
+            sweep.on_answered();
+            return self.next_store(key);
+        }
+        self.finish(key, Outcome::Answered);
+        if !keeps_alive {
+            self.say_goodbye(key);
+        }
+    }
+
+    /// Ends our direction to a client behind all that it is told, and waits for it to leave.
+    pub(in crate::worker) fn say_goodbye(&mut self, key: Key) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        client.on_leaving(self.now);
+        self.driver.shutdown(client.conn);
+        self.mark_due(key);
+    }
+
+    /// Goes on with the next store of a request to all of them, or answers it.
+    pub(in crate::worker) fn next_store(&mut self, key: Key) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        let Some(sweep) = &mut client.sweep else { return };
+        if let Some(next) = self.table.present_from(sweep.endpoint + 1) {
+            sweep.endpoint = next;
+            client.on_next_store(self.now);
+            return self.mark_due(key);
+        }
+        if let Some(sweep) = client.sweep.take() {
+            self.say(key, |space| sweep.write_answer(space));
+        }
+        self.finish(key, Outcome::Answered);
+    }
+
+    /// A request is over.
+    pub(in crate::worker) fn finish(&mut self, key: Key, outcome: Outcome) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        if let Some((request, took)) = client.finish(self.driver.buffers(), self.now) {
+            self.stats.count_request(request.verb, outcome, took);
+        }
+        self.mark_due(key);
+    }
+
+    /// A request gets an error in place of an answer.
+    pub(in crate::worker) fn give_up(&mut self, key: Key, fault: Fault) {
+        self.queue.leave(key);
+        let Some(client) = self.clients.get_mut(key) else { return };
+        let cut_off = client.has_part();
+        if client.is_asked() {
+            self.drop_loan(key, Discard::Timeout);
+        }
+        let Some(client) = self.clients.get_mut(key) else { return };
+        if let Some(sweep) = &mut client.sweep {
+            sweep.on_failed(fault);
+            return self.next_store(key);
+        }
+        if cut_off {
+            return self.cut_off(key, fault.outcome());
+        }
+        self.tell(key, fault);
+        self.finish(key, fault.outcome());
+        // A fault of HTTP says that the connection ends with it.
+        if self.config.protocol == Protocol::Http1 {
+            self.say_goodbye(key);
+        }
+    }
+
+    /// A client that has a part of an answer gets no more of it.
+    pub(in crate::worker) fn cut_off(&mut self, key: Key, outcome: Outcome) {
+        self.finish(key, outcome);
+        self.close_client(key, CloseReason::BackendReset);
+    }
+
+    pub(in crate::worker) fn tell(&mut self, key: Key, fault: Fault) {
+        let protocol = self.config.protocol;
+        self.say(key, |space| write_fault(protocol, fault, space));
+    }
+
+    /// Sends a client words of our own.
+    pub(in crate::worker) fn say(&mut self, key: Key, write: impl FnOnce(&mut [u8]) -> usize) {
+        let buffers = self.driver.buffers();
+        let Some(mut buf) = buffers.take() else {
+            return self.close_client(key, CloseReason::Overload);
+        };
+        let len = write(buffers.space(&mut buf));
+        buffers.set_len(&mut buf, len);
+        let Some(client) = self.clients.get_mut(key) else { return buffers.give(buf) };
+        client.on_queued(len as u32);
+        self.driver.send(client.conn, buf);
+    }
+}

@@ -1,0 +1,272 @@
+//! The clients: what they send, what they take, and when they are done with.
+
+use std::time::Duration;
+
+use crate::config::PoolMode;
+use crate::io::{Buf, Close, ConnId, Driver};
+use crate::limits;
+use crate::proxy::Side;
+use crate::proxy::exchange::{Client, Due, Framing, Front};
+use crate::proxy::queue::Line;
+use crate::proxy::session::how_to_close;
+use crate::slab::Key;
+use crate::telemetry::{CloseReason, Discard, Outcome, Retry, Verb};
+use crate::worker::engine::{Engine, Owner};
+
+impl<D: Driver> Engine<D> {
+    /// Whether used connections are lent.
+    pub(in crate::worker) fn lends(&self) -> bool {
+        self.config.pool.mode != PoolMode::Preconnect
+    }
+
+    pub(in crate::worker) fn on_client(&mut self, conn: ConnId) {
+        self.stats.sessions_opened.add(1);
+        let framing = Framing::new(self.config.protocol, &self.config.requests);
+        let client = Client::new(conn, framing, self.now);
+        let Ok(key) = self.clients.insert(client) else {
+            self.stats.count_close(CloseReason::Overload);
+            self.driver.close(conn, Close::Reset);
+            return;
+        };
+        self.publish_sessions();
+        self.own(conn, Owner::Client(key));
+        self.mark_due(key);
+    }
+
+    /// Has a client looked at when the turn's events have been handled.
+    pub(in crate::worker) fn mark_due(&mut self, key: Key) {
+        if let Some(client) = self.clients.get_mut(key)
+            && !client.due
+        {
+            client.due = true;
+            self.due.push_back(key);
+        }
+    }
+
+    /// Lends what is free to those that have waited longest, then looks after the clients to which
+    /// something has happened.
+    pub(in crate::worker) fn serve_clients(&mut self) {
+        while let Some(key) = self.returning.pop() {
+            self.return_loan(key);
+        }
+        self.lend_freed();
+        while let Some(key) = self.due.pop_front() {
+            if let Some(client) = self.clients.get_mut(key) {
+                client.due = false;
+                self.serve(key);
+            }
+            self.lend_freed();
+        }
+        self.stats.queue_depth.set(self.queue.len() as u64);
+    }
+
+    pub(in crate::worker) fn serve(&mut self, key: Key) {
+        let limit = self.in_flight_limit();
+        while let Some(client) = self.clients.get_mut(key) {
+            if client.is_ready() {
+                self.place(key);
+                continue;
+            }
+            if client.is_streaming() {
+                self.ask_more(key, limit);
+                if self.clients.get(key).is_some_and(Client::has_broken_off) {
+                    // Its backend would wait for the rest as long as it may.
+                    return self.close_client(key, CloseReason::ClientReset);
+                }
+                break;
+            }
+            if !client.is_reading() || client.unsent() > limit {
+                break;
+            }
+            match client.front(self.driver.buffers(), &mut self.scratch) {
+                Front::Partial => {
+                    if client.input.buffers() > limits::PARTIAL_BUFFERS_LEAN_MAX && self.is_lean() {
+                        // Many that begin large heads and never end them would stall everybody.
+                        return self.close_client(key, CloseReason::Overload);
+                    }
+                    break;
+                }
+                Front::Refused(len, fault) => {
+                    self.driver.buffers().advance(&mut client.input, len);
+                    self.stats.count_request(Verb::Other, fault.outcome(), Duration::ZERO);
+                    self.tell(key, fault);
+                }
+                Front::Request(request) => client.begin(request, self.now),
+                Front::Opaque => client.begin_opaque(self.now),
+            }
+        }
+        self.settle(key, limit);
+    }
+
+    /// Receives from a client as long as what it sends can be held, and closes one that is done.
+    pub(in crate::worker) fn settle(&mut self, key: Key, limit: u32) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        if client.is_finished() {
+            return self.close_client(key, CloseReason::Finished);
+        }
+        if client.is_leaving() {
+            self.driver.buffers().clear(&mut client.input);
+        }
+        // A request that is not whole yet has to go on, however short buffers are.
+        let waits_for_more = (client.is_reading() && client.unsent() <= limit)
+            || (client.is_streaming() && client.unasked() < limit);
+        let wanted = waits_for_more || client.ahead() < limit.min(limits::BUFFER_SIZE as u32);
+        if client.receiving != wanted {
+            client.receiving = wanted;
+            let conn = client.conn;
+            self.driver.receive(conn, wanted);
+        }
+        self.arm_client(key);
+    }
+
+    pub(in crate::worker) fn on_client_received(&mut self, key: Key, buf: Buf) {
+        let Some(client) = self.clients.get_mut(key) else {
+            return self.driver.buffers().give(buf);
+        };
+        self.batcher.on_active(&mut client.window);
+        self.stats.bytes_to_backend.add(u64::from(buf.len()));
+        client.on_active(self.now);
+        self.driver.buffers().push(&mut client.input, buf);
+        self.mark_due(key);
+    }
+
+    /// The backend that a client holds took bytes of its request.
+    pub(in crate::worker) fn on_lent_sent(&mut self, key: Key, bytes: u32) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        client.on_backend_sent(bytes, self.now);
+        if client.is_streaming() {
+            self.mark_due(key);
+        }
+    }
+
+    pub(in crate::worker) fn on_client_sent(&mut self, key: Key, bytes: u32) {
+        let limit = self.in_flight_limit();
+        let Some(client) = self.clients.get_mut(key) else { return };
+        client.on_sent(bytes, self.now);
+        if !client.backend_receiving
+            && client.unsent() <= limit / 2
+            && let Some(loan) = client.loan
+        {
+            client.backend_receiving = true;
+            self.driver.receive(loan.conn, true);
+        }
+        if client.is_finished() || (client.is_reading() && !client.input.is_empty()) {
+            self.mark_due(key);
+        }
+    }
+
+    pub(in crate::worker) fn on_client_ended(&mut self, key: Key) {
+        if let Some(client) = self.clients.get_mut(key) {
+            client.on_ended(self.now);
+            self.mark_due(key);
+        }
+    }
+
+    pub(in crate::worker) fn on_client_deadline(&mut self, key: Key) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        client.timer = None;
+        match client.on_deadline(&self.client_limits, self.now) {
+            Due::Nothing => self.arm_client(key),
+            Due::GiveUp(fault) => self.give_up(key, fault),
+            Due::Close(reason) => self.close_client(key, reason),
+        }
+    }
+
+    /// Sets a client's timer, if it does not fire early enough anyway: requests come and go far
+    /// more often than their time limits do.
+    pub(in crate::worker) fn arm_client(&mut self, key: Key) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        let Some(deadline) = client.deadline(&self.client_limits) else { return };
+        if client.timer.is_none_or(|timer| deadline < timer) {
+            client.timer = Some(deadline);
+            self.timers.set(client.conn.index(), deadline);
+        }
+    }
+
+    pub(in crate::worker) fn close_client(&mut self, key: Key, reason: CloseReason) {
+        self.queue.leave(key);
+        let Some(client) = self.clients.get_mut(key) else { return };
+        // A connection is clean when every request on it was answered in full.
+        if client.is_asked() {
+            self.drop_loan(key, Discard::Abandoned);
+        } else {
+            self.return_loan(key);
+        }
+        if let Some(request) = self.clients.get(key).and_then(Client::request) {
+            self.stats.count_request(request.verb, Outcome::ClientGone, Duration::ZERO);
+        }
+        let Some(mut client) = self.clients.remove(key) else { return };
+        self.driver.buffers().clear(&mut client.input);
+        let how = if client.unsent() > 0 { Close::Reset } else { how_to_close(reason) };
+        self.timers.clear(client.conn.index());
+        self.owner(client.conn);
+        self.driver.close(client.conn, how);
+        self.stats.count_close(reason);
+        self.stats.session_duration.record(client.age(self.now));
+        self.publish_sessions();
+        self.reopen_gate();
+        tracing::trace!(reason = ?reason, "client closed");
+    }
+
+    pub(in crate::worker) fn close_all_clients(&mut self, reason: CloseReason) {
+        for slot in 0..self.clients.slots() {
+            if let Some(key) = self.clients.key_at(slot) {
+                self.close_client(key, reason);
+            }
+        }
+    }
+
+    /// Takes the connections of an endpoint that left the set long enough ago from their clients.
+    pub(in crate::worker) fn recall_loans_of(&mut self, endpoint: u16) {
+        for slot in 0..self.clients.slots() {
+            if let Some(key) = self.clients.key_at(slot)
+                && self
+                    .clients
+                    .get(key)
+                    .and_then(|c| c.loan)
+                    .is_some_and(|l| l.endpoint == endpoint)
+            {
+                self.lose(key, Discard::Endpoint, Retry::Ended);
+            }
+        }
+    }
+
+    /// The endpoints have changed: whoever waits may have another one to go to.
+    pub(in crate::worker) fn place_waiting_again(&mut self) {
+        for slot in 0..self.clients.slots() {
+            if let Some(key) = self.clients.key_at(slot)
+                && let Some(client) = self.clients.get_mut(key)
+                && client.on_placed_again()
+            {
+                self.queue.leave(key);
+                self.mark_due(key);
+            }
+        }
+    }
+
+    /// Has connections made for those that wait, where the last attempt may have come to nothing.
+    pub(in crate::worker) fn look_after_queue(&mut self) {
+        if self.queue.is_empty() {
+            return;
+        }
+        let anywhere = self.queue.waiting(Line::Any);
+        for endpoint in self.table.indices() {
+            let waiting = anywhere + self.queue.waiting(Line::Endpoint(endpoint));
+            let Some(entry) = self.table.get_mut(endpoint) else { continue };
+            entry.pool.stop_wanting();
+            let missing = waiting.saturating_sub(entry.pool.connecting());
+            if entry.is_present() {
+                self.want(endpoint, missing);
+                self.free(endpoint);
+            }
+        }
+    }
+
+    /// What holds an event of a client or of its backend.
+    pub(in crate::worker) fn on_client_broken(&mut self, key: Key, side: Side) {
+        match side {
+            Side::Client => self.close_client(key, CloseReason::ClientReset),
+            Side::Backend => self.on_lent_died(key, Retry::Broken),
+        }
+    }
+}

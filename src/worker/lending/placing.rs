@@ -1,0 +1,255 @@
+//! From a request to a connection: which endpoint, which line, and sending it.
+
+use std::net::IpAddr;
+
+use crate::config::{Balance, Locality, Route};
+use crate::io::Driver;
+use crate::proxy::Side;
+use crate::proxy::balance::Having;
+use crate::proxy::exchange::{Client, Fault, Request, Sweep};
+use crate::proxy::queue::Line;
+use crate::proxy::session::{Session, Tried};
+use crate::slab::Key;
+use crate::telemetry::{Checkout, CloseReason, Spillover, Verb};
+use crate::worker::engine::{Engine, Owner};
+
+impl<D: Driver> Engine<D> {
+    /// Sends a client's request, or has it wait.
+    pub(in crate::worker) fn place(&mut self, key: Key) {
+        let Some(client) = self.clients.get(key) else { return };
+        let Some(request) = client.request() else { return };
+        if client.loan.is_some() {
+            return self.use_loan(key);
+        }
+        match self.destination(key, &request) {
+            Some(endpoint) => self.place_at(key, endpoint),
+            None => self.place_anywhere(key),
+        }
+    }
+
+    /// The one endpoint that a request has to go to, if there is only one.
+    pub(in crate::worker) fn destination(&mut self, key: Key, request: &Request) -> Option<u16> {
+        if self.config.requests.route == Route::Key {
+            if request.verb == Verb::Compact {
+                let first = self.table.present_from(0)?;
+                let client = self.clients.get_mut(key)?;
+                let sweep = client.sweep.get_or_insert_with(|| Box::new(Sweep::new(first)));
+                return Some(sweep.endpoint);
+            }
+            if let Some(hash) = request.key {
+                return self.table.owner(hash);
+            }
+        } else if self.config.balance == Balance::SourceHash {
+            let tried = self.clients.get(key)?.tried();
+            let source = self.source(key);
+            // The same one as long as it is usable.
+            return self.table.choose(&tried, source, &mut self.rng);
+        }
+        None
+    }
+
+    pub(in crate::worker) fn source(&self, key: Key) -> Option<IpAddr> {
+        let client = self.clients.get(key)?;
+        self.driver.peer_address(client.conn).map(|address| address.ip())
+    }
+
+    pub(in crate::worker) fn place_at(&mut self, key: Key, endpoint: u16) {
+        let line = Line::Endpoint(endpoint);
+        let nobody_waits = self.queue.waiting(line) == 0;
+        // An endpoint may have left the set since a request to all of them began.
+        let entry = self.table.get_mut(endpoint).filter(|entry| entry.is_present());
+        let Some(entry) = entry else { return self.give_up(key, Fault::Unreachable) };
+        if !entry.health.is_usable() && entry.pool.idle() == 0 && entry.pool.backs_off(self.now) {
+            // It has just been tried, and another store would give a wrong answer.
+            return self.give_up(key, Fault::Unreachable);
+        }
+        if nobody_waits && entry.pool.idle() > 0 {
+            self.stats.count_checkout(Checkout::Hit);
+            return self.lend(key, endpoint);
+        }
+        self.wait(key, line, Some(endpoint));
+    }
+
+    pub(in crate::worker) fn place_anywhere(&mut self, key: Key) {
+        let Some(client) = self.clients.get(key) else { return };
+        let tried = client.tried();
+        let near = self.config.locality != Locality::Off;
+        // A connection that broke says little about the next one to the same endpoint.
+        let mut choose =
+            |tried: &Tried| self.table.choose_for_request(tried, None, near, &mut self.rng);
+        let chosen = choose(&tried).or_else(|| choose(&Tried::default()));
+        let nobody_waits = self.queue.waiting(Line::Any) == 0;
+        match chosen {
+            Some((endpoint, Having::Idle)) if nobody_waits => {
+                self.stats.count_checkout(Checkout::Hit);
+                let far = self.table.get_mut(endpoint).is_some_and(|e| !e.endpoint.is_near());
+                if near && far {
+                    self.stats.count_spillover(Spillover::Few);
+                }
+                self.lend(key, endpoint);
+            }
+            Some((endpoint, having)) => {
+                self.wait(key, Line::Any, (having == Having::Room).then_some(endpoint));
+                if having == Having::Idle {
+                    self.free(endpoint);
+                }
+            }
+            None => self.wait(key, Line::Any, None),
+        }
+    }
+
+    /// A request joins a line; `endpoint` is asked for one connection more.
+    pub(in crate::worker) fn wait(&mut self, key: Key, line: Line, endpoint: Option<u16>) {
+        if self.queue.is_full() {
+            return self.give_up(key, Fault::QueueFull);
+        }
+        let Some(client) = self.clients.get_mut(key) else { return };
+        client.on_waiting();
+        self.queue.join(line, key);
+        if let Some(endpoint) = endpoint {
+            self.want(endpoint, 1);
+        }
+    }
+
+    pub(in crate::worker) fn want(&mut self, endpoint: u16, count: usize) {
+        let Some(entry) = self.table.get_mut(endpoint) else { return };
+        entry.pool.want(count);
+        self.mark_short(endpoint);
+    }
+
+    /// Whether requests wait for an endpoint that has no alternative, be it ejected or not.
+    pub(in crate::worker) fn is_needed(&self, endpoint: u16) -> bool {
+        self.queue.waiting(Line::Endpoint(endpoint)) > 0
+            || (self.queue.waiting(Line::Any) > 0 && !self.table.any_usable())
+    }
+
+    /// A connect to an endpoint failed: requests that only it can answer need not wait longer.
+    pub(in crate::worker) fn on_endpoint_missed(&mut self, endpoint: u16) {
+        let usable = self.table.get_mut(endpoint).is_some_and(|e| e.health.is_usable());
+        while !usable && let Some(key) = self.queue.serve(Line::Endpoint(endpoint)) {
+            self.give_up(key, Fault::Unreachable);
+        }
+    }
+
+    /// Takes note that an endpoint may have idle connections for those that wait.
+    pub(in crate::worker) fn free(&mut self, endpoint: u16) {
+        if !self.queue.is_empty() && !self.freed.contains(&endpoint) {
+            self.freed.push(endpoint);
+        }
+    }
+
+    pub(in crate::worker) fn lend_freed(&mut self) {
+        while let Some(endpoint) = self.freed.pop() {
+            while self.table.get_mut(endpoint).is_some_and(|e| e.is_present() && e.pool.idle() > 0)
+            {
+                let own = self.queue.serve(Line::Endpoint(endpoint));
+                let Some(key) = own.or_else(|| self.queue.serve(Line::Any)) else { break };
+                self.stats.count_checkout(Checkout::Miss);
+                self.lend(key, endpoint);
+            }
+        }
+    }
+
+    /// Lends a client an idle connection of an endpoint, which has one.
+    pub(in crate::worker) fn lend(&mut self, key: Key, endpoint: u16) {
+        let Some(entry) = self.table.get_mut(endpoint) else { return };
+        let Some(loan) = entry.lend(endpoint) else { return };
+        self.pool_conns -= 1;
+        self.loans += 1;
+        self.own(loan.conn, Owner::Lent(key));
+        if let Some(client) = self.clients.get_mut(key) {
+            client.on_lent(loan);
+        }
+        self.use_loan(key);
+    }
+
+    pub(in crate::worker) fn use_loan(&mut self, key: Key) {
+        if self.clients.get(key).is_some_and(Client::is_opaque) {
+            self.turn_opaque(key);
+        } else {
+            self.ask(key);
+        }
+    }
+
+    /// Sends a client's request on the connection that it holds.
+    pub(in crate::worker) fn ask(&mut self, key: Key) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        let (Some(request), Some(loan)) = (client.request(), client.loan) else { return };
+        self.stats.queue_wait.record(client.on_asked(self.now));
+        if request.repeatable || client.sweep.is_some() {
+            // Its bytes stay where they are, to be sent again.
+            let Some(buf) = self.driver.buffers().duplicate(&client.input, request.len) else {
+                return self.close_client(key, CloseReason::Overload);
+            };
+            client.on_backend_queued(buf.len());
+            self.driver.send(loan.conn, buf);
+        } else {
+            client.on_sent_on();
+            self.send_on(key, request.len);
+        }
+        self.arm_client(key);
+    }
+
+    /// Sends the first `len` bytes of a client's input to its backend.
+    pub(in crate::worker) fn send_on(&mut self, key: Key, mut len: u32) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        let Some(loan) = client.loan else { return };
+        while len > 0 {
+            let Some(buf) = self.driver.buffers().take_front(&mut client.input, len) else {
+                return self.close_client(key, CloseReason::Overload);
+            };
+            len -= buf.len();
+            client.on_backend_queued(buf.len());
+            self.driver.send(loan.conn, buf);
+        }
+    }
+
+    /// Sends on what has come of a request that is longer than what was held of it.
+    pub(in crate::worker) fn ask_more(&mut self, key: Key, limit: u32) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        if client.unasked() >= limit || client.input.is_empty() {
+            return;
+        }
+        match client.more(self.driver.buffers()) {
+            Some(len) => self.send_on(key, len),
+            None => self.turn_opaque(key),
+        }
+    }
+
+    /// A client and the connection that it holds become a session of opaque bytes.
+    pub(in crate::worker) fn turn_opaque(&mut self, key: Key) {
+        self.queue.leave(key);
+        let Some(loan) = self.clients.get_mut(key).and_then(|client| client.loan.take()) else {
+            return;
+        };
+        let Some(mut client) = self.clients.remove(key) else { return };
+        self.loans -= 1;
+        // What was kept of a request that was sent is not to be sent again.
+        let sent = client.request().map_or(0, |request| request.len);
+        self.driver.buffers().advance(&mut client.input, sent);
+        let timer = client.conn.index();
+        if let Some(entry) = self.table.get_mut(loan.endpoint) {
+            entry.pool.on_lent_closed();
+        }
+        self.timers.clear(timer);
+        let mut session = Session::new(client.conn, self.now);
+        session.on_trying(loan.endpoint, Some(loan.conn));
+        session.on_connected(loan.conn, client.unasked(), self.now);
+        session.on_received(Side::Backend, client.unsent(), u32::MAX, self.now);
+        let Ok(session) = self.sessions.insert(session) else {
+            unreachable!("as many sessions as clients fit")
+        };
+        self.own(client.conn, Owner::Session(session, Side::Client));
+        self.own(loan.conn, Owner::Session(session, Side::Backend));
+        self.arm_deadline(session);
+        self.driver.receive(client.conn, true);
+        self.driver.receive(loan.conn, true);
+        while let Some(buf) = self.driver.buffers().pop(&mut client.input) {
+            self.on_received(session, Side::Client, buf);
+        }
+        self.driver.join(client.conn, loan.conn);
+        if client.has_ended() {
+            self.on_ended(session, Side::Client);
+        }
+    }
+}
