@@ -1,8 +1,8 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint
+.PHONY: help demo test test-cluster bench lint image
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## Run a store with the proxy in front of it
 	cargo build --release --bin aegis-proxy --example demo
@@ -11,6 +11,9 @@ demo: ## Run a store with the proxy in front of it
 test: ## Run all tests
 	cargo test
 
+test-cluster: ## Test the image, the charts, the manifests and the monitoring
+	tests/cluster/run
+
 bench: ## Run the benchmarks (QUICK=1: check that they work)
 	cargo bench --bench micro $(if $(QUICK),-- --sample-count 1 --sample-size 1)
 	cargo bench --bench compare -- $(if $(QUICK),--quick)
@@ -18,3 +21,11 @@ bench: ## Run the benchmarks (QUICK=1: check that they work)
 lint: ## Check the format and the lints
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
+
+ENGINE ?= docker
+IMAGE ?= aegis-proxy:0.1.0
+STORE_IMAGE ?= aegis-demo-store:0.1.0
+
+image: ## Build the image, and that of the demo's store (ENGINE=podman, IMAGE=registry/name:tag)
+	$(ENGINE) build --build-arg REVISION=$$(git rev-parse HEAD) --target proxy --tag $(IMAGE) .
+	$(ENGINE) build --target store --tag $(STORE_IMAGE) .

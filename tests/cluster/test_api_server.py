@@ -1,0 +1,240 @@
+"""Charts and manifests at a real API server of Kubernetes 1.36 or later: KUBEBUILDER_ASSETS is the
+folder with kube-apiserver and etcd."""
+
+import copy
+import json
+import os
+
+import pytest
+import yaml
+
+from api_server import api_server
+from containers import eventually
+from tools import CHART, ROOT, kustomize, template
+
+ASSETS = os.environ.get("KUBEBUILDER_ASSETS")
+pytestmark = pytest.mark.skipif(not ASSETS, reason="KUBEBUILDER_ASSETS is not set: nothing was tried at a real API server")
+
+VALUES = {"sidecar": {"backend": {"service": "chronos"}}, "clients": [{"namespace": "shop", "serviceAccount": "web"}]}
+
+POD = {
+    "apiVersion": "v1", "kind": "Pod",
+    "metadata": {"name": "web", "namespace": "shop", "labels": {"aegis-proxy.io/inject": "enabled"}},
+    "spec": {
+        "serviceAccountName": "web", "automountServiceAccountToken": False,
+        "containers": [{
+            "name": "web", "image": "web",
+            "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]},
+                                "runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}}]},
+}
+
+
+def pod(annotations=None, labels=None, **spec):
+    item = copy.deepcopy(POD)
+    item["metadata"]["annotations"] = {f"aegis-proxy.io/{name}": value for name, value in (annotations or {}).items()}
+    if labels is not None:
+        item["metadata"]["labels"] = labels
+    item["spec"] |= spec
+    return item
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with api_server(ASSETS, tmp_path_factory.mktemp("api-server")) as server:
+        for namespace in ["db", "shop"]:
+            server.kubectl("create", "namespace", namespace)
+        # The strictest standard: the sidecar has to do without an exemption.
+        server.kubectl("label", "namespace", "shop", "pod-security.kubernetes.io/enforce=restricted")
+        server.kubectl("create", "serviceaccount", "web", "--namespace", "shop")
+        yield server
+
+
+def install(server, verb="install", values=None, release="aegis"):
+    server.helm(verb, release, CHART, "--namespace", "db", "--values", "-", input=yaml.dump(values or VALUES))
+    # The server takes a moment to put a policy into force.
+    wanted = (values or VALUES)["sidecar"]["backend"]["service"] or "chronos"
+    probe = pod({} if (values or VALUES)["sidecar"]["backend"]["service"] else {"service": "chronos"})
+    eventually(lambda: (env(dry(server, probe)) or {}).get("AEGIS_KUBE_SERVICE") == wanted, lambda: "not in force")
+
+
+@pytest.fixture(scope="module")
+def injecting(server):
+    install(server)
+    return server
+
+
+def dry(server, item, check=True):
+    return server.create(item, "--dry-run=server", check=check)
+
+
+def sidecar(item):
+    found = [c for c in item["spec"].get("initContainers", []) if c["name"] == "aegis"]
+    return found[0] if found else None
+
+
+def env(item):
+    container = sidecar(item)
+    return container and {e["name"]: e.get("value") for e in container["env"]}
+
+
+def test_a_labelled_pod_is_really_injected_under_the_restricted_standard(injecting):
+    created = injecting.create(POD)
+    assert created == injecting.get("pod", "web", "--namespace", "shop")
+    rendered = template(CHART, values={"sidecar": VALUES["sidecar"]}, namespace="db")
+    expected = next(item for item in rendered if item["kind"] == "Pod")["spec"]["initContainers"][0]
+    container = sidecar(created)
+    for key, value in expected.items():
+        if key in ["startupProbe", "livenessProbe"]:
+            # The server adds defaults.
+            value = {**value, "successThreshold": 1, "httpGet": {**value["httpGet"], "scheme": "HTTP"}}
+        assert container[key] == value, key
+    assert set(container) - set(expected) == {"terminationMessagePath"}
+    (volume,) = created["spec"]["volumes"]
+    assert volume["name"] == "aegis-token"
+    injecting.kubectl("delete", "pod", "web", "--namespace", "shop", "--now")
+
+
+def test_a_second_admission_changes_nothing(injecting):
+    once = dry(injecting, POD)
+    again = {key: copy.deepcopy(once[key]) for key in ["apiVersion", "kind", "spec"]}
+    again["metadata"] = {key: once["metadata"][key] for key in ["name", "namespace", "labels"]}
+    assert dry(injecting, again)["spec"] == once["spec"]
+
+
+def test_an_unlabelled_pod_is_untouched(injecting):
+    for labels in [{}, {"aegis-proxy.io/inject": "disabled"}]:
+        created = dry(injecting, pod(labels=labels))
+        assert sidecar(created) is None and "volumes" not in created["spec"]
+
+
+def test_the_sidecar_comes_before_what_is_there(injecting):
+    other = {**POD["spec"]["containers"][0], "name": "migrate"}
+    created = dry(injecting, pod(initContainers=[other], volumes=[{"name": "mine", "emptyDir": {}}]))
+    assert [c["name"] for c in created["spec"]["initContainers"]] == ["aegis", "migrate"]
+    assert [v["name"] for v in created["spec"]["volumes"]] == ["mine", "aegis-token"]
+
+
+def test_the_pod_may_mount_its_own_token_as_well(injecting):
+    created = dry(injecting, pod(automountServiceAccountToken=True))
+    mounts = sidecar(created)["volumeMounts"]
+    assert [mount["name"] for mount in mounts] == ["aegis-token"], mounts
+
+
+def test_a_pod_overrides_by_annotation(injecting):
+    created = dry(injecting, pod({
+        "service": "other", "protocol": "chronos", "pool-mode": "request",
+        "cpu-request": "250m", "memory-request": "96Mi", "cpu-limit": "2", "memory-limit": "1Gi"}))
+    found = env(created)
+    assert (found["AEGIS_KUBE_SERVICE"], found["AEGIS_PROTOCOL"], found["AEGIS_POOL_MODE"]) == ("other", "chronos", "request")
+    assert sidecar(created)["resources"] == {
+        "requests": {"cpu": "250m", "memory": "96Mi"}, "limits": {"cpu": "2", "memory": "1Gi"}}
+    assert env(dry(injecting, POD))["AEGIS_KUBE_SERVICE"] == "chronos"
+    assert "cpu" not in sidecar(dry(injecting, POD))["resources"]["limits"]
+
+
+@pytest.mark.parametrize("item, message", [
+    (pod({"protocol": "redis"}), "set it to tcp, chronos or http1"),
+    (pod({"protocol": "chronos", "pool-mode": "statement"}), "set it to preconnect, session or request"),
+    (pod({"pool-mode": "request"}), "set the annotation aegis-proxy.io/protocol to chronos or http1"),
+    (pod({"servcie": "x"}), "unknown annotation aegis-proxy.io/servcie: remove it"),
+    (pod({"cpu-request": "much"}), "quantities must match"),
+], ids=["protocol", "pool-mode", "pool-mode-of-tcp", "unknown", "quantity"])
+def test_what_cannot_work_is_refused_with_what_to_change(injecting, item, message):
+    result = dry(injecting, item, check=False)
+    assert not isinstance(result, dict) and message in result.stderr, result
+
+
+def test_a_pod_on_the_nodes_network_is_refused(injecting):
+    item = pod(hostNetwork=True)
+    item["metadata"]["namespace"], item["spec"]["serviceAccountName"] = "db", "default"
+    injecting.kubectl("create", "serviceaccount", "default", "--namespace", "db", check=False)
+    result = dry(injecting, item, check=False)
+    assert "set hostNetwork to false" in result.stderr, result
+    del item["metadata"]["labels"]
+    assert sidecar(dry(injecting, item)) is None
+
+
+def test_clients_may_watch_endpoints_and_nothing_else(injecting):
+    web = "system:serviceaccount:shop:web"
+    endpoints = "endpointslices.discovery.k8s.io"
+    for verb in ["get", "list", "watch"]:
+        assert injecting.may(web, verb, endpoints, "db")
+        assert not injecting.may("system:serviceaccount:shop:other", verb, endpoints, "db")
+        assert not injecting.may(web, verb, endpoints, "shop")
+        for resource in ["pods", "secrets", "configmaps"]:
+            assert not injecting.may(web, verb, resource, "db")
+    for verb in ["create", "update", "delete"]:
+        assert not injecting.may(web, verb, endpoints, "db")
+
+
+def test_the_test_pod_of_the_chart_is_injected_too(injecting):
+    hooks = list(yaml.safe_load_all(injecting.helm("get", "hooks", "aegis", "--namespace", "db").stdout))
+    account, test = sorted(hooks, key=lambda item: item["kind"], reverse=True)
+    account["metadata"]["namespace"] = test["metadata"]["namespace"] = "db"
+    injecting.create(account)
+    assert env(dry(injecting, test))["AEGIS_KUBE_SERVICE"] == "chronos"
+    injecting.kubectl("delete", "serviceaccount", account["metadata"]["name"], "--namespace", "db")
+
+
+def test_a_release_without_a_service_asks_for_the_annotation(injecting):
+    open_values = {"sidecar": {"backend": {"service": ""}}, "clients": VALUES["clients"]}
+    install(injecting, "upgrade", open_values)
+    assert env(dry(injecting, pod({"service": "mine"})))["AEGIS_KUBE_SERVICE"] == "mine"
+    result = dry(injecting, POD, check=False)
+    assert "set the annotation aegis-proxy.io/service" in result.stderr, result
+    install(injecting, "upgrade")
+
+
+def test_an_upgrade_is_in_force_and_an_uninstall_leaves_nothing(injecting):
+    install(injecting, "upgrade", {**VALUES, "sidecar": {"backend": {"service": "newer"}}})
+    # Once more, unchanged, as a second run of a pipeline does.
+    install(injecting, "upgrade", {**VALUES, "sidecar": {"backend": {"service": "newer"}}})
+    injecting.helm("uninstall", "aegis", "--namespace", "db", "--wait")
+    kinds = ("mutatingadmissionpolicies,mutatingadmissionpolicybindings,validatingadmissionpolicies,"
+             "validatingadmissionpolicybindings,roles,rolebindings,configmaps,services,pods,serviceaccounts,secrets")
+    left = injecting.get(kinds, "--all-namespaces", "--selector", "app.kubernetes.io/instance=aegis")["items"]
+    assert left == []
+    eventually(lambda: sidecar(dry(injecting, POD)) is None, lambda: "still injected")
+
+
+def test_everything_else_of_the_chart_is_accepted(server):
+    values = {**VALUES, "dashboard": {"enabled": True}, "seccomp": {"installer": {"enabled": True}}}
+    server.helm("install", "extra", CHART, "--namespace", "db", "--values", "-", input=yaml.dump(values))
+    server.helm("uninstall", "extra", "--namespace", "db")
+
+
+def test_the_demo_is_accepted(server):
+    objects = kustomize(ROOT / "manifests/demo")
+    server.create(next(item for item in objects if item["kind"] == "Namespace"))
+    demo = ROOT / "manifests/demo"
+    server.kubectl("apply", "--server-side", "--dry-run=server", "-k", demo)
+    applied = server.kubectl("apply", "--server-side", "-k", demo)
+    # Violations of the namespace's standard come as warnings on workloads.
+    assert "would violate" not in applied.stderr, applied.stderr
+    again = server.kubectl("apply", "--server-side", "-k", demo).stdout
+    assert "created" not in again and "serverside-applied" in again
+    client = "system:serviceaccount:aegis-demo:client"
+    assert server.may(client, "watch", "endpointslices.discovery.k8s.io", "aegis-demo")
+    assert not server.may(client, "watch", "secrets", "aegis-demo")
+    assert server.may("system:serviceaccount:aegis-demo:prometheus", "list", "pods", "aegis-demo")
+    deployment = server.get("deployment", "client", "--namespace", "aegis-demo")
+    template_ = deployment["spec"]["template"]
+    assert sidecar(template_)["restartPolicy"] == "Always"
+    server.create({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "by-hand", "namespace": "aegis-demo"},
+                   "spec": template_["spec"]}, "--dry-run=server")
+    server.kubectl("delete", "--wait=false", "-k", demo)
+
+
+def test_a_pod_gets_the_sidecars_of_two_releases_that_name_them_differently(server):
+    install(server, release="first")
+    server.helm("install", "second", CHART, "--namespace", "db", "--values", "-",
+                input=yaml.dump({**VALUES, "sidecar": {"name": "aegis2", "listenPort": 9081, "adminPort": 9082,
+                                                       "backend": {"service": "second"}}}))
+
+    def both():
+        names = [c["name"] for c in dry(server, POD)["spec"]["initContainers"]]
+        return sorted(names) == ["aegis", "aegis2"]
+
+    eventually(both, lambda: json.dumps(dry(server, POD)["spec"].get("initContainers")))
+    for release in ["first", "second"]:
+        server.helm("uninstall", release, "--namespace", "db")

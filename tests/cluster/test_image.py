@@ -1,0 +1,179 @@
+"""The image from the real Dockerfile, and containers of it under a real runtime."""
+
+import shutil
+import socket
+import struct
+import threading
+
+import pytest
+import yaml
+
+from containers import (IMAGE, PROFILE, STORE, aegis, ask, build, buildah_build, container, echo, eventually,
+                        free_port, inspect, podman)
+from still_to_come import VARIABLES
+from tools import ROOT, USER_CHART, one, run, template
+
+SHIPPED_PROFILE = ["--security-opt", f"seccomp={PROFILE}"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def images():
+    build()
+
+
+@pytest.mark.parametrize("image", [IMAGE, STORE])
+def test_an_image_is_small_and_has_nothing_but_the_program(image, tmp_path):
+    assert inspect(image)["Size"] < 15_000_000
+    created = podman("create", image).stdout.strip()
+    podman("export", "--output", tmp_path / "image.tar", created)
+    podman("rm", created)
+    listing = run("tar", "-tvf", tmp_path / "image.tar").stdout.splitlines()
+    # The runtime adds empty files and folders of its own.
+    files = [line.split()[-1] for line in listing if line.startswith("-") and line.split()[2] != "0"]
+    assert files == ["usr/local/bin/" + ("demo" if image == STORE else "aegis-proxy")]
+
+
+def test_an_image_runs_as_nobody_in_particular_and_says_what_it_is():
+    for image in [IMAGE, STORE]:
+        assert inspect(image)["Config"]["User"] == "65532:65532"
+    config = inspect(IMAGE)["Config"]
+    assert config["Labels"]["org.opencontainers.image.revision"] == "abc"
+    assert podman("run", "--rm", IMAGE, "--version").stdout == \
+        f"aegis-proxy {config['Labels']['org.opencontainers.image.version']}\n"
+
+
+def test_dependencies_are_a_layer_that_sources_do_not_touch(tmp_path):
+    shutil.copytree(ROOT / "src", tmp_path / "src")
+    for name in ["Cargo.toml", "Cargo.lock", "Dockerfile", ".dockerignore"]:
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "src/main.rs").write_text("fn main() { other }")
+    output = buildah_build("--target", "dependencies", context=tmp_path).stdout
+    step = output[output.index("RUN mkdir -p src"):]
+    assert "Using cache" in step, output
+
+
+def test_the_default_profile_means_epoll_and_the_shipped_one_io_uring():
+    with echo() as backend:
+        for options, driver, why in [([], "epoll", "seccomp"), (SHIPPED_PROFILE, "io_uring", "work")]:
+            with aegis(env={"AEGIS_BACKENDS": backend}, options=options) as proxy:
+                found, reason = proxy.driver()
+                assert found == driver and why in reason, proxy.logs()
+                for size in [1, 100_000]:
+                    with proxy.connect() as client:
+                        assert ask(client, b"x" * size) == b"x" * size
+                assert f'aegis_io_driver_info{{driver="{driver}"' in proxy.get("metrics")
+                assert "readyz" in proxy.get("") and proxy.get("livez") == "ok\n"
+                proxy.signal("TERM")
+                assert proxy.exit_code() == 0, proxy.logs()
+
+
+def test_io_uring_by_name_is_refused_with_the_reason_under_the_default_profile():
+    with container(IMAGE, env={"AEGIS_IO": "uring"}) as proxy:
+        assert proxy.exit_code() == 1
+        assert "a seccomp profile" in proxy.logs() and "AEGIS_IO=auto" in proxy.logs()
+
+
+@pytest.mark.parametrize("options", [[], SHIPPED_PROFILE], ids=["epoll", "io_uring"])
+def test_a_stop_lets_sessions_finish_and_ends_with_success(options):
+    drain = {"AEGIS_DRAIN_DELAY": "0s", "AEGIS_DRAIN_TIMEOUT": "30s"}
+    with echo() as backend, aegis(env={"AEGIS_BACKENDS": backend, **drain}, options=options) as proxy:
+        client = proxy.connect()
+        ask(client, b"before")
+        stop = threading.Thread(target=podman, args=("stop", "--time", "30", proxy.id))
+        stop.start()
+        eventually(lambda: "draining: accepting no more" in proxy.logs(), proxy.logs)
+        assert ask(client, b"during the drain") == b"during the drain"
+        client.close()
+        stop.join()
+        assert proxy.exit_code() == 0
+        assert "drained: every session has finished" in proxy.logs()
+
+
+def test_a_second_signal_ends_at_once():
+    with echo() as backend, aegis(env={"AEGIS_BACKENDS": backend, "AEGIS_DRAIN_DELAY": "5m"}) as proxy:
+        client = proxy.connect()
+        ask(client, b"open")
+        proxy.signal("TERM")
+        eventually(lambda: "drain asked" in proxy.logs(), proxy.logs)
+        proxy.signal("TERM")
+        assert proxy.exit_code() == 0
+        assert "second signal" in proxy.logs()
+
+
+def test_a_wrong_configuration_is_told_and_ends_with_its_own_code():
+    with container(IMAGE, env={"AEGIS_WORKERS": "none", "AEGIS_BACKEND": "db:1"}) as proxy:
+        assert proxy.exit_code() == 78
+        assert "AEGIS_WORKERS" in proxy.logs() and "Is AEGIS_BACKENDS meant?" in proxy.logs()
+
+
+def name_server():
+    """Answers every question for an IPv4 address with 127.0.0.1, and others with nothing."""
+    server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    server.bind(("127.0.0.153", 53))
+
+    def answer():
+        while True:
+            try:
+                query, client = server.recvfrom(512)
+            except OSError:
+                return
+            end = query.index(b"\0", 12) + 5
+            ipv4 = query[end - 4:end - 2] == b"\0\1"
+            record = b"\xc0\x0c" + struct.pack(">HHIH4s", 1, 1, 60, 4, bytes([127, 0, 0, 1])) if ipv4 else b""
+            counts = struct.pack(">HHHH", 1, int(ipv4), 0, 0)
+            server.sendto(query[:2] + b"\x81\x80" + counts + query[12:end] + record, client)
+    threading.Thread(target=answer, daemon=True).start()
+    return server
+
+
+def test_names_are_resolved_without_a_c_library_in_the_image(tmp_path):
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.153\nsearch db.svc.cluster.local svc.cluster.local\noptions ndots:5\n")
+    with name_server(), echo() as backend:
+        options = ["--volume", f"{tmp_path}/resolv.conf:/etc/resolv.conf:ro"]
+        port = backend.split(":")[1]
+        with aegis(env={"AEGIS_BACKENDS": f"chronos.db:{port}"}, options=options) as proxy:
+            with proxy.connect() as client:
+                assert ask(client, b"by name") == b"by name"
+            assert f"127.0.0.1:{port}" in proxy.get("backends")
+
+
+def test_the_demo_store_answers_through_the_proxy():
+    port = free_port()
+    with container(STORE, "store", f"127.0.0.1:{port}") as store:
+        eventually(lambda: "listens on" in store.logs(), store.logs)
+        with aegis(env={"AEGIS_BACKENDS": f"127.0.0.1:{port}"}) as proxy:
+            with proxy.connect() as client:
+                assert ask(client, b"PING\n") == b"PONG\n"
+        store.signal("TERM")
+        assert store.exit_code() == 0, store.logs()
+
+
+def check(env):
+    """What the proxy says of these variables."""
+    env = {name: value for name, value in env.items() if name not in VARIABLES}
+    given = [part for name, value in env.items() for part in ("--env", f"{name}={value}")]
+    return podman("run", "--rm", *given, IMAGE, "check").stdout
+
+
+EXAMPLES = {"metadata.namespace": "shop", "spec.nodeName": "node-1",
+            "metadata.labels['topology.kubernetes.io/zone']": "zone-1"}
+
+
+@pytest.mark.parametrize("values", [
+    {"backend": {"service": "chronos"}},
+    {"backend": {"service": "chronos", "port": "db"}, "protocol": "chronos", "poolMode": "request", "locality": "zone"},
+    {"backend": {"selector": "app=db"}, "protocol": "http1", "poolMode": "session", "locality": "node"},
+    {"backend": {"addresses": "db:1,db:2"}, "listenPort": 5000, "env": {"AEGIS_MAX_SESSIONS": "100"}},
+])
+def test_the_proxy_accepts_what_the_charts_set(values):
+    spec = one(template(USER_CHART, values={"sidecar": values}), "Deployment")["spec"]["template"]["spec"]
+    env = {item["name"]: item["value"] if "value" in item else EXAMPLES[item["valueFrom"]["fieldRef"]["fieldPath"]]
+           for item in spec["initContainers"][0]["env"]}
+    said = check(env)
+    assert "AEGIS_DRAIN_DELAY=0s" in said
+    assert f"AEGIS_LISTEN=127.0.0.1:{values.get('listenPort', 8081)}" in said
+
+
+def test_the_proxy_accepts_what_compose_sets():
+    compose = yaml.safe_load((ROOT / "manifests/compose/compose.yaml").read_text())
+    assert "AEGIS_BACKENDS=store:8080" in check(compose["services"]["aegis"]["environment"])
