@@ -169,11 +169,14 @@ def test_clients_may_watch_endpoints_and_nothing_else(injecting):
 
 def test_the_test_pod_of_the_chart_is_injected_too(injecting):
     hooks = list(yaml.safe_load_all(injecting.helm("get", "hooks", "aegis", "--namespace", "db").stdout))
-    account, test = sorted(hooks, key=lambda item: item["kind"], reverse=True)
-    account["metadata"]["namespace"] = test["metadata"]["namespace"] = "db"
-    injecting.create(account)
-    assert env(dry(injecting, test))["AEGIS_KUBE_SERVICE"] == "chronos"
-    injecting.kubectl("delete", "serviceaccount", account["metadata"]["name"], "--namespace", "db")
+    for hook in sorted(hooks, key=lambda item: item["kind"] == "Pod"):
+        hook["metadata"].setdefault("namespace", "db")
+        injecting.create(hook)
+    account = "system:serviceaccount:db:aegis-test"
+    assert env(injecting.get("pod", "aegis-test", "--namespace", "db"))["AEGIS_KUBE_SERVICE"] == "chronos"
+    assert injecting.may(account, "watch", "endpointslices.discovery.k8s.io", "db")
+    for hook in hooks:
+        injecting.kubectl("delete", "--now", hook["kind"], "aegis-test", "--namespace", "db")
 
 
 def test_a_release_without_a_service_asks_for_the_annotation(injecting):

@@ -1,5 +1,6 @@
 """The image from the real Dockerfile, and containers of it under a real runtime."""
 
+import os
 import shutil
 import socket
 import struct
@@ -11,7 +12,7 @@ import yaml
 from containers import (IMAGE, PROFILE, STORE, aegis, ask, build, buildah_build, container, echo, eventually,
                         free_port, inspect, podman)
 from still_to_come import VARIABLES
-from tools import ROOT, USER_CHART, one, run, template
+from tools import CHART, ROOT, USER_CHART, one, run, template
 
 SHIPPED_PROFILE = ["--security-opt", f"seccomp={PROFILE}"]
 
@@ -137,13 +138,21 @@ def test_names_are_resolved_without_a_c_library_in_the_image(tmp_path):
             assert f"127.0.0.1:{port}" in proxy.get("backends")
 
 
-def test_the_demo_store_answers_through_the_proxy():
+def test_the_demo_store_answers_the_request_of_the_chart_through_the_proxy():
+    pod = next(item for item in template(CHART, values={"sidecar": {"backend": {"service": "chronos"}}})
+               if item["kind"] == "Pod")
+    (request,) = pod["spec"]["containers"]
+    env = {item["name"]: item["value"] for item in request["env"]}
     port = free_port()
     with container(STORE, "store", f"127.0.0.1:{port}") as store:
         eventually(lambda: "listens on" in store.logs(), store.logs)
         with aegis(env={"AEGIS_BACKENDS": f"127.0.0.1:{port}"}) as proxy:
-            with proxy.connect() as client:
-                assert ask(client, b"PING\n") == b"PONG\n"
+            shell, option, script = request["command"]
+            script = script.replace("127.0.0.1 8081", f"127.0.0.1 {proxy.port}")
+            said = run("busybox", shell, option, script, env={**os.environ, **env}).stdout
+            assert said == "the reply: PONG\n"
+            refused = run("busybox", shell, option, script, check=False, env={**os.environ, **env, "REPLY": "PANG"})
+            assert refused.returncode == 1 and "no reply of 'PANG'" in refused.stdout
         store.signal("TERM")
         assert store.exit_code() == 0, store.logs()
 

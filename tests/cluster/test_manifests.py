@@ -1,6 +1,7 @@
 """The manifests for kustomize and Compose."""
 
 import json
+import os
 
 import yaml
 
@@ -35,7 +36,6 @@ def test_the_component_adds_the_sidecar_where_the_label_is_and_nowhere_else():
 
 
 def test_the_component_comes_before_other_init_containers(tmp_path):
-    (tmp_path / "component").symlink_to(ROOT / "manifests/component")
     workload = {"metadata": {"name": "any", "labels": {"aegis-proxy.io/inject": "enabled"}}, "spec": {"template": {
         "spec": {"initContainers": [{"name": "migrate", "image": "migrate"}], "containers": [{"name": "a", "image": "a"}]}}}}
     kinds = [("apps/v1", "Deployment"), ("apps/v1", "StatefulSet"), ("apps/v1", "DaemonSet"), ("batch/v1", "Job")]
@@ -44,7 +44,6 @@ def test_the_component_comes_before_other_init_containers(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(yaml.dump({"apiVersion": version, "kind": kind, **workload}))
     resources = [f"{kind.lower()}.yaml" for _, kind in kinds]
     component = str(ROOT / "manifests/component")
-    import os
     (tmp_path / "kustomization.yaml").write_text(
         yaml.dump({"resources": resources, "components": [os.path.relpath(component, tmp_path.resolve())]}))
     for item in kustomize(tmp_path):
