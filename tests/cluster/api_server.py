@@ -14,16 +14,32 @@ from tools import WORK, run
 class ApiServer:
     def __init__(self, kubeconfig):
         self.kubeconfig = kubeconfig
+        # Known once the server answers: see `describes_itself`.
+        self.complete = True
+
+    def describes_itself(self):
+        """Whether it says in OpenAPI what it accepts. One that was built without its generated
+        descriptions can neither let clients check what they send nor apply by itself."""
+        described = json.loads(self.kubectl("get", "--raw", "/openapi/v3/api/v1").stdout)
+        return "parameters" in described["paths"]["/api/v1/namespaces/{namespace}/pods"]["post"]
 
     def kubectl(self, *arguments, **options):
         return run(WORK / "kubectl", "--kubeconfig", self.kubeconfig, *arguments, **options)
 
-    def helm(self, *arguments, **options):
-        return run(WORK / "helm", "--kubeconfig", self.kubeconfig, *arguments, **options)
+    def helm(self, verb, *arguments, **options):
+        relaxed = []
+        if not self.complete and verb in ["install", "upgrade"]:
+            relaxed = ["--disable-openapi-validation", "--server-side=false"]
+        return run(WORK / "helm", "--kubeconfig", self.kubeconfig, verb, *relaxed, *arguments, **options)
+
+    def apply(self, *arguments):
+        how = ["--server-side"] if self.complete else ["--validate=false"]
+        return self.kubectl("apply", *how, *arguments)
 
     def create(self, item, *arguments, check=True):
         """What the server makes of an object, or the failed command."""
-        result = self.kubectl("create", "-o", "json", "-f", "-", *arguments, check=check, input=json.dumps(item))
+        relaxed = [] if self.complete else ["--validate=false"]
+        result = self.kubectl("create", "-o", "json", "-f", "-", *relaxed, *arguments, check=check, input=json.dumps(item))
         return json.loads(result.stdout) if result.returncode == 0 else result
 
     def get(self, *arguments):
@@ -66,4 +82,5 @@ def api_server(assets, folder):
             stack.callback(process.terminate)
         eventually(lambda: server.kubectl("get", "--raw", "/readyz", check=False).stdout == "ok",
                    lambda: (folder / "kube-apiserver.log").read_text()[-3000:], seconds=90)
+        server.complete = server.describes_itself()
         yield server

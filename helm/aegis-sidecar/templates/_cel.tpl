@@ -4,7 +4,7 @@ object: `include "aegis-sidecar.cel" (list "Object.spec.volumes" $value)`.
 
 So what the policy injects and what the library's users include are the same template. A string
 that begins with `cel:` is an expression, not text: thus the policy puts a look-up in the place of
-a value. A key that begins with `?` is left out where its value, an optional, is empty.
+a value.
 */}}
 {{- define "aegis-sidecar.cel" -}}
 {{- $type := index . 0 -}}
@@ -17,9 +17,7 @@ a value. A key that begins with `?` is left out where its value, an optional, is
   {{- if hasPrefix "cel:" (toString $value) }}{{ trimPrefix "cel:" $value }}{{ else }}{{ toJson $value }}{{ end -}}
 {{- else if has (splitList "." $type | last) (list "limits" "requests") -}}
   {{- range $key, $item := $value -}}
-    {{- $optional := ternary "?" "" (hasPrefix "?" $key) -}}
-    {{- $literal := include "aegis-sidecar.cel" (list $type $item) -}}
-    {{- $items = append $items (printf "%s%s: %s" $optional (trimPrefix "?" $key | toJson) $literal) -}}
+    {{- $items = append $items (printf "%s: %s" (toJson $key) (include "aegis-sidecar.cel" (list $type $item))) -}}
   {{- end -}}
   {{ printf "{%s}" (join ", " $items) }}
 {{- else -}}
