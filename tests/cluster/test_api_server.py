@@ -54,8 +54,8 @@ def install(server, verb="install", values=VALUES, release="aegis"):
     # The server takes a moment to put policies into force.
     service = values["sidecar"]["backend"]["service"]
     probe = pod({"pool-mode": "preconnect"} if service else {"service": "chronos"})
-    eventually(lambda: (env(dry(server, probe)) or {}).get("AEGIS_KUBE_SERVICE") == (service or "chronos"),
-               lambda: "no injection")
+    eventually(lambda: not refusal(server, probe) and (env(dry(server, probe)) or {}).get(
+        "AEGIS_KUBE_SERVICE") == (service or "chronos"), lambda: f"no injection: {refusal(server, probe)}")
     eventually(lambda: refusal(server, pod({"service": "chronos", "unknown": ""})), lambda: "no refusal")
 
 
