@@ -4,6 +4,7 @@ folder with kube-apiserver and etcd."""
 import copy
 import json
 import os
+import shlex
 
 import pytest
 import yaml
@@ -83,6 +84,28 @@ def sidecar(item):
 def env(item):
     container = sidecar(item)
     return container and {e["name"]: e.get("value") for e in container["env"]}
+
+
+def test_the_commands_of_the_readme(server):
+    """Those that need no registry of images: install, label, and there is an injected pod."""
+    section = (ROOT / "README.md").read_text().split("### In a cluster")[1]
+    commands = [shlex.split(line) for line in section.split("```")[1].replace("\\\n", "").splitlines()[1:]]
+    assert [command[0] for command in commands] == ["make", "docker", "helm", "kubectl"]
+    template_ = {"metadata": {"labels": {"app": "web"}}, "spec": POD["spec"]}
+    server.create({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "web", "namespace": "shop"},
+                   "spec": {"selector": {"matchLabels": {"app": "web"}}, "template": template_}})
+    server.helm(*commands[2][1:], cwd=ROOT)
+    server.kubectl(*commands[3][1:])
+    patched = server.get("deployment", "web", "--namespace", "shop")["spec"]["template"]
+    new_pod = pod(labels=patched["metadata"]["labels"])
+    eventually(lambda: sidecar(dry(server, new_pod)), lambda: "not injected")
+    created = dry(server, new_pod)
+    assert sidecar(created)["image"] == "registry.example/aegis-proxy:0.1.0"
+    assert (env(created)["AEGIS_KUBE_SERVICE"], env(created)["AEGIS_KUBE_NAMESPACE"]) == ("chronos", "db")
+    for account, may in [("shop:web", True), ("other:web", False)]:
+        assert server.may(f"system:serviceaccount:{account}", "watch", "endpointslices.discovery.k8s.io", "db") is may
+    server.helm("uninstall", "aegis", "--namespace", "db")
+    eventually(lambda: sidecar(dry(server, new_pod)) is None, lambda: "still injected")
 
 
 def test_a_labelled_pod_is_really_injected_under_the_restricted_standard(injecting):

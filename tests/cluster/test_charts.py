@@ -82,6 +82,12 @@ def test_validation_itself_finds_what_is_wrong():
         validate(monitor)
 
 
+def test_the_beta_of_the_policy_serves_too():
+    objects = template(CHART, "--api-versions", "admissionregistration.k8s.io/v1beta1/MutatingAdmissionPolicy", values=BACKEND)
+    assert one(objects, "MutatingAdmissionPolicy")["apiVersion"] == "admissionregistration.k8s.io/v1beta1"
+    validate(objects)
+
+
 REFUSALS = {
     "unknown value": ({"podMonitr": {}}, "podMonitr"),
     "unknown value below": ({"podMonitor": {"enable": True}}, "enable"),

@@ -15,6 +15,8 @@ WORK = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).resolve
 CHART = ROOT / "helm/aegis"
 USER_CHART = HERE / "user-chart"
 KUBERNETES = ["1.33", "1.34", "1.35", "1.36"]
+# Which versions have the API that injects.
+INJECTS_FROM = {"admissionregistration.k8s.io/v1": ["1.36"], "admissionregistration.k8s.io/v1beta1": ["1.34", "1.35", "1.36"]}
 INJECTS = ["--api-versions", "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy"]
 
 
@@ -71,8 +73,7 @@ def validate(objects, versions=KUBERNETES):
         if item in operators or item["kind"] in WITHOUT_SCHEMA:
             continue
         for version in versions:
-            # The policy's first version is that of 1.36.
-            if item["kind"].startswith("MutatingAdmissionPolicy") and version != "1.36":
+            if item["kind"].startswith("MutatingAdmissionPolicy") and version not in INJECTS_FROM[item["apiVersion"]]:
                 continue
             kubernetes_validate.validate(item, version, strict=True)
     script = """
