@@ -11,9 +11,9 @@ WORKDIR /build
 ENV RUSTFLAGS="-C target-feature=+crt-static" CARGO_PROFILE_RELEASE_STRIP=symbols
 # Empty sources in the places that the manifest names: this layer changes with the lock file only.
 COPY Cargo.toml Cargo.lock ./
-RUN mkdir -p src examples/demo benches tests/e2e \
+RUN mkdir -p src examples/demo benches/compare tests/e2e \
  && touch src/lib.rs tests/e2e/main.rs \
- && for main in src/main.rs examples/demo/main.rs benches/micro.rs; do echo 'fn main() {}' > "$main"; done \
+ && for main in src/main.rs examples/demo/main.rs benches/micro.rs benches/compare/main.rs; do echo 'fn main() {}' > "$main"; done \
  && cargo build --locked --release --target "$(rustc --print host-tuple)" --bin aegis-proxy
 
 FROM dependencies AS build

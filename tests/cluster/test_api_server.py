@@ -54,7 +54,7 @@ def install(server, verb="install", values=VALUES, release="aegis"):
     server.helm(verb, release, CHART, "--namespace", "db", "--values", "-", input=yaml.dump(values))
     # The server takes a moment to put policies into force.
     service = values["sidecar"]["backend"]["service"]
-    probe = pod({"pool-mode": "preconnect"} if service else {"service": "chronos"})
+    probe = pod(None if service else {"service": "chronos"})
     eventually(lambda: not refusal(server, probe) and (env(dry(server, probe)) or {}).get(
         "AEGIS_KUBE_SERVICE") == (service or "chronos"), lambda: f"no injection: {refusal(server, probe)}")
     eventually(lambda: refusal(server, pod({"service": "chronos", "unknown": ""})), lambda: "no refusal")
@@ -153,10 +153,9 @@ def test_the_pod_may_mount_its_own_token_as_well(injecting):
 
 def test_a_pod_overrides_by_annotation(injecting):
     created = dry(injecting, pod({
-        "service": "other", "protocol": "chronos", "pool-mode": "request",
+        "service": "other",
         "cpu-request": "250m", "memory-request": "96Mi", "cpu-limit": "2", "memory-limit": "1Gi"}))
-    found = env(created)
-    assert (found["AEGIS_KUBE_SERVICE"], found["AEGIS_PROTOCOL"], found["AEGIS_POOL_MODE"]) == ("other", "chronos", "request")
+    assert env(created)["AEGIS_KUBE_SERVICE"] == "other"
     assert sidecar(created)["resources"] == {
         "requests": {"cpu": "250m", "memory": "96Mi"}, "limits": {"cpu": "2", "memory": "1Gi"}}
     assert env(dry(injecting, POD))["AEGIS_KUBE_SERVICE"] == "chronos"
@@ -164,12 +163,9 @@ def test_a_pod_overrides_by_annotation(injecting):
 
 
 @pytest.mark.parametrize("item, message", [
-    (pod({"protocol": "redis"}), "set it to tcp, chronos or http1"),
-    (pod({"protocol": "chronos", "pool-mode": "statement"}), "set it to preconnect, session or request"),
-    (pod({"pool-mode": "request"}), "set the annotation aegis-proxy.io/protocol to chronos or http1"),
     (pod({"servcie": "x"}), "unknown annotation aegis-proxy.io/servcie: remove it"),
     (pod({"cpu-request": "much"}), "quantities must match"),
-], ids=["protocol", "pool-mode", "pool-mode-of-tcp", "unknown", "quantity"])
+], ids=["unknown", "quantity"])
 def test_what_cannot_work_is_refused_with_what_to_change(injecting, item, message):
     assert message in refusal(injecting, item)
 

@@ -92,8 +92,7 @@ REFUSALS = {
     "unknown value": ({"podMonitr": {}}, "podMonitr"),
     "unknown value below": ({"podMonitor": {"enable": True}}, "enable"),
     "unknown value of the sidecar": ({"sidecar": {"pool": 1}}, "pool"),
-    "no such protocol": (sidecar(protocol="redis"), "'tcp', 'chronos', 'http1'"),
-    "no such pool mode": (sidecar(poolMode="transaction"), "'preconnect', 'session', 'request'"),
+    "no such locality": (sidecar(locality="rack"), "'off', 'zone', 'node'"),
     "privileged port": (sidecar(listenPort=80), "want 1,024"),
     "not a variable of Aegis": (sidecar(env={"PATH": "/"}), "AEGIS_"),
     "client without account": ({"clients": [{"namespace": "shop"}]}, "serviceAccount"),
@@ -101,11 +100,10 @@ REFUSALS = {
     "both profiles": ({"seccomp": {"operator": True, "installer": {"enabled": True}}}, "keep one"),
     "no such alert": ({"prometheusRule": {"enabled": True, "thresholds": {"AegisSlow": 1}}},
                       "thresholds.AegisSlow: there is no such alert, but AegisNoUsableEndpoint"),
-    "pool mode without protocol": (sidecar(poolMode="request"), "set protocol to chronos or http1"),
     "one port twice": (sidecar(adminPort=8081), "both 8081: change one"),
     "two backends": ({"sidecar": {"backend": {"service": "a", "addresses": "b:1"}}},
                      "backend.service and backend.addresses are set: keep one"),
-    "variable set twice": (sidecar(env={"AEGIS_PROTOCOL": "tcp"}), "env.AEGIS_PROTOCOL: another value"),
+    "variable set twice": (sidecar(env={"AEGIS_DRAIN_DELAY": "1s"}), "env.AEGIS_DRAIN_DELAY: another value"),
 }
 
 
@@ -166,13 +164,13 @@ def test_readiness_is_by_request():
 def test_every_value_reaches_the_environment():
     container, _ = library({
         "backend": {"selector": "app=db", "namespace": "data", "port": 5432}, "locality": "zone",
-        "protocol": "chronos", "poolMode": "request", "listenPort": 5000, "adminPort": 5001,
+        "listenPort": 5000, "adminPort": 5001,
         "drain": {"delay": "2s", "timeout": "3s"}, "env": {"AEGIS_MAX_SESSIONS": "50"}})
     env = {item["name"]: item.get("value") or item["valueFrom"]["fieldRef"]["fieldPath"] for item in container["env"]}
     assert env == {
         "AEGIS_LISTEN": "127.0.0.1:5000,[::1]:5000", "AEGIS_ADMIN": "[::]:5001",
         "AEGIS_DISCOVERY": "kubernetes", "AEGIS_KUBE_SELECTOR": "app=db", "AEGIS_KUBE_NAMESPACE": "data",
-        "AEGIS_KUBE_PORT": "5432", "AEGIS_PROTOCOL": "chronos", "AEGIS_POOL_MODE": "request",
+        "AEGIS_KUBE_PORT": "5432",
         "AEGIS_LOCALITY": "zone", "AEGIS_NODE_NAME": "spec.nodeName",
         "AEGIS_ZONE": "metadata.labels['topology.kubernetes.io/zone']",
         "AEGIS_DRAIN_DELAY": "2s", "AEGIS_DRAIN_TIMEOUT": "3s", "AEGIS_MAX_SESSIONS": "50"}
@@ -231,7 +229,7 @@ def test_thresholds_and_labels_reach_the_rule():
     rule = one(template(CHART, values=EVERYTHING), "PrometheusRule")
     expressions = {item["alert"]: item["expr"] for item in rule["spec"]["groups"][0]["rules"]}
     assert expressions["AegisFirstByteSlow"].endswith("> 0.25")
-    assert expressions["AegisQueueWait"].endswith("> 0.005")
+    assert expressions["AegisPoolMisses"].endswith("> 0.2")
     assert one(template(CHART, values=EVERYTHING), "PodMonitor")["metadata"]["labels"]["release"] == "prometheus"
 
 

@@ -94,8 +94,6 @@ timeoutSeconds: 2
 {{- end }}
 {{- end }}
 {{- end }}
-- {name: AEGIS_PROTOCOL, value: {{ toJson .protocol }}}
-- {name: AEGIS_POOL_MODE, value: {{ toJson .poolMode }}}
 {{- if ne .locality "off" }}
 - {name: AEGIS_LOCALITY, value: {{ .locality }}}
 - {name: AEGIS_NODE_NAME, valueFrom: {fieldRef: {apiVersion: v1, fieldPath: spec.nodeName}}}
@@ -133,9 +131,6 @@ projected:
 {{- $kinds := include "aegis-sidecar.backend-kinds" . }}
 {{- if contains " and " $kinds }}
 {{- fail (printf "aegis-sidecar: %s are set: keep one of them" $kinds) }}
-{{- end }}
-{{- if and (eq .protocol "tcp") (ne .poolMode "preconnect") }}
-{{- fail (printf "aegis-sidecar: poolMode %s needs to know where messages end: set protocol to chronos or http1, or poolMode to preconnect" .poolMode) }}
 {{- end }}
 {{- if eq (int .listenPort) (int .adminPort) }}
 {{- fail (printf "aegis-sidecar: listenPort and adminPort are both %v: change one of them" .adminPort) }}
