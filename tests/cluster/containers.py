@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import functools
+import hashlib
 import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import socket
 import socketserver
@@ -23,21 +25,24 @@ STORE = "localhost/aegis-demo-store:test"
 BASE = "localhost/rust-base:test"
 PROFILE = ROOT / "manifests/seccomp/aegis.json"
 STATE = WORK / "containers"
+# Podman cannot clean up after a container when this path is longer than 50 characters.
+RUN = pathlib.Path("/tmp") / f"aegis-{hashlib.sha256(bytes(STATE)).hexdigest()[:8]}"
 CGROUPS = pathlib.Path("/sys/fs/cgroup")
 
-CONFIG = """
+CONFIG = f"""
 [containers]
 # What a container gets by default is more than a test machine may hand out.
-default_ulimits = ["nofile=1024:4096", "nproc=1024:1024"]
+default_ulimits = ["nofile=1024:{min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 524288)}", "nproc=1024:1024"]
 [engine]
 runtime = "runc"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
+tmp_dir = "{RUN}/libpod"
 """
 STORAGE = f"""
 [storage]
 driver = "vfs"
-runroot = "{STATE}/run"
+runroot = "{RUN}/storage"
 graphroot = "{STATE}/graph"
 """
 
@@ -100,7 +105,9 @@ def build():
     for folder in ["bin", "lib", "lib64", "sbin"]:
         (base / folder).symlink_to(f"usr/{folder}")
     dockerfile = STATE / "base.Dockerfile"
-    dockerfile.write_text("FROM scratch\nCOPY . /\nENV PATH=/rust/bin:/usr/bin:/bin CARGO_HOME=/cargo CARGO_NET_OFFLINE=true\n")
+    # Link-time optimization would take most of the tests' time.
+    dockerfile.write_text("FROM scratch\nCOPY . /\nENV PATH=/rust/bin:/usr/bin:/bin CARGO_HOME=/cargo CARGO_NET_OFFLINE=true "
+                          "CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16\n")
     run("buildah", "bud", "--layers", "--isolation", "chroot", "--timestamp", "0", "-t", BASE, "-f", dockerfile, base, env=environment())
     buildah_build("--target", "store", "-t", STORE)
     return buildah_build("--build-arg", "REVISION=abc", "-t", IMAGE).stdout

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from containers import (IMAGE, PROFILE, STORE, aegis, ask, build, buildah_build, container, echo, eventually,
-                        free_port, inspect, podman)
+                        free_port, get, inspect, podman)
 from tools import CHART, ROOT, USER_CHART, one, run, template
 
 SHIPPED_PROFILE = ["--security-opt", f"seccomp={PROFILE}"]
@@ -166,6 +166,36 @@ EXAMPLES = {"metadata.namespace": "shop", "spec.nodeName": "node-1",
             "metadata.labels['topology.kubernetes.io/zone']": "zone-1"}
 
 
+def charted(values):
+    """The environment that the library chart gives to a sidecar. Descriptors are reserved for each
+    worker: how many the machine would have is not the tests' matter."""
+    values = {**values, "env": {"AEGIS_WORKERS": "2", **values.get("env", {})}}
+    spec = one(template(USER_CHART, values={"sidecar": values}), "Deployment")["spec"]["template"]["spec"]
+    return {item["name"]: item["value"] if "value" in item else EXAMPLES[item["valueFrom"]["fieldRef"]["fieldPath"]]
+            for item in spec["initContainers"][0]["env"]}
+
+
+@pytest.mark.parametrize("by", ["addresses", "service"])
+def test_a_charted_sidecar_runs_while_everything_refuses_it(by, tmp_path):
+    run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=tests",
+        "-keyout", tmp_path / "key", "-out", tmp_path / "ca.crt")
+    (tmp_path / "token").write_text("token")
+    (tmp_path / "namespace").write_text("shop")
+    # What the kubelet adds.
+    mount = ["--volume", f"{tmp_path}:/var/run/secrets/kubernetes.io/serviceaccount:ro"]
+    closed = str(free_port())
+    kubelet = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": closed}
+    backend = {"addresses": f"127.0.0.1:{closed}"} if by == "addresses" else {"service": "chronos"}
+    port, admin = free_port(), free_port()
+    env = charted({"backend": backend, "listenPort": port, "adminPort": admin})
+    with container(IMAGE, env={**kubelet, **env}, options=mount) as proxy:
+        eventually(lambda: get(f"http://127.0.0.1:{admin}/livez") == "ok\n", proxy.logs)
+        eventually(lambda: "refused" in proxy.logs(), proxy.logs)
+        assert get(f"http://127.0.0.1:{admin}/livez") == "ok\n"
+        proxy.signal("TERM")
+        assert proxy.exit_code() == 0, proxy.logs()
+
+
 @pytest.mark.parametrize("values", [
     {"backend": {"service": "chronos"}},
     {"backend": {"service": "chronos", "port": "db"}, "locality": "zone"},
@@ -173,10 +203,7 @@ EXAMPLES = {"metadata.namespace": "shop", "spec.nodeName": "node-1",
     {"backend": {"addresses": "db:1,db:2"}, "listenPort": 5000, "env": {"AEGIS_MAX_SESSIONS": "100"}},
 ])
 def test_the_proxy_accepts_what_the_charts_set(values):
-    spec = one(template(USER_CHART, values={"sidecar": values}), "Deployment")["spec"]["template"]["spec"]
-    env = {item["name"]: item["value"] if "value" in item else EXAMPLES[item["valueFrom"]["fieldRef"]["fieldPath"]]
-           for item in spec["initContainers"][0]["env"]}
-    said = check(env)
+    said = check(charted(values))
     assert "AEGIS_DRAIN_DELAY=0s" in said
     assert f"AEGIS_LISTEN=127.0.0.1:{values.get('listenPort', 8081)}" in said
 
