@@ -105,9 +105,10 @@ def build():
     for folder in ["bin", "lib", "lib64", "sbin"]:
         (base / folder).symlink_to(f"usr/{folder}")
     dockerfile = STATE / "base.Dockerfile"
-    # Link-time optimization would take most of the tests' time.
+    # The tests are not about speed, and optimizing would take most of their time.
     dockerfile.write_text("FROM scratch\nCOPY . /\nENV PATH=/rust/bin:/usr/bin:/bin CARGO_HOME=/cargo CARGO_NET_OFFLINE=true "
-                          "CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16\n")
+                          "CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 "
+                          "CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_PROFILE_RELEASE_DEBUG=none\n")
     run("buildah", "bud", "--layers", "--isolation", "chroot", "--timestamp", "0", "-t", BASE, "-f", dockerfile, base, env=environment())
     buildah_build("--target", "store", "-t", STORE)
     return buildah_build("--build-arg", "REVISION=abc", "-t", IMAGE).stdout

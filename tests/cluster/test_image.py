@@ -137,20 +137,23 @@ def test_names_are_resolved_without_a_c_library_in_the_image(tmp_path):
             assert f"127.0.0.1:{port}" in proxy.get("backends")
 
 
-def test_the_demo_store_answers_the_request_of_the_chart_through_the_proxy():
+def test_the_demo_store_answers_the_request_of_the_chart_through_the_proxy(tmp_path):
     pod = next(item for item in template(CHART, values={"sidecar": {"backend": {"service": "chronos"}}})
                if item["kind"] == "Pod")
     (request,) = pod["spec"]["containers"]
-    env = {item["name"]: item["value"] for item in request["env"]}
+    # Not every build of busybox has a shell that finds its other programs by itself.
+    for name in ["nc", "sleep"]:
+        (tmp_path / name).symlink_to(shutil.which("busybox"))
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **{item["name"]: item["value"] for item in request["env"]}}
     port = free_port()
     with container(STORE, "store", f"127.0.0.1:{port}") as store:
         eventually(lambda: "listens on" in store.logs(), store.logs)
         with aegis(env={"AEGIS_BACKENDS": f"127.0.0.1:{port}"}) as proxy:
             shell, option, script = request["command"]
             script = script.replace("127.0.0.1 8081", f"127.0.0.1 {proxy.port}")
-            said = run("busybox", shell, option, script, env={**os.environ, **env}).stdout
+            said = run("busybox", shell, option, script, env=env).stdout
             assert said == "the reply: PONG\n"
-            refused = run("busybox", shell, option, script, check=False, env={**os.environ, **env, "REPLY": "PANG"})
+            refused = run("busybox", shell, option, script, check=False, env={**env, "REPLY": "PANG"})
             assert refused.returncode == 1 and "no reply of 'PANG'" in refused.stdout
         store.signal("TERM")
         assert store.exit_code() == 0, store.logs()
@@ -181,6 +184,7 @@ def test_a_charted_sidecar_runs_while_everything_refuses_it(by, tmp_path):
         "-keyout", tmp_path / "key", "-out", tmp_path / "ca.crt")
     (tmp_path / "token").write_text("token")
     (tmp_path / "namespace").write_text("shop")
+    tmp_path.chmod(0o755)
     # What the kubelet adds.
     mount = ["--volume", f"{tmp_path}:/var/run/secrets/kubernetes.io/serviceaccount:ro"]
     closed = str(free_port())
