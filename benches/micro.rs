@@ -39,7 +39,14 @@ fn buffer_through_a_queue(bencher: Bencher) {
 
 #[divan::bench]
 fn pool_checkout_and_refill(bencher: Bencher) {
-    let config = PoolConfig { min_idle: 32, max_idle: 64, idle_timeout: None, max_lifetime: None };
+    let config = PoolConfig {
+        mode: aegis::config::PoolMode::Preconnect,
+        size: 16,
+        min_idle: 32,
+        max_idle: 64,
+        idle_timeout: None,
+        max_lifetime: None,
+    };
     let (mut pool, mut rng) = (Pool::new(&config), fastrand::Rng::with_seed(1));
     let now = Instant::now();
     let mut connect = |pool: &mut Pool, conn| {

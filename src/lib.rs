@@ -18,8 +18,8 @@
 //! | [`limits`] | every bound: unit, derivation, reason |
 //! | [`telemetry`] | counters and histograms of one worker, aligned to cache lines |
 //! | [`slab`] | fixed-capacity slots with generations |
-//! | [`proxy`] | decides: sessions, relays, pools, balancing, health; no I/O, no clock, no unsafe |
-//! | [`wire`] | bytes of protocols: the PROXY protocol's header |
+//! | [`proxy`] | decides: sessions, relays, requests, pools, balancing, health; no I/O, no clock, no unsafe |
+//! | [`wire`] | where messages end: Chronos, HTTP/1; the PROXY protocol's header |
 //! | [`io`] | does: the io_uring and epoll drivers and the seeded simulator; the only unsafe code |
 //! | [`worker`] | one core: binds `proxy` to `io`, turn by turn |
 //! | [`control`] | the tokio side: discovery, admin HTTP, lifecycle |

@@ -59,6 +59,10 @@ pub const ACCEPT_OVERSHOOT: usize = 2 * LISTEN_BACKLOG as usize;
 /// Connections that all pools of one worker together may hold, warm or being made.
 pub const POOL_CONNS_MAX: usize = 4096;
 
+/// As many of them are reserved for even where descriptors are short: without any, no pool could
+/// make a connection.
+const POOL_CONNS_MIN: u64 = 16;
+
 /// Connections of one worker.
 pub const fn conns_max(sessions_max: usize) -> usize {
     // A client and a backend each.
@@ -77,6 +81,10 @@ pub const POOL_GREETING_BUFFERS_MAX: u32 = 4;
 
 /// Endpoints that can be tried for one session; the bound of `AEGIS_CONNECT_ATTEMPTS`.
 pub const CONNECT_ATTEMPTS_MAX: usize = 8;
+
+/// Bytes of an HTTP/1 head, of a trailer section, and of the line before a chunk. Larger ones are
+/// passed on, but not understood. Servers take between 8 and 64 KiB.
+pub const HTTP1_HEAD_MAX: usize = 64 * 1024;
 
 // What can be configured.
 
@@ -139,6 +147,27 @@ pub struct DescriptorUsers {
     pub backends: Option<usize>,
 }
 
+impl DescriptorUsers {
+    /// Connections that all pools of one worker together may come to hold, at most
+    /// [`POOL_CONNS_MAX`].
+    fn pool_conns(&self) -> u64 {
+        // Nobody knows how many endpoints a Service will have: as many as there can be.
+        let unknown = ENDPOINTS_MAX as u64;
+        let endpoints =
+            self.backends.map_or(unknown, |n| unknown.min(n as u64 * POOL_ENDPOINTS_PER_BACKEND));
+        (self.pool_max_idle as u64 * endpoints).min(POOL_CONNS_MAX as u64)
+    }
+}
+
+/// What the process has room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capacity {
+    /// Sessions at a time.
+    pub sessions: NonZeroUsize,
+    /// Connections of all pools of one worker, idle or being made.
+    pub pool_conns: usize,
+}
+
 /// How many descriptors the process needs, part by part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DescriptorsNeeded {
@@ -158,18 +187,18 @@ pub struct DescriptorsNeeded {
     pub slack: u64,
 }
 
-/// How many descriptors `max_sessions` sessions and the other `users` need.
-pub fn descriptors_needed(max_sessions: usize, users: &DescriptorUsers) -> DescriptorsNeeded {
-    let [workers, listeners, pool_max_idle] =
-        [users.workers, users.listeners, users.pool_max_idle].map(|n| n as u64);
-    // Nobody knows how many endpoints a Service will have: as many as there can be.
-    let unknown = ENDPOINTS_MAX as u64;
-    let endpoints =
-        users.backends.map_or(unknown, |n| unknown.min(n as u64 * POOL_ENDPOINTS_PER_BACKEND));
+/// How many descriptors `max_sessions` sessions, `pool_conns` pool connections of each worker and
+/// the other `users` need.
+fn descriptors_needed(
+    max_sessions: usize,
+    pool_conns: u64,
+    users: &DescriptorUsers,
+) -> DescriptorsNeeded {
+    let [workers, listeners] = [users.workers, users.listeners].map(|n| n as u64);
     let kubernetes = if users.backends.is_none() { KUBERNETES_DESCRIPTORS } else { 0 };
     DescriptorsNeeded {
         sessions: max_sessions as u64 * DESCRIPTORS_PER_SESSION,
-        pools: workers * (pool_max_idle * endpoints).min(POOL_CONNS_MAX as u64),
+        pools: workers * pool_conns,
         workers: workers * (listeners + DESCRIPTORS_PER_WORKER),
         admin: ADMIN_CONNECTIONS as u64,
         control: CONTROL_DESCRIPTORS + kubernetes,
@@ -230,28 +259,44 @@ pub enum LimitError {
 }
 
 /// How many sessions there can be at a time: as many as `requested`, or else what fits into
-/// `nofile_hard` descriptors, at most [`SESSIONS_AUTO_MAX`].
+/// `nofile_hard` descriptors, at most [`SESSIONS_AUTO_MAX`]. Pools have what they may come to hold,
+/// or what is left if that is less; where the sessions' number is open, half of it.
 ///
 /// # Errors
 /// What was requested does not fit, or not even one session does.
-pub fn max_sessions(
+pub fn capacity(
     requested: Option<NonZeroUsize>,
     nofile_hard: u64,
     users: &DescriptorUsers,
-) -> Result<NonZeroUsize, LimitError> {
-    let left = nofile_hard.saturating_sub(descriptors_needed(0, users).total());
-    let fitting = usize::try_from(left / DESCRIPTORS_PER_SESSION).unwrap_or(usize::MAX);
-    let Some(fits) = NonZeroUsize::new(fitting.min(SESSIONS_AUTO_MAX)) else {
-        return Err(LimitError::NothingFits { needed: descriptors_needed(1, users), nofile_hard });
-    };
-    match requested {
-        None => Ok(fits),
-        Some(requested) if requested.get() <= fitting => Ok(requested),
-        Some(requested) => {
-            let needed = descriptors_needed(requested.get(), users);
-            Err(LimitError::Requested { requested, needed, nofile_hard, fitting })
-        }
+) -> Result<Capacity, LimitError> {
+    let workers = users.workers as u64;
+    let wanted = users.pool_conns();
+    let least = wanted.min(POOL_CONNS_MIN);
+    let left = nofile_hard.saturating_sub(descriptors_needed(0, 0, users).total());
+    let left_for_sessions = left.saturating_sub(workers * least);
+    let fitting =
+        usize::try_from(left_for_sessions / DESCRIPTORS_PER_SESSION).unwrap_or(usize::MAX);
+    if fitting == 0 {
+        let needed = descriptors_needed(1, least, users);
+        return Err(LimitError::NothingFits { needed, nofile_hard });
     }
+    let share = |left: u64| (left / workers).clamp(least, wanted);
+    let (sessions, pool_conns) = match requested {
+        Some(requested) if requested.get() <= fitting => {
+            (requested, share(left - requested.get() as u64 * DESCRIPTORS_PER_SESSION))
+        }
+        Some(requested) => {
+            let needed = descriptors_needed(requested.get(), least, users);
+            return Err(LimitError::Requested { requested, needed, nofile_hard, fitting });
+        }
+        None => {
+            let pool_conns = share(left / 2);
+            let fits = (left - workers * pool_conns) / DESCRIPTORS_PER_SESSION;
+            let fits = usize::try_from(fits).unwrap_or(usize::MAX).clamp(1, SESSIONS_AUTO_MAX);
+            (NonZeroUsize::new(fits).unwrap_or(NonZeroUsize::MIN), pool_conns)
+        }
+    };
+    Ok(Capacity { sessions, pool_conns: pool_conns as usize })
 }
 
 /// Raises the limit on open descriptors (`RLIMIT_NOFILE`) as far as this process may, and returns
@@ -274,68 +319,71 @@ mod tests {
 
     const USERS: DescriptorUsers =
         DescriptorUsers { workers: 4, listeners: 2, pool_max_idle: 64, backends: Some(3) };
-    // 4 workers × 64 × 6 endpoints + 4 × (2 + 2) + 32 + 32 + 3 + 64
-    const FIXED: u64 = 1536 + 16 + 131;
+    /// 4 × (2 + 2) + 32 + 32 + 3 + 64. All pools together may come to hold 4 × 64 × 6.
+    const FIXED: u64 = 16 + 131;
 
     fn sessions(n: usize) -> Option<NonZeroUsize> {
         NonZeroUsize::new(n)
     }
 
-    #[test]
-    fn needs_are_the_sum_of_their_parts() {
-        assert_eq!(descriptors_needed(0, &USERS).total(), FIXED);
-        assert_eq!(descriptors_needed(100, &USERS).total(), FIXED + 200);
+    fn capacity_of(requested: Option<NonZeroUsize>, nofile: u64) -> Option<(usize, usize)> {
+        capacity(requested, nofile, &USERS).ok().map(|c| (c.sessions.get(), c.pool_conns))
     }
 
     #[test]
-    fn pools_need_no_more_than_all_of_a_worker_may_hold() {
+    fn pools_come_to_hold_no_more_than_all_of_a_worker_may() {
         let pools = |pool_max_idle, backends| {
-            descriptors_needed(0, &DescriptorUsers { pool_max_idle, backends, ..USERS }).pools
+            DescriptorUsers { pool_max_idle, backends, ..USERS }.pool_conns()
         };
-        assert_eq!(pools(64, Some(ENDPOINTS_MAX)), 4 * 4096);
-        assert_eq!(pools(4096, Some(1)), 4 * 4096);
-        assert_eq!(pools(2, Some(ENDPOINTS_MAX)), 4 * 2 * 1024);
+        assert_eq!(pools(64, Some(3)), 64 * 6);
+        assert_eq!(pools(64, Some(ENDPOINTS_MAX)), 4096);
+        assert_eq!(pools(4096, Some(1)), 4096);
+        assert_eq!(pools(2, Some(ENDPOINTS_MAX)), 2 * 1024);
+        assert_eq!(pools(64, None), 4096, "of unknown number are as many as there can be");
+        assert_eq!(pools(3, None), 3 * 1024);
+        assert_eq!(pools(0, None), 0);
     }
 
     #[test]
-    fn endpoints_of_unknown_number_count_as_many_as_there_can_be() {
+    fn endpoints_from_kubernetes_need_connections_to_its_api() {
         let users = DescriptorUsers { backends: None, ..USERS };
-        let (unknown, known) = (descriptors_needed(0, &users), descriptors_needed(0, &USERS));
-        assert_eq!(unknown.pools, 4 * 4096);
-        assert_eq!(unknown.control, known.control + 8, "the connections to the API");
-        let small = DescriptorUsers { pool_max_idle: 3, ..users };
-        assert_eq!(descriptors_needed(0, &small).pools, 4 * 3 * 1024);
-        let off = DescriptorUsers { pool_max_idle: 0, ..users };
-        assert_eq!(descriptors_needed(0, &off).pools, 0);
+        let needed = |users| descriptors_needed(0, 0, users).control;
+        assert_eq!(needed(&users), needed(&USERS) + 8);
     }
 
     #[test]
-    fn auto_takes_what_fits_up_to_the_cap() {
-        assert_eq!(max_sessions(None, FIXED + 2, &USERS).ok(), sessions(1));
-        assert_eq!(max_sessions(None, FIXED + 201, &USERS).ok(), sessions(100));
-        assert_eq!(max_sessions(None, u64::MAX, &USERS).ok(), sessions(SESSIONS_AUTO_MAX));
+    fn auto_takes_what_fits_up_to_the_cap_and_leaves_pools_half_of_what_is_short() {
+        let plenty = FIXED + 1536;
+        assert_eq!(capacity_of(None, u64::MAX), Some((SESSIONS_AUTO_MAX, 384)));
+        assert_eq!(capacity_of(None, plenty + 20_000), Some((SESSIONS_AUTO_MAX, 384)));
+        assert_eq!(capacity_of(None, plenty + 1536), Some((768, 384)));
+        assert_eq!(capacity_of(None, plenty), Some((384, 192)), "half and half");
+        assert_eq!(capacity_of(None, FIXED + 64 + 2), Some((1, 16)), "the least");
     }
 
     #[test]
     fn a_request_is_granted_in_full_or_refused_with_the_sum() {
         let request = sessions(20_000);
-        assert_eq!(max_sessions(request, FIXED + 40_000, &USERS).ok(), request);
-        let error = max_sessions(request, FIXED + 39_999, &USERS).unwrap_err();
+        assert_eq!(capacity_of(request, FIXED + 40_000 + 1536), Some((20_000, 384)));
+        assert_eq!(capacity_of(request, FIXED + 40_000 + 400), Some((20_000, 100)));
+        assert_eq!(capacity_of(request, FIXED + 40_000 + 64), Some((20_000, 16)));
+        let error = capacity(request, FIXED + 40_000 + 63, &USERS).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "AEGIS_MAX_SESSIONS=20000 needs 41683 = 40000 for sessions + 1536 for pools + 16 for \
+            "AEGIS_MAX_SESSIONS=20000 needs 40211 = 40000 for sessions + 64 for pools + 16 for \
              workers + 32 for admin connections + 32 for control + 3 standard + 64 slack \
-             descriptors; RLIMIT_NOFILE allows 41682, which is enough for 19999 sessions"
+             descriptors; RLIMIT_NOFILE allows 40210, which is enough for 19999 sessions"
         );
     }
 
     #[test]
     fn a_limit_below_the_needs_of_one_session_is_refused() {
-        for nofile in [0, FIXED, FIXED + 1] {
+        for nofile in [0, FIXED, FIXED + 64 + 1] {
             for requested in [None, sessions(1)] {
-                let error = max_sessions(requested, nofile, &USERS).unwrap_err();
+                let error = capacity(requested, nofile, &USERS).unwrap_err();
                 assert!(matches!(error, LimitError::NothingFits { .. }), "{error}");
-                assert!(error.to_string().contains(&format!("needs {} =", FIXED + 2)), "{error}");
+                let needs = format!("needs {} =", FIXED + 64 + 2);
+                assert!(error.to_string().contains(&needs), "{error}");
             }
         }
     }

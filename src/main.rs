@@ -9,7 +9,7 @@ use aegis::cli::{self, Command};
 use aegis::config::{Config, Discovery};
 use aegis::control::{DriverInfo, Plane, WorkerHandle, admin, init_logging};
 use aegis::io::probe::{self, Verdict};
-use aegis::limits::{self, DescriptorUsers};
+use aegis::limits::{self, Capacity, DescriptorUsers};
 use aegis::worker::cores::{self, Plan};
 use aegis::worker::mailbox::Mailbox;
 use aegis::worker::{self, WorkerSetup, listener};
@@ -35,7 +35,7 @@ type Error = Box<dyn std::error::Error>;
 struct Decisions {
     plan: Plan,
     verdict: Verdict,
-    max_sessions: usize,
+    capacity: Capacity,
 }
 
 fn decide(config: &Config) -> Result<Decisions, Error> {
@@ -48,19 +48,28 @@ fn decide(config: &Config) -> Result<Decisions, Error> {
         backends: (config.discovery != Discovery::Kubernetes).then_some(config.backends.len()),
     };
     let nofile = limits::raise_nofile()?;
-    let max_sessions = limits::max_sessions(config.max_sessions, nofile, &users)?.get();
-    Ok(Decisions { plan, verdict, max_sessions })
+    let capacity = limits::capacity(config.max_sessions, nofile, &users)?;
+    Ok(Decisions { plan, verdict, capacity })
 }
 
 fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
     let started = Instant::now();
     init_logging(&config);
     end_with_any_thread();
-    let Decisions { plan, verdict, max_sessions } = decide(&config)?;
+    let Decisions { plan, verdict, capacity } = decide(&config)?;
+    let max_sessions = capacity.sessions.get();
+    let pool_conns_max = capacity.pool_conns;
     let workers = plan.cores.len();
     let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
     let version = env!("CARGO_PKG_VERSION");
-    tracing::info!(version, workers, max_sessions, cores = plan.reason, "aegis-proxy starts");
+    tracing::info!(
+        version,
+        workers,
+        max_sessions,
+        pool_conns_max,
+        cores = plan.reason,
+        "aegis-proxy starts"
+    );
     tracing::info!(driver = verdict.driver.name(), reason = verdict.reason, kernel, "io driver");
 
     // Everything is bound before anything is announced or served.
@@ -82,6 +91,7 @@ fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
             driver: verdict.driver,
             config: Arc::clone(&config),
             sessions_max: max_sessions,
+            pool_conns_max,
             mailbox,
             stats: Arc::clone(&stats),
             started,
@@ -104,10 +114,11 @@ fn check(config: &Config) -> Result<ExitCode, Error> {
     for (name, value) in config.effective() {
         println!("{name}={value}");
     }
-    let Decisions { plan, verdict, max_sessions } = decide(config)?;
+    let Decisions { plan, verdict, capacity } = decide(config)?;
     println!();
     println!("workers: {} ({})", plan.cores.len(), plan.reason);
-    println!("sessions at a time: {max_sessions}");
+    println!("sessions at a time: {}", capacity.sessions);
+    println!("pool connections of a worker: {} at most", capacity.pool_conns);
     println!("driver: {} ({})", verdict.driver.name(), verdict.reason);
     Ok(ExitCode::SUCCESS)
 }

@@ -168,6 +168,64 @@ labels! {
 }
 
 labels! {
+    /// What a request asks for, as far as its protocol tells.
+    pub enum Verb {
+        /// `PING` of Chronos.
+        Ping = "ping",
+        /// `GET` of Chronos or HTTP.
+        Get = "get",
+        /// `SET` of Chronos.
+        Set = "set",
+        /// `DEL` of Chronos.
+        Del = "del",
+        /// `COMPACT` of Chronos.
+        Compact = "compact",
+        /// `HEAD` of HTTP.
+        Head = "head",
+        /// `POST` of HTTP.
+        Post = "post",
+        /// `PUT` of HTTP.
+        Put = "put",
+        /// `DELETE` of HTTP.
+        Delete = "delete",
+        /// Any other.
+        Other = "other",
+    }
+}
+
+labels! {
+    /// How a request ended.
+    pub enum Outcome {
+        /// The backend's answer went to the client.
+        Answered = "answered",
+        /// The proxy answered it with an error: no backend may see it.
+        Refused = "refused",
+        /// As many requests waited as may.
+        QueueFull = "queue_full",
+        /// No connection became free in time.
+        QueueTimeout = "queue_timeout",
+        /// The endpoint that holds its key cannot be reached.
+        Unreachable = "unreachable",
+        /// The backend did not answer in time.
+        Timeout = "timeout",
+        /// The backend's connection ended before the answer did.
+        Lost = "backend_lost",
+        /// The client left before its answer.
+        ClientGone = "client_gone",
+    }
+}
+
+labels! {
+    /// How the connection ended of a request that was sent again.
+    pub enum Retry {
+        /// The backend ended it.
+        Ended = "ended",
+        /// It broke.
+        Broken = "broken",
+    }
+}
+
+labels! {
     /// How a session came by its backend connection.
     pub enum Checkout {
         /// A warm connection was taken from the pool.
@@ -178,9 +236,9 @@ labels! {
 }
 
 labels! {
-    /// Why a pooled connection was closed without having served a session.
+    /// Why a pooled connection was closed.
     pub enum Discard {
-        /// The backend ended or reset it while it was idle.
+        /// The backend ended or reset it.
         Dead = "dead",
         /// Idle for longer than `AEGIS_POOL_IDLE_TIMEOUT` while there were more than needed.
         Idle = "idle",
@@ -190,8 +248,14 @@ labels! {
         Surplus = "surplus",
         /// Its endpoint was removed or ejected.
         Endpoint = "endpoint",
-        /// The backend sent more unasked bytes than an idle connection may hold.
+        /// The backend sent what nobody had asked for.
         Unexpected = "unexpected",
+        /// The backend took too long to answer a request on it.
+        Timeout = "timeout",
+        /// Its client left in the middle of a request.
+        Abandoned = "abandoned",
+        /// The protocol ends it here, or it cannot be told where the answer ended.
+        Spent = "spent",
         /// The proxy is draining.
         Drain = "drain",
     }
@@ -246,6 +310,13 @@ pub struct WorkerStats {
     checkouts: [Counter; Checkout::COUNT],
     spillovers: [Counter; Spillover::COUNT],
     discards: [Counter; Discard::COUNT],
+    requests: [[Counter; Outcome::COUNT]; Verb::COUNT],
+    request_durations: [Histogram; Verb::COUNT],
+    retries: [Counter; Retry::COUNT],
+    /// Requests now waiting for a backend connection.
+    pub queue_depth: Gauge,
+    /// How long requests waited for a backend connection.
+    pub queue_wait: Histogram,
     /// From the start of a connect to its success.
     pub connect_duration: Histogram,
     /// From a session's first byte towards the backend to the first byte back.
@@ -293,6 +364,34 @@ impl WorkerStats {
     /// Pooled connections closed unused for this reason.
     pub fn discards(&self, discard: Discard) -> u64 {
         self.discards[discard as usize].get()
+    }
+
+    /// Counts the end of a request. What the backend answered also counts by how long it took.
+    pub fn count_request(&self, verb: Verb, outcome: Outcome, took: Duration) {
+        self.requests[verb as usize][outcome as usize].add(1);
+        if outcome == Outcome::Answered {
+            self.request_durations[verb as usize].record(took);
+        }
+    }
+
+    /// Requests of this kind that ended so.
+    pub fn requests(&self, verb: Verb, outcome: Outcome) -> u64 {
+        self.requests[verb as usize][outcome as usize].get()
+    }
+
+    /// How long answered requests of this kind took, from their last byte to the answer's last.
+    pub fn request_duration(&self, verb: Verb) -> &Histogram {
+        &self.request_durations[verb as usize]
+    }
+
+    /// Counts a request that is sent again.
+    pub fn count_retry(&self, why: Retry) {
+        self.retries[why as usize].add(1);
+    }
+
+    /// Requests sent again for this reason.
+    pub fn retries(&self, why: Retry) -> u64 {
+        self.retries[why as usize].get()
     }
 
     /// Publishes what the worker is doing.

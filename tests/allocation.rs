@@ -22,7 +22,13 @@ use aegis::worker::{self, WorkerSetup, listener};
 const CLIENTS: usize = 20;
 const WARM_UP: usize = 500;
 const MESSAGES: usize = 100_000;
-const MESSAGE: [u8; 64] = [7; 64];
+/// A request line of Chronos, and as its echo an answer.
+const MESSAGE: [u8; 64] = *b"GET a-key-of-fifty-nine-bytes-to-make-the-message-sixty-four-by\n";
+/// How the variables are set in each run: as they are, and with requests that share connections.
+const SETTINGS: [&[(&str, &str)]; 2] = [
+    &[],
+    &[("AEGIS_PROTOCOL", "chronos"), ("AEGIS_POOL_MODE", "request"), ("AEGIS_POOL_SIZE", "4")],
+];
 
 /// Allocations by thread id, modulo the table's size.
 static ALLOCATIONS: [AtomicU64; 1 << 12] = [const { AtomicU64::new(0) }; 1 << 12];
@@ -111,7 +117,15 @@ fn exchange_with_all(clients: &mut [TcpStream], count: usize) {
 }
 
 fn forwarding_allocates_nothing(driver: DriverKind) {
-    let config = Arc::new(Config::from_vars([]).unwrap());
+    for settings in SETTINGS {
+        forwarding_with_settings_allocates_nothing(driver, settings);
+    }
+}
+
+fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&str, &str)]) {
+    let settings = settings.iter().map(|&(name, value)| (name.to_owned(), value.to_owned()));
+    let config = Arc::new(Config::from_vars(settings).unwrap());
+    let mode = config.pool.mode;
     let any = "127.0.0.1:0".parse().unwrap();
     let options = worker::socket_options(&config);
     let mut listeners = listener::listen(&[any], 1, &options).unwrap();
@@ -125,6 +139,7 @@ fn forwarding_allocates_nothing(driver: DriverKind) {
         driver,
         config,
         sessions_max: 1000,
+        pool_conns_max: 64,
         mailbox: Arc::clone(&mailbox),
         stats: Arc::new([Arc::clone(&stats)]),
         started: Instant::now(),
@@ -147,7 +162,7 @@ fn forwarding_allocates_nothing(driver: DriverKind) {
     let allocations = worker_allocations() - before;
     let moved = stats.bytes_to_client.get() - bytes;
     assert_eq!(moved, (MESSAGES * MESSAGE.len()) as u64, "all went through the worker");
-    eprintln!("MEASURED: {allocations} allocations for {MESSAGES} messages on {driver:?}");
+    eprintln!("MEASURED: {allocations} allocations for {MESSAGES} messages on {driver:?}, {mode}");
     assert_eq!(allocations, 0, "the worker allocated while it forwarded");
 
     drop(clients);

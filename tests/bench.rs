@@ -36,9 +36,9 @@ fn encoded(frame: Frame, step: usize) -> Vec<u8> {
 }
 
 const FRAMES: [Frame; 3] = [
-    Frame { id: 7, len: 16, reply: 0 },
+    Frame { id: 7, len: 34, reply: 0 },
     Frame { id: u64::MAX, len: 64, reply: 128 },
-    Frame { id: 1 << 40, len: FRAME_MAX as u32, reply: 16 },
+    Frame { id: 1 << 40, len: FRAME_MAX as u32, reply: 34 },
 ];
 
 #[test]

@@ -1,5 +1,6 @@
-//! The backend: a process of its own, one thread, as lean as it can be. It checks every byte of
-//! every frame and answers those that ask for it.
+//! The backend: a process of its own, which checks every byte of every frame and answers those that
+//! ask for it. One thread, as lean as it can be; or like Chronos a thread for each connection, which
+//! takes each read for one request.
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
@@ -28,11 +29,13 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// Starts a backend that listens at `count` addresses.
-    pub fn start(count: usize) -> Result<Self, String> {
+    /// Starts a backend that listens at `count` addresses, with a thread for each connection if it
+    /// is to be `threaded`.
+    pub fn start(count: usize, threaded: bool) -> Result<Self, String> {
         let told = |error: io::Error| format!("starting the backend: {error}");
         let mut child = Command::new(std::env::current_exe().map_err(told)?)
             .args([ARGUMENT, &count.to_string()])
+            .args(threaded.then_some("threaded"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -65,7 +68,14 @@ impl Drop for Backend {
 }
 
 /// The backend's process: says where it listens, serves until its input ends.
-pub fn main(count: usize) -> io::Result<()> {
+pub fn main(count: usize, threaded: bool) -> io::Result<()> {
+    std::thread::spawn(|| {
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        exit(0);
+    });
+    if threaded {
+        return serve_by_threads(count);
+    }
     let mut server = Server {
         poll: Poll::new()?,
         listeners: (0..count).map(|_| listener()).collect::<io::Result<_>>()?,
@@ -77,11 +87,56 @@ pub fn main(count: usize) -> io::Result<()> {
         server.poll.registry().register(listener, Token(at), Interest::READABLE)?;
     }
     println!();
-    std::thread::spawn(|| {
-        let _ = io::copy(&mut io::stdin(), &mut io::sink());
-        exit(0);
-    });
     server.run()
+}
+
+/// A thread for each listener, and one for each connection.
+fn serve_by_threads(count: usize) -> io::Result<()> {
+    let mut threads = Vec::new();
+    for _ in 0..count {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        let port = crate::peers::free_port()?;
+        socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)).into())?;
+        socket.listen(BACKLOG)?;
+        let listener = std::net::TcpListener::from(socket);
+        print!("{} ", listener.local_addr()?);
+        threads.push(std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let serve = move || serve_blocking(&stream).unwrap_or(());
+                let thread = std::thread::Builder::new().stack_size(64 * 1024);
+                if let Err(error) = thread.spawn(serve) {
+                    let _ = writeln!(io::stderr(), "the backend has no thread left: {error}");
+                    exit(1);
+                }
+            }
+        }));
+    }
+    println!();
+    for thread in threads {
+        drop(thread.join());
+    }
+    Ok(())
+}
+
+/// Answers one request a read.
+fn serve_blocking(mut stream: &std::net::TcpStream) -> io::Result<()> {
+    let mut buffer = [0; 512];
+    stream.set_nodelay(true)?;
+    loop {
+        let read = stream.read(&mut buffer)?;
+        let mut bytes = &buffer[..read];
+        match Incoming::default().read(&mut bytes) {
+            _ if read == 0 => return Ok(()),
+            Ok(Some(frame)) if bytes.is_empty() => {
+                let reply = Frame { id: frame.id, len: frame.reply, reply: 0 };
+                Outgoing::new(reply).write(&mut stream)?;
+            }
+            other => {
+                let _ = writeln!(io::stderr(), "the backend received {other:?} and {bytes:?}");
+                exit(1);
+            }
+        }
+    }
 }
 
 fn listener() -> io::Result<TcpListener> {

@@ -1,11 +1,16 @@
 //! Frames of known bytes. A header says whose frame it is and how long; the payload follows from
 //! the id, so that both ends check every byte without keeping any.
+//!
+//! A frame is a line of text, and as such a request of Chronos or the answer to one:
+//! `GET 00000000000000a7 00064 00128 payload…\n`.
 
 use std::io::{self, ErrorKind, IoSlice, Write};
 use std::sync::LazyLock;
 
 /// Bytes of a header, which a frame's length includes.
-pub const HEADER: usize = 16;
+pub const HEADER: usize = 33;
+/// The shortest frame: a header and the line feed.
+pub const FRAME_MIN: usize = HEADER + 1;
 /// The longest frame.
 pub const FRAME_MAX: usize = 64 * 1024;
 
@@ -14,7 +19,7 @@ const STARTS: u64 = 8191;
 
 static PATTERN: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let mut rng = fastrand::Rng::with_seed(7);
-    std::iter::repeat_with(|| rng.u8(..)).take(FRAME_MAX + STARTS as usize).collect()
+    std::iter::repeat_with(|| rng.u8(b'!'..=b'~')).take(FRAME_MAX + STARTS as usize).collect()
 });
 
 fn payload(id: u64) -> &'static [u8] {
@@ -35,23 +40,36 @@ pub struct Frame {
 
 impl Frame {
     fn encode(self) -> [u8; HEADER] {
-        let mut bytes = [0; HEADER];
-        bytes[..8].copy_from_slice(&self.id.to_be_bytes());
-        bytes[8..12].copy_from_slice(&self.len.to_be_bytes());
-        bytes[12..].copy_from_slice(&self.reply.to_be_bytes());
+        let mut bytes = *b"GET ................ ..... ..... ";
+        let digit = |value: u64| b"0123456789abcdef"[value as usize];
+        for (i, byte) in bytes[4..20].iter_mut().enumerate() {
+            *byte = digit(self.id >> (60 - 4 * i) & 15);
+        }
+        for (at, mut number) in [(21, self.len), (27, self.reply)] {
+            for byte in bytes[at..at + 5].iter_mut().rev() {
+                *byte = digit(u64::from(number % 10));
+                number /= 10;
+            }
+        }
         bytes
     }
 
     fn decode(bytes: [u8; HEADER]) -> Result<Self, String> {
-        let word =
-            |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
-        let id = u64::from(word(0)) << 32 | u64::from(word(4));
-        let frame = Self { id, len: word(8), reply: word(12) };
-        let possible = |len: u32| (HEADER..=FRAME_MAX).contains(&(len as usize));
+        let text = str::from_utf8(&bytes).unwrap_or_default();
+        let number = |at: usize| text.get(at..at + 5).and_then(|digits| digits.parse().ok());
+        let id = text.get(4..20).and_then(|digits| u64::from_str_radix(digits, 16).ok());
+        let frame = match (id, number(21), number(27)) {
+            (Some(id), Some(len), Some(reply)) => Self { id, len, reply },
+            _ => return Err(format!("wrong bytes: no header looks like {bytes:02x?}")),
+        };
+        if frame.encode() != bytes {
+            return Err(format!("wrong bytes: no header looks like {bytes:02x?}"));
+        }
+        let possible = |len: u32| (FRAME_MIN..=FRAME_MAX).contains(&(len as usize));
         if possible(frame.len) && (frame.reply == 0 || possible(frame.reply)) {
             Ok(frame)
         } else {
-            Err(format!("wrong bytes: no header looks like {bytes:02x?}"))
+            Err(format!("wrong bytes: no frame looks like {frame:?}"))
         }
     }
 }
@@ -72,11 +90,13 @@ impl Outgoing {
     /// Writes what the stream takes. Says whether that was all of it.
     pub fn write(&mut self, stream: &mut impl Write) -> io::Result<bool> {
         let header = self.frame.encode();
-        let payload = &payload(self.frame.id)[..self.frame.len as usize - HEADER];
+        let body = self.frame.len as usize - FRAME_MIN;
+        let payload = &payload(self.frame.id)[..body];
         while self.sent < self.frame.len as usize {
             let header = &header[self.sent.min(HEADER)..];
-            let payload = &payload[self.sent.saturating_sub(HEADER)..];
-            match stream.write_vectored(&[IoSlice::new(header), IoSlice::new(payload)]) {
+            let payload = &payload[self.sent.saturating_sub(HEADER).min(body)..];
+            let parts = [header, payload, b"\n"].map(IoSlice::new);
+            match stream.write_vectored(&parts) {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(written) => self.sent += written,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
@@ -89,10 +109,16 @@ impl Outgoing {
 }
 
 /// The frame that is coming in.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Incoming {
     header: [u8; HEADER],
     received: usize,
+}
+
+impl Default for Incoming {
+    fn default() -> Self {
+        Self { header: [0; HEADER], received: 0 }
+    }
 }
 
 impl Incoming {
@@ -111,7 +137,11 @@ impl Incoming {
         let frame = Frame::decode(self.header)?;
         let some = bytes.len().min(frame.len as usize - self.received);
         let (these, rest) = bytes.split_at(some);
-        if these != &payload(frame.id)[self.received - HEADER..][..some] {
+        let body = frame.len as usize - 1 - self.received;
+        let (these, feed) = these.split_at(some.min(body));
+        if these != &payload(frame.id)[self.received - HEADER..][..these.len()]
+            || feed.iter().any(|&byte| byte != b'\n')
+        {
             let (id, at) = (frame.id, self.received);
             return Err(format!("wrong bytes: frame {id:#x}, among the {some} from byte {at} on"));
         }

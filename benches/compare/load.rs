@@ -15,7 +15,7 @@ use rustix::time::{
     timerfd_settime,
 };
 
-use crate::frame::{FRAME_MAX, Frame, HEADER, Incoming, Outgoing};
+use crate::frame::{FRAME_MAX, FRAME_MIN, Frame, Incoming, Outgoing};
 
 /// Connections that are made at a time before the run, well below any accept queue.
 const CONNECTING: usize = 64;
@@ -352,7 +352,7 @@ impl Generator {
             }
             conn.next_id += 1;
             // The last one asks for a reply, which says that all of them arrived.
-            let reply = if self.now >= self.end { HEADER as u32 } else { 0 };
+            let reply = if self.now >= self.end { FRAME_MIN as u32 } else { 0 };
             conn.awaited = (reply > 0).then_some((conn.next_id, self.now));
             let frame = Frame { id: conn.next_id, len: self.load.request, reply };
             conn.outgoing = Some(Outgoing::new(frame));

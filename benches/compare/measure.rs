@@ -33,7 +33,8 @@ pub fn measure(
     effort: Effort,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Vec<Results>, String> {
-    let mut backend = Backend::start(contestants.len())?;
+    let contestants = scenario.contestants(contestants);
+    let mut backend = Backend::start(contestants.len(), scenario.pools)?;
     let proxies: Vec<Running> = contestants
         .iter()
         .zip(&backend.addresses)
@@ -46,8 +47,8 @@ pub fn measure(
         scenario.pace = Pace::Open(capacity / 2.0);
     }
     let mut results: Vec<Results> = contestants
-        .iter()
-        .map(|&contestant| Results { contestant, runs: Vec::new(), syscalls: None })
+        .into_iter()
+        .map(|contestant| Results { contestant, runs: Vec::new(), syscalls: None })
         .collect();
     for round in 0..effort.rounds {
         for turn in 0..proxies.len() {

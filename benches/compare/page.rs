@@ -183,6 +183,7 @@ fn color(contestant: Contestant) -> RGBColor {
         Contestant::Direct => RGBColor(150, 150, 150),
         Contestant::Uring => RGBColor(200, 30, 30),
         Contestant::Epoll => RGBColor(240, 150, 30),
+        Contestant::Request => RGBColor(150, 40, 160),
         Contestant::Haproxy => RGBColor(30, 90, 200),
         Contestant::Nginx => RGBColor(30, 150, 60),
     }

@@ -17,6 +17,8 @@ use crate::usage::Processes;
 
 /// Workers or threads of every contestant.
 pub const WORKERS: usize = 2;
+/// Backend connections of each worker of Aegis where they are lent.
+const POOL_SIZE: usize = 8;
 /// Sessions that every contestant is set up for.
 const SESSIONS: usize = 9_000;
 const START: Duration = Duration::from_secs(5);
@@ -32,6 +34,8 @@ pub enum Contestant {
     Uring,
     /// Aegis on epoll
     Epoll,
+    /// Aegis on `io_uring`, connections lent for a request
+    Request,
     /// `HAProxy`, mode tcp
     Haproxy,
     /// nginx, module stream
@@ -39,7 +43,8 @@ pub enum Contestant {
 }
 
 impl Contestant {
-    pub const ALL: &[Self] = &[Self::Direct, Self::Uring, Self::Epoll, Self::Haproxy, Self::Nginx];
+    pub const ALL: &[Self] =
+        &[Self::Direct, Self::Uring, Self::Epoll, Self::Request, Self::Haproxy, Self::Nginx];
 
     /// What it is called in the report.
     pub fn name(self) -> &'static str {
@@ -47,6 +52,7 @@ impl Contestant {
             Self::Direct => "no proxy",
             Self::Uring => "Aegis io_uring",
             Self::Epoll => "Aegis epoll",
+            Self::Request => "Aegis request",
             Self::Haproxy => "HAProxy",
             Self::Nginx => "nginx",
         }
@@ -68,7 +74,9 @@ impl Contestant {
         };
         match self {
             Self::Direct => Ok("no proxy".to_owned()),
-            Self::Uring | Self::Epoll => first_line(AEGIS, "--version", "nothing, cargo builds it"),
+            Self::Uring | Self::Epoll | Self::Request => {
+                first_line(AEGIS, "--version", "nothing, cargo builds it")
+            }
             Self::Haproxy => first_line("haproxy", "-v", "haproxy"),
             Self::Nginx if Path::new(NGINX_MODULE).exists() => {
                 first_line("nginx", "-v", "nginx libnginx-mod-stream")
@@ -186,9 +194,9 @@ fn command(
     let file = folder.join("configuration");
     let mut command = match contestant {
         Contestant::Direct => return Ok(None),
-        Contestant::Uring | Contestant::Epoll => {
+        Contestant::Uring | Contestant::Epoll | Contestant::Request => {
             let mut command = Command::new(AEGIS);
-            let io = if contestant == Contestant::Uring { "uring" } else { "epoll" };
+            let io = if contestant == Contestant::Epoll { "epoll" } else { "uring" };
             command.env_clear().envs([
                 ("AEGIS_LISTEN", listen.to_string()),
                 ("AEGIS_ADMIN", "127.0.0.1:0".to_owned()),
@@ -200,6 +208,13 @@ fn command(
                 ("AEGIS_DRAIN_DELAY", "0s".to_owned()),
                 ("AEGIS_DRAIN_TIMEOUT", "0s".to_owned()),
             ]);
+            if contestant == Contestant::Request {
+                command.envs([
+                    ("AEGIS_PROTOCOL", "chronos".to_owned()),
+                    ("AEGIS_POOL_MODE", "request".to_owned()),
+                    ("AEGIS_POOL_SIZE", POOL_SIZE.to_string()),
+                ]);
+            }
             command
         }
         Contestant::Haproxy => {

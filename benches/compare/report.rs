@@ -170,7 +170,12 @@ fn verdicts(scenario: &Scenario, lines: &[Line]) -> Vec<Verdict> {
     let peers: Vec<&[Run]> =
         lines.iter().filter(|line| line.contestant.is_peer()).map(|line| &line.runs[..]).collect();
     let mut verdicts = Vec::new();
-    for contestant in [Contestant::Uring, Contestant::Epoll] {
+    let ours: &[_] = if scenario.pools {
+        &[Contestant::Request]
+    } else {
+        &[Contestant::Uring, Contestant::Epoll]
+    };
+    for &contestant in ours {
         let Some(own) = runs(contestant) else { continue };
         for target in &scenario.targets {
             let Some(target) = for_driver(*target, contestant) else { continue };
@@ -198,7 +203,7 @@ fn verdicts(scenario: &Scenario, lines: &[Line]) -> Vec<Verdict> {
 /// On epoll, Aegis is to be no worse than the better peer.
 fn for_driver(target: Target, contestant: Contestant) -> Option<Target> {
     match (contestant, target.against) {
-        (Contestant::Uring, _) => Some(target),
+        (Contestant::Uring | Contestant::Request, _) => Some(target),
         (_, Against::Nothing) => None,
         (_, _) => Some(Target { bound: 1.0, against: Against::Peers, ..target }),
     }

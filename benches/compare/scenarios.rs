@@ -1,6 +1,7 @@
 //! What is measured, and which figures it is to reach.
 
 use crate::load::{BULK_WRITE, Pace};
+use crate::peers::Contestant;
 use crate::stats::Metric;
 
 /// What a figure is held against.
@@ -14,7 +15,7 @@ pub enum Against {
     Nothing,
 }
 
-/// A figure to be reached by Aegis on `io_uring`.
+/// A figure to be reached by Aegis on `io_uring`, or where it lends connections.
 #[derive(Debug, Clone, Copy)]
 pub struct Target {
     pub metric: Metric,
@@ -40,6 +41,8 @@ pub struct Scenario {
     pub request: u32,
     pub reply: u32,
     pub targets: Vec<Target>,
+    /// The backend has a thread for each connection, and the contestants lend connections.
+    pub pools: bool,
     /// What the sweep varies, and its value here.
     pub sweep: Option<(Sweep, usize)>,
 }
@@ -56,8 +59,25 @@ impl Scenario {
             request: if bulk { BULK_WRITE } else { 64 },
             reply: if bulk { 0 } else { 128 },
             targets: targets.to_vec(),
+            pools: false,
             sweep: None,
         }
+    }
+
+    /// Which of the contestants take part.
+    pub fn contestants(&self, all: &[Contestant]) -> Vec<Contestant> {
+        let takes_part = |contestant: &Contestant| match contestant {
+            Contestant::Request => self.pools,
+            Contestant::Epoll => !self.pools,
+            _ => true,
+        };
+        all.iter().copied().filter(takes_part).collect()
+    }
+
+    /// The same before a backend with a thread for each connection, where connections are lent.
+    fn with_pools(mut self) -> Self {
+        self.pools = true;
+        self
     }
 
     /// Whether splicing helps.
@@ -149,5 +169,21 @@ fn named() -> Vec<Scenario> {
         Scenario::new("bulk-1", "bulk, 1 stream, 64 KiB writes", Pace::Bulk, 1, &bulk),
         Scenario::new("bulk-8", "bulk, 8 streams, 64 KiB writes", Pace::Bulk, 8, &bulk),
         idle,
+        Scenario::new(
+            "crowd-4000",
+            "4,000 connections, a backend with a thread for each of its own",
+            Pace::Closed,
+            4000,
+            &[],
+        )
+        .with_pools(),
+        Scenario::new(
+            "ask-once",
+            "a new connection for each request, 200 at a time, the same backend",
+            Pace::Churn,
+            200,
+            &[to(Throughput, 2.5)],
+        )
+        .with_pools(),
     ]
 }

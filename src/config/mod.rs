@@ -55,8 +55,12 @@ pub struct Config {
     pub io: IoChoice,
     /// How the endpoint of a new session is chosen.
     pub balance: Balance,
-    /// The pools of warm connections.
+    /// What clients and backends speak.
+    pub protocol: Protocol,
+    /// The pools of backend connections.
     pub pool: PoolConfig,
+    /// What holds for requests, where used connections are lent.
+    pub requests: RequestConfig,
     /// Most sessions at a time in the whole process; `None` derives it from the descriptor limit.
     pub max_sessions: Option<NonZeroUsize>,
     /// How long one attempt to connect may take.
@@ -128,10 +132,22 @@ impl Config {
             (AEGIS_PIN.name, self.pin.to_string()),
             (AEGIS_IO.name, self.io.to_string()),
             (AEGIS_MAX_SESSIONS.name, or_auto(self.max_sessions)),
+            (AEGIS_PROTOCOL.name, self.protocol.to_string()),
+            (AEGIS_POOL_MODE.name, self.pool.mode.to_string()),
+            (AEGIS_POOL_SIZE.name, self.pool.size.to_string()),
             (AEGIS_POOL_MIN_IDLE.name, self.pool.min_idle.to_string()),
             (AEGIS_POOL_MAX_IDLE.name, self.pool.max_idle.to_string()),
             (AEGIS_POOL_IDLE_TIMEOUT.name, optional(&self.pool.idle_timeout)),
             (AEGIS_POOL_MAX_LIFETIME.name, optional(&self.pool.max_lifetime)),
+            (AEGIS_QUEUE_MAX.name, self.requests.queue_max.to_string()),
+            (AEGIS_QUEUE_TIMEOUT.name, duration_text(&self.requests.queue_timeout)),
+            (AEGIS_REQUEST_TIMEOUT.name, optional(&self.requests.timeout)),
+            (AEGIS_ROUTE.name, self.requests.route.to_string()),
+            (AEGIS_LINE_MAX.name, self.requests.line_max.to_string()),
+            (
+                AEGIS_REPEAT_WRITES.name,
+                if self.requests.repeat_writes { "on" } else { "off" }.to_owned(),
+            ),
             (AEGIS_CONNECT_TIMEOUT.name, duration_text(&self.connect_timeout)),
             (AEGIS_CONNECT_ATTEMPTS.name, self.connect_attempts.to_string()),
             (AEGIS_IDLE_TIMEOUT.name, optional(&self.idle_timeout)),
@@ -213,9 +229,61 @@ pub struct HostPort {
     pub port: u16,
 }
 
+/// What clients and backends speak.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// Anything.
+    Tcp,
+    /// The text lines of Chronos.
+    Chronos,
+    /// HTTP/1.0 and HTTP/1.1.
+    Http1,
+}
+
+/// For how long a client has a backend connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PoolMode {
+    /// A new one for its whole session: right for any protocol.
+    Preconnect,
+    /// From its first request until it leaves.
+    Session,
+    /// For one request at a time.
+    Request,
+}
+
+/// Where a request goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Route {
+    /// To any endpoint, by [`Balance`].
+    Balance,
+    /// To the one that holds its key (rendezvous hashing).
+    Key,
+}
+
+/// What holds for requests, where used connections are lent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RequestConfig {
+    /// Requests of one worker that may wait for a connection.
+    pub queue_max: usize,
+    /// How long each may.
+    pub queue_timeout: Duration,
+    /// How long a backend may take to answer.
+    pub timeout: Option<Duration>,
+    /// Where they go.
+    pub route: Route,
+    /// The longest line of Chronos, in bytes.
+    pub line_max: usize,
+    /// Whether writes are sent again when their reply was lost.
+    pub repeat_writes: bool,
+}
+
 /// Bounds of a pool, each per worker and endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolConfig {
+    /// For how long a client has a connection.
+    pub mode: PoolMode,
+    /// Connections at most, idle or lent, where they are lent for a request.
+    pub size: usize,
     /// Warm connections kept at least.
     pub min_idle: usize,
     /// Warm connections kept at most; 0 turns pooling off.

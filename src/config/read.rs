@@ -12,7 +12,8 @@ use super::value::{
 #[allow(clippy::wildcard_imports)] // The table's constants, one for each field below.
 use super::variables::*;
 use super::{
-    Config, ConfigErrors, Discovery, HostPort, KubeConfig, PoolConfig, Problem, ServiceName,
+    Config, ConfigErrors, Discovery, HostPort, KubeConfig, PoolConfig, PoolMode, Problem, Protocol,
+    ProxyProtocol, RequestConfig, Route, ServiceName,
 };
 use crate::limits;
 
@@ -170,7 +171,9 @@ impl Reader<'_> {
             pin: self.word(&AEGIS_PIN),
             io: self.word(&AEGIS_IO),
             max_sessions: self.number_or_auto(&AEGIS_MAX_SESSIONS, limits::SESSIONS_MAX),
+            protocol: self.word(&AEGIS_PROTOCOL),
             pool: self.pool(),
+            requests: self.requests(),
             connect_timeout: self.duration(&AEGIS_CONNECT_TIMEOUT, MILLISECOND, 300 * SECOND),
             connect_attempts: self.number(&AEGIS_CONNECT_ATTEMPTS, 1, 8),
             idle_timeout: self.duration_or_off(&AEGIS_IDLE_TIMEOUT, 10 * MILLISECOND, 30 * DAY),
@@ -194,6 +197,7 @@ impl Reader<'_> {
         if self.problems.len() == problems_before {
             self.check_addresses(&config);
             self.check_discovery(&config);
+            self.check_pooling(&config);
         }
         config
     }
@@ -289,6 +293,8 @@ impl Reader<'_> {
             min_idle = max_idle;
         }
         PoolConfig {
+            mode: self.word(&AEGIS_POOL_MODE),
+            size: self.number(&AEGIS_POOL_SIZE, 1, limits::POOL_IDLE_MAX),
             min_idle,
             max_idle,
             idle_timeout: self.duration_or_off(
@@ -301,6 +307,55 @@ impl Reader<'_> {
                 10 * MILLISECOND,
                 30 * DAY,
             ),
+        }
+    }
+
+    fn requests(&mut self) -> RequestConfig {
+        RequestConfig {
+            queue_max: self.number(&AEGIS_QUEUE_MAX, 0, limits::SESSIONS_MAX),
+            queue_timeout: self.duration(&AEGIS_QUEUE_TIMEOUT, 10 * MILLISECOND, HOUR),
+            timeout: self.duration_or_off(&AEGIS_REQUEST_TIMEOUT, 10 * MILLISECOND, DAY),
+            route: self.word(&AEGIS_ROUTE),
+            line_max: self.number(&AEGIS_LINE_MAX, 16, limits::BUFFER_SIZE),
+            repeat_writes: self.read(&AEGIS_REPEAT_WRITES, |text| match text {
+                "on" => Ok(true),
+                "off" => Ok(false),
+                _ => Err("not one of the choices".to_owned()),
+            }),
+        }
+    }
+
+    /// A used connection is lent only where that is known to be safe.
+    fn check_pooling(&mut self, config: &Config) {
+        let mode = || (&AEGIS_POOL_MODE, config.pool.mode.to_string());
+        let lends = config.pool.mode != PoolMode::Preconnect;
+        if lends && config.protocol == Protocol::Tcp {
+            let protocol = (&AEGIS_PROTOCOL, config.protocol.to_string());
+            let why = "of unknown bytes nobody can tell when an answer is over, so a used \
+                       connection could bring one client the answer to another";
+            self.conflict(mode(), protocol, why);
+        }
+        if lends && config.proxy_protocol != ProxyProtocol::Off {
+            let header = (&AEGIS_PROXY_PROTOCOL, config.proxy_protocol.to_string());
+            self.conflict(
+                mode(),
+                header,
+                "the header names one client, and many share a connection",
+            );
+        }
+        let route = || (&AEGIS_ROUTE, config.requests.route.to_string());
+        if config.requests.route == Route::Key {
+            if config.pool.mode != PoolMode::Request {
+                self.conflict(
+                    route(),
+                    mode(),
+                    "keys of one client may belong to several endpoints",
+                );
+            }
+            if config.protocol != Protocol::Chronos {
+                let protocol = (&AEGIS_PROTOCOL, config.protocol.to_string());
+                self.conflict(route(), protocol, "only the requests of chronos have keys");
+            }
         }
     }
 

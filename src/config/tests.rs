@@ -72,16 +72,20 @@ fn random_text(name: &str, rng: &mut fastrand::Rng) -> String {
         "AEGIS_IO" => word(rng, &["auto", "uring", "epoll"]),
         "AEGIS_MAX_SESSIONS" => word(rng, &["auto", "1", "1000000"]),
         "AEGIS_POOL_MIN_IDLE" => rng.usize(0..=64).to_string(),
+        "AEGIS_POOL_SIZE" => rng.usize(1..=limits::POOL_IDLE_MAX).to_string(),
+        "AEGIS_QUEUE_MAX" => rng.usize(0..=limits::SESSIONS_MAX).to_string(),
+        "AEGIS_REQUEST_TIMEOUT" => off_or(rng, 10, 86_400_000),
+        "AEGIS_LINE_MAX" => rng.usize(16..=limits::BUFFER_SIZE).to_string(),
+        "AEGIS_REPEAT_WRITES" => word(rng, &["on", "off", "true", "false"]),
         "AEGIS_POOL_MAX_IDLE" => rng.usize(64..=limits::POOL_IDLE_MAX).to_string(),
         "AEGIS_CONNECT_TIMEOUT" => duration(rng, 1, 300_000),
         "AEGIS_CONNECT_ATTEMPTS" => rng.u32(1..=8).to_string(),
         "AEGIS_KEEPALIVE" => off_or(rng, 1000, 32_400_000),
         "AEGIS_TCP_USER_TIMEOUT" => off_or(rng, 100, 86_400_000),
-        "AEGIS_PROXY_PROTOCOL" => word(rng, &["off", "v1", "v2"]),
         "AEGIS_DRAIN_DELAY" | "AEGIS_ENDPOINT_WAIT" => duration(rng, 0, 300_000),
         "AEGIS_DRAIN_TIMEOUT" => duration(rng, 0, 3_600_000),
         "AEGIS_EJECT_FAILURES" => rng.u32(1..=1000).to_string(),
-        "AEGIS_EJECT_TIME" => duration(rng, 10, 3_600_000),
+        "AEGIS_EJECT_TIME" | "AEGIS_QUEUE_TIMEOUT" => duration(rng, 10, 3_600_000),
         "AEGIS_LOG" => word(rng, &["off", "warn,aegis::io=debug", "info"]),
         "AEGIS_LOG_FORMAT" => word(rng, &["text", "json"]),
         "AEGIS_DISCOVERY" => word(rng, &["auto", "dns"]),
@@ -97,16 +101,27 @@ fn random_text(name: &str, rng: &mut fastrand::Rng) -> String {
     }
 }
 
+/// Values that go together.
+const TOGETHER: [&[(&str, &str)]; 4] = [
+    &[("AEGIS_PROXY_PROTOCOL", "v1")],
+    &[("AEGIS_PROXY_PROTOCOL", "v2"), ("AEGIS_PROTOCOL", "http1")],
+    &[("AEGIS_PROTOCOL", "http1"), ("AEGIS_POOL_MODE", "session")],
+    &[("AEGIS_PROTOCOL", "chronos"), ("AEGIS_POOL_MODE", "request"), ("AEGIS_ROUTE", "key")],
+];
+
 #[test]
 fn what_is_in_force_reads_back_as_the_same() {
     let mut rng = fastrand::Rng::with_seed(7);
     for round in 0..300 {
         let mut vars = Vec::new();
         for variable in VARIABLES {
-            if round > 0 && rng.u8(..) < 192 {
+            let apart = TOGETHER.concat().iter().all(|(name, _)| *name != variable.name);
+            if round > 0 && apart && rng.u8(..) < 192 {
                 vars.push((variable.name.to_owned(), random_text(variable.name, &mut rng)));
             }
         }
+        let together = rng.choice(TOGETHER).unwrap();
+        vars.extend(together.iter().map(|&(name, text)| (name.to_owned(), text.to_owned())));
         let config = Config::from_vars(vars.clone()).unwrap_or_else(|e| panic!("{vars:?}: {e}"));
         let again = config.effective().into_iter().map(|(n, text)| (n.to_owned(), text));
         assert_eq!(Config::from_vars(again), Ok(config), "{vars:?}");
@@ -126,6 +141,11 @@ fn ranges_are_those_that_the_table_tells() {
         ("AEGIS_MAX_SESSIONS", "1", "0", "1000000", "1000001"),
         ("AEGIS_POOL_MIN_IDLE", "0", "-1", "4096", "4097"),
         ("AEGIS_POOL_MAX_IDLE", "0", "-1", "4096", "4097"),
+        ("AEGIS_POOL_SIZE", "1", "0", "4096", "4097"),
+        ("AEGIS_QUEUE_MAX", "0", "-1", "1000000", "1000001"),
+        ("AEGIS_QUEUE_TIMEOUT", "10ms", "9ms", "1h", "61m"),
+        ("AEGIS_REQUEST_TIMEOUT", "10ms", "9ms", "1d", "2d"),
+        ("AEGIS_LINE_MAX", "16", "15", "16384", "16385"),
         ("AEGIS_POOL_IDLE_TIMEOUT", "10ms", "9ms", "30d", "30d 1s"),
         ("AEGIS_POOL_MAX_LIFETIME", "10ms", "9ms", "30d", "30d 1s"),
         ("AEGIS_CONNECT_TIMEOUT", "1ms", "0s", "5m", "5m 1s"),
@@ -193,6 +213,37 @@ fn all_problems_are_told_at_once() {
   AEGIS_LOG="info=loud": error parsing level filter: expected one of "off", "error", "warn", "info", "debug", "trace", or a number 0-5. Accepted: off, error, warn, info, debug, trace, or directives such as info,aegis::io=debug.
   AEGIS_BACKEND: no such variable. Is AEGIS_BACKENDS meant?"#
     );
+}
+
+#[test]
+fn used_connections_are_lent_only_where_that_is_safe() {
+    for (vars, why) in [
+        (&[("AEGIS_POOL_MODE", "request")][..], "AEGIS_PROTOCOL=\"tcp\": of unknown bytes"),
+        (&[("AEGIS_POOL_MODE", "session")], "AEGIS_PROTOCOL=\"tcp\": of unknown bytes"),
+        (
+            &[
+                ("AEGIS_PROTOCOL", "chronos"),
+                ("AEGIS_POOL_MODE", "session"),
+                ("AEGIS_PROXY_PROTOCOL", "v2"),
+            ],
+            "the header names one client",
+        ),
+        (
+            &[
+                ("AEGIS_PROTOCOL", "chronos"),
+                ("AEGIS_POOL_MODE", "session"),
+                ("AEGIS_ROUTE", "key"),
+            ],
+            "keys of one client may belong to several endpoints",
+        ),
+        (
+            &[("AEGIS_PROTOCOL", "http1"), ("AEGIS_POOL_MODE", "request"), ("AEGIS_ROUTE", "key")],
+            "only the requests of chronos have keys",
+        ),
+    ] {
+        let [problem] = &problems(vars)[..] else { panic!("{vars:?}: {:?}", problems(vars)) };
+        assert!(problem.contains(why), "{problem}");
+    }
 }
 
 #[test]

@@ -9,8 +9,8 @@ use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 
 use super::{
-    Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, ProxyProtocol,
-    ServiceName, Switch,
+    Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, PoolMode, Protocol,
+    ProxyProtocol, Route, ServiceName, Switch,
 };
 
 /// A value, or why the text is none.
@@ -250,6 +250,9 @@ words! {
         "kubernetes" => Kubernetes,
     }
     Locality { "off" => Off, "zone" => Zone, "node" => Node, }
+    Protocol { "tcp" => Tcp, "chronos" => Chronos, "http1" => Http1, }
+    PoolMode { "preconnect" => Preconnect, "session" => Session, "request" => Request, }
+    Route { "balance" => Balance, "key" => Key, }
     Switch { "auto" => Auto, "on" => On, "off" => Off, }
     IoChoice { "auto" => Auto, "uring" => Uring, "epoll" => Epoll, }
     Balance {

@@ -106,6 +106,15 @@ variables! {
     AEGIS_MAX_SESSIONS max_sessions = "auto",
         "auto, or a number from 1 to 1000000",
         "Sessions at a time in the whole process. auto: what RLIMIT_NOFILE allows, 10000 at most.";
+    AEGIS_PROTOCOL protocol = "tcp",
+        "tcp, chronos or http1",
+        "What clients and backends speak. tcp: anything, passed on as it is.";
+    AEGIS_POOL_MODE pool_mode = "preconnect",
+        "preconnect, session or request; tcp allows preconnect only",
+        "How long a client has a backend connection: its own, its for now, or for a request.";
+    AEGIS_POOL_SIZE pool_size = "16",
+        "a number from 1 to 4096",
+        "Connections at most, per worker and endpoint, where each is lent for a request.";
     AEGIS_POOL_MIN_IDLE pool_min_idle = "4",
         "a number from 0 to 4096, not above AEGIS_POOL_MAX_IDLE",
         "Warm connections kept at least, per worker and endpoint.";
@@ -118,6 +127,24 @@ variables! {
     AEGIS_POOL_MAX_LIFETIME pool_max_lifetime = "15m",
         "off, or a duration from 10ms to 30d",
         "Replaces warm connections that are older than this.";
+    AEGIS_QUEUE_MAX queue_max = "8192",
+        "a number from 0 to 1000000",
+        "Requests of one worker that wait for a backend connection; further ones get an error.";
+    AEGIS_QUEUE_TIMEOUT queue_timeout = "5s",
+        "a duration from 10ms to 1h",
+        "How long a request waits for a backend connection before it gets an error.";
+    AEGIS_REQUEST_TIMEOUT request_timeout = "30s",
+        "off, or a duration from 10ms to 1d",
+        "How long a backend may take over a request; then its connection is closed.";
+    AEGIS_ROUTE route = "balance",
+        "balance, or key (of chronos, where a connection is lent for a request)",
+        "Where a request goes: to any endpoint, or to the one that holds its key.";
+    AEGIS_LINE_MAX line_max = "512",
+        "a number of bytes from 16 to 16384",
+        "Longest request line of chronos, its line feed included: as much as the server reads.";
+    AEGIS_REPEAT_WRITES repeat_writes = "off",
+        "on or off",
+        "Sends a SET or DEL again when its reply was lost, though others may have written since.";
     AEGIS_CONNECT_TIMEOUT connect_timeout = "1s",
         "a duration from 1ms to 5m",
         "How long one attempt to connect to an endpoint may take.";

@@ -11,7 +11,10 @@ use procfs::process::{LimitValue, Process};
 use super::View;
 use super::discovery::status::ErrorKind;
 use super::view::{EndpointCounts, labels, usable};
-use crate::telemetry::{Checkout, CloseReason, Discard, Histogram, Label, Spillover, WorkerStats};
+use crate::config::{Config, PoolMode, Protocol};
+use crate::telemetry::{
+    Checkout, CloseReason, Discard, Histogram, Label, Outcome, Retry, Spillover, Verb, WorkerStats,
+};
 
 /// The `Content-Type` of the format.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -56,6 +59,7 @@ pub fn render(view: &View) -> String {
     let mut text = Encoder::default();
     write_workers(&mut text, view);
     write_durations(&mut text, view);
+    write_requests(&mut text, view);
     write_endpoints(&mut text, view);
     write_identity(&mut text, view);
     if let Ok(process) = ProcessCounts::read() {
@@ -107,7 +111,7 @@ fn write_workers(text: &mut Encoder, view: &View) {
     }
 
     let name = "aegis_pool_discards_total";
-    text.family(name, Counter, "Pooled connections closed without having served a session.");
+    text.family(name, Counter, "Pooled connections closed, by why.");
     for &reason in Discard::ALL {
         let count: u64 = view.stats().map(|stats| stats.discards(reason)).sum();
         text.sample(name, &[("reason", reason.name())], count);
@@ -130,6 +134,57 @@ fn write_durations(text: &mut Encoder, view: &View) {
         "From accept to close.",
         view.stats().map(|stats| &stats.session_duration),
     );
+}
+
+/// What is counted of requests, where they are told apart.
+fn write_requests(text: &mut Encoder, view: &View) {
+    let name = "aegis_queue_depth";
+    text.family(name, Gauge, "Requests that wait for a backend connection.");
+    text.sample(name, &[], view.stats().map(|stats| stats.queue_depth.get()).sum::<u64>());
+    text.histogram(
+        "aegis_queue_wait_seconds",
+        "How long requests waited for a backend connection.",
+        view.stats().map(|stats| &stats.queue_wait),
+    );
+
+    let name = "aegis_retries_total";
+    text.family(name, Counter, "Requests sent again because their connection was lost, by how.");
+    for &reason in Retry::ALL {
+        let count: u64 = view.stats().map(|stats| stats.retries(reason)).sum();
+        text.sample(name, &[("reason", reason.name())], count);
+    }
+
+    let verbs = verbs(view.config());
+    let name = "aegis_requests_total";
+    text.family(name, Counter, "Requests ended, by what they asked for and how they ended.");
+    for verb in verbs {
+        for &outcome in Outcome::ALL {
+            let count: u64 = view.stats().map(|stats| stats.requests(*verb, outcome)).sum();
+            let labels = [("command", verb.name()), ("outcome", outcome.name())];
+            text.sample(name, &labels, count);
+        }
+    }
+    let name = "aegis_request_duration_seconds";
+    let help = "From the last byte of an answered request to the last of its answer.";
+    text.family(name, Kind::Histogram, help);
+    for verb in verbs {
+        let parts = view.stats().map(|stats| stats.request_duration(*verb));
+        text.distribution(name, Some(("command", verb.name())), parts);
+    }
+}
+
+/// What requests can ask for in the protocol that is spoken.
+fn verbs(config: &Config) -> &'static [Verb] {
+    match config.protocol {
+        _ if config.pool.mode == PoolMode::Preconnect => &[],
+        Protocol::Tcp => &[],
+        Protocol::Chronos => {
+            &[Verb::Ping, Verb::Get, Verb::Set, Verb::Del, Verb::Compact, Verb::Other]
+        }
+        Protocol::Http1 => {
+            &[Verb::Get, Verb::Head, Verb::Post, Verb::Put, Verb::Delete, Verb::Other]
+        }
+    }
 }
 
 fn write_endpoints(text: &mut Encoder, view: &View) {
@@ -175,7 +230,11 @@ fn write_endpoints(text: &mut Encoder, view: &View) {
     let name = "aegis_pool_connections";
     text.family(name, Gauge, "Pooled connections, by what they are doing.");
     for (label, counts) in labels.iter().zip(&totals) {
-        for (state, count) in [("idle", counts.pool_idle), ("connecting", counts.pool_connecting)] {
+        let lends = view.config().pool.mode != PoolMode::Preconnect;
+        let lent = if lends { counts.sessions_active } else { 0 };
+        let states =
+            [("idle", counts.pool_idle), ("connecting", counts.pool_connecting), ("lent", lent)];
+        for (state, count) in states {
             text.sample(name, &[("endpoint", label), ("state", state)], count);
         }
     }
@@ -296,13 +355,24 @@ impl Encoder {
         help: &str,
         parts: impl Iterator<Item = &'a Histogram>,
     ) {
+        self.family(name, Kind::Histogram, help);
+        self.distribution(name, None, parts);
+    }
+
+    /// The samples of one histogram of a family.
+    fn distribution<'a>(
+        &mut self,
+        name: &str,
+        label: Option<(&str, &str)>,
+        parts: impl Iterator<Item = &'a Histogram>,
+    ) {
         let mut counts = [0; Histogram::BUCKETS];
         let mut sum = 0.0;
         for (part, seconds) in parts.map(Histogram::read) {
             counts.iter_mut().zip(part).for_each(|(total, n)| *total += n);
             sum += seconds;
         }
-        self.family(name, Kind::Histogram, help);
+        let own: Vec<_> = label.into_iter().collect();
         let bucket = format!("{name}_bucket");
         // `_count` is the sum of the buckets, so it agrees with them while workers count on.
         let mut count = 0;
@@ -310,10 +380,11 @@ impl Encoder {
             count += n;
             let le = Histogram::upper_bound_seconds(i);
             let le = le.map_or_else(|| "+Inf".to_owned(), |seconds| seconds.to_string());
-            self.sample(&bucket, &[("le", &le)], count);
+            let labels: Vec<_> = own.iter().copied().chain([("le", le.as_str())]).collect();
+            self.sample(&bucket, &labels, count);
         }
-        self.sample(&format!("{name}_sum"), &[], sum);
-        self.sample(&format!("{name}_count"), &[], count);
+        self.sample(&format!("{name}_sum"), &own, sum);
+        self.sample(&format!("{name}_count"), &own, count);
     }
 }
 

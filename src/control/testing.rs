@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use super::{DriverInfo, View, WorkerHandle};
 use crate::config::{
     Balance, Config, Discovery, HostPort, IoChoice, KubeConfig, Locality, LogFormat, PoolConfig,
-    ProxyProtocol, Switch,
+    PoolMode, Protocol, ProxyProtocol, RequestConfig, Route, Switch,
 };
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
 use crate::telemetry::WorkerState;
@@ -45,7 +45,23 @@ pub fn config() -> Config {
         pin: Switch::Auto,
         io: IoChoice::Auto,
         balance: Balance::LeastConn,
-        pool: PoolConfig { min_idle: 0, max_idle: 0, idle_timeout: None, max_lifetime: None },
+        protocol: Protocol::Tcp,
+        pool: PoolConfig {
+            mode: PoolMode::Preconnect,
+            size: 16,
+            min_idle: 0,
+            max_idle: 0,
+            idle_timeout: None,
+            max_lifetime: None,
+        },
+        requests: RequestConfig {
+            queue_max: 0,
+            queue_timeout: Duration::from_secs(1),
+            timeout: None,
+            route: Route::Balance,
+            line_max: 512,
+            repeat_writes: false,
+        },
         max_sessions: None,
         connect_timeout: Duration::from_secs(1),
         connect_attempts: 3,

@@ -271,6 +271,59 @@ impl Buffers {
         })
     }
 
+    /// The first `len` bytes of a chain in one piece, put together in `scratch` if they are in
+    /// several buffers.
+    pub fn front<'a>(&'a self, chain: &'a Chain, len: usize, scratch: &'a mut [u8]) -> &'a [u8] {
+        let Some(first) = self.slices(chain).next() else { return &[] };
+        if let Some(front) = first.get(..len) {
+            return front;
+        }
+        let len = self.copy(chain, &mut scratch[..len]);
+        &scratch[..len]
+    }
+
+    /// Takes bytes from the front of a chain, at most `len` and no more than one buffer holds: its
+    /// first buffer if all of that is wanted, else a copy. None: no buffer is free for that.
+    pub fn take_front(&mut self, chain: &mut Chain, len: u32) -> Option<Buf> {
+        let first = self.entries.get(chain.head as usize).map_or(0, |entry| entry.len);
+        if first <= len {
+            return self.pop(chain);
+        }
+        let buf = self.duplicate(chain, len)?;
+        self.advance(chain, buf.len);
+        Some(buf)
+    }
+
+    /// A new buffer with the first `len` bytes of a chain, if one is free.
+    pub fn duplicate(&mut self, chain: &Chain, len: u32) -> Option<Buf> {
+        let mut buf = self.take()?;
+        buf.len = len.min(chain.bytes).min(BUFFER_SIZE as u32);
+        let mut filled = 0;
+        for (from, count) in self.parts(chain) {
+            let count = count.min(buf.len as usize - filled);
+            // SAFETY: both ranges lie inside the mapping, in different buffers; the target is ours
+            // alone, and nobody writes to what a chain holds.
+            unsafe {
+                let to = self.address(&buf).as_ptr().add(filled);
+                ptr::copy_nonoverlapping(from.as_ptr(), to, count);
+            }
+            filled += count;
+        }
+        Some(buf)
+    }
+
+    /// Copies the first bytes of a chain, as many as there are or as fit. Returns how many.
+    pub fn copy(&self, chain: &Chain, mut space: &mut [u8]) -> usize {
+        let before = space.len();
+        for slice in self.slices(chain) {
+            let count = slice.len().min(space.len());
+            let (filled, rest) = space.split_at_mut(count);
+            filled.copy_from_slice(&slice[..count]);
+            space = rest;
+        }
+        before - space.len()
+    }
+
     /// Address and length of each of a chain's buffers, in order.
     pub(super) fn parts<'a>(
         &'a self,

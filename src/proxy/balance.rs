@@ -1,13 +1,16 @@
 //! The endpoints as one worker sees them, and which one serves the next session.
 
+use std::collections::HashMap;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::endpoints::{Endpoint, EndpointSnapshot};
+use super::exchange::Loan;
 use super::health::Health;
 use super::pool::Pool;
+use super::route::{self, StableHash};
 use super::session::Tried;
 use crate::config::{Balance, PoolConfig};
 use crate::limits::ENDPOINTS_MAX;
@@ -91,6 +94,36 @@ impl Entry {
         self.sessions > 0 && self.removed_at.is_some_and(passed)
     }
 
+    /// Lends an idle connection, if there is one. `index` is the entry's own.
+    pub fn lend(&mut self, index: u16) -> Option<Loan> {
+        let (conn, retire_at) = self.pool.lend()?;
+        self.count_sessions(self.sessions + 1);
+        Some(Loan { conn, endpoint: index, retire_at })
+    }
+
+    /// A lent connection comes back. Says whether it is kept, which it can be only if it is
+    /// `useful`; else it is to be closed.
+    #[must_use = "a connection that is not kept is to be closed"]
+    pub fn take_back(&mut self, loan: &Loan, useful: bool, now: Instant) -> bool {
+        self.count_sessions(self.sessions - 1);
+        if useful && self.present {
+            return self.pool.take_back(loan.conn, loan.retire_at, now);
+        }
+        self.pool.on_lent_closed();
+        false
+    }
+
+    /// A lent connection was closed.
+    pub fn on_lent_closed(&mut self) {
+        self.count_sessions(self.sessions - 1);
+        self.pool.on_lent_closed();
+    }
+
+    fn count_sessions(&mut self, sessions: u32) {
+        self.sessions = sessions;
+        self.stats().sessions_active.set(u64::from(sessions));
+    }
+
     /// This worker's counters of the endpoint.
     pub fn stats(&self) -> &EndpointStats {
         &self.endpoint.stats[self.worker]
@@ -102,7 +135,10 @@ impl Entry {
     }
 
     fn is_unused(&self) -> bool {
-        self.sessions == 0 && self.pool.idle() == 0 && self.pool.connecting() == 0
+        self.sessions == 0
+            && self.pool.lent() == 0
+            && self.pool.idle() == 0
+            && self.pool.connecting() == 0
     }
 }
 
@@ -115,12 +151,35 @@ enum Among {
     Far,
 }
 
+/// What an endpoint must have to be looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Having {
+    /// Nothing.
+    Anything,
+    /// An idle connection.
+    Idle,
+    /// Room for one more connection.
+    Room,
+}
+
+impl Having {
+    fn holds(self, entry: &Entry) -> bool {
+        match self {
+            Self::Anything => true,
+            Self::Idle => entry.pool.idle() > 0,
+            Self::Room => entry.pool.room() > 0,
+        }
+    }
+}
+
 /// The table of endpoints. An index stays an endpoint's own while anything refers to it.
 #[derive(Debug)]
 pub struct Table {
     entries: Vec<Option<Entry>>,
     /// Those that the latest snapshot names, in its order.
     present: Vec<u16>,
+    /// The hashes of their names, in the same order.
+    names: Vec<StableHash>,
     policy: Balance,
     worker: usize,
     turn: usize,
@@ -129,7 +188,14 @@ pub struct Table {
 impl Table {
     /// An empty table for worker number `worker`.
     pub fn new(policy: Balance, worker: usize) -> Self {
-        Self { entries: Vec::new(), present: Vec::new(), policy, worker, turn: worker }
+        Self {
+            entries: Vec::new(),
+            present: Vec::new(),
+            names: Vec::new(),
+            policy,
+            worker,
+            turn: worker,
+        }
     }
 
     /// Puts a snapshot in force: known endpoints keep their pools and counts, new ones come in,
@@ -174,7 +240,59 @@ impl Table {
             entry.removed_at = None;
             self.present.push(index as u16);
         }
+        self.name_all();
         self.forget_unused();
+    }
+
+    /// Endpoints are told apart by their names, and only if these are the same by their addresses:
+    /// a pod that comes back under its name holds the same keys.
+    fn name_all(&mut self) {
+        let endpoints = self.present.iter().filter_map(|&i| self.entries[usize::from(i)].as_ref());
+        let endpoints: Vec<_> = endpoints.map(|entry| &entry.endpoint).collect();
+        let mut counts: HashMap<&str, usize> = HashMap::new();
+        for endpoint in &endpoints {
+            *counts.entry(endpoint.name.as_str()).or_default() += 1;
+        }
+        let hash = |endpoint: &Endpoint| match counts.get(endpoint.name.as_str()) {
+            Some(2..) => {
+                StableHash::of(format!("{}@{}", endpoint.name, endpoint.address).as_bytes())
+            }
+            _ => StableHash::of(endpoint.name.as_bytes()),
+        };
+        self.names = endpoints.iter().map(|endpoint| hash(endpoint)).collect();
+    }
+
+    /// The endpoint that holds a key, be it usable or not.
+    pub fn owner(&self, key: StableHash) -> Option<u16> {
+        route::owner(key, &self.names).and_then(|at| self.present.get(at).copied())
+    }
+
+    /// The first endpoint of the latest snapshot at or after an index.
+    pub fn present_from(&self, index: u16) -> Option<u16> {
+        self.present.iter().copied().filter(|&at| at >= index).min()
+    }
+
+    /// The endpoint for a request: a usable one with an idle connection, else one with room for
+    /// one more, which then has to be made. And whether it is not near though near ones are
+    /// preferred.
+    pub fn choose_for_request(
+        &mut self,
+        tried: &Tried,
+        source: Option<IpAddr>,
+        prefers_near: bool,
+        rng: &mut fastrand::Rng,
+    ) -> Option<(u16, Having)> {
+        self.turn = self.turn.wrapping_add(1);
+        let near: &[Among] =
+            if prefers_near { &[Among::Near, Among::Far] } else { &[Among::Usable] };
+        for &among in near {
+            for having in [Having::Idle, Having::Room] {
+                if let Some(index) = self.pick(tried, source, rng, among, having) {
+                    return Some((index, having));
+                }
+            }
+        }
+        None
     }
 
     /// Frees the entries of removed endpoints to which nothing refers any more.
@@ -222,8 +340,8 @@ impl Table {
         rng: &mut fastrand::Rng,
     ) -> Option<u16> {
         self.turn = self.turn.wrapping_add(1);
-        self.pick(tried, source, rng, Among::Usable)
-            .or_else(|| self.pick(tried, source, rng, Among::All))
+        self.pick(tried, source, rng, Among::Usable, Having::Anything)
+            .or_else(|| self.pick(tried, source, rng, Among::All, Having::Anything))
     }
 
     /// The same where near endpoints are preferred, and why it is another one, if it is.
@@ -234,8 +352,8 @@ impl Table {
         rng: &mut fastrand::Rng,
     ) -> (Option<u16>, Option<Spillover>) {
         self.turn = self.turn.wrapping_add(1);
-        let near = self.pick(tried, source, rng, Among::Near);
-        let other = self.pick(tried, source, rng, Among::Far);
+        let near = self.pick(tried, source, rng, Among::Near, Having::Anything);
+        let other = self.pick(tried, source, rng, Among::Far, Having::Anything);
         let load = |index: u16| self.entries[usize::from(index)].as_ref().map_or(0, Entry::load);
         match (near, other) {
             (Some(near), Some(other))
@@ -245,7 +363,7 @@ impl Table {
             }
             (Some(near), _) => (Some(near), None),
             (None, Some(other)) => (Some(other), Some(Spillover::Few)),
-            (None, None) => (self.pick(tried, source, rng, Among::All), None),
+            (None, None) => (self.pick(tried, source, rng, Among::All, Having::Anything), None),
         }
     }
 
@@ -255,6 +373,7 @@ impl Table {
         source: Option<IpAddr>,
         rng: &mut fastrand::Rng,
         among: Among,
+        having: Having,
     ) -> Option<u16> {
         let count = self.present.len();
         // Starting each time one further on makes equals take turns.
@@ -262,6 +381,7 @@ impl Table {
             .map(|i| self.present[(self.turn + i) % count])
             .filter(|&index| !tried.contains(index))
             .filter_map(|index| Some((index, self.entries[usize::from(index)].as_ref()?)))
+            .filter(|(_, entry)| having.holds(entry))
             .filter(|(_, entry)| match among {
                 Among::All => true,
                 Among::Usable => entry.health.is_usable(),
@@ -313,7 +433,14 @@ mod tests {
     }
 
     fn pool() -> PoolConfig {
-        PoolConfig { min_idle: 0, max_idle: 4, idle_timeout: None, max_lifetime: None }
+        PoolConfig {
+            mode: crate::config::PoolMode::Preconnect,
+            size: 16,
+            min_idle: 0,
+            max_idle: 4,
+            idle_timeout: None,
+            max_lifetime: None,
+        }
     }
 
     fn table(policy: Balance, endpoints: &[Arc<Endpoint>]) -> Table {

@@ -5,8 +5,10 @@
 
 pub mod balance;
 pub mod endpoints;
+pub mod exchange;
 pub mod health;
 pub mod pool;
+pub mod queue;
 pub mod relay;
 pub mod route;
 pub mod session;

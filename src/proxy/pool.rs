@@ -1,15 +1,19 @@
-//! Warm, unused connections to one endpoint: `preconnect` pooling, right for any protocol.
+//! The idle connections of one worker to one endpoint.
 //!
-//! A session takes the oldest warm connection, and a new one is made in the background. The pool
-//! aims at a target between its bounds: it doubles when a session finds the pool empty, and
-//! shrinks one by one as connections sit idle for too long.
+//! `preconnect`, right for any protocol: a session takes the oldest warm connection, and a new one
+//! is made in the background. The pool aims at a target between its bounds: it doubles when a
+//! session finds the pool empty, and shrinks one by one as connections sit idle for too long.
+//!
+//! Where used connections are lent, they come back, and the latest one back is the next one lent,
+//! so that those that are not needed grow old. New ones are made while requests wait, up to the
+//! pool's size.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use crate::config::PoolConfig;
+use crate::config::{PoolConfig, PoolMode};
 use crate::io::ConnId;
-use crate::limits::POOL_CONNECTING_MAX;
+use crate::limits::{self, POOL_CONNECTING_MAX};
 use crate::telemetry::Discard;
 
 /// The wait after a failed connect doubles from here…
@@ -32,6 +36,9 @@ pub struct Pool {
     config: PoolConfig,
     idle: VecDeque<Idle>,
     connecting: usize,
+    lent: usize,
+    /// Connections that requests wait for and that are still to be made.
+    wanted: usize,
     target: usize,
     failures: u32,
     retry_at: Option<Instant>,
@@ -43,6 +50,8 @@ impl Pool {
         Self {
             idle: VecDeque::with_capacity(config.max_idle),
             connecting: 0,
+            lent: 0,
+            wanted: 0,
             target: config.min_idle,
             failures: 0,
             retry_at: None,
@@ -61,12 +70,67 @@ impl Pool {
         oldest.map(|idle| idle.conn)
     }
 
+    /// Lends the connection that came back last; it is to come back or to be reported as closed.
+    /// With it comes when it is too old to be kept.
+    pub fn lend(&mut self) -> Option<(ConnId, Option<Instant>)> {
+        let latest = self.idle.pop_back()?;
+        self.failures = 0;
+        self.lent += 1;
+        Some((latest.conn, latest.retire_at))
+    }
+
+    /// A lent connection comes back. Says whether it is kept.
+    #[must_use = "a connection that is not kept is to be closed"]
+    pub fn take_back(&mut self, conn: ConnId, retire_at: Option<Instant>, now: Instant) -> bool {
+        self.lent -= 1;
+        let keeps = self.idle.len() < self.config.max_idle.max(1);
+        if !keeps || retire_at.is_some_and(|at| at <= now) {
+            return false;
+        }
+        self.idle.push_back(Idle { conn, since: now, retire_at });
+        true
+    }
+
+    /// A lent connection was closed.
+    pub fn on_lent_closed(&mut self) {
+        self.lent -= 1;
+    }
+
+    /// How many more connections there may be.
+    pub fn room(&self) -> usize {
+        match self.config.mode {
+            PoolMode::Request => {
+                self.config.size.saturating_sub(self.idle.len() + self.connecting + self.lent)
+            }
+            PoolMode::Preconnect | PoolMode::Session => usize::MAX,
+        }
+    }
+
+    /// So many requests wait for a connection of this pool.
+    pub fn want(&mut self, count: usize) {
+        self.wanted = (self.wanted + count).min(limits::POOL_IDLE_MAX);
+    }
+
+    /// Nothing waits any more.
+    pub fn stop_wanting(&mut self) {
+        self.wanted = 0;
+    }
+
     /// How many connects to start now.
     pub fn shortage(&self, now: Instant) -> usize {
+        if self.config.mode != PoolMode::Preconnect {
+            let kept = self.config.min_idle.saturating_sub(self.lent);
+            let warm = self.idle.len() + self.connecting;
+            let missing = self.wanted.max(kept.saturating_sub(warm));
+            return self.allowed(missing, now).min(self.room());
+        }
+        self.allowed(self.target.saturating_sub(self.idle.len() + self.connecting), now)
+    }
+
+    fn allowed(&self, missing: usize, now: Instant) -> usize {
         if self.retry_at.is_some_and(|at| now < at) {
             return 0;
         }
-        let missing = self.target.saturating_sub(self.idle.len() + self.connecting);
         // After a failure one connect tries the way first.
         let parallel = if self.failures > 0 { 1 } else { POOL_CONNECTING_MAX };
         missing.min(parallel.saturating_sub(self.connecting))
@@ -74,6 +138,7 @@ impl Pool {
 
     /// A connect for the pool was started.
     pub fn on_connecting(&mut self) {
+        self.wanted = self.wanted.saturating_sub(1);
         self.connecting += 1;
     }
 
@@ -81,7 +146,9 @@ impl Pool {
     #[must_use = "a connection that is not kept is to be closed"]
     pub fn on_connected(&mut self, conn: ConnId, now: Instant, rng: &mut fastrand::Rng) -> bool {
         self.connecting -= 1;
-        if self.idle.len() >= self.config.max_idle {
+        // One that requests wait for is kept, whatever may be idle.
+        let lends = self.config.mode != PoolMode::Preconnect;
+        if self.idle.len() >= self.config.max_idle.max(usize::from(lends)) {
             return false;
         }
         // Ages are spread by a tenth either way, so that a pool is never renewed all at once.
@@ -154,6 +221,11 @@ impl Pool {
         self.connecting
     }
 
+    /// Connections that are lent.
+    pub fn lent(&self) -> usize {
+        self.lent
+    }
+
     /// How many warm connections it aims at.
     pub fn target(&self) -> usize {
         self.target
@@ -173,6 +245,8 @@ mod tests {
 
     fn config() -> PoolConfig {
         PoolConfig {
+            mode: PoolMode::Preconnect,
+            size: 4,
             min_idle: 2,
             max_idle: 8,
             idle_timeout: Some(10 * SECOND),
@@ -254,6 +328,31 @@ mod tests {
         pool.on_connecting();
         assert!(pool.on_connected(conn(7), later, &mut rng));
         assert_eq!(pool.shortage(later), 1, "no longer held back");
+    }
+
+    #[test]
+    fn lent_connections_come_back_and_the_latest_is_lent_first() {
+        let now = Instant::now();
+        let mut pool = Pool::new(&PoolConfig { mode: PoolMode::Request, ..config() });
+        let mut rng = fastrand::Rng::with_seed(1);
+        assert_eq!(pool.shortage(now), 2, "the minimum");
+        pool.want(9);
+        assert_eq!(pool.shortage(now), 4, "what waits, up to the size");
+        pool.stop_wanting();
+        for number in 0..3 {
+            pool.on_connecting();
+            assert!(pool.on_connected(conn(number), now, &mut rng));
+        }
+        let (last, retire_at) = pool.lend().unwrap();
+        assert_eq!((last, pool.lent(), pool.room()), (conn(2), 1, 1));
+        let (first, _) = pool.lend().unwrap();
+        assert_eq!(first, conn(1));
+        assert_eq!(pool.shortage(now), 0, "the minimum counts those that are lent");
+        assert!(pool.take_back(last, retire_at, now));
+        assert_eq!(pool.lend().map(|(conn, _)| conn), Some(last));
+        pool.on_lent_closed();
+        assert!(!pool.take_back(last, retire_at, now + 200 * SECOND), "too old");
+        assert_eq!((pool.lent(), pool.idle(), pool.room()), (0, 1, 3));
     }
 
     #[test]

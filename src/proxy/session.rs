@@ -62,7 +62,8 @@ impl Tried {
         self.endpoints[..usize::from(self.len)].contains(&endpoint)
     }
 
-    fn push(&mut self, endpoint: u16) {
+    /// Takes note of an attempt.
+    pub fn push(&mut self, endpoint: u16) {
         if let Some(slot) = self.endpoints.get_mut(usize::from(self.len)) {
             *slot = endpoint;
             self.len += 1;

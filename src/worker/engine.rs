@@ -1,5 +1,6 @@
 //! The turn of a worker: wait for events, handle each, then see to commands, timers and pools.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,15 +8,17 @@ use std::time::{Duration, Instant};
 use super::batch::Batcher;
 use super::mailbox::{Mailbox, Order};
 use super::timers::Timers;
-use crate::config::Config;
+use crate::config::{Config, PoolMode};
 use crate::io::{Chain, Completion, ConnId, Driver, Wait};
 use crate::limits;
 use crate::proxy::Side;
 use crate::proxy::balance::Table;
+use crate::proxy::exchange::{Client, Limits as ClientLimits};
 use crate::proxy::health::HealthConfig;
+use crate::proxy::queue::Queue;
 use crate::proxy::session::{Session, Timeouts};
 use crate::slab::{Key, Slab};
-use crate::telemetry::{CloseReason, WorkerState, WorkerStats};
+use crate::telemetry::{CloseReason, Retry, WorkerState, WorkerStats};
 
 /// An idle worker still turns this often, which is its sign of life.
 const TURN_MAX: Duration = Duration::from_millis(500);
@@ -42,6 +45,8 @@ pub struct EngineSetup {
     pub config: Arc<Config>,
     /// Sessions at a time in the whole process.
     pub sessions_max: usize,
+    /// Connections of its pools, idle or being made.
+    pub pool_conns_max: usize,
     /// Where commands come from.
     pub mailbox: Arc<Mailbox>,
     /// The counters of all workers, its own at `index`.
@@ -62,6 +67,10 @@ pub(super) enum Owner {
     Session(Key, Side),
     /// Being made for a pool, or to probe an endpoint.
     Warming { endpoint: u16, since: Instant },
+    /// A client's whose requests are told apart.
+    Client(Key),
+    /// In the hands of such a client.
+    Lent(Key),
     /// Warm in a pool, with what the backend has sent unasked.
     Warm { endpoint: u16, greeting: Chain },
 }
@@ -93,6 +102,20 @@ pub struct Engine<D> {
     pub(super) health: HealthConfig,
     pub(super) stats: Arc<WorkerStats>,
     pub(super) sessions: Slab<Session>,
+    /// Clients whose requests are told apart.
+    pub(super) clients: Slab<Client>,
+    pub(super) client_limits: ClientLimits,
+    pub(super) queue: Queue,
+    /// Clients to be looked at before the turn ends.
+    pub(super) due: VecDeque<Key>,
+    /// Clients whose connection is to be given back before the turn ends.
+    pub(super) returning: Vec<Key>,
+    /// Connections that clients hold.
+    pub(super) loans: u32,
+    /// Endpoints that may have connections for requests that wait.
+    pub(super) freed: Vec<u16>,
+    /// For a request that lies in several buffers.
+    pub(super) scratch: Box<[u8]>,
     pub(super) owners: Vec<Owned>,
     pub(super) table: Table,
     pub(super) timers: Timers,
@@ -101,6 +124,7 @@ pub struct Engine<D> {
     pub(super) order: Order,
     /// Pool connections, warm or being made, of all endpoints.
     pub(super) pool_conns: usize,
+    pub(super) pool_conns_max: usize,
     /// Endpoints whose pool may want connections.
     pub(super) short_pools: Vec<u16>,
     pub(super) batcher: Batcher,
@@ -124,14 +148,30 @@ impl<D: Driver> Engine<D> {
         let now = driver.now();
         let conns_max = limits::conns_max(setup.sessions_max);
         let config = setup.config;
+        let lends = config.pool.mode != PoolMode::Preconnect;
+        let slots = setup.sessions_max + limits::ACCEPT_OVERSHOOT;
+        let clients_max = if lends { slots } else { 0 };
         Self {
+            clients: Slab::with_capacity(clients_max),
+            client_limits: ClientLimits {
+                idle: config.idle_timeout,
+                half_close: config.half_close_timeout,
+                queue: config.requests.queue_timeout,
+                request: config.requests.timeout,
+            },
+            queue: Queue::new(config.requests.queue_max, clients_max),
+            due: VecDeque::with_capacity(clients_max),
+            returning: Vec::with_capacity(clients_max),
+            loans: 0,
+            freed: Vec::with_capacity(limits::ENDPOINTS_MAX),
+            scratch: vec![0; config.requests.line_max].into(),
             timeouts: Timeouts { idle: config.idle_timeout, half_close: config.half_close_timeout },
             health: HealthConfig {
                 eject_failures: config.eject_failures,
                 eject_time: config.eject_time,
             },
             stats: Arc::clone(&setup.stats[setup.index]),
-            sessions: Slab::with_capacity(setup.sessions_max + limits::ACCEPT_OVERSHOOT),
+            sessions: Slab::with_capacity(slots),
             owners: Vec::with_capacity(conns_max),
             table: Table::new(config.balance, setup.index),
             timers: Timers::new(conns_max, now),
@@ -139,6 +179,7 @@ impl<D: Driver> Engine<D> {
             now,
             order: Order::Run,
             pool_conns: 0,
+            pool_conns_max: setup.pool_conns_max.min(limits::POOL_CONNS_MAX),
             short_pools: Vec::with_capacity(limits::ENDPOINTS_MAX),
             batcher: Batcher::new(now),
             listening_until: None,
@@ -171,7 +212,7 @@ impl<D: Driver> Engine<D> {
 
     /// Whether it was told to end and nothing is left to do.
     pub fn is_finished(&self) -> bool {
-        self.order > Order::Run && self.listening_until.is_none() && self.sessions.is_empty()
+        self.order > Order::Run && self.listening_until.is_none() && self.sessions() == 0
     }
 
     /// One turn.
@@ -197,6 +238,7 @@ impl<D: Driver> Engine<D> {
         while let Some(slot) = self.timers.pop(self.now) {
             self.on_timer(slot);
         }
+        self.serve_clients();
         self.refill_short_pools();
         if self.now >= self.upkeep_at {
             self.upkeep_at = self.now + UPKEEP_INTERVAL;
@@ -211,13 +253,19 @@ impl<D: Driver> Engine<D> {
     fn serve_accepted(&mut self) {
         let mut accepted = std::mem::take(&mut self.accepted);
         for conn in accepted.drain(..) {
-            self.on_accepted(conn);
+            if self.lends() {
+                self.on_client(conn);
+            } else {
+                self.on_accepted(conn);
+            }
         }
         self.accepted = accepted;
     }
 
     fn plan_wait(&mut self) -> Wait {
         let (events, batch) = self.batcher.plan(self.now);
+        // Few connections for many clients bring few answers at a time.
+        let events = if self.lends() { events.min((self.loans / 2).max(1)) } else { events };
         let mut most = if self.gate.waits_for_turn || self.gate.full { ROTATION } else { TURN_MAX };
         let due = [
             self.timers.next(),
@@ -225,6 +273,9 @@ impl<D: Driver> Engine<D> {
             self.listening_until,
             self.pools_need_upkeep_at(),
         ];
+        if !(self.due.is_empty() && self.freed.is_empty()) {
+            most = Duration::ZERO;
+        }
         for at in due.into_iter().flatten() {
             most = most.min(at.saturating_duration_since(self.now));
         }
@@ -248,11 +299,15 @@ impl<D: Driver> Engine<D> {
             Completion::ConnectFailed(conn, error) => self.on_connect_failed(conn, &error),
             Completion::Received(conn, buf) => match self.peek_owner(conn) {
                 Some(&Owner::Session(session, side)) => self.on_received(session, side, buf),
+                Some(&Owner::Client(client)) => self.on_client_received(client, buf),
+                Some(&Owner::Lent(client)) => self.on_reply(client, buf),
                 Some(Owner::Warm { .. }) => self.on_greeting(conn, buf),
                 _ => self.driver.buffers().give(buf),
             },
             Completion::Ended(conn) => match self.peek_owner(conn) {
                 Some(&Owner::Session(session, side)) => self.on_ended(session, side),
+                Some(&Owner::Client(client)) => self.on_client_ended(client),
+                Some(&Owner::Lent(client)) => self.on_lent_died(client, Retry::Ended),
                 Some(&Owner::Warm { endpoint, .. }) => self.on_warm_died(endpoint, conn),
                 _ => {}
             },
@@ -261,20 +316,26 @@ impl<D: Driver> Engine<D> {
                     self.apply(session, |session, now| session.on_receive_failed(side, now));
                     self.arm_deadline(session);
                 }
+                Some(&Owner::Client(client)) => self.on_client_broken(client, Side::Client),
+                Some(&Owner::Lent(client)) => self.on_client_broken(client, Side::Backend),
                 Some(&Owner::Warm { endpoint, .. }) => self.on_warm_died(endpoint, conn),
                 _ => {}
             },
-            Completion::Sent(conn, bytes) => {
-                if let Some(&Owner::Session(session, side)) = self.peek_owner(conn) {
-                    self.on_sent(session, side, bytes);
-                }
-            }
-            Completion::SendFailed(conn) => {
-                if let Some(&Owner::Session(session, side)) = self.peek_owner(conn) {
+            Completion::Sent(conn, bytes) => match self.peek_owner(conn) {
+                Some(&Owner::Session(session, side)) => self.on_sent(session, side, bytes),
+                Some(&Owner::Client(client)) => self.on_client_sent(client, bytes),
+                Some(&Owner::Lent(client)) => self.on_lent_sent(client, bytes),
+                _ => {}
+            },
+            Completion::SendFailed(conn) => match self.peek_owner(conn) {
+                Some(&Owner::Session(session, side)) => {
                     self.apply(session, |session, now| session.on_send_failed(side, now));
                     self.arm_deadline(session);
                 }
-            }
+                Some(&Owner::Client(client)) => self.on_client_broken(client, Side::Client),
+                Some(&Owner::Lent(client)) => self.on_client_broken(client, Side::Backend),
+                _ => {}
+            },
             Completion::Woken => self.on_mail(),
         }
     }
@@ -294,7 +355,8 @@ impl<D: Driver> Engine<D> {
             Owner::Session(_, Side::Backend) | Owner::Warming { .. } => {
                 self.on_connect_failed(conn, &io::ErrorKind::TimedOut.into());
             }
-            Owner::Warm { .. } | Owner::None => {}
+            Owner::Client(client) => self.on_client_deadline(client),
+            Owner::Lent(_) | Owner::Warm { .. } | Owner::None => {}
         }
     }
 
@@ -311,6 +373,7 @@ impl<D: Driver> Engine<D> {
             if !self.table.is_empty() {
                 self.dispatch_waiting();
             }
+            self.place_waiting_again();
         }
         let order = self.mailbox.current_order();
         if order > self.order {
@@ -324,6 +387,7 @@ impl<D: Driver> Engine<D> {
             if order == Order::Stop {
                 self.stop_listening();
                 self.close_all_sessions(CloseReason::DrainDeadline);
+                self.close_all_clients(CloseReason::DrainDeadline);
             }
         }
     }
@@ -446,6 +510,15 @@ impl<D: Driver> Engine<D> {
 
     /// Open sessions.
     pub fn sessions(&self) -> usize {
-        self.sessions.len()
+        self.sessions.len() + self.clients.len()
+    }
+
+    pub(super) fn publish_sessions(&self) {
+        self.stats.sessions_active.set(self.sessions() as u64);
+    }
+
+    /// Whether connections are worth keeping: there may be a client that needs one.
+    pub(super) fn keeps_pools(&self) -> bool {
+        self.order == Order::Run || !self.clients.is_empty()
     }
 }

@@ -21,6 +21,7 @@ use crate::telemetry::{WorkerState, WorkerStats};
 pub mod batch;
 pub mod cores;
 pub mod engine;
+mod exchanges;
 pub mod listener;
 pub mod mailbox;
 mod pools;
@@ -47,6 +48,8 @@ pub struct WorkerSetup {
     pub config: Arc<Config>,
     /// Sessions at a time in the whole process.
     pub sessions_max: usize,
+    /// Connections of this worker's pools, idle or being made.
+    pub pool_conns_max: usize,
     /// Where commands come from.
     pub mailbox: Arc<Mailbox>,
     /// The counters of all workers, its own at `index`.
@@ -126,6 +129,7 @@ fn serve<D: Driver>(driver: D, setup: WorkerSetup, started: &mpsc::Sender<io::Re
             index,
             config: setup.config,
             sessions_max: setup.sessions_max,
+            pool_conns_max: setup.pool_conns_max,
             mailbox: setup.mailbox,
             stats: setup.stats,
             started: setup.started,

@@ -24,14 +24,14 @@ impl<D: Driver> Engine<D> {
     }
 
     fn refill(&mut self, endpoint: u16) {
-        let now = self.now;
+        let (now, keeps) = (self.now, self.keeps_pools());
         let Some(entry) = self.table.get_mut(endpoint) else { return };
-        let wanted = if self.order == Order::Run && entry.is_present() && entry.health.is_usable() {
+        let wanted = if keeps && entry.is_present() && entry.health.is_usable() {
             entry.pool.shortage(now)
         } else {
             0
         };
-        for _ in 0..wanted.min(limits::POOL_CONNS_MAX.saturating_sub(self.pool_conns)) {
+        for _ in 0..wanted.min(self.pool_conns_max.saturating_sub(self.pool_conns)) {
             if !self.warm(endpoint) {
                 break;
             }
@@ -61,14 +61,17 @@ impl<D: Driver> Engine<D> {
         self.timers.clear(conn.index());
         self.stats.connect_duration.record(self.now.saturating_duration_since(since));
         self.on_endpoint_success(endpoint);
-        let now = self.now;
+        let (now, keeps) = (self.now, self.keeps_pools());
         let Some(entry) = self.table.get_mut(endpoint) else { return };
         let kept = entry.pool.on_connected(conn, now, &mut self.rng);
-        let useful = entry.is_present() && self.order == Order::Run;
+        let useful = entry.is_present() && keeps;
         if kept && useful {
             self.own(conn, Owner::Warm { endpoint, greeting: Chain::default() });
             // Watched while idle: its end shows at once.
             self.driver.receive(conn, true);
+            if self.lends() {
+                self.free(endpoint);
+            }
         } else {
             entry.pool.remove(conn);
             self.discard(conn, if useful { Discard::Surplus } else { Discard::Endpoint });
@@ -104,6 +107,11 @@ impl<D: Driver> Engine<D> {
         let Owner::Warm { endpoint, mut greeting } = self.owner(conn) else {
             return self.driver.buffers().give(buf);
         };
+        if self.lends() {
+            // It would pass for the answer to the next request.
+            self.driver.buffers().give(buf);
+            return self.forget_warm(endpoint, conn, Discard::Unexpected);
+        }
         self.driver.buffers().push(&mut greeting, buf);
         if greeting.buffers() > limits::POOL_GREETING_BUFFERS_MAX || self.is_lean() {
             self.driver.buffers().clear(&mut greeting);
@@ -189,6 +197,7 @@ impl<D: Driver> Engine<D> {
     /// Closes what is too old, makes what is missing, and probes what may have recovered.
     pub(super) fn upkeep(&mut self) {
         let now = self.now;
+        self.look_after_queue();
         for endpoint in self.table.indices() {
             while let Some((conn, why)) =
                 self.table.get_mut(endpoint).and_then(|entry| entry.pool.expire(now))
@@ -201,6 +210,7 @@ impl<D: Driver> Engine<D> {
             }
             if self.config.backend_drain.is_some_and(|drain| entry.is_overdue(drain, now)) {
                 self.close_sessions_on(endpoint);
+                self.recall_loans_of(endpoint);
             }
             let Some(entry) = self.table.get_mut(endpoint) else { continue };
             let running = self.order == Order::Run && entry.is_present();

@@ -25,7 +25,7 @@ impl<D: Driver> Engine<D> {
             self.driver.close(client, Close::Reset);
             return;
         };
-        self.stats.sessions_active.set(self.sessions.len() as u64);
+        self.publish_sessions();
         self.own(client, Owner::Session(key, Side::Client));
         self.dispatch(key, CloseReason::NoEndpoint);
     }
@@ -347,7 +347,7 @@ impl<D: Driver> Engine<D> {
         self.release(session.endpoint());
         self.stats.count_close(reason);
         self.stats.session_duration.record(session.age(self.now));
-        self.stats.sessions_active.set(self.sessions.len() as u64);
+        self.publish_sessions();
         self.reopen_gate();
         tracing::trace!(reason = ?reason, "session closed");
     }

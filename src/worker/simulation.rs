@@ -51,6 +51,7 @@ impl Run {
             index: 0,
             config: Arc::new(config),
             sessions_max,
+            pool_conns_max: limits::POOL_CONNS_MAX,
             mailbox: Arc::clone(&mailbox),
             stats: Arc::new([Arc::clone(&stats)]),
             started: Instant::now(),

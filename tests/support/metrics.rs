@@ -13,6 +13,9 @@ pub const IO_DRIVER: &str = "aegis_io_driver_info";
 pub const POOL_CHECKOUTS: &str = "aegis_pool_checkouts_total";
 pub const POOL_CONNECTIONS: &str = "aegis_pool_connections";
 pub const POOL_DISCARDS: &str = "aegis_pool_discards_total";
+pub const QUEUE_DEPTH: &str = "aegis_queue_depth";
+pub const REQUESTS: &str = "aegis_requests_total";
+pub const RETRIES: &str = "aegis_retries_total";
 pub const SESSIONS_ACTIVE: &str = "aegis_sessions_active";
 pub const SESSIONS_CLOSED: &str = "aegis_sessions_closed_total";
 

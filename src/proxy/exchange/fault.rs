@@ -1,0 +1,82 @@
+//! What a client is told in place of an answer.
+
+use std::fmt;
+use std::io::Write;
+use std::time::Duration;
+
+use crate::config::Protocol;
+use crate::telemetry::Outcome;
+
+/// What a client is told in place of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The line holds nothing but white space.
+    Blank,
+    /// The line is longer than this many bytes.
+    TooLong(usize),
+    /// Too many requests wait already.
+    QueueFull,
+    /// No connection became free in this time.
+    QueueTimeout(Duration),
+    /// The endpoint that holds the key is out of use.
+    Unreachable,
+    /// The backend did not answer in this time.
+    Timeout(Duration),
+    /// The backend's connection ended first.
+    Lost,
+}
+
+impl Fault {
+    /// How the request counts.
+    pub fn outcome(self) -> Outcome {
+        match self {
+            Self::Blank | Self::TooLong(_) => Outcome::Refused,
+            Self::QueueFull => Outcome::QueueFull,
+            Self::QueueTimeout(_) => Outcome::QueueTimeout,
+            Self::Unreachable => Outcome::Unreachable,
+            Self::Timeout(_) => Outcome::Timeout,
+            Self::Lost => Outcome::Lost,
+        }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Blank => f.write_str("empty request"),
+            Self::TooLong(max) => write!(f, "request longer than {max} bytes"),
+            Self::QueueFull => f.write_str("too many requests wait for a connection"),
+            Self::QueueTimeout(limit) => write!(f, "no backend connection was free in {limit:?}"),
+            Self::Unreachable => f.write_str("the store that holds the key cannot be reached"),
+            Self::Timeout(limit) => {
+                write!(f, "no answer in {limit:?}; the request may have taken effect")
+            }
+            Self::Lost => {
+                f.write_str("connection to the backend lost; the request may have taken effect")
+            }
+        }
+    }
+}
+
+/// Writes a fault as the protocol says it. Returns its length.
+pub fn write_fault(protocol: Protocol, fault: Fault, mut space: &mut [u8]) -> usize {
+    let before = space.len();
+    // It is far shorter than a buffer.
+    let _ = match protocol {
+        Protocol::Tcp | Protocol::Chronos => writeln!(space, "ERR {fault}"),
+        Protocol::Http1 => {
+            let status = match fault {
+                Fault::Timeout(_) => "504 Gateway Timeout",
+                Fault::Lost => "502 Bad Gateway",
+                _ => "503 Service Unavailable",
+            };
+            // Without a body, so that it is right as an answer to HEAD too.
+            write!(
+                space,
+                "HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\
+                 Proxy-Status: aegis-proxy; details=\"{fault}\"\r\n\r\n"
+            )
+        }
+    };
+    before - space.len()
+}

@@ -1,0 +1,587 @@
+//! A client whose requests are told apart, so that it shares backend connections with others.
+//!
+//! ```text
+//! Reading ──whole request──▶ Ready ──a connection is free──▶ Asked ──answered──▶ Reading
+//!    ▲                       │   ▲                            │
+//!    │                       ▼   └──connection lost: again────┤
+//!    │                    Waiting                             │
+//!    └──────────error to the client: no connection, no answer─┘
+//! ```
+//!
+//! One request of a client is under way at a time; those that it sends ahead wait in its input. So
+//! replies come in the order of the requests. The bytes of a request that can be repeated stay at
+//! the front of the input until its answer is complete; others leave it as they are sent on.
+//!
+//! Where it is not certain what a message is, the client gets a connection of its own, both become
+//! an ordinary session of opaque bytes, and the connection serves nobody else.
+
+mod fault;
+mod framing;
+mod sweep;
+
+use std::time::{Duration, Instant};
+
+pub use fault::{Fault, write_fault};
+pub use framing::Framing;
+pub use sweep::Sweep;
+
+use super::route::StableHash;
+use super::session::Tried;
+use crate::io::buffers::Buffers;
+use crate::io::{Chain, ConnId};
+use crate::telemetry::{CloseReason, Verb};
+
+/// What is at the front of a client's input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Front {
+    /// Nothing, or a request that goes on.
+    Partial,
+    /// So many bytes that no backend may see: they are answered with an error.
+    Refused(u32, Fault),
+    /// A request, or as much of it as says what it is.
+    Request(Request),
+    /// Bytes that can be read in more than one way.
+    Opaque,
+}
+
+/// A request, as far as it is understood.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Request {
+    /// What it asks for.
+    pub verb: Verb,
+    /// The hash of the key that it is about.
+    pub key: Option<StableHash>,
+    /// Whether it may be sent again when its answer was lost.
+    pub repeatable: bool,
+    /// How many bytes of the input it is.
+    pub len: u32,
+    /// Whether that is all of it.
+    pub whole: bool,
+}
+
+/// A backend connection in a client's hands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Loan {
+    /// The connection.
+    pub conn: ConnId,
+    /// The endpoint that it goes to.
+    pub endpoint: u16,
+    /// When it is too old to be kept.
+    pub retire_at: Option<Instant>,
+}
+
+/// What part of a backend's bytes is the answer, and what follows from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reply {
+    /// All of them, and it goes on.
+    Partial,
+    /// All of them, and it is over: the connection is silent again.
+    Complete,
+    /// It ended after this many: the rest was not asked for, so the connection is of no more use.
+    Surplus(usize),
+    /// From here on nobody can tell: all that comes is the client's.
+    Opaque,
+}
+
+/// What to do about a lost connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lost {
+    /// The client had no request on it.
+    Idle,
+    /// Its end was the end of the answer.
+    Answered,
+    /// The request is to be sent again.
+    Repeat,
+    /// The client is told.
+    Fail,
+    /// The client has a part of the answer: it can only be cut off.
+    CutOff,
+}
+
+/// Time limits of a client.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Without a byte in either direction, and without a request.
+    pub idle: Option<Duration>,
+    /// With its direction ended, until it has taken all answers.
+    pub half_close: Option<Duration>,
+    /// A request's wait for a connection.
+    pub queue: Duration,
+    /// An answer.
+    pub request: Option<Duration>,
+}
+
+/// What has become due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Due {
+    /// Nothing yet.
+    Nothing,
+    /// The request is to be given up.
+    GiveUp(Fault),
+    /// The client is to be closed.
+    Close(CloseReason),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Reading,
+    Ready,
+    Waiting,
+    Asked,
+    /// It was told all there is to tell, and is to leave.
+    Leaving,
+}
+
+/// The request under way.
+#[derive(Debug, Clone, Copy)]
+struct Exchange {
+    request: Request,
+    tried: Tried,
+    since: Instant,
+    asked: Instant,
+    replied: bool,
+}
+
+/// What the wait for a connection is for, where it is to become an opaque session.
+const OPAQUE: Request =
+    Request { verb: Verb::Other, key: None, repeatable: false, len: 0, whole: false };
+
+/// A client and the request that is under way for it.
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "independent facts, each told by the driver or the client"
+)]
+#[derive(Debug)]
+pub struct Client {
+    /// Its connection.
+    pub conn: ConnId,
+    /// What it has sent and what is not done with.
+    pub input: Chain,
+    /// The connection that it holds, if any.
+    pub loan: Option<Loan>,
+    /// Set while it is in the list of those to be looked at.
+    pub due: bool,
+    /// Whether it is received from.
+    pub receiving: bool,
+    /// Whether its backend is, while it holds one.
+    pub backend_receiving: bool,
+    /// When its timer fires.
+    pub timer: Option<Instant>,
+    /// Answers that a request to all stores has brought so far.
+    pub sweep: Option<Box<Sweep>>,
+    /// Marks the load estimator's window in which it was last counted as active.
+    pub window: u32,
+    framing: Framing,
+    /// Bytes of the input that were looked at.
+    scanned: u32,
+    state: State,
+    exchange: Option<Exchange>,
+    /// The connection is to be given to it for good.
+    opaque: bool,
+    /// Bytes on their way to it.
+    unsent: u32,
+    /// Bytes on their way to its backend.
+    unasked: u32,
+    ended: bool,
+    opened: Instant,
+    active: Instant,
+}
+
+impl Client {
+    /// A client just accepted.
+    pub fn new(conn: ConnId, framing: Framing, now: Instant) -> Self {
+        Self {
+            conn,
+            input: Chain::default(),
+            loan: None,
+            due: false,
+            receiving: false,
+            backend_receiving: true,
+            timer: None,
+            sweep: None,
+            window: 0,
+            framing,
+            scanned: 0,
+            state: State::Reading,
+            exchange: None,
+            opaque: false,
+            unsent: 0,
+            unasked: 0,
+            ended: false,
+            opened: now,
+            active: now,
+        }
+    }
+
+    /// How long ago it was accepted.
+    pub fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.opened)
+    }
+
+    /// Bytes on their way to it.
+    pub fn unsent(&self) -> u32 {
+        self.unsent
+    }
+
+    /// Bytes on their way to its backend.
+    pub fn unasked(&self) -> u32 {
+        self.unasked
+    }
+
+    /// How it talks.
+    pub fn framing(&self) -> &Framing {
+        &self.framing
+    }
+
+    /// Whether it is to have a connection for good, whose bytes nobody looks at.
+    pub fn is_opaque(&self) -> bool {
+        self.opaque
+    }
+
+    /// Whether it has ended its direction.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Whether it is only waited for to leave.
+    pub fn is_leaving(&self) -> bool {
+        self.state == State::Leaving
+    }
+
+    /// Whether more of the request under way is to be sent on as it comes.
+    pub fn is_streaming(&self) -> bool {
+        self.state == State::Asked && self.exchange.is_some_and(|e| !e.request.whole)
+    }
+
+    /// Bytes of the input behind the request under way.
+    pub fn ahead(&self) -> u32 {
+        self.input.bytes() - self.exchange.map_or(0, |exchange| exchange.request.len)
+    }
+
+    /// The request under way.
+    pub fn request(&self) -> Option<Request> {
+        self.exchange.map(|exchange| exchange.request)
+    }
+
+    /// The endpoints that were tried for it.
+    pub fn tried(&self) -> Tried {
+        self.exchange.map_or_else(Tried::default, |exchange| exchange.tried)
+    }
+
+    /// Whether no request is under way.
+    pub fn is_reading(&self) -> bool {
+        self.state == State::Reading
+    }
+
+    /// Whether a request is to be sent or to join the queue.
+    pub fn is_ready(&self) -> bool {
+        self.state == State::Ready
+    }
+
+    /// Whether an answer is expected.
+    pub fn is_asked(&self) -> bool {
+        self.state == State::Asked
+    }
+
+    /// Whether it has ended its direction and is owed nothing more.
+    pub fn is_finished(&self) -> bool {
+        let nothing_under_way = matches!(self.state, State::Reading | State::Leaving);
+        self.ended && nothing_under_way && self.unsent == 0
+    }
+
+    /// Bytes arrived from it.
+    pub fn on_active(&mut self, now: Instant) {
+        self.active = now;
+    }
+
+    /// It ended its direction: a request that is not whole will never be.
+    pub fn on_ended(&mut self, now: Instant) {
+        self.ended = true;
+        self.active = now;
+    }
+
+    /// Bytes were queued for it.
+    pub fn on_queued(&mut self, bytes: u32) {
+        self.unsent += bytes;
+    }
+
+    /// Bytes were queued for its backend.
+    pub fn on_backend_queued(&mut self, bytes: u32) {
+        self.unasked += bytes;
+    }
+
+    /// Its backend's socket took bytes.
+    pub fn on_backend_sent(&mut self, bytes: u32, now: Instant) {
+        self.unasked = self.unasked.saturating_sub(bytes);
+        self.active = now;
+    }
+
+    /// Its socket took bytes.
+    pub fn on_sent(&mut self, bytes: u32, now: Instant) {
+        self.unsent = self.unsent.saturating_sub(bytes);
+        self.active = now;
+    }
+
+    /// Looks for a request at the front of the input. `scratch` holds a line of the greatest
+    /// length, for one that lies in several buffers.
+    pub fn front(&mut self, buffers: &mut Buffers, scratch: &mut [u8]) -> Front {
+        self.framing.front(&mut self.input, &mut self.scanned, buffers, scratch)
+    }
+
+    /// How many bytes of the input go on with the request that is being sent. None: it has become
+    /// ambiguous.
+    pub fn more(&mut self, buffers: &Buffers) -> Option<u32> {
+        let (len, whole) = self.framing.more(&self.input, buffers)?;
+        if let Some(exchange) = &mut self.exchange {
+            exchange.request.whole = whole;
+        }
+        Some(len)
+    }
+
+    /// The bytes at the front can be read in more than one way: it waits for a connection of its
+    /// own.
+    pub fn begin_opaque(&mut self, now: Instant) {
+        self.begin(OPAQUE, now);
+        self.opaque = true;
+    }
+
+    /// The request found at the front is under way from now on.
+    pub fn begin(&mut self, request: Request, now: Instant) {
+        debug_assert!(self.is_reading());
+        self.state = State::Ready;
+        self.exchange = Some(Exchange {
+            request,
+            tried: Tried::default(),
+            since: now,
+            asked: now,
+            replied: false,
+        });
+    }
+
+    /// The request has joined the queue.
+    pub fn on_waiting(&mut self) {
+        self.state = State::Waiting;
+    }
+
+    /// A request that waits is to be placed again. Says whether there is one.
+    pub fn on_placed_again(&mut self) -> bool {
+        let waits = self.state == State::Waiting;
+        if waits {
+            self.state = State::Ready;
+        }
+        waits
+    }
+
+    /// The request is sent on the connection that the client holds. Returns how long it waited.
+    pub fn on_asked(&mut self, now: Instant) -> Duration {
+        self.state = State::Asked;
+        self.unasked = 0;
+        self.framing.on_asked();
+        let Some(exchange) = &mut self.exchange else { return Duration::ZERO };
+        exchange.asked = now;
+        if let Some(loan) = self.loan {
+            exchange.tried.push(loan.endpoint);
+        }
+        now.saturating_duration_since(exchange.since)
+    }
+
+    /// Bytes arrived from its backend while an answer was expected.
+    pub fn on_reply(&mut self, bytes: &[u8], now: Instant) -> Reply {
+        self.active = now;
+        if let Some(exchange) = &mut self.exchange {
+            exchange.replied = true;
+        }
+        self.framing.reply(bytes)
+    }
+
+    /// Whether the answer that was just completed leaves both connections as they were before the
+    /// request.
+    pub fn keeps_alive(&self) -> bool {
+        self.exchange.is_none_or(|exchange| exchange.request.whole) && self.framing.keeps_alive()
+    }
+
+    /// All is said: it is to leave.
+    pub fn on_leaving(&mut self, now: Instant) {
+        self.state = State::Leaving;
+        self.active = now;
+    }
+
+    /// The bytes at the front have been sent on, and are not kept.
+    pub fn on_sent_on(&mut self) {
+        if let Some(exchange) = &mut self.exchange {
+            exchange.request.len = 0;
+        }
+    }
+
+    /// Its backend's connection ended, in order or not. `attempts_max` bounds how often a request
+    /// is sent.
+    pub fn on_lost(&mut self, in_order: bool, attempts_max: u32) -> Lost {
+        self.loan = None;
+        let Some(exchange) = &self.exchange else { return Lost::Idle };
+        if self.state != State::Asked {
+            return Lost::Idle;
+        }
+        if exchange.replied && self.sweep.is_none() {
+            let complete = in_order && self.framing.ends_with_connection();
+            return if complete { Lost::Answered } else { Lost::CutOff };
+        }
+        let again = exchange.request.repeatable && exchange.tried.attempts() < attempts_max;
+        if again {
+            self.state = State::Ready;
+            return Lost::Repeat;
+        }
+        Lost::Fail
+    }
+
+    /// Whether the client has a part of the answer to its request.
+    pub fn has_part(&self) -> bool {
+        self.sweep.is_none() && self.exchange.is_some_and(|exchange| exchange.replied)
+    }
+
+    /// The request goes to the next store of several: once more ready to be sent.
+    pub fn on_next_store(&mut self, now: Instant) {
+        self.state = State::Ready;
+        if let Some(exchange) = &mut self.exchange {
+            exchange.tried = Tried::default();
+            exchange.since = now;
+            exchange.replied = false;
+        }
+    }
+
+    /// The request is over; the client reads on. Returns it, and how long it took.
+    pub fn finish(&mut self, buffers: &mut Buffers, now: Instant) -> Option<(Request, Duration)> {
+        self.state = State::Reading;
+        self.sweep = None;
+        let Exchange { request, since, .. } = self.exchange.take()?;
+        buffers.advance(&mut self.input, request.len);
+        Some((request, now.saturating_duration_since(since)))
+    }
+
+    /// When the client has to be looked at next.
+    pub fn deadline(&self, limits: &Limits) -> Option<Instant> {
+        match (self.state, &self.exchange) {
+            (State::Ready | State::Waiting, Some(exchange)) => Some(exchange.since + limits.queue),
+            (State::Asked, Some(exchange)) => limits.request.map(|limit| exchange.asked + limit),
+            _ if self.ended || self.state == State::Leaving => {
+                limits.half_close.map(|limit| self.active + limit)
+            }
+            _ => limits.idle.map(|limit| self.active + limit),
+        }
+    }
+
+    /// The time of [`Client::deadline`] may have come.
+    pub fn on_deadline(&self, limits: &Limits, now: Instant) -> Due {
+        if self.deadline(limits).is_none_or(|deadline| now < deadline) {
+            return Due::Nothing;
+        }
+        match self.state {
+            State::Ready | State::Waiting => Due::GiveUp(Fault::QueueTimeout(limits.queue)),
+            State::Asked => Due::GiveUp(Fault::Timeout(limits.request.unwrap_or_default())),
+            State::Leaving => Due::Close(CloseReason::HalfCloseTimeout),
+            State::Reading if self.ended => Due::Close(CloseReason::HalfCloseTimeout),
+            State::Reading => Due::Close(CloseReason::IdleTimeout),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, Protocol};
+
+    fn feed(client: &mut Client, buffers: &mut Buffers, bytes: &[u8]) {
+        let mut buf = buffers.take().unwrap();
+        buffers.space(&mut buf)[..bytes.len()].copy_from_slice(bytes);
+        buffers.set_len(&mut buf, bytes.len());
+        buffers.push(&mut client.input, buf);
+    }
+
+    fn client() -> (Client, Buffers, Instant) {
+        let now = Instant::now();
+        let mut config = Config::from_vars([]).unwrap().requests;
+        config.line_max = 16;
+        let framing = Framing::new(Protocol::Chronos, &config);
+        let client = Client::new(ConnId::from_parts(0, 0), framing, now);
+        (client, Buffers::new(8).unwrap(), now)
+    }
+
+    #[test]
+    fn requests_are_found_one_by_one_however_they_are_split() {
+        let (mut client, mut buffers, now) = client();
+        let mut scratch = [0; 16];
+        let mut found = Vec::new();
+        for byte in b"GET a\n \nSET key 0123456789\nPING\n" {
+            feed(&mut client, &mut buffers, &[*byte]);
+            match client.front(&mut buffers, &mut scratch) {
+                Front::Partial => {}
+                Front::Refused(len, fault) => {
+                    buffers.advance(&mut client.input, len);
+                    found.push(format!("{fault}"));
+                }
+                Front::Opaque => panic!("lines are never opaque"),
+                Front::Request(request) => {
+                    client.begin(request, now);
+                    assert_eq!(client.ahead(), 0);
+                    found.push(format!("{:?} {}", request.verb, request.repeatable));
+                    client.finish(&mut buffers, now);
+                }
+            }
+        }
+        let expected = ["Get true", "empty request", "request longer than 16 bytes", "Ping true"];
+        assert_eq!(found, expected);
+        assert_eq!(buffers.free(), buffers.capacity());
+    }
+
+    #[test]
+    fn only_what_is_safe_is_sent_again_and_only_before_its_answer() {
+        for (line, replied, expected) in [
+            ("GET a\n", false, Lost::Repeat),
+            ("GET a\n", true, Lost::CutOff),
+            ("SET a b\n", false, Lost::Fail),
+            ("SET a b\n", true, Lost::CutOff),
+        ] {
+            let (mut client, mut buffers, now) = client();
+            feed(&mut client, &mut buffers, line.as_bytes());
+            let Front::Request(request) = client.front(&mut buffers, &mut [0; 16]) else {
+                panic!("{line:?} is whole");
+            };
+            client.begin(request, now);
+            client.loan =
+                Some(Loan { conn: ConnId::from_parts(1, 0), endpoint: 0, retire_at: None });
+            client.on_asked(now);
+            if replied {
+                assert_eq!(client.on_reply(b"O", now), Reply::Partial);
+            }
+            assert_eq!(client.on_lost(true, 3), expected, "{line:?} {replied}");
+            assert_eq!(client.ahead(), 0, "its bytes are still there");
+        }
+    }
+
+    #[test]
+    fn each_state_has_its_own_time_limit() {
+        const SECOND: Duration = Duration::from_secs(1);
+        let limits = Limits {
+            idle: Some(7 * SECOND),
+            half_close: Some(5 * SECOND),
+            queue: SECOND,
+            request: Some(3 * SECOND),
+        };
+        let (mut client, mut buffers, now) = client();
+        assert_eq!(client.deadline(&limits), Some(now + 7 * SECOND));
+        feed(&mut client, &mut buffers, b"SET a b\n");
+        let Front::Request(request) = client.front(&mut buffers, &mut [0; 16]) else {
+            panic!("it is whole");
+        };
+        client.begin(request, now);
+        client.on_waiting();
+        assert_eq!(client.on_deadline(&limits, now), Due::Nothing);
+        let given_up = client.on_deadline(&limits, now + SECOND);
+        assert_eq!(given_up, Due::GiveUp(Fault::QueueTimeout(SECOND)));
+        client.on_asked(now + SECOND);
+        assert_eq!(client.deadline(&limits), Some(now + 4 * SECOND));
+        client.finish(&mut buffers, now);
+        client.on_ended(now);
+        let closed = client.on_deadline(&limits, now + 5 * SECOND);
+        assert_eq!(closed, Due::Close(CloseReason::HalfCloseTimeout));
+    }
+}

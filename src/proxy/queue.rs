@@ -1,0 +1,184 @@
+//! Requests that wait for a backend connection: first come, first served.
+//!
+//! A client has at most one request in here, so the order of arrival is fair to all of them. Lines
+//! are linked through one table by the client's slot: joining, serving and leaving from the middle
+//! take constant time and allocate nothing once a slot was used.
+
+use crate::slab::Key;
+
+const NONE: u32 = u32::MAX;
+
+/// Which line a request waits in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Line {
+    /// For a connection to whichever endpoint.
+    Any,
+    /// For one to this endpoint.
+    Endpoint(u16),
+}
+
+impl Line {
+    fn index(self) -> usize {
+        match self {
+            Self::Any => 0,
+            Self::Endpoint(endpoint) => 1 + usize::from(endpoint),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Ends {
+    head: u32,
+    tail: u32,
+    len: u32,
+}
+
+const EMPTY: Ends = Ends { head: NONE, tail: NONE, len: 0 };
+
+#[derive(Debug, Clone, Copy)]
+struct Link {
+    next: u32,
+    previous: u32,
+    /// The key of who waits, and its line; `None` while the slot does not wait.
+    waits: Option<(Key, Line)>,
+}
+
+const UNLINKED: Link = Link { next: NONE, previous: NONE, waits: None };
+
+/// All requests of a worker that wait.
+#[derive(Debug)]
+pub struct Queue {
+    lines: Vec<Ends>,
+    links: Vec<Link>,
+    len: usize,
+    max: usize,
+}
+
+impl Queue {
+    /// An empty queue of at most `max` requests, for clients in up to `slots` slots.
+    pub fn new(max: usize, slots: usize) -> Self {
+        Self { lines: Vec::new(), links: Vec::with_capacity(slots), len: 0, max }
+    }
+
+    /// How many wait in all lines.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nobody waits.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Whether no further request may wait.
+    pub fn is_full(&self) -> bool {
+        self.len >= self.max
+    }
+
+    /// How many wait in a line.
+    pub fn waiting(&self, line: Line) -> usize {
+        self.lines.get(line.index()).map_or(0, |ends| ends.len as usize)
+    }
+
+    /// A client's request joins the end of a line. It must not wait already.
+    pub fn join(&mut self, line: Line, client: Key) {
+        let slot = client.index() as u32;
+        if self.links.len() <= client.index() {
+            self.links.resize(client.index() + 1, UNLINKED);
+        }
+        debug_assert!(self.links[client.index()].waits.is_none(), "waits already");
+        if self.lines.len() <= line.index() {
+            self.lines.resize(line.index() + 1, EMPTY);
+        }
+        let ends = &mut self.lines[line.index()];
+        self.links[client.index()] =
+            Link { next: NONE, previous: ends.tail, waits: Some((client, line)) };
+        match self.links.get_mut(ends.tail as usize) {
+            Some(last) => last.next = slot,
+            None => ends.head = slot,
+        }
+        ends.tail = slot;
+        ends.len += 1;
+        self.len += 1;
+    }
+
+    /// Takes the client at the head of a line.
+    pub fn serve(&mut self, line: Line) -> Option<Key> {
+        let head = self.lines.get(line.index())?.head;
+        let (client, _) = self.links.get(head as usize)?.waits?;
+        self.leave(client);
+        Some(client)
+    }
+
+    /// A client waits no longer, if it did.
+    pub fn leave(&mut self, client: Key) {
+        let Some(&Link { next, previous, waits: Some((who, line)) }) =
+            self.links.get(client.index())
+        else {
+            return;
+        };
+        if who != client {
+            return;
+        }
+        self.links[client.index()] = UNLINKED;
+        let ends = &mut self.lines[line.index()];
+        match self.links.get_mut(previous as usize) {
+            Some(before) => before.next = next,
+            None => ends.head = next,
+        }
+        match self.links.get_mut(next as usize) {
+            Some(after) => after.previous = previous,
+            None => ends.tail = previous,
+        }
+        ends.len -= 1;
+        self.len -= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::*;
+
+    #[test]
+    fn lines_keep_their_order_whoever_leaves() {
+        const LINES: [Line; 3] = [Line::Any, Line::Endpoint(0), Line::Endpoint(1)];
+        let mut rng = fastrand::Rng::with_seed(3);
+        let mut queue = Queue::new(1000, 40);
+        let mut model: [VecDeque<Key>; 3] = Default::default();
+        for round in 0..50_000u32 {
+            let line = rng.usize(..3);
+            let client = Key::from_parts(rng.u32(..40), round);
+            let waits = model.iter().flatten().any(|key| key.index() == client.index());
+            match rng.u8(..4) {
+                0 | 1 if !waits => {
+                    queue.join(LINES[line], client);
+                    model[line].push_back(client);
+                }
+                0 | 1 => queue.leave(client), // Of another one in its slot.
+                2 => assert_eq!(queue.serve(LINES[line]), model[line].pop_front()),
+                _ => {
+                    let count = model[line].len();
+                    if count > 0 {
+                        let who = model[line].remove(rng.usize(..count)).unwrap();
+                        queue.leave(who);
+                        queue.leave(who);
+                    }
+                }
+            }
+            for (line, model) in LINES.into_iter().zip(&model) {
+                assert_eq!(queue.waiting(line), model.len());
+            }
+            assert_eq!(queue.len(), model.iter().map(VecDeque::len).sum::<usize>());
+        }
+    }
+
+    #[test]
+    fn it_is_full_at_its_maximum() {
+        let mut queue = Queue::new(1, 2);
+        assert!(!queue.is_full() && queue.is_empty());
+        queue.join(Line::Any, Key::from_parts(0, 0));
+        assert!(queue.is_full() && !queue.is_empty());
+    }
+}
