@@ -153,19 +153,25 @@ def test_the_pod_may_mount_its_own_token_as_well(injecting):
 
 def test_a_pod_overrides_by_annotation(injecting):
     created = dry(injecting, pod({
-        "service": "other",
+        "service": "other", "protocol": "http1", "pool-mode": "session",
         "cpu-request": "250m", "memory-request": "96Mi", "cpu-limit": "2", "memory-limit": "1Gi"}))
     assert env(created)["AEGIS_KUBE_SERVICE"] == "other"
+    assert (env(created)["AEGIS_PROTOCOL"], env(created)["AEGIS_POOL_MODE"]) == ("http1", "session")
     assert sidecar(created)["resources"] == {
         "requests": {"cpu": "250m", "memory": "96Mi"}, "limits": {"cpu": "2", "memory": "1Gi"}}
     assert env(dry(injecting, POD))["AEGIS_KUBE_SERVICE"] == "chronos"
+    assert (env(dry(injecting, POD))["AEGIS_PROTOCOL"], env(dry(injecting, POD))["AEGIS_POOL_MODE"]) == ("chronos", "request")
+    assert env(dry(injecting, pod({"protocol": "tcp"})))["AEGIS_POOL_MODE"] == "preconnect"
     assert "cpu" not in sidecar(dry(injecting, POD))["resources"]["limits"]
 
 
 @pytest.mark.parametrize("item, message", [
     (pod({"servcie": "x"}), "unknown annotation aegis-proxy.io/servcie: remove it"),
     (pod({"cpu-request": "much"}), "quantities must match"),
-], ids=["unknown", "quantity"])
+    (pod({"protocol": "redis"}), "aegis-proxy.io/protocol is redis: set it to tcp, chronos or http1"),
+    (pod({"pool-mode": "all"}), "aegis-proxy.io/pool-mode is all: set it to preconnect, session or request"),
+    (pod({"protocol": "tcp", "pool-mode": "session"}), "set the annotation aegis-proxy.io/pool-mode to preconnect"),
+], ids=["unknown", "quantity", "protocol", "pool-mode", "lending"])
 def test_what_cannot_work_is_refused_with_what_to_change(injecting, item, message):
     assert message in refusal(injecting, item)
 
@@ -209,6 +215,14 @@ def test_a_release_without_a_service_asks_for_the_annotation(injecting):
     install(injecting, "upgrade", open_values)
     assert env(dry(injecting, pod({"service": "mine"})))["AEGIS_KUBE_SERVICE"] == "mine"
     eventually(lambda: "set the annotation aegis-proxy.io/service" in refusal(injecting, POD), lambda: "not refused")
+    install(injecting, "upgrade")
+
+
+def test_routing_by_key_refuses_a_pod_that_chooses_otherwise(injecting):
+    keyed = {**VALUES, "sidecar": {**VALUES["sidecar"], "route": "key"}}
+    install(injecting, "upgrade", keyed)
+    eventually(lambda: "remove the annotations" in refusal(injecting, pod({"pool-mode": "session"})), lambda: "not refused")
+    assert env(dry(injecting, POD))["AEGIS_ROUTE"] == "key"
     install(injecting, "upgrade")
 
 

@@ -48,6 +48,9 @@ MATRIX = {
     "pods": {**CLIENTS, "sidecar": {"backend": {"selector": "app=db", "port": 8080}}},
     "dns": {**CLIENTS, "sidecar": {"backend": {"addresses": "db.example:5432"}}},
     "zone": {**CLIENTS, **sidecar(locality="zone", readiness=True)},
+    "one-store-of-many": {**CLIENTS, **sidecar(route="key")},
+    "http": {**CLIENTS, **sidecar(protocol="http1", pool={"mode": "session"}, requestTimeout="off")},
+    "any-bytes": {**CLIENTS, **sidecar(protocol="tcp")},
     "io_uring": {**CLIENTS, **sidecar(seccomp={"type": "Localhost"}), "seccomp": {"operator": True}},
     "no-injection": {**CLIENTS, **BACKEND, "injection": {"enabled": False}},
 }
@@ -91,7 +94,18 @@ def test_the_beta_of_the_policy_serves_too():
 REFUSALS = {
     "unknown value": ({"podMonitr": {}}, "podMonitr"),
     "unknown value below": ({"podMonitor": {"enable": True}}, "enable"),
-    "unknown value of the sidecar": ({"sidecar": {"pool": 1}}, "pool"),
+    "unknown value of the sidecar": ({"sidecar": {"pol": 1}}, "pol"),
+    "no such protocol": (sidecar(protocol="redis"), "'tcp', 'chronos', 'http1'"),
+    "no such pool mode": (sidecar(pool={"mode": "all"}), "'preconnect', 'session', 'request'"),
+    "no pool at all": (sidecar(pool={"size": 0}), "want 1"),
+    "too long a queue": (sidecar(queue={"max": 1000001}), "/queue/max"),
+    "time without unit": (sidecar(queue={"timeout": 5}), "/queue/timeout"),
+    "switch that YAML makes of a bare off": (sidecar(requestTimeout=False), "got boolean, want string"),
+    "no such route": (sidecar(route="hash"), "'balance', 'key'"),
+    "lending for unknown bytes": (sidecar(protocol="tcp", pool={"mode": "session"}),
+                                  "empty pool.mode, or set protocol to chronos or http1"),
+    "keys without keys": (sidecar(protocol="http1", route="key"), "set route to balance, or protocol to chronos"),
+    "keys for a whole session": (sidecar(pool={"mode": "session"}, route="key"), "or pool.mode to request"),
     "no such locality": (sidecar(locality="rack"), "'off', 'zone', 'node'"),
     "privileged port": (sidecar(listenPort=80), "want 1,024"),
     "not a variable of Aegis": (sidecar(env={"PATH": "/"}), "AEGIS_"),
@@ -165,15 +179,43 @@ def test_every_value_reaches_the_environment():
     container, _ = library({
         "backend": {"selector": "app=db", "namespace": "data", "port": 5432}, "locality": "zone",
         "listenPort": 5000, "adminPort": 5001,
+        "protocol": "chronos", "pool": {"mode": "request", "size": 3}, "queue": {"max": 1000000, "timeout": "6s"},
+        "requestTimeout": "off", "route": "key",
         "drain": {"delay": "2s", "timeout": "3s"}, "env": {"AEGIS_MAX_SESSIONS": "50"}})
     env = {item["name"]: item.get("value") or item["valueFrom"]["fieldRef"]["fieldPath"] for item in container["env"]}
     assert env == {
         "AEGIS_LISTEN": "127.0.0.1:5000,[::1]:5000", "AEGIS_ADMIN": "[::]:5001",
         "AEGIS_DISCOVERY": "kubernetes", "AEGIS_KUBE_SELECTOR": "app=db", "AEGIS_KUBE_NAMESPACE": "data",
         "AEGIS_KUBE_PORT": "5432",
+        "AEGIS_PROTOCOL": "chronos", "AEGIS_POOL_MODE": "request", "AEGIS_POOL_SIZE": "3",
+        "AEGIS_QUEUE_MAX": "1000000", "AEGIS_QUEUE_TIMEOUT": "6s", "AEGIS_REQUEST_TIMEOUT": "off", "AEGIS_ROUTE": "key",
         "AEGIS_LOCALITY": "zone", "AEGIS_NODE_NAME": "spec.nodeName",
         "AEGIS_ZONE": "metadata.labels['topology.kubernetes.io/zone']",
         "AEGIS_DRAIN_DELAY": "2s", "AEGIS_DRAIN_TIMEOUT": "3s", "AEGIS_MAX_SESSIONS": "50"}
+
+
+def environment(values):
+    container, _ = library({"backend": {"service": "db"}, **values})
+    return {item["name"]: item.get("value") for item in container["env"]}
+
+
+@pytest.mark.parametrize("values, mode", [
+    ({}, "request"), ({"protocol": "http1"}, "request"), ({"protocol": "tcp"}, "preconnect"),
+    ({"pool": {"mode": "session"}}, "session"), ({"pool": {"mode": "preconnect"}}, "preconnect"),
+])
+def test_the_pool_mode_suits_the_protocol_unless_it_is_set(values, mode):
+    assert environment(values)["AEGIS_POOL_MODE"] == mode
+
+
+def test_numbers_that_the_charts_repeat_are_the_programs():
+    """All but what the charts choose on purpose: see docs/KUBERNETES.md."""
+    rows = re.findall(r"^\| `(AEGIS_\w+)` \| `(.*?)` \|", (ROOT / "README.md").read_text(), re.M)
+    defaults = dict(rows)
+    assert len(rows) > 40
+    other = {name: value for name, value in environment({}).items() if value != defaults[name]}
+    assert other == {
+        "AEGIS_DISCOVERY": "kubernetes", "AEGIS_KUBE_SERVICE": "db", "AEGIS_KUBE_NAMESPACE": None,
+        "AEGIS_PROTOCOL": "chronos", "AEGIS_POOL_MODE": "request", "AEGIS_DRAIN_DELAY": "0s"}
 
 
 def cel_to_json(text):
@@ -183,13 +225,20 @@ def cel_to_json(text):
 
 
 @pytest.mark.parametrize("values", [{}, {"readiness": True, "locality": "zone"}, {"seccomp": {"type": "Localhost"}},
-                                    {"env": {"AEGIS_LOG": 'a"b\\c'}, "resources": {"requests": {"cpu": 1}}}])
+                                    {"env": {"AEGIS_LOG": 'a"b\\c'}, "resources": {"requests": {"cpu": 1}}},
+                                    {"route": "key"}, {"protocol": "tcp"}, {"pool": {"mode": "session"}}])
 def test_the_policy_injects_what_the_library_renders(values):
     values = {"backend": {"service": "db", "namespace": "data"}, **values}
     policy = one(template(CHART, *INJECTS, values={"sidecar": values}), "MutatingAdmissionPolicy")
     expression = policy["spec"]["mutations"][0]["jsonPatch"]["expression"]
     # Without annotations each look-up gives its default.
-    expression = re.sub(r'variables\.annotations\[\?"[^"]+"\]\.orValue\(("[^"]*")\)', r"\1", expression)
+    look_up = r'variables\.annotations\[\?"[^"]+"\]\.orValue\((.*?)\)'
+    chosen = {v["name"]: re.sub(look_up, r"\1", v["expression"]) for v in policy["spec"]["variables"]}
+    if "?" in chosen["poolMode"]:
+        assert chosen["poolMode"] == 'variables.protocol == "tcp" ? "preconnect" : "request"'
+        chosen["poolMode"] = '"preconnect"' if chosen["protocol"] == '"tcp"' else '"request"'
+    expression = re.sub(look_up, r"\1", expression)
+    expression = re.sub(r"variables\.(protocol|poolMode)", lambda found: chosen[found[1]], expression)
     values_of = re.findall(r'value: (Object\.spec\.\w+\{.*?\})\s+\}\]', expression, re.S)
     injected = [cel_to_json(value) for value in values_of]
     container, volume = library(values)
@@ -203,9 +252,10 @@ def test_the_policy_injects_what_the_library_renders(values):
 def test_the_golden_policy():
     """The look-ups, as the API server gets them."""
     policy = one(template(CHART, *INJECTS, values=BACKEND), "MutatingAdmissionPolicy")
-    look_ups = re.findall(r'\S+ variables\.annotations\[[^]]*\](?:\.orValue\([^)]*\))?',
+    variables = [f"{v['name']}: {v['expression']}" for v in policy["spec"]["variables"]]
+    look_ups = re.findall(r'\S+ variables\.(?:annotations\[[^]]*\](?:\.orValue\([^)]*\))?|protocol|poolMode)',
                           policy["spec"]["mutations"][0]["jsonPatch"]["expression"])
-    golden(HERE / "golden/look-ups.txt", "\n".join(look_ups) + "\n")
+    golden(HERE / "golden/look-ups.txt", "\n".join(variables + look_ups) + "\n")
 
 
 def notes(*arguments, values):

@@ -170,9 +170,7 @@ EXAMPLES = {"metadata.namespace": "shop", "spec.nodeName": "node-1",
 
 
 def charted(values):
-    """The environment that the library chart gives to a sidecar. Descriptors are reserved for each
-    worker: how many the machine would have is not the tests' matter."""
-    values = {**values, "env": {"AEGIS_WORKERS": "2", **values.get("env", {})}}
+    """The environment that the library chart gives to a sidecar."""
     spec = one(template(USER_CHART, values={"sidecar": values}), "Deployment")["spec"]["template"]["spec"]
     return {item["name"]: item["value"] if "value" in item else EXAMPLES[item["valueFrom"]["fieldRef"]["fieldPath"]]
             for item in spec["initContainers"][0]["env"]}
@@ -203,12 +201,17 @@ def test_a_charted_sidecar_runs_while_everything_refuses_it(by, tmp_path):
 @pytest.mark.parametrize("values", [
     {"backend": {"service": "chronos"}},
     {"backend": {"service": "chronos", "port": "db"}, "locality": "zone"},
-    {"backend": {"selector": "app=db"}, "locality": "node"},
+    {"backend": {"selector": "app=db"}, "locality": "node", "route": "key"},
+    {"backend": {"service": "web"}, "protocol": "http1", "pool": {"mode": "session", "size": 4096},
+     "queue": {"max": 1000000, "timeout": "1h"}, "requestTimeout": "off"},
+    {"backend": {"service": "db"}, "protocol": "tcp"},
     {"backend": {"addresses": "db:1,db:2"}, "listenPort": 5000, "env": {"AEGIS_MAX_SESSIONS": "100"}},
 ])
 def test_the_proxy_accepts_what_the_charts_set(values):
     said = check(charted(values))
     assert "AEGIS_DRAIN_DELAY=0s" in said
+    mode = "preconnect" if values.get("protocol") == "tcp" else values.get("pool", {}).get("mode", "request")
+    assert f"AEGIS_POOL_MODE={mode}\n" in said
     assert f"AEGIS_LISTEN=127.0.0.1:{values.get('listenPort', 8081)}" in said
 
 

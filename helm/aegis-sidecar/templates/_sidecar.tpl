@@ -94,6 +94,13 @@ timeoutSeconds: 2
 {{- end }}
 {{- end }}
 {{- end }}
+- {name: AEGIS_PROTOCOL, value: {{ toJson .protocol }}}
+- {name: AEGIS_POOL_MODE, value: {{ include "aegis-sidecar.pool-mode" . | toJson }}}
+- {name: AEGIS_POOL_SIZE, value: {{ int .pool.size | toString | toJson }}}
+- {name: AEGIS_QUEUE_MAX, value: {{ int .queue.max | toString | toJson }}}
+- {name: AEGIS_QUEUE_TIMEOUT, value: {{ .queue.timeout }}}
+- {name: AEGIS_REQUEST_TIMEOUT, value: {{ toJson .requestTimeout }}}
+- {name: AEGIS_ROUTE, value: {{ .route }}}
 {{- if ne .locality "off" }}
 - {name: AEGIS_LOCALITY, value: {{ .locality }}}
 - {name: AEGIS_NODE_NAME, valueFrom: {fieldRef: {apiVersion: v1, fieldPath: spec.nodeName}}}
@@ -107,6 +114,10 @@ timeoutSeconds: 2
 {{- range $name, $value := .env }}
 - {name: {{ $name }}, value: {{ toJson $value }}}
 {{- end }}
+{{- end }}
+
+{{- define "aegis-sidecar.pool-mode" -}}
+{{ .pool.mode | default (eq .protocol "tcp" | ternary "preconnect" "request") }}
 {{- end }}
 
 {{- define "aegis-sidecar.volume-spec" -}}
@@ -134,6 +145,16 @@ projected:
 {{- end }}
 {{- if eq (int .listenPort) (int .adminPort) }}
 {{- fail (printf "aegis-sidecar: listenPort and adminPort are both %v: change one of them" .adminPort) }}
+{{- end }}
+{{- $mode := include "aegis-sidecar.pool-mode" . }}
+{{- if and (eq .protocol "tcp") (ne $mode "preconnect") }}
+{{- fail (printf "aegis-sidecar: protocol is tcp and pool.mode is %s: nobody can tell when an answer of unknown bytes is over, so no used connection may be lent: empty pool.mode, or set protocol to chronos or http1" $mode) }}
+{{- end }}
+{{- if and (eq .route "key") (ne .protocol "chronos") }}
+{{- fail (printf "aegis-sidecar: route is key and protocol is %s: only the requests of chronos have keys: set route to balance, or protocol to chronos" .protocol) }}
+{{- end }}
+{{- if and (eq .route "key") (ne $mode "request") }}
+{{- fail (printf "aegis-sidecar: route is key and pool.mode is %s: keys of one client may belong to several endpoints: set route to balance, or pool.mode to request" $mode) }}
 {{- end }}
 {{- range include "aegis-sidecar.env" (set (deepCopy .) "env" dict) | fromYamlArray }}
 {{- if hasKey $.env .name }}
