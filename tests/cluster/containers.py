@@ -1,7 +1,7 @@
 """Builds the image on a base that is made here, and runs it under a real container runtime."""
 
 import contextlib
-import errno
+import ctypes
 import functools
 import hashlib
 import json
@@ -12,6 +12,8 @@ import resource
 import shutil
 import socket
 import socketserver
+import subprocess
+import tempfile
 import threading
 import time
 import urllib.request
@@ -23,11 +25,12 @@ from tools import ROOT, WORK, run
 IMAGE = "localhost/aegis-proxy:test"
 STORE = "localhost/aegis-demo-store:test"
 BASE = "localhost/rust-base:test"
+NOTHING = "localhost/nothing:test"
 PROFILE = ROOT / "manifests/seccomp/aegis.json"
 STATE = WORK / "containers"
 # Podman cannot clean up after a container when this path is longer than 50 characters.
 RUN = pathlib.Path("/tmp") / f"aegis-{hashlib.sha256(bytes(STATE)).hexdigest()[:8]}"
-CGROUPS = pathlib.Path("/sys/fs/cgroup")
+CONFINED = ["--network", "host", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
 
 CONFIG = f"""
 [containers]
@@ -70,46 +73,57 @@ def buildah_build(*arguments, context=ROOT, **options):
                env=environment(), timeout=1200, **options)
 
 
-def lacking_privilege():
-    """What the kernel denies that every container needs, or nothing. It is asked without any
-    container tool: whatever else goes wrong with those is a failure."""
-    isolate = ["unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "--mount-proc", "true"]
-    denied = run(*isolate, check=False).stderr.strip()
-    if any(error in denied for error in ["Operation not permitted", "Permission denied"]):
-        return denied
-    assert not denied, denied
-    # Version 2 has the group itself where version 1 has its controllers.
-    for root in [CGROUPS] if (CGROUPS / "cgroup.procs").exists() else sorted(CGROUPS.glob("*/")):
-        group = root / f"aegis-tests-{os.getpid()}"
-        try:
-            group.mkdir()
-            group.rmdir()
-        except OSError as error:
-            if error.errno not in [errno.EPERM, errno.EACCES, errno.EROFS]:
-                raise
-            return str(error)
+@functools.cache
+def no_containers():
+    """Why not even a container that does nothing can be built and run here, or nothing. There is
+    nothing of Aegis in it: once it works, whatever fails is a failure."""
+    try:
+        base()
+        nothing = STATE / "nothing.Dockerfile"
+        nothing.write_text(f"FROM {BASE}\nRUN true\n")
+        buildah_build("-t", NOTHING, "-f", nothing, context=STATE / "base")
+        podman("run", "--rm", *CONFINED, "--volume", "/usr:/usr:ro", NOTHING, "true")
+    except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
+        return str(error).strip().splitlines()[-1]
     return None
 
 
 @functools.cache
-def build():
-    """The base, and both images; layers are kept from one run of the tests to the next."""
-    if denied := lacking_privilege():
-        pytest.skip(f"containers are not allowed here, so nothing was tried in one: {denied}")
-    run("cargo", "fetch", "--locked", cwd=ROOT, timeout=600)
-    base = STATE / "base"
-    if base.exists():
-        shutil.rmtree(base)
+def no_uring():
+    """Why no ring can be set up on this machine, whatever the profile of a container, or nothing."""
+    # CLAMP, SUBMIT_ALL, COOP_TASKRUN and SINGLE_ISSUER, which Aegis cannot do without.
+    parameters = (ctypes.c_uint32 * 30)(0, 0, 1 << 4 | 1 << 7 | 1 << 8 | 1 << 12)
+    ring = ctypes.CDLL(None, use_errno=True).syscall(425, 8, parameters)
+    if ring < 0:
+        return os.strerror(ctypes.get_errno())
+    os.close(ring)
+    return None
+
+
+def base():
+    """An image with the places where the machine's own compiler is mounted."""
+    folders = STATE / "base"
+    if folders.exists():
+        shutil.rmtree(folders)
     for folder in ["usr", "tmp", "etc", "dev", "proc", "sys"]:
-        (base / folder).mkdir(parents=True)
+        (folders / folder).mkdir(parents=True)
     for folder in ["bin", "lib", "lib64", "sbin"]:
-        (base / folder).symlink_to(f"usr/{folder}")
+        (folders / folder).symlink_to(f"usr/{folder}")
     dockerfile = STATE / "base.Dockerfile"
     # The tests are not about speed, and optimizing would take most of their time.
     dockerfile.write_text("FROM scratch\nCOPY . /\nENV PATH=/rust/bin:/usr/bin:/bin CARGO_HOME=/cargo CARGO_NET_OFFLINE=true "
                           "CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 "
                           "CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_PROFILE_RELEASE_DEBUG=none\n")
-    run("buildah", "bud", "--layers", "--isolation", "chroot", "--timestamp", "0", "-t", BASE, "-f", dockerfile, base, env=environment())
+    run("buildah", "bud", "--layers", "--isolation", "chroot", "--timestamp", "0", "-t", BASE, "-f", dockerfile, folders,
+        env=environment())
+
+
+@functools.cache
+def build():
+    """Both images; layers are kept from one run of the tests to the next."""
+    if denied := no_containers():
+        pytest.skip(f"containers do not work here, so nothing was tried in one: {denied}")
+    run("cargo", "fetch", "--locked", cwd=ROOT, timeout=600)
     buildah_build("--target", "store", "-t", STORE)
     return buildah_build("--build-arg", "REVISION=abc", "-t", IMAGE).stdout
 
@@ -119,8 +133,7 @@ class Container:
 
     def __init__(self, image, *command, env=None, options=()):
         given = [part for name, value in (env or {}).items() for part in ("--env", f"{name}={value}")]
-        self.id = podman("run", "--detach", "--network", "host", "--read-only", "--cap-drop", "ALL",
-                         "--security-opt", "no-new-privileges", *given, *options, image, *command).stdout.strip()
+        self.id = podman("run", "--detach", *CONFINED, *given, *options, image, *command).stdout.strip()
 
     def logs(self):
         result = podman("logs", self.id)
@@ -136,27 +149,49 @@ class Container:
         podman("rm", "--force", "--time", "0", self.id, check=False)
 
 
+class Native:
+    """The program of an image without the image, for what is not about images where no container
+    works."""
+
+    def __init__(self, image, *command, env=None):
+        run("cargo", "build", "--locked", "--bin", "aegis-proxy", "--example", "demo", cwd=ROOT, timeout=1200)
+        program = WORK.parent / "debug" / {IMAGE: "aegis-proxy", STORE: "examples/demo"}[image]
+        self.folder = tempfile.TemporaryDirectory()
+        self.log = pathlib.Path(self.folder.name) / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen([program, *command], stdout=log, stderr=log,
+                                            env={**os.environ, "DEMO_DATA": self.folder.name, **(env or {})})
+
+    def logs(self):
+        return self.log.read_text()
+
+    def remove(self):
+        self.process.kill()
+        self.process.wait()
+        self.folder.cleanup()
+
+
 @contextlib.contextmanager
-def container(image, *command, **options):
-    running = Container(image, *command, **options)
+def container(image, *command, kind=Container, **options):
+    running = kind(image, *command, **options)
     try:
         yield running
     finally:
         running.remove()
 
 
-class Aegis(Container):
+class Aegis:
     """The proxy, once it has started."""
 
-    def __init__(self, env=None, options=()):
-        self.port, self.admin = free_port(), free_port()
-        super().__init__(IMAGE, options=options, env={
-            "AEGIS_LISTEN": f"127.0.0.1:{self.port}", "AEGIS_ADMIN": f"127.0.0.1:{self.admin}", **(env or {})})
-        try:
-            eventually(lambda: self.get("startupz") == "ok\n", self.logs)
-        except BaseException:
-            self.remove()
-            raise
+    def __init__(self, running, port, admin):
+        self.running, self.port, self.admin = running, port, admin
+        self.logs = running.logs
+
+    def signal(self, name):
+        self.running.signal(name)
+
+    def exit_code(self):
+        return self.running.exit_code()
 
     def get(self, path):
         return get(f"http://127.0.0.1:{self.admin}/{path}")
@@ -169,12 +204,22 @@ class Aegis(Container):
 
 
 @contextlib.contextmanager
-def aegis(**options):
-    running = Aegis(**options)
-    try:
-        yield running
-    finally:
-        running.remove()
+def aegis(env=None, **options):
+    port, admin = free_port(), free_port()
+    env = {"AEGIS_LISTEN": f"127.0.0.1:{port}", "AEGIS_ADMIN": f"127.0.0.1:{admin}", **(env or {})}
+    with container(IMAGE, env=env, **options) as running:
+        proxy = Aegis(running, port, admin)
+        eventually(lambda: proxy.get("startupz") == "ok\n", proxy.logs)
+        yield proxy
+
+
+@contextlib.contextmanager
+def store(**options):
+    """The demo's store; gives its address."""
+    address = f"127.0.0.1:{free_port()}"
+    with container(STORE, "store", address, **options) as running:
+        eventually(lambda: "listens on" in running.logs(), running.logs)
+        yield address
 
 
 def get(url):
@@ -222,10 +267,11 @@ def echo():
         server.server_close()
 
 
-def ask(connection, data):
+def ask(connection, data, length=None):
+    """Sends bytes and receives as many, or so many."""
     connection.sendall(data)
     found = b""
-    while len(found) < len(data):
+    while len(found) < (length or len(data)):
         part = connection.recv(65536)
         assert part, f"ended after {found!r}"
         found += part

@@ -1,20 +1,19 @@
 """The image from the real Dockerfile, and containers of it under a real runtime."""
 
 import os
+import re
 import shutil
 import socket
 import struct
+import subprocess
 import threading
 
 import pytest
 import yaml
 
 from containers import (IMAGE, PROFILE, STORE, aegis, ask, build, buildah_build, container, echo, eventually,
-                        free_port, get, inspect, podman)
-from tools import CHART, ROOT, USER_CHART, one, run, template
-
-SHIPPED_PROFILE = ["--security-opt", f"seccomp={PROFILE}"]
-
+                        free_port, get, inspect, no_uring, podman, store)
+from tools import CHART, ROOT, USER_CHART, kustomize, one, run, template
 
 @pytest.fixture(scope="module", autouse=True)
 def images():
@@ -52,34 +51,47 @@ def test_dependencies_are_a_layer_that_sources_do_not_touch(tmp_path):
     assert "Using cache" in step, output
 
 
-def test_the_default_profile_means_epoll_and_the_shipped_one_io_uring():
-    with echo() as backend:
-        for options, driver, why in [([], "epoll", "seccomp"), (SHIPPED_PROFILE, "io_uring", "work")]:
-            with aegis(env={"AEGIS_BACKENDS": backend}, options=options) as proxy:
-                found, reason = proxy.driver()
-                assert found == driver and why in reason, proxy.logs()
-                for size in [1, 100_000]:
-                    with proxy.connect() as client:
-                        assert ask(client, b"x" * size) == b"x" * size
-                assert f'aegis_io_driver_info{{driver="{driver}"' in proxy.get("metrics")
-                assert "readyz" in proxy.get("") and proxy.get("livez") == "ok\n"
-                proxy.signal("TERM")
-                assert proxy.exit_code() == 0, proxy.logs()
+@pytest.fixture(params=["epoll", "io_uring"])
+def driver(request):
+    """Each driver, and the options of a container that has it."""
+    if request.param == "epoll":
+        return request.param, []
+    if why := no_uring():
+        pytest.skip(f"io_uring does not work on this machine, so only epoll was tried: {why}")
+    return request.param, ["--security-opt", f"seccomp={PROFILE}"]
+
+
+def denial():
+    """What the proxy says of io_uring under the default profile."""
+    return "io_uring cannot be used" if no_uring() else "a seccomp profile"
+
+
+def test_the_default_profile_means_epoll_and_the_shipped_one_io_uring(driver):
+    name, options = driver
+    with echo() as backend, aegis(env={"AEGIS_BACKENDS": backend}, options=options) as proxy:
+        found, reason = proxy.driver()
+        assert found == name and (denial() if name == "epoll" else "work") in reason, proxy.logs()
+        for size in [1, 100_000]:
+            with proxy.connect() as client:
+                assert ask(client, b"x" * size) == b"x" * size
+        assert f'aegis_io_driver_info{{driver="{name}"' in proxy.get("metrics")
+        assert "readyz" in proxy.get("") and proxy.get("livez") == "ok\n"
+        proxy.signal("TERM")
+        assert proxy.exit_code() == 0, proxy.logs()
 
 
 def test_io_uring_by_name_is_refused_with_the_reason_under_the_default_profile():
     with container(IMAGE, env={"AEGIS_IO": "uring"}) as proxy:
         assert proxy.exit_code() == 1
-        assert "a seccomp profile" in proxy.logs() and "AEGIS_IO=auto" in proxy.logs()
+        assert denial() in proxy.logs() and "AEGIS_IO=auto" in proxy.logs()
 
 
-@pytest.mark.parametrize("options", [[], SHIPPED_PROFILE], ids=["epoll", "io_uring"])
-def test_a_stop_lets_sessions_finish_and_ends_with_success(options):
+def test_a_stop_lets_sessions_finish_and_ends_with_success(driver):
     drain = {"AEGIS_DRAIN_DELAY": "0s", "AEGIS_DRAIN_TIMEOUT": "30s"}
-    with echo() as backend, aegis(env={"AEGIS_BACKENDS": backend, **drain}, options=options) as proxy:
+    with echo() as backend, aegis(env={"AEGIS_BACKENDS": backend, **drain}, options=driver[1]) as proxy:
         client = proxy.connect()
         ask(client, b"before")
-        stop = threading.Thread(target=podman, args=("stop", "--time", "30", proxy.id))
+        stop = threading.Thread(target=podman, args=("stop", "--time", "30", proxy.running.id))
         stop.start()
         eventually(lambda: "draining: accepting no more" in proxy.logs(), proxy.logs)
         assert ask(client, b"during the drain") == b"during the drain"
@@ -137,26 +149,56 @@ def test_names_are_resolved_without_a_c_library_in_the_image(tmp_path):
             assert f"127.0.0.1:{port}" in proxy.get("backends")
 
 
-def test_the_demo_store_answers_the_request_of_the_chart_through_the_proxy(tmp_path):
-    pod = next(item for item in template(CHART, values={"sidecar": {"backend": {"service": "chronos"}}})
-               if item["kind"] == "Pod")
-    (request,) = pod["spec"]["containers"]
-    # Not every build of busybox has a shell that finds its other programs by itself.
+@pytest.fixture
+def script_env(tmp_path):
+    """Busybox's programs by name: not every build of it has a shell that finds them by itself."""
     for name in ["nc", "sleep"]:
         (tmp_path / name).symlink_to(shutil.which("busybox"))
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **{item["name"]: item["value"] for item in request["env"]}}
-    port = free_port()
-    with container(STORE, "store", f"127.0.0.1:{port}") as store:
-        eventually(lambda: "listens on" in store.logs(), store.logs)
-        with aegis(env={"AEGIS_BACKENDS": f"127.0.0.1:{port}"}) as proxy:
+    return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+def test_the_demo_store_answers_the_request_of_the_chart_through_the_proxy(script_env):
+    values = {"sidecar": {"backend": {"service": "chronos"}}}
+    pod = next(item for item in template(CHART, values=values) if item["kind"] == "Pod")
+    (request,) = pod["spec"]["containers"]
+    env = {**script_env, **{item["name"]: item["value"] for item in request["env"]}}
+    # As the charts have it, and as an unknown protocol.
+    for protocol in ["chronos", "tcp"]:
+        settings = charted({"backend": {"addresses": "any"}, "protocol": protocol})
+        modes = {name: settings[name] for name in ["AEGIS_PROTOCOL", "AEGIS_POOL_MODE"]}
+        with store() as backend, aegis(env={"AEGIS_BACKENDS": backend, **modes}) as proxy:
             shell, option, script = request["command"]
             script = script.replace("127.0.0.1 8081", f"127.0.0.1 {proxy.port}")
             said = run("busybox", shell, option, script, env=env).stdout
             assert said == "the reply: PONG\n"
             refused = run("busybox", shell, option, script, check=False, env={**env, "REPLY": "PANG"})
             assert refused.returncode == 1 and "no reply of 'PANG'" in refused.stdout
-        store.signal("TERM")
-        assert store.exit_code() == 0, store.logs()
+
+
+def test_the_client_of_the_demo_finds_what_it_stored_in_two_stores(script_env):
+    deployment = next(item for item in kustomize(ROOT / "manifests/demo")
+                      if item["kind"] == "Deployment" and item["metadata"]["name"] == "client")
+    spec = deployment["spec"]["template"]["spec"]
+    settings = {item["name"]: item.get("value") for item in spec["initContainers"][0]["env"]}
+    chosen = {name: settings[name] for name in ["AEGIS_PROTOCOL", "AEGIS_POOL_MODE", "AEGIS_ROUTE"]}
+    shell, option, script = spec["containers"][0]["command"]
+    with store() as one_store, store() as other, aegis(env={"AEGIS_BACKENDS": f"{one_store},{other}", **chosen}) as proxy:
+        script = script.replace("127.0.0.1 8081", f"127.0.0.1 {proxy.port}")
+        client = subprocess.Popen(["busybox", shell, option, script], env=script_env, stdout=subprocess.PIPE, text=True)
+        answered = re.compile(r'aegis_requests_total\{command="get",outcome="answered"\} (\d+)')
+        eventually(lambda: int(answered.search(proxy.get("metrics"))[1]) >= 10, proxy.logs)
+        client.terminate()
+        assert client.communicate(timeout=20)[0] == "", "it complains of each wrong answer"
+        assert client.returncode == 0
+        used = re.findall(r'aegis_endpoint_connects_total\{.*\} (\d+)', proxy.get("metrics"))
+        assert len(used) == 2 and "0" not in used
+
+
+def test_the_demo_store_ends_with_success():
+    with container(STORE, "store", f"127.0.0.1:{free_port()}") as running:
+        eventually(lambda: "listens on" in running.logs(), running.logs)
+        running.signal("TERM")
+        assert running.exit_code() == 0, running.logs()
 
 
 def check(env):

@@ -8,7 +8,7 @@ import urllib.parse
 import pytest
 import yaml
 
-from containers import aegis, ask, build, echo, eventually, free_port, get
+from containers import Container, Native, aegis, ask, build, eventually, free_port, get, no_containers, store
 from tools import ROOT, metrics_in, run
 
 MONITORING = ROOT / "manifests/monitoring"
@@ -66,14 +66,29 @@ def prometheus(folder, target):
 
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory):
-    """A proxy after some traffic, and how to query the Prometheus that scrapes it."""
-    build()
-    with echo() as backend, aegis(env={"AEGIS_BACKENDS": backend}) as proxy:
-        for _ in range(20):
+    """A proxy with the settings of Compose after some traffic, and how to query the Prometheus that
+    scrapes it."""
+    kind = Native if no_containers() else Container
+    if kind is Container:
+        build()
+    compose = yaml.safe_load((MONITORING.parent / "compose/compose.yaml").read_text())
+    modes = {name: compose["services"]["aegis"]["environment"][name] for name in ["AEGIS_PROTOCOL", "AEGIS_POOL_MODE"]}
+    with store(kind=kind) as backend, aegis(env={"AEGIS_BACKENDS": backend, **modes}, kind=kind) as proxy:
+        for turn in range(20):
             with proxy.connect() as client:
-                ask(client, b"hello")
+                for request, reply in [(f"SET k {turn}", "OK"), ("GET k", f"{turn}"), ("PING", "PONG"),
+                                       ("DEL k", "OK_DELETED"), ("COMPACT", "OK_COMPACTED")]:
+                    assert ask(client, request.encode() + b"\n", len(reply) + 1) == reply.encode() + b"\n"
         with prometheus(tmp_path_factory.mktemp("prometheus"), f"127.0.0.1:{proxy.admin}") as query:
             yield proxy, query
+
+
+def test_requests_are_counted_by_what_they_asked_for(scraped):
+    _, query = scraped
+    for command in ["set", "get", "ping", "del", "compact"]:
+        labels = f'command="{command}"'
+        for expression in [f'aegis_requests_total{{{labels}, outcome="answered"}}', f"aegis_request_duration_seconds_count{{{labels}}}"]:
+            assert [series["value"][1] for series in query(expression)] == ["20"], expression
 
 
 def test_promtool_likes_the_metrics(scraped):
