@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import resource
+import shlex
 import shutil
 import socket
 import socketserver
@@ -63,14 +64,17 @@ def podman(*arguments, **options):
     return run("podman", *arguments, env=environment(), **options)
 
 
-def buildah_build(*arguments, context=ROOT, **options):
-    """Builds with the machine's own compiler: no registry of images is needed."""
+def build_options():
+    """What lets buildah use the machine's own compiler: no registry of images is needed."""
     sysroot = run("rustc", "--print", "sysroot").stdout.strip()
     registry = pathlib.Path(os.environ.get("CARGO_HOME", pathlib.Path.home() / ".cargo")) / "registry"
     mounts = ["/usr:/usr:ro", "/etc/alternatives:/etc/alternatives:ro", f"{sysroot}:/rust:ro", f"{registry}:/cargo/registry"]
-    return run("buildah", "bud", "--layers", "--isolation", "chroot", "--build-arg", f"RUST_IMAGE={BASE}",
-               *[part for mount in mounts for part in ("--volume", mount)], *arguments, context,
-               env=environment(), timeout=1200, **options)
+    return ["--layers", "--isolation", "chroot", "--build-arg", f"RUST_IMAGE={BASE}",
+            *[part for mount in mounts for part in ("--volume", mount)]]
+
+
+def buildah_build(*arguments, context=ROOT):
+    return run("buildah", "bud", *build_options(), *arguments, context, env=environment(), timeout=1200)
 
 
 @functools.cache
@@ -120,12 +124,14 @@ def base():
 
 @functools.cache
 def build():
-    """Both images; layers are kept from one run of the tests to the next."""
+    """Both images, by the makefile; layers are kept from one run of the tests to the next."""
     if denied := no_containers():
         pytest.skip(f"containers do not work here, so nothing was tried in one: {denied}")
     run("cargo", "fetch", "--locked", cwd=ROOT, timeout=600)
-    buildah_build("--target", "store", "-t", STORE)
-    return buildah_build("--build-arg", "REVISION=abc", "-t", IMAGE).stdout
+    engine = STATE / "engine"
+    engine.write_text(f'#!/bin/sh\nshift\nexec buildah bud {shlex.join(build_options())} "$@"\n')
+    engine.chmod(0o755)
+    run("make", "image", f"ENGINE={engine}", f"IMAGE={IMAGE}", f"STORE_IMAGE={STORE}", cwd=ROOT, env=environment(), timeout=1200)
 
 
 class Container:

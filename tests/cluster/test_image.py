@@ -36,7 +36,7 @@ def test_an_image_runs_as_nobody_in_particular_and_says_what_it_is():
     for image in [IMAGE, STORE]:
         assert inspect(image)["Config"]["User"] == "65532:65532"
     config = inspect(IMAGE)["Config"]
-    assert config["Labels"]["org.opencontainers.image.revision"] == "abc"
+    assert config["Labels"]["org.opencontainers.image.revision"] == run("git", "rev-parse", "HEAD", cwd=ROOT).stdout.strip()
     assert podman("run", "--rm", "--network", "none", IMAGE, "--version").stdout == \
         f"aegis-proxy {config['Labels']['org.opencontainers.image.version']}\n"
 
