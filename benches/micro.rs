@@ -9,6 +9,7 @@ use aegis::io::{Chain, ConnId};
 use aegis::proxy::pool::Pool;
 use aegis::slab::Slab;
 use aegis::telemetry::{Counter, Histogram};
+use aegis::wire::http1::{Method, RequestScanner, ResponseScanner};
 use aegis::wire::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
 use aegis::worker::timers::Timers;
 use divan::{Bencher, black_box};
@@ -102,4 +103,18 @@ fn proxy_header_v1(bencher: Bencher) {
 fn proxy_header_v2(bencher: Bencher) {
     let address = ([10, 1, 2, 3], 54_321).into();
     bencher.bench_local(|| write_v2(&mut [0; HEADER_MAX], black_box(address), address));
+}
+
+#[divan::bench]
+fn http1_request_and_response(bencher: Bencher) {
+    const REQUEST: &[u8] = b"GET /items/42 HTTP/1.1\r\nHost: example.com\r\nUser-Agent: bench\r\n\
+        Accept: */*\r\nConnection: keep-alive\r\n\r\n";
+    const RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\
+        Content-Length: 5\r\n\r\nhello";
+    let (mut requests, mut responses) = (RequestScanner::new(), ResponseScanner::new());
+    bencher.bench_local(|| {
+        let request = requests.scan(black_box(REQUEST));
+        responses.begin(Method::Get);
+        (request, responses.scan(black_box(RESPONSE)))
+    });
 }

@@ -22,6 +22,13 @@ pub const RELAY_BUFFERS_MAX: u32 = 8;
 /// Buffers lent to the kernel at a time for whichever socket receives next.
 pub const BUFFER_RING_ENTRIES: u16 = 128;
 
+/// Bytes that one pipe takes, through which bulk is moved within the kernel: that much is moved at a
+/// time. What a user may make larger without privileges is 1 MiB, and 64 MiB in all.
+pub const PIPE_SIZE: usize = 1 << 20;
+
+/// Pipes of one worker. A bulk stream holds one only while its reader is slower than it.
+pub const PIPES_MAX: usize = 16;
+
 /// Sessions for which a worker reserves buffers: above, stalled sessions share.
 const BUFFERED_SESSIONS_MAX: usize = 32 * 1024;
 
@@ -114,8 +121,8 @@ const DESCRIPTORS_PER_SESSION: u64 = 2;
 /// maximum only under load that comes and goes faster than they shrink, and not all at once.
 const POOL_ENDPOINTS_PER_BACKEND: u64 = 2;
 
-/// The ring or the epoll instance, and the eventfd that wakes the worker.
-const DESCRIPTORS_PER_WORKER: u64 = 2;
+/// The ring or the epoll instance, the eventfd that wakes the worker, and both ends of pipes.
+const DESCRIPTORS_PER_WORKER: u64 = 2 + 2 * PIPES_MAX as u64;
 
 /// Connections to the admin port: a scraper, the kubelet's probes, people.
 pub const ADMIN_CONNECTIONS: usize = 32;
@@ -175,7 +182,7 @@ pub struct DescriptorsNeeded {
     pub sessions: u64,
     /// Warm connections.
     pub pools: u64,
-    /// Listening sockets, rings and eventfds.
+    /// Listening sockets, rings, eventfds and pipes.
     pub workers: u64,
     /// Connections to the admin port.
     pub admin: u64,
@@ -319,8 +326,8 @@ mod tests {
 
     const USERS: DescriptorUsers =
         DescriptorUsers { workers: 4, listeners: 2, pool_max_idle: 64, backends: Some(3) };
-    /// 4 × (2 + 2) + 32 + 32 + 3 + 64. All pools together may come to hold 4 × 64 × 6.
-    const FIXED: u64 = 16 + 131;
+    /// 4 × (2 + 2 + 2 × 16) + 32 + 32 + 3 + 64. All pools together may come to hold 4 × 64 × 6.
+    const FIXED: u64 = 144 + 131;
 
     fn sessions(n: usize) -> Option<NonZeroUsize> {
         NonZeroUsize::new(n)
@@ -370,9 +377,9 @@ mod tests {
         let error = capacity(request, FIXED + 40_000 + 63, &USERS).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "AEGIS_MAX_SESSIONS=20000 needs 40211 = 40000 for sessions + 64 for pools + 16 for \
+            "AEGIS_MAX_SESSIONS=20000 needs 40339 = 40000 for sessions + 64 for pools + 144 for \
              workers + 32 for admin connections + 32 for control + 3 standard + 64 slack \
-             descriptors; RLIMIT_NOFILE allows 40210, which is enough for 19999 sessions"
+             descriptors; RLIMIT_NOFILE allows 40338, which is enough for 19999 sessions"
         );
     }
 

@@ -63,6 +63,11 @@ impl Contestant {
         matches!(self, Self::Haproxy | Self::Nginx)
     }
 
+    /// How many processes it runs as.
+    fn processes(self) -> usize {
+        if self == Self::Nginx { WORKERS + 1 } else { 1 }
+    }
+
     /// Exactly what is run. Fails with what to install if it is missing.
     pub fn version(self) -> Result<String, String> {
         let first_line = |program: &str, argument: &str, package: &str| {
@@ -158,7 +163,14 @@ impl Running {
             }
             sleep(Duration::from_millis(10));
         }
-        running.processes = Processes::of(running.processes.0[0]);
+        // The first worker may serve before the last one is there.
+        let first = running.processes.0[0];
+        while running.processes.0.len() < contestant.processes() {
+            if Instant::now() > deadline {
+                return Err(format!("{} runs as {:?} only", contestant.name(), running.processes));
+            }
+            running.processes = Processes::of(first);
+        }
         running.memory_at_start = running.processes.memory();
         Ok(running)
     }

@@ -17,6 +17,7 @@ use rustix::net::{RecvFlags, SendFlags, SocketFlags};
 use socket2::SockRef;
 
 use super::buffers::{Buf, Buffers, Chain};
+use super::splice::{self, Bulk, Pipe, Pipes};
 use super::{Close, Completion, ConnId, Driver, DriverSetup, Wait, socket};
 use crate::limits;
 use crate::slab::Slab;
@@ -53,7 +54,14 @@ struct Socket {
     /// In the queue of sockets to read from.
     queued: bool,
     shutdown: bool,
+    /// What it brings may be moved to there by pipe.
+    joined: Option<ConnId>,
+    bulk: Bulk,
+    /// What it brings waits until the joined one has sent everything.
+    held: bool,
     queue: Chain,
+    /// What is to be sent before the queue.
+    pipe: Option<Pipe>,
 }
 
 impl Socket {
@@ -68,12 +76,20 @@ impl Socket {
             ended: false,
             queued: false,
             shutdown: false,
+            joined: None,
+            bulk: Bulk::default(),
+            held: false,
             queue: Chain::default(),
+            pipe: None,
         }
     }
 
+    fn is_flushed(&self) -> bool {
+        self.queue.is_empty() && self.pipe.is_none()
+    }
+
     fn can_receive(&self) -> bool {
-        self.wanted && self.readable && !self.ended && !self.connecting
+        self.wanted && self.readable && !self.ended && !self.connecting && !self.held
     }
 }
 
@@ -89,14 +105,20 @@ pub struct Epoll {
     sockets: Slab<Socket>,
     buffers: Buffers,
     options: socket::Options,
+    start: Instant,
     now: Instant,
     events: Vec<epoll::Event>,
     /// Events to hand out, before anything is read.
     completions: VecDeque<Completion>,
     /// Readable sockets whose user wants to receive.
     ready: VecDeque<ConnId>,
+    /// As `ready`, but not before the next turn: what has come until then is moved at once.
+    bulky: Vec<ConnId>,
     /// As `ready`, but no buffer was free.
     starving: VecDeque<ConnId>,
+    pipes: Pipes,
+    /// The window that the turn falls in.
+    window: u32,
     steps: u32,
     buffer_waits: u64,
 }
@@ -123,12 +145,16 @@ impl Epoll {
             sockets: Slab::with_capacity(setup.conns_max),
             buffers: Buffers::new(setup.buffers_max)?,
             options: setup.options,
+            start: Instant::now(),
             now: Instant::now(),
             events: Vec::with_capacity(EVENTS_MAX),
             // One socket can bring up to four: connected, sent, failed, accepted.
             completions: VecDeque::with_capacity(4 * setup.conns_max),
             ready: VecDeque::with_capacity(setup.conns_max),
+            bulky: Vec::with_capacity(setup.conns_max),
             starving: VecDeque::with_capacity(setup.conns_max),
+            pipes: Pipes::new(),
+            window: 0,
             steps: 0,
             buffer_waits: 0,
         })
@@ -170,7 +196,10 @@ impl Epoll {
             if flags.intersects(settled) {
                 self.finish_connect(conn);
             }
-        } else if flags.contains(EventFlags::ERR) && !socket.wanted && !socket.ended {
+        } else if flags.contains(EventFlags::ERR)
+            && !socket.ended
+            && (!socket.wanted || socket.held)
+        {
             // A reset, which no receive would show while the user does not want to receive.
             socket.ended = true;
             self.completions.push_back(Completion::ReceiveFailed(conn));
@@ -200,11 +229,24 @@ impl Epoll {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
         let mut sent = 0;
         let mut failed = false;
-        while socket.writable && !socket.queue.is_empty() {
-            match write(&self.buffers, socket) {
+        while socket.writable && !socket.is_flushed() {
+            let written = match &mut socket.pipe {
+                Some(pipe) => {
+                    let offered = pipe.bytes();
+                    pipe.drain(&socket.fd).map(|count| (count, offered))
+                }
+                None => write(&self.buffers, socket),
+            };
+            match written {
                 Ok((count, offered)) => {
                     sent += count;
-                    self.buffers.advance(&mut socket.queue, count);
+                    match socket.pipe.take_if(|pipe| pipe.is_empty()) {
+                        Some(pipe) => self.pipes.give(pipe),
+                        None if socket.pipe.is_none() => {
+                            self.buffers.advance(&mut socket.queue, count);
+                        }
+                        None => {}
+                    }
                     // A short write means that the socket is full; an edge will follow.
                     socket.writable = count == offered;
                 }
@@ -212,12 +254,16 @@ impl Epoll {
                 Err(Errno::INTR) => {}
                 Err(_) => {
                     self.buffers.clear(&mut socket.queue);
+                    if let Some(pipe) = socket.pipe.take() {
+                        self.pipes.give(pipe);
+                    }
                     socket.shutdown = false;
                     failed = true;
                 }
             }
         }
-        if socket.queue.is_empty() && mem::take(&mut socket.shutdown) {
+        let source = socket.joined.filter(|_| socket.is_flushed());
+        if socket.is_flushed() && mem::take(&mut socket.shutdown) {
             // Its failure shows in the next operation.
             let _ = rustix::net::shutdown(&socket.fd, rustix::net::Shutdown::Write);
         }
@@ -227,6 +273,65 @@ impl Epoll {
         if failed {
             self.completions.push_back(Completion::SendFailed(conn));
         }
+        if let Some(source) = source {
+            self.let_go(source);
+        }
+    }
+
+    /// The socket joined with this one has sent everything.
+    fn let_go(&mut self, conn: ConnId) {
+        if let Some(socket) = self.sockets.get_mut(conn)
+            && mem::take(&mut socket.held)
+        {
+            self.enqueue(conn);
+        }
+    }
+
+    /// Where to move by pipe what a readable socket brings, if that is the way.
+    fn splice_target(&self, conn: ConnId) -> Option<(ConnId, &Socket)> {
+        let socket = self.sockets.get(conn).filter(|socket| socket.bulk.is_on())?;
+        let to = socket.joined.filter(|_| self.pipes.any())?;
+        Some((to, self.sockets.get(to)?))
+    }
+
+    /// Moves what a socket has to the one joined with it.
+    fn splice(&mut self, conn: ConnId, to: ConnId) -> Option<Completion> {
+        let socket = self.sockets.get_mut(conn)?;
+        let mut pipe = self.pipes.take()?;
+        let filled = pipe.fill(&socket.fd);
+        if let Ok(count @ 1..) = filled {
+            socket.bulk.on_spliced(count, self.window);
+            if let Some(sink) = self.sockets.get_mut(to) {
+                sink.pipe = Some(pipe);
+            }
+            self.flush(to);
+            let held = self.sockets.get(to).is_some_and(|sink| !sink.is_flushed());
+            if let Some(socket) = self.sockets.get_mut(conn) {
+                socket.held = held;
+                if !held && !mem::replace(&mut socket.queued, true) {
+                    self.bulky.push(conn);
+                }
+            }
+            return Some(Completion::Spliced(conn, count));
+        }
+        self.pipes.give(pipe);
+        match filled {
+            Ok(_) => {
+                socket.ended = true;
+                return Some(Completion::Ended(conn));
+            }
+            Err(Errno::AGAIN) => socket.readable = false,
+            Err(Errno::INTR) => self.enqueue(conn),
+            Err(errno) if splice::is_refused(errno) => {
+                self.pipes.give_up();
+                self.enqueue(conn);
+            }
+            Err(_) => {
+                socket.ended = true;
+                return Some(Completion::ReceiveFailed(conn));
+            }
+        }
+        None
     }
 
     /// Reads one buffer from the first socket in the queue.
@@ -237,6 +342,19 @@ impl Epoll {
             if !socket.can_receive() {
                 continue;
             }
+            if socket.bulk.is_on()
+                && let Some((to, sink)) = self.splice_target(conn)
+            {
+                if sink.is_flushed() {
+                    if let Some(completion) = self.splice(conn, to) {
+                        return Some(completion);
+                    }
+                } else if let Some(socket) = self.sockets.get_mut(conn) {
+                    socket.held = true;
+                }
+                continue;
+            }
+            let Some(socket) = self.sockets.get_mut(conn) else { continue };
             let Some(mut buf) = self.buffers.take() else {
                 socket.queued = true;
                 self.starving.push_back(conn);
@@ -250,6 +368,7 @@ impl Epoll {
                     // urgent mark, at which reads stop: what is behind then waits for the next
                     // segment. Nobody sends those.)
                     socket.readable = count == limits::BUFFER_SIZE || socket.hung_up;
+                    socket.bulk.on_received(count as u32, self.window);
                     self.buffers.set_len(&mut buf, count);
                     self.enqueue(conn);
                     return Some(Completion::Received(conn, buf));
@@ -309,6 +428,7 @@ impl Epoll {
     fn busy(&self) -> bool {
         !self.completions.is_empty()
             || !self.ready.is_empty()
+            || !self.bulky.is_empty()
             || (self.room > 0 && self.acceptable.contains(&true))
     }
 
@@ -350,6 +470,8 @@ impl Driver for Epoll {
             Err(errno) => return Err(errno.into()),
         }
         self.now = Instant::now();
+        self.window = splice::window(self.start, self.now);
+        self.ready.extend(self.bulky.drain(..));
         self.steps = STEPS_PER_TURN;
         self.dispatch();
         Ok(())
@@ -410,6 +532,14 @@ impl Driver for Epoll {
         Ok(conn)
     }
 
+    fn join(&mut self, a: ConnId, b: ConnId) {
+        for (conn, other) in [(a, b), (b, a)] {
+            if let Some(socket) = self.sockets.get_mut(conn) {
+                socket.joined = Some(other);
+            }
+        }
+    }
+
     fn receive(&mut self, conn: ConnId, on: bool) {
         if let Some(socket) = self.sockets.get_mut(conn) {
             socket.wanted = on;
@@ -433,6 +563,9 @@ impl Driver for Epoll {
     fn close(&mut self, conn: ConnId, how: Close) {
         let Some(mut socket) = self.sockets.remove(conn) else { return };
         self.buffers.clear(&mut socket.queue);
+        if let Some(pipe) = socket.pipe.take() {
+            self.pipes.give(pipe);
+        }
         if how == Close::Reset {
             socket::close_with_reset(&socket.fd);
         }

@@ -24,6 +24,7 @@ mod ring;
 #[cfg(test)]
 pub mod sim;
 pub mod socket;
+mod splice;
 pub mod uring;
 
 pub use buffers::{Buf, Chain};
@@ -45,6 +46,8 @@ pub enum Completion {
     ConnectFailed(ConnId, io::Error),
     /// Bytes arrived.
     Received(ConnId, Buf),
+    /// Bytes arrived, so many, and are already on their way to the connection joined with this one.
+    Spliced(ConnId, u32),
     /// The peer ended its direction; nothing more will be received.
     Ended(ConnId),
     /// Receiving failed; nothing more will be received.
@@ -65,6 +68,7 @@ impl Completion {
             | Self::Connected(conn)
             | Self::ConnectFailed(conn, _)
             | Self::Received(conn, _)
+            | Self::Spliced(conn, _)
             | Self::Ended(conn)
             | Self::ReceiveFailed(conn)
             | Self::Sent(conn, _)
@@ -141,6 +145,12 @@ pub trait Driver {
     /// # Errors
     /// No descriptor or slot is free, or the address cannot be used at all.
     fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId>;
+
+    /// Says that what is received from either of two connections is to be sent to the other one as
+    /// it is. The driver may then move bulk without [`Completion::Received`], and tells it by
+    /// [`Completion::Spliced`]; [`Completion::Sent`] follows as ever. So that all stays in order,
+    /// what [`Driver::next`] has brought is sent before it is called again.
+    fn join(&mut self, a: ConnId, b: ConnId);
 
     /// Starts or stops receiving. What was received before the stop took effect still arrives.
     fn receive(&mut self, conn: ConnId, on: bool);

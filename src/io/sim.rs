@@ -93,6 +93,8 @@ struct Socket {
     ended: bool,
     /// An error that a send met first: receiving then shows an ordinary end.
     error_taken: bool,
+    /// What it receives may be sent there by itself.
+    joined: Option<ConnId>,
     queue: Chain,
     shutdown: bool,
     stepping: bool,
@@ -262,6 +264,7 @@ impl Sim {
             taken: 0,
             ended: false,
             error_taken: false,
+            joined: None,
             queue: Chain::default(),
             shutdown: false,
             stepping: false,
@@ -407,14 +410,32 @@ impl Sim {
             let step = Step::Receive(conn.index() as u32, conn.generation());
             return self.schedule(Duration::from_millis(1), step);
         };
+        let sink = self.sink(conn);
+        let Some(socket) = self.sockets.get_mut(conn) else { return self.buffers.give(buf) };
+        let peer = &self.peers[socket.peer];
         let len = self.rng.usize(1..=waiting.min(peer.plan.piece));
         let (id, at) = (peer.id, socket.taken);
         socket.taken += len;
         let bytes = self.stream(id, at, len);
         self.buffers.space(&mut buf)[..len].copy_from_slice(&bytes);
         self.buffers.set_len(&mut buf, len);
-        self.completions.push_back(Completion::Received(conn, buf));
+        match sink {
+            Some(to) => {
+                self.completions.push_back(Completion::Spliced(conn, len as u32));
+                self.send(to, buf);
+            }
+            None => self.completions.push_back(Completion::Received(conn, buf)),
+        }
         self.poke(conn);
+    }
+
+    /// Where bytes go without the user's help, now and then.
+    fn sink(&mut self, conn: ConnId) -> Option<ConnId> {
+        let source = self.sockets.get(conn).filter(|source| source.wanted)?;
+        let to = source.joined?;
+        let free = self.sockets.get(to).is_some_and(|to| to.queue.is_empty());
+        let first = !self.completions.iter().any(|earlier| earlier.conn() == Some(conn));
+        (free && first && self.rng.bool()).then_some(to)
     }
 
     fn send_step(&mut self, conn: ConnId) {
@@ -519,6 +540,14 @@ impl Driver for Sim {
             self.soon(2_000, step);
         }
         Ok(conn)
+    }
+
+    fn join(&mut self, a: ConnId, b: ConnId) {
+        for (conn, other) in [(a, b), (b, a)] {
+            if let Some(socket) = self.sockets.get_mut(conn) {
+                socket.joined = Some(other);
+            }
+        }
     }
 
     fn receive(&mut self, conn: ConnId, on: bool) {

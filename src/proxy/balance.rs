@@ -97,6 +97,7 @@ impl Entry {
     /// Lends an idle connection, if there is one. `index` is the entry's own.
     pub fn lend(&mut self, index: u16) -> Option<Loan> {
         let (conn, retire_at) = self.pool.lend()?;
+        self.stats().pool_idle.set(self.pool.idle() as u64);
         self.count_sessions(self.sessions + 1);
         Some(Loan { conn, endpoint: index, retire_at })
     }
@@ -107,7 +108,9 @@ impl Entry {
     pub fn take_back(&mut self, loan: &Loan, useful: bool, now: Instant) -> bool {
         self.count_sessions(self.sessions - 1);
         if useful && self.present {
-            return self.pool.take_back(loan.conn, loan.retire_at, now);
+            let kept = self.pool.take_back(loan.conn, loan.retire_at, now);
+            self.stats().pool_idle.set(self.pool.idle() as u64);
+            return kept;
         }
         self.pool.on_lent_closed();
         false
@@ -324,6 +327,12 @@ impl Table {
     /// Whether the latest snapshot was empty, or there was none yet.
     pub fn is_empty(&self) -> bool {
         self.present.is_empty()
+    }
+
+    /// Whether any endpoint of the latest snapshot is usable.
+    pub fn any_usable(&self) -> bool {
+        let entries = self.present.iter().map(|&index| self.entries[usize::from(index)].as_ref());
+        entries.flatten().any(|entry| entry.health.is_usable())
     }
 
     /// Whether there is any endpoint to look after, removed ones included.

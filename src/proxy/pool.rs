@@ -111,6 +111,11 @@ impl Pool {
         self.wanted = (self.wanted + count).min(limits::POOL_IDLE_MAX);
     }
 
+    /// Whether a connect has failed just now, so that none is made for a while.
+    pub fn backs_off(&self, now: Instant) -> bool {
+        self.retry_at.is_some_and(|at| now < at)
+    }
+
     /// Nothing waits any more.
     pub fn stop_wanting(&mut self) {
         self.wanted = 0;
@@ -128,7 +133,7 @@ impl Pool {
     }
 
     fn allowed(&self, missing: usize, now: Instant) -> usize {
-        if self.retry_at.is_some_and(|at| now < at) {
+        if self.backs_off(now) {
             return 0;
         }
         // After a failure one connect tries the way first.

@@ -304,6 +304,11 @@ impl<D: Driver> Engine<D> {
                 Some(Owner::Warm { .. }) => self.on_greeting(conn, buf),
                 _ => self.driver.buffers().give(buf),
             },
+            Completion::Spliced(conn, bytes) => {
+                if let Some(&Owner::Session(session, side)) = self.peek_owner(conn) {
+                    self.on_spliced(session, side, bytes);
+                }
+            }
             Completion::Ended(conn) => match self.peek_owner(conn) {
                 Some(&Owner::Session(session, side)) => self.on_ended(session, side),
                 Some(&Owner::Client(client)) => self.on_client_ended(client),

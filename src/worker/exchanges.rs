@@ -147,6 +147,7 @@ impl<D: Driver> Engine<D> {
         } else if self.config.balance == Balance::SourceHash {
             let tried = self.clients.get(key)?.tried();
             let source = self.source(key);
+            // The same one as long as it is usable.
             return self.table.choose(&tried, source, &mut self.rng);
         }
         None
@@ -161,8 +162,8 @@ impl<D: Driver> Engine<D> {
         let line = Line::Endpoint(endpoint);
         let nobody_waits = self.queue.waiting(line) == 0;
         let Some(entry) = self.table.get_mut(endpoint) else { return };
-        if !entry.health.is_usable() && entry.pool.idle() == 0 {
-            // Another store would give a wrong answer.
+        if !entry.health.is_usable() && entry.pool.idle() == 0 && entry.pool.backs_off(self.now) {
+            // It has just been tried, and another store would give a wrong answer.
             return self.give_up(key, Fault::Unreachable);
         }
         if nobody_waits && entry.pool.idle() > 0 {
@@ -214,6 +215,20 @@ impl<D: Driver> Engine<D> {
         let Some(entry) = self.table.get_mut(endpoint) else { return };
         entry.pool.want(count);
         self.mark_short(endpoint);
+    }
+
+    /// Whether requests wait for an endpoint that has no alternative, be it ejected or not.
+    pub(super) fn is_needed(&self, endpoint: u16) -> bool {
+        self.queue.waiting(Line::Endpoint(endpoint)) > 0
+            || (self.queue.waiting(Line::Any) > 0 && !self.table.any_usable())
+    }
+
+    /// A connect to an endpoint failed: requests that only it can answer need not wait longer.
+    pub(super) fn on_endpoint_missed(&mut self, endpoint: u16) {
+        let usable = self.table.get_mut(endpoint).is_some_and(|e| e.health.is_usable());
+        while !usable && let Some(key) = self.queue.serve(Line::Endpoint(endpoint)) {
+            self.give_up(key, Fault::Unreachable);
+        }
     }
 
     /// Takes note that an endpoint may have idle connections for those that wait.
@@ -333,6 +348,7 @@ impl<D: Driver> Engine<D> {
         while let Some(buf) = self.driver.buffers().pop(&mut client.input) {
             self.on_received(session, Side::Client, buf);
         }
+        self.driver.join(client.conn, loan.conn);
         if client.has_ended() {
             self.on_ended(session, Side::Client);
         }

@@ -25,12 +25,11 @@ impl<D: Driver> Engine<D> {
 
     fn refill(&mut self, endpoint: u16) {
         let (now, keeps) = (self.now, self.keeps_pools());
+        let needed = self.is_needed(endpoint);
         let Some(entry) = self.table.get_mut(endpoint) else { return };
-        let wanted = if keeps && entry.is_present() && entry.health.is_usable() {
-            entry.pool.shortage(now)
-        } else {
-            0
-        };
+        let tries = entry.health.is_usable() || needed;
+        let wanted =
+            if keeps && entry.is_present() && tries { entry.pool.shortage(now) } else { 0 };
         for _ in 0..wanted.min(self.pool_conns_max.saturating_sub(self.pool_conns)) {
             if !self.warm(endpoint) {
                 break;
@@ -98,6 +97,7 @@ impl<D: Driver> Engine<D> {
         } else {
             self.on_endpoint_failure(endpoint, error);
         }
+        self.on_endpoint_missed(endpoint);
         self.publish_pool(endpoint);
     }
 

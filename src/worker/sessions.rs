@@ -225,6 +225,7 @@ impl<D: Driver> Engine<D> {
         if let Some(buf) = preface {
             self.driver.send(backend, buf);
         }
+        self.driver.join(client, backend);
         self.driver.receive(client, true);
         self.driver.receive(backend, true);
         while let Some(buf) = self.driver.buffers().pop(&mut greeting) {
@@ -253,25 +254,36 @@ impl<D: Driver> Engine<D> {
 
     pub(super) fn on_received(&mut self, key: Key, from: Side, buf: Buf) {
         let limit = self.in_flight_limit();
+        self.count_received(key, from, buf.len());
         let Some(session) = self.sessions.get_mut(key) else {
             return self.driver.buffers().give(buf);
         };
-        self.batcher.on_active(&mut session.window);
-        match from {
-            Side::Client => self.stats.bytes_to_backend.add(u64::from(buf.len())),
-            Side::Backend => {
-                self.stats.bytes_to_client.add(u64::from(buf.len()));
-                if let Some(waited) = session.take_first_byte(self.now) {
-                    self.stats.first_byte.record(waited);
-                }
-            }
-        }
         let action = session.on_received(from, buf.len(), limit, self.now);
         match (action, session.conn(from.other())) {
             (Action::Discard, _) | (_, None) => self.driver.buffers().give(buf),
             (action, Some(to)) => {
                 self.driver.send(to, buf);
                 self.act(key, action);
+            }
+        }
+    }
+
+    /// Bytes came that the driver sends on by itself, which also bounds them.
+    pub(super) fn on_spliced(&mut self, key: Key, from: Side, bytes: u32) {
+        self.count_received(key, from, bytes);
+        self.apply(key, |session, now| session.on_received(from, bytes, u32::MAX, now));
+    }
+
+    fn count_received(&mut self, key: Key, from: Side, bytes: u32) {
+        let Some(session) = self.sessions.get_mut(key) else { return };
+        self.batcher.on_active(&mut session.window);
+        match from {
+            Side::Client => self.stats.bytes_to_backend.add(u64::from(bytes)),
+            Side::Backend => {
+                self.stats.bytes_to_client.add(u64::from(bytes));
+                if let Some(waited) = session.take_first_byte(self.now) {
+                    self.stats.first_byte.record(waited);
+                }
             }
         }
     }

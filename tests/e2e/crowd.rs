@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::backend::Backend;
 use crate::support::client::{ask, connect, reset, try_connect};
-use crate::support::metrics::{POOL_CONNECTIONS, SESSIONS_ACTIVE};
+use crate::support::metrics::{POOL_CONNECTIONS, QUEUE_DEPTH, SESSIONS_ACTIVE};
 use crate::support::proxy::Builder;
 use crate::support::{Io, PATIENCE, SetOnDrop, heavy, measured, on_both_drivers};
 
@@ -70,7 +70,10 @@ fn store() -> Backend {
 
 /// A request that is to be answered.
 struct Asked {
-    at: Instant,
+    /// Where it ends in all that its client sends.
+    end: u64,
+    /// When its last byte was sent.
+    at: Option<Instant>,
     answer: Expected,
 }
 
@@ -98,6 +101,7 @@ impl Expected {
 struct Member {
     stream: TcpStream,
     unsent: Vec<u8>,
+    sent: u64,
     asked: VecDeque<Asked>,
     received: Vec<u8>,
     /// Sends in such pieces.
@@ -109,7 +113,14 @@ impl Member {
         let stream = connect(address);
         stream.set_nonblocking(true).unwrap();
         let piece = if rng.bool() { 1 } else { 4096 };
-        Self { stream, unsent: Vec::new(), asked: VecDeque::new(), received: Vec::new(), piece }
+        Self {
+            stream,
+            unsent: Vec::new(),
+            sent: 0,
+            asked: VecDeque::new(),
+            received: Vec::new(),
+            piece,
+        }
     }
 
     fn ask(&mut self, id: u64, rng: &mut fastrand::Rng) {
@@ -124,7 +135,8 @@ impl Member {
             _ => (format!("ECHO {nonce}\n"), Expected::Exactly(format!("ECHOED {nonce}"))),
         };
         self.unsent.extend_from_slice(line.as_bytes());
-        self.asked.push_back(Asked { at: Instant::now(), answer });
+        let end = self.sent + self.unsent.len() as u64;
+        self.asked.push_back(Asked { end, at: None, answer });
     }
 
     /// Sends and receives what it can. False: the connection is over.
@@ -132,7 +144,13 @@ impl Member {
         let piece = self.piece.min(self.unsent.len());
         if piece > 0 {
             match self.stream.write(&self.unsent[..piece]) {
-                Ok(count) => drop(self.unsent.drain(..count)),
+                Ok(count) => {
+                    self.unsent.drain(..count);
+                    self.sent += count as u64;
+                    for asked in self.asked.iter_mut().filter(|asked| asked.end <= self.sent) {
+                        asked.at.get_or_insert_with(Instant::now);
+                    }
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 Err(_) => return false,
             }
@@ -161,9 +179,9 @@ impl Member {
                 return Err(format!("{id}: {answer:?} is somebody else's"));
             }
         }
-        match self.asked.front() {
-            Some(asked) if asked.at.elapsed() > PATIENCE => {
-                Err(format!("{id}: no answer for {:?}", asked.at.elapsed()))
+        match self.asked.front().and_then(|asked| asked.at) {
+            Some(at) if at.elapsed() > PATIENCE => {
+                Err(format!("{id}: no answer for {:?}", at.elapsed()))
             }
             _ => Ok(right),
         }
@@ -249,14 +267,18 @@ fn crowd(io: Io, mode: &str, clients: usize, seed: u64) {
             thread::sleep(Duration::from_millis(rng.u64(..30)));
             victim.start();
             if mode == "request" {
-                let open = proxy.metric(POOL_CONNECTIONS, &[]);
-                assert!(open as usize <= 4 * POOL_SIZE, "{open} connections");
+                // One that changes from idle to lent while it is scraped may be there twice.
+                let few = || proxy.metric(POOL_CONNECTIONS, &[]) as usize <= 4 * POOL_SIZE;
+                assert!((0..5).any(|_| few()), "more connections than the pools may have");
             }
         }
         drop(done_at_last);
         threads.into_iter().map(|thread| thread.join().unwrap()).sum::<Result<u64, String>>()
     });
-    let right = outcome.unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    let right = outcome.unwrap_or_else(|error| {
+        let waiting = proxy.metric(QUEUE_DEPTH, &[]);
+        panic!("seed {seed}: {error}; {waiting} requests wait in the proxy")
+    });
     assert!(right > 1000, "seed {seed}: only {right} requests were answered");
     let accepted: u64 = backends.iter().map(Backend::accepted).sum();
     measured(&format!(

@@ -27,6 +27,7 @@ fn by_key(io: Io, backends: &[Backend]) -> Proxy {
         .set("AEGIS_POOL_MODE", "request")
         .set("AEGIS_ROUTE", "key")
         .set("AEGIS_EJECT_FAILURES", "1")
+        .set("AEGIS_EJECT_TIME", "1h")
         .start()
 }
 

@@ -8,6 +8,8 @@ mod fields;
 mod request;
 mod response;
 mod start;
+#[cfg(test)]
+mod tests;
 
 pub use request::RequestScanner;
 pub use response::ResponseScanner;

@@ -93,7 +93,11 @@ impl RequestScanner {
 
     /// Whether no request is under way.
     pub fn is_between_requests(&self) -> bool {
-        matches!(self.phase, Phase::Complete) || self.head.0 == 0
+        match self.phase {
+            Phase::Complete => true,
+            Phase::Line => self.head.0 == 0,
+            _ => false,
+        }
     }
 
     /// Whether the head is complete, so that the rest of what it says is true.

@@ -1,0 +1,203 @@
+//! Bulk is moved within the kernel: out of one socket into a pipe, and on into another socket.
+//!
+//! Nothing is copied to user space and back, which is most of what bulk costs. For small messages
+//! it would be more calls a message, so a stream has to prove itself first: see [`Bulk`].
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
+
+use crate::limits::{PIPE_SIZE, PIPES_MAX};
+
+/// The length of a window.
+const WINDOW: Duration = Duration::from_millis(4);
+/// A stream is bulk from so many bytes in a window on: 64 MB/s.
+const WINDOW_BYTES: u32 = 256 * 1024;
+/// Moves below this size…
+const SMALL: u32 = 32 * 1024;
+/// …so many in a row show that it is bulk no more, or comes in pieces too small to gain by pipes.
+const SMALL_MOVES: u8 = 8;
+/// Then it is not looked at for so many windows.
+const REST: u32 = 32;
+
+/// The window that a time falls in, counted from `start`.
+pub(super) fn window(start: Instant, now: Instant) -> u32 {
+    (now.saturating_duration_since(start).as_micros() / WINDOW.as_micros()) as u32
+}
+
+/// Whether a stream brings so much that moving it by pipe pays.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Bulk {
+    /// The window that `bytes` came in; while it rests, one to come.
+    window: u32,
+    bytes: u32,
+    on: bool,
+    small: u8,
+}
+
+impl Bulk {
+    /// A receive brought so many bytes.
+    pub(super) fn on_received(&mut self, bytes: u32, window: u32) {
+        let ahead = self.window.wrapping_sub(window).cast_signed();
+        if ahead > 0 {
+            return;
+        }
+        if ahead < 0 {
+            (self.window, self.bytes) = (window, 0);
+        }
+        self.bytes = self.bytes.saturating_add(bytes);
+        if self.bytes >= WINDOW_BYTES {
+            (self.on, self.small) = (true, 0);
+        }
+    }
+
+    /// So many bytes went into a pipe.
+    pub(super) fn on_spliced(&mut self, bytes: u32, window: u32) {
+        self.small = if bytes < SMALL { self.small + 1 } else { 0 };
+        if self.small == SMALL_MOVES {
+            *self = Self { window: window.wrapping_add(REST), ..Self::default() };
+        }
+    }
+
+    /// Whether to move it by pipe.
+    pub(super) fn is_on(self) -> bool {
+        self.on
+    }
+}
+
+/// A pipe with what is on its way to a socket.
+#[derive(Debug)]
+pub(super) struct Pipe {
+    reader: OwnedFd,
+    writer: OwnedFd,
+    bytes: u32,
+}
+
+impl Pipe {
+    /// Moves what has arrived at a socket into the pipe, which must be empty. No bytes are the end
+    /// of the stream.
+    pub(super) fn fill(&mut self, from: impl AsFd) -> Result<u32, Errno> {
+        debug_assert!(self.is_empty(), "EAGAIN is to mean that the socket has nothing");
+        let count = splice(from, None, &self.writer, None, PIPE_SIZE, flags())? as u32;
+        self.bytes += count;
+        Ok(count)
+    }
+
+    /// Moves as much on into a socket as that takes.
+    pub(super) fn drain(&mut self, to: impl AsFd) -> Result<u32, Errno> {
+        let count = splice(&self.reader, None, to, None, self.bytes as usize, flags())? as u32;
+        self.bytes -= count;
+        Ok(count)
+    }
+
+    /// How much is in it.
+    pub(super) fn bytes(&self) -> u32 {
+        self.bytes
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+}
+
+fn flags() -> SpliceFlags {
+    SpliceFlags::MOVE | SpliceFlags::NONBLOCK
+}
+
+/// Whether an error of [`Pipe::fill`] says that this socket cannot be spliced, or that nothing can
+/// be here: a filter of system calls may forbid it.
+pub(super) fn is_refused(errno: Errno) -> bool {
+    matches!(errno, Errno::PERM | Errno::ACCESS | Errno::NOSYS | Errno::INVAL | Errno::NOMEM)
+}
+
+/// The pipes of one worker. A stream holds one only while there is something in it, so few are
+/// enough; who finds none copies.
+#[derive(Debug)]
+pub(super) struct Pipes {
+    free: Vec<Pipe>,
+    /// How many more may be made.
+    unmade: usize,
+}
+
+impl Pipes {
+    pub(super) fn new() -> Self {
+        Self { free: Vec::with_capacity(PIPES_MAX), unmade: PIPES_MAX }
+    }
+
+    /// Whether the next [`Pipes::take`] may find one.
+    pub(super) fn any(&self) -> bool {
+        !self.free.is_empty() || self.unmade > 0
+    }
+
+    /// An empty pipe.
+    pub(super) fn take(&mut self) -> Option<Pipe> {
+        if let Some(pipe) = self.free.pop() {
+            return Some(pipe);
+        }
+        self.unmade = self.unmade.checked_sub(1)?;
+        let Ok((reader, writer)) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK) else {
+            self.give_up();
+            return None;
+        };
+        // Where the user's pipes already hold all the memory they may, it stays small, and works.
+        let _ = fcntl_setpipe_size(&writer, PIPE_SIZE);
+        Some(Pipe { reader, writer, bytes: 0 })
+    }
+
+    /// Takes a pipe back. What is left in it is dropped, and so is the pipe.
+    pub(super) fn give(&mut self, pipe: Pipe) {
+        if pipe.is_empty() {
+            self.free.push(pipe);
+        } else {
+            self.unmade += 1;
+        }
+    }
+
+    /// Makes no more: without them everything still works.
+    pub(super) fn give_up(&mut self) {
+        self.unmade = 0;
+        self.free.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_is_bulk_by_what_it_brings_at_a_time_until_moves_stay_small() {
+        let mut bulk = Bulk::default();
+        for window in [u32::MAX, 0, 1] {
+            bulk.on_received(WINDOW_BYTES - 1, window);
+            assert!(!bulk.is_on(), "the bytes of one window alone count");
+        }
+        bulk.on_received(1, 1);
+        for small in [SMALL_MOVES - 1, SMALL_MOVES] {
+            assert!(bulk.is_on());
+            bulk.on_spliced(SMALL, 2);
+            (0..small).for_each(|_| bulk.on_spliced(SMALL - 1, 2));
+        }
+        assert!(!bulk.is_on());
+        bulk.on_received(WINDOW_BYTES, 2 + REST - 1);
+        assert!(!bulk.is_on(), "it rests");
+        bulk.on_received(WINDOW_BYTES, 2 + REST);
+        assert!(bulk.is_on());
+    }
+
+    #[test]
+    fn pipes_are_bounded_and_used_again_only_when_empty() {
+        let mut pipes = Pipes::new();
+        let mut taken: Vec<_> = std::iter::from_fn(|| pipes.take()).collect();
+        assert_eq!(taken.len(), PIPES_MAX);
+        assert!(!pipes.any());
+        let mut dirty = taken.pop().unwrap();
+        dirty.bytes = 1;
+        pipes.give(dirty);
+        assert!(pipes.take().is_some_and(|pipe| pipe.is_empty()), "a new one");
+        assert!(!pipes.any());
+        pipes.give(taken.pop().unwrap());
+        assert!(pipes.take().is_some() && pipes.take().is_none());
+    }
+}

@@ -1,0 +1,72 @@
+//! Accepting.
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr;
+
+use io_uring::types::Fd;
+use io_uring::{cqueue, opcode};
+use rustix::io::Errno;
+
+use super::socket::{Kind, Socket};
+use super::{Uring, result};
+use crate::io::{Completion, ConnId};
+use crate::limits;
+
+impl Uring {
+    pub(super) fn settle_listener(&mut self, index: usize) {
+        let queues = self.listeners.len() * limits::LISTEN_BACKLOG as usize;
+        let listener = &mut self.listeners[index];
+        let Some(fd) = &listener.fd else { return };
+        let fd = Fd(fd.as_raw_fd());
+        // A multishot accept may empty the whole queue before it can be stopped: near the limit,
+        // clients are accepted one by one.
+        let multi = self.room > queues;
+        let key = ConnId::from_parts(index as u32, 0);
+        match listener.armed {
+            None if self.room > 0 => {
+                listener.armed = Some(multi);
+                let entry = if multi {
+                    opcode::AcceptMulti::new(fd).flags(libc::SOCK_CLOEXEC).build()
+                } else {
+                    let accept = opcode::Accept::new(fd, ptr::null_mut(), ptr::null_mut());
+                    accept.flags(libc::SOCK_CLOEXEC).build()
+                };
+                self.push(entry, Kind::Accept, key);
+            }
+            Some(armed_multi)
+                if !listener.stopping && (self.room == 0 || (armed_multi && !multi)) =>
+            {
+                listener.stopping = true;
+                self.cancel(Kind::Accept, key);
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn adopt(&mut self, fd: OwnedFd) -> Option<ConnId> {
+        // A full table drops the client; `limits::conns_max` has room for more than can come.
+        self.sockets.insert(Socket::new(fd)).ok()
+    }
+
+    pub(super) fn on_accept(&mut self, index: usize, entry: &cqueue::Entry) -> Option<Completion> {
+        let listener = self.listeners.get_mut(index)?;
+        if !cqueue::more(entry.flags()) {
+            listener.armed = None;
+            listener.stopping = false;
+        }
+        match result(entry) {
+            Ok(fd) => {
+                // SAFETY: the kernel has just given this descriptor to us alone.
+                let fd = unsafe { OwnedFd::from_raw_fd(fd.cast_signed()) };
+                self.adopt(fd).map(Completion::Accepted)
+            }
+            Err(Errno::CANCELED | Errno::CONNABORTED | Errno::INTR) => None,
+            Err(errno) => {
+                // Not armed again before the user says how much room there is.
+                self.room = 0;
+                Some(Completion::AcceptFailed(errno.into()))
+            }
+        }
+    }
+}

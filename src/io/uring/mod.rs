@@ -1,0 +1,365 @@
+//! The `io_uring` driver.
+//!
+//! One system call a turn submits everything and waits for a batch. Receives are multishot: armed
+//! once, the kernel takes a buffer from the ring of provided ones whenever bytes arrive, and those
+//! bytes are sent from the same buffer.
+//!
+//! A socket's slot is reclaimed when its last operation has come back: [`Ops`] says which are out.
+#![allow(unsafe_code)]
+
+mod accept;
+mod bulk;
+mod receive;
+mod send;
+mod socket;
+
+use std::collections::VecDeque;
+use std::io;
+use std::mem;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
+use std::time::Instant;
+
+use io_uring::types::Fd;
+use io_uring::{cqueue, opcode, squeue};
+use rustix::io::Errno;
+
+use self::socket::{Kind, Listener, Receiving, Socket, parse_user_data, user_data};
+use super::buffers::{Buf, Buffers};
+use super::probe::Features;
+use super::provided::ProvidedBuffers;
+use super::ring::Ring;
+use super::socket as options;
+use super::splice::{self, Pipes};
+use super::{Close, Completion, ConnId, Driver, DriverSetup, Wait};
+use crate::limits;
+use crate::slab::Slab;
+
+/// The `io_uring` driver of one worker.
+pub struct Uring {
+    // Dropped first, so that no operation outlives the memory below.
+    ring: Ring,
+    provided: ProvidedBuffers,
+    buffers: Buffers,
+    sockets: Slab<Socket>,
+    listeners: Vec<Listener>,
+    wake: OwnedFd,
+    options: options::Options,
+    lean_below: u32,
+    room: usize,
+    start: Instant,
+    now: Instant,
+    /// Events to hand out before what the ring tells.
+    ready: VecDeque<Completion>,
+    pending: Vec<ConnId>,
+    starving: VecDeque<ConnId>,
+    /// Sockets with an inline send of which nothing is known yet.
+    inline: VecDeque<ConnId>,
+    pipes: Pipes,
+    /// The window that the turn falls in.
+    window: u32,
+    buffer_waits: u64,
+}
+
+impl Uring {
+    /// Sets the ring up. To be called on the worker's own thread, which alone may use it.
+    ///
+    /// # Errors
+    /// The kernel denies the ring or one of its parts.
+    pub fn new(setup: DriverSetup, features: Features) -> io::Result<Self> {
+        let ring = Ring::new(features)?;
+        let provided = ProvidedBuffers::register(ring.uring(), limits::BUFFER_RING_ENTRIES)?;
+        let mut driver = Self {
+            provided,
+            sockets: Slab::with_capacity(setup.conns_max),
+            listeners: setup
+                .listeners
+                .into_iter()
+                .map(|fd| Listener { fd: Some(fd), armed: None, stopping: false })
+                .collect(),
+            wake: setup.wake,
+            options: setup.options,
+            lean_below: setup.buffers_lean_below,
+            room: 0,
+            start: Instant::now(),
+            now: Instant::now(),
+            // A turn has few, but for the clients of a drain, which may well allocate.
+            ready: VecDeque::with_capacity(1024),
+            pending: Vec::with_capacity(setup.conns_max),
+            starving: VecDeque::with_capacity(setup.conns_max),
+            inline: VecDeque::with_capacity(setup.conns_max),
+            pipes: Pipes::new(),
+            window: 0,
+            buffer_waits: 0,
+            ring,
+            buffers: Buffers::new(setup.buffers_max)?,
+        };
+        for fd in driver.listeners.iter().filter_map(|listener| listener.fd.as_ref()) {
+            // io_uring polls by itself; O_NONBLOCK would make it fail with EAGAIN instead.
+            rustix::io::ioctl_fionbio(fd, false)?;
+        }
+        driver.arm_wake();
+        Ok(driver)
+    }
+
+    /// Queues an operation that points to no memory but that of the buffers.
+    fn push(&mut self, entry: squeue::Entry, kind: Kind, conn: ConnId) {
+        // SAFETY: buffers of the pool stay taken until the operation on them has completed.
+        unsafe { self.ring.push(&entry.user_data(user_data(kind, conn))) }
+    }
+
+    fn arm_wake(&mut self) {
+        let fd = Fd(self.wake.as_raw_fd());
+        let poll = opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true).build();
+        self.push(poll, Kind::Wake, ConnId::from_parts(0, 0));
+    }
+
+    fn forget(&mut self, entry: squeue::Entry) {
+        self.ring.forget(entry, user_data(Kind::Forget, ConnId::from_parts(0, 0)));
+    }
+
+    fn cancel(&mut self, kind: Kind, conn: ConnId) {
+        self.forget(opcode::AsyncCancel::new(user_data(kind, conn)).build());
+    }
+
+    fn mark_pending(&mut self, conn: ConnId) {
+        if let Some(socket) = self.sockets.get_mut(conn)
+            && !socket.pending
+        {
+            socket.pending = true;
+            self.pending.push(conn);
+        }
+    }
+
+    /// Turns what the user asked for since the last wait into submissions.
+    fn settle(&mut self) {
+        self.provided.refill(&mut self.buffers);
+        if self.provided.available() > 0 {
+            // All of them: those that starve on again come back at no great cost.
+            while let Some(conn) = self.starving.pop_front() {
+                if let Some(socket) = self.sockets.get_mut(conn)
+                    && socket.receiving == Receiving::Starving
+                {
+                    socket.receiving = Receiving::Idle;
+                }
+                self.mark_pending(conn);
+            }
+        }
+        // Taken out and put back, so that its memory is kept.
+        let mut pending = mem::take(&mut self.pending);
+        for conn in pending.drain(..) {
+            self.settle_socket(conn);
+        }
+        self.pending = pending;
+        for index in 0..self.listeners.len() {
+            self.settle_listener(index);
+        }
+    }
+
+    /// Whether buffers are short: then each receive takes one, so that no socket runs ahead.
+    fn is_lean(&self) -> bool {
+        self.buffers.free() < self.lean_below
+    }
+
+    /// The kernel has given an operation back. Its socket, unless it was only waiting to be closed.
+    fn came_back(&mut self, kind: Kind, conn: ConnId) -> Option<&mut Socket> {
+        let socket = self.sockets.get_mut(conn)?;
+        socket.ops.remove(kind);
+        if socket.closing {
+            self.finish_close(conn);
+        }
+        self.sockets.get_mut(conn).filter(|socket| !socket.closing)
+    }
+
+    fn on_connect(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
+        self.came_back(Kind::Connect, conn)?;
+        Some(match result(entry) {
+            Ok(_) => Completion::Connected(conn),
+            Err(errno) => Completion::ConnectFailed(conn, errno.into()),
+        })
+    }
+
+    fn on_completion(&mut self, entry: &cqueue::Entry) -> Option<Completion> {
+        let (kind, conn) = parse_user_data(entry.user_data());
+        match kind? {
+            Kind::Accept => self.on_accept(conn.index(), entry),
+            Kind::Connect => self.on_connect(conn, entry),
+            Kind::Receive => self.on_receive(conn, entry),
+            Kind::Send => self.on_send(conn, result(entry)),
+            Kind::Watch => self.on_watch(conn, entry),
+            Kind::Wake => {
+                if !cqueue::more(entry.flags()) {
+                    self.arm_wake();
+                }
+                Some(Completion::Woken)
+            }
+            Kind::Timer => {
+                self.ring.on_timer();
+                None
+            }
+            Kind::Forget => None,
+        }
+    }
+
+    /// Gives the slot back once the kernel holds nothing of it.
+    fn finish_close(&mut self, conn: ConnId) {
+        let Some(socket) = self.sockets.get(conn) else { return };
+        if socket.ops.any() || !socket.closing {
+            return;
+        }
+        let Some(mut socket) = self.sockets.remove(conn) else { return };
+        self.buffers.clear(&mut socket.queue);
+        if let Some(pipe) = socket.pipe.take() {
+            self.pipes.give(pipe);
+        }
+        let fd = Fd(socket.fd.into_raw_fd());
+        self.forget(opcode::Close::new(fd).build());
+    }
+}
+
+impl Driver for Uring {
+    fn now(&self) -> Instant {
+        self.now
+    }
+
+    fn wait(&mut self, wait: Wait) -> io::Result<()> {
+        // Only if the kernel could not take all submissions.
+        let unresolved = !self.inline.is_empty();
+        self.settle();
+        if self.ring.has_completions() || !self.ready.is_empty() || unresolved {
+            self.ring.submit();
+        } else {
+            let data = user_data(Kind::Timer, ConnId::from_parts(0, 0));
+            self.ring.wake_after(self.now, wait.most, data);
+            self.ring.submit_and_wait(wait.events, wait.batch, wait.most);
+        }
+        self.now = Instant::now();
+        self.window = splice::window(self.start, self.now);
+        self.ring.take_failure().map_or(Ok(()), Err)
+    }
+
+    fn next(&mut self) -> Option<Completion> {
+        loop {
+            if let Some(completion) = self.ready.pop_front() {
+                return Some(completion);
+            }
+            let Some(entry) = self.ring.pop() else { return self.next_inline_send() };
+            if let Some(completion) = self.on_completion(&entry) {
+                return Some(completion);
+            }
+        }
+    }
+
+    fn accept(&mut self, room: usize) {
+        self.room = room;
+    }
+
+    fn refuse_handshakes(&mut self) {
+        self.listeners.iter().filter_map(|l| l.fd.as_ref()).for_each(options::refuse_handshakes);
+    }
+
+    fn stop_listening(&mut self) {
+        self.room = 0;
+        for index in 0..self.listeners.len() {
+            let listener = &mut self.listeners[index];
+            let Some(fd) = listener.fd.take() else { continue };
+            let armed = listener.armed.is_some();
+            for client in options::empty_accept_queue(&fd) {
+                if let Some(conn) = self.adopt(client) {
+                    self.ready.push_back(Completion::Accepted(conn));
+                }
+            }
+            if armed {
+                self.cancel(Kind::Accept, ConnId::from_parts(index as u32, 0));
+            }
+        }
+    }
+
+    fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
+        let socket = options::outgoing(address, &self.options)?;
+        let fd = Fd(socket.as_raw_fd());
+        let mut entry = Socket::new(socket.into());
+        entry.ops.add(Kind::Connect);
+        let Ok(conn) = self.sockets.insert(entry) else {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        };
+        self.ring.connect(fd, *address, user_data(Kind::Connect, conn));
+        Ok(conn)
+    }
+
+    fn join(&mut self, a: ConnId, b: ConnId) {
+        for (conn, other) in [(a, b), (b, a)] {
+            if let Some(socket) = self.sockets.get_mut(conn) {
+                socket.joined = Some(other);
+            }
+        }
+    }
+
+    fn receive(&mut self, conn: ConnId, on: bool) {
+        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        socket.stopped = !on;
+        socket.wanted = on;
+        if on {
+            self.mark_pending(conn);
+            return;
+        }
+        let one_by_one = mem::replace(&mut socket.single, true) || socket.polled;
+        if !one_by_one {
+            self.stop_receiving(conn);
+        }
+        self.mark_pending(conn);
+    }
+
+    fn send(&mut self, conn: ConnId, buf: Buf) {
+        let Some(socket) = self.sockets.get_mut(conn) else { return self.buffers.give(buf) };
+        self.buffers.push(&mut socket.queue, buf);
+        if !socket.ops.has(Kind::Send) {
+            self.mark_pending(conn);
+        }
+    }
+
+    fn shutdown(&mut self, conn: ConnId) {
+        if let Some(socket) = self.sockets.get_mut(conn) {
+            socket.shutdown = true;
+            self.mark_pending(conn);
+        }
+    }
+
+    fn close(&mut self, conn: ConnId, how: Close) {
+        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        if how == Close::Reset {
+            // At once, so that it holds however the descriptor comes to be closed.
+            options::close_with_reset(&socket.fd);
+        }
+        socket.closing = true;
+        let ops = socket.ops;
+        let inline = socket.inline.is_some();
+        for kind in [Kind::Connect, Kind::Receive, Kind::Send, Kind::Watch] {
+            if ops.has(kind) && !(kind == Kind::Send && inline) {
+                self.cancel(kind, conn);
+            }
+        }
+        self.finish_close(conn);
+    }
+
+    fn peer_address(&self, conn: ConnId) -> Option<SocketAddr> {
+        options::peer_address(&self.sockets.get(conn)?.fd)
+    }
+
+    fn local_address(&self, conn: ConnId) -> Option<SocketAddr> {
+        options::local_address(&self.sockets.get(conn)?.fd)
+    }
+
+    fn buffers(&mut self) -> &mut Buffers {
+        &mut self.buffers
+    }
+
+    fn buffer_waits(&self) -> u64 {
+        self.buffer_waits
+    }
+}
+
+/// The result of a completion: a count or descriptor, or the error.
+fn result(entry: &cqueue::Entry) -> Result<u32, Errno> {
+    u32::try_from(entry.result()).map_err(|_| Errno::from_raw_os_error(-entry.result()))
+}

@@ -1,0 +1,157 @@
+//! What the driver keeps of a socket, and what the kernel holds of it.
+
+use std::num::NonZeroU32;
+use std::os::fd::OwnedFd;
+
+use crate::io::ConnId;
+use crate::io::buffers::Chain;
+use crate::io::splice::{Bulk, Pipe};
+
+/// What an operation is, packed into its user data beside the slot and its generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Kind {
+    Accept = 1,
+    Connect = 2,
+    Receive = 3,
+    Send = 4,
+    Wake = 5,
+    /// Ends a wait.
+    Timer = 8,
+    /// Waits for an error of a socket that is not received from.
+    Watch = 7,
+    /// Cancels and closes: nobody waits for their result.
+    Forget = 6,
+}
+
+pub(super) fn user_data(kind: Kind, key: ConnId) -> u64 {
+    debug_assert!(key.index() < 1 << 28);
+    (kind as u64) << 60 | (key.index() as u64) << 32 | u64::from(key.generation())
+}
+
+pub(super) fn parse_user_data(data: u64) -> (Option<Kind>, ConnId) {
+    let kind = match data >> 60 {
+        1 => Some(Kind::Accept),
+        2 => Some(Kind::Connect),
+        3 => Some(Kind::Receive),
+        4 => Some(Kind::Send),
+        5 => Some(Kind::Wake),
+        7 => Some(Kind::Watch),
+        8 => Some(Kind::Timer),
+        _ => None,
+    };
+    (kind, ConnId::from_parts((data >> 32) as u32 & 0x0fff_ffff, data as u32))
+}
+
+/// The receiving side of a socket.
+///
+/// ```text
+/// Idle ──arm──▶ Armed ──stop──▶ Stopping
+///  ▲             │ last completion   │
+///  └─────────────┴───────────────────┘      Starving: as Idle, waits for a free buffer
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Receiving {
+    Idle,
+    Armed,
+    Stopping,
+    Starving,
+}
+
+/// Which operations the kernel holds for a socket: one bit a [`Kind`], at most one operation each.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Ops(u8);
+
+impl Ops {
+    pub(super) fn add(&mut self, kind: Kind) {
+        debug_assert!(!self.has(kind), "{kind:?} twice");
+        self.0 |= 1 << kind as u8;
+    }
+
+    pub(super) fn remove(&mut self, kind: Kind) {
+        self.0 &= !(1 << kind as u8);
+    }
+
+    pub(super) fn has(self, kind: Kind) -> bool {
+        self.0 & (1 << kind as u8) != 0
+    }
+
+    pub(super) fn any(self) -> bool {
+        self.0 != 0
+    }
+}
+
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "independent facts, each told by the kernel or the user"
+)]
+pub(super) struct Socket {
+    pub(super) fd: OwnedFd,
+    pub(super) ops: Ops,
+    pub(super) receiving: Receiving,
+    /// The user wants to receive.
+    pub(super) wanted: bool,
+    /// The user has wanted to, and does not now.
+    pub(super) stopped: bool,
+    /// It brings more than can be passed on: received from one buffer at a time, since a multishot
+    /// receive may run many buffers ahead before it can be stopped.
+    pub(super) single: bool,
+    /// What it brings may be moved to there by pipe.
+    pub(super) joined: Option<ConnId>,
+    pub(super) bulk: Bulk,
+    /// Its receive under way only waits for something to be there.
+    pub(super) polled: bool,
+    /// What it brings waits until the joined one has sent everything.
+    pub(super) held: bool,
+    /// The peer's direction has ended or failed.
+    pub(super) ended: bool,
+    /// In the list of sockets to arm or to flush before the next wait.
+    pub(super) pending: bool,
+    pub(super) shutdown: bool,
+    pub(super) closing: bool,
+    /// The bytes of a send that completes as it is submitted, and posts only a failure.
+    pub(super) inline: Option<NonZeroU32>,
+    /// The latest inline send found no room.
+    pub(super) congested: bool,
+    pub(super) queue: Chain,
+    /// What is to be sent before the queue.
+    pub(super) pipe: Option<Pipe>,
+}
+
+impl Socket {
+    pub(super) fn new(fd: OwnedFd) -> Self {
+        Self {
+            fd,
+            ops: Ops::default(),
+            receiving: Receiving::Idle,
+            wanted: false,
+            stopped: false,
+            single: false,
+            joined: None,
+            bulk: Bulk::default(),
+            polled: false,
+            held: false,
+            ended: false,
+            pending: false,
+            shutdown: false,
+            closing: false,
+            inline: None,
+            congested: false,
+            queue: Chain::default(),
+            pipe: None,
+        }
+    }
+
+    /// Nothing is to be sent, nor being sent.
+    pub(super) fn is_flushed(&self) -> bool {
+        self.queue.is_empty() && self.pipe.is_none() && !self.ops.has(Kind::Send)
+    }
+}
+
+pub(super) struct Listener {
+    /// `None` once it no longer listens.
+    pub(super) fd: Option<OwnedFd>,
+    /// An accept is with the kernel: `Some(true)` if it is a multishot one.
+    pub(super) armed: Option<bool>,
+    pub(super) stopping: bool,
+}
