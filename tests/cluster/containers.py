@@ -274,13 +274,15 @@ def echo():
 
 
 def ask(connection, data, length=None):
-    """Sends bytes and receives as many, or so many."""
-    connection.sendall(data)
-    found = b""
+    """Sends bytes and meanwhile receives as many, or so many."""
+    sender = threading.Thread(target=connection.sendall, args=(data,), daemon=True)
+    sender.start()
+    found = bytearray()
     while len(found) < (length or len(data)):
         part = connection.recv(65536)
-        assert part, f"ended after {found!r}"
+        assert part, f"ended after {len(found)} bytes: {found[:100]!r}"
         found += part
+    sender.join()
     return found
 
 

@@ -71,7 +71,7 @@ def test_the_default_profile_means_epoll_and_the_shipped_one_io_uring(driver):
     with echo() as backend, aegis(env={"AEGIS_BACKENDS": backend}, options=options) as proxy:
         found, reason = proxy.driver()
         assert found == name and (denial() if name == "epoll" else "work") in reason, proxy.logs()
-        for size in [1, 100_000]:
+        for size in [1, 100_000, 20_000_000]:
             with proxy.connect() as client:
                 assert ask(client, b"x" * size) == b"x" * size
         assert f'aegis_io_driver_info{{driver="{name}"' in proxy.get("metrics")
