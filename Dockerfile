@@ -45,12 +45,10 @@ CMD ["store", "0.0.0.0:8080"]
 
 FROM ${RUNTIME_IMAGE} AS proxy
 ARG VERSION=0.1.0
-ARG REVISION=unknown
 LABEL org.opencontainers.image.title="aegis-proxy" \
       org.opencontainers.image.description="A Layer 4 TCP proxy and connection pooler for the sidecar of a database's clients" \
       org.opencontainers.image.licenses="MIT" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.version="${VERSION}"
 COPY --from=build /image/ /
 USER 65532:65532
 # 8081 takes clients and 8082 tells about the proxy.

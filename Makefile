@@ -26,6 +26,7 @@ ENGINE ?= docker
 IMAGE ?= aegis-proxy:0.1.0
 STORE_IMAGE ?= aegis-demo-store:0.1.0
 
+# The revision is not in the Dockerfile: a label that an argument changes is not always built anew.
 image: ## Build the image, and that of the demo's store (ENGINE=podman, IMAGE=registry/name:tag)
-	$(ENGINE) build --build-arg REVISION=$$(git rev-parse HEAD) --target proxy --tag $(IMAGE) .
+	$(ENGINE) build --label org.opencontainers.image.revision=$$(git rev-parse HEAD) --target proxy --tag $(IMAGE) .
 	$(ENGINE) build --target store --tag $(STORE_IMAGE) .
