@@ -86,6 +86,10 @@ pub const POOL_CONNECTING_MAX: usize = 16;
 /// which may come in a few pieces.
 pub const POOL_GREETING_BUFFERS_MAX: u32 = 4;
 
+/// Buffers that a client may hold of what it has sent, once buffers are short: a line of Chronos
+/// lies in two at most.
+pub const INPUT_BUFFERS_LEAN: u32 = 2;
+
 /// Endpoints that can be tried for one session; the bound of `AEGIS_CONNECT_ATTEMPTS`.
 pub const CONNECT_ATTEMPTS_MAX: usize = 8;
 

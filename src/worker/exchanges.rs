@@ -105,6 +105,11 @@ impl<D: Driver> Engine<D> {
         if client.is_leaving() {
             self.driver.buffers().clear(&mut client.input);
         }
+        if client.input.buffers() > limits::INPUT_BUFFERS_LEAN && self.is_lean() {
+            // What others need is not for heads that do not end.
+            return self.close_client(key, CloseReason::Overload);
+        }
+        let Some(client) = self.clients.get_mut(key) else { return };
         // A request that is not whole yet has to go on, however short buffers are.
         let waits_for_more = (client.is_reading() && client.unsent() <= limit)
             || (client.is_streaming() && client.unasked() < limit);
@@ -161,7 +166,9 @@ impl<D: Driver> Engine<D> {
     fn place_at(&mut self, key: Key, endpoint: u16) {
         let line = Line::Endpoint(endpoint);
         let nobody_waits = self.queue.waiting(line) == 0;
-        let Some(entry) = self.table.get_mut(endpoint) else { return };
+        // An endpoint may have left the set since a request to all of them began.
+        let entry = self.table.get_mut(endpoint).filter(|entry| entry.is_present());
+        let Some(entry) = entry else { return self.give_up(key, Fault::Unreachable) };
         if !entry.health.is_usable() && entry.pool.idle() == 0 && entry.pool.backs_off(self.now) {
             // It has just been tried, and another store would give a wrong answer.
             return self.give_up(key, Fault::Unreachable);

@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use crate::support::backend::Backend;
 use crate::support::client::{connect, read_expected, read_line, read_to_end};
-use crate::support::metrics::{POOL_CONNECTIONS, POOL_DISCARDS, REQUESTS, RETRIES};
+use crate::support::metrics::{
+    POOL_CONNECTIONS, POOL_DISCARDS, REQUESTS, RETRIES, SESSIONS_CLOSED,
+};
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, on_both_drivers, pattern};
 
@@ -25,6 +27,7 @@ on_both_drivers![
     an_answer_that_does_not_come_is_an_error,
     an_answer_before_the_request_is_whole_spends_the_connection,
     a_client_that_wants_to_close_is_closed,
+    heads_without_end_keep_nobody_from_the_buffers,
 ];
 
 fn lending(io: Io, backend: &Backend) -> Builder {
@@ -383,4 +386,24 @@ fn a_client_that_wants_to_close_is_closed(io: Io) {
         let answer = read_to_end(&client).unwrap();
         assert!(answer.ends_with(b"\r\n\r\nab"), "{}", String::from_utf8_lossy(&answer));
     }
+}
+
+fn heads_without_end_keep_nobody_from_the_buffers(io: Io) {
+    // Together they would hold more than all buffers there are.
+    const HOARDERS: usize = 280;
+    let backend = server();
+    let proxy = lending(io, &backend).set("AEGIS_MAX_SESSIONS", "300").start();
+    let head = format!("GET / HTTP/1.1\r\nX: {}", "x".repeat(60_000));
+    let hoarders: Vec<_> = (0..HOARDERS)
+        .map(|_| {
+            let mut hoarder = connect(proxy.address());
+            let _ = hoarder.write_all(head.as_bytes());
+            hoarder
+        })
+        .collect();
+    for _ in 0..20 {
+        assert_eq!(who(&connect(proxy.address())), 0);
+    }
+    proxy.wait_for(SESSIONS_CLOSED, &[("reason", "overload")], |closed| closed > 0);
+    drop(hoarders);
 }

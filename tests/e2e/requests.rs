@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::support::backend::Backend;
 use crate::support::client::{ask, connect, read_line, read_to_end, try_ask};
 use crate::support::metrics::{POOL_CONNECTIONS, POOL_DISCARDS, QUEUE_DEPTH, REQUESTS, RETRIES};
-use crate::support::proxy::{Builder, Proxy};
+use crate::support::proxy::{Builder, Proxy, is_refused};
 use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
 
 on_both_drivers![
@@ -29,6 +29,7 @@ on_both_drivers![
     without_a_backend_each_request_gets_an_error,
     a_slow_reader_holds_no_more_than_its_own,
     waiting_is_fair,
+    a_drain_answers_what_was_asked_and_what_is_asked_still,
 ];
 
 const ONE_WORKER: &str = "1";
@@ -377,4 +378,23 @@ fn waiting_is_fair(io: Io) {
     let served = answers(&greedy);
     assert!(served < 200, "the greedy one got {served} answers in {took:?}");
     assert!(try_ask(&modest, "GET 0 mine|").is_ok());
+}
+
+fn a_drain_answers_what_was_asked_and_what_is_asked_still(io: Io) {
+    let backend = puppet();
+    let mut proxy = request_mode(io, &backend).set("AEGIS_POOL_SIZE", "1").start();
+    let address = proxy.address();
+    let (busy, waiting) = (connect(address), connect(address));
+    (&busy).write_all(b"GET 500 first|\n").unwrap();
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 1);
+    (&waiting).write_all(b"GET 0 second|\n").unwrap();
+    proxy.wait_for(QUEUE_DEPTH, &[], |depth| depth == 1);
+    proxy.terminate();
+    eventually("newcomers are refused", PATIENCE, || is_refused(address).then_some(()));
+    assert_eq!(read_line(&busy).unwrap(), "first");
+    assert_eq!(read_line(&waiting).unwrap(), "second");
+    backend.close_connections();
+    assert_eq!(ask(&waiting, "GET 0 on a new connection|"), "on a new connection");
+    drop((busy, waiting));
+    proxy.wait_clean(PATIENCE);
 }
