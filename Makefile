@@ -1,8 +1,8 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz bench lint
+.PHONY: help demo test test-cluster fuzz bench lint image
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## Run a store with the proxy in front of it
 	cargo build --release --bin aegis-proxy --example demo
@@ -14,6 +14,9 @@ test: ## Run all tests
 fuzz: ## Edit inputs of the scanners at random for SECONDS=60
 	AEGIS_FUZZ=$(or $(SECONDS),60) cargo test --release --test fuzz
 
+test-cluster: ## Test the image, the charts, the manifests and the monitoring
+	tests/cluster/run
+
 bench: ## Run the benchmarks (QUICK=1: check that they work)
 	cargo bench --bench micro $(if $(QUICK),-- --sample-count 1 --sample-size 1)
 	cargo bench --bench compare -- $(if $(QUICK),--quick)
@@ -21,3 +24,12 @@ bench: ## Run the benchmarks (QUICK=1: check that they work)
 lint: ## Check the format and the lints
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
+
+ENGINE ?= docker
+IMAGE ?= aegis-proxy:0.1.0
+STORE_IMAGE ?= aegis-demo-store:0.1.0
+
+# The revision is not in the Dockerfile: a label that an argument changes is not always built anew.
+image: ## Build the image, and that of the demo's store (ENGINE=podman, IMAGE=registry/name:tag)
+	$(ENGINE) build --label org.opencontainers.image.revision=$$(git rev-parse HEAD) --target proxy --tag $(IMAGE) .
+	$(ENGINE) build --target store --tag $(STORE_IMAGE) .

@@ -1,0 +1,42 @@
+{{- define "aegis.labels" -}}
+app.kubernetes.io/name: aegis
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end }}
+
+{{- /* The name of what belongs to no namespace. */}}
+{{- define "aegis.cluster-name" -}}
+{{ .Release.Name }}.{{ .Release.Namespace }}.aegis-proxy.io
+{{- end }}
+
+{{- define "aegis.backend-namespace" -}}
+{{ .Values.sidecar.backend.namespace | default .Release.Namespace }}
+{{- end }}
+
+{{- /* The sidecar's values, with the backend's namespace in place. */}}
+{{- define "aegis.sidecar" -}}
+{{- $values := deepCopy .Values.sidecar -}}
+{{- $_ := set $values.backend "namespace" (include "aegis.backend-namespace" .) -}}
+{{- toYaml $values }}
+{{- end }}
+
+{{- /* The version of the API that can inject, or nothing. */}}
+{{- define "aegis.injection-api" -}}
+{{- $has := .Capabilities.APIVersions -}}
+{{- if .Values.injection.enabled -}}
+{{- if $has.Has "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy" -}}
+admissionregistration.k8s.io/v1
+{{- else if $has.Has "admissionregistration.k8s.io/v1beta1/MutatingAdmissionPolicy" -}}
+admissionregistration.k8s.io/v1beta1
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* The namespaces of the clients, or the release's own where none is named. */}}
+{{- define "aegis.client-namespaces" -}}
+{{- $namespaces := list -}}
+{{- range .Values.clients }}{{ $namespaces = append $namespaces .namespace }}{{ end -}}
+{{- $namespaces | default (list .Release.Namespace) | uniq | sortAlpha | toYaml }}
+{{- end }}

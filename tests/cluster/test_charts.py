@@ -1,0 +1,291 @@
+"""The charts: what they render is valid, what they refuse says what to change."""
+
+import json
+import os
+import re
+import tomllib
+
+import pytest
+import yaml
+
+from tools import (CHART, HERE, INJECTS, ROOT, USER_CHART, helm, kinds, one, refusal, run, template,
+                   validate)
+
+BACKEND = {"sidecar": {"backend": {"service": "chronos"}}}
+CLIENTS = {"clients": [{"namespace": "shop", "serviceAccount": "web"}]}
+
+
+def sidecar(**values):
+    return {"sidecar": {"backend": {"service": "chronos"}, **values}}
+
+
+@pytest.mark.parametrize("chart", [CHART, ROOT / "helm/aegis-sidecar"], ids=lambda chart: chart.name)
+def test_lint(chart):
+    helm("lint", "--strict", chart)
+
+
+def test_versions_are_the_programs():
+    version = tomllib.loads((ROOT / "Cargo.toml").read_text())["package"]["version"]
+    for chart in [CHART, ROOT / "helm/aegis-sidecar"]:
+        assert yaml.safe_load((chart / "Chart.yaml").read_text())["appVersion"] == version
+    values = yaml.safe_load((ROOT / "helm/aegis-sidecar/values.yaml").read_text())
+    assert values["image"]["tag"] == version
+    assert f"ARG VERSION={version}\n" in (ROOT / "Dockerfile").read_text()
+
+
+EVERYTHING = {
+    **CLIENTS, **BACKEND,
+    "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+    "prometheusRule": {"enabled": True, "thresholds": {"AegisFirstByteSlow": 0.25}},
+    "dashboard": {"enabled": True},
+    "seccomp": {"installer": {"enabled": True}},
+}
+MATRIX = {
+    "defaults": {},
+    "everything": EVERYTHING,
+    "service-monitor": {**CLIENTS, **BACKEND, "serviceMonitor": {"enabled": True}},
+    "whole-namespace": {**BACKEND, "clients": [{"namespace": "shop", "serviceAccount": "*"}]},
+    "pods": {**CLIENTS, "sidecar": {"backend": {"selector": "app=db", "port": 8080}}},
+    "dns": {**CLIENTS, "sidecar": {"backend": {"addresses": "db.example:5432"}}},
+    "zone": {**CLIENTS, **sidecar(locality="zone", readiness=True)},
+    "one-store-of-many": {**CLIENTS, **sidecar(route="key")},
+    "http": {**CLIENTS, **sidecar(protocol="http1", pool={"mode": "session"}, requestTimeout="off")},
+    "any-bytes": {**CLIENTS, **sidecar(protocol="tcp")},
+    "io_uring": {**CLIENTS, **sidecar(seccomp={"type": "Localhost"}), "seccomp": {"operator": True}},
+    "no-injection": {**CLIENTS, **BACKEND, "injection": {"enabled": False}},
+}
+
+
+@pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX)
+@pytest.mark.parametrize("injects", [[], INJECTS], ids=["no-policy-api", "policy-api"])
+def test_what_is_rendered_is_valid(values, injects):
+    objects = template(CHART, *injects, values=values)
+    validate(objects)
+    policies = [kind for kind in kinds(objects) if "Policy" in kind]
+    off = not injects or values.get("injection") == {"enabled": False}
+    assert policies == ([] if off else [
+        "MutatingAdmissionPolicy", "MutatingAdmissionPolicyBinding",
+        "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"])
+    bindings = {item["metadata"]["name"] for item in objects if item["kind"] == "RoleBinding"}
+    backend = values.get("sidecar", {}).get("backend", {})
+    watches = "addresses" not in backend
+    assert bindings == ({"shop-endpoints"} if watches and "clients" in values else set()) | (
+        {"shop-test"} if watches and backend else set())
+    assert kinds(objects).count("Role") == watches
+
+
+def test_validation_itself_finds_what_is_wrong():
+    policy = template(CHART, *INJECTS, values=BACKEND)
+    one(policy, "MutatingAdmissionPolicy")["spec"]["mutation"] = []
+    with pytest.raises(Exception, match="mutation"):
+        validate(policy)
+    monitor = template(CHART, values=EVERYTHING)
+    one(monitor, "PodMonitor")["spec"]["podMetricsEndpoints"] = "all"
+    with pytest.raises(AssertionError, match="podMetricsEndpoints"):
+        validate(monitor)
+
+
+def test_the_beta_of_the_policy_serves_too():
+    objects = template(CHART, "--api-versions", "admissionregistration.k8s.io/v1beta1/MutatingAdmissionPolicy", values=BACKEND)
+    assert one(objects, "MutatingAdmissionPolicy")["apiVersion"] == "admissionregistration.k8s.io/v1beta1"
+    validate(objects)
+
+
+REFUSALS = {
+    "unknown value": ({"podMonitr": {}}, "podMonitr"),
+    "unknown value below": ({"podMonitor": {"enable": True}}, "enable"),
+    "unknown value of the sidecar": ({"sidecar": {"pol": 1}}, "pol"),
+    "no such protocol": (sidecar(protocol="redis"), "'tcp', 'chronos', 'http1'"),
+    "no such pool mode": (sidecar(pool={"mode": "all"}), "'preconnect', 'session', 'request'"),
+    "no pool at all": (sidecar(pool={"size": 0}), "want 1"),
+    "too long a queue": (sidecar(queue={"max": 1000001}), "/queue/max"),
+    "time without unit": (sidecar(queue={"timeout": 5}), "/queue/timeout"),
+    "switch that YAML makes of a bare off": (sidecar(requestTimeout=False), "got boolean, want string"),
+    "no such route": (sidecar(route="hash"), "'balance', 'key'"),
+    "lending for unknown bytes": (sidecar(protocol="tcp", pool={"mode": "session"}),
+                                  "empty pool.mode, or set protocol to chronos or http1"),
+    "keys without keys": (sidecar(protocol="http1", route="key"), "set route to balance, or protocol to chronos"),
+    "keys for a whole session": (sidecar(pool={"mode": "session"}, route="key"), "or pool.mode to request"),
+    "no such locality": (sidecar(locality="rack"), "'off', 'zone', 'node'"),
+    "privileged port": (sidecar(listenPort=80), "want 1,024"),
+    "not a variable of Aegis": (sidecar(env={"PATH": "/"}), "AEGIS_"),
+    "client without account": ({"clients": [{"namespace": "shop"}]}, "serviceAccount"),
+    "both monitors": ({"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}}, "disable one"),
+    "both profiles": ({"seccomp": {"operator": True, "installer": {"enabled": True}}}, "keep one"),
+    "no such alert": ({"prometheusRule": {"enabled": True, "thresholds": {"AegisSlow": 1}}},
+                      "thresholds.AegisSlow: there is no such alert, but AegisNoUsableEndpoint"),
+    "one port twice": (sidecar(adminPort=8081), "both 8081: change one"),
+    "two backends": ({"sidecar": {"backend": {"service": "a", "addresses": "b:1"}}},
+                     "backend.service and backend.addresses are set: keep one"),
+    "variable set twice": (sidecar(env={"AEGIS_DRAIN_DELAY": "1s"}), "env.AEGIS_DRAIN_DELAY: another value"),
+}
+
+
+@pytest.mark.parametrize("values, message", REFUSALS.values(), ids=REFUSALS)
+def test_refusals_say_what_to_change(values, message):
+    assert message in refusal(CHART, *INJECTS, values=values)
+
+
+def test_the_library_refuses_a_sidecar_without_backend():
+    assert "set one of backend.service, backend.selector" in refusal(USER_CHART)
+
+
+def library(values):
+    spec = one(template(USER_CHART, values={"sidecar": values}), "Deployment")["spec"]["template"]["spec"]
+    return spec["initContainers"][0], spec["volumes"][0]
+
+
+def test_the_library_renders_what_the_component_patches_in():
+    """manifests/component/sidecar.yaml is made from the library chart: UPDATE=1 makes it anew."""
+    container, volume = library({"backend": {"service": "store"}})
+    labels = {"aegis-proxy.io/inject": "enabled"}
+    patch = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "any"},
+             "spec": {"template": {"metadata": {"labels": labels},
+                                   "spec": {"initContainers": [container], "volumes": [volume]}}}}
+    file = ROOT / "manifests/component/sidecar.yaml"
+    golden(file, "# Made from helm/aegis-sidecar by its test.\n" + yaml.dump(patch, sort_keys=False))
+
+
+def golden(file, text):
+    if os.environ.get("UPDATE"):
+        file.write_text(text)
+    assert file.read_text() == text, f"{file} differs: UPDATE=1 make test-cluster writes it"
+
+
+def test_the_sidecar_needs_no_exemption_from_the_restricted_standard():
+    for values in [{}, {"seccomp": {"type": "Localhost"}}]:
+        container, volume = library({"backend": {"service": "db"}, **values})
+        context = container["securityContext"]
+        assert context.pop("seccompProfile") in [
+            {"type": "RuntimeDefault"}, {"type": "Localhost", "localhostProfile": "profiles/aegis.json"}]
+        assert context == {
+            "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True, "runAsNonRoot": True, "runAsUser": 65532, "runAsGroup": 65532}
+        assert set(volume) == {"name", "projected"}
+        assert container["restartPolicy"] == "Always"
+        assert "lifecycle" not in container
+
+
+def test_readiness_is_by_request():
+    container, _ = library({"backend": {"service": "db"}})
+    assert "readinessProbe" not in container
+    assert container["startupProbe"]["httpGet"]["path"] == "/startupz"
+    assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
+    container, _ = library({"backend": {"service": "db"}, "readiness": True})
+    assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
+
+
+def test_every_value_reaches_the_environment():
+    container, _ = library({
+        "backend": {"selector": "app=db", "namespace": "data", "port": 5432}, "locality": "zone",
+        "listenPort": 5000, "adminPort": 5001,
+        "protocol": "chronos", "pool": {"mode": "request", "size": 3}, "queue": {"max": 1000000, "timeout": "6s"},
+        "requestTimeout": "off", "route": "key",
+        "drain": {"delay": "2s", "timeout": "3s"}, "env": {"AEGIS_MAX_SESSIONS": "50"}})
+    env = {item["name"]: item.get("value") or item["valueFrom"]["fieldRef"]["fieldPath"] for item in container["env"]}
+    assert env == {
+        "AEGIS_LISTEN": "127.0.0.1:5000,[::1]:5000", "AEGIS_ADMIN": "[::]:5001",
+        "AEGIS_DISCOVERY": "kubernetes", "AEGIS_KUBE_SELECTOR": "app=db", "AEGIS_KUBE_NAMESPACE": "data",
+        "AEGIS_KUBE_PORT": "5432",
+        "AEGIS_PROTOCOL": "chronos", "AEGIS_POOL_MODE": "request", "AEGIS_POOL_SIZE": "3",
+        "AEGIS_QUEUE_MAX": "1000000", "AEGIS_QUEUE_TIMEOUT": "6s", "AEGIS_REQUEST_TIMEOUT": "off", "AEGIS_ROUTE": "key",
+        "AEGIS_LOCALITY": "zone", "AEGIS_NODE_NAME": "spec.nodeName",
+        "AEGIS_ZONE": "metadata.labels['topology.kubernetes.io/zone']",
+        "AEGIS_DRAIN_DELAY": "2s", "AEGIS_DRAIN_TIMEOUT": "3s", "AEGIS_MAX_SESSIONS": "50"}
+
+
+def environment(values):
+    container, _ = library({"backend": {"service": "db"}, **values})
+    return {item["name"]: item.get("value") for item in container["env"]}
+
+
+@pytest.mark.parametrize("values, mode", [
+    ({}, "request"), ({"protocol": "http1"}, "request"), ({"protocol": "tcp"}, "preconnect"),
+    ({"pool": {"mode": "session"}}, "session"), ({"pool": {"mode": "preconnect"}}, "preconnect"),
+])
+def test_the_pool_mode_suits_the_protocol_unless_it_is_set(values, mode):
+    assert environment(values)["AEGIS_POOL_MODE"] == mode
+
+
+def test_numbers_that_the_charts_repeat_are_the_programs():
+    """All but what the charts choose on purpose: see docs/KUBERNETES.md."""
+    rows = re.findall(r"^\| `(AEGIS_\w+)` \| `(.*?)` \|", (ROOT / "README.md").read_text(), re.M)
+    defaults = dict(rows)
+    assert len(rows) > 40
+    other = {name: value for name, value in environment({}).items() if value != defaults[name]}
+    assert other == {
+        "AEGIS_DISCOVERY": "kubernetes", "AEGIS_KUBE_SERVICE": "db", "AEGIS_KUBE_NAMESPACE": None,
+        "AEGIS_PROTOCOL": "chronos", "AEGIS_POOL_MODE": "request", "AEGIS_DRAIN_DELAY": "0s"}
+
+
+def cel_to_json(text):
+    """A literal of CEL without look-ups, as data: type names go, field names are quoted."""
+    text = re.sub(r"Object(\.\w+)+\{", "{", text)
+    return json.loads(re.sub(r'([{,] ?)(\w+):', r'\1"\2":', text))
+
+
+@pytest.mark.parametrize("values", [{}, {"readiness": True, "locality": "zone"}, {"seccomp": {"type": "Localhost"}},
+                                    {"env": {"AEGIS_LOG": 'a"b\\c'}, "resources": {"requests": {"cpu": 1}}},
+                                    {"route": "key"}, {"protocol": "tcp"}, {"pool": {"mode": "session"}}])
+def test_the_policy_injects_what_the_library_renders(values):
+    values = {"backend": {"service": "db", "namespace": "data"}, **values}
+    policy = one(template(CHART, *INJECTS, values={"sidecar": values}), "MutatingAdmissionPolicy")
+    expression = policy["spec"]["mutations"][0]["jsonPatch"]["expression"]
+    # Without annotations each look-up gives its default.
+    look_up = r'variables\.annotations\[\?"[^"]+"\]\.orValue\((.*?)\)'
+    chosen = {v["name"]: re.sub(look_up, r"\1", v["expression"]) for v in policy["spec"]["variables"]}
+    if "?" in chosen["poolMode"]:
+        assert chosen["poolMode"] == 'variables.protocol == "tcp" ? "preconnect" : "request"'
+        chosen["poolMode"] = '"preconnect"' if chosen["protocol"] == '"tcp"' else '"request"'
+    expression = re.sub(look_up, r"\1", expression)
+    expression = re.sub(r"variables\.(protocol|poolMode)", lambda found: chosen[found[1]], expression)
+    values_of = re.findall(r'value: (Object\.spec\.\w+\{.*?\})\s+\}\]', expression, re.S)
+    injected = [cel_to_json(value) for value in values_of]
+    container, volume = library(values)
+    amounts = container["resources"]
+    for kind in ["requests", "limits"]:
+        for name, amount in amounts.setdefault(kind, {}).items():
+            amounts[kind][name] = str(amount)
+    assert injected == [container, volume]
+
+
+def test_the_golden_policy():
+    """The look-ups, as the API server gets them."""
+    policy = one(template(CHART, *INJECTS, values=BACKEND), "MutatingAdmissionPolicy")
+    variables = [f"{v['name']}: {v['expression']}" for v in policy["spec"]["variables"]]
+    look_ups = re.findall(r'\S+ variables\.(?:annotations\[[^]]*\](?:\.orValue\([^)]*\))?|protocol|poolMode)',
+                          policy["spec"]["mutations"][0]["jsonPatch"]["expression"])
+    golden(HERE / "golden/look-ups.txt", "\n".join(variables + look_ups) + "\n")
+
+
+def notes(*arguments, values):
+    return helm("install", "shop", CHART, "--namespace", "db", "--dry-run=client", "--values", "-",
+                *arguments, input=yaml.dump(values)).stdout.split("NOTES:")[1]
+
+
+def test_the_notes_say_what_to_do_next():
+    text = notes(values={**BACKEND, **CLIENTS})
+    assert "NO INJECTION" in text and "MutatingAdmissionPolicy" in text and "aegis-sidecar" in text
+    assert "NOBODY" not in text
+    assert "kubectl port-forward pod/POD 8082" in text
+    text = notes(values={**BACKEND, "injection": {"enabled": False}})
+    assert "Injection is off" in text and "NO INJECTION" not in text
+    assert "--set 'clients[0].namespace=shop" in text
+    assert "epoll" in text
+    assert "epoll" not in notes(values=sidecar(seccomp={"type": "Localhost"}))
+
+
+def test_thresholds_and_labels_reach_the_rule():
+    rule = one(template(CHART, values=EVERYTHING), "PrometheusRule")
+    expressions = {item["alert"]: item["expr"] for item in rule["spec"]["groups"][0]["rules"]}
+    assert expressions["AegisFirstByteSlow"].endswith("> 0.25")
+    assert expressions["AegisPoolMisses"].endswith("> 0.2")
+    assert one(template(CHART, values=EVERYTHING), "PodMonitor")["metadata"]["labels"]["release"] == "prometheus"
+
+
+def test_packages_hold_what_their_links_point_to(tmp_path):
+    helm("package", CHART, "--destination", tmp_path)
+    package = next(tmp_path.glob("*.tgz"))
+    assert kinds(template(package, values=EVERYTHING)) == kinds(template(CHART, values=EVERYTHING))
+    listing = run("tar", "-tvzf", package).stdout
+    assert "files/rules.yaml" in listing and " -> " not in listing
