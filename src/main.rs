@@ -44,7 +44,7 @@ fn decide(config: &Config) -> Result<Decisions, Error> {
     let users = DescriptorUsers {
         workers: plan.cores.len(),
         listeners: config.listen.len(),
-        pool_max_idle: config.pool.max_idle,
+        pool_max_idle: config.pool.most(),
         backends: (config.discovery != Discovery::Kubernetes).then_some(config.backends.len()),
     };
     let nofile = limits::raise_nofile()?;

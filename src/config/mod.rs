@@ -286,12 +286,23 @@ pub struct PoolConfig {
     pub size: usize,
     /// Warm connections kept at least.
     pub min_idle: usize,
-    /// Warm connections kept at most; 0 turns pooling off.
+    /// Warm connections kept at most, unless each is lent for a request; 0 makes none in advance.
     pub max_idle: usize,
     /// Connections above the minimum that were idle for this long are closed.
     pub idle_timeout: Option<Duration>,
     /// Connections older than this are replaced.
     pub max_lifetime: Option<Duration>,
+}
+
+impl PoolConfig {
+    /// Idle connections at most.
+    pub fn most(&self) -> usize {
+        match self.mode {
+            PoolMode::Preconnect => self.max_idle,
+            PoolMode::Session => self.max_idle.max(1),
+            PoolMode::Request => self.size,
+        }
+    }
 }
 
 /// A switch that the program may decide by itself.

@@ -50,7 +50,7 @@ impl Pool {
     /// An empty pool that aims at its minimum.
     pub fn new(config: &PoolConfig) -> Self {
         Self {
-            idle: VecDeque::with_capacity(config.max_idle),
+            idle: VecDeque::with_capacity(config.most()),
             connecting: 0,
             lent: 0,
             wanted: 0,
@@ -102,9 +102,8 @@ impl Pool {
     fn keeps_one_more(&self) -> bool {
         let idle = self.idle.len();
         match self.config.mode {
-            PoolMode::Preconnect => idle < self.config.max_idle,
-            PoolMode::Session => idle < self.config.max_idle.max(1),
-            PoolMode::Request => idle + self.lent < self.config.size,
+            PoolMode::Preconnect | PoolMode::Session => idle < self.config.most(),
+            PoolMode::Request => idle + self.lent < self.config.most(),
         }
     }
 

@@ -6,7 +6,6 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
-use std::time::Duration;
 
 use crate::support::backend::Backend;
 use crate::support::client::{connect, read_expected, read_line, read_to_end};
@@ -127,8 +126,7 @@ fn server() -> Backend {
                 }
                 "/early" => b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n".to_vec(),
                 "/silent" => {
-                    // Longer than any test waits.
-                    thread::sleep(Duration::from_secs(2));
+                    while let Ok(1..) = stream.read(&mut [0; 4096]) {}
                     return;
                 }
                 _ => {
@@ -348,8 +346,8 @@ fn a_request_that_is_safe_is_repeated_and_no_other(io: Io) {
 fn an_answer_that_does_not_come_is_an_error(io: Io) {
     let backend = server();
     let proxy = lending(io, &backend)
-        .set("AEGIS_REQUEST_TIMEOUT", "100ms")
-        .set("AEGIS_QUEUE_TIMEOUT", "50ms")
+        .set("AEGIS_REQUEST_TIMEOUT", "3s")
+        .set("AEGIS_QUEUE_TIMEOUT", "1s")
         .start();
     let (a, b) = (connect(proxy.address()), connect(proxy.address()));
     (&a).write_all(b"GET /silent HTTP/1.1\r\n\r\n").unwrap();

@@ -235,13 +235,13 @@ fn an_answer_that_comes_too_late_reaches_nobody(io: Io) {
     let backend = puppet();
     let proxy = request_mode(io, &backend)
         .set("AEGIS_POOL_SIZE", "1")
-        .set("AEGIS_REQUEST_TIMEOUT", "100ms")
+        .set("AEGIS_REQUEST_TIMEOUT", "1s")
         .start();
     let (a, b) = (connect(proxy.address()), connect(proxy.address()));
-    (&a).write_all(b"GET 300 late|\n").unwrap();
+    (&a).write_all(b"GET 3000 late|\n").unwrap();
     assert_eq!(ask(&b, "GET 0 mine|"), "mine");
     let answer = read_line(&a).unwrap();
-    assert_eq!(answer, "ERR no answer in 100ms; the request may have taken effect");
+    assert_eq!(answer, "ERR no answer in 1s; the request may have taken effect");
     assert_eq!(ask(&a, "GET 0 again|"), "again", "the client is kept");
     assert_eq!(proxy.metric(REQUESTS, &[("outcome", "timeout")]), 1);
     retired(&proxy, "timeout", 1);
@@ -296,15 +296,15 @@ fn those_that_wait_too_long_or_are_too_many_get_an_error(io: Io) {
     let proxy = request_mode(io, &backend)
         .set("AEGIS_POOL_SIZE", "1")
         .set("AEGIS_QUEUE_MAX", "1")
-        .set("AEGIS_QUEUE_TIMEOUT", "100ms")
+        .set("AEGIS_QUEUE_TIMEOUT", "1s")
         .start();
     let [busy, waiting, refused] = [(); 3].map(|()| connect(proxy.address()));
-    (&busy).write_all(b"GET 400 done|\n").unwrap();
+    (&busy).write_all(b"GET 4000 done|\n").unwrap();
     proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 1);
     (&waiting).write_all(b"GET 0 x|\n").unwrap();
     proxy.wait_for(QUEUE_DEPTH, &[], |depth| depth == 1);
     assert_eq!(ask(&refused, "GET 0 x|"), "ERR too many requests wait for a connection");
-    assert_eq!(read_line(&waiting).unwrap(), "ERR no backend connection was free in 100ms");
+    assert_eq!(read_line(&waiting).unwrap(), "ERR no backend connection was free in 1s");
     assert_eq!(read_line(&busy).unwrap(), "done");
     assert_eq!(ask(&waiting, "GET 0 x|"), "x");
     assert_eq!(proxy.metric(REQUESTS, &[("outcome", "queue_full")]), 1);
@@ -315,7 +315,7 @@ fn without_a_backend_each_request_gets_an_error(io: Io) {
     let mut backend = Backend::chronos();
     // Ejected for longer than the test lasts: where there is no other, it is tried all the same.
     let proxy = request_mode(io, &backend)
-        .set("AEGIS_QUEUE_TIMEOUT", "200ms")
+        .set("AEGIS_QUEUE_TIMEOUT", "1s")
         .set("AEGIS_EJECT_FAILURES", "1")
         .set("AEGIS_EJECT_TIME", "1h")
         .start();
