@@ -120,7 +120,7 @@ variables! {
         "Warm connections kept at least, per worker and endpoint.";
     AEGIS_POOL_MAX_IDLE pool_max_idle = "64",
         "a number from 0 to 4096",
-        "Warm connections kept at most, per worker and endpoint. 0 turns preconnect off; request has its size.";
+        "Warm connections kept at most, per worker and endpoint. 0 makes none in advance.";
     AEGIS_POOL_IDLE_TIMEOUT pool_idle_timeout = "60s",
         "off, or a duration from 10ms to 30d",
         "Closes warm connections above the minimum that were idle for this long.";
