@@ -99,7 +99,7 @@ variables! {
         "Worker threads. auto: one for each core that the container may use.";
     AEGIS_PIN pin = "auto",
         "auto, on or off",
-        "Whether workers are pinned to cores. auto: unless there is a CPU quota.";
+        "Whether workers are pinned to cores. auto: where the container has CPUs of its own.";
     AEGIS_IO io = "auto",
         "auto, uring or epoll",
         "What drives the sockets. auto: io_uring where it works, else epoll.";

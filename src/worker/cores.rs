@@ -4,6 +4,7 @@
 use std::fmt::Display;
 use std::fs;
 use std::num::NonZeroUsize;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -46,7 +47,11 @@ fn plan_in(root: &Path, cpus: &[CoreId], workers: Option<NonZeroUsize>, pin: Swi
         Switch::Off => (false, "as configured"),
         Switch::Auto if quota.is_some() => (false, "a pinned worker would wait for a busy core"),
         Switch::Auto if count > first.len() => (false, "there are more workers than cores"),
-        Switch::Auto => (true, "no CPU quota"),
+        // Only what is kept from others shows in the mask: then they cannot be in a worker's way.
+        Switch::Auto if online(root).is_none_or(|online| cpus.len() >= online) => {
+            (false, "others may run on all of the machine's CPUs")
+        }
+        Switch::Auto => (true, "the CPUs are a part of the machine's"),
     };
 
     // The second siblings serve only when there are more workers than cores.
@@ -75,15 +80,25 @@ fn counted(n: usize, noun: impl Display) -> String {
 fn is_first_sibling(root: &Path, cpu: CoreId, cpus: &[CoreId]) -> bool {
     let file = format!("sys/devices/system/cpu/cpu{}/topology/thread_siblings_list", cpu.id);
     let Ok(list) = fs::read_to_string(root.join(file)) else { return true };
-    let is_sibling = |other: usize| {
-        // `0,4` or `0-1`, after Documentation/admin-guide/cputopology.rst of the kernel.
-        list.trim().split(',').any(|range| {
-            let (low, high) = range.split_once('-').unwrap_or((range, range));
-            matches!((low.parse(), high.parse()), (Ok(low), Ok(high)) if (low..=high).contains(&other))
-        })
-    };
+    let is_sibling = |other: usize| cpu_ranges(&list).any(|range| range.contains(&other));
     // A list without the CPU itself is no list of its siblings.
     !is_sibling(cpu.id) || !cpus.iter().any(|other| other.id < cpu.id && is_sibling(other.id))
+}
+
+/// How many CPUs the machine runs on.
+fn online(root: &Path) -> Option<usize> {
+    let list = fs::read_to_string(root.join("sys/devices/system/cpu/online")).ok()?;
+    let count = cpu_ranges(&list).map(Iterator::count).sum();
+    (count > 0).then_some(count)
+}
+
+/// What a list such as `0,4` or `0-1` names, after Documentation/admin-guide/cputopology.rst of
+/// the kernel.
+fn cpu_ranges(list: &str) -> impl Iterator<Item = RangeInclusive<usize>> {
+    list.trim().split(',').filter_map(|range| {
+        let (low, high) = range.split_once('-').unwrap_or((range, range));
+        Some(low.parse().ok()?..=high.parse().ok()?)
+    })
 }
 
 /// CPU time per wall time, in thousandths of a core.
@@ -212,6 +227,7 @@ mod tests {
         }
 
         fn siblings(&self, lists: &[&str]) {
+            self.write("sys/devices/system/cpu/online", &format!("0-{}\n", lists.len() - 1));
             for (cpu, list) in lists.iter().enumerate() {
                 let topology = format!("sys/devices/system/cpu/cpu{cpu}/topology");
                 self.write(&format!("{topology}/thread_siblings_list"), &format!("{list}\n"));
@@ -239,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_quota_there_is_a_pinned_worker_for_each_core() {
+    fn on_a_part_of_the_machine_there_is_a_pinned_worker_for_each_core() {
         let root = Root::with_cgroup("0::/\n", V2, &[("sys/fs/cgroup/cpu.max", "max 100000\n")]);
         root.siblings(&["0,4", "1,5", "2,6", "3,7", "0,4", "1,5", "2,6", "3,7"]);
         let plan = root.plan(&[1, 2, 4, 5, 6], 0, Switch::Auto);
@@ -247,9 +263,32 @@ mod tests {
         assert_eq!(ids(&plan), [Some(1), Some(2), Some(4)]);
         assert_eq!(
             plan.reason,
-            "3 workers (auto) for 3 cores with 5 usable CPUs, pinned (no CPU quota)"
+            "3 workers (auto) for 3 cores with 5 usable CPUs, pinned (the CPUs are a part of the \
+             machine's)"
         );
         assert_eq!(ids(&root.plan(&[1, 2], 0, Switch::Off)), [None, None]);
+    }
+
+    #[test]
+    fn workers_are_not_pinned_unasked_where_everybody_may_run() {
+        let root = Root::new(&[]);
+        root.siblings(&["0", "1"]);
+        let plan = root.plan(&[0, 1], 0, Switch::Auto);
+        assert_eq!(ids(&plan), [None; 2]);
+        assert_eq!(
+            plan.reason,
+            "2 workers (auto) for 2 cores with 2 usable CPUs, not pinned (others may run on all of \
+             the machine's CPUs)"
+        );
+        assert_eq!(ids(&root.plan(&[0, 1], 0, Switch::On)), [Some(0), Some(1)]);
+        for unknown in ["", "0-", "many"] {
+            root.write("sys/devices/system/cpu/online", unknown);
+            assert_eq!(ids(&root.plan(&[0], 0, Switch::Auto)), [None], "{unknown:?}");
+        }
+        // Some are off.
+        root.write("sys/devices/system/cpu/online", "0-1,3,6-7\n");
+        assert_eq!(ids(&root.plan(&[0, 1, 3, 6], 0, Switch::Auto)), [0, 1, 3, 6].map(Some));
+        assert_eq!(ids(&root.plan(&[0, 1, 3, 6, 7], 0, Switch::Auto)), [None; 5]);
     }
 
     #[test]
@@ -264,6 +303,7 @@ mod tests {
         );
         assert_eq!(ids(&root.plan(&[0, 1, 2, 3], 3, Switch::On)), [Some(0), Some(1), Some(2)]);
         // The mask is narrower than the quota, which then never throttles.
+        root.write("sys/devices/system/cpu/online", "0-3\n");
         assert_eq!(ids(&root.plan(&[3], 0, Switch::Auto)), [Some(3)]);
     }
 
@@ -272,6 +312,7 @@ mod tests {
         let root = Root::new(&[]);
         root.siblings(&["0-1", "0-1", "2-3", "2-3"]);
         let cpus = [0, 1, 2, 3];
+        root.write("sys/devices/system/cpu/online", "0-7\n");
         assert_eq!(ids(&root.plan(&cpus, 2, Switch::Auto)), [Some(0), Some(2)]);
         assert_eq!(ids(&root.plan(&cpus, 3, Switch::Auto)), [None; 3]);
         let all = [0, 2, 1, 3, 0].map(Some);
@@ -327,7 +368,7 @@ mod tests {
 
         let root = Root::with_cgroup("garbage", "garbage\n- - -\n", &[]);
         root.siblings(&["", "0-", "x,y", "7"]);
-        assert_eq!(ids(&root.plan(&[0, 1, 2, 3], 0, Switch::Auto)), [0, 1, 2, 3].map(Some));
+        assert_eq!(ids(&root.plan(&[0, 1, 2, 3], 0, Switch::On)), [0, 1, 2, 3].map(Some));
         // A line that makes no sense does not hide the next.
         let files = [("sys/fs/cgroup/cpu.max", "100000 100000")];
         let root = Root::with_cgroup("0::/\n", &format!("garbage\n{V2}"), &files);
