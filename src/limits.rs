@@ -67,6 +67,9 @@ pub const LISTEN_BACKLOG: i32 = 1024;
 /// listeners, which a drain empties whatever they hold.
 pub const ACCEPT_OVERSHOOT: usize = 2 * LISTEN_BACKLOG as usize;
 
+/// Clients that may wait in a worker's mailbox, handed over by others.
+pub const HANDED_OVER_MAX: usize = 64;
+
 /// Connections that all pools of one worker together may hold, warm or being made.
 pub const POOL_CONNS_MAX: usize = 4096;
 

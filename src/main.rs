@@ -78,12 +78,15 @@ fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
     let admin = admin::bind(config.admin)?;
 
     let stats: Arc<[_]> = (0..workers).map(|_| Arc::default()).collect();
+    let mailboxes: Arc<[_]> =
+        (0..workers).map(|_| Mailbox::new().map(Arc::new)).collect::<Result<_, _>>()?;
     let (alive, exited) = tokio::sync::mpsc::channel(1);
     let mut handles = Vec::with_capacity(workers);
     for (index, (core, listeners)) in plan.cores.into_iter().zip(listeners.sets).enumerate() {
-        let mailbox = Arc::new(Mailbox::new()?);
-        handles
-            .push(WorkerHandle { mailbox: Arc::clone(&mailbox), stats: Arc::clone(&stats[index]) });
+        handles.push(WorkerHandle {
+            mailbox: Arc::clone(&mailboxes[index]),
+            stats: Arc::clone(&stats[index]),
+        });
         worker::spawn(WorkerSetup {
             index,
             core,
@@ -92,7 +95,7 @@ fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
             config: Arc::clone(&config),
             sessions_max: max_sessions,
             pool_conns_max,
-            mailbox,
+            mailboxes: Arc::clone(&mailboxes),
             stats: Arc::clone(&stats),
             started,
             exited: alive.clone(),

@@ -287,6 +287,8 @@ pub struct WorkerStats {
     pub completions: Counter,
     /// Sessions accepted.
     pub sessions_opened: Counter,
+    /// Clients handed over to a worker with fewer sessions.
+    pub handed_over: Counter,
     /// Sessions now open, those still connecting included.
     pub sessions_active: Gauge,
     /// Bytes received from clients.

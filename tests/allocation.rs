@@ -140,7 +140,7 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
         config,
         sessions_max: 1000,
         pool_conns_max: 64,
-        mailbox: Arc::clone(&mailbox),
+        mailboxes: Arc::new([Arc::clone(&mailbox)]),
         stats: Arc::new([Arc::clone(&stats)]),
         started: Instant::now(),
         exited: alive,

@@ -35,6 +35,7 @@ type Family<T> = (&'static str, Kind, &'static str, fn(&T) -> u64);
 const WORKER_FAMILIES: &[Family<WorkerStats>] = &[
     ("aegis_sessions_opened_total", Counter, "Sessions accepted.", |w| w.sessions_opened.get()),
     ("aegis_sessions_active", Gauge, "Sessions now open, those still connecting included.", |w| w.sessions_active.get()),
+    ("aegis_clients_handed_over_total", Counter, "Clients handed over to a worker with fewer sessions.", |w| w.handed_over.get()),
     ("aegis_accept_errors_total", Counter, "Failed accepts: descriptors or memory short.", |w| w.accept_errors.get()),
     ("aegis_accept_pauses_total", Counter, "Times accepting was paused at the session limit.", |w| w.accept_pauses.get()),
     ("aegis_connect_retries_total", Counter, "Attempts to connect beyond a session's first.", |w| w.connect_retries.get()),

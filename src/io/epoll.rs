@@ -517,6 +517,16 @@ impl Driver for Epoll {
         }
     }
 
+    fn release(&mut self, conn: ConnId) -> Option<OwnedFd> {
+        let socket = self.sockets.get(conn).filter(|socket| !socket.wanted)?;
+        epoll::delete(&self.fd, &socket.fd).ok()?;
+        self.sockets.remove(conn).map(|socket| socket.fd)
+    }
+
+    fn adopt(&mut self, client: OwnedFd) -> Option<ConnId> {
+        self.register(client, false).ok()
+    }
+
     fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
         let socket = socket::outgoing(address, &self.options)?;
         socket.set_nonblocking(true)?;

@@ -140,6 +140,14 @@ pub trait Driver {
     /// and dropped by this.
     fn stop_listening(&mut self);
 
+    /// Gives up a client that has just been accepted, so that another driver of the same kind can
+    /// adopt it. `None` if something was asked for it already; then it stays.
+    fn release(&mut self, conn: ConnId) -> Option<OwnedFd>;
+
+    /// Takes on a client that another driver has released, as if it had accepted it. A client for
+    /// which there is no room is dropped.
+    fn adopt(&mut self, client: OwnedFd) -> Option<ConnId>;
+
     /// Starts connecting.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -563,6 +564,14 @@ impl Driver for Sim {
         while !self.backlog.is_empty() {
             self.accept_one();
         }
+    }
+
+    fn release(&mut self, _: ConnId) -> Option<OwnedFd> {
+        None // There is one worker.
+    }
+
+    fn adopt(&mut self, _: OwnedFd) -> Option<ConnId> {
+        None
     }
 
     fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {

@@ -47,8 +47,8 @@ pub struct EngineSetup {
     pub sessions_max: usize,
     /// Connections of its pools, idle or being made.
     pub pool_conns_max: usize,
-    /// Where commands come from.
-    pub mailbox: Arc<Mailbox>,
+    /// The mailboxes of all workers, its own at `index`.
+    pub mailboxes: Arc<[Arc<Mailbox>]>,
     /// The counters of all workers, its own at `index`.
     pub stats: Arc<[Arc<WorkerStats>]>,
     /// When the process started.
@@ -132,9 +132,12 @@ pub struct Engine<D> {
     listening_until: Option<Instant>,
     /// Clients to be served at the end of the turn.
     accepted: Vec<ConnId>,
+    /// Clients may have been handed over.
+    has_mail: bool,
     mailbox: Arc<Mailbox>,
-    everyone: Arc<[Arc<WorkerStats>]>,
-    index: usize,
+    pub(super) mailboxes: Arc<[Arc<Mailbox>]>,
+    pub(super) everyone: Arc<[Arc<WorkerStats>]>,
+    pub(super) index: usize,
     sessions_max: usize,
     lean_below: u32,
     started: Instant,
@@ -184,7 +187,9 @@ impl<D: Driver> Engine<D> {
             batcher: Batcher::new(now),
             listening_until: None,
             accepted: Vec::with_capacity(limits::ACCEPT_OVERSHOOT),
-            mailbox: setup.mailbox,
+            has_mail: false,
+            mailbox: Arc::clone(&setup.mailboxes[setup.index]),
+            mailboxes: setup.mailboxes,
             everyone: setup.stats,
             index: setup.index,
             sessions_max: setup.sessions_max,
@@ -212,7 +217,10 @@ impl<D: Driver> Engine<D> {
 
     /// Whether it was told to end and nothing is left to do.
     pub fn is_finished(&self) -> bool {
-        self.order > Order::Run && self.listening_until.is_none() && self.sessions() == 0
+        self.order > Order::Run
+            && self.listening_until.is_none()
+            && self.sessions() == 0
+            && self.mailbox.clients() == 0
     }
 
     /// One turn.
@@ -252,14 +260,28 @@ impl<D: Driver> Engine<D> {
     /// have ended.
     fn serve_accepted(&mut self) {
         let mut accepted = std::mem::take(&mut self.accepted);
+        let mut lighter = if accepted.is_empty() { None } else { self.lighter_worker() };
         for conn in accepted.drain(..) {
-            if self.lends() {
-                self.on_client(conn);
-            } else {
-                self.on_accepted(conn);
+            if let Some(conn) = self.hand_over(conn, &mut lighter) {
+                self.admit(conn);
             }
         }
         self.accepted = accepted;
+        if std::mem::take(&mut self.has_mail) {
+            while let Some(client) = self.mailbox.take_client() {
+                if let Some(conn) = self.driver.adopt(client) {
+                    self.admit(conn);
+                }
+            }
+        }
+    }
+
+    fn admit(&mut self, client: ConnId) {
+        if self.lends() {
+            self.on_client(client);
+        } else {
+            self.on_accepted(client);
+        }
     }
 
     fn plan_wait(&mut self) -> Wait {
@@ -368,6 +390,7 @@ impl<D: Driver> Engine<D> {
     /// Looks into the mailbox.
     fn on_mail(&mut self) {
         self.mailbox.clear_wake();
+        self.has_mail = true;
         if let Some(snapshot) = self.mailbox.take_snapshot() {
             let slow_start = self.config.slow_start.is_some();
             self.table.apply(&snapshot, &self.config.pool, slow_start, self.now);
@@ -414,8 +437,8 @@ impl<D: Driver> Engine<D> {
         if self.order > Order::Run && self.listening_until.is_none() {
             return;
         }
-        let active: u64 = self.everyone.iter().map(|stats| stats.sessions_active.get()).sum();
-        let free = self.sessions_max.saturating_sub(active as usize);
+        let active: usize = (0..self.everyone.len()).map(|worker| self.load_of(worker)).sum();
+        let free = self.sessions_max.saturating_sub(active);
         // Each worker takes at most its share of what is left as it looks; of a remainder, some
         // get one each, in turns, so that nobody's clients wait for ever.
         let workers = self.everyone.len();

@@ -1,4 +1,5 @@
-//! How the control thread speaks to a worker: the latest desired state and a wake-up.
+//! How others speak to a worker: the latest desired state, clients of busier workers, and a
+//! wake-up.
 //!
 //! Nothing here blocks. A snapshot that the worker has not picked up yet is replaced by a newer
 //! one, and the order to run, drain or stop only moves forward.
@@ -11,6 +12,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use crossbeam_queue::ArrayQueue;
 use rustix::event::{EventfdFlags, eventfd};
 
+use crate::limits;
 use crate::proxy::endpoints::EndpointSnapshot;
 
 /// What a worker is told to do. Orders only move forward.
@@ -29,6 +31,7 @@ pub enum Order {
 #[derive(Debug)]
 pub struct Mailbox {
     snapshot: ArrayQueue<Arc<EndpointSnapshot>>,
+    clients: ArrayQueue<OwnedFd>,
     order: AtomicU8,
     wake: OwnedFd,
 }
@@ -40,7 +43,12 @@ impl Mailbox {
     /// The process is out of descriptors.
     pub fn new() -> io::Result<Self> {
         let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-        Ok(Self { snapshot: ArrayQueue::new(1), order: AtomicU8::new(Order::Run as u8), wake })
+        Ok(Self {
+            snapshot: ArrayQueue::new(1),
+            clients: ArrayQueue::new(limits::HANDED_OVER_MAX),
+            order: AtomicU8::new(Order::Run as u8),
+            wake,
+        })
     }
 
     /// Replaces the snapshot that waits for the worker, and wakes it.
@@ -53,6 +61,36 @@ impl Mailbox {
     pub fn order(&self, order: Order) {
         self.order.fetch_max(order as u8, Ordering::Release);
         self.wake();
+    }
+
+    /// Hands a client over to the worker, and wakes it. From another worker.
+    ///
+    /// # Errors
+    /// The worker takes no more: it has been told to end, or too many wait already. The client
+    /// comes back.
+    pub fn hand_over(&self, client: OwnedFd) -> Result<(), OwnedFd> {
+        if self.current_order() > Order::Run {
+            return Err(client);
+        }
+        self.clients.push(client)?;
+        // The order may have come in between, and the worker have ended without another look.
+        if self.current_order() > Order::Run
+            && let Some(client) = self.clients.pop()
+        {
+            return Err(client);
+        }
+        self.wake();
+        Ok(())
+    }
+
+    /// A client that was handed over, if any waits. For the worker.
+    pub fn take_client(&self) -> Option<OwnedFd> {
+        self.clients.pop()
+    }
+
+    /// How many clients wait.
+    pub fn clients(&self) -> usize {
+        self.clients.len()
     }
 
     /// The snapshot that waits, if any. For the worker.

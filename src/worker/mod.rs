@@ -21,6 +21,7 @@ use crate::telemetry::{WorkerState, WorkerStats};
 pub mod batch;
 pub mod cores;
 pub mod engine;
+mod handover;
 mod lending;
 pub mod listener;
 pub mod mailbox;
@@ -50,8 +51,8 @@ pub struct WorkerSetup {
     pub sessions_max: usize,
     /// Connections of this worker's pools, idle or being made.
     pub pool_conns_max: usize,
-    /// Where commands come from.
-    pub mailbox: Arc<Mailbox>,
+    /// The mailboxes of all workers, its own at `index`.
+    pub mailboxes: Arc<[Arc<Mailbox>]>,
     /// The counters of all workers, its own at `index`.
     pub stats: Arc<[Arc<WorkerStats>]>,
     /// When the process started.
@@ -112,7 +113,7 @@ fn run(mut setup: WorkerSetup, started: &mpsc::Sender<io::Result<()>>) {
 fn driver_setup(setup: &mut WorkerSetup) -> io::Result<DriverSetup> {
     Ok(DriverSetup {
         listeners: std::mem::take(&mut setup.listeners),
-        wake: setup.mailbox.wake_fd().as_fd().try_clone_to_owned()?,
+        wake: setup.mailboxes[setup.index].wake_fd().as_fd().try_clone_to_owned()?,
         conns_max: limits::conns_max(setup.sessions_max),
         buffers_max: limits::buffers_max(setup.sessions_max),
         buffers_lean_below: limits::buffers_lean_below(setup.sessions_max),
@@ -130,7 +131,7 @@ fn serve<D: Driver>(driver: D, setup: WorkerSetup, started: &mpsc::Sender<io::Re
             config: setup.config,
             sessions_max: setup.sessions_max,
             pool_conns_max: setup.pool_conns_max,
-            mailbox: setup.mailbox,
+            mailboxes: setup.mailboxes,
             stats: setup.stats,
             started: setup.started,
             seed: fastrand::u64(..),

@@ -63,7 +63,7 @@ impl Run {
             config: Arc::new(config),
             sessions_max,
             pool_conns_max: limits::POOL_CONNS_MAX,
-            mailbox: Arc::clone(&mailbox),
+            mailboxes: Arc::new([Arc::clone(&mailbox)]),
             stats: Arc::new([Arc::clone(&stats)]),
             started: Instant::now(),
             seed: rng.u64(..),

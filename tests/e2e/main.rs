@@ -25,3 +25,4 @@ mod proxy_protocol;
 mod relay;
 mod requests;
 mod routing;
+mod workers;

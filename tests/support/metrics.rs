@@ -9,6 +9,7 @@ pub const DISCOVERY_ENDPOINTS: &str = "aegis_discovery_endpoints";
 pub const DISCOVERY_ERRORS: &str = "aegis_discovery_errors_total";
 pub const ENDPOINT_USABLE: &str = "aegis_endpoint_usable";
 pub const ENDPOINT_SESSIONS: &str = "aegis_endpoint_sessions_active";
+pub const HANDED_OVER: &str = "aegis_clients_handed_over_total";
 pub const IO_DRIVER: &str = "aegis_io_driver_info";
 pub const POOL_CHECKOUTS: &str = "aegis_pool_checkouts_total";
 pub const POOL_CONNECTIONS: &str = "aegis_pool_connections";

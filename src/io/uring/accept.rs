@@ -44,7 +44,7 @@ impl Uring {
         }
     }
 
-    pub(super) fn adopt(&mut self, fd: OwnedFd) -> Option<ConnId> {
+    pub(super) fn insert(&mut self, fd: OwnedFd) -> Option<ConnId> {
         // A full table drops the client; `limits::conns_max` has room for more than can come.
         self.sockets.insert(Socket::new(fd)).ok()
     }
@@ -59,7 +59,7 @@ impl Uring {
             Ok(fd) => {
                 // SAFETY: the kernel has just given this descriptor to us alone.
                 let fd = unsafe { OwnedFd::from_raw_fd(fd.cast_signed()) };
-                self.adopt(fd).map(Completion::Accepted)
+                self.insert(fd).map(Completion::Accepted)
             }
             Err(Errno::CANCELED | Errno::CONNABORTED | Errno::INTR) => None,
             Err(errno) => {

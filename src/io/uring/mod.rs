@@ -265,7 +265,7 @@ impl Driver for Uring {
             let Some(fd) = listener.fd.take() else { continue };
             let armed = listener.armed.is_some();
             for client in options::empty_accept_queue(&fd) {
-                if let Some(conn) = self.adopt(client) {
+                if let Some(conn) = self.insert(client) {
                     self.ready.push_back(Completion::Accepted(conn));
                 }
             }
@@ -273,6 +273,15 @@ impl Driver for Uring {
                 self.cancel(Kind::Accept, ConnId::from_parts(index as u32, 0));
             }
         }
+    }
+
+    fn release(&mut self, conn: ConnId) -> Option<OwnedFd> {
+        self.sockets.get(conn).filter(|socket| !socket.ops.any() && !socket.pending)?;
+        self.sockets.remove(conn).map(|socket| socket.fd)
+    }
+
+    fn adopt(&mut self, client: OwnedFd) -> Option<ConnId> {
+        self.insert(client)
     }
 
     fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {

@@ -1,0 +1,61 @@
+//! Clients of a worker that has more sessions than another go over to that one.
+//!
+//! The kernel chooses a worker by a hash, so what a worker gets is random: of a few connections all
+//! may be its own, and where each request comes on a new one the difference wanders between
+//! nothing and everything. Only a client that has just been accepted is handed over, and only once.
+
+use super::engine::Engine;
+use super::mailbox::Order;
+use crate::io::{ConnId, Driver};
+
+/// A difference of one sixteenth is left as it is, for handing over wakes the other worker up.
+const TOLERANCE: usize = 16;
+
+/// The worker with the fewest sessions, and how many it has.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Lighter {
+    worker: usize,
+    sessions: usize,
+}
+
+impl<D: Driver> Engine<D> {
+    /// A worker's sessions, with those on the way to it.
+    pub(super) fn load_of(&self, worker: usize) -> usize {
+        self.everyone[worker].sessions_active.get() as usize + self.mailboxes[worker].clients()
+    }
+
+    /// The worker with the fewest sessions; `None` if that may be this one.
+    pub(super) fn lighter_worker(&self) -> Option<Lighter> {
+        let others = (0..self.everyone.len()).filter(|&worker| worker != self.index);
+        let lighter = others
+            .map(|worker| Lighter { worker, sessions: self.load_of(worker) })
+            .min_by_key(|lighter| lighter.sessions)?;
+        (lighter.sessions < self.sessions() && self.order == Order::Run).then_some(lighter)
+    }
+
+    /// Hands a client over to `lighter` if that has far fewer sessions; else it comes back.
+    pub(super) fn hand_over(
+        &mut self,
+        client: ConnId,
+        lighter: &mut Option<Lighter>,
+    ) -> Option<ConnId> {
+        let Some(to) = lighter else { return Some(client) };
+        let own = self.sessions();
+        // If it stayed, there would be two more here than there, at least.
+        if own <= to.sessions + own / TOLERANCE {
+            return Some(client);
+        }
+        let Some(socket) = self.driver.release(client) else { return Some(client) };
+        match self.mailboxes[to.worker].hand_over(socket) {
+            Ok(()) => {
+                to.sessions += 1;
+                self.stats.handed_over.add(1);
+                None
+            }
+            Err(socket) => {
+                *lighter = None;
+                self.driver.adopt(socket)
+            }
+        }
+    }
+}
