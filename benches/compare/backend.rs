@@ -51,6 +51,11 @@ impl Backend {
         }
     }
 
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Fails if it has ended, as it does at a wrong byte.
     pub fn check(&mut self) -> Result<(), String> {
         match self.child.try_wait() {

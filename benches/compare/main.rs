@@ -2,6 +2,7 @@
 #![allow(missing_docs)]
 
 mod backend;
+mod floor;
 mod frame;
 mod load;
 mod measure;

@@ -4,12 +4,16 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use crate::backend::Backend;
+use crate::floor;
 use crate::load::{self, Edge, Load, Outcome, Pace};
 use crate::peers::{Contestant, Running};
 use crate::scenarios::{RATE_TO_BE_MEASURED, Scenario};
 use crate::stats::Run;
 use crate::syscalls;
-use crate::usage::Usage;
+use crate::usage::{Processes, Usage};
+
+/// How long the floor is measured in each round, at most.
+const FLOOR_MEASURED: Duration = Duration::from_millis(250);
 
 /// How much is measured.
 #[derive(Debug, Clone, Copy)]
@@ -34,6 +38,9 @@ pub fn measure(
     progress: &mut dyn FnMut(&str),
 ) -> Result<Vec<Results>, String> {
     let contestants = scenario.contestants(contestants);
+    let has_floor = contestants.contains(&Contestant::Floor);
+    let contestants: Vec<_> =
+        contestants.into_iter().filter(|contestant| *contestant != Contestant::Floor).collect();
     let mut backend = Backend::start(contestants.len(), scenario.pools)?;
     let proxies: Vec<Running> = contestants
         .iter()
@@ -50,7 +57,14 @@ pub fn measure(
         .into_iter()
         .map(|contestant| Results { contestant, runs: Vec::new(), syscalls: None })
         .collect();
+    let mut floors = Vec::new();
     for round in 0..effort.rounds {
+        if has_floor {
+            let measured = effort.measured.min(FLOOR_MEASURED);
+            let floor =
+                floor::measure(&scenario, measured).map_err(|e| format!("the floor: {e}"))?;
+            floors.extend(floor);
+        }
         for turn in 0..proxies.len() {
             let at = (round + turn) % proxies.len();
             let proxy = &proxies[at];
@@ -61,10 +75,19 @@ pub fn measure(
         }
     }
     for (results, proxy) in results.iter_mut().zip(&proxies) {
-        if proxy.contestant != Contestant::Direct {
+        if proxy.contestant.is_proxy() {
             let measured = effort.measured.min(Duration::from_millis(500));
             results.syscalls = count_syscalls(&scenario, proxy, measured, &mut backend)?;
         }
+    }
+    if let Some(direct) = results.iter().find(|results| results.contestant == Contestant::Direct) {
+        for (floor, direct) in floors.iter_mut().zip(&direct.runs) {
+            floor::extend(floor, &scenario, direct.cpu);
+        }
+    }
+    if !floors.is_empty() {
+        let contestant = Contestant::Floor;
+        results.push(Results { contestant, runs: floors, syscalls: None });
     }
     Ok(results)
 }
@@ -98,21 +121,27 @@ fn run(
         alone = Some(put(scenario, &load, proxy, backend, &mut |_| {})?);
     }
     let load = load_of(scenario, measured);
+    let is_proxy = proxy.contestant.is_proxy();
+    // Without a proxy it is the load and the backend that are watched.
+    let ends = Processes(vec![std::process::id(), backend.id()]);
+    let processes = if is_proxy { &proxy.processes } else { &ends };
     let (mut used, mut memory) = (Usage::default(), 0);
     let outcome = put(scenario, &load, proxy, backend, &mut |edge| match edge {
-        Edge::Begin => used = proxy.processes.usage(),
+        Edge::Begin => used = processes.usage(),
         Edge::End => {
-            used = proxy.processes.usage() - used;
-            memory = proxy.processes.memory();
+            used = processes.usage() - used;
+            memory = processes.memory();
         }
     })?;
     let mut run = of_outcome(scenario, &outcome);
     run.idle_p99 = alone.map(|alone| quantile(&outcome, 0.99) / quantile(&alone, 0.99));
-    if proxy.contestant != Contestant::Direct {
-        let work = work(scenario, &outcome);
+    let work = work(scenario, &outcome);
+    let unit = if scenario.is_bulk() { 1e9 } else { 1e3 };
+    // Threads that come and go take their count with them.
+    let counts = is_proxy || !scenario.pools;
+    run.cpu = counts.then_some(used.cpu_ns as f64 / work / unit);
+    if is_proxy {
         let connections = (load.connections + load.idle) as f64;
-        let unit = if scenario.is_bulk() { 1e9 } else { 1e3 };
-        run.cpu = Some(used.cpu_ns as f64 / work / unit);
         let work = if scenario.is_bulk() { work * 1e3 } else { work };
         run.switches = Some(used.switches as f64 / work);
         run.memory = Some(memory.saturating_sub(proxy.memory_at_start) as f64 / connections);

@@ -186,6 +186,7 @@ fn color(contestant: Contestant) -> RGBColor {
         Contestant::Request => RGBColor(150, 40, 160),
         Contestant::Haproxy => RGBColor(30, 90, 200),
         Contestant::Nginx => RGBColor(30, 150, 60),
+        Contestant::Floor => RGBColor(90, 90, 90),
     }
 }
 

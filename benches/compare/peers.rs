@@ -40,11 +40,20 @@ pub enum Contestant {
     Haproxy,
     /// nginx, module stream
     Nginx,
+    /// What no proxy can do without
+    Floor,
 }
 
 impl Contestant {
-    pub const ALL: &[Self] =
-        &[Self::Direct, Self::Uring, Self::Epoll, Self::Request, Self::Haproxy, Self::Nginx];
+    pub const ALL: &[Self] = &[
+        Self::Direct,
+        Self::Uring,
+        Self::Epoll,
+        Self::Request,
+        Self::Haproxy,
+        Self::Nginx,
+        Self::Floor,
+    ];
 
     /// What it is called in the report.
     pub fn name(self) -> &'static str {
@@ -55,12 +64,18 @@ impl Contestant {
             Self::Request => "Aegis request",
             Self::Haproxy => "HAProxy",
             Self::Nginx => "nginx",
+            Self::Floor => "the floor",
         }
     }
 
     /// Whether Aegis is compared with it.
     pub fn is_peer(self) -> bool {
         matches!(self, Self::Haproxy | Self::Nginx)
+    }
+
+    /// Whether it is a program beside the load and the backend.
+    pub fn is_proxy(self) -> bool {
+        !matches!(self, Self::Direct | Self::Floor)
     }
 
     /// How many processes it runs as.
@@ -78,7 +93,7 @@ impl Contestant {
             Ok(String::from_utf8_lossy(&text).lines().next().unwrap_or_default().to_owned())
         };
         match self {
-            Self::Direct => Ok("no proxy".to_owned()),
+            Self::Direct | Self::Floor => Ok(self.name().to_owned()),
             Self::Uring | Self::Epoll | Self::Request => {
                 first_line(AEGIS, "--version", "nothing, cargo builds it")
             }
@@ -205,7 +220,7 @@ fn command(
 ) -> io::Result<Option<Command>> {
     let file = folder.join("configuration");
     let mut command = match contestant {
-        Contestant::Direct => return Ok(None),
+        Contestant::Direct | Contestant::Floor => return Ok(None),
         Contestant::Uring | Contestant::Epoll | Contestant::Request => {
             let mut command = Command::new(AEGIS);
             let io = if contestant == Contestant::Epoll { "epoll" } else { "uring" };

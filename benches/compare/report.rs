@@ -52,6 +52,8 @@ pub struct Verdict {
     pub metric: Metric,
     pub against: &'static str,
     pub figure: Summary,
+    /// What the floor's figure would be.
+    pub floor: Option<f64>,
     pub bound: f64,
     pub met: bool,
 }
@@ -61,7 +63,7 @@ impl Report {
     pub fn new(contestants: &[Contestant], quick: bool) -> Result<Self, String> {
         let versions = contestants
             .iter()
-            .filter(|c| !matches!(c, Contestant::Direct))
+            .filter(|c| c.is_proxy())
             .map(|c| c.version().map(|version| format!("{}: {version}", c.name())));
         Ok(Self {
             quick,
@@ -105,8 +107,8 @@ impl Report {
     /// Every target, and whether it was met.
     pub fn verdicts(&self) -> String {
         let mut text = format!(
-            "{:16} {:16} {:14} {:22} {:>8}  {:17} {:>8}\n",
-            "scenario", "driver", "metric", "against", "figure", "from … to", "target"
+            "{:16} {:16} {:14} {:22} {:>8}  {:17} {:>8} {:9} {:>8}\n",
+            "scenario", "driver", "metric", "against", "figure", "from … to", "target", "", "floor"
         );
         for scenario in &self.scenarios {
             for verdict in &scenario.verdicts {
@@ -139,11 +141,12 @@ impl std::fmt::Display for Verdict {
         let met = if self.met { "met" } else { "NOT met" };
         write!(
             f,
-            "{:16} {:14} {:22} {median:>8.digits$}  {spread:17} {sign} {:<6} {met}",
+            "{:16} {:14} {:22} {median:>8.digits$}  {spread:17} {sign} {:<6} {met:9} {:>8}",
             self.driver,
             self.metric.name(),
             self.against,
-            self.bound
+            self.bound,
+            self.floor.map_or_else(String::new, |floor| format!("{floor:.2}"))
         )
     }
 }
@@ -180,18 +183,26 @@ fn verdicts(scenario: &Scenario, lines: &[Line]) -> Vec<Verdict> {
         for target in &scenario.targets {
             let Some(target) = for_driver(*target, contestant) else { continue };
             let haproxy: Vec<_> = runs(Contestant::Haproxy).into_iter().collect();
-            let (figure, against) = match target.against {
-                Against::Peers => (paired(target.metric, own, &peers), "better peer"),
-                Against::Haproxy => (paired(target.metric, own, &haproxy), "HAProxy with splice"),
+            let figure_of = |own: &[Run]| match target.against {
+                Against::Peers => paired(target.metric, own, &peers),
+                Against::Haproxy => paired(target.metric, own, &haproxy),
                 Against::Nothing => {
-                    (Summary::of(own.iter().filter_map(|run| run.get(target.metric))), "itself")
+                    Summary::of(own.iter().filter_map(|run| run.get(target.metric)))
                 }
             };
+            let against = match target.against {
+                Against::Peers => "better peer",
+                Against::Haproxy => "HAProxy with splice",
+                Against::Nothing => "itself",
+            };
+            let figure = figure_of(own);
+            let floor = runs(Contestant::Floor).and_then(figure_of).map(|floor| floor.median);
             verdicts.extend(figure.map(|figure| Verdict {
                 driver: contestant.name(),
                 metric: target.metric,
                 against,
                 figure,
+                floor,
                 bound: target.bound,
                 met: target.metric.meets(figure.median, target.bound),
             }));

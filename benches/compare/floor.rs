@@ -1,0 +1,121 @@
+//! What no proxy can do without: the sends and receives of its two sockets, and where each request
+//! comes on a new connection, making and ending that. Done bare, by one thread that never waits,
+//! they are the least CPU time that a request can cost.
+
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::load::Pace;
+use crate::peers::WORKERS;
+use crate::scenarios::Scenario;
+use crate::stats::Run;
+
+/// Measures the floor of a scenario for about so long; there is none where a proxy may do with
+/// other operations than these.
+pub fn measure(scenario: &Scenario, measured: Duration) -> io::Result<Option<Run>> {
+    if scenario.pools {
+        return Ok(None); // A proxy that lends connections makes fewer of them.
+    }
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let mut messages = Messages::of(scenario);
+    let cost = match scenario.pace {
+        Pace::Bulk => return Ok(None), // It may splice.
+        Pace::Churn => cost(measured, 1, || {
+            let mut pair = connect(&listener)?;
+            messages.exchange(std::slice::from_mut(&mut pair))?;
+            let (client, mut server) = pair;
+            drop(client);
+            server.read(&mut [0]).map(drop)
+        }),
+        Pace::Closed | Pace::Open(_) => {
+            let mut pairs: Vec<_> =
+                (0..scenario.connections).map(|_| connect(&listener)).collect::<io::Result<_>>()?;
+            cost(measured, pairs.len(), || messages.exchange(&mut pairs))
+        }
+    };
+    Ok(Some(Run { cpu: Some(cost?), ..Run::default() }))
+}
+
+/// Fills in what follows from a floor's CPU time, if `ends` is what the load and the backend take
+/// of a request: the rate with every core busy, and with as many requests under way as the scenario
+/// has, the latency (Little's law; without another's wait, nobody's is longer).
+pub fn extend(floor: &mut Run, scenario: &Scenario, ends: Option<f64>) {
+    let (Some(cost), Some(ends)) = (floor.cpu, ends) else { return };
+    if let Pace::Open(_) = scenario.pace {
+        return;
+    }
+    let alone = ends + cost;
+    // There are as many workers as cores.
+    let rate = (WORKERS as f64).min(scenario.connections as f64) * 1e6 / alone;
+    floor.throughput = Some(rate);
+    floor.p99 = Some(scenario.connections as f64 * 1e6 / rate);
+    floor.p50 = floor.p99.filter(|_| scenario.connections == 1);
+}
+
+/// Microseconds of CPU time that a request takes, `requests` of which are made each time.
+fn cost(
+    measured: Duration,
+    requests: usize,
+    mut request: impl FnMut() -> io::Result<()>,
+) -> io::Result<f64> {
+    request()?;
+    let start = cpu_time();
+    let mut made = 0;
+    loop {
+        request()?;
+        made += requests;
+        let used = cpu_time().saturating_sub(start);
+        if used >= measured {
+            return Ok(used.as_secs_f64() * 1e6 / made as f64);
+        }
+    }
+}
+
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
+}
+
+fn connect(listener: &TcpListener) -> io::Result<(TcpStream, TcpStream)> {
+    let client = TcpStream::connect(listener.local_addr()?)?;
+    let (server, _) = listener.accept()?;
+    client.set_nodelay(true)?;
+    server.set_nodelay(true)?;
+    Ok((client, server))
+}
+
+struct Messages {
+    request: Vec<u8>,
+    reply: Vec<u8>,
+    buffer: Vec<u8>,
+}
+
+impl Messages {
+    fn of(scenario: &Scenario) -> Self {
+        let bytes = |len: u32| vec![0; len as usize];
+        let longest = scenario.request.max(scenario.reply);
+        let (request, reply) = (bytes(scenario.request), bytes(scenario.reply));
+        Self { request, reply, buffer: bytes(longest) }
+    }
+
+    /// A request and its reply on each of the connections.
+    fn exchange(&mut self, pairs: &mut [(TcpStream, TcpStream)]) -> io::Result<()> {
+        let (requested, replied) = (self.request.len(), self.reply.len());
+        for (client, _) in pairs.iter_mut() {
+            client.write_all(&self.request)?;
+        }
+        for (_, server) in pairs.iter_mut() {
+            server.read_exact(&mut self.buffer[..requested])?;
+        }
+        for (_, server) in pairs.iter_mut() {
+            server.write_all(&self.reply)?;
+        }
+        for (client, _) in pairs.iter_mut() {
+            client.read_exact(&mut self.buffer[..replied])?;
+        }
+        Ok(())
+    }
+}
