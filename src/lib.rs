@@ -8,8 +8,8 @@
 //! ```
 //!
 //! Two planes meet in two places only: a [`worker::mailbox::Mailbox`] a worker, and the counters
-//! in [`telemetry`], which a worker alone writes and the control thread reads. Dependencies point
-//! inward:
+//! in [`telemetry`], which a worker alone writes and the others read. Through the mailbox a worker
+//! with many sessions hands a new client over to one with few. Dependencies point inward:
 //!
 //! | module | what it is |
 //! | --- | --- |

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use io_uring::squeue::{self, Flags};
 use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
-use io_uring::{IoUring, cqueue, opcode};
+use io_uring::{EnterFlags, IoUring, cqueue, opcode};
 use socket2::SockAddr;
 
 use super::probe::{self, Features};
@@ -187,6 +187,24 @@ impl Ring {
     /// The timer has fired.
     pub(super) fn on_timer(&mut self) {
         self.timer = None;
+    }
+
+    /// Hands over what there is, and says whether something has completed by then.
+    ///
+    /// Falling asleep and being woken takes longer than many an answer. Handed over apart from the
+    /// wait, a request has the time of one system call for its answer to come.
+    pub(super) fn submit_and_look(&mut self) -> bool {
+        let submissions = self.uring.submission().len();
+        if submissions == 0 {
+            return false;
+        }
+        // SAFETY: as `submit` does, but for the flag that makes the kernel post what has come.
+        let outcome = unsafe {
+            let flags = EnterFlags::GETEVENTS.bits();
+            self.uring.submitter().enter::<libc::sigset_t>(submissions as u32, 0, flags, None)
+        };
+        self.after_submit(outcome.map(drop));
+        !self.completions.is_empty() || self.failure.is_some()
     }
 
     /// Hands everything over, waits for `events` completions, but after `batch` for one, and, if

@@ -231,7 +231,10 @@ impl Driver for Uring {
         } else {
             let data = user_data(Kind::Timer, ConnId::from_parts(0, 0));
             self.ring.wake_after(self.now, wait.most, data);
-            self.ring.submit_and_wait(wait.events, wait.batch, wait.most);
+            let at_once = wait.events == 1 && self.ring.submit_and_look();
+            if !at_once {
+                self.ring.submit_and_wait(wait.events, wait.batch, wait.most);
+            }
         }
         self.now = Instant::now();
         self.window = splice::window(self.start, self.now);
