@@ -1,4 +1,5 @@
-//! What one worker counts: written by that worker alone, read by the control thread.
+//! What one worker counts: written by that worker alone, read by the control thread and, to spread
+//! clients, by the other workers.
 //!
 //! There is one writer a value, so an update is a relaxed load and a relaxed store, never a
 //! read-modify-write, and blocks of different workers never share a 64-byte cache line.
