@@ -4,12 +4,13 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::num::NonZeroUsize;
+use std::thread;
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::load::Pace;
-use crate::peers::WORKERS;
 use crate::scenarios::Scenario;
 use crate::stats::Run;
 
@@ -47,9 +48,9 @@ pub fn extend(floor: &mut Run, scenario: &Scenario, ends: Option<f64>) {
     if let Pace::Open(_) = scenario.pace {
         return;
     }
-    let alone = ends + cost;
-    // There are as many workers as cores.
-    let rate = (WORKERS as f64).min(scenario.connections as f64) * 1e6 / alone;
+    let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let at_once = cores.min(scenario.connections) as f64;
+    let rate = at_once * 1e6 / (ends + cost);
     floor.throughput = Some(rate);
     floor.p99 = Some(scenario.connections as f64 * 1e6 / rate);
     floor.p50 = floor.p99.filter(|_| scenario.connections == 1);

@@ -144,8 +144,8 @@ pub trait Driver {
     /// adopt it. `None` if something was asked for it already; then it stays.
     fn release(&mut self, conn: ConnId) -> Option<OwnedFd>;
 
-    /// Takes on a client that another driver has released, as if it had accepted it. A client for
-    /// which there is no room is dropped.
+    /// Takes on a client that was accepted elsewhere, such as one that another driver has released.
+    /// A client for which there is no room is dropped.
     fn adopt(&mut self, client: OwnedFd) -> Option<ConnId>;
 
     /// Starts connecting.

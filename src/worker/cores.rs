@@ -47,7 +47,7 @@ fn plan_in(root: &Path, cpus: &[CoreId], workers: Option<NonZeroUsize>, pin: Swi
         Switch::Off => (false, "as configured"),
         Switch::Auto if quota.is_some() => (false, "a pinned worker would wait for a busy core"),
         Switch::Auto if count > first.len() => (false, "there are more workers than cores"),
-        // Only what is kept from others shows in the mask: then they cannot be in a worker's way.
+        // A mask of all CPUs keeps nobody else off them.
         Switch::Auto if online(root).is_none_or(|online| cpus.len() >= online) => {
             (false, "others may run on all of the machine's CPUs")
         }

@@ -8,9 +8,9 @@ use io_uring::types::Fd;
 use io_uring::{cqueue, opcode};
 use rustix::io::Errno;
 
-use super::socket::{Kind, Socket};
+use super::socket::Kind;
 use super::{Uring, result};
-use crate::io::{Completion, ConnId};
+use crate::io::{Completion, ConnId, Driver};
 use crate::limits;
 
 impl Uring {
@@ -44,11 +44,6 @@ impl Uring {
         }
     }
 
-    pub(super) fn insert(&mut self, fd: OwnedFd) -> Option<ConnId> {
-        // A full table drops the client; `limits::conns_max` has room for more than can come.
-        self.sockets.insert(Socket::new(fd)).ok()
-    }
-
     pub(super) fn on_accept(&mut self, index: usize, entry: &cqueue::Entry) -> Option<Completion> {
         let listener = self.listeners.get_mut(index)?;
         if !cqueue::more(entry.flags()) {
@@ -59,7 +54,7 @@ impl Uring {
             Ok(fd) => {
                 // SAFETY: the kernel has just given this descriptor to us alone.
                 let fd = unsafe { OwnedFd::from_raw_fd(fd.cast_signed()) };
-                self.insert(fd).map(Completion::Accepted)
+                self.adopt(fd).map(Completion::Accepted)
             }
             Err(Errno::CANCELED | Errno::CONNABORTED | Errno::INTR) => None,
             Err(errno) => {

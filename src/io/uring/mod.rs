@@ -268,7 +268,7 @@ impl Driver for Uring {
             let Some(fd) = listener.fd.take() else { continue };
             let armed = listener.armed.is_some();
             for client in options::empty_accept_queue(&fd) {
-                if let Some(conn) = self.insert(client) {
+                if let Some(conn) = self.adopt(client) {
                     self.ready.push_back(Completion::Accepted(conn));
                 }
             }
@@ -284,7 +284,8 @@ impl Driver for Uring {
     }
 
     fn adopt(&mut self, client: OwnedFd) -> Option<ConnId> {
-        self.insert(client)
+        // `limits::conns_max` has room for more than can come.
+        self.sockets.insert(Socket::new(client)).ok()
     }
 
     fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
