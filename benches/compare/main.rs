@@ -4,6 +4,7 @@
 mod backend;
 mod floor;
 mod frame;
+mod generator;
 mod load;
 mod measure;
 mod page;

@@ -137,9 +137,7 @@ fn run(
     run.idle_p99 = alone.map(|alone| quantile(&outcome, 0.99) / quantile(&alone, 0.99));
     let work = work(scenario, &outcome);
     let unit = if scenario.is_bulk() { 1e9 } else { 1e3 };
-    // Threads that come and go take their count with them.
-    let counts = is_proxy || !scenario.pools;
-    run.cpu = counts.then_some(used.cpu_ns as f64 / work / unit);
+    run.cpu = Some(used.cpu_ns as f64 / work / unit);
     if is_proxy {
         let connections = (load.connections + load.idle) as f64;
         let work = if scenario.is_bulk() { work * 1e3 } else { work };

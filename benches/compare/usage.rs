@@ -2,14 +2,18 @@
 
 use std::fs;
 use std::ops::Sub;
+use std::time::Duration;
 
-/// Counted since the program's start. Threads that have ended are missing, so a program whose
-/// threads come and go shows too little; none of the contestants serves traffic on such threads.
+use nix::time::ClockId;
+use nix::unistd::Pid;
+
+/// Counted since the program's start.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Usage {
     /// Time on a core, in user space and in the kernel.
     pub cpu_ns: u64,
-    /// Times that a thread went to sleep.
+    /// Times that a thread went to sleep, without threads that have ended; none of the contestants
+    /// serves traffic on threads that come and go.
     pub switches: u64,
 }
 
@@ -50,10 +54,10 @@ impl Processes {
     pub fn usage(&self) -> Usage {
         let mut sum = Usage::default();
         for pid in &self.0 {
+            sum.cpu_ns += cpu_ns(*pid).unwrap_or(0);
             for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
-                let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
-                sum.cpu_ns += number(&read("schedstat"), 0);
-                sum.switches += field(&read("status"), "voluntary_ctxt_switches:");
+                let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+                sum.switches += field(&status, "voluntary_ctxt_switches:");
             }
         }
         sum
@@ -66,6 +70,13 @@ impl Processes {
         let kib = |rollup: &str| field(rollup, "Pss_Anon:") + field(rollup, "Pss_Shmem:");
         self.0.iter().map(|pid| kib(&rollup(pid).unwrap_or_default()) * 1024).sum()
     }
+}
+
+/// CPU time of a process, with that of threads that have ended.
+fn cpu_ns(pid: u32) -> Option<u64> {
+    let pid = Pid::from_raw(i32::try_from(pid).ok()?);
+    let time = Duration::from(ClockId::pid_cpu_clock_id(pid).ok()?.now().ok()?);
+    u64::try_from(time.as_nanos()).ok()
 }
 
 fn parent(pid: u32) -> Option<u32> {
