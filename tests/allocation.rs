@@ -178,7 +178,7 @@ fn steady_forwarding_allocates_nothing_on_any_driver() {
         Ok(verdict) => {
             forwarding_allocates_nothing(verdict.driver);
             // As on a kernel that lacks what can be done without.
-            let oldest = Features { defer_taskrun: false, min_wait: false };
+            let oldest = Features { defer_taskrun: false, min_wait: false, no_iowait: false };
             forwarding_allocates_nothing(DriverKind::Uring(oldest));
         }
         Err(why) => eprintln!("SKIPPED: allocation on io_uring: {why}"),

@@ -21,6 +21,8 @@ pub struct Features {
     pub defer_taskrun: bool,
     /// A minimum wait for batches in one system call (kernel 6.12).
     pub min_wait: bool,
+    /// Waits that the node's metrics do not take for waits for a disk (kernel 6.15).
+    pub no_iowait: bool,
 }
 
 /// The driver to run.
@@ -95,10 +97,13 @@ pub fn choose(choice: IoChoice) -> Result<Verdict, Unavailable> {
             if !features.min_wait {
                 missing.push("minimum wait (kernel 6.12)");
             }
+            if !features.no_iowait {
+                missing.push("idle waits that do not count as I/O wait (kernel 6.15)");
+            }
             let reason = if missing.is_empty() {
                 "all features work".to_owned()
             } else {
-                format!("works, without {}", missing.join(" and "))
+                format!("works, without {}", missing.join(", "))
             };
             Ok(Verdict { driver: DriverKind::Uring(features), reason })
         }
@@ -131,7 +136,7 @@ pub(super) fn build_ring(features: Features, sq: u32, cq: u32) -> io::Result<IoU
 
 /// Sets a real ring up and moves a byte over it with every operation that cannot be done without.
 fn probe_uring() -> Result<Features, Denied> {
-    let mut features = Features { defer_taskrun: true, min_wait: false };
+    let mut features = Features { defer_taskrun: true, min_wait: false, no_iowait: false };
     let ring = match build_ring(features, 8, 16) {
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
             features.defer_taskrun = false;
@@ -141,6 +146,7 @@ fn probe_uring() -> Result<Features, Denied> {
     };
     let ring = ring.map_err(|error| denied("setting up a ring", error))?;
     features.min_wait = ring.params().is_feature_min_timeout();
+    features.no_iowait = ring.params().is_feature_no_iowait();
     if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_submit_stable() {
         return Err(denied("setting up a ring", io::ErrorKind::Unsupported.into()));
     }

@@ -11,7 +11,7 @@ use std::ptr::{self, NonNull};
 use std::time::{Duration, Instant};
 
 use io_uring::squeue::{self, Flags};
-use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
+use io_uring::types::{CancelBuilder, Fd, Timespec};
 use io_uring::{EnterFlags, IoUring, cqueue, opcode};
 use socket2::SockAddr;
 
@@ -26,6 +26,18 @@ const SEND_PARTS_MAX: usize = 8;
 
 /// A message header and the parts that it points to.
 type Header = (libc::msghdr, [libc::iovec; SEND_PARTS_MAX]);
+
+/// The limits of a wait, `io_uring_getevents_arg` in the kernel.
+#[repr(C)]
+struct WaitLimits {
+    /// A set of signals to let through, none here.
+    signals: u64,
+    signals_len: u32,
+    /// Microseconds for which the wait is for all events.
+    least_usec: u32,
+    /// The address of the time after which it is for none.
+    most: u64,
+}
 
 /// An `io_uring` instance with what its pending submissions need.
 pub(super) struct Ring {
@@ -194,46 +206,61 @@ impl Ring {
     /// Falling asleep and being woken takes longer than many an answer. Handed over apart from the
     /// wait, a request has the time of one system call for its answer to come.
     pub(super) fn submit_and_look(&mut self) -> bool {
-        let submissions = self.uring.submission().len();
-        if submissions == 0 {
+        if self.uring.submission().is_empty() {
             return false;
         }
-        // SAFETY: as `submit` does, but for the flag that makes the kernel post what has come.
-        let outcome = unsafe {
-            let flags = EnterFlags::GETEVENTS.bits();
-            self.uring.submitter().enter::<libc::sigset_t>(submissions as u32, 0, flags, None)
-        };
-        self.after_submit(outcome.map(drop));
+        let outcome = self.enter(0, None);
+        self.after_submit(outcome);
         !self.completions.is_empty() || self.failure.is_some()
     }
 
     /// Hands everything over, waits for `events` completions, but after `batch` for one, and, if
     /// it batches, after `most` for none; and takes what has completed.
     pub(super) fn submit_and_wait(&mut self, events: u32, batch: Duration, most: Duration) {
-        let outcome = self.enter(events, batch.min(most), most);
+        let outcome = self.wait(events, batch.min(most), most);
         self.after_submit(outcome);
     }
 
-    fn enter(&self, events: u32, batch: Duration, most: Duration) -> io::Result<()> {
-        let submitter = self.uring.submitter();
+    fn wait(&mut self, events: u32, batch: Duration, most: Duration) -> io::Result<()> {
         if events == 1 {
-            return submitter.submit_and_wait(1).map(drop);
+            return self.enter(1, None);
         }
         if self.features.min_wait {
             // Without the second limit the kernel would come back empty-handed at the first.
-            let most = Timespec::from(most);
-            let args = SubmitArgs::new().timespec(&most).min_wait_usec(batch.as_micros() as u32);
-            return submitter.submit_with_args(events as usize, &args).map(drop);
+            return self.enter(events, Some((batch, most)));
         }
         // Before kernel 6.12: first for the batch, then for a single event.
-        let batch = Timespec::from(batch);
-        let first = SubmitArgs::new().timespec(&batch);
-        match submitter.submit_with_args(events as usize, &first) {
-            Err(error) if error.raw_os_error() == Some(libc::ETIME) => {
-                submitter.submit_and_wait(1).map(drop)
-            }
-            outcome => outcome.map(drop),
+        match self.enter(events, Some((Duration::ZERO, batch))) {
+            Err(error) if error.raw_os_error() == Some(libc::ETIME) => self.enter(1, None),
+            outcome => outcome,
         }
+    }
+
+    /// Hands everything over and waits for `events` completions; if there are limits, only for one
+    /// after the first of them, unless that is zero, and for none after the second.
+    fn enter(&mut self, events: u32, limits: Option<(Duration, Duration)>) -> io::Result<()> {
+        let mut flags = EnterFlags::GETEVENTS;
+        if self.features.no_iowait {
+            // Else the node's metrics take an idle worker for one that waits for a disk.
+            flags |= EnterFlags::NO_IOWAIT;
+        }
+        let most = limits.map(|(_, most)| Timespec::from(most));
+        let limits = limits.zip(most.as_ref()).map(|((least, _), most)| WaitLimits {
+            signals: 0,
+            signals_len: 0,
+            least_usec: least.as_micros() as u32,
+            most: ptr::from_ref(most).expose_provenance() as u64,
+        });
+        if limits.is_some() {
+            flags |= EnterFlags::EXT_ARG;
+        }
+        let submissions = self.uring.submission().len() as u32;
+        // SAFETY: what the submissions point to was vouched for as they were pushed; the limits
+        // and the time that they point to outlive the call.
+        let outcome = unsafe {
+            self.uring.submitter().enter(submissions, events, flags.bits(), limits.as_ref())
+        };
+        outcome.map(drop)
     }
 
     fn after_submit(&mut self, outcome: io::Result<()>) {

@@ -21,6 +21,7 @@ mod kubernetes;
 mod limits;
 mod memory;
 mod pooling;
+mod pressure;
 mod proxy_protocol;
 mod relay;
 mod requests;

@@ -288,6 +288,11 @@ impl Proxy {
         Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
     }
 
+    /// The number of the process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn terminate(&self) {
         kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
     }
