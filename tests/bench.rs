@@ -86,12 +86,22 @@ fn medians_are_in_the_middle() {
 }
 
 #[test]
-fn each_round_is_compared_with_its_own_better_peer() {
+fn the_better_peer_is_the_one_that_is_harder_to_beat() {
     let own = runs(Metric::P99, &[10.0, 20.0, 30.0]);
     let one = runs(Metric::P99, &[20.0, 10.0, 30.0]);
     let two = runs(Metric::P99, &[40.0, 40.0, 15.0]);
-    let summary = paired(Metric::P99, &own, &[&one, &two]);
-    assert_eq!(summary, Some(Summary { median: 2.0, min: 0.5, max: 2.0 }));
+    let harder = Some(Summary { median: 1.0, min: 0.5, max: 2.0 });
+    assert_eq!(paired(Metric::P99, &own, &[&one, &two]), harder);
+    assert_eq!(paired(Metric::P99, &own, &[&two, &one]), harder);
+}
+
+#[test]
+fn noise_alone_makes_nobody_worse_than_its_equals() {
+    let own = runs(Metric::P99, &[10.0, 10.0, 9.0, 11.0, 10.0]);
+    let one = runs(Metric::P99, &[9.0, 11.0, 10.0, 10.0, 10.0]);
+    let two = runs(Metric::P99, &[11.0, 9.0, 10.0, 10.0, 10.0]);
+    let median = paired(Metric::P99, &own, &[&one, &two]).unwrap().median;
+    assert!((median - 1.0).abs() < 1e-9, "{median}");
 }
 
 #[test]

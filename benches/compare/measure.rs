@@ -1,4 +1,4 @@
-//! Runs a scenario: every contestant once a round, in rotating order.
+//! Runs a scenario: every contestant once a round, in an order that rotates and turns round.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -66,6 +66,8 @@ pub fn measure(
             floors.extend(floor);
         }
         for turn in 0..proxies.len() {
+            // Backwards every other time, so that nobody always has the same one's leavings.
+            let turn = if round % 2 == 0 { turn } else { proxies.len() - 1 - turn };
             let at = (round + turn) % proxies.len();
             let proxy = &proxies[at];
             let name = proxy.contestant.name();

@@ -65,11 +65,6 @@ impl Metric {
         }
     }
 
-    /// Of two values, the one to be beaten.
-    pub fn better(self, a: f64, b: f64) -> f64 {
-        if self == Self::Throughput { a.max(b) } else { a.min(b) }
-    }
-
     /// Whether `value` reaches `bound`.
     pub fn meets(self, value: f64, bound: f64) -> bool {
         if self == Self::Throughput { value >= bound } else { value <= bound }
@@ -133,16 +128,19 @@ impl Summary {
     }
 }
 
-/// Round by round, `own` over the better of `others` in the same round. A round in which one of
-/// them has no value does not count.
+/// Round by round, `own` over the one of `others` that is harder to beat: the one with the worse
+/// median for `own`. (Over whoever was better in each round, of three equals each would come out
+/// worse than the other two.) A round in which one of the two has no value does not count.
 pub fn paired(metric: Metric, own: &[Run], others: &[&[Run]]) -> Option<Summary> {
-    let rounds = own.iter().enumerate();
-    Summary::of(rounds.filter_map(|(round, own)| {
-        let mut better: Option<f64> = None;
-        for other in others {
-            let other = other.get(round)?.get(metric)?;
-            better = Some(better.map_or(other, |better| metric.better(better, other)));
-        }
-        better.filter(|better| *better > 0.0).and_then(|better| Some(own.get(metric)? / better))
+    let worse = |one: Summary, two: Summary| {
+        if metric.meets(one.median, two.median) { two } else { one }
+    };
+    others.iter().filter_map(|other| ratios(metric, own, other)).reduce(worse)
+}
+
+fn ratios(metric: Metric, own: &[Run], other: &[Run]) -> Option<Summary> {
+    Summary::of(own.iter().zip(other).filter_map(|(own, other)| {
+        let (own, other) = (own.get(metric)?, other.get(metric)?);
+        (other > 0.0).then_some(own / other)
     }))
 }
