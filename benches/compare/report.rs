@@ -52,7 +52,9 @@ pub struct Verdict {
     pub metric: Metric,
     pub against: &'static str,
     pub figure: Summary,
-    /// What the floor's figure would be.
+    /// What the figure of no proxy at all would be, where that can be compared.
+    pub direct: Option<f64>,
+    /// What the floor's would be.
     pub floor: Option<f64>,
     pub bound: f64,
     pub met: bool,
@@ -107,8 +109,17 @@ impl Report {
     /// Every target, and whether it was met.
     pub fn verdicts(&self) -> String {
         let mut text = format!(
-            "{:16} {:16} {:14} {:22} {:>8}  {:17} {:>8} {:9} {:>8}\n",
-            "scenario", "driver", "metric", "against", "figure", "from … to", "target", "", "floor"
+            "{:16} {:16} {:14} {:22} {:>8}  {:17} {:>8} {:9} {:>8} {:>8}\n",
+            "scenario",
+            "driver",
+            "metric",
+            "against",
+            "figure",
+            "from … to",
+            "target",
+            "",
+            "no proxy",
+            "floor"
         );
         for scenario in &self.scenarios {
             for verdict in &scenario.verdicts {
@@ -139,14 +150,16 @@ impl std::fmt::Display for Verdict {
         let spread = format!("{min:.digits$} … {max:.digits$}");
         let sign = if self.metric == Metric::Throughput { "≥" } else { "≤" };
         let met = if self.met { "met" } else { "NOT met" };
+        let aside = |figure: Option<f64>| figure.map_or_else(String::new, |f| format!("{f:.2}"));
         write!(
             f,
-            "{:16} {:14} {:22} {median:>8.digits$}  {spread:17} {sign} {:<6} {met:9} {:>8}",
+            "{:16} {:14} {:22} {median:>8.digits$}  {spread:17} {sign} {:<6} {met:9} {:>8} {:>8}",
             self.driver,
             self.metric.name(),
             self.against,
             self.bound,
-            self.floor.map_or_else(String::new, |floor| format!("{floor:.2}"))
+            aside(self.direct),
+            aside(self.floor)
         )
     }
 }
@@ -196,13 +209,17 @@ fn verdicts(scenario: &Scenario, lines: &[Line]) -> Vec<Verdict> {
                 Against::Nothing => "itself",
             };
             let figure = figure_of(own);
-            let floor = runs(Contestant::Floor).and_then(figure_of).map(|floor| floor.median);
+            let aside = |who| runs(who).and_then(figure_of).map(|figure| figure.median);
+            // Its CPU time is that of the load and the backend.
+            let direct =
+                if target.metric == Metric::Cpu { None } else { aside(Contestant::Direct) };
             verdicts.extend(figure.map(|figure| Verdict {
                 driver: contestant.name(),
                 metric: target.metric,
                 against,
                 figure,
-                floor,
+                direct,
+                floor: aside(Contestant::Floor),
                 bound: target.bound,
                 met: target.metric.meets(figure.median, target.bound),
             }));

@@ -1,4 +1,5 @@
-//! Requests that wait for a backend connection: first come, first served.
+//! Requests that wait for a backend connection: first come, first served, also where a connection
+//! would do for the first of several lines.
 //!
 //! A client has at most one request in here, so the order of arrival is fair to all of them. Lines
 //! are linked through one table by the client's slot: joining, serving and leaving from the middle
@@ -39,11 +40,13 @@ const EMPTY: Ends = Ends { head: NONE, tail: NONE, len: 0 };
 struct Link {
     next: u32,
     previous: u32,
+    /// How many had joined any line before.
+    turn: u64,
     /// The key of who waits, and its line; `None` while the slot does not wait.
     waits: Option<(Key, Line)>,
 }
 
-const UNLINKED: Link = Link { next: NONE, previous: NONE, waits: None };
+const UNLINKED: Link = Link { next: NONE, previous: NONE, turn: 0, waits: None };
 
 /// All requests of a worker that wait.
 #[derive(Debug)]
@@ -52,12 +55,13 @@ pub struct Queue {
     links: Vec<Link>,
     len: usize,
     max: usize,
+    joined: u64,
 }
 
 impl Queue {
     /// An empty queue of at most `max` requests, for clients in up to `slots` slots.
     pub fn new(max: usize, slots: usize) -> Self {
-        Self { lines: Vec::new(), links: Vec::with_capacity(slots), len: 0, max }
+        Self { lines: Vec::new(), links: Vec::with_capacity(slots), len: 0, max, joined: 0 }
     }
 
     /// How many wait in all lines.
@@ -91,8 +95,13 @@ impl Queue {
             self.lines.resize(line.index() + 1, EMPTY);
         }
         let ends = &mut self.lines[line.index()];
-        self.links[client.index()] =
-            Link { next: NONE, previous: ends.tail, waits: Some((client, line)) };
+        self.links[client.index()] = Link {
+            next: NONE,
+            previous: ends.tail,
+            turn: self.joined,
+            waits: Some((client, line)),
+        };
+        self.joined += 1;
         match self.links.get_mut(ends.tail as usize) {
             Some(last) => last.next = slot,
             None => ends.head = slot,
@@ -104,15 +113,42 @@ impl Queue {
 
     /// Takes the client at the head of a line.
     pub fn serve(&mut self, line: Line) -> Option<Key> {
-        let head = self.lines.get(line.index())?.head;
-        let (client, _) = self.links.get(head as usize)?.waits?;
+        let (client, _) = self.head(line)?.waits?;
         self.leave(client);
         Some(client)
     }
 
+    /// Takes the client that has waited longest at the head of one of two lines.
+    pub fn serve_either(&mut self, one: Line, two: Line) -> Option<Key> {
+        let is_earlier = match (self.head(one), self.head(two)) {
+            (Some(one), Some(two)) => one.turn < two.turn,
+            (one, _) => one.is_some(),
+        };
+        self.serve(if is_earlier { one } else { two })
+    }
+
+    /// Takes all clients, in the order in which they came.
+    pub fn serve_all(&mut self) -> Vec<Key> {
+        if self.is_empty() {
+            return Vec::new();
+        }
+        let mut waiting: Vec<_> =
+            self.links.iter().filter_map(|link| Some((link.turn, link.waits?.0))).collect();
+        waiting.sort_unstable_by_key(|(turn, _)| *turn);
+        waiting
+            .into_iter()
+            .map(|(_, client)| client)
+            .inspect(|client| self.leave(*client))
+            .collect()
+    }
+
+    fn head(&self, line: Line) -> Option<&Link> {
+        self.links.get(self.lines.get(line.index())?.head as usize)
+    }
+
     /// A client waits no longer, if it did.
     pub fn leave(&mut self, client: Key) {
-        let Some(&Link { next, previous, waits: Some((who, line)) }) =
+        let Some(&Link { next, previous, waits: Some((who, line)), .. }) =
             self.links.get(client.index())
         else {
             return;
@@ -172,6 +208,36 @@ mod tests {
             }
             assert_eq!(queue.len(), model.iter().map(VecDeque::len).sum::<usize>());
         }
+    }
+
+    #[test]
+    fn of_two_lines_the_one_whose_head_came_first_is_served() {
+        let key = |slot| Key::from_parts(slot, 0);
+        let (any, own) = (Line::Any, Line::Endpoint(3));
+        let mut queue = Queue::new(10, 10);
+        assert_eq!(queue.serve_either(own, any), None);
+        for (slot, line) in [own, any, own, Line::Endpoint(0), any].into_iter().enumerate() {
+            queue.join(line, key(slot as u32));
+        }
+        for expected in [0, 1, 2, 4] {
+            assert_eq!(queue.serve_either(own, any), Some(key(expected)));
+        }
+        assert_eq!(queue.serve_either(own, any), None);
+        assert_eq!(queue.len(), 1);
+    }
+
+    #[test]
+    fn all_are_taken_in_the_order_in_which_they_came() {
+        let key = |slot| Key::from_parts(slot, 0);
+        let mut queue = Queue::new(10, 10);
+        assert_eq!(queue.serve_all(), []);
+        let arrivals = [(7, Line::Any), (2, Line::Endpoint(1)), (9, Line::Any), (0, Line::Any)];
+        for (slot, line) in arrivals {
+            queue.join(line, key(slot));
+        }
+        queue.leave(key(9));
+        assert_eq!(queue.serve_all(), [key(7), key(2), key(0)]);
+        assert!(queue.is_empty() && queue.waiting(Line::Any) == 0);
     }
 
     #[test]

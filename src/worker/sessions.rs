@@ -253,8 +253,13 @@ impl<D: Driver> Engine<D> {
     }
 
     pub(super) fn on_received(&mut self, key: Key, from: Side, buf: Buf) {
-        let limit = self.in_flight_limit();
         self.count_received(key, from, buf.len());
+        self.pass_on(key, from, buf);
+    }
+
+    /// Sends bytes that one side of a session has sent to the other.
+    pub(super) fn pass_on(&mut self, key: Key, from: Side, buf: Buf) {
+        let limit = self.in_flight_limit();
         let Some(session) = self.sessions.get_mut(key) else {
             return self.driver.buffers().give(buf);
         };

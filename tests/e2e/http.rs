@@ -10,7 +10,7 @@ use std::thread;
 use crate::support::backend::Backend;
 use crate::support::client::{connect, read_expected, read_line, read_to_end};
 use crate::support::metrics::{
-    POOL_CONNECTIONS, POOL_DISCARDS, REQUESTS, RETRIES, SESSIONS_ACTIVE,
+    BYTES, POOL_CONNECTIONS, POOL_DISCARDS, REQUESTS, RETRIES, SESSIONS_ACTIVE,
 };
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, on_both_drivers, pattern};
@@ -253,6 +253,7 @@ fn an_upgrade_makes_a_session_of_it(io: Io) {
     drop(client);
     assert_eq!(who(&other), 1);
     proxy.wait_for(POOL_CONNECTIONS, &[], |open| open == 1);
+    proxy.wait_for(REQUESTS, &[("outcome", "answered")], |answered| answered == 4);
 }
 
 fn an_answer_that_lasts_until_the_end_ends_with_it(io: Io) {
@@ -288,6 +289,7 @@ fn what_can_be_read_in_two_ways_has_a_connection_of_its_own(io: Io) {
     let proxy = lending(io, &backend).start();
     let bystander = connect(proxy.address());
     let plain = "GET / HTTP/1.1\r\n\r\n";
+    let mut sent = 0;
     for (i, framing) in [
         "Content-Length: 30\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         "Content-Length: 0\r\nContent-Length: 27\r\n\r\n",
@@ -305,6 +307,7 @@ fn what_can_be_read_in_two_ways_has_a_connection_of_its_own(io: Io) {
         let mut attacker = connect(proxy.address());
         let smuggled = format!("POST / HTTP/1.1\r\n{framing}GET /hidden HTTP/1.1\r\n\r\n");
         attacker.write_all(smuggled.as_bytes()).unwrap();
+        sent += (smuggled.len() + 3 * plain.len()) as u64;
         // Both answers are the attacker's own.
         for _ in 0..2 {
             let head = read_head(&attacker).unwrap();
@@ -316,6 +319,7 @@ fn what_can_be_read_in_two_ways_has_a_connection_of_its_own(io: Io) {
         assert_eq!(exchange(&bystander, plain).1, "plain!", "{framing:?}");
     }
     assert_eq!(backend.accepted(), 8, "no connection of an attacker served anybody else");
+    proxy.wait_for(BYTES, &[("direction", "to_backend")], |bytes| bytes == sent);
 }
 
 fn a_request_that_is_safe_is_repeated_and_no_other(io: Io) {

@@ -3,18 +3,20 @@
 use std::collections::HashSet;
 use std::io::{Read, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread;
 
 use crate::support::backend::Backend;
 use crate::support::client::{ask, connect};
 use crate::support::metrics::ENDPOINT_USABLE;
 use crate::support::proxy::{Builder, Proxy};
-use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
+use crate::support::{Io, PATIENCE, SetOnDrop, eventually, on_both_drivers};
 
 on_both_drivers![
     each_key_has_one_store_whoever_asks,
     a_store_that_is_gone_is_missed_and_not_replaced,
     compact_goes_to_every_store_and_has_one_answer,
+    a_request_for_any_store_has_its_turn_among_those_for_one,
 ];
 
 const KEYS: usize = 60;
@@ -110,4 +112,35 @@ fn compact_goes_to_every_store_and_has_one_answer(io: Io) {
     let failed = "ERR_COMPACT 1 of 3 stores failed, the first with: ERR_COMPACT disk full";
     assert_eq!(ask(&client, "COMPACT"), failed);
     assert_eq!(counts(), [3, 3, 1]);
+}
+
+fn a_request_for_any_store_has_its_turn_among_those_for_one(io: Io) {
+    let store = Backend::chronos();
+    let proxy = Builder::on(io)
+        .backends(&[store.address()])
+        .set("AEGIS_WORKERS", "1")
+        .set("AEGIS_PROTOCOL", "chronos")
+        .set("AEGIS_POOL_MODE", "request")
+        .set("AEGIS_POOL_SIZE", "1")
+        .set("AEGIS_ROUTE", "key")
+        .start();
+    // So many that there is always one that waits for the only connection.
+    let (stop, asking) = (AtomicBool::new(false), AtomicU64::new(0));
+    thread::scope(|scope| {
+        let _stopping = SetOnDrop(&stop);
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let client = connect(proxy.address());
+                while !stop.load(Relaxed) {
+                    assert_eq!(ask(&client, "GET key"), "NULL");
+                    asking.fetch_add(1, Relaxed);
+                }
+            });
+        }
+        eventually("they ask", PATIENCE, || (asking.load(Relaxed) > 100).then_some(()));
+        let client = connect(proxy.address());
+        for _ in 0..20 {
+            assert_eq!(ask(&client, "PING"), "PONG");
+        }
+    });
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 pub const ACCEPT_PAUSES: &str = "aegis_accept_pauses_total";
 pub const APPLIED_GENERATION: &str = "aegis_worker_applied_generation";
+pub const BYTES: &str = "aegis_bytes_total";
 pub const CONNECT_RETRIES: &str = "aegis_connect_retries_total";
 pub const DISCOVERY_ENDPOINTS: &str = "aegis_discovery_endpoints";
 pub const DISCOVERY_ERRORS: &str = "aegis_discovery_errors_total";

@@ -376,13 +376,10 @@ impl Client {
         self.state = State::Waiting;
     }
 
-    /// A request that waits is to be placed again. Says whether there is one.
-    pub fn on_placed_again(&mut self) -> bool {
-        let waits = self.state == State::Waiting;
-        if waits {
-            self.state = State::Ready;
-        }
-        waits
+    /// The request has left the queue to be placed again.
+    pub fn on_placed_again(&mut self) {
+        debug_assert!(self.is_waiting());
+        self.state = State::Ready;
     }
 
     /// It was lent a connection, on which nothing is on its way.

@@ -30,7 +30,10 @@ impl<D: Driver> Engine<D> {
             self.driver.send(client.conn, buf);
         }
         match reply {
-            Reply::Opaque => self.turn_opaque(key),
+            Reply::Opaque => {
+                self.finish(key, Outcome::Answered);
+                self.turn_opaque(key);
+            }
             Reply::Partial => {
                 // A slow client holds its backend up rather than the worker's buffers.
                 if client.unsent() >= limit

@@ -233,12 +233,9 @@ impl<D: Driver> Engine<D> {
 
     /// The endpoints have changed: whoever waits may have another one to go to.
     pub(in crate::worker) fn place_waiting_again(&mut self) {
-        for slot in 0..self.clients.slots() {
-            if let Some(key) = self.clients.key_at(slot)
-                && let Some(client) = self.clients.get_mut(key)
-                && client.on_placed_again()
-            {
-                self.queue.leave(key);
+        for key in self.queue.serve_all() {
+            if let Some(client) = self.clients.get_mut(key) {
+                client.on_placed_again();
                 self.mark_due(key);
             }
         }

@@ -142,8 +142,8 @@ impl<D: Driver> Engine<D> {
         while let Some(endpoint) = self.freed.pop() {
             while self.table.get_mut(endpoint).is_some_and(|e| e.is_present() && e.pool.idle() > 0)
             {
-                let own = self.queue.serve(Line::Endpoint(endpoint));
-                let Some(key) = own.or_else(|| self.queue.serve(Line::Any)) else { break };
+                let own = Line::Endpoint(endpoint);
+                let Some(key) = self.queue.serve_either(own, Line::Any) else { break };
                 self.stats.count_checkout(Checkout::Miss);
                 self.lend(key, endpoint);
             }
@@ -245,7 +245,8 @@ impl<D: Driver> Engine<D> {
         self.driver.receive(client.conn, true);
         self.driver.receive(loan.conn, true);
         while let Some(buf) = self.driver.buffers().pop(&mut client.input) {
-            self.on_received(session, Side::Client, buf);
+            // It was counted when it came.
+            self.pass_on(session, Side::Client, buf);
         }
         self.driver.join(client.conn, loan.conn);
         if client.has_ended() {
