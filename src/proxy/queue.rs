@@ -135,11 +135,11 @@ impl Queue {
         let mut waiting: Vec<_> =
             self.links.iter().filter_map(|link| Some((link.turn, link.waits?.0))).collect();
         waiting.sort_unstable_by_key(|(turn, _)| *turn);
-        waiting
-            .into_iter()
-            .map(|(_, client)| client)
-            .inspect(|client| self.leave(*client))
-            .collect()
+        let clients: Vec<Key> = waiting.into_iter().map(|(_, client)| client).collect();
+        for client in &clients {
+            self.leave(*client);
+        }
+        clients
     }
 
     fn head(&self, line: Line) -> Option<&Link> {
