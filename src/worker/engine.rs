@@ -128,6 +128,8 @@ pub struct Engine<D> {
     /// Endpoints whose pool may want connections.
     pub(super) short_pools: Vec<u16>,
     pub(super) batcher: Batcher,
+    /// Sessions that ended within about a second.
+    pub(super) ended_lately: usize,
     /// In a drain, the listeners stay open until then.
     listening_until: Option<Instant>,
     /// Clients to be served at the end of the turn.
@@ -185,6 +187,7 @@ impl<D: Driver> Engine<D> {
             pool_conns_max: setup.pool_conns_max.min(limits::POOL_CONNS_MAX),
             short_pools: Vec::with_capacity(limits::ENDPOINTS_MAX),
             batcher: Batcher::new(now),
+            ended_lately: 0,
             listening_until: None,
             accepted: Vec::with_capacity(limits::ACCEPT_OVERSHOOT),
             has_mail: false,
@@ -251,6 +254,7 @@ impl<D: Driver> Engine<D> {
         if self.now >= self.upkeep_at {
             self.upkeep_at = self.now + UPKEEP_INTERVAL;
             self.upkeep();
+            self.forget_ended();
         }
         self.publish(events);
         Ok(())
@@ -471,8 +475,12 @@ impl<D: Driver> Engine<D> {
         self.complain(format_args!("accepting failed, newcomers wait: {error}"));
     }
 
-    /// A session ended: what it held may be what accepting lacked.
-    pub(super) fn reopen_gate(&mut self) {
+    /// A session or a client has gone: what it held may be what accepting lacked.
+    pub(super) fn on_session_gone(&mut self, reason: CloseReason, age: Duration) {
+        self.stats.count_close(reason);
+        self.stats.session_duration.record(age);
+        self.publish_sessions();
+        self.ended_lately += 1;
         self.gate.retry_at = None;
     }
 

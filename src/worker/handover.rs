@@ -3,6 +3,9 @@
 //! The kernel chooses a worker by a hash, so what a worker gets is random: of a few connections all
 //! may be its own, and where each request comes on a new one the difference wanders between
 //! nothing and everything. Only a client that has just been accepted is handed over, and only once.
+//!
+//! Where sessions last for less than a second, a difference says only who was on a core lately, and
+//! goes away by itself.
 
 use super::engine::Engine;
 use super::mailbox::Order;
@@ -24,8 +27,17 @@ impl<D: Driver> Engine<D> {
         self.everyone[worker].sessions_active.get() as usize + self.mailboxes[worker].clients()
     }
 
-    /// The worker with the fewest sessions; `None` if that may be this one.
+    /// To be called ten times a second.
+    pub(super) fn forget_ended(&mut self) {
+        self.ended_lately -= self.ended_lately.div_ceil(10);
+    }
+
+    /// The worker with the fewest sessions; `None` if that may be this one, or matters little.
     pub(super) fn lighter_worker(&self) -> Option<Lighter> {
+        // Little's law: fewer are open than end in a second.
+        if self.sessions() < self.ended_lately {
+            return None;
+        }
         let others = (0..self.everyone.len()).filter(|&worker| worker != self.index);
         let lighter = others
             .map(|worker| Lighter { worker, sessions: self.load_of(worker) })

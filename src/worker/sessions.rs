@@ -362,10 +362,7 @@ impl<D: Driver> Engine<D> {
             }
         }
         self.release(session.endpoint());
-        self.stats.count_close(reason);
-        self.stats.session_duration.record(session.age(self.now));
-        self.publish_sessions();
-        self.reopen_gate();
+        self.on_session_gone(reason, session.age(self.now));
         tracing::trace!(reason = ?reason, "session closed");
     }
 

@@ -1,6 +1,7 @@
 //! Clients go to the worker with the fewest sessions, whichever the kernel chose.
 
 use std::net::TcpStream;
+use std::thread;
 
 use crate::support::backend::Backend;
 use crate::support::client::{ask, connect};
@@ -12,6 +13,7 @@ on_both_drivers![
     long_connections_are_spread_evenly,
     clients_whose_requests_are_told_apart_are_spread_evenly,
     a_client_that_is_alone_stays,
+    clients_that_ask_once_and_leave_stay,
 ];
 
 const WORKERS: usize = 3;
@@ -66,4 +68,23 @@ fn a_client_that_is_alone_stays(io: Io) {
         proxy.wait_for(SESSIONS_ACTIVE, &[], |active| active == 0);
     }
     assert_eq!(proxy.metric(HANDED_OVER, &[]), 0);
+}
+
+fn clients_that_ask_once_and_leave_stay(io: Io) {
+    const CLIENTS: u64 = 16;
+    const TIMES: u64 = 100;
+    let backend = Backend::named("a");
+    let proxy = builder(io, &backend).start();
+    thread::scope(|scope| {
+        for _ in 0..CLIENTS {
+            scope.spawn(|| {
+                for _ in 0..TIMES {
+                    assert_eq!(ask(&connect(proxy.address()), "who"), "a");
+                }
+            });
+        }
+    });
+    // Only the first ones might have come to stay.
+    let moved = proxy.metric(HANDED_OVER, &[]);
+    assert!(moved <= 2 * CLIENTS, "{moved} of {} were handed over", CLIENTS * TIMES);
 }

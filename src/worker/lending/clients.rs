@@ -201,10 +201,7 @@ impl<D: Driver> Engine<D> {
         self.timers.clear(client.conn.index());
         self.owner(client.conn);
         self.driver.close(client.conn, how);
-        self.stats.count_close(reason);
-        self.stats.session_duration.record(client.age(self.now));
-        self.publish_sessions();
-        self.reopen_gate();
+        self.on_session_gone(reason, client.age(self.now));
         tracing::trace!(reason = ?reason, "client closed");
     }
 
