@@ -14,7 +14,7 @@ use std::time::Instant;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags};
-use socket2::SockRef;
+use socket2::{SockRef, Type};
 
 use super::buffers::{Buf, Buffers, Chain};
 use super::splice::{self, Bulk, Pipe, Pipes};
@@ -194,7 +194,7 @@ impl Epoll {
         let settled = EventFlags::OUT | EventFlags::ERR | EventFlags::HUP;
         if socket.connecting {
             if flags.intersects(settled) {
-                self.finish_connect(conn);
+                self.finish_connect(conn, flags.contains(EventFlags::ERR));
             }
         } else if flags.contains(EventFlags::ERR)
             && !socket.ended
@@ -210,9 +210,9 @@ impl Epoll {
         self.enqueue(conn);
     }
 
-    fn finish_connect(&mut self, conn: ConnId) {
+    fn finish_connect(&mut self, conn: ConnId, failed: bool) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
-        let error = SockRef::from(&socket.fd).take_error();
+        let error = if failed { SockRef::from(&socket.fd).take_error() } else { Ok(None) };
         let completion = match error {
             Ok(None) => {
                 socket.connecting = false;
@@ -528,13 +528,12 @@ impl Driver for Epoll {
     }
 
     fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
-        let socket = socket::outgoing(address, &self.options)?;
-        socket.set_nonblocking(true)?;
+        let socket = socket::outgoing(address, Type::STREAM.nonblocking(), &self.options)?;
         let conn = self.register(socket.into(), true)?;
         let Some(socket) = self.sockets.get(conn) else { return Ok(conn) };
         match rustix::net::connect(&socket.fd, address) {
             Err(Errno::INPROGRESS | Errno::INTR) => {}
-            Ok(()) => self.finish_connect(conn),
+            Ok(()) => self.finish_connect(conn, false),
             Err(errno) => {
                 self.completions.push_back(Completion::ConnectFailed(conn, errno.into()));
             }

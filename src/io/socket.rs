@@ -42,8 +42,8 @@ impl Options {
 }
 
 /// A socket for a connection to `address`, not yet connected.
-pub(super) fn outgoing(address: &SocketAddr, options: &Options) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(*address), Type::STREAM, Some(Protocol::TCP))?;
+pub(super) fn outgoing(address: &SocketAddr, kind: Type, options: &Options) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(*address), kind, Some(Protocol::TCP))?;
     options.apply(&socket)?;
     Ok(socket)
 }

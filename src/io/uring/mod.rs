@@ -23,6 +23,7 @@ use std::time::Instant;
 use io_uring::types::Fd;
 use io_uring::{cqueue, opcode, squeue};
 use rustix::io::Errno;
+use socket2::Type;
 
 use self::socket::{Kind, Listener, Receiving, Socket, parse_user_data, user_data};
 use super::buffers::{Buf, Buffers};
@@ -289,7 +290,7 @@ impl Driver for Uring {
     }
 
     fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
-        let socket = options::outgoing(address, &self.options)?;
+        let socket = options::outgoing(address, Type::STREAM, &self.options)?;
         let fd = Fd(socket.as_raw_fd());
         let mut entry = Socket::new(socket.into());
         entry.ops.add(Kind::Connect);
