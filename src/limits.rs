@@ -23,8 +23,12 @@ pub const RELAY_BUFFERS_MAX: u32 = 8;
 /// two, an HTTP head in more. As many a session are reserved.
 pub const PARTIAL_BUFFERS_LEAN_MAX: u32 = 2;
 
-/// Buffers lent to the kernel at a time for whichever socket receives next.
-pub const BUFFER_RING_ENTRIES: u16 = 128;
+/// Buffers lent to the kernel at a time for whichever socket receives next: at least, …
+pub const BUFFERS_LENT_MIN: usize = 128;
+
+/// … and where more sockets than that receive in one turn, at most. A power of two. With 1024 there
+/// is no more to win.
+pub const BUFFER_RING_ENTRIES: u16 = 512;
 
 /// Bytes that one pipe takes, through which bulk is moved within the kernel: that much is moved at a
 /// time. What a user may make larger without privileges is 1 MiB, and 64 MiB in all.

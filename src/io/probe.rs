@@ -151,9 +151,9 @@ fn probe_uring() -> Result<Features, Denied> {
         return Err(denied("setting up a ring", io::ErrorKind::Unsupported.into()));
     }
     let mut buffers = Buffers::new(8).map_err(|error| denied("mapping buffers", error))?;
-    let mut provided = ProvidedBuffers::register(&ring, 8)
+    let mut provided = ProvidedBuffers::register(&ring)
         .map_err(|error| denied("registering a ring of buffers", error))?;
-    provided.refill(&mut buffers);
+    provided.refill(&mut buffers, false);
     receive_once(ring).map_err(|error| denied("a multishot accept and receive", error))?;
     Ok(features)
 }

@@ -10,10 +10,13 @@ use io_uring::IoUring;
 use io_uring::types::BufRingEntry;
 
 use super::buffers::{Buf, Buffers};
-use crate::limits::BUFFER_SIZE;
+use crate::limits::{BUFFER_RING_ENTRIES, BUFFER_SIZE, BUFFERS_LENT_MIN};
 
 /// Lends buffers of a pool to the kernel. A buffer's id is its position in the ring, so that the
 /// pool may be larger than ids reach.
+///
+/// It lends as many as are received into at a time: with more, all of them would pass through the
+/// caches in turns; with fewer, receives fail and have to be armed again.
 pub(super) struct ProvidedBuffers {
     ring: NonNull<BufRingEntry>,
     layout: Layout,
@@ -21,18 +24,20 @@ pub(super) struct ProvidedBuffers {
     lent: Box<[Option<Buf>]>,
     tail: u16,
     available: usize,
+    /// So many are to be available to each turn.
+    target: usize,
 }
 
 impl ProvidedBuffers {
     /// The buffer group of the ring.
     pub(super) const GROUP: u16 = 0;
 
-    /// Registers an empty ring of `entries`, a power of two.
+    /// Registers an empty ring.
     ///
     /// # Errors
     /// The kernel is older than 5.19 or denies it.
-    pub(super) fn register(uring: &IoUring, entries: u16) -> io::Result<Self> {
-        assert!(entries.is_power_of_two());
+    pub(super) fn register(uring: &IoUring) -> io::Result<Self> {
+        let entries = BUFFER_RING_ENTRIES;
         let size = usize::from(entries) * size_of::<BufRingEntry>();
         // The kernel wants it on a page of its own; pages are 64 KiB at most.
         let layout = Layout::from_size_align(size, 64 * 1024).map_err(io::Error::other)?;
@@ -45,6 +50,7 @@ impl ProvidedBuffers {
             lent: (0..entries).map(|_| None).collect(),
             tail: 0,
             available: 0,
+            target: BUFFERS_LENT_MIN,
         };
         // SAFETY: the memory has `entries` entries and lives until after the ring is closed, as
         // the driver's fields are dropped in that order.
@@ -64,11 +70,19 @@ impl ProvidedBuffers {
         self.available
     }
 
-    /// Lends free buffers until the ring is full or the pool is empty.
-    pub(super) fn refill(&mut self, buffers: &mut Buffers) {
+    /// A receive found no buffer.
+    pub(super) fn on_none_left(&mut self) {
+        self.target = (self.target + 1).min(self.lent.len());
+    }
+
+    /// Lends free buffers for the next turn: the least if they are short (`lean`), else one fewer
+    /// than for the last one, and one more for each receive that found none.
+    pub(super) fn refill(&mut self, buffers: &mut Buffers, lean: bool) {
+        self.target = (self.target - 1).max(BUFFERS_LENT_MIN);
+        let target = if lean { BUFFERS_LENT_MIN } else { self.target };
         let before = self.tail;
         let mask = self.lent.len() as u16 - 1;
-        while self.lent[usize::from(self.tail & mask)].is_none() {
+        while self.available < target && self.lent[usize::from(self.tail & mask)].is_none() {
             let Some(buf) = buffers.take() else { break };
             let position = self.tail & mask;
             // SAFETY: the position is inside the ring, and the kernel reads an entry only between
@@ -107,5 +121,44 @@ impl Drop for ProvidedBuffers {
         // SAFETY: allocated with this layout in `register`; the io_uring instance that knew of it
         // is closed by now.
         unsafe { dealloc(self.ring.as_ptr().cast(), self.layout) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: usize = BUFFER_RING_ENTRIES as usize;
+
+    /// Lets the kernel use all buffers up, as if each had received something.
+    fn use_up(provided: &mut ProvidedBuffers, buffers: &mut Buffers) {
+        for id in 0..BUFFER_RING_ENTRIES {
+            if let Some(buf) = provided.take(id, 1) {
+                buffers.give(buf);
+            }
+        }
+    }
+
+    #[test]
+    fn as_many_are_lent_as_receives_want_and_no_more() {
+        let uring = match IoUring::new(8) {
+            Ok(uring) => uring,
+            Err(error) => return eprintln!("SKIPPED: a ring of provided buffers: {error}"),
+        };
+        let mut provided = ProvidedBuffers::register(&uring).unwrap();
+        let mut buffers = Buffers::new(2 * ALL).unwrap();
+        let mut lend = |starved: usize, lean: bool, turns: usize| {
+            use_up(&mut provided, &mut buffers);
+            (0..starved).for_each(|_| provided.on_none_left());
+            (0..turns).for_each(|_| provided.refill(&mut buffers, lean));
+            provided.available()
+        };
+        assert_eq!(lend(0, false, 1), BUFFERS_LENT_MIN);
+        assert_eq!(lend(101, false, 1), BUFFERS_LENT_MIN + 100);
+        assert_eq!(lend(0, true, 1), BUFFERS_LENT_MIN, "buffers are short");
+        assert_eq!(lend(0, false, 1), BUFFERS_LENT_MIN + 98, "they no longer are");
+        assert_eq!(lend(2 * ALL, false, 1), ALL - 1);
+        assert_eq!(lend(0, true, ALL), BUFFERS_LENT_MIN);
+        assert_eq!(lend(0, false, 1), BUFFERS_LENT_MIN, "nobody wanted more for long");
     }
 }

@@ -33,7 +33,6 @@ use super::ring::Ring;
 use super::socket as options;
 use super::splice::{self, Pipes};
 use super::{Close, Completion, ConnId, Driver, DriverSetup, Wait};
-use crate::limits;
 use crate::slab::Slab;
 
 /// The `io_uring` driver of one worker.
@@ -69,7 +68,7 @@ impl Uring {
     /// The kernel denies the ring or one of its parts.
     pub fn new(setup: DriverSetup, features: Features) -> io::Result<Self> {
         let ring = Ring::new(features)?;
-        let provided = ProvidedBuffers::register(ring.uring(), limits::BUFFER_RING_ENTRIES)?;
+        let provided = ProvidedBuffers::register(ring.uring())?;
         let mut driver = Self {
             provided,
             sockets: Slab::with_capacity(setup.conns_max),
@@ -134,7 +133,8 @@ impl Uring {
 
     /// Turns what the user asked for since the last wait into submissions.
     fn settle(&mut self) {
-        self.provided.refill(&mut self.buffers);
+        let lean = self.is_lean();
+        self.provided.refill(&mut self.buffers, lean);
         if self.provided.available() > 0 {
             // All of them: those that starve on again come back at no great cost.
             while let Some(conn) = self.starving.pop_front() {

@@ -127,6 +127,7 @@ impl Uring {
             }
             Err(Errno::NOBUFS) => {
                 socket.receiving = Receiving::Starving;
+                self.provided.on_none_left();
                 self.buffer_waits += u64::from(self.buffers.free() == 0);
                 self.starving.push_back(conn);
                 None
