@@ -1,8 +1,9 @@
 //! The epoll driver: the twin of `io_uring` where that is blocked.
 //!
 //! Sockets are registered once, edge-triggered, and each remembers whether it is readable and
-//! writable. A send is tried at once; only what the socket does not take waits for an edge.
-//! Readable sockets take turns, one buffer each, so that none starves the others.
+//! writable. A send is tried before the next socket is read from; only what it does not take waits
+//! for an edge. Readable sockets take turns, a few buffers each, so that none starves the others and
+//! a message of several buffers is sent in one call.
 
 use std::collections::VecDeque;
 use std::io;
@@ -28,6 +29,8 @@ const EVENTS_MAX: usize = 1024;
 const SEND_PARTS_MAX: usize = 8;
 /// Reads and accepts of one turn; the rest comes in the next, after commands and timers.
 const STEPS_PER_TURN: u32 = 2048;
+/// Buffers that a socket may fill in a row.
+const READS_IN_A_ROW: u32 = 4;
 /// One step in so many looks for clients before it reads.
 const ACCEPT_EVERY: u32 = 32;
 /// Event data of listener `i` is this plus `i`, out of the reach of connections' keys.
@@ -112,6 +115,10 @@ pub struct Epoll {
     completions: VecDeque<Completion>,
     /// Readable sockets whose user wants to receive.
     ready: VecDeque<ConnId>,
+    /// How many buffers in a row the first of them has filled.
+    filled: u32,
+    /// The latest socket that was given something to send, which has not been tried yet.
+    unsent: Option<ConnId>,
     /// As `ready`, but not before the next turn: what has come until then is moved at once.
     bulky: Vec<ConnId>,
     /// As `ready`, but no buffer was free.
@@ -151,6 +158,8 @@ impl Epoll {
             // One socket can bring up to four: connected, sent, failed, accepted.
             completions: VecDeque::with_capacity(4 * setup.conns_max),
             ready: VecDeque::with_capacity(setup.conns_max),
+            filled: 0,
+            unsent: None,
             bulky: Vec::with_capacity(setup.conns_max),
             starving: VecDeque::with_capacity(setup.conns_max),
             pipes: Pipes::new(),
@@ -334,9 +343,17 @@ impl Epoll {
         None
     }
 
+    /// Tries what is to be sent, unless there is more to come from where it came from.
+    fn flush_unsent(&mut self) {
+        if let Some(conn) = self.unsent.take_if(|_| self.filled == 0) {
+            self.flush(conn);
+        }
+    }
+
     /// Reads one buffer from the first socket in the queue.
     fn read_one(&mut self) -> Option<Completion> {
         while let Some(conn) = self.ready.pop_front() {
+            let filled = mem::take(&mut self.filled);
             let Some(socket) = self.sockets.get_mut(conn) else { continue };
             socket.queued = false;
             if !socket.can_receive() {
@@ -370,7 +387,13 @@ impl Epoll {
                     socket.readable = count == limits::BUFFER_SIZE || socket.hung_up;
                     socket.bulk.on_received(count as u32, self.window);
                     self.buffers.set_len(&mut buf, count);
-                    self.enqueue(conn);
+                    if count == limits::BUFFER_SIZE && filled + 1 < READS_IN_A_ROW {
+                        socket.queued = true;
+                        self.filled = filled + 1;
+                        self.ready.push_front(conn);
+                    } else {
+                        self.enqueue(conn);
+                    }
                     return Some(Completion::Received(conn, buf));
                 }
                 Ok(_) => {
@@ -455,6 +478,8 @@ impl Driver for Epoll {
     }
 
     fn wait(&mut self, wait: Wait) -> io::Result<()> {
+        self.filled = 0;
+        self.flush_unsent();
         if self.buffers.free() > 0 {
             while let Some(conn) = self.starving.pop_front() {
                 if self.sockets.get(conn).is_some() {
@@ -478,6 +503,7 @@ impl Driver for Epoll {
     }
 
     fn next(&mut self) -> Option<Completion> {
+        self.flush_unsent();
         while let Some(completion) = self.completions.pop_front() {
             // Its user may have closed the connection since.
             if completion.conn().is_none_or(|conn| self.sockets.get(conn).is_some()) {
@@ -559,7 +585,9 @@ impl Driver for Epoll {
     fn send(&mut self, conn: ConnId, buf: Buf) {
         let Some(socket) = self.sockets.get_mut(conn) else { return self.buffers.give(buf) };
         self.buffers.push(&mut socket.queue, buf);
-        self.flush(conn);
+        if let Some(other) = self.unsent.replace(conn).filter(|&other| other != conn) {
+            self.flush(other);
+        }
     }
 
     fn shutdown(&mut self, conn: ConnId) {
