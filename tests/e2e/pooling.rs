@@ -1,6 +1,8 @@
 //! Warm connections: made before they are needed, watched, replaced.
 
+use std::fs;
 use std::io::Write;
+use std::net::SocketAddr;
 
 use crate::support::backend::Backend;
 use crate::support::client::{ask, ask_once, connect, read_line};
@@ -16,6 +18,7 @@ on_both_drivers![
     a_warm_connection_is_replaced_at_the_end_of_its_lifetime,
     warm_connections_above_the_minimum_are_closed_when_idle,
     without_a_pool_each_session_connects_for_itself,
+    connections_that_last_are_kept_alive,
 ];
 
 /// Per worker; there are two.
@@ -124,4 +127,29 @@ fn without_a_pool_each_session_connects_for_itself(io: Io) {
     assert_eq!(proxy.metric(POOL_CONNECTIONS, IDLE), 0);
     assert_eq!(proxy.metric(POOL_CHECKOUTS, &[("result", "hit")]), 0);
     assert_eq!(proxy.metric(POOL_CHECKOUTS, &[("result", "miss")]), 5);
+}
+
+/// The timers of the connections to a listener, as the kernel numbers them.
+fn timers(to: SocketAddr) -> Vec<String> {
+    const ESTABLISHED: &str = "01";
+    let remote = format!(":{:04X}", to.port());
+    let table = fs::read_to_string("/proc/net/tcp").unwrap();
+    let rows = table.lines().map(|row| row.split_whitespace().collect::<Vec<_>>());
+    rows.filter(|row| row[2].ends_with(&remote) && row[3] == ESTABLISHED)
+        .map(|row| row[5][..2].to_owned())
+        .collect()
+}
+
+fn connections_that_last_are_kept_alive(io: Io) {
+    const KEEP_ALIVE: &str = "02";
+    let backend = Backend::named("a");
+    let proxy = start(io, &backend);
+    let client = connect(proxy.address());
+    assert_eq!(ask(&client, "who"), "a");
+    wait_full(&proxy);
+    eventually("all are kept alive", PATIENCE, || {
+        let timers = timers(backend.address());
+        assert_eq!(timers.len() as u64, 2 * MIN_IDLE + 1);
+        timers.iter().all(|timer| timer == KEEP_ALIVE).then_some(())
+    });
 }
