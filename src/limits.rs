@@ -132,8 +132,9 @@ const DESCRIPTORS_PER_SESSION: u64 = 2;
 /// maximum only under load that comes and goes faster than they shrink, and not all at once.
 const POOL_ENDPOINTS_PER_BACKEND: u64 = 2;
 
-/// The ring or the epoll instance, the eventfd that wakes the worker, and both ends of pipes.
-const DESCRIPTORS_PER_WORKER: u64 = 2 + 2 * PIPES_MAX as u64;
+/// The ring, or the epoll instance and its timer; the eventfd that wakes the worker; and both ends of
+/// pipes.
+const DESCRIPTORS_PER_WORKER: u64 = 3 + 2 * PIPES_MAX as u64;
 
 /// Connections to the admin port: a scraper, the kubelet's probes, people.
 pub const ADMIN_CONNECTIONS: usize = 32;
@@ -337,8 +338,8 @@ mod tests {
 
     const USERS: DescriptorUsers =
         DescriptorUsers { workers: 4, listeners: 2, pool_max_idle: 64, backends: Some(3) };
-    /// 4 × (2 + 2 + 2 × 16) + 32 + 32 + 3 + 64. All pools together may come to hold 4 × 64 × 6.
-    const FIXED: u64 = 144 + 131;
+    /// 4 × (3 + 2 + 2 × 16) + 32 + 32 + 3 + 64. All pools together may come to hold 4 × 64 × 6.
+    const FIXED: u64 = 148 + 131;
 
     fn sessions(n: usize) -> Option<NonZeroUsize> {
         NonZeroUsize::new(n)
@@ -388,9 +389,9 @@ mod tests {
         let error = capacity(request, FIXED + 40_000 + 63, &USERS).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "AEGIS_MAX_SESSIONS=20000 needs 40339 = 40000 for sessions + 64 for pools + 144 for \
+            "AEGIS_MAX_SESSIONS=20000 needs 40343 = 40000 for sessions + 64 for pools + 148 for \
              workers + 32 for admin connections + 32 for control + 3 standard + 64 slack \
-             descriptors; RLIMIT_NOFILE allows 40338, which is enough for 19999 sessions"
+             descriptors; RLIMIT_NOFILE allows 40342, which is enough for 19999 sessions"
         );
     }
 

@@ -10,11 +10,15 @@ use std::io;
 use std::mem;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
 use socket2::{SockRef, Type};
 
 use super::buffers::{Buf, Buffers, Chain};
@@ -37,6 +41,8 @@ const ACCEPT_EVERY: u32 = 32;
 const LISTENER: u64 = u64::MAX - 0xffff;
 /// Event data of the wake-up descriptor.
 const WAKE: u64 = LISTENER - 1;
+/// Event data of the timer.
+const TIMER: u64 = LISTENER - 2;
 
 #[allow(
     clippy::struct_excessive_bools,
@@ -96,11 +102,41 @@ impl Socket {
     }
 }
 
+/// Ends a wait. It stands over many of them: a limit given to each would set and clear one of the
+/// kernel's timers every time.
+struct Timer {
+    fd: OwnedFd,
+    /// When it fires, if it is set.
+    fires_at: Option<Instant>,
+}
+
+impl Timer {
+    fn new() -> io::Result<Self> {
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        let fd = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        Ok(Self { fd, fires_at: None })
+    }
+
+    /// Makes sure that it fires at `at` at the latest.
+    fn fire_by(&mut self, at: Instant) -> io::Result<()> {
+        if self.fires_at.is_some_and(|set| set <= at) {
+            return Ok(());
+        }
+        let delay = at.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
+        let value = Timespec::try_from(delay).map_err(io::Error::other)?;
+        let once = Itimerspec { it_interval: Timespec::default(), it_value: value };
+        timerfd_settime(&self.fd, TimerfdTimerFlags::empty(), &once)?;
+        self.fires_at = Some(at);
+        Ok(())
+    }
+}
+
 /// The epoll driver of one worker.
 pub struct Epoll {
     fd: OwnedFd,
     /// Registered, so it must stay open.
     _wake: OwnedFd,
+    timer: Timer,
     listeners: Vec<Option<OwnedFd>>,
     /// Listeners that may have clients waiting.
     acceptable: Vec<bool>,
@@ -138,6 +174,9 @@ impl Epoll {
     pub fn new(setup: DriverSetup) -> io::Result<Self> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &setup.wake, EventData::new_u64(WAKE), EventFlags::IN)?;
+        let timer = Timer::new()?;
+        let once = EventFlags::IN | EventFlags::ET;
+        epoll::add(&epoll, &timer.fd, EventData::new_u64(TIMER), once)?;
         let listening = EventFlags::IN | EventFlags::ET;
         for (data, fd) in (LISTENER..).zip(&setup.listeners) {
             rustix::io::ioctl_fionbio(fd, true)?;
@@ -146,6 +185,7 @@ impl Epoll {
         Ok(Self {
             fd: epoll,
             _wake: setup.wake,
+            timer,
             acceptable: vec![true; setup.listeners.len()],
             listeners: setup.listeners.into_iter().map(Some).collect(),
             room: 0,
@@ -460,6 +500,7 @@ impl Epoll {
         for event in events.drain(..) {
             match event.data.u64() {
                 WAKE => self.completions.push_back(Completion::Woken),
+                TIMER => self.timer.fires_at = None,
                 data @ LISTENER.. => {
                     if let Some(flag) = self.acceptable.get_mut((data - LISTENER) as usize) {
                         *flag = true;
@@ -487,10 +528,13 @@ impl Driver for Epoll {
                 }
             }
         }
-        let most = if self.busy() { std::time::Duration::ZERO } else { wait.most };
-        let timeout = rustix::event::Timespec::try_from(most).ok();
+        let polls = self.busy() || wait.most.is_zero();
+        if !polls {
+            self.timer.fire_by(self.now + wait.most)?;
+        }
+        let at_once = polls.then(Timespec::default);
         let room = rustix::buffer::spare_capacity(&mut self.events);
-        match epoll::wait(&self.fd, room, timeout.as_ref()) {
+        match epoll::wait(&self.fd, room, at_once.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
         }
