@@ -1,7 +1,8 @@
 //! The buffers of one worker: fixed size, taken only while bytes are in flight.
 //!
 //! The memory is mapped once and touched on first use. Free buffers are used again last-in
-//! first-out, so resident memory follows the peak of bytes in flight, not the capacity.
+//! first-out, and those that nobody has needed for a while give their memory back, so resident
+//! memory follows the bytes in flight, not the capacity.
 //!
 //! A [`Buf`] is an owned handle: whoever holds it must forward it or give it back. A [`Chain`] is
 //! a queue of them, linked through the pool's own table, so that queueing allocates nothing.
@@ -10,11 +11,16 @@
 use std::io;
 use std::ptr::{self, NonNull};
 
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use crate::limits::BUFFER_SIZE;
 
 const NONE: u32 = u32::MAX;
+
+/// So many buffers that nobody needs keep their memory, for the next burst.
+const KEPT: u32 = 64;
+/// More than these are not given back at a time: each is a system call.
+const GIVEN_BACK_MAX: u32 = 16;
 
 /// Received bytes in one buffer of the pool. Not `Clone`: there is one owner.
 #[derive(Debug, PartialEq, Eq)]
@@ -92,7 +98,13 @@ pub struct Buffers {
     memory: NonNull<u8>,
     entries: Vec<Entry>,
     capacity: u32,
+    /// The first free buffer with memory of its own, and how many there are.
     free: u32,
+    resident: u32,
+    /// The fewest that there were since memory was given back last.
+    resident_min: u32,
+    /// The first free buffer whose memory was given back.
+    released: u32,
     in_use: u32,
 }
 
@@ -120,6 +132,9 @@ impl Buffers {
             entries: Vec::with_capacity(capacity),
             capacity: capacity as u32,
             free: NONE,
+            resident: 0,
+            resident_min: 0,
+            released: NONE,
             in_use: 0,
         })
     }
@@ -137,8 +152,10 @@ impl Buffers {
     /// Takes a free buffer, empty.
     pub fn take(&mut self) -> Option<Buf> {
         let index = if self.free != NONE {
-            let index = self.free;
-            self.free = self.entries[index as usize].next;
+            self.pop_resident()
+        } else if self.released != NONE {
+            let index = self.released;
+            self.released = self.entries[index as usize].next;
             index
         } else if self.entries.len() < self.capacity as usize {
             self.entries.push(Entry { start: 0, len: 0, next: NONE });
@@ -150,11 +167,37 @@ impl Buffers {
         Some(Buf { index, start: 0, len: 0 })
     }
 
+    fn pop_resident(&mut self) -> u32 {
+        let index = self.free;
+        self.free = self.entries[index as usize].next;
+        self.resident -= 1;
+        self.resident_min = self.resident_min.min(self.resident);
+        index
+    }
+
     /// Gives a buffer back.
     pub fn give(&mut self, buf: Buf) {
         self.entries[buf.index as usize].next = self.free;
         self.free = buf.index;
+        self.resident += 1;
         self.in_use -= 1;
+    }
+
+    /// Gives memory back of which nobody had need since the last call, a little at a time.
+    pub fn release_idle(&mut self) {
+        let idle = self.resident_min.saturating_sub(KEPT).min(GIVEN_BACK_MAX);
+        for _ in 0..idle {
+            let index = self.pop_resident();
+            let buf = Buf { index, start: 0, len: 0 };
+            // SAFETY: the buffer is free, so nobody has a reference into it, and no operation of
+            // the kernel's is under way on it; what it held is lost, which is what is wanted.
+            let _ = unsafe {
+                madvise(self.address(&buf).as_ptr().cast(), BUFFER_SIZE, Advice::LinuxDontNeed)
+            };
+            self.entries[index as usize].next = self.released;
+            self.released = index;
+        }
+        self.resident_min = self.resident;
     }
 
     /// The bytes of a buffer.
@@ -359,6 +402,12 @@ mod tests {
         buf
     }
 
+    fn give_all(pool: &mut Buffers, bufs: Vec<Buf>) {
+        for buf in bufs {
+            pool.give(buf);
+        }
+    }
+
     fn text(pool: &Buffers, chain: &Chain) -> Vec<u8> {
         pool.slices(chain).flatten().copied().collect()
     }
@@ -398,5 +447,31 @@ mod tests {
         pool.give(b);
         pool.give(a);
         assert_eq!(pool.take().map(|buf| buf.index()), Some(index));
+    }
+    #[test]
+    fn memory_that_nobody_needs_any_more_is_given_back() {
+        const PEAK: usize = 2 * KEPT as usize;
+        let mut pool = Buffers::new(PEAK).unwrap();
+        let peak = |pool: &mut Buffers| {
+            let bufs: Vec<_> = (0..PEAK).map(|_| filled(pool, b"x")).collect();
+            give_all(pool, bufs);
+        };
+        // What is resident still holds what was written to it.
+        let resident = |pool: &mut Buffers| {
+            let mut bufs: Vec<_> = (0..PEAK).map(|_| pool.take().unwrap()).collect();
+            let firsts: Vec<_> = bufs.iter_mut().map(|buf| pool.space(buf)[0]).collect();
+            give_all(pool, bufs);
+            firsts.into_iter().filter(|first| *first == b'x').count()
+        };
+        peak(&mut pool);
+        pool.release_idle();
+        assert_eq!(resident(&mut pool), PEAK, "they were needed since the last call");
+        pool.release_idle();
+        pool.release_idle();
+        assert_eq!(resident(&mut pool), PEAK - GIVEN_BACK_MAX as usize, "some at a time");
+        peak(&mut pool);
+        (0..PEAK).for_each(|_| pool.release_idle());
+        assert_eq!(pool.free(), PEAK as u32, "all of them can be taken");
+        assert_eq!(resident(&mut pool), KEPT as usize);
     }
 }

@@ -518,7 +518,7 @@ impl Driver for Epoll {
         self.now
     }
 
-    fn wait(&mut self, wait: Wait) -> io::Result<()> {
+    fn wait(&mut self, wait: Wait) -> io::Result<bool> {
         self.filled = 0;
         self.flush_unsent();
         if self.buffers.free() > 0 {
@@ -543,7 +543,7 @@ impl Driver for Epoll {
         self.ready.extend(self.bulky.drain(..));
         self.steps = STEPS_PER_TURN;
         self.dispatch();
-        Ok(())
+        Ok(!polls)
     }
 
     fn next(&mut self) -> Option<Completion> {

@@ -120,11 +120,12 @@ pub trait Driver {
     /// The time, read once a turn.
     fn now(&self) -> Instant;
 
-    /// Submits what is pending and waits for events.
+    /// Submits what is pending and waits for events. Says whether it may have fallen asleep, which
+    /// it has not if there were events at once.
     ///
     /// # Errors
     /// The kernel refuses to go on with this ring or epoll instance; the worker cannot continue.
-    fn wait(&mut self, wait: Wait) -> io::Result<()>;
+    fn wait(&mut self, wait: Wait) -> io::Result<bool>;
 
     /// The next event of this turn.
     fn next(&mut self) -> Option<Completion>;

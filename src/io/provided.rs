@@ -3,6 +3,7 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::io;
+use std::mem;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, Ordering};
 
@@ -11,6 +12,9 @@ use io_uring::types::BufRingEntry;
 
 use super::buffers::{Buf, Buffers};
 use crate::limits::{BUFFER_RING_ENTRIES, BUFFER_SIZE, BUFFERS_LENT_MIN};
+
+/// So many more are lent after a turn with too few.
+const GROWTH: usize = 4;
 
 /// Lends buffers of a pool to the kernel. A buffer's id is its position in the ring, so that the
 /// pool may be larger than ids reach.
@@ -26,6 +30,8 @@ pub(super) struct ProvidedBuffers {
     available: usize,
     /// So many are to be available to each turn.
     target: usize,
+    /// Receives of the last turn found none.
+    starved: bool,
 }
 
 impl ProvidedBuffers {
@@ -51,6 +57,7 @@ impl ProvidedBuffers {
             tail: 0,
             available: 0,
             target: BUFFERS_LENT_MIN,
+            starved: false,
         };
         // SAFETY: the memory has `entries` entries and lives until after the ring is closed, as
         // the driver's fields are dropped in that order.
@@ -72,13 +79,17 @@ impl ProvidedBuffers {
 
     /// A receive found no buffer.
     pub(super) fn on_none_left(&mut self) {
-        self.target = (self.target + 1).min(self.lent.len());
+        self.starved = true;
     }
 
-    /// Lends free buffers for the next turn: the least if they are short (`lean`), else one fewer
-    /// than for the last one, and one more for each receive that found none.
+    /// Lends free buffers for the next turn: the least if they are short (`lean`), else a few more
+    /// than for the last one if a receive found none then, and otherwise one fewer.
     pub(super) fn refill(&mut self, buffers: &mut Buffers, lean: bool) {
-        self.target = (self.target - 1).max(BUFFERS_LENT_MIN);
+        self.target = if mem::take(&mut self.starved) {
+            (self.target + GROWTH).min(self.lent.len())
+        } else {
+            (self.target - 1).max(BUFFERS_LENT_MIN)
+        };
         let target = if lean { BUFFERS_LENT_MIN } else { self.target };
         let before = self.tail;
         let mask = self.lent.len() as u16 - 1;
@@ -147,18 +158,20 @@ mod tests {
         };
         let mut provided = ProvidedBuffers::register(&uring).unwrap();
         let mut buffers = Buffers::new(2 * ALL).unwrap();
-        let mut lend = |starved: usize, lean: bool, turns: usize| {
+        let mut lend = |starved: bool, lean: bool, turns: usize| {
             use_up(&mut provided, &mut buffers);
-            (0..starved).for_each(|_| provided.on_none_left());
-            (0..turns).for_each(|_| provided.refill(&mut buffers, lean));
+            for _ in 0..turns {
+                (0..3).filter(|_| starved).for_each(|_| provided.on_none_left());
+                provided.refill(&mut buffers, lean);
+            }
             provided.available()
         };
-        assert_eq!(lend(0, false, 1), BUFFERS_LENT_MIN);
-        assert_eq!(lend(101, false, 1), BUFFERS_LENT_MIN + 100);
-        assert_eq!(lend(0, true, 1), BUFFERS_LENT_MIN, "buffers are short");
-        assert_eq!(lend(0, false, 1), BUFFERS_LENT_MIN + 98, "they no longer are");
-        assert_eq!(lend(2 * ALL, false, 1), ALL - 1);
-        assert_eq!(lend(0, true, ALL), BUFFERS_LENT_MIN);
-        assert_eq!(lend(0, false, 1), BUFFERS_LENT_MIN, "nobody wanted more for long");
+        assert_eq!(lend(false, false, 1), BUFFERS_LENT_MIN);
+        assert_eq!(lend(true, false, 25), BUFFERS_LENT_MIN + 25 * GROWTH);
+        assert_eq!(lend(false, true, 1), BUFFERS_LENT_MIN, "buffers are short");
+        assert_eq!(lend(false, false, 1), BUFFERS_LENT_MIN + 98, "they no longer are");
+        assert_eq!(lend(true, false, ALL), ALL);
+        assert_eq!(lend(false, true, ALL), BUFFERS_LENT_MIN);
+        assert_eq!(lend(false, false, 1), BUFFERS_LENT_MIN, "nobody wanted more for long");
     }
 }

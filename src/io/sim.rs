@@ -514,7 +514,7 @@ impl Driver for Sim {
         self.start + self.elapsed
     }
 
-    fn wait(&mut self, wait: Wait) -> io::Result<()> {
+    fn wait(&mut self, wait: Wait) -> io::Result<bool> {
         let until = self.elapsed + wait.most;
         loop {
             if std::mem::take(&mut self.woken) {
@@ -522,7 +522,7 @@ impl Driver for Sim {
             }
             self.accept_waiting();
             if self.completions.len() >= wait.events as usize {
-                return Ok(());
+                return Ok(true);
             }
             match self.steps.peek() {
                 Some(&Reverse((at, _, step))) if at <= until => {
@@ -532,7 +532,7 @@ impl Driver for Sim {
                 }
                 _ => {
                     self.elapsed = until;
-                    return Ok(());
+                    return Ok(true);
                 }
             }
         }

@@ -3,10 +3,10 @@
 //! Waking up for each event is what makes a busy proxy slow, and waiting for several is what makes
 //! an idle one slow. What tells the two apart are two things together. One is the number of
 //! different sessions active in the last few milliseconds: the rate of events alone does not do
-//! (one connection in ping-pong has as many a second as two hundred). The other is the rate: at
-//! half of what the machine can do just as many sessions are active, but a wait brings few events.
-//! The size of recent batches says nothing: each wake-up finds one or two events, takes that for a
-//! light load and stays there.
+//! (one connection in ping-pong has as many a second as two hundred). The other is how many events
+//! there are for each time that the worker falls asleep: at half of what the machine can do just
+//! as many sessions are active, but the worker, done with them, sleeps again and again. Their rate
+//! would tell that too, but of one machine alone.
 
 use std::time::{Duration, Instant};
 
@@ -21,8 +21,9 @@ const EVENTS_MAX: u32 = 128;
 /// nor longer than this.
 const BATCH_MAX: Duration = Duration::from_micros(100);
 
-/// Where fewer events than four are expected in that time, waiting costs more than it saves.
-const EVENTS_MIN: u32 = 4 * (WINDOW.as_micros() / BATCH_MAX.as_micros()) as u32;
+/// A worker that falls asleep more often than once in so many events has time to spare: waiting
+/// costs more than it saves.
+const EVENTS_PER_SLEEP: u32 = 32;
 
 /// Estimates the load of one worker.
 #[derive(Debug)]
@@ -30,15 +31,17 @@ pub struct Batcher {
     /// The number of the present window; sessions remember the one they were last counted in.
     window: u32,
     since: Instant,
-    /// Different sessions that were active, and all events, now and in the window before.
+    /// Of this window and the one before.
     active: Activity,
     previous: Activity,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Activity {
+    /// Different ones that moved bytes.
     sessions: u32,
     events: u32,
+    sleeps: u32,
 }
 
 impl Batcher {
@@ -56,6 +59,11 @@ impl Batcher {
         }
     }
 
+    /// The worker may have fallen asleep.
+    pub fn on_sleep(&mut self) {
+        self.active.sleeps += 1;
+    }
+
     /// How many events to wait for, and how long for more than one.
     pub fn plan(&mut self, now: Instant) -> (u32, Duration) {
         let elapsed = now.saturating_duration_since(self.since);
@@ -68,8 +76,9 @@ impl Batcher {
             self.since = now;
         }
         let sessions = self.active.sessions.max(self.previous.sessions);
-        let events = self.active.events.max(self.previous.events);
-        if sessions < SESSIONS_MIN || events < EVENTS_MIN {
+        let events = self.active.events + self.previous.events;
+        let sleeps = self.active.sleeps + self.previous.sleeps;
+        if sessions < SESSIONS_MIN || events < EVENTS_PER_SLEEP * sleeps {
             return (1, Duration::ZERO);
         }
         ((sessions / SESSIONS_PER_EVENT).min(EVENTS_MAX), BATCH_MAX)
@@ -80,34 +89,35 @@ impl Batcher {
 mod tests {
     use super::*;
 
-    fn run(sessions: u32, events: u32) -> u32 {
-        run_at(sessions, events, Duration::from_micros(20))
-    }
-
-    fn run_at(sessions: u32, events: u32, interval: Duration) -> u32 {
+    /// What is waited for in the end, where each of `events_per_sleep` events of as many sessions
+    /// as there are comes 20 µs after the one before.
+    fn run(sessions: u32, events_per_sleep: u32) -> u32 {
         let start = Instant::now();
         let mut batcher = Batcher::new(start);
         let mut marks = vec![0; sessions as usize];
         let mut plan = 0;
-        for event in 0..events {
+        for event in 0..10_000 {
+            if event % events_per_sleep == 0 {
+                batcher.on_sleep();
+            }
             batcher.on_active(&mut marks[(event % sessions) as usize]);
-            plan = batcher.plan(start + event * interval).0;
+            plan = batcher.plan(start + event * Duration::from_micros(20)).0;
         }
         plan
     }
 
     #[test]
     fn one_busy_session_never_waits_and_many_batch() {
-        assert_eq!(run(1, 10_000), 1);
-        assert_eq!(run(15, 10_000), 1);
-        assert_eq!(run(200, 10_000), 50);
-        assert_eq!(run(5000, 10_000), 62, "250 events fit in a window");
+        assert_eq!(run(1, 100), 1);
+        assert_eq!(run(15, 100), 1);
+        assert_eq!(run(200, 100), 50);
+        assert_eq!(run(5000, 100), 62, "250 events fit in a window");
     }
 
     #[test]
-    fn many_sessions_that_bring_few_events_do_not_wait() {
-        assert_eq!(run_at(200, 10_000, Duration::from_micros(30)), 1);
-        assert_eq!(run_at(200, 10_000, Duration::from_micros(24)), 50);
+    fn a_worker_that_sleeps_often_does_not_wait() {
+        assert_eq!(run(200, EVENTS_PER_SLEEP - 2), 1);
+        assert_eq!(run(200, EVENTS_PER_SLEEP + 2), 50);
     }
 
     #[test]

@@ -215,7 +215,7 @@ impl<D: Driver> Engine<D> {
             self.turn()?;
         }
         // One more, so that the last closes reach the kernel.
-        self.driver.wait(Wait { events: 1, batch: Duration::ZERO, most: Duration::ZERO })
+        self.driver.wait(Wait { events: 1, batch: Duration::ZERO, most: Duration::ZERO }).map(drop)
     }
 
     /// Whether it was told to end and nothing is left to do.
@@ -233,7 +233,9 @@ impl<D: Driver> Engine<D> {
     pub fn turn(&mut self) -> io::Result<()> {
         self.steer_accepting();
         let wait = self.plan_wait();
-        self.driver.wait(wait)?;
+        if self.driver.wait(wait)? {
+            self.batcher.on_sleep();
+        }
         self.now = self.driver.now();
         // While this worker slept the others may have taken the room.
         self.steer_accepting();
@@ -255,6 +257,7 @@ impl<D: Driver> Engine<D> {
             self.upkeep_at = self.now + UPKEEP_INTERVAL;
             self.upkeep();
             self.forget_ended();
+            self.driver.buffers().release_idle();
         }
         self.publish(events);
         Ok(())

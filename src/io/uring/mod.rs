@@ -223,10 +223,11 @@ impl Driver for Uring {
         self.now
     }
 
-    fn wait(&mut self, wait: Wait) -> io::Result<()> {
+    fn wait(&mut self, wait: Wait) -> io::Result<bool> {
         // Only if the kernel could not take all submissions.
         let unresolved = !self.inline.is_empty();
         self.settle();
+        let mut slept = false;
         if self.ring.has_completions() || !self.ready.is_empty() || unresolved {
             self.ring.submit();
         } else {
@@ -235,11 +236,12 @@ impl Driver for Uring {
             let at_once = wait.events == 1 && self.ring.submit_and_look();
             if !at_once {
                 self.ring.submit_and_wait(wait.events, wait.batch, wait.most);
+                slept = true;
             }
         }
         self.now = Instant::now();
         self.window = splice::window(self.start, self.now);
-        self.ring.take_failure().map_or(Ok(()), Err)
+        self.ring.take_failure().map_or(Ok(slept), Err)
     }
 
     fn next(&mut self) -> Option<Completion> {
