@@ -12,6 +12,7 @@ use std::io;
 use std::ptr::{self, NonNull};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::param::page_size;
 
 use crate::limits::BUFFER_SIZE;
 
@@ -105,6 +106,8 @@ pub struct Buffers {
     resident_min: u32,
     /// The first free buffer whose memory was given back.
     released: u32,
+    /// Whether a page never is part of two buffers; arm64 kernels may have pages of 64 KiB.
+    whole_pages: bool,
     in_use: u32,
 }
 
@@ -135,6 +138,7 @@ impl Buffers {
             resident: 0,
             resident_min: 0,
             released: NONE,
+            whole_pages: BUFFER_SIZE.is_multiple_of(page_size()),
             in_use: 0,
         })
     }
@@ -185,12 +189,16 @@ impl Buffers {
 
     /// Gives memory back of which nobody had need since the last call, a little at a time.
     pub fn release_idle(&mut self) {
+        if !self.whole_pages {
+            return;
+        }
         let idle = self.resident_min.saturating_sub(KEPT).min(GIVEN_BACK_MAX);
         for _ in 0..idle {
             let index = self.pop_resident();
             let buf = Buf { index, start: 0, len: 0 };
             // SAFETY: the buffer is free, so nobody has a reference into it, and no operation of
-            // the kernel's is under way on it; what it held is lost, which is what is wanted.
+            // the kernel's is under way on it; its pages hold nothing else, and what they held is
+            // lost, which is what is wanted.
             let _ = unsafe {
                 madvise(self.address(&buf).as_ptr().cast(), BUFFER_SIZE, Advice::LinuxDontNeed)
             };

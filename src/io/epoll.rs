@@ -455,6 +455,13 @@ impl Epoll {
                     return Some(Completion::ReceiveFailed(conn));
                 }
             }
+            // There was no more to come after all.
+            if filled > 0 {
+                self.flush_unsent();
+                if let Some(completion) = self.completions.pop_front() {
+                    return Some(completion);
+                }
+            }
         }
         None
     }

@@ -120,8 +120,8 @@ pub trait Driver {
     /// The time, read once a turn.
     fn now(&self) -> Instant;
 
-    /// Submits what is pending and waits for events. Says whether it may have fallen asleep, which
-    /// it has not if there were events at once.
+    /// Submits what is pending and waits for events. Says whether there was time to spare: it may
+    /// have fallen asleep for a single event, or a batch has not become full in time.
     ///
     /// # Errors
     /// The kernel refuses to go on with this ring or epoll instance; the worker cannot continue.

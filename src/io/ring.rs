@@ -287,6 +287,11 @@ impl Ring {
         !self.completions.is_empty()
     }
 
+    /// Whether so many completions were taken.
+    pub(super) fn has(&self, events: u32) -> bool {
+        self.completions.len() >= events as usize
+    }
+
     /// Whether the kernel has taken all submissions, and told in the completions taken so far how
     /// those that complete at once went.
     pub(super) fn has_told_all(&self) -> bool {

@@ -522,7 +522,7 @@ impl Driver for Sim {
             }
             self.accept_waiting();
             if self.completions.len() >= wait.events as usize {
-                return Ok(true);
+                return Ok(wait.events == 1);
             }
             match self.steps.peek() {
                 Some(&Reverse((at, _, step))) if at <= until => {

@@ -4,9 +4,9 @@
 //! an idle one slow. What tells the two apart are two things together. One is the number of
 //! different sessions active in the last few milliseconds: the rate of events alone does not do
 //! (one connection in ping-pong has as many a second as two hundred). The other is how many events
-//! there are for each time that the worker falls asleep: at half of what the machine can do just
-//! as many sessions are active, but the worker, done with them, sleeps again and again. Their rate
-//! would tell that too, but of one machine alone.
+//! there are for each time that the worker falls asleep, or waits for a batch that does not become
+//! full: at half of what the machine can do just as many sessions are active, but the worker, done
+//! with them, sleeps again and again. Their rate would tell that too, but of one machine alone.
 
 use std::time::{Duration, Instant};
 
@@ -59,7 +59,8 @@ impl Batcher {
         }
     }
 
-    /// The worker may have fallen asleep.
+    /// The worker had time to spare: it may have fallen asleep for a single event, or a batch has
+    /// not become full in time.
     pub fn on_sleep(&mut self) {
         self.active.sleeps += 1;
     }

@@ -128,7 +128,7 @@ pub struct Engine<D> {
     /// Endpoints whose pool may want connections.
     pub(super) short_pools: Vec<u16>,
     pub(super) batcher: Batcher,
-    /// Sessions that ended within about a second.
+    /// Sessions shorter than a second that ended within about a second.
     pub(super) ended_lately: usize,
     /// In a drain, the listeners stay open until then.
     listening_until: Option<Instant>,
@@ -483,7 +483,9 @@ impl<D: Driver> Engine<D> {
         self.stats.count_close(reason);
         self.stats.session_duration.record(age);
         self.publish_sessions();
-        self.ended_lately += 1;
+        if age < Duration::from_secs(1) {
+            self.ended_lately += 1;
+        }
         self.gate.retry_at = None;
     }
 

@@ -34,7 +34,7 @@ impl<D: Driver> Engine<D> {
 
     /// The worker with the fewest sessions; `None` if that may be this one, or matters little.
     pub(super) fn lighter_worker(&self) -> Option<Lighter> {
-        // Little's law: fewer are open than end in a second.
+        // Little's law: fewer are open than short ones end in a second.
         if self.sessions() < self.ended_lately {
             return None;
         }

@@ -227,7 +227,7 @@ impl Driver for Uring {
         // Only if the kernel could not take all submissions.
         let unresolved = !self.inline.is_empty();
         self.settle();
-        let mut slept = false;
+        let mut spare_time = false;
         if self.ring.has_completions() || !self.ready.is_empty() || unresolved {
             self.ring.submit();
         } else {
@@ -236,12 +236,12 @@ impl Driver for Uring {
             let at_once = wait.events == 1 && self.ring.submit_and_look();
             if !at_once {
                 self.ring.submit_and_wait(wait.events, wait.batch, wait.most);
-                slept = true;
+                spare_time = wait.events == 1 || !self.ring.has(wait.events);
             }
         }
         self.now = Instant::now();
         self.window = splice::window(self.start, self.now);
-        self.ring.take_failure().map_or(Ok(slept), Err)
+        self.ring.take_failure().map_or(Ok(spare_time), Err)
     }
 
     fn next(&mut self) -> Option<Completion> {
