@@ -8,7 +8,9 @@ mod stats;
 #[path = "../benches/compare/usage.rs"]
 mod usage;
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use frame::{FRAME_MAX, Frame, HEADER, Incoming, Outgoing};
 use stats::{Metric, Run, Summary, paired};
@@ -124,22 +126,33 @@ fn rounds_with_a_value_missing_do_not_count() {
     assert_eq!(paired(Metric::Cpu, &own, &[&other]), None);
 }
 
+/// Of a process of its own: of this one, the threads of other tests begin and end meanwhile.
 #[test]
 fn work_shows_and_so_does_memory() {
-    let me = Processes::of(std::process::id());
-    let before = me.usage();
-    let mut sum = 0_u64;
-    while (me.usage() - before).cpu_ns < 1_000_000 {
-        sum = std::hint::black_box(sum + 1);
+    let mut child =
+        Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let processes = Processes(vec![child.id()]);
+    let (mut to, mut from) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let before = processes.usage();
+    for _ in 0..1000 {
+        to.write_all(b"x").unwrap();
+        from.read_exact(&mut [0]).unwrap();
     }
-    std::thread::sleep(std::time::Duration::from_millis(1));
-    assert!((me.usage() - before).switches > 0);
-    assert!(me.memory() > 100_000);
+    // It goes to sleep now, if it never had to before.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let mut used = processes.usage() - before;
+    while used.switches == 0 && Instant::now() < deadline {
+        used = processes.usage() - before;
+    }
+    assert!(used.switches > 0 && used.cpu_ns > 100_000, "{used:?}");
+    assert!(processes.memory() > 10_000);
+    drop(to);
+    child.wait().unwrap();
 }
 
 #[test]
 fn children_belong_to_it() {
-    let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+    let mut child = Command::new("sleep").arg("60").spawn().unwrap();
     let all = Processes::of(std::process::id());
     child.kill().unwrap();
     child.wait().unwrap();
