@@ -37,6 +37,10 @@ struct Options {
     /// Only these contestants
     #[arg(long, value_delimiter = ',')]
     contestants: Vec<Contestant>,
+    /// Another build of Aegis, or this one with other settings, to measure beside it: a command, split at
+    /// blanks, such as `env AEGIS_PIN=on /path/of/aegis-proxy`
+    #[arg(long, value_name = "COMMAND")]
+    other: Option<String>,
     /// Runs of each contestant in each scenario [sweeps: half as many]
     #[arg(long)]
     rounds: Option<usize>,
@@ -106,8 +110,15 @@ fn compare(options: &Options) -> Result<(), String> {
         }
         return Ok(());
     }
+    let other = options.other.iter().flat_map(|other| other.split_whitespace());
+    let other: Vec<_> = other.map(str::to_owned).collect();
+    let has_other = !other.is_empty();
+    if has_other {
+        peers::OTHER.set(other).expect("it is set here alone");
+    }
+    let all = Contestant::ALL.iter().filter(|c| has_other || c.other_of().is_none());
     let contestants = match &options.contestants[..] {
-        [] => Contestant::ALL,
+        [] => &all.copied().collect::<Vec<_>>(),
         chosen => chosen,
     };
     // Thousands of connections need as many descriptors; children inherit the limit.

@@ -184,6 +184,8 @@ fn color(contestant: Contestant) -> RGBColor {
         Contestant::Uring => RGBColor(200, 30, 30),
         Contestant::Epoll => RGBColor(240, 150, 30),
         Contestant::Request => RGBColor(150, 40, 160),
+        Contestant::Other => RGBColor(120, 90, 60),
+        Contestant::OtherEpoll => RGBColor(200, 170, 120),
         Contestant::Haproxy => RGBColor(30, 90, 200),
         Contestant::Nginx => RGBColor(30, 150, 60),
         Contestant::Floor => RGBColor(90, 90, 90),

@@ -5,6 +5,7 @@ use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -36,6 +37,10 @@ pub enum Contestant {
     Epoll,
     /// Aegis on `io_uring`, connections lent for a request
     Request,
+    /// What `--other` names, on `io_uring`
+    Other,
+    /// The same, on epoll
+    OtherEpoll,
     /// `HAProxy`, mode tcp
     Haproxy,
     /// nginx, module stream
@@ -50,6 +55,8 @@ impl Contestant {
         Self::Uring,
         Self::Epoll,
         Self::Request,
+        Self::Other,
+        Self::OtherEpoll,
         Self::Haproxy,
         Self::Nginx,
         Self::Floor,
@@ -62,6 +69,8 @@ impl Contestant {
             Self::Uring => "Aegis io_uring",
             Self::Epoll => "Aegis epoll",
             Self::Request => "Aegis request",
+            Self::Other => "other io_uring",
+            Self::OtherEpoll => "other epoll",
             Self::Haproxy => "HAProxy",
             Self::Nginx => "nginx",
             Self::Floor => "the floor",
@@ -76,6 +85,15 @@ impl Contestant {
     /// Whether it is a program beside the load and the backend.
     pub fn is_proxy(self) -> bool {
         !matches!(self, Self::Direct | Self::Floor)
+    }
+
+    /// Which of this build's drivers it is another one of.
+    pub fn other_of(self) -> Option<Self> {
+        match self {
+            Self::Other => Some(Self::Uring),
+            Self::OtherEpoll => Some(Self::Epoll),
+            _ => None,
+        }
     }
 
     /// How many processes it runs as.
@@ -97,6 +115,10 @@ impl Contestant {
             Self::Uring | Self::Epoll | Self::Request => {
                 first_line(AEGIS, "--version", "nothing, cargo builds it")
             }
+            Self::Other | Self::OtherEpoll => match OTHER.get() {
+                Some(other) => Ok(other.join(" ")),
+                None => Err(format!("--other is missing, which says what {} is", self.name())),
+            },
             Self::Haproxy => first_line("haproxy", "-v", "haproxy"),
             Self::Nginx if Path::new(NGINX_MODULE).exists() => {
                 first_line("nginx", "-v", "nginx libnginx-mod-stream")
@@ -109,6 +131,9 @@ impl Contestant {
 }
 
 const AEGIS: &str = env!("CARGO_BIN_EXE_aegis-proxy");
+
+/// The command that runs another build of Aegis, or this one with other settings.
+pub static OTHER: OnceLock<Vec<String>> = OnceLock::new();
 
 /// A port that nobody listens on, below those that the kernel gives to clients.
 pub fn free_port() -> io::Result<u16> {
@@ -221,9 +246,17 @@ fn command(
     let file = folder.join("configuration");
     let mut command = match contestant {
         Contestant::Direct | Contestant::Floor => return Ok(None),
-        Contestant::Uring | Contestant::Epoll | Contestant::Request => {
-            let mut command = Command::new(AEGIS);
-            let io = if contestant == Contestant::Epoll { "epoll" } else { "uring" };
+        Contestant::Uring
+        | Contestant::Epoll
+        | Contestant::Request
+        | Contestant::Other
+        | Contestant::OtherEpoll => {
+            let other = OTHER.get().filter(|_| contestant.other_of().is_some());
+            let mut words = other.map_or(vec![AEGIS], |o| o.iter().map(String::as_str).collect());
+            let mut command = Command::new(words.remove(0));
+            command.args(words);
+            let on_epoll = matches!(contestant, Contestant::Epoll | Contestant::OtherEpoll);
+            let io = if on_epoll { "epoll" } else { "uring" };
             command.env_clear().envs([
                 ("AEGIS_LISTEN", listen.to_string()),
                 ("AEGIS_ADMIN", "127.0.0.1:0".to_owned()),

@@ -277,8 +277,26 @@ impl Measured {
             }
             text.push('\n');
         }
+        for line in &self.lines {
+            let base = self.lines.iter().find(|l| Some(l.contestant) == line.contestant.other_of());
+            if let Some(base) = base {
+                let _ = writeln!(text, "  {} to {}:{}", line.name, base.name, ratios(line, base));
+            }
+        }
         text
     }
+}
+
+/// Of one build of Aegis to another, metric by metric.
+fn ratios(line: &Line, base: &Line) -> String {
+    let metrics = [Metric::Throughput, Metric::P50, Metric::P99, Metric::P999, Metric::Cpu];
+    let mut text = String::new();
+    for metric in metrics {
+        if let Some(Summary { median, min, max }) = paired(metric, &line.runs, &[&base.runs]) {
+            let _ = write!(text, "  {} {median:.2} ({min:.2} … {max:.2})", metric.name());
+        }
+    }
+    text
 }
 
 fn date() -> String {
