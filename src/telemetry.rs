@@ -286,6 +286,8 @@ pub struct WorkerStats {
     pub turns: Counter,
     /// Completions (events) handled.
     pub completions: Counter,
+    /// Nanoseconds for which the worker was ready to run and waited for a core.
+    pub core_wait_ns: Gauge,
     /// Sessions accepted.
     pub sessions_opened: Counter,
     /// Clients handed over to a worker with fewer sessions.

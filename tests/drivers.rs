@@ -82,7 +82,7 @@ on_each_driver![
 impl<D: Driver> Rig<D> {
     fn turn(&mut self) {
         let most = Duration::from_millis(10);
-        self.driver.wait(Wait { events: 1, batch: Duration::ZERO, most }).unwrap();
+        self.driver.wait(Wait::for_one(most)).unwrap();
         while let Some(completion) = self.driver.next() {
             self.seen.push(completion);
         }
@@ -211,7 +211,7 @@ impl<D: Driver> Rig<D> {
     /// One turn, in which everything is passed on at once. Much that is queued stops its source.
     fn relay(&mut self, pairs: &mut [Relayed]) {
         let most = Duration::from_millis(10);
-        self.driver.wait(Wait { events: 1, batch: Duration::ZERO, most }).unwrap();
+        self.driver.wait(Wait::for_one(most)).unwrap();
         while let Some(completion) = self.driver.next() {
             let conn = completion.conn();
             let about = |pair: &&mut Relayed| conn == Some(pair.from) || conn == Some(pair.to);
@@ -295,7 +295,7 @@ mod checks {
         rig.turn();
         rig.driver.close(conn, Close::Reset);
         // What the kernel gives back in this wait is never looked at.
-        let wait = Wait { events: 1, batch: Duration::ZERO, most: Duration::ZERO };
+        let wait = Wait::for_one(Duration::ZERO);
         rig.driver.wait(wait).unwrap();
         drop(rig);
         assert_eq!(client.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
@@ -450,7 +450,7 @@ mod checks {
         for most in [5000, 50, 0, 20] {
             let most = Duration::from_millis(most);
             let begun = Instant::now();
-            rig.driver.wait(Wait { events: 1, batch: Duration::ZERO, most }).unwrap();
+            rig.driver.wait(Wait::for_one(most)).unwrap();
             let waited = begun.elapsed();
             assert!(waited < Duration::from_secs(2), "{waited:?} instead of {most:?}");
             while let Some(completion) = rig.driver.next() {

@@ -78,6 +78,12 @@ fn write_workers(text: &mut Encoder, view: &View) {
         }
     }
 
+    let name = "aegis_worker_core_wait_seconds_total";
+    text.family(name, Counter, "Time for which the worker was ready to run and waited for a core.");
+    for (worker, stats) in &workers {
+        text.sample(name, &[("worker", worker)], stats.core_wait_ns.get() as f64 / 1e9);
+    }
+
     let name = "aegis_sessions_closed_total";
     text.family(name, Counter, "Sessions ended, by how.");
     for (worker, stats) in &workers {
@@ -410,6 +416,7 @@ mod tests {
         let view = view(config(), endpoints);
         for (i, stats) in view.stats().enumerate() {
             stats.sessions_opened.add(10 + i as u64);
+            stats.core_wait_ns.set(1_500_000_000);
             stats.count_close(CloseReason::ClientReset);
             stats.count_checkout(Checkout::Hit);
             stats.connect_duration.record(Duration::from_micros(60));
@@ -454,6 +461,7 @@ mod tests {
         for (series, value) in [
             ("aegis_sessions_opened_total{worker=\"1\"}", 11.0),
             ("aegis_sessions_closed_total{worker=\"0\",reason=\"client_reset\"}", 1.0),
+            ("aegis_worker_core_wait_seconds_total{worker=\"1\"}", 1.5),
             ("aegis_pool_checkouts_total{result=\"hit\"}", 2.0),
             ("aegis_pool_connections{endpoint=\"db:5432@10.0.0.1:5432\",state=\"idle\"}", 3.0),
             ("aegis_endpoint_usable{endpoint=\"db:5432@10.0.0.2:5432\"}", 1.0),

@@ -9,12 +9,14 @@ use std::collections::VecDeque;
 use std::io;
 use std::mem;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags};
+use rustix::thread::{nanosleep, set_current_timer_slack};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
@@ -172,6 +174,8 @@ impl Epoll {
     /// # Errors
     /// Descriptors are short.
     pub fn new(setup: DriverSetup) -> io::Result<Self> {
+        // Timers may be late by this: by 50 µs, as long as a nap, if the kernel is not asked.
+        let _ = set_current_timer_slack(NonZeroU64::new(1));
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &setup.wake, EventData::new_u64(WAKE), EventFlags::IN)?;
         let timer = Timer::new()?;
@@ -539,18 +543,25 @@ impl Driver for Epoll {
         if !polls {
             self.timer.fire_by(self.now + wait.most)?;
         }
+        // Nothing tells epoll to wait for several events.
+        let naps = !polls && wait.contended && wait.events > 1;
+        if naps && let Ok(nap) = Timespec::try_from(wait.batch.min(wait.most)) {
+            // A signal only ends it early.
+            let _ = nanosleep(&nap);
+        }
         let at_once = polls.then(Timespec::default);
         let room = rustix::buffer::spare_capacity(&mut self.events);
         match epoll::wait(&self.fd, room, at_once.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
         }
+        let spare_time = !polls && (!naps || self.events.len() < wait.events as usize);
         self.now = Instant::now();
         self.window = splice::window(self.start, self.now);
         self.ready.extend(self.bulky.drain(..));
         self.steps = STEPS_PER_TURN;
         self.dispatch();
-        Ok(!polls)
+        Ok(spare_time)
     }
 
     fn next(&mut self) -> Option<Completion> {

@@ -96,6 +96,16 @@ pub struct Wait {
     pub batch: Duration,
     /// Wait no longer than this for the first.
     pub most: Duration,
+    /// Others want the core: a driver that cannot wait for several events leaves it to them for
+    /// as long as those may take.
+    pub contended: bool,
+}
+
+impl Wait {
+    /// For a single event, no longer than `most`.
+    pub fn for_one(most: Duration) -> Self {
+        Self { events: 1, batch: Duration::ZERO, most, contended: false }
+    }
 }
 
 /// What a driver needs at start.

@@ -5,7 +5,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::batch::Batcher;
+use super::batch::{Batcher, Plan};
+use super::contention::CoreWait;
 use super::mailbox::{Mailbox, Order};
 use super::timers::Timers;
 use crate::config::{Config, PoolMode};
@@ -53,6 +54,8 @@ pub struct EngineSetup {
     pub stats: Arc<[Arc<WorkerStats>]>,
     /// When the process started.
     pub started: Instant,
+    /// How long the worker waits for its core.
+    pub core_wait: CoreWait,
     /// Of the random numbers; equal seeds behave alike.
     pub seed: u64,
 }
@@ -128,6 +131,7 @@ pub struct Engine<D> {
     /// Endpoints whose pool may want connections.
     pub(super) short_pools: Vec<u16>,
     pub(super) batcher: Batcher,
+    core_wait: CoreWait,
     /// Sessions shorter than a second that ended within about a second.
     pub(super) ended_lately: usize,
     /// In a drain, the listeners stay open until then.
@@ -186,7 +190,8 @@ impl<D: Driver> Engine<D> {
             pool_conns: 0,
             pool_conns_max: setup.pool_conns_max.min(limits::POOL_CONNS_MAX),
             short_pools: Vec::with_capacity(limits::ENDPOINTS_MAX),
-            batcher: Batcher::new(now),
+            batcher: Batcher::new(now, setup.core_wait.total()),
+            core_wait: setup.core_wait,
             ended_lately: 0,
             listening_until: None,
             accepted: Vec::with_capacity(limits::ACCEPT_OVERSHOOT),
@@ -215,7 +220,7 @@ impl<D: Driver> Engine<D> {
             self.turn()?;
         }
         // One more, so that the last closes reach the kernel.
-        self.driver.wait(Wait { events: 1, batch: Duration::ZERO, most: Duration::ZERO }).map(drop)
+        self.driver.wait(Wait::for_one(Duration::ZERO)).map(drop)
     }
 
     /// Whether it was told to end and nothing is left to do.
@@ -292,7 +297,12 @@ impl<D: Driver> Engine<D> {
     }
 
     fn plan_wait(&mut self) -> Wait {
-        let (events, batch) = self.batcher.plan(self.now);
+        if self.batcher.window_is_over(self.now) {
+            let waited = self.core_wait.total();
+            self.stats.core_wait_ns.set(waited.as_nanos() as u64);
+            self.batcher.on_window(self.now, waited);
+        }
+        let Plan { events, batch, contended } = self.batcher.plan(self.now);
         // Few connections for many clients bring few answers at a time.
         let events = if self.lends() { events.min((self.loans / 2).max(1)) } else { events };
         let mut most = if self.gate.waits_for_turn || self.gate.full { ROTATION } else { TURN_MAX };
@@ -308,7 +318,7 @@ impl<D: Driver> Engine<D> {
         for at in due.into_iter().flatten() {
             most = most.min(at.saturating_duration_since(self.now));
         }
-        Wait { events, batch, most }
+        Wait { events, batch, most, contended }
     }
 
     /// Without warm connections or endpoints to watch there is nothing to look over.

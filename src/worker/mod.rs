@@ -19,6 +19,7 @@ use crate::limits;
 use crate::telemetry::{WorkerState, WorkerStats};
 
 pub mod batch;
+pub mod contention;
 pub mod cores;
 pub mod engine;
 mod handover;
@@ -31,6 +32,7 @@ mod sessions;
 mod simulation;
 pub mod timers;
 
+use contention::CoreWait;
 use engine::{Engine, EngineSetup};
 use mailbox::Mailbox;
 
@@ -134,6 +136,7 @@ fn serve<D: Driver>(driver: D, setup: WorkerSetup, started: &mpsc::Sender<io::Re
             mailboxes: setup.mailboxes,
             stats: setup.stats,
             started: setup.started,
+            core_wait: CoreWait::of_this_thread(),
             seed: fastrand::u64(..),
         },
     );

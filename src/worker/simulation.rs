@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::contention::CoreWait;
 use super::engine::{Engine, EngineSetup};
 use super::mailbox::{Mailbox, Order};
 use crate::config::Config;
@@ -66,6 +67,7 @@ impl Run {
             mailboxes: Arc::new([Arc::clone(&mailbox)]),
             stats: Arc::new([Arc::clone(&stats)]),
             started: Instant::now(),
+            core_wait: CoreWait::none(),
             seed: rng.u64(..),
         };
         Self {
