@@ -116,7 +116,7 @@ fn compare(options: &Options) -> Result<(), String> {
     if has_other {
         peers::OTHER.set(other).expect("it is set here alone");
     }
-    let all = Contestant::ALL.iter().filter(|c| has_other || c.other_of().is_none());
+    let all = Contestant::ALL.iter().filter(|c| has_other || !c.is_other());
     let contestants = match &options.contestants[..] {
         [] => &all.copied().collect::<Vec<_>>(),
         chosen => chosen,

@@ -45,7 +45,7 @@ pub fn measure(
     let proxies: Vec<Running> = contestants
         .iter()
         .zip(&backend.addresses)
-        .map(|(contestant, address)| Running::start(*contestant, *address, scenario.is_bulk()))
+        .map(|(contestant, address)| Running::start(*contestant, *address, scenario))
         .collect::<Result<_, _>>()?;
     let mut scenario = scenario.clone();
     if scenario.pace == RATE_TO_BE_MEASURED {

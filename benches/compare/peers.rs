@@ -14,6 +14,7 @@ use clap::ValueEnum;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::load;
+use crate::scenarios::Scenario;
 use crate::usage::Processes;
 
 /// Workers or threads of every contestant.
@@ -87,13 +88,9 @@ impl Contestant {
         !matches!(self, Self::Direct | Self::Floor)
     }
 
-    /// Which of this build's drivers it is another one of.
-    pub fn other_of(self) -> Option<Self> {
-        match self {
-            Self::Other => Some(Self::Uring),
-            Self::OtherEpoll => Some(Self::Epoll),
-            _ => None,
-        }
+    /// Whether `--other` says what it is.
+    pub fn is_other(self) -> bool {
+        matches!(self, Self::Other | Self::OtherEpoll)
     }
 
     /// How many processes it runs as.
@@ -165,12 +162,13 @@ impl Running {
     pub fn start(
         contestant: Contestant,
         backend: SocketAddr,
-        splice: bool,
+        scenario: &Scenario,
     ) -> Result<Self, String> {
         let told = |error: io::Error| format!("starting {}: {error}", contestant.name());
         let folder = tempfile::tempdir().map_err(told)?;
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port().map_err(told)?));
-        let command = command(contestant, address, backend, splice, folder.path()).map_err(told)?;
+        let command =
+            command(contestant, address, backend, scenario, folder.path()).map_err(told)?;
         let Some(mut command) = command else {
             return Ok(Self {
                 contestant,
@@ -240,7 +238,7 @@ fn command(
     contestant: Contestant,
     listen: SocketAddr,
     backend: SocketAddr,
-    splice: bool,
+    scenario: &Scenario,
     folder: &Path,
 ) -> io::Result<Option<Command>> {
     let file = folder.join("configuration");
@@ -251,7 +249,7 @@ fn command(
         | Contestant::Request
         | Contestant::Other
         | Contestant::OtherEpoll => {
-            let other = OTHER.get().filter(|_| contestant.other_of().is_some());
+            let other = OTHER.get().filter(|_| contestant.is_other());
             let mut words = other.map_or(vec![AEGIS], |o| o.iter().map(String::as_str).collect());
             let mut command = Command::new(words.remove(0));
             command.args(words);
@@ -268,7 +266,7 @@ fn command(
                 ("AEGIS_DRAIN_DELAY", "0s".to_owned()),
                 ("AEGIS_DRAIN_TIMEOUT", "0s".to_owned()),
             ]);
-            if contestant == Contestant::Request {
+            if scenario.pools && contestant != Contestant::Uring {
                 command.envs([
                     ("AEGIS_PROTOCOL", "chronos".to_owned()),
                     ("AEGIS_POOL_MODE", "request".to_owned()),
@@ -278,7 +276,7 @@ fn command(
             command
         }
         Contestant::Haproxy => {
-            fs::write(&file, haproxy(listen, backend, splice))?;
+            fs::write(&file, haproxy(listen, backend, scenario.is_bulk()))?;
             let mut command = Command::new("haproxy");
             command.args(["-db", "-f"]).arg(&file);
             command

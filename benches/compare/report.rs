@@ -238,6 +238,16 @@ fn for_driver(target: Target, contestant: Contestant) -> Option<Target> {
 }
 
 impl Measured {
+    /// What another build is compared with: this one, set up alike.
+    fn base_of(&self, other: Contestant) -> Option<&Line> {
+        let line = |wanted| self.lines.iter().find(|line| line.contestant == wanted);
+        match other {
+            Contestant::Other => line(Contestant::Request).or(line(Contestant::Uring)),
+            Contestant::OtherEpoll => line(Contestant::Epoll),
+            _ => None,
+        }
+    }
+
     fn table(&self) -> String {
         let (work, cpu, per) =
             if self.bulk { ("GB/s", "CPU s/GB", "MB") } else { ("req/s", "CPU µs", "req") };
@@ -278,8 +288,7 @@ impl Measured {
             text.push('\n');
         }
         for line in &self.lines {
-            let base = self.lines.iter().find(|l| Some(l.contestant) == line.contestant.other_of());
-            if let Some(base) = base {
+            if let Some(base) = self.base_of(line.contestant) {
                 let _ = writeln!(text, "  {} to {}:{}", line.name, base.name, ratios(line, base));
             }
         }

@@ -68,7 +68,7 @@ impl Scenario {
     pub fn contestants(&self, all: &[Contestant]) -> Vec<Contestant> {
         let takes_part = |contestant: &Contestant| match contestant {
             Contestant::Request => self.pools,
-            Contestant::Epoll | Contestant::Other | Contestant::OtherEpoll => !self.pools,
+            Contestant::Epoll | Contestant::OtherEpoll => !self.pools,
             _ => true,
         };
         all.iter().copied().filter(takes_part).collect()
