@@ -27,6 +27,7 @@
 pub mod cli;
 pub mod config;
 pub mod control;
+pub mod fifo;
 pub mod io;
 pub mod limits;
 pub mod proxy;

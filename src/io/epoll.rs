@@ -26,6 +26,7 @@ use socket2::{SockRef, Type};
 use super::buffers::{Buf, Buffers, Chain};
 use super::splice::{self, Bulk, Pipe, Pipes};
 use super::{Close, Completion, ConnId, Driver, DriverSetup, Wait, socket};
+use crate::fifo;
 use crate::limits;
 use crate::slab::Slab;
 
@@ -396,7 +397,7 @@ impl Epoll {
 
     /// Reads one buffer from the first socket in the queue.
     fn read_one(&mut self) -> Option<Completion> {
-        while let Some(conn) = self.ready.pop_front() {
+        while let Some(conn) = fifo::pop(&mut self.ready) {
             let filled = mem::take(&mut self.filled);
             let Some(socket) = self.sockets.get_mut(conn) else { continue };
             socket.queued = false;
@@ -462,7 +463,7 @@ impl Epoll {
             // There was no more to come after all.
             if filled > 0 {
                 self.flush_unsent();
-                if let Some(completion) = self.completions.pop_front() {
+                if let Some(completion) = fifo::pop(&mut self.completions) {
                     return Some(completion);
                 }
             }
@@ -533,7 +534,7 @@ impl Driver for Epoll {
         self.filled = 0;
         self.flush_unsent();
         if self.buffers.free() > 0 {
-            while let Some(conn) = self.starving.pop_front() {
+            while let Some(conn) = fifo::pop(&mut self.starving) {
                 if self.sockets.get(conn).is_some() {
                     self.ready.push_back(conn);
                 }
@@ -566,7 +567,7 @@ impl Driver for Epoll {
 
     fn next(&mut self) -> Option<Completion> {
         self.flush_unsent();
-        while let Some(completion) = self.completions.pop_front() {
+        while let Some(completion) = fifo::pop(&mut self.completions) {
             // Its user may have closed the connection since.
             if completion.conn().is_none_or(|conn| self.sockets.get(conn).is_some()) {
                 return Some(completion);

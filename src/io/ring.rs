@@ -16,6 +16,7 @@ use io_uring::{EnterFlags, IoUring, cqueue, opcode};
 use socket2::SockAddr;
 
 use super::probe::{self, Features};
+use crate::fifo;
 
 /// Submissions between two system calls; more than that are handed over in between.
 const SQ_ENTRIES: u32 = 1024;
@@ -300,7 +301,7 @@ impl Ring {
 
     /// The next completion taken.
     pub(super) fn pop(&mut self) -> Option<cqueue::Entry> {
-        self.completions.pop_front()
+        fifo::pop(&mut self.completions)
     }
 
     /// What the kernel refused for good, if anything.

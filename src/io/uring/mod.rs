@@ -33,6 +33,7 @@ use super::ring::Ring;
 use super::socket as options;
 use super::splice::{self, Pipes};
 use super::{Close, Completion, ConnId, Driver, DriverSetup, Wait};
+use crate::fifo;
 use crate::slab::Slab;
 
 /// The `io_uring` driver of one worker.
@@ -137,7 +138,7 @@ impl Uring {
         self.provided.refill(&mut self.buffers, lean);
         if self.provided.available() > 0 {
             // All of them: those that starve on again come back at no great cost.
-            while let Some(conn) = self.starving.pop_front() {
+            while let Some(conn) = fifo::pop(&mut self.starving) {
                 if let Some(socket) = self.sockets.get_mut(conn)
                     && socket.receiving == Receiving::Starving
                 {
@@ -246,7 +247,7 @@ impl Driver for Uring {
 
     fn next(&mut self) -> Option<Completion> {
         loop {
-            if let Some(completion) = self.ready.pop_front() {
+            if let Some(completion) = fifo::pop(&mut self.ready) {
                 return Some(completion);
             }
             let Some(entry) = self.ring.pop() else { return self.next_inline_send() };

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 
 use super::Uring;
 use super::socket::{Kind, user_data};
+use crate::fifo;
 use crate::io::{Completion, ConnId};
 
 /// A send up to this size is expected to complete as it is submitted.
@@ -62,7 +63,7 @@ impl Uring {
         if !self.ring.has_told_all() {
             return None;
         }
-        while let Some(conn) = self.inline.pop_front() {
+        while let Some(conn) = fifo::pop(&mut self.inline) {
             if let Some(count) = self.sockets.get(conn).and_then(|socket| socket.inline)
                 && let Some(completion) = self.on_send(conn, Ok(count.get()))
             {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::config::PoolMode;
+use crate::fifo;
 use crate::io::{Buf, Close, ConnId, Driver};
 use crate::limits;
 use crate::proxy::Side;
@@ -50,7 +51,7 @@ impl<D: Driver> Engine<D> {
             self.return_loan(key);
         }
         self.lend_freed();
-        while let Some(key) = self.due.pop_front() {
+        while let Some(key) = fifo::pop(&mut self.due) {
             if let Some(client) = self.clients.get_mut(key) {
                 client.due = false;
                 self.serve(key);
