@@ -24,7 +24,7 @@ pub const RELAY_BUFFERS_MAX: u32 = 8;
 pub const PARTIAL_BUFFERS_LEAN_MAX: u32 = 2;
 
 /// Buffers lent to the kernel at a time for whichever socket receives next: at least, …
-pub const BUFFERS_LENT_MIN: usize = 128;
+pub const BUFFERS_LENT_MIN: usize = 32;
 
 /// … and where more sockets than that receive in one turn, at most. A power of two. With 1024 there
 /// is no more to win.
