@@ -60,8 +60,9 @@ struct Options {
 
 impl Options {
     fn effort(&self, scenario: &Scenario) -> Effort {
-        let rounds = self.rounds.unwrap_or(if self.quick { 1 } else { 5 });
-        let seconds = self.seconds.unwrap_or(if self.quick { 0.3 } else { 2.0 });
+        // On a noisy machine many short rounds have a steadier median than a few long ones.
+        let rounds = self.rounds.unwrap_or(if self.quick { 1 } else { 12 });
+        let seconds = self.seconds.unwrap_or(if self.quick { 0.3 } else { 0.8 });
         let share = if scenario.sweep.is_some() { 2 } else { 1 };
         let rounds = rounds.div_ceil(share);
         Effort { rounds, measured: Duration::from_secs_f64(seconds) / share as u32 }
