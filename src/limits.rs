@@ -30,6 +30,9 @@ pub const BUFFERS_LENT_MIN: usize = 32;
 /// is no more to win.
 pub const BUFFER_RING_ENTRIES: u16 = 512;
 
+/// Buffers lent at a time at most while they are short.
+pub const BUFFERS_LENT_LEAN_MAX: usize = 128;
+
 /// Bytes that one pipe takes, through which bulk is moved within the kernel: that much is moved at a
 /// time. What a user may make larger without privileges is 1 MiB, and 64 MiB in all.
 pub const PIPE_SIZE: usize = 1 << 20;
@@ -132,9 +135,9 @@ const DESCRIPTORS_PER_SESSION: u64 = 2;
 /// maximum only under load that comes and goes faster than they shrink, and not all at once.
 const POOL_ENDPOINTS_PER_BACKEND: u64 = 2;
 
-/// The ring, or the epoll instance and its timer; the eventfd that wakes the worker; and both ends of
-/// pipes.
-const DESCRIPTORS_PER_WORKER: u64 = 3 + 2 * PIPES_MAX as u64;
+/// The ring, or the epoll instance and its timer; the eventfd that wakes the worker, which it has
+/// twice; what the scheduler says about it; and both ends of pipes.
+const DESCRIPTORS_PER_WORKER: u64 = 5 + 2 * PIPES_MAX as u64;
 
 /// Connections to the admin port: a scraper, the kubelet's probes, people.
 pub const ADMIN_CONNECTIONS: usize = 32;
@@ -194,7 +197,7 @@ pub struct DescriptorsNeeded {
     pub sessions: u64,
     /// Warm connections.
     pub pools: u64,
-    /// Listening sockets, rings, eventfds and pipes.
+    /// Listening sockets, and the workers' own.
     pub workers: u64,
     /// Connections to the admin port.
     pub admin: u64,
@@ -338,8 +341,8 @@ mod tests {
 
     const USERS: DescriptorUsers =
         DescriptorUsers { workers: 4, listeners: 2, pool_max_idle: 64, backends: Some(3) };
-    /// 4 × (3 + 2 + 2 × 16) + 32 + 32 + 3 + 64. All pools together may come to hold 4 × 64 × 6.
-    const FIXED: u64 = 148 + 131;
+    /// 4 × (5 + 2 + 2 × 16) + 32 + 32 + 3 + 64. All pools together may come to hold 4 × 64 × 6.
+    const FIXED: u64 = 156 + 131;
 
     fn sessions(n: usize) -> Option<NonZeroUsize> {
         NonZeroUsize::new(n)
@@ -389,9 +392,9 @@ mod tests {
         let error = capacity(request, FIXED + 40_000 + 63, &USERS).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "AEGIS_MAX_SESSIONS=20000 needs 40343 = 40000 for sessions + 64 for pools + 148 for \
+            "AEGIS_MAX_SESSIONS=20000 needs 40351 = 40000 for sessions + 64 for pools + 156 for \
              workers + 32 for admin connections + 32 for control + 3 standard + 64 slack \
-             descriptors; RLIMIT_NOFILE allows 40342, which is enough for 19999 sessions"
+             descriptors; RLIMIT_NOFILE allows 40350, which is enough for 19999 sessions"
         );
     }
 

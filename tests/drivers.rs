@@ -72,6 +72,7 @@ on_each_driver![
     small_sends_wait_for_room_and_arrive_whole,
     a_small_send_to_a_broken_connection_fails,
     a_wait_ends_when_its_time_is_up,
+    a_wait_for_many_where_others_want_the_core_ends_for_few,
     bulk_between_joined_connections_is_spliced_and_arrives_whole_with_its_end,
     after_bulk_small_messages_are_received_at_once_again,
     a_reader_that_resets_in_the_midst_of_bulk_is_noticed,
@@ -458,6 +459,43 @@ mod checks {
             }
         }
         assert_eq!(rig.received(), b"x");
+    }
+
+    pub fn a_wait_for_many_where_others_want_the_core_ends_for_few<D: Driver>(mut rig: Rig<D>) {
+        const MANY: usize = 8;
+        let mut clients: Vec<_> = (0..MANY).map(|_| rig.accept()).collect();
+        for (_, conn) in &clients {
+            rig.driver.receive(*conn, true);
+        }
+        rig.turn();
+        let batch = Duration::from_micros(50);
+        let wait = |rig: &mut Rig<D>, most| {
+            let most = Duration::from_millis(most);
+            let wait = Wait { events: MANY as u32, batch, most, contended: true };
+            let begun = Instant::now();
+            let has_spare_time = rig.driver.wait(wait).unwrap();
+            assert!(begun.elapsed() < PATIENCE / 2, "it waited for as many as there are never");
+            while let Some(completion) = rig.driver.next() {
+                rig.seen.push(completion);
+            }
+            has_spare_time
+        };
+        let long = 2 * PATIENCE.as_millis() as u64;
+        assert!(wait(&mut rig, 20), "nothing has come");
+        clients[0].0.write_all(b"x").unwrap();
+        assert!(wait(&mut rig, long), "one byte has come");
+        assert_eq!(rig.received(), b"x");
+        // Not all of them may be there in time at once.
+        let begun = Instant::now();
+        loop {
+            assert!(begun.elapsed() < PATIENCE, "all have sent a byte, again and again");
+            for (client, _) in &mut clients {
+                client.write_all(b"y").unwrap();
+            }
+            if !wait(&mut rig, long) {
+                break;
+            }
+        }
     }
 
     const BULK: usize = 32 << 20;

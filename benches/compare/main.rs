@@ -37,8 +37,8 @@ struct Options {
     /// Only these contestants
     #[arg(long, value_delimiter = ',')]
     contestants: Vec<Contestant>,
-    /// Another build of Aegis, or this one with other settings, to measure beside it: a command, split at
-    /// blanks, such as `env AEGIS_PIN=on /path/of/aegis-proxy`
+    /// Another build of Aegis, or this one with other settings, to measure beside it: a command,
+    /// split at blanks, such as `env AEGIS_PIN=on /path/of/aegis-proxy`
     #[arg(long, value_name = "COMMAND")]
     other: Option<String>,
     /// Runs of each contestant in each scenario [sweeps: half as many]

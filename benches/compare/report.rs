@@ -29,6 +29,8 @@ pub struct Measured {
     pub about: String,
     pub bulk: bool,
     #[serde(skip)]
+    pub pools: bool,
+    #[serde(skip)]
     pub sweep: Option<(Sweep, usize)>,
     pub lines: Vec<Line>,
     pub verdicts: Vec<Verdict>,
@@ -97,6 +99,7 @@ impl Report {
             name: scenario.name.clone(),
             about: scenario.about.clone(),
             bulk: scenario.is_bulk(),
+            pools: scenario.pools,
             sweep: scenario.sweep,
             verdicts: verdicts(scenario, &lines),
             lines,
@@ -240,12 +243,13 @@ fn for_driver(target: Target, contestant: Contestant) -> Option<Target> {
 impl Measured {
     /// What another build is compared with: this one, set up alike.
     fn base_of(&self, other: Contestant) -> Option<&Line> {
-        let line = |wanted| self.lines.iter().find(|line| line.contestant == wanted);
-        match other {
-            Contestant::Other => line(Contestant::Request).or(line(Contestant::Uring)),
-            Contestant::OtherEpoll => line(Contestant::Epoll),
-            _ => None,
-        }
+        let base = match other {
+            Contestant::Other if self.pools => Contestant::Request,
+            Contestant::Other => Contestant::Uring,
+            Contestant::OtherEpoll => Contestant::Epoll,
+            _ => return None,
+        };
+        self.lines.iter().find(|line| line.contestant == base)
     }
 
     fn table(&self) -> String {

@@ -79,7 +79,11 @@ fn write_workers(text: &mut Encoder, view: &View) {
     }
 
     let name = "aegis_worker_core_wait_seconds_total";
-    text.family(name, Counter, "Time for which the worker was ready to run and waited for a core.");
+    text.family(
+        name,
+        Counter,
+        "Time for which the worker was ready to run and waited for a core, or for its CPU quota.",
+    );
     for (worker, stats) in &workers {
         text.sample(name, &[("worker", worker)], stats.core_wait_ns.get() as f64 / 1e9);
     }

@@ -175,7 +175,7 @@ impl Epoll {
     /// # Errors
     /// Descriptors are short.
     pub fn new(setup: DriverSetup) -> io::Result<Self> {
-        // Timers may be late by this: by 50 µs, as long as a nap, if the kernel is not asked.
+        // Else the kernel may end a sleep 50 µs late, which is as long as one of ours.
         let _ = set_current_timer_slack(NonZeroU64::new(1));
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &setup.wake, EventData::new_u64(WAKE), EventFlags::IN)?;

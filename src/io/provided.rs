@@ -11,7 +11,7 @@ use io_uring::IoUring;
 use io_uring::types::BufRingEntry;
 
 use super::buffers::{Buf, Buffers};
-use crate::limits::{BUFFER_RING_ENTRIES, BUFFER_SIZE, BUFFERS_LENT_MIN};
+use crate::limits::{BUFFER_RING_ENTRIES, BUFFER_SIZE, BUFFERS_LENT_LEAN_MAX, BUFFERS_LENT_MIN};
 
 /// So many more are lent after a turn with too few.
 const GROWTH: usize = 4;
@@ -82,15 +82,16 @@ impl ProvidedBuffers {
         self.starved = true;
     }
 
-    /// Lends free buffers for the next turn: the least if they are short (`lean`), else a few more
-    /// than for the last one if a receive found none then, and otherwise one fewer.
+    /// Lends free buffers for the next turn: a few more than for the last one if a receive found none
+    /// then, and otherwise one fewer; not many if they are short (`lean`).
     pub(super) fn refill(&mut self, buffers: &mut Buffers, lean: bool) {
         self.target = if mem::take(&mut self.starved) {
             (self.target + GROWTH).min(self.lent.len())
         } else {
             (self.target - 1).max(BUFFERS_LENT_MIN)
         };
-        let target = if lean { BUFFERS_LENT_MIN } else { self.target };
+        let most = if lean { BUFFERS_LENT_LEAN_MAX } else { self.lent.len() };
+        let target = self.target.min(most);
         let before = self.tail;
         let mask = self.lent.len() as u16 - 1;
         while self.available < target && self.lent[usize::from(self.tail & mask)].is_none() {
@@ -168,10 +169,10 @@ mod tests {
         };
         assert_eq!(lend(false, false, 1), BUFFERS_LENT_MIN);
         assert_eq!(lend(true, false, 25), BUFFERS_LENT_MIN + 25 * GROWTH);
-        assert_eq!(lend(false, true, 1), BUFFERS_LENT_MIN, "buffers are short");
+        assert_eq!(lend(false, true, 1), BUFFERS_LENT_LEAN_MAX, "buffers are short");
         assert_eq!(lend(false, false, 1), BUFFERS_LENT_MIN + 98, "they no longer are");
         assert_eq!(lend(true, false, ALL), ALL);
-        assert_eq!(lend(false, true, ALL), BUFFERS_LENT_MIN);
+        assert_eq!(lend(false, true, ALL), BUFFERS_LENT_LEAN_MAX);
         assert_eq!(lend(false, false, 1), BUFFERS_LENT_MIN, "nobody wanted more for long");
     }
 }

@@ -10,8 +10,8 @@
 //!
 //! Where others want the core, a worker that always finds something to do holds it until the
 //! scheduler's next tick takes it away, milliseconds later, and whoever is to send the next request
-//! or answer waits for as long. There it waits for more than it can expect, so that it sleeps for a
-//! moment each turn.
+//! or answer waits for as long. There it waits for a moment for the events of all active sessions,
+//! which hardly ever come, so that it sleeps each turn.
 
 use std::time::{Duration, Instant};
 
