@@ -82,8 +82,8 @@ impl ProvidedBuffers {
         self.starved = true;
     }
 
-    /// Lends free buffers for the next turn: a few more than for the last one if a receive found none
-    /// then, and otherwise one fewer; not many if they are short (`lean`).
+    /// Lends free buffers for the next turn: a few more than for the last one if a receive found
+    /// none then, and otherwise one fewer; not many if they are short (`lean`).
     pub(super) fn refill(&mut self, buffers: &mut Buffers, lean: bool) {
         self.target = if mem::take(&mut self.starved) {
             (self.target + GROWTH).min(self.lent.len())

@@ -1,7 +1,8 @@
 //! Whether others want the core that a worker runs on.
 //!
-//! The scheduler counts (a CPU quota that is used up counts too) for how long each thread was ready to run and had to wait for a core: the
-//! second figure of `/proc/<pid>/schedstat` (Linux, `Documentation/scheduler/sched-stats.rst`).
+//! The scheduler counts for how long each thread was ready to run and had to wait for a core: the
+//! second figure of `/proc/<pid>/schedstat` (Linux, `Documentation/scheduler/sched-stats.rst`). The
+//! wait for a new CPU quota, where one is used up, counts too.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
