@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::num::NonZeroUsize;
+use std::time::Duration;
 
 use rustix::process::{Resource, getrlimit, setrlimit};
 
@@ -83,6 +84,10 @@ pub const POOL_CONNS_MAX: usize = 4096;
 /// As many of them are reserved for even where descriptors are short: without any, no pool could
 /// make a connection.
 const POOL_CONNS_MIN: u64 = 16;
+
+/// A client that is to get what a broken backend had sent may pause for so long; then it is reset.
+/// As long as proxies give clients that take nothing, and far above any pause of a healthy one.
+pub const FLUSH_STALL_MAX: Duration = Duration::from_secs(30);
 
 /// Connections of one worker.
 pub const fn conns_max(sessions_max: usize) -> usize {

@@ -25,7 +25,7 @@ use socket2::{SockRef, Type};
 
 use super::buffers::{Buf, Buffers, Chain};
 use super::splice::{self, Bulk, Pipe, Pipes};
-use super::{Close, Completion, ConnId, Driver, DriverSetup, Wait, socket};
+use super::{Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait, socket};
 use crate::fifo;
 use crate::limits;
 use crate::slab::Slab;
@@ -669,6 +669,16 @@ impl Driver for Epoll {
         if how == Close::Reset {
             socket::close_with_reset(&socket.fd);
         }
+    }
+
+    fn unheard(&mut self, conn: ConnId) -> Unheard {
+        self.sockets.get(conn).map_or(Unheard::End, |socket| socket::unheard(&socket.fd))
+    }
+
+    fn undelivered(&self, conn: ConnId) -> u64 {
+        let Some(socket) = self.sockets.get(conn) else { return 0 };
+        let piped = socket.pipe.as_ref().map_or(0, Pipe::bytes);
+        u64::from(socket.queue.bytes() + piped) + socket::unacknowledged(&socket.fd)
     }
 
     fn peer_address(&self, conn: ConnId) -> Option<SocketAddr> {

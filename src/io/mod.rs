@@ -48,13 +48,16 @@ pub enum Completion {
     Received(ConnId, Buf),
     /// Bytes arrived, so many, and are already on their way to the connection joined with this one.
     Spliced(ConnId, u32),
-    /// The peer ended its direction; nothing more will be received.
+    /// The peer ended its direction, behind all that was received; nothing more will be.
     Ended(ConnId),
-    /// Receiving failed; nothing more will be received.
+    /// Receiving failed, behind all that had arrived before; nothing more will be received.
     ReceiveFailed(ConnId),
     /// So many bytes were taken by the socket.
     Sent(ConnId, u32),
-    /// Sending failed; what was queued is gone, and nothing more can be sent.
+    /// The connection broke: what was queued is gone, and nothing more can be sent. It is told once,
+    /// by a send or, while receiving is stopped, by the break itself. What had arrived before can
+    /// still be received; since the error has been taken, [`Completion::Ended`] may come behind it
+    /// in place of [`Completion::ReceiveFailed`].
     SendFailed(ConnId),
     /// Somebody wrote to the wake-up descriptor.
     Woken,
@@ -76,6 +79,17 @@ impl Completion {
             Self::AcceptFailed(_) | Self::Woken => None,
         }
     }
+}
+
+/// What a connection shows when it is looked at, whatever [`Driver::next`] has told so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unheard {
+    /// It is open and silent.
+    Nothing,
+    /// Bytes wait on it, and its end has not come.
+    Bytes,
+    /// Its peer has ended or broken it, perhaps behind bytes that wait.
+    End,
 }
 
 /// How to close a connection.
@@ -182,6 +196,14 @@ pub trait Driver {
 
     /// Closes a connection; what is still queued for it is dropped.
     fn close(&mut self, conn: ConnId, how: Close);
+
+    /// Looks at a connection itself: what the kernel knows of it at this moment, be it told or not.
+    /// It costs a system call.
+    fn unheard(&mut self, conn: ConnId) -> Unheard;
+
+    /// Bytes on their way to the peer, queued here or in the kernel, of which it has not
+    /// acknowledged that it has them. None of a connection that is broken. It costs a system call.
+    fn undelivered(&self, conn: ConnId) -> u64;
 
     /// The peer's address.
     fn peer_address(&self, conn: ConnId) -> Option<SocketAddr>;

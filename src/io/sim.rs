@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::buffers::{Buf, Buffers, Chain};
-use super::{Close, Completion, ConnId, Driver, Wait};
+use super::{Close, Completion, ConnId, Driver, Unheard, Wait};
 use crate::limits::BUFFER_SIZE;
 use crate::slab::Slab;
 
@@ -639,6 +639,22 @@ impl Driver for Sim {
         } else {
             peer.saw_end = true;
         }
+    }
+
+    fn unheard(&mut self, conn: ConnId) -> Unheard {
+        let Some(socket) = self.sockets.get(conn) else { return Unheard::End };
+        let peer = &self.peers[socket.peer];
+        if peer.reset || peer.ended {
+            Unheard::End
+        } else if peer.sent > socket.taken {
+            Unheard::Bytes
+        } else {
+            Unheard::Nothing
+        }
+    }
+
+    fn undelivered(&self, conn: ConnId) -> u64 {
+        self.sockets.get(conn).map_or(0, |socket| u64::from(socket.queue.bytes()))
     }
 
     fn peer_address(&self, _: ConnId) -> Option<SocketAddr> {

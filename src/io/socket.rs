@@ -1,10 +1,14 @@
-//! Socket options and addresses, alike for all drivers.
+//! Socket options, addresses and states, alike for all drivers.
+#![allow(unsafe_code)]
 
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
+use super::Unheard;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::ioctl::{Getter, ioctl};
 use rustix::net::SocketFlags;
 use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, TcpKeepalive, Type};
 
@@ -52,6 +56,36 @@ pub(super) fn outgoing(address: &SocketAddr, kind: Type, options: &Options) -> i
 pub(super) fn close_with_reset(socket: &impl AsFd) {
     // A socket that cannot take the option is broken already and resets by itself.
     let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
+}
+
+/// What a connection shows at this moment.
+pub(super) fn unheard(socket: &impl AsFd) -> Unheard {
+    let shown = poll_now(socket, PollFlags::IN | PollFlags::RDHUP);
+    if shown.intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR) {
+        Unheard::End
+    } else if shown.is_empty() {
+        Unheard::Nothing
+    } else {
+        Unheard::Bytes
+    }
+}
+
+/// Bytes that the kernel has taken and the peer has not acknowledged; none once it never will.
+pub(super) fn unacknowledged(socket: &impl AsFd) -> u64 {
+    // SAFETY: this request stores an int, and nothing else.
+    let count = unsafe { ioctl(socket, Getter::<{ libc::TIOCOUTQ as _ }, libc::c_int>::new()) };
+    let count = count.ok().and_then(|count| u64::try_from(count).ok()).unwrap_or_default();
+    if count > 0 && !poll_now(socket, PollFlags::empty()).is_empty() { 0 } else { count }
+}
+
+/// Which of these hold now; an error or a hang-up is told in any case.
+fn poll_now(socket: &impl AsFd, flags: PollFlags) -> PollFlags {
+    let mut fds = [PollFd::new(socket, flags)];
+    match poll(&mut fds, Some(&Timespec::default())) {
+        Ok(_) => fds[0].revents(),
+        // It is not known to be well.
+        Err(_) => PollFlags::ERR,
+    }
 }
 
 /// The peer's address.

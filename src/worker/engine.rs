@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::batch::{Batcher, Plan};
 use super::contention::CoreWait;
+use super::flush::Flushing;
 use super::mailbox::{Mailbox, Order};
 use super::timers::Timers;
 use crate::config::{Config, PoolMode};
@@ -76,6 +77,8 @@ pub(super) enum Owner {
     Lent(Key),
     /// Warm in a pool, with what the backend has sent unasked.
     Warm { endpoint: u16, greeting: Chain },
+    /// Nobody's, and to be closed once its peer has what was sent to it.
+    Flushing(Flushing),
 }
 
 /// A connection's owner. The id tells a slot's present connection from an earlier one.
@@ -113,6 +116,8 @@ pub struct Engine<D> {
     pub(super) due: VecDeque<Key>,
     /// Clients whose connection is to be given back before the turn ends.
     pub(super) returning: Vec<Key>,
+    /// Connections that are closed once their peers have what was sent to them.
+    pub(super) flushing: usize,
     /// Connections that clients hold.
     pub(super) loans: u32,
     /// Endpoints that may have connections for requests that wait.
@@ -171,6 +176,7 @@ impl<D: Driver> Engine<D> {
             queue: Queue::new(config.requests.queue_max, clients_max),
             due: VecDeque::with_capacity(clients_max),
             returning: Vec::with_capacity(clients_max),
+            flushing: 0,
             loans: 0,
             freed: Vec::with_capacity(limits::ENDPOINTS_MAX),
             scratch: vec![0; config.requests.line_max].into(),
@@ -378,6 +384,7 @@ impl<D: Driver> Engine<D> {
                 }
                 Some(&Owner::Client(client)) => self.on_client_broken(client, Side::Client),
                 Some(&Owner::Lent(client)) => self.on_client_broken(client, Side::Backend),
+                Some(Owner::Flushing(_)) => self.end_flush(conn),
                 _ => {}
             },
             Completion::Woken => self.on_mail(),
@@ -400,6 +407,7 @@ impl<D: Driver> Engine<D> {
                 self.on_connect_failed(conn, &io::ErrorKind::TimedOut.into());
             }
             Owner::Client(client) => self.on_client_deadline(client),
+            Owner::Flushing(flushing) => self.on_flush_timer(conn, flushing),
             Owner::Lent(_) | Owner::Warm { .. } | Owner::None => {}
         }
     }
@@ -433,6 +441,7 @@ impl<D: Driver> Engine<D> {
                 self.stop_listening();
                 self.close_all_sessions(CloseReason::DrainDeadline);
                 self.close_all_clients(CloseReason::DrainDeadline);
+                self.end_all_flushes();
             }
         }
     }
@@ -492,10 +501,15 @@ impl<D: Driver> Engine<D> {
     pub(super) fn on_session_gone(&mut self, reason: CloseReason, age: Duration) {
         self.stats.count_close(reason);
         self.stats.session_duration.record(age);
-        self.publish_sessions();
         if age < Duration::from_secs(1) {
             self.ended_lately += 1;
         }
+        self.on_place_free();
+    }
+
+    /// A connection was closed: its place may be what accepting lacked.
+    pub(super) fn on_place_free(&mut self) {
+        self.publish_sessions();
         self.gate.retry_at = None;
     }
 
@@ -559,9 +573,9 @@ impl<D: Driver> Engine<D> {
         &mut self.driver
     }
 
-    /// Open sessions.
+    /// Open sessions, and what is left of some that have ended.
     pub fn sessions(&self) -> usize {
-        self.sessions.len() + self.clients.len()
+        self.sessions.len() + self.clients.len() + self.flushing
     }
 
     pub(super) fn publish_sessions(&self) {

@@ -22,6 +22,7 @@ pub mod batch;
 pub mod contention;
 pub mod cores;
 pub mod engine;
+mod flush;
 mod handover;
 mod lending;
 pub mod listener;

@@ -31,8 +31,8 @@ use super::probe::Features;
 use super::provided::ProvidedBuffers;
 use super::ring::Ring;
 use super::socket as options;
-use super::splice::{self, Pipes};
-use super::{Close, Completion, ConnId, Driver, DriverSetup, Wait};
+use super::splice::{self, Pipe, Pipes};
+use super::{Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait};
 use crate::fifo;
 use crate::slab::Slab;
 
@@ -357,6 +357,16 @@ impl Driver for Uring {
             }
         }
         self.finish_close(conn);
+    }
+
+    fn unheard(&mut self, conn: ConnId) -> Unheard {
+        self.sockets.get(conn).map_or(Unheard::End, |socket| options::unheard(&socket.fd))
+    }
+
+    fn undelivered(&self, conn: ConnId) -> u64 {
+        let Some(socket) = self.sockets.get(conn) else { return 0 };
+        let piped = socket.pipe.as_ref().map_or(0, Pipe::bytes);
+        u64::from(socket.queue.bytes() + piped) + options::unacknowledged(&socket.fd)
     }
 
     fn peer_address(&self, conn: ConnId) -> Option<SocketAddr> {
