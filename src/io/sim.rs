@@ -1,12 +1,13 @@
 //! The simulator: a seeded network in memory with virtual time.
 //!
-//! It drives the real engine through what real networks do and tests can hardly provoke: partial
-//! reads and writes, receives that stop late, refused, hanging and broken connections, slow and
-//! stalled readers, clients and backends that end or reset at any moment, and too few buffers.
-//! Two runs from one seed are identical.
+//! It drives the real engine through what real networks and kernels do and tests can hardly
+//! provoke: partial reads and writes, receives that stop late, refused, hanging and broken
+//! connections, slow and stalled readers, clients and backends that end or reset at any moment, too
+//! few buffers, what a reset destroys on its way, and events that are told late, in part, in
+//! another order or as one. Two runs from one seed are identical.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::BinaryHeap;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -15,74 +16,26 @@ use std::time::{Duration, Instant};
 
 use super::buffers::{Buf, Buffers, Chain};
 use super::{Close, Completion, ConnId, Driver, Unheard, Wait};
-use crate::limits::BUFFER_SIZE;
+use crate::limits::{BUFFER_SIZE, BUFFERS_LENT_MIN};
 use crate::slab::Slab;
 
+mod hearing;
 pub mod lines;
+mod peers;
 
-use lines::Lines;
+use hearing::Hearing;
+pub use peers::{ID_BYTES, Peer, Plan};
 
-/// Bytes of each peer's stream start with its number, so that who talked to whom is known.
-pub const ID_BYTES: usize = 8;
+/// Buffers filled of which that was not told yet: as many as a driver lends to its kernel, at least.
+pub const UNTOLD_BUFFERS_MAX: usize = BUFFERS_LENT_MIN;
 /// What a peer's socket buffers, in each direction.
 const SOCKET_BYTES: usize = 48 * 1024;
-
-/// What a peer does, decided when it is created.
-#[derive(Debug, Clone)]
-pub struct Plan {
-    /// Bytes that it sends in all.
-    pub sends: usize,
-    /// Bytes that it sends before it was asked. Backends only.
-    pub greeting: usize,
-    /// Ends its direction once it has sent all; else only after the other's end.
-    pub ends_first: bool,
-    /// Resets after having sent so many bytes.
-    pub resets_at: Option<usize>,
-    /// Stops reading for good after so many bytes.
-    pub stalls_at: Option<usize>,
-    /// Sends in pieces of up to so many bytes.
-    pub piece: usize,
-    /// Longest pause between two of its steps, in microseconds.
-    pub pause_us: u64,
-}
-
-/// A client or a backend at the far end of a connection.
-#[allow(
-    clippy::struct_excessive_bools,
-    reason = "independent facts, each told by the kernel or the user"
-)]
-#[derive(Debug)]
-pub struct Peer {
-    /// Its number, unique in a run.
-    pub id: u64,
-    /// Whether it is a client.
-    pub is_client: bool,
-    /// What it does.
-    pub plan: Plan,
-    /// Bytes handed to its socket.
-    pub sent: usize,
-    /// All bytes that reached it.
-    pub received: Vec<u8>,
-    /// It was told of the other's end.
-    pub saw_end: bool,
-    /// It was told of a reset.
-    pub saw_reset: bool,
-    /// It has ended its direction.
-    pub ended: bool,
-    /// It has reset the connection.
-    pub reset: bool,
-    /// What it says, where peers speak lines.
-    pub lines: Option<Box<Lines>>,
-    read: usize,
-    pause_us: u64,
-    conn: Option<ConnId>,
-}
-
-impl Peer {
-    fn is_over(&self) -> bool {
-        self.reset || self.saw_reset || (self.ended && self.saw_end)
-    }
-}
+/// What the proxy's kernel takes for one connection and has not delivered.
+const SEND_BYTES: usize = 32 * 1024;
+/// What was sent is to be told within this time.
+const UNDONE_MAX: Duration = Duration::from_millis(2);
+/// For so long a process may be stopped, as one is whose CPU quota is used up.
+const STOP: Duration = Duration::from_millis(100);
 
 #[allow(
     clippy::struct_excessive_bools,
@@ -93,17 +46,29 @@ struct Socket {
     peer: usize,
     connecting: bool,
     wanted: bool,
+    /// The user has wanted to receive, and does not now.
+    stopped: bool,
     /// Deliveries that may still come after receiving was stopped.
     late: u8,
     /// The peer's bytes taken from its socket so far.
     taken: usize,
     ended: bool,
+    /// That was told.
+    told_end: bool,
+    /// The break was told as a failed send.
+    broken: bool,
     /// An error that a send met first: receiving then shows an ordinary end.
     error_taken: bool,
     /// What it receives may be sent there by itself.
     joined: Option<ConnId>,
     queue: Chain,
+    /// Bytes taken by the kernel of which that was not told yet.
+    untold: u32,
+    /// When the kernel took the latest.
+    taken_at: Duration,
     shutdown: bool,
+    /// The user has ended the direction to the peer.
+    shut: bool,
     stepping: bool,
     /// A receive waits for a buffer.
     starved: bool,
@@ -116,6 +81,12 @@ enum Step {
     PeerActs(usize),
     Receive(u32, u32),
     Send(u32, u32),
+    /// The kernel tells of so many bytes that it has taken.
+    TellSent(u32, u32, u32),
+    /// A connection that is not received from shows that it is broken.
+    Break(u32, u32),
+    /// Bytes on the wire reach a peer.
+    Deliver(usize),
 }
 
 /// How an endpoint answers connects.
@@ -139,9 +110,11 @@ pub struct Sim {
     sequence: u64,
     sockets: Slab<Socket>,
     buffers: Buffers,
-    completions: VecDeque<Completion>,
+    hearing: Hearing,
+    /// Sends are told of up to so many microseconds after the kernel has taken them.
+    sent_late_us: u64,
     noise: Arc<[u8]>,
-    backlog: VecDeque<usize>,
+    backlog: std::collections::VecDeque<usize>,
     listening: bool,
     room: usize,
     woken: bool,
@@ -156,6 +129,11 @@ pub struct Sim {
     pub speaks_lines: bool,
     /// The most that was held for one connection, in bytes.
     pub queue_peak: u32,
+    /// That bytes were sent ends no wait, as no driver may have it.
+    pub withholds_sends: bool,
+    /// The process was stopped since the latest look at what is undone.
+    was_stopped: bool,
+    too_late: Option<String>,
 }
 
 impl Sim {
@@ -169,9 +147,10 @@ impl Sim {
             sequence: 0,
             sockets: Slab::with_capacity(conns_max),
             buffers: Buffers::new(buffers_max).expect("memory"),
-            completions: VecDeque::new(),
+            hearing: Hearing::new(&mut rng),
+            sent_late_us: [0, 0, 300][rng.usize(..3)],
             noise: std::iter::repeat_with(|| rng.u8(..)).take(1 << 16).collect(),
-            backlog: VecDeque::new(),
+            backlog: std::collections::VecDeque::new(),
             listening: true,
             room: 0,
             woken: false,
@@ -181,6 +160,9 @@ impl Sim {
             greetings: rng.bool(),
             speaks_lines: false,
             queue_peak: 0,
+            withholds_sends: false,
+            was_stopped: false,
+            too_late: None,
             rng,
         }
     }
@@ -217,50 +199,46 @@ impl Sim {
         coming + self.backlog.len()
     }
 
-    /// The bytes of a peer's stream from `at`, up to `len`.
-    pub fn stream(&self, id: u64, at: usize, len: usize) -> Vec<u8> {
-        let header = id.to_be_bytes();
-        let body = |i: usize| self.noise[(id as usize * 7919 + i) % self.noise.len()];
-        (at..at + len).map(|i| header.get(i).copied().unwrap_or_else(|| body(i))).collect()
+    /// What the user could do and has not done, though it was told all that it needs to know, for
+    /// nothing will tell it again; or what it was told too late. To be asked after each turn.
+    pub fn undone(&mut self) -> Option<String> {
+        self.was_stopped = false;
+        let undone =
+            (0..self.sockets.slots()).find_map(|slot| self.undone_with(self.sockets.key_at(slot)?));
+        self.too_late.take().or(undone)
     }
 
-    fn plan(&mut self, is_client: bool) -> Plan {
-        let rng = &mut self.rng;
-        let sends = match rng.u8(..10) {
-            0 => 0,
-            1..=6 => rng.usize(ID_BYTES..2000),
-            7 | 8 => rng.usize(ID_BYTES..40_000),
-            _ => rng.usize(ID_BYTES..300_000),
-        };
-        let greeting = if self.greetings && !is_client { rng.usize(..200).min(sends) } else { 0 };
-        Plan {
-            sends,
-            greeting,
-            ends_first: rng.u8(..3) > 0,
-            resets_at: (rng.u8(..8) == 0).then(|| rng.usize(..=sends)),
-            stalls_at: (rng.u8(..16) == 0).then(|| rng.usize(..10_000)),
-            piece: if rng.u8(..4) == 0 { 100 } else { BUFFER_SIZE },
-            pause_us: [20, 300, 5_000, 50_000][rng.usize(..4)],
+    /// The user is told that bytes were sent for which the source of them may have waited.
+    fn check_lateness(&mut self, conn: ConnId) {
+        let Some(sink) = self.sockets.get(conn) else { return };
+        let Some(source) = sink.joined.and_then(|source| self.sockets.get(source)) else { return };
+        let from = &self.peers[source.peer];
+        let waits = !source.wanted && !source.broken && from.sent > source.taken;
+        let late = self.elapsed.saturating_sub(sink.taken_at);
+        if waits && late > UNDONE_MAX && !self.was_stopped {
+            self.too_late = Some(format!("{} waited {late:?} to be read from", from.id));
         }
     }
 
-    fn add_peer(&mut self, is_client: bool, plan: Plan) -> usize {
-        self.peers.push(Peer {
-            id: self.peers.len() as u64 + 1,
-            is_client,
-            pause_us: plan.pause_us,
-            plan,
-            sent: 0,
-            received: Vec::new(),
-            saw_end: false,
-            saw_reset: false,
-            ended: false,
-            reset: false,
-            lines: None,
-            read: 0,
-            conn: None,
-        });
-        self.peers.len() - 1
+    fn undone_with(&self, conn: ConnId) -> Option<String> {
+        let source = self.sockets.get(conn)?;
+        let sink = self.sockets.get(source.joined?)?;
+        let (from, to) = (&self.peers[source.peer], &self.peers[sink.peer]);
+        let is_flushed = sink.queue.is_empty() && sink.untold == 0;
+        if sink.broken || to.reset || !is_flushed || self.hearing.has(conn) {
+            return None;
+        }
+        let unread = !source.ended && (from.sent > source.taken || from.ended || from.reset);
+        let both_ended = source.told_end && sink.told_end;
+        if unread && !source.wanted && !source.broken {
+            Some(format!("{} is not read from, though {} takes everything", from.id, to.id))
+        } else if source.told_end && !from.reset && !sink.shut {
+            Some(format!("{} has ended, and {} was not told", from.id, to.id))
+        } else if both_ended && source.queue.is_empty() && source.untold == 0 {
+            Some(format!("{} and {} have ended, and stay", from.id, to.id))
+        } else {
+            None
+        }
     }
 
     fn schedule(&mut self, delay: Duration, step: Step) {
@@ -278,13 +256,19 @@ impl Sim {
             peer,
             connecting,
             wanted: false,
+            stopped: false,
             late: 0,
             taken: 0,
             ended: false,
+            told_end: false,
+            broken: false,
             error_taken: false,
             joined: None,
             queue: Chain::default(),
+            untold: 0,
+            taken_at: Duration::ZERO,
             shutdown: false,
+            shut: false,
             stepping: false,
             starved: false,
         };
@@ -298,7 +282,7 @@ impl Sim {
             if self.rng.u8(..50) == 0 {
                 self.room = 0;
                 let error = io::Error::from_raw_os_error(libc::EMFILE);
-                return self.completions.push_back(Completion::AcceptFailed(error));
+                return self.hearing.push(Completion::AcceptFailed(error));
             }
             self.room -= 1;
             self.accept_one();
@@ -309,7 +293,7 @@ impl Sim {
         if let Some(peer) = self.backlog.pop_front()
             && let Some(conn) = self.add_socket(peer, false)
         {
-            self.completions.push_back(Completion::Accepted(conn));
+            self.hearing.push(Completion::Accepted(conn));
         }
     }
 
@@ -331,6 +315,16 @@ impl Sim {
                 self.receive_step(ConnId::from_parts(index, generation));
             }
             Step::Send(index, generation) => self.send_step(ConnId::from_parts(index, generation)),
+            Step::TellSent(index, generation, bytes) => {
+                let conn = ConnId::from_parts(index, generation);
+                if self.sockets.get(conn).is_some_and(|socket| !socket.broken) {
+                    self.hearing.push(Completion::Sent(conn, bytes));
+                }
+            }
+            Step::Break(index, generation) => {
+                self.break_step(ConnId::from_parts(index, generation));
+            }
+            Step::Deliver(peer) => self.deliver(peer),
         }
     }
 
@@ -339,58 +333,15 @@ impl Sim {
         if accepted {
             socket.connecting = false;
             let peer = socket.peer;
-            self.completions.push_back(Completion::Connected(conn));
+            self.hearing.push(Completion::Connected(conn));
             self.soon(100, Step::PeerActs(peer));
         } else {
             let error = io::ErrorKind::ConnectionRefused.into();
-            self.completions.push_back(Completion::ConnectFailed(conn, error));
+            self.hearing.push(Completion::ConnectFailed(conn, error));
         }
     }
 
-    /// A peer sends, reads, ends or resets, as it planned.
-    fn peer_acts(&mut self, index: usize) {
-        let chunk = self.rng.usize(1..8000);
-        if self.peers[index].is_over() {
-            return;
-        }
-        self.answer(index);
-        let peer = &mut self.peers[index];
-        let taken = peer.conn.and_then(|c| self.sockets.get(c)).map_or(0, |socket| socket.taken);
-        let asked = peer.is_client || !peer.received.is_empty() || peer.saw_end;
-        let goal = match &peer.lines {
-            Some(lines) => lines.goal(peer).min(peer.plan.sends),
-            None if asked => peer.plan.sends,
-            None => peer.plan.greeting,
-        };
-        let chunk = peer.lines.as_ref().map_or(chunk, |lines| lines.chunk(chunk));
-        let room = SOCKET_BYTES.saturating_sub(peer.sent - taken);
-        let before_reset = peer.plan.resets_at.unwrap_or(usize::MAX).saturating_sub(peer.sent);
-        let before = (peer.sent, peer.read);
-        peer.sent += chunk.min(room).min(goal.saturating_sub(peer.sent)).min(before_reset);
-        if peer.plan.stalls_at.is_none_or(|at| peer.read < at) {
-            peer.read = peer.received.len();
-        }
-        if asked && peer.plan.resets_at.is_some_and(|at| peer.sent >= at) {
-            peer.reset = true;
-        } else if asked && peer.sent == peer.plan.sends {
-            // Two that wait for one another would wait for ever: the client gives in.
-            let gives_in = peer.is_client && self.rng.u8(..20) == 0;
-            peer.ended |= peer.plan.ends_first || peer.saw_end || gives_in;
-        }
-        peer.ended |= peer.lines.is_some() && !peer.is_client && peer.saw_end;
-        // With nothing to do it looks around ever more rarely.
-        let busy = before != (peer.sent, peer.read);
-        peer.pause_us = if busy { peer.plan.pause_us } else { (2 * peer.pause_us).min(500_000) };
-        let (pause, over) = (peer.pause_us, peer.is_over());
-        if let Some(conn) = peer.conn {
-            self.poke(conn);
-        }
-        if !over {
-            self.soon(pause, Step::PeerActs(index));
-        }
-    }
-
-    /// Something changed: the socket may have something to receive or room to send.
+    /// Something changed: the socket may have something to receive, room to send, or be broken.
     fn poke(&mut self, conn: ConnId) {
         let (index, generation) = (conn.index() as u32, conn.generation());
         let Some(socket) = self.sockets.get_mut(conn) else { return };
@@ -399,6 +350,8 @@ impl Sim {
         }
         if !socket.ended && !socket.starved && (socket.wanted || socket.late > 0) {
             self.soon(50, Step::Receive(index, generation));
+        } else if socket.stopped && !socket.broken && self.peers[socket.peer].reset {
+            self.soon(50, Step::Break(index, generation));
         }
         if let Some(socket) = self.sockets.get_mut(conn)
             && !socket.stepping
@@ -421,7 +374,7 @@ impl Sim {
             if peer.reset || peer.ended {
                 socket.ended = true;
                 let broken = peer.reset && !socket.error_taken;
-                self.completions.push_back(if broken {
+                self.hearing.push(if broken {
                     Completion::ReceiveFailed(conn)
                 } else {
                     Completion::Ended(conn)
@@ -429,15 +382,17 @@ impl Sim {
             }
             return;
         }
-        if !socket.wanted {
-            socket.late -= 1;
-        }
-        let Some(mut buf) = self.buffers.take() else {
-            self.buffer_waits += 1;
+        let (_, untold) = self.hearing.untold();
+        let buf = if untold < UNTOLD_BUFFERS_MAX { self.buffers.take() } else { None };
+        let Some(mut buf) = buf else {
+            self.buffer_waits += u64::from(untold < UNTOLD_BUFFERS_MAX);
             socket.starved = true;
             let step = Step::Receive(conn.index() as u32, conn.generation());
             return self.schedule(Duration::from_millis(1), step);
         };
+        if !socket.wanted {
+            socket.late -= 1;
+        }
         let sink = self.sink(conn);
         let Some(socket) = self.sockets.get_mut(conn) else { return self.buffers.give(buf) };
         let peer = &self.peers[socket.peer];
@@ -457,10 +412,10 @@ impl Sim {
         self.buffers.set_len(&mut buf, len);
         match sink {
             Some(to) => {
-                self.completions.push_back(Completion::Spliced(conn, len as u32));
+                self.hearing.push(Completion::Spliced(conn, len as u32));
                 self.send(to, buf);
             }
-            None => self.completions.push_back(Completion::Received(conn, buf)),
+            None => self.hearing.push(Completion::Received(conn, buf)),
         }
         self.poke(conn);
     }
@@ -469,43 +424,82 @@ impl Sim {
     fn sink(&mut self, conn: ConnId) -> Option<ConnId> {
         let source = self.sockets.get(conn).filter(|source| source.wanted)?;
         let to = source.joined?;
-        let free = self.sockets.get(to).is_some_and(|to| to.queue.is_empty());
-        let first = !self.completions.iter().any(|earlier| earlier.conn() == Some(conn));
-        (free && first && self.rng.bool()).then_some(to)
+        let free = self.sockets.get(to).is_some_and(|to| to.queue.is_empty() && !to.broken);
+        (free && !self.hearing.has(conn) && self.rng.bool()).then_some(to)
     }
 
     fn send_step(&mut self, conn: ConnId) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
         socket.stepping = false;
-        let peer = &mut self.peers[socket.peer];
+        let index = socket.peer;
+        let peer = &mut self.peers[index];
         if peer.reset && !socket.queue.is_empty() {
             socket.error_taken = true;
-            self.buffers.clear(&mut socket.queue);
-            socket.shutdown = false;
-            return self.completions.push_back(Completion::SendFailed(conn));
+            return self.break_step(conn);
         }
-        let room = SOCKET_BYTES.saturating_sub(peer.received.len() - peer.read);
-        let most = room.min(socket.queue.bytes() as usize);
+        let most = (SEND_BYTES - peer.wire.len()).min(socket.queue.bytes() as usize);
         if most > 0 {
             let len = self.rng.usize(1..=most);
-            let before = peer.received.len();
+            let before = peer.wire.len();
             for part in self.buffers.slices(&socket.queue) {
-                let rest = len - (peer.received.len() - before);
-                peer.received.extend_from_slice(&part[..part.len().min(rest)]);
-            }
-            if let Some(lines) = &mut peer.lines {
-                lines.hear(&peer.received[before..]);
+                let rest = len - (peer.wire.len() - before);
+                peer.wire.extend(&part[..part.len().min(rest)]);
             }
             self.buffers.advance(&mut socket.queue, len as u32);
-            self.completions.push_back(Completion::Sent(conn, len as u32));
+            socket.untold += len as u32;
+            socket.taken_at = self.elapsed;
+            let tell = Step::TellSent(conn.index() as u32, conn.generation(), len as u32);
+            match self.sent_late_us {
+                0 => self.run_step(tell),
+                late => self.soon(late, tell),
+            }
         }
+        let Some(socket) = self.sockets.get_mut(conn) else { return };
         if socket.queue.is_empty() && socket.shutdown {
             socket.shutdown = false;
-            peer.saw_end = true;
+            self.peers[index].wire_ends = true;
         }
+        self.carry_on(index);
         if most > 0 {
             self.poke(conn);
         }
+    }
+
+    fn break_step(&mut self, conn: ConnId) {
+        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        if socket.broken || (socket.ended && !socket.error_taken && socket.queue.is_empty()) {
+            return;
+        }
+        socket.broken = true;
+        socket.shutdown = false;
+        self.buffers.clear(&mut socket.queue);
+        self.hearing.push(Completion::SendFailed(conn));
+    }
+
+    /// The process is stopped for a while: much happens, and nothing is told.
+    fn stop(&mut self) {
+        self.was_stopped = true;
+        let until = self.elapsed + STOP;
+        while let Some(&Reverse((at, _, step))) = self.steps.peek()
+            && at <= until
+        {
+            self.steps.pop();
+            self.elapsed = self.elapsed.max(at);
+            self.run_step(step);
+        }
+        self.elapsed = until;
+    }
+
+    /// A backend that has answered all that it was asked is asked anew.
+    fn check_silence(&self, conn: ConnId, socket: &Socket) {
+        let peer = &self.peers[socket.peer];
+        let Some(lines) = peer.lines.as_ref().filter(|_| !peer.is_client) else { return };
+        let idle = socket.queue.is_empty()
+            && peer.wire.is_empty()
+            && lines.has_understood(peer.received.len());
+        let unheard =
+            peer.sent > socket.taken || peer.reset || peer.ended || self.hearing.has(conn);
+        assert!(!idle || !unheard, "a request is sent on a connection that is not silent");
     }
 }
 
@@ -515,15 +509,21 @@ impl Driver for Sim {
     }
 
     fn wait(&mut self, wait: Wait) -> io::Result<bool> {
-        let until = self.elapsed + wait.most;
+        let started = self.elapsed;
+        self.hearing.begin_turn(&mut self.rng);
+        if self.rng.u16(..500) == 0 {
+            self.stop();
+        }
         loop {
             if std::mem::take(&mut self.woken) {
-                self.completions.push_back(Completion::Woken);
+                self.hearing.push(Completion::Woken);
             }
             self.accept_waiting();
-            if self.completions.len() >= wait.events as usize {
+            let heard = self.hearing.len(self.withholds_sends);
+            if heard >= wait.events as usize {
                 return Ok(wait.events == 1);
             }
+            let until = started + if heard > 0 { wait.batch.min(wait.most) } else { wait.most };
             match self.steps.peek() {
                 Some(&Reverse((at, _, step))) if at <= until => {
                     self.steps.pop();
@@ -531,7 +531,7 @@ impl Driver for Sim {
                     self.run_step(step);
                 }
                 _ => {
-                    self.elapsed = until;
+                    self.elapsed = self.elapsed.max(until);
                     return Ok(true);
                 }
             }
@@ -540,8 +540,17 @@ impl Driver for Sim {
 
     fn next(&mut self) -> Option<Completion> {
         loop {
-            let completion = self.completions.pop_front()?;
-            if completion.conn().is_none_or(|conn| self.sockets.get(conn).is_some()) {
+            let completion = self.hearing.pop(&mut self.rng)?;
+            let Some(conn) = completion.conn() else { return Some(completion) };
+            if let Completion::Sent(..) = completion {
+                self.check_lateness(conn);
+            }
+            if let Some(socket) = self.sockets.get_mut(conn) {
+                match completion {
+                    Completion::Sent(_, bytes) => socket.untold -= bytes,
+                    Completion::Ended(_) | Completion::ReceiveFailed(_) => socket.told_end = true,
+                    _ => {}
+                }
                 return Some(completion);
             }
             if let Completion::Received(_, buf) = completion {
@@ -551,7 +560,9 @@ impl Driver for Sim {
     }
 
     fn accept(&mut self, room: usize) {
-        self.room = room;
+        // Those that the user does not know of yet have their places.
+        let (accepted, _) = self.hearing.untold();
+        self.room = room.saturating_sub(accepted);
     }
 
     fn refuse_handshakes(&mut self) {
@@ -564,6 +575,7 @@ impl Driver for Sim {
         while !self.backlog.is_empty() {
             self.accept_one();
         }
+        self.hearing.tell_all();
     }
 
     fn release(&mut self, _: ConnId) -> Option<OwnedFd> {
@@ -608,12 +620,17 @@ impl Driver for Sim {
             socket.late = late;
         }
         socket.wanted = on;
+        socket.stopped = !on;
         self.poke(conn);
     }
 
     fn send(&mut self, conn: ConnId, buf: Buf) {
-        let Some(socket) = self.sockets.get_mut(conn) else { return self.buffers.give(buf) };
-        assert!(!socket.shutdown, "bytes are sent behind the end");
+        let Some(socket) = self.sockets.get(conn) else { return self.buffers.give(buf) };
+        self.check_silence(conn, socket);
+        let Some(socket) = self.sockets.get_mut(conn).filter(|socket| !socket.broken) else {
+            return self.buffers.give(buf);
+        };
+        assert!(!socket.shut, "bytes are sent behind the end");
         self.buffers.push(&mut socket.queue, buf);
         self.queue_peak = self.queue_peak.max(socket.queue.bytes());
         self.poke(conn);
@@ -621,7 +638,8 @@ impl Driver for Sim {
 
     fn shutdown(&mut self, conn: ConnId) {
         if let Some(socket) = self.sockets.get_mut(conn) {
-            socket.shutdown = true;
+            socket.shutdown = !socket.broken;
+            socket.shut = true;
         }
         self.poke(conn);
     }
@@ -629,15 +647,8 @@ impl Driver for Sim {
     fn close(&mut self, conn: ConnId, how: Close) {
         let Some(mut socket) = self.sockets.remove(conn) else { return };
         self.buffers.clear(&mut socket.queue);
-        if socket.connecting {
-            return;
-        }
-        let peer = &mut self.peers[socket.peer];
-        // As kernels do: unread bytes turn a close into a reset.
-        if how == Close::Reset || socket.taken < peer.sent {
-            peer.saw_reset = true;
-        } else {
-            peer.saw_end = true;
+        if !socket.connecting {
+            self.close_wire(socket.peer, socket.taken, how);
         }
     }
 
@@ -646,7 +657,7 @@ impl Driver for Sim {
         let peer = &self.peers[socket.peer];
         if peer.reset || peer.ended {
             Unheard::End
-        } else if peer.sent > socket.taken {
+        } else if peer.sent > socket.taken || self.hearing.has(conn) {
             Unheard::Bytes
         } else {
             Unheard::Nothing
@@ -654,7 +665,9 @@ impl Driver for Sim {
     }
 
     fn undelivered(&self, conn: ConnId) -> u64 {
-        self.sockets.get(conn).map_or(0, |socket| u64::from(socket.queue.bytes()))
+        let Some(socket) = self.sockets.get(conn) else { return 0 };
+        let peer = &self.peers[socket.peer];
+        if peer.reset { 0 } else { u64::from(socket.queue.bytes()) + peer.wire.len() as u64 }
     }
 
     fn peer_address(&self, _: ConnId) -> Option<SocketAddr> {

@@ -1,5 +1,7 @@
 //! The engine on the simulator: a thousand seeded runs, every byte checked.
 
+use std::any::Any;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,7 +10,7 @@ use super::engine::{Engine, EngineSetup};
 use super::mailbox::{Mailbox, Order};
 use crate::config::Config;
 use crate::io::Driver;
-use crate::io::sim::{ID_BYTES, Peer, Reachability, Sim};
+use crate::io::sim::{ID_BYTES, Peer, Reachability, Sim, UNTOLD_BUFFERS_MAX};
 use crate::limits;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
 use crate::telemetry::{CloseReason, WorkerStats};
@@ -101,6 +103,10 @@ impl Run {
         let allowed = self.mailbox.current_order() > Order::Run
             || self.engine.sessions() <= self.sessions_max;
         assert!(allowed, "more sessions than AEGIS_MAX_SESSIONS");
+        let driver = self.engine.driver();
+        if let Some(what) = driver.undone() {
+            panic!("undone at {:?}: {what}", driver.elapsed());
+        }
     }
 
     /// Endpoints fail, hang and recover, and discovery changes its mind.
@@ -181,6 +187,8 @@ impl Run {
         let timeouts = self.stats.closed(CloseReason::IdleTimeout)
             + self.stats.closed(CloseReason::HalfCloseTimeout);
         let stopped = timeouts > 0;
+        let cut = [CloseReason::EndpointRemoved, CloseReason::DrainDeadline, CloseReason::Overload];
+        let cut = cut.iter().any(|&reason| self.stats.closed(reason) > 0);
         let driver = self.engine.driver();
         let mut served = std::collections::HashSet::new();
         for peer in &driver.peers {
@@ -202,9 +210,17 @@ impl Run {
                 assert_eq!(peer.received.len(), partner.sent, "bytes lost before the end");
             }
             assert!(!(partner.reset && peer.saw_end), "a reset arrived as an ordinary end");
+            let reads_on = peer.plan.stalls_at.is_none() && !peer.reset;
+            if partner.reset && peer.saw_reset && reads_on && !cut {
+                let (got, sent) = (peer.received.len(), partner.sent);
+                assert_eq!(got, sent, "{} sent it to {} before it broke", partner.id, peer.id);
+            }
         }
-        let limit = (limits::RELAY_BUFFERS_MAX + 3 + limits::POOL_GREETING_BUFFERS_MAX)
-            * limits::BUFFER_SIZE as u32;
+        let buffers = limits::RELAY_BUFFERS_MAX
+            + 3
+            + limits::POOL_GREETING_BUFFERS_MAX
+            + UNTOLD_BUFFERS_MAX as u32;
+        let limit = buffers * limits::BUFFER_SIZE as u32;
         assert!(driver.queue_peak <= limit, "{} bytes in flight", driver.queue_peak);
         assert_eq!(driver.buffer_waits(), 0, "a slow session held buffers that others needed");
     }
@@ -235,17 +251,52 @@ fn run(seed: u64) -> (u64, u64) {
     (run.stats.sessions_opened.get(), run.stats.closed(CloseReason::Finished))
 }
 
+/// Runs the seeds from `first` on: `count` of them, or as many as `AEGIS_SEEDS` says. Returns what
+/// all runs came to together; fails with each kind of failure and a seed that shows it.
+pub(super) fn run_seeds(first: u64, count: u64, run: fn(u64) -> (u64, u64)) -> (u64, u64) {
+    let count =
+        std::env::var("AEGIS_SEEDS").map_or(count, |seeds| seeds.parse().expect("a number"));
+    let mut failures: BTreeMap<String, Vec<u64>> = BTreeMap::new();
+    let mut total = (0, 0);
+    for seed in first..first + count {
+        match std::panic::catch_unwind(|| run(seed)) {
+            Ok((one, two)) => total = (total.0 + one, total.1 + two),
+            Err(panic) => failures.entry(kind_of(&*panic)).or_default().push(seed),
+        }
+    }
+    for (kind, seeds) in &failures {
+        let first: Vec<_> = seeds.iter().take(10).collect();
+        println!("{} seeds such as {first:?}: {kind}", seeds.len());
+    }
+    assert!(failures.is_empty(), "{} kinds of failures, listed above", failures.len());
+    total
+}
+
+/// What a panic says, without the numbers in it.
+fn kind_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("something else");
+    text.chars().filter(|c| !c.is_ascii_digit()).take(160).collect()
+}
+
 #[test]
 fn a_thousand_seeds_lose_no_byte_and_leak_nothing() {
-    let (mut opened, mut finished) = (0, 0);
-    for seed in 0..1000 {
-        let outcome = std::panic::catch_unwind(|| run(seed));
-        let (o, f) = outcome.unwrap_or_else(|_| panic!("seed {seed}"));
-        opened += o;
-        finished += f;
-    }
+    let (opened, finished) = run_seeds(0, 1000, run);
     println!("{opened} sessions, {finished} finished in order");
     assert!(finished > opened / 4, "{finished} of {opened}: the runs test too little");
+}
+
+#[test]
+fn a_driver_that_is_silent_about_what_was_sent_is_found_out() {
+    let found = (0..100).any(|seed| {
+        let outcome = std::panic::catch_unwind(|| {
+            let mut run = Run::new(seed);
+            run.engine.driver().withholds_sends = true;
+            run.serve_clients();
+        });
+        outcome.is_err_and(|panic| kind_of(&*panic).contains("undone"))
+    });
+    assert!(found, "sources are not read from until something else happens");
 }
 
 #[test]

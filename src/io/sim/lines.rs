@@ -56,6 +56,11 @@ pub struct Lines {
 }
 
 impl Lines {
+    /// Whether a backend has taken in all of the bytes that reached it.
+    pub(super) fn has_understood(&self, received: usize) -> bool {
+        self.understood == received
+    }
+
     /// Up to where a peer may send now.
     pub(super) fn goal(&self, peer: &Peer) -> usize {
         if !peer.is_client {
