@@ -131,8 +131,8 @@ pub struct Sim {
     pub queue_peak: u32,
     /// That bytes were sent ends no wait, as no driver may have it.
     pub withholds_sends: bool,
-    /// The process was stopped since the latest look at what is undone.
-    was_stopped: bool,
+    /// When the latest stop of the process was over.
+    stopped_until: Duration,
     too_late: Option<String>,
 }
 
@@ -161,7 +161,7 @@ impl Sim {
             speaks_lines: false,
             queue_peak: 0,
             withholds_sends: false,
-            was_stopped: false,
+            stopped_until: Duration::ZERO,
             too_late: None,
             rng,
         }
@@ -202,7 +202,6 @@ impl Sim {
     /// What the user could do and has not done, though it was told all that it needs to know, for
     /// nothing will tell it again; or what it was told too late. To be asked after each turn.
     pub fn undone(&mut self) -> Option<String> {
-        self.was_stopped = false;
         let undone =
             (0..self.sockets.slots()).find_map(|slot| self.undone_with(self.sockets.key_at(slot)?));
         self.too_late.take().or(undone)
@@ -214,8 +213,8 @@ impl Sim {
         let Some(source) = sink.joined.and_then(|source| self.sockets.get(source)) else { return };
         let from = &self.peers[source.peer];
         let waits = !source.wanted && !source.broken && from.sent > source.taken;
-        let late = self.elapsed.saturating_sub(sink.taken_at);
-        if waits && late > UNDONE_MAX && !self.was_stopped {
+        let late = self.elapsed.saturating_sub(sink.taken_at.max(self.stopped_until));
+        if waits && late > UNDONE_MAX {
             self.too_late = Some(format!("{} waited {late:?} to be read from", from.id));
         }
     }
@@ -478,7 +477,6 @@ impl Sim {
 
     /// The process is stopped for a while: much happens, and nothing is told.
     fn stop(&mut self) {
-        self.was_stopped = true;
         let until = self.elapsed + STOP;
         while let Some(&Reverse((at, _, step))) = self.steps.peek()
             && at <= until
@@ -487,7 +485,7 @@ impl Sim {
             self.elapsed = self.elapsed.max(at);
             self.run_step(step);
         }
-        self.elapsed = until;
+        (self.elapsed, self.stopped_until) = (until, until);
     }
 
     /// A backend that has answered all that it was asked is asked anew.
