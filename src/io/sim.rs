@@ -20,6 +20,7 @@ use crate::limits::{BUFFER_SIZE, BUFFERS_LENT_MIN};
 use crate::slab::Slab;
 
 mod hearing;
+pub mod http;
 pub mod lines;
 mod peers;
 
@@ -100,6 +101,17 @@ pub enum Reachability {
     Silent,
 }
 
+/// What peers speak.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Speech {
+    /// Anything, in both directions.
+    Bytes,
+    /// Lines, each answered with one.
+    Lines,
+    /// Requests of HTTP/1.1, each answered.
+    Http,
+}
+
 /// The simulated network and the driver on it.
 #[allow(clippy::struct_excessive_bools, reason = "independent facts")]
 pub struct Sim {
@@ -125,8 +137,8 @@ pub struct Sim {
     pub endpoints: Vec<Reachability>,
     /// Whether backends greet.
     pub greetings: bool,
-    /// Whether peers speak lines, each answered with one.
-    pub speaks_lines: bool,
+    /// What peers speak.
+    pub speech: Speech,
     /// The most that was held for one connection, in bytes.
     pub queue_peak: u32,
     /// That bytes were sent ends no wait, as no driver may have it.
@@ -158,7 +170,7 @@ impl Sim {
             peers: Vec::new(),
             endpoints: vec![Reachability::Up; endpoints],
             greetings: rng.bool(),
-            speaks_lines: false,
+            speech: Speech::Bytes,
             queue_peak: 0,
             withholds_sends: false,
             stopped_until: Duration::ZERO,
@@ -169,11 +181,13 @@ impl Sim {
 
     /// Lets a client come after `delay`.
     pub fn add_client(&mut self, delay: Duration) {
-        let peer = if self.speaks_lines {
-            self.add_asker()
-        } else {
-            let plan = self.plan(true);
-            self.add_peer(true, plan)
+        let peer = match self.speech {
+            Speech::Lines => self.add_asker(),
+            Speech::Http => self.add_http_client(),
+            Speech::Bytes => {
+                let plan = self.plan(true);
+                self.add_peer(true, plan)
+            }
         };
         self.schedule(delay, Step::ClientArrives(peer));
     }
@@ -395,7 +409,8 @@ impl Sim {
         let sink = self.sink(conn);
         let Some(socket) = self.sockets.get_mut(conn) else { return self.buffers.give(buf) };
         let peer = &self.peers[socket.peer];
-        let piece = peer.lines.as_ref().map_or(0, |lines| lines.out.len() / 100);
+        let said = peer.lines.as_ref().map_or(0, |lines| lines.out.len());
+        let piece = (said + peer.http.as_ref().map_or(0, |http| http.out.len())) / 100;
         let piece = peer.plan.piece.max(piece).min(BUFFER_SIZE);
         let mut len = self.rng.usize(1..=waiting.min(piece));
         let (id, at) = (peer.id, socket.taken);
@@ -403,9 +418,10 @@ impl Sim {
             len = lines.piece(at, len);
         }
         socket.taken += len;
-        let bytes = match &peer.lines {
-            Some(lines) => lines.out[at..at + len].to_vec(),
-            None => self.stream(id, at, len),
+        let bytes = match (&peer.lines, &peer.http) {
+            (Some(lines), _) => lines.out[at..at + len].to_vec(),
+            (_, Some(http)) => http.out[at..at + len].to_vec(),
+            _ => self.stream(id, at, len),
         };
         self.buffers.space(&mut buf)[..len].copy_from_slice(&bytes);
         self.buffers.set_len(&mut buf, len);
@@ -491,10 +507,14 @@ impl Sim {
     /// A backend that has answered all that it was asked is asked anew.
     fn check_silence(&self, conn: ConnId, socket: &Socket) {
         let peer = &self.peers[socket.peer];
-        let Some(lines) = peer.lines.as_ref().filter(|_| !peer.is_client) else { return };
-        let idle = socket.queue.is_empty()
-            && peer.wire.is_empty()
-            && lines.has_understood(peer.received.len());
+        let received = peer.received.len();
+        let has_understood = match (&peer.lines, &peer.http) {
+            _ if peer.is_client => false,
+            (Some(lines), _) => lines.has_understood(received),
+            (_, Some(http)) => http.has_understood(received),
+            _ => false,
+        };
+        let idle = socket.queue.is_empty() && peer.wire.is_empty() && has_understood;
         let unheard =
             peer.sent > socket.taken || peer.reset || peer.ended || self.hearing.has(conn);
         assert!(!idle || !unheard, "a request is sent on a connection that is not silent");
@@ -585,11 +605,13 @@ impl Driver for Sim {
     }
 
     fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
-        let peer = if self.speaks_lines {
-            self.add_answerer(address.port())
-        } else {
-            let plan = self.plan(false);
-            self.add_peer(false, plan)
+        let peer = match self.speech {
+            Speech::Lines => self.add_answerer(address.port()),
+            Speech::Http => self.add_http_backend(address.port()),
+            Speech::Bytes => {
+                let plan = self.plan(false);
+                self.add_peer(false, plan)
+            }
         };
         let Some(conn) = self.add_socket(peer, true) else {
             return Err(io::ErrorKind::QuotaExceeded.into());

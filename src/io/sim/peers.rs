@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use super::http::Http;
 use super::lines::Lines;
 use super::{SOCKET_BYTES, Sim, Step};
 use crate::io::{Close, ConnId};
@@ -56,6 +57,8 @@ pub struct Peer {
     pub reset: bool,
     /// What it says, where peers speak lines.
     pub lines: Option<Box<Lines>>,
+    /// What it says, where peers speak HTTP.
+    pub http: Option<Box<Http>>,
     /// What the proxy's kernel has taken for it and not delivered. A reset loses it.
     pub(super) wire: VecDeque<u8>,
     /// Behind that comes the end of the stream.
@@ -67,6 +70,11 @@ pub struct Peer {
 }
 
 impl Peer {
+    /// Whether it says what it says in messages.
+    fn speaks(&self) -> bool {
+        self.lines.is_some() || self.http.is_some()
+    }
+
     fn is_over(&self) -> bool {
         self.reset || self.saw_reset || (self.ended && self.saw_end)
     }
@@ -119,6 +127,7 @@ impl Sim {
             ended: false,
             reset: false,
             lines: None,
+            http: None,
             wire: VecDeque::new(),
             wire_ends: false,
             delivering: false,
@@ -135,16 +144,19 @@ impl Sim {
             return;
         }
         self.answer(index);
+        self.answer_http(index);
         let peer = &mut self.peers[index];
         let socket = peer.conn.and_then(|conn| self.sockets.get(conn));
         let (taken, is_served) = socket.map_or((0, false), |socket| (socket.taken, true));
         let asked = peer.is_client || !peer.received.is_empty() || peer.saw_end;
-        let goal = match &peer.lines {
-            Some(lines) => lines.goal(peer).min(peer.plan.sends),
-            None if asked => peer.plan.sends,
-            None => peer.plan.greeting,
+        let goal = match (&peer.lines, &peer.http) {
+            (Some(lines), _) => lines.goal(peer).min(peer.plan.sends),
+            (_, Some(http)) => http.goal(peer.is_client).min(peer.plan.sends),
+            _ if asked => peer.plan.sends,
+            _ => peer.plan.greeting,
         };
         let chunk = peer.lines.as_ref().map_or(chunk, |lines| lines.chunk(chunk));
+        let chunk = peer.http.as_ref().map_or(chunk, |http| http.chunk(chunk));
         let room = SOCKET_BYTES.saturating_sub(peer.sent - taken);
         let before_reset = peer.plan.resets_at.unwrap_or(usize::MAX).saturating_sub(peer.sent);
         let before = (peer.sent, peer.read);
@@ -160,7 +172,9 @@ impl Sim {
             let gives_in = peer.is_client && self.rng.u8(..20) == 0;
             peer.ended |= peer.plan.ends_first || peer.saw_end || gives_in;
         }
-        peer.ended |= peer.lines.is_some() && !peer.is_client && peer.saw_end;
+        peer.ended |= peer.speaks() && !peer.is_client && peer.saw_end;
+        // What it was told is over, it leaves sooner or later.
+        peer.ended |= peer.http.is_some() && peer.saw_end && self.rng.u8(..3) == 0;
         if peer.conn.is_some() && !is_served && peer.sent > before.0 {
             // As kernels answer what comes for a socket that was closed.
             peer.see_reset();
@@ -204,6 +218,9 @@ impl Sim {
             peer.received.extend(peer.wire.drain(..len));
             if let Some(lines) = &mut peer.lines {
                 lines.hear(&peer.received[before..]);
+            }
+            if let Some(http) = peer.http.as_mut().filter(|_| peer.is_client) {
+                http.hear(&peer.received);
             }
         }
         peer.saw_end |= peer.wire_ends && peer.wire.is_empty();

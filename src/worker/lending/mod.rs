@@ -6,6 +6,8 @@
 
 mod answers;
 mod clients;
+#[cfg(test)]
+mod http_simulation;
 mod loans;
 mod placing;
 #[cfg(test)]

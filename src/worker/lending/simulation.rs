@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use crate::config::{Balance, Config, PoolMode, Protocol, Route};
 use crate::io::sim::lines::{Asked, LINE_MAX, UNASKED, answer};
-use crate::io::sim::{Peer, Sim};
+use crate::io::sim::{Peer, Sim, Speech};
 use crate::limits;
 use crate::proxy::queue::Line;
 use crate::proxy::route::{StableHash, owner};
+use crate::proxy::session::Session;
 use crate::telemetry::CloseReason;
 use crate::worker::engine::Engine;
 use crate::worker::mailbox::Order;
@@ -20,9 +21,9 @@ const MS: Duration = Duration::from_millis(1);
 /// there at the next look, at the latest: after 100 ms, or so long after a stop of the process.
 const LOOK_AFTER: Duration = Duration::from_millis(250);
 
-fn config(rng: &mut fastrand::Rng) -> Config {
+fn config(protocol: Protocol, rng: &mut fastrand::Rng) -> Config {
     let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
-    config.protocol = Protocol::Chronos;
+    config.protocol = protocol;
     config.pool.mode = if rng.u8(..3) > 0 { PoolMode::Request } else { PoolMode::Session };
     config.pool.size = rng.usize(1..5);
     config.pool.min_idle = rng.usize(..2);
@@ -36,7 +37,8 @@ fn config(rng: &mut fastrand::Rng) -> Config {
     config.requests.queue_max = [1, 4, 1000][rng.usize(..3)];
     config.requests.queue_timeout = [30 * MS, 300 * MS, 3 * SECOND][rng.usize(..3)];
     config.requests.timeout = Some([100 * MS, 4 * SECOND][rng.usize(..2)]);
-    if config.pool.mode == PoolMode::Request && rng.bool() {
+    let has_keys = protocol == Protocol::Chronos && config.pool.mode == PoolMode::Request;
+    if has_keys && rng.bool() {
         config.requests.route = Route::Key;
     }
     config.connect_timeout = [200 * MS, 3 * SECOND][rng.usize(..2)];
@@ -46,8 +48,8 @@ fn config(rng: &mut fastrand::Rng) -> Config {
     config
 }
 
-struct Lending {
-    run: Run,
+pub(super) struct Lending {
+    pub(super) run: Run,
     /// The endpoints have been the same from the start.
     steady: bool,
     /// Since when requests wait though an endpoint has an idle connection.
@@ -55,21 +57,24 @@ struct Lending {
 }
 
 impl Lending {
-    fn new(seed: u64) -> Self {
+    pub(super) fn new(seed: u64, protocol: Protocol) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
         let sessions_max = rng.usize(3..40);
-        let config = config(&mut rng);
+        let config = config(protocol, &mut rng);
         let buffers = match rng.u8(..3) {
             0 => 2 * sessions_max.max(60) + 8,
             1 => 6 * sessions_max.max(20) + 64,
             _ => limits::buffers_max(sessions_max),
         };
         let mut run = Run::with(rng, config, sessions_max, buffers);
-        run.engine.driver().speaks_lines = true;
+        run.engine.driver().speech = match protocol {
+            Protocol::Http1 => Speech::Http,
+            _ => Speech::Lines,
+        };
         Self { run, steady: true, waits_since: HashMap::new() }
     }
 
-    fn serve(&mut self) {
+    pub(super) fn serve(&mut self) {
         let run = &mut self.run;
         let all = run.endpoints.clone();
         run.deliver(all);
@@ -100,7 +105,7 @@ impl Lending {
         }
     }
 
-    fn check_liveness(&mut self) {
+    pub(super) fn check_liveness(&mut self) {
         let engine = &mut self.run.engine;
         let stalling = |peer: &&Peer| peer.plan.stalls_at.is_some();
         let stalled = engine.driver().peers.iter().filter(stalling).count();
@@ -236,18 +241,26 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<u16, Durat
     assert_eq!(engine.queue.len(), waiting, "places in the queue");
     assert!(engine.queue.len() <= engine.config.requests.queue_max, "the queue is too long");
     assert!(engine.returning.is_empty() && engine.freed.len() <= engine.table.indices().count());
+    let mut opaque: HashMap<u16, usize> = HashMap::new();
+    for slot in 0..engine.sessions.slots() {
+        let session = engine.sessions.key_at(slot).and_then(|key| engine.sessions.get(key));
+        if let Some(endpoint) = session.and_then(Session::endpoint) {
+            *opaque.entry(endpoint).or_default() += 1;
+        }
+    }
     let anywhere = engine.queue.waiting(Line::Any);
     let (mut conns, is_request) = (0, engine.config.pool.mode == PoolMode::Request);
     for index in engine.table.indices() {
         let Some(entry) = engine.table.get_mut(index) else { continue };
         let lent = lent.remove(&index).unwrap_or(0);
         let pool = &entry.pool;
-        assert_eq!((pool.lent(), entry.sessions as usize), (lent, lent), "loans of {index}");
+        let sessions = lent + opaque.remove(&index).unwrap_or(0);
+        assert_eq!((pool.lent(), entry.sessions as usize), (lent, sessions), "loans of {index}");
         conns += pool.idle() + pool.connecting();
         let waiting = anywhere + engine.queue.waiting(Line::Endpoint(index));
         if waiting > 0 && pool.idle() > 0 && entry.is_present() {
             let since = *waits_since.entry(index).or_insert(elapsed);
-            assert!(elapsed - since <= LOOK_AFTER, "one waits for what is idle");
+            assert!(elapsed.saturating_sub(since) <= LOOK_AFTER, "one waits for what is idle");
         } else {
             waits_since.remove(&index);
         }
@@ -263,7 +276,7 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<u16, Durat
 }
 
 fn run(seed: u64) -> (u64, u64) {
-    let mut lending = Lending::new(seed);
+    let mut lending = Lending::new(seed, Protocol::Chronos);
     lending.serve();
     lending.check_liveness();
     let answered = lending.check_answers();
