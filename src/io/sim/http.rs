@@ -8,7 +8,7 @@ use crate::limits::BUFFER_SIZE;
 /// The tag of what backends say unasked.
 pub const UNASKED: &str = "UNASKED";
 /// The tag of what they say behind an answer.
-pub const SURPLUS: &str = "SURPLUS";
+pub const SURPLUS: &str = "MORE";
 /// How a client's bytes begin that are no request.
 const MALFORMED: &[u8] = b"GET /malformed HTTP/1.1\n\n";
 /// Data of one chunk.
