@@ -394,9 +394,7 @@ impl Http {
                     2 => return self.die(rng.usize(before + 1..self.out.len()), plan, rng),
                     3 => return self.die(self.out.len(), plan, rng),
                     4 if !lasts_until_close(&tag) => {
-                        let surplus =
-                            "HTTP/1.1 200 OK\r\nTag: SURPLUS\r\nContent-Length: 0\r\n\r\n";
-                        self.out.extend_from_slice(surplus.as_bytes());
+                        self.out.extend(answer("200 OK", SURPLUS, b""));
                         self.fragile = true;
                         self.unasked += 1;
                     }
