@@ -298,7 +298,8 @@ impl Sim {
     pub(super) fn answer_http(&mut self, index: usize) {
         let peer = &mut self.peers[index];
         let Some(http) = peer.http.as_mut().filter(|_| !peer.is_client) else { return };
-        if http.will_speak && peer.sent == http.out.len() && self.rng.u8(..3) == 0 {
+        let is_idle = peer.sent == http.out.len() && http.reading.is_none() && !http.over;
+        if http.will_speak && is_idle && self.rng.u8(..3) == 0 {
             http.out.extend(answer("408 Too late", UNASKED, b""));
             http.unasked += 1;
             (http.will_speak, http.fragile) = (false, true);
@@ -391,7 +392,15 @@ impl Http {
             fate => {
                 self.out.extend(answer("200 OK", &tag, &body_of(&tag, self.endpoint)));
                 match fate {
-                    2 => return self.die(rng.usize(before + 1..self.out.len()), plan, rng),
+                    2 => {
+                        let at = rng.usize(before + 1..self.out.len());
+                        self.die(at, plan, rng);
+                        if lasts_until_close(&tag) {
+                            // Nobody could tell an end in order from that of the answer.
+                            (plan.sends, plan.resets_at) = (usize::MAX, Some(at));
+                        }
+                        return;
+                    }
                     3 => return self.die(self.out.len(), plan, rng),
                     4 if !lasts_until_close(&tag) => {
                         self.out.extend(answer("200 OK", SURPLUS, b""));

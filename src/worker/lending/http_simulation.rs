@@ -16,7 +16,12 @@ fn check_client(client: &Peer, whole_uploads: &HashSet<&str>) -> (usize, usize) 
     let answers = parse(&client.received);
     let (mut answered, mut unasked) = (0, 0);
     for (i, answer) in answers.iter().enumerate() {
-        let asked = http.asked.get(i).unwrap_or_else(|| panic!("client {id} got more answers"));
+        let is_opaque = http.asked.last().is_some_and(|asked| asked.tag.is_none());
+        let Some(asked) = http.asked.get(i) else {
+            // What a backend says on a connection of opaque bytes is passed on.
+            assert!(is_opaque && unasked > 0, "client {id} got more answers");
+            continue;
+        };
         let is_last = i + 1 == answers.len();
         if answer.is_ours {
             assert!(is_last && answer.is_whole, "client {id} got more behind an error");
