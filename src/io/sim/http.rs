@@ -65,7 +65,7 @@ pub struct Http {
     ahead: usize,
     /// The longest piece that a peer sends at once.
     chunk: usize,
-    /// Up to where a backend has taken in what it was sent.
+    /// Up to where a peer has taken in what it was sent.
     understood: usize,
     reading: Option<Reading>,
     /// A backend answers no more, and does not read on.
@@ -93,7 +93,12 @@ impl Http {
 
     /// Bytes arrived: all of them are these.
     pub(super) fn hear(&mut self, received: &[u8]) {
-        self.answers = parse(received).iter().filter(|answer| answer.is_whole).count();
+        while let Some((answer, taken)) = first_answer(&received[self.understood..])
+            && answer.is_whole
+        {
+            self.understood += taken;
+            self.answers += 1;
+        }
     }
 }
 
@@ -120,33 +125,40 @@ pub struct Answer {
 /// The answers in what a client received. What follows the last whole head is left out.
 pub fn parse(mut bytes: &[u8]) -> Vec<Answer> {
     let mut answers = Vec::new();
-    while let Some(end) = find(bytes, b"\r\n\r\n") {
-        let head = std::str::from_utf8(&bytes[..end]).expect("heads are text");
-        let rest = &bytes[end + 4..];
-        let field =
-            |name: &str| head.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
-        let status = head.get(9..12).and_then(|status| status.parse().ok()).expect("a status line");
-        let length = field("Content-Length").map(|n| n.parse::<usize>().expect("a number"));
-        let (body, taken, is_whole) = match length {
-            Some(length) => {
-                let taken = length.min(rest.len());
-                (rest[..taken].to_vec(), taken, taken == length)
-            }
-            None if field("Transfer-Encoding").is_some() => unchunk(rest),
-            None => (rest.to_vec(), rest.len(), false),
-        };
-        answers.push(Answer {
-            status,
-            tag: field("Tag").map(str::to_string),
-            is_ours: field("Proxy-Status").is_some(),
-            closes: field("Connection") == Some("close"),
-            body,
-            ends_with_connection: length.is_none() && field("Transfer-Encoding").is_none(),
-            is_whole,
-        });
-        bytes = &rest[taken..];
+    while let Some((answer, taken)) = first_answer(bytes) {
+        answers.push(answer);
+        bytes = &bytes[taken..];
     }
     answers
+}
+
+/// The answer at the front, and how many bytes are its own so far.
+fn first_answer(bytes: &[u8]) -> Option<(Answer, usize)> {
+    let end = find(bytes, b"\r\n\r\n")?;
+    let head = std::str::from_utf8(&bytes[..end]).expect("heads are text");
+    let rest = &bytes[end + 4..];
+    let field =
+        |name: &str| head.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+    let status = head.get(9..12).and_then(|status| status.parse().ok()).expect("a status line");
+    let length = field("Content-Length").map(|n| n.parse::<usize>().expect("a number"));
+    let (body, taken, is_whole) = match length {
+        Some(length) => {
+            let taken = length.min(rest.len());
+            (rest[..taken].to_vec(), taken, taken == length)
+        }
+        None if field("Transfer-Encoding").is_some() => unchunk(rest),
+        None => (rest.to_vec(), rest.len(), false),
+    };
+    let answer = Answer {
+        status,
+        tag: field("Tag").map(str::to_string),
+        is_ours: field("Proxy-Status").is_some(),
+        closes: field("Connection") == Some("close"),
+        body,
+        ends_with_connection: length.is_none() && field("Transfer-Encoding").is_none(),
+        is_whole,
+    };
+    Some((answer, end + 4 + taken))
 }
 
 /// What is in chunks, how long they are, and whether that is all of them.
