@@ -527,6 +527,8 @@ impl<D: Driver> Engine<D> {
         let alive = self.now.saturating_duration_since(self.started);
         stats.heartbeat_ms.set(alive.as_millis() as u64);
         stats.buffer_waits.add(self.driver.buffer_waits() - stats.buffer_waits.get());
+        let failures = self.driver.splice_failures() - stats.splice_failures.get();
+        stats.splice_failures.add(failures);
         let buffers = self.driver.buffers();
         stats.buffers_in_use.set(u64::from(buffers.capacity() - buffers.free()));
     }

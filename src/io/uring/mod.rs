@@ -12,6 +12,7 @@ mod bulk;
 mod receive;
 mod send;
 mod socket;
+mod watch;
 
 use std::collections::VecDeque;
 use std::io;
@@ -25,7 +26,7 @@ use io_uring::{cqueue, opcode, squeue};
 use rustix::io::Errno;
 use socket2::Type;
 
-use self::socket::{Kind, Listener, Receiving, Socket, parse_user_data, user_data};
+use self::socket::{Kind, Listener, Receiving, Sending, Socket, parse_user_data, user_data};
 use super::buffers::{Buf, Buffers};
 use super::probe::Features;
 use super::provided::ProvidedBuffers;
@@ -54,8 +55,8 @@ pub struct Uring {
     ready: VecDeque<Completion>,
     pending: Vec<ConnId>,
     starving: VecDeque<ConnId>,
-    /// Sockets with an inline send of which nothing is known yet.
-    inline: VecDeque<ConnId>,
+    /// Sockets with a send of which nothing is known yet.
+    submitted: VecDeque<ConnId>,
     pipes: Pipes,
     /// The window that the turn falls in.
     window: u32,
@@ -88,7 +89,7 @@ impl Uring {
             ready: VecDeque::with_capacity(1024),
             pending: Vec::with_capacity(setup.conns_max),
             starving: VecDeque::with_capacity(setup.conns_max),
-            inline: VecDeque::with_capacity(setup.conns_max),
+            submitted: VecDeque::with_capacity(setup.conns_max),
             pipes: Pipes::new(),
             window: 0,
             buffer_waits: 0,
@@ -147,12 +148,13 @@ impl Uring {
                 self.mark_pending(conn);
             }
         }
-        // Taken out and put back, so that its memory is kept.
-        let mut pending = mem::take(&mut self.pending);
-        for conn in pending.drain(..) {
+        // Settling one may make another pending.
+        let mut next = 0;
+        while let Some(&conn) = self.pending.get(next) {
+            next += 1;
             self.settle_socket(conn);
         }
-        self.pending = pending;
+        self.pending.clear();
         for index in 0..self.listeners.len() {
             self.settle_listener(index);
         }
@@ -203,6 +205,24 @@ impl Uring {
         }
     }
 
+    /// What a connection has brought that is not handed out yet.
+    fn taken(&mut self, conn: ConnId) -> Unheard {
+        let data = user_data(Kind::Receive, conn);
+        let entries = self.ring.taken().filter(|entry| entry.user_data() == data);
+        let entries = entries.map(|entry| match result(entry) {
+            Ok(1..) => Unheard::Bytes,
+            Err(Errno::CANCELED | Errno::INTR | Errno::NOBUFS) => Unheard::Nothing,
+            Ok(0) | Err(_) => Unheard::End,
+        });
+        let ready = self.ready.iter().filter(|completion| completion.conn() == Some(conn));
+        let ready = ready.map(|completion| match completion {
+            Completion::Received(..) | Completion::Spliced(..) => Unheard::Bytes,
+            Completion::Sent(..) | Completion::Connected(_) => Unheard::Nothing,
+            _ => Unheard::End,
+        });
+        entries.chain(ready).max().unwrap_or(Unheard::Nothing)
+    }
+
     /// Gives the slot back once the kernel holds nothing of it.
     fn finish_close(&mut self, conn: ConnId) {
         let Some(socket) = self.sockets.get(conn) else { return };
@@ -226,7 +246,7 @@ impl Driver for Uring {
 
     fn wait(&mut self, wait: Wait) -> io::Result<bool> {
         // Only if the kernel could not take all submissions.
-        let unresolved = !self.inline.is_empty();
+        let unresolved = !self.submitted.is_empty();
         self.settle();
         let mut spare_time = false;
         if self.ring.has_completions() || !self.ready.is_empty() || unresolved {
@@ -234,10 +254,18 @@ impl Driver for Uring {
         } else {
             let data = user_data(Kind::Timer, ConnId::from_parts(0, 0));
             self.ring.wake_after(self.now, wait.most, data);
-            let at_once = wait.events == 1 && self.ring.submit_and_look();
-            if !at_once {
+            let looked = wait.events == 1 && self.ring.submit_and_look();
+            if looked {
+                // There is something to do.
+            } else if self.submitted.is_empty() {
                 self.ring.submit_and_wait(wait.events, wait.batch, wait.most);
                 spare_time = wait.events == 1 || !self.ring.has(wait.events);
+            } else if wait.events > 1 {
+                // A send that went well ends no wait, and somebody may wait for it: an end that
+                // goes behind it, a source that was stopped. So how sends went is told before
+                // falling asleep. No other completion is asked for, so that a batch stays one. For
+                // a single event the look above has said it already.
+                self.ring.submit();
             }
         }
         self.now = Instant::now();
@@ -250,7 +278,7 @@ impl Driver for Uring {
             if let Some(completion) = fifo::pop(&mut self.ready) {
                 return Some(completion);
             }
-            let Some(entry) = self.ring.pop() else { return self.next_inline_send() };
+            let Some(entry) = self.ring.pop() else { return self.next_sent() };
             if let Some(completion) = self.on_completion(&entry) {
                 return Some(completion);
             }
@@ -320,7 +348,7 @@ impl Driver for Uring {
             self.mark_pending(conn);
             return;
         }
-        let one_by_one = mem::replace(&mut socket.single, true) || socket.polled;
+        let one_by_one = mem::replace(&mut socket.single, true);
         if !one_by_one {
             self.stop_receiving(conn);
         }
@@ -329,14 +357,20 @@ impl Driver for Uring {
 
     fn send(&mut self, conn: ConnId, buf: Buf) {
         let Some(socket) = self.sockets.get_mut(conn) else { return self.buffers.give(buf) };
-        self.buffers.push(&mut socket.queue, buf);
-        if !socket.ops.has(Kind::Send) {
-            self.mark_pending(conn);
+        match socket.sending {
+            Sending::Broken => self.buffers.give(buf),
+            Sending::Idle => {
+                self.buffers.push(&mut socket.queue, buf);
+                self.mark_pending(conn);
+            }
+            Sending::Submitted(_) | Sending::Blocked => self.buffers.push(&mut socket.queue, buf),
         }
     }
 
     fn shutdown(&mut self, conn: ConnId) {
-        if let Some(socket) = self.sockets.get_mut(conn) {
+        if let Some(socket) = self.sockets.get_mut(conn)
+            && socket.sending != Sending::Broken
+        {
             socket.shutdown = true;
             self.mark_pending(conn);
         }
@@ -350,9 +384,9 @@ impl Driver for Uring {
         }
         socket.closing = true;
         let ops = socket.ops;
-        let inline = socket.inline.is_some();
-        for kind in [Kind::Connect, Kind::Receive, Kind::Send, Kind::Watch] {
-            if ops.has(kind) && !(kind == Kind::Send && inline) {
+        // A send completes by itself.
+        for kind in [Kind::Connect, Kind::Receive, Kind::Watch] {
+            if ops.has(kind) {
                 self.cancel(kind, conn);
             }
         }
@@ -360,7 +394,11 @@ impl Driver for Uring {
     }
 
     fn unheard(&mut self, conn: ConnId) -> Unheard {
-        self.sockets.get(conn).map_or(Unheard::End, |socket| options::unheard(&socket.fd))
+        let Some(socket) = self.sockets.get(conn) else { return Unheard::End };
+        let shown = options::unheard(&socket.fd);
+        // What a receive has taken is no longer in the socket. It may have been taken up to the
+        // moment of that look.
+        self.taken(conn).max(shown)
     }
 
     fn undelivered(&self, conn: ConnId) -> u64 {
@@ -383,6 +421,10 @@ impl Driver for Uring {
 
     fn buffer_waits(&self) -> u64 {
         self.buffer_waits
+    }
+
+    fn splice_failures(&self) -> u64 {
+        self.pipes.failures()
     }
 }
 
