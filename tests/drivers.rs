@@ -33,7 +33,6 @@ fn prepare() -> (DriverSetup, SocketAddr) {
         wake,
         conns_max: 4000,
         buffers_max: BUFFERS,
-        buffers_lean_below: 100,
         options: Options::default(),
     };
     (setup, listeners.addresses[0])

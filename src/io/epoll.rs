@@ -107,7 +107,7 @@ impl Socket {
             joined: None,
             bulk: Bulk::default(),
             held: false,
-            queue: Chain::default(),
+            queue: Chain::with_reserve(),
             pipe: None,
         }
     }

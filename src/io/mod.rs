@@ -133,8 +133,6 @@ pub struct DriverSetup {
     pub conns_max: usize,
     /// Buffers of [`crate::limits::BUFFER_SIZE`].
     pub buffers_max: usize,
-    /// With fewer free buffers, each receive takes one and no more.
-    pub buffers_lean_below: u32,
     /// Options of connections to backends.
     pub options: socket::Options,
 }

@@ -35,6 +35,7 @@ use super::socket as options;
 use super::splice::{self, Pipe, Pipes};
 use super::{Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait};
 use crate::fifo;
+use crate::limits;
 use crate::slab::Slab;
 
 /// The `io_uring` driver of one worker.
@@ -47,7 +48,6 @@ pub struct Uring {
     listeners: Vec<Listener>,
     wake: OwnedFd,
     options: options::Options,
-    lean_below: u32,
     room: usize,
     start: Instant,
     now: Instant,
@@ -81,7 +81,6 @@ impl Uring {
                 .collect(),
             wake: setup.wake,
             options: setup.options,
-            lean_below: setup.buffers_lean_below,
             room: 0,
             start: Instant::now(),
             now: Instant::now(),
@@ -162,7 +161,7 @@ impl Uring {
 
     /// Whether buffers are short: then each receive takes one, so that no socket runs ahead.
     fn is_lean(&self) -> bool {
-        self.buffers.free() < self.lean_below
+        limits::buffers_are_short(self.buffers.spare())
     }
 
     /// The kernel has given an operation back. Its socket, unless it was only waiting to be closed.

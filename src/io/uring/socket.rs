@@ -162,7 +162,7 @@ impl Socket {
             pending: false,
             shutdown: false,
             closing: false,
-            queue: Chain::default(),
+            queue: Chain::with_reserve(),
             pipe: None,
         }
     }
