@@ -446,6 +446,10 @@ mod checks {
         assert!((1..TOTAL).contains(&sent), "{sent} bytes fit into the socket");
         let turns = idle_turns(&mut rig, Duration::from_millis(300));
         assert!(turns < 20, "{turns} turns for nothing");
+        let threads = std::fs::read_dir("/proc/self/task").unwrap();
+        let names = threads.map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")));
+        let helpers = names.flatten().filter(|name| name.starts_with("iou-wrk")).count();
+        assert_eq!(helpers, 0, "threads of the kernel's pool wait for room");
         let reader = std::thread::spawn(move || {
             let mut received = vec![0; TOTAL];
             client.read_exact(&mut received).unwrap();

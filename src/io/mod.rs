@@ -213,6 +213,11 @@ pub trait Driver {
     /// The buffers.
     fn buffers(&mut self) -> &mut buffers::Buffers;
 
+    /// Buffers that hold nothing yet, and are with the kernel for what comes.
+    fn buffers_lent(&self) -> u32 {
+        0
+    }
+
     /// Times a receive had to wait for a buffer, since the start.
     fn buffer_waits(&self) -> u64;
 

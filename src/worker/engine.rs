@@ -528,8 +528,9 @@ impl<D: Driver> Engine<D> {
         stats.buffer_waits.add(self.driver.buffer_waits() - stats.buffer_waits.get());
         let failures = self.driver.splice_failures() - stats.splice_failures.get();
         stats.splice_failures.add(failures);
+        let lent = self.driver.buffers_lent();
         let buffers = self.driver.buffers();
-        stats.buffers_in_use.set(u64::from(buffers.capacity() - buffers.free()));
+        stats.buffers_in_use.set(u64::from(buffers.capacity() - buffers.free() - lent));
     }
 
     /// Bytes that one direction of a session may have in flight now.

@@ -260,39 +260,41 @@ fn expect_copied(io: Io, deny: impl Fn(Builder) -> Builder) {
 }
 
 fn stalled_readers_slow_nobody_down(io: Io) {
+    const MESSAGE: usize = 100;
     let _alone = heavy();
-    for (sessions, stalled) in [("200", 60), ("9000", 100)] {
-        let backend = Backend::scripted(|mut stream| {
+    for (sessions, stalled) in [("200", 60), ("9000", 400)] {
+        let (arrived, arrivals) = std::sync::mpsc::channel();
+        let backend = Backend::scripted(move |mut stream| {
             let bulk = vec![7; 1 << 16];
-            while let Ok(word) = read_line(stream) {
-                if word == "everything" {
-                    while stream.write_all(&bulk).is_ok() {}
-                    return;
+            match read_line(stream).as_deref() {
+                Ok("everything") => while stream.write_all(&bulk).is_ok() {},
+                // What is not bulk is copied, and stalls in buffers instead of in the kernel.
+                Ok("steadily") => {
+                    while stream.write_all(&bulk).is_ok() {
+                        thread::sleep(Duration::from_millis(4));
+                    }
                 }
-                if stream.write_all(format!("{word}\n").as_bytes()).is_err() {
-                    return;
+                _ => {
+                    while stream.read_exact(&mut [0; MESSAGE]).is_ok() {
+                        let _ = arrived.send(Instant::now());
+                    }
                 }
             }
         });
         let proxy = one_worker(io, &backend).set("AEGIS_MAX_SESSIONS", sessions).start();
-        let asker = connect(proxy.address());
-        let round_trips = || {
+        let mut sender = connect(proxy.address());
+        sender.write_all(b"messages\n").unwrap();
+        let mut message_takes = || {
             let times = (0..60).map(|_| {
                 thread::sleep(Duration::from_millis(2));
                 let begun = Instant::now();
-                assert_eq!(ask(&asker, &"x".repeat(100)), "x".repeat(100));
-                begun.elapsed()
+                sender.write_all(&[1; MESSAGE]).unwrap();
+                arrivals.recv_timeout(PATIENCE).unwrap() - begun
             });
             median(times.collect())
         };
-        let alone = round_trips();
-        let readers: Vec<_> = (0..stalled)
-            .map(|_| {
-                let mut reader = connect(proxy.address());
-                reader.write_all(b"everything\n").unwrap();
-                reader
-            })
-            .collect();
+        let alone = message_takes();
+        let readers: Vec<_> = (0..stalled).map(|_| stalled_reader(proxy.address())).collect();
         // Until nothing moves any more.
         let mut before = u64::MAX;
         eventually("all readers stall", PATIENCE, || {
@@ -300,7 +302,8 @@ fn stalled_readers_slow_nobody_down(io: Io) {
             thread::sleep(Duration::from_millis(100));
             (std::mem::replace(&mut before, bytes) == bytes).then_some(())
         });
-        let beside = round_trips();
+        let held = proxy.metric("aegis_buffers_in_use", &[]);
+        let beside = message_takes();
         let mut bulk = connect(proxy.address());
         bulk.write_all(b"everything\n").unwrap();
         let (begun, mut bytes) = (Instant::now(), 0);
@@ -311,16 +314,27 @@ fn stalled_readers_slow_nobody_down(io: Io) {
         let rate = bytes as f64 / begun.elapsed().as_secs_f64() / 1e6;
         let waits = proxy.metric("aegis_buffer_waits_total", &[]);
         measured(&format!(
-            "of {sessions} sessions {stalled} stall: a message takes {alone:?} alone, {beside:?} \
-             beside them; bulk {rate:.0} MB/s; {waits} waits for buffers"
+            "of {sessions} sessions {stalled} stall on {held} buffers: a message takes {alone:?} \
+             alone, {beside:?} beside them; bulk {rate:.0} MB/s; {waits} waits for buffers"
         ));
         assert!(beside < Duration::from_millis(10), "{beside:?} beside {stalled} that stall");
         assert_eq!(waits, 0, "somebody waited for a buffer");
         reset(bulk);
         readers.into_iter().for_each(reset);
-        drop(asker);
+        drop(sender);
         proxy.wait_for(SESSIONS_ACTIVE, &[], |sessions| sessions == 0);
     }
+}
+
+/// A client that asks for more than it reads, and takes little, so that many do not bring the
+/// kernel's own memory to its limits.
+fn stalled_reader(proxy: SocketAddr) -> TcpStream {
+    let reader = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    reader.set_recv_buffer_size(4096).unwrap();
+    reader.connect(&proxy.into()).unwrap();
+    let mut reader = TcpStream::from(reader);
+    reader.write_all(b"steadily\n").unwrap();
+    reader
 }
 
 fn listeners_are_served_in_turn_at_the_session_limit(io: Io) {

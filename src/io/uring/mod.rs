@@ -16,7 +16,6 @@ mod watch;
 
 use std::collections::VecDeque;
 use std::io;
-use std::mem;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::time::Instant;
@@ -347,10 +346,8 @@ impl Driver for Uring {
             self.mark_pending(conn);
             return;
         }
-        let one_by_one = mem::replace(&mut socket.single, true);
-        if !one_by_one {
-            self.stop_receiving(conn);
-        }
+        socket.single = true;
+        self.stop_receiving(conn);
         self.mark_pending(conn);
     }
 
@@ -416,6 +413,10 @@ impl Driver for Uring {
 
     fn buffers(&mut self) -> &mut Buffers {
         &mut self.buffers
+    }
+
+    fn buffers_lent(&self) -> u32 {
+        self.provided.available() as u32
     }
 
     fn buffer_waits(&self) -> u64 {

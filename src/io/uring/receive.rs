@@ -8,7 +8,7 @@ use io_uring::types::Fd;
 use io_uring::{cqueue, opcode};
 use rustix::io::Errno;
 
-use super::socket::{Kind, Receiving};
+use super::socket::{Kind, Receiving, Socket};
 use super::{Uring, result};
 use crate::io::provided::ProvidedBuffers;
 use crate::io::{Completion, ConnId};
@@ -31,6 +31,8 @@ impl Uring {
     fn arm_receive(&mut self, conn: ConnId) {
         let lean = self.is_lean();
         let can_splice = self.splice_target(conn).map(|(_, sink)| sink.is_flushed());
+        let joined = self.sockets.get(conn).and_then(|socket| socket.joined);
+        let queues = joined.and_then(|sink| self.sockets.get(sink)).is_some_and(Socket::is_blocked);
         let Some(socket) = self.sockets.get_mut(conn) else { return };
         debug_assert_eq!(socket.receiving, Receiving::Idle);
         if can_splice == Some(false) {
@@ -44,12 +46,12 @@ impl Uring {
             // fire again for what it has told.
             socket.receiving = Receiving::Polled;
             opcode::PollAdd::new(fd, (libc::POLLIN | libc::POLLRDHUP) as u32).build()
-        } else if lean || socket.single {
-            socket.receiving = Receiving::Armed;
+        } else if lean || queues || socket.single {
+            socket.receiving = Receiving::Single;
             let receive = opcode::Recv::new(fd, ptr::null_mut(), limits::BUFFER_SIZE as u32);
             receive.buf_group(ProvidedBuffers::GROUP).build().flags(Flags::BUFFER_SELECT)
         } else {
-            socket.receiving = Receiving::Armed;
+            socket.receiving = Receiving::Multishot;
             opcode::RecvMulti::new(fd, ProvidedBuffers::GROUP).build()
         };
         self.push(entry, Kind::Receive, conn);
@@ -136,7 +138,7 @@ impl Uring {
     /// Takes a multishot receive back. What it has brought by then still arrives.
     pub(super) fn stop_receiving(&mut self, conn: ConnId) {
         if let Some(socket) = self.sockets.get_mut(conn)
-            && socket.receiving == Receiving::Armed
+            && socket.receiving == Receiving::Multishot
         {
             socket.receiving = Receiving::Stopping;
             self.cancel(Kind::Receive, conn);

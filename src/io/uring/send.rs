@@ -107,7 +107,12 @@ impl Uring {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
         debug_assert_eq!(socket.sending, Sending::Idle, "only what was tried can be blocked");
         socket.sending = Sending::Blocked;
+        let joined = socket.joined;
         self.watch(conn);
+        if let Some(source) = joined {
+            // It would run ahead, as far as there are buffers, before it can be stopped.
+            self.stop_receiving(source);
+        }
     }
 
     /// Goes on with the queue, or lets the socket go on that waited for it to be empty.

@@ -46,21 +46,23 @@ pub(super) fn parse_user_data(data: u64) -> (Option<Kind>, ConnId) {
 /// The receiving half of a socket.
 ///
 /// ```text
-///         ┌──arm──▶ Armed ──stop──▶ Stopping ─┐
-///         │           └──────────┬────────────┤ last completion
-/// Held ◀─ Idle ──arm──▶ Polled ──┤            │
-///   └─────▶▲                     │            │
-///          └─────────────────────┴────────────┘──the peer ended or broke──▶ Ended
+///         ┌──arm──▶ Multishot ──stop──▶ Stopping ─┐
+///         │             │                         │
+/// Held ◀─ Idle ──arm──▶ Single, Polled ───────────┤ last completion
+///   └─────▶▲                                      │
+///          └──────────────────────────────────────┴──the peer ended or broke──▶ Ended
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Receiving {
     /// The kernel holds no receive of it.
     Idle,
-    /// A receive is with the kernel.
-    Armed,
+    /// A receive that goes on until it is cancelled is with the kernel.
+    Multishot,
+    /// A receive of one buffer is with the kernel.
+    Single,
     /// A poll for something to move by pipe is with the kernel.
     Polled,
-    /// A receive is being cancelled.
+    /// A multishot receive is being cancelled.
     Stopping,
     /// As `Idle`, and waits for a free buffer.
     Starving,
@@ -170,6 +172,11 @@ impl Socket {
     /// Nothing is to be sent, nor being sent.
     pub(super) fn is_flushed(&self) -> bool {
         self.queue.is_empty() && self.pipe.is_none()
+    }
+
+    /// What is to be sent waits for room.
+    pub(super) fn is_blocked(&self) -> bool {
+        self.sending == Sending::Blocked
     }
 
     /// It was received from, and is not now, so that no receive would tell of a break.
