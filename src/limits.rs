@@ -16,8 +16,8 @@ pub const ENDPOINTS_MAX: usize = 1024;
 /// messages touch only its first page.
 pub const BUFFER_SIZE: usize = 16 * 1024;
 
-/// Buffers that one direction of a session may hold before reading stops, while buffers are
-/// plenty: enough to keep a bulk stream moving while a send is under way.
+/// Buffers' worth of bytes that one direction of a session may hold before reading stops, while
+/// buffers are plenty: enough to keep a bulk stream moving while a send is under way.
 pub const RELAY_BUFFERS_MAX: u32 = 8;
 
 /// Buffers that a request may hold that is not whole yet, while buffers are short: a line may lie in
@@ -44,26 +44,59 @@ pub const PIPES_MAX: usize = 16;
 /// Sessions for which a worker reserves buffers: above, stalled sessions share.
 const BUFFERED_SESSIONS_MAX: usize = 32 * 1024;
 
-/// Buffers of one worker.
+/// Sessions share so many buffers each, beside those that are reserved, …
+const BUFFERS_SHARED_PER_SESSION: usize = 14;
+
+/// … but all of a worker no more than this: 64 MiB, enough for five hundred directions that run as
+/// far ahead as any may.
+const BUFFERS_SHARED_MAX: usize = 4096;
+
+/// A direction may take one more buffer for so many that are spare.
+const SPARE_PER_BUFFER: u32 = 16;
+
+/// Buffers that a direction may come to hold where none is spare. Reading goes on below
+/// [`BUFFER_SIZE`] bytes and brings as many at a time, so it ends below twice that; such a queue lies
+/// in three buffers at most, as its first may be sent in part.
+const BUFFERS_RESERVED_PER_DIRECTION: usize = 3;
+
+/// Buffers of one worker: those that are reserved, those that are lent to the kernel, and those
+/// that sessions share. It is address space: memory is what is in use.
 pub const fn buffers_max(sessions_max: usize) -> usize {
-    // Two a session: should every reader stall in both directions, each still holds its own, and
-    // a slow session never holds a buffer that another one needs.
-    buffers_reserved(sessions_max)
-        // Lent to the kernel, not yet filled.
+    let shared = sessions_max.saturating_mul(BUFFERS_SHARED_PER_SESSION);
+    let shared = if shared < BUFFERS_SHARED_MAX { shared } else { BUFFERS_SHARED_MAX };
+    buffers_reserved(sessions_max) as usize
         + BUFFER_RING_ENTRIES as usize
-        // For bursts: what is above the first two terms is shared by those that run ahead.
+        // For bursts of few sessions.
         + 256
+        + shared
 }
 
-/// With fewer free buffers than this, sessions get one buffer a direction and no more.
-pub const fn buffers_lean_below(sessions_max: usize) -> u32 {
-    buffers_reserved(sessions_max) as u32
-}
-
-const fn buffers_reserved(sessions_max: usize) -> usize {
+/// Buffers that are reserved for both directions of each session, so that however many readers
+/// stall, no direction waits for what another one holds.
+pub const fn buffers_reserved(sessions_max: usize) -> u32 {
     let sessions =
         if sessions_max < BUFFERED_SESSIONS_MAX { sessions_max } else { BUFFERED_SESSIONS_MAX };
-    2 * sessions
+    (2 * BUFFERS_RESERVED_PER_DIRECTION * sessions) as u32
+}
+
+/// Bytes that one direction may have in flight where so many buffers are spare. Reading stops there.
+///
+/// The limit follows what is left, as thresholds of switches do that share their memory (Choudhury
+/// and Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998): a few that
+/// stall have all that they may, and many leave something. Of `S` shared buffers, `n` directions
+/// that stall take `n(x - 1)` where each holds `x`, and `x - 1 = (S - n(x - 1)) / 16`. So
+/// `x = 1 + S / (16 + n)`, and as many spare buffers remain as 16 directions have beyond their first.
+/// With 4,096, a direction may hold 8 while up to 569 stall, 5 with 1,000, and 2 with 4,000.
+pub const fn in_flight_max(spare: u32) -> u32 {
+    let buffers = 1 + spare / SPARE_PER_BUFFER;
+    let buffers = if buffers < RELAY_BUFFERS_MAX { buffers } else { RELAY_BUFFERS_MAX };
+    buffers * BUFFER_SIZE as u32
+}
+
+/// Whether so few buffers are spare that a direction may hold no more than one when it is read.
+/// Then each receive takes one and no more: a multishot receive may run many ahead.
+pub const fn buffers_are_short(spare: u32) -> bool {
+    spare < SPARE_PER_BUFFER
 }
 
 // ---- Connections -------------------------------------------------------------------------------
@@ -355,6 +388,28 @@ mod tests {
 
     fn capacity_of(requested: Option<NonZeroUsize>, nofile: u64) -> Option<(usize, usize)> {
         capacity(requested, nofile, &USERS).ok().map(|c| (c.sessions.get(), c.pool_conns))
+    }
+
+    #[test]
+    fn the_more_directions_stall_the_less_each_may_hold_and_some_is_left() {
+        for (stalled, held) in [(100, 8), (500, 8), (1_000, 6), (4_000, 3), (20_000, 2)] {
+            let sessions = 10_000;
+            let shared = buffers_max(sessions) - buffers_reserved(sessions) as usize;
+            let mut spare = (shared - usize::from(BUFFER_RING_ENTRIES)) as u32;
+            let mut holds = vec![1; stalled];
+            // They take turns, one buffer at a time.
+            for round in 1..=RELAY_BUFFERS_MAX {
+                for hold in holds.iter_mut().filter(|hold| **hold == round) {
+                    if *hold * (BUFFER_SIZE as u32) < in_flight_max(spare) {
+                        *hold += 1;
+                        spare -= 1;
+                    }
+                }
+            }
+            assert_eq!(holds.iter().max(), Some(&held), "{stalled} stalled, {spare} spare");
+            let another = in_flight_max(spare) / BUFFER_SIZE as u32;
+            assert!(another + 1 >= held, "{another} for who comes next to {stalled}");
+        }
     }
 
     #[test]

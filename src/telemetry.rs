@@ -306,6 +306,8 @@ pub struct WorkerStats {
     pub connect_retries: Counter,
     /// Times a receive found no free buffer and had to wait for one.
     pub buffer_waits: Counter,
+    /// Times that moving bulk within the kernel failed.
+    pub splice_failures: Counter,
     /// Buffers now holding bytes in flight.
     pub buffers_in_use: Gauge,
     /// The generation of the endpoint snapshot in force.

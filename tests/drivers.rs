@@ -2,7 +2,7 @@
 #![allow(missing_docs)]
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use aegis::config::IoChoice;
@@ -10,7 +10,7 @@ use aegis::io::epoll::Epoll;
 use aegis::io::probe::{self, DriverKind};
 use aegis::io::socket::Options;
 use aegis::io::uring::Uring;
-use aegis::io::{Close, Completion, ConnId, Driver, DriverSetup, Wait};
+use aegis::io::{Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait};
 use aegis::limits::{BUFFER_RING_ENTRIES, BUFFER_SIZE, PIPES_MAX};
 use aegis::worker::listener;
 use aegis::worker::mailbox::Mailbox;
@@ -33,7 +33,6 @@ fn prepare() -> (DriverSetup, SocketAddr) {
         wake,
         conns_max: 4000,
         buffers_max: BUFFERS,
-        buffers_lean_below: 100,
         options: Options::default(),
     };
     (setup, listeners.addresses[0])
@@ -64,7 +63,14 @@ on_each_driver![
     sends_of_one_turn_keep_to_their_connections_however_many_there_are,
     connects_of_one_turn_reach_their_addresses_however_many_there_are,
     a_reset_is_a_reset_however_the_driver_ends,
-    a_reset_is_noticed_while_receiving_is_stopped,
+    a_reset_is_told_once_while_receiving_is_stopped_and_loses_no_byte,
+    how_a_send_went_is_told_at_once,
+    the_end_goes_right_behind_a_send,
+    a_half_closed_peer_that_reads_slowly_costs_no_turns,
+    bulk_to_a_half_closed_peer_that_reads_slowly_costs_no_turns,
+    a_sender_that_resets_behind_bulk_loses_no_byte_of_it,
+    an_urgent_byte_holds_nothing_up,
+    bytes_that_are_received_but_not_handed_out_are_not_unheard,
     a_drain_serves_who_has_connected_and_lets_nobody_else_in,
     a_closed_connection_brings_no_more_events,
     receiving_stops_and_goes_on_without_a_lost_byte,
@@ -163,6 +169,7 @@ struct Relayed {
     sent: usize,
     paused: bool,
     failed: Option<ConnId>,
+    ended: bool,
 }
 
 impl Relayed {
@@ -180,10 +187,17 @@ impl Relayed {
                 assert_eq!(conn, self.to);
                 self.sent += bytes as usize;
             }
-            Completion::Ended(conn) if conn == self.from => driver.shutdown(self.to),
+            Completion::Ended(conn) if conn == self.from => {
+                self.ended = true;
+                driver.shutdown(self.to);
+            }
             Completion::Ended(_) => {}
-            Completion::ReceiveFailed(conn) | Completion::SendFailed(conn) => {
-                self.failed = Some(conn);
+            Completion::ReceiveFailed(conn) => {
+                self.ended |= conn == self.from;
+                self.failed.get_or_insert(conn);
+            }
+            Completion::SendFailed(conn) => {
+                self.failed.get_or_insert(conn);
             }
             other => panic!("{other:?}"),
         }
@@ -205,7 +219,8 @@ impl<D: Driver> Rig<D> {
         self.driver.receive(from, true);
         self.driver.receive(to, true);
         let (received, spliced, sent) = (0, 0, 0);
-        let relayed = Relayed { from, to, received, spliced, sent, paused: false, failed: None };
+        let (paused, failed, ended) = (false, None, false);
+        let relayed = Relayed { from, to, received, spliced, sent, paused, failed, ended };
         (writer, reader, relayed)
     }
 
@@ -302,20 +317,332 @@ mod checks {
         assert_eq!(client.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
     }
 
-    pub fn a_reset_is_noticed_while_receiving_is_stopped<D: Driver>(mut rig: Rig<D>) {
-        let (client, conn) = rig.accept();
+    pub fn a_reset_is_told_once_while_receiving_is_stopped_and_loses_no_byte<D: Driver>(
+        mut rig: Rig<D>,
+    ) {
+        for half_closed in [false, true] {
+            let (mut client, conn) = rig.accept();
+            rig.driver.receive(conn, true);
+            rig.turn();
+            rig.driver.receive(conn, false);
+            for _ in 0..3 {
+                rig.turn();
+            }
+            let bytes = pattern(40_000);
+            client.write_all(&bytes).unwrap();
+            if half_closed {
+                // What is told of this must not pass for the reset, nor hide it.
+                client.shutdown(Shutdown::Write).unwrap();
+                for _ in 0..3 {
+                    rig.turn();
+                }
+                assert!(rig.seen.iter().all(|seen| !matches!(seen, Completion::SendFailed(_))));
+            }
+            nothing_lingers(&client);
+            drop(client);
+            rig.until("the reset", |_, seen| {
+                seen.iter().any(|seen| matches!(seen, Completion::SendFailed(c) if *c == conn))
+            });
+            // Nobody takes this any more, and nobody says so again.
+            rig.send(conn, b"late");
+            rig.driver.receive(conn, true);
+            let is_end = |seen: &Completion| {
+                matches!(seen, Completion::ReceiveFailed(_) | Completion::Ended(_))
+            };
+            rig.until("the end", |_, seen| seen.iter().any(is_end));
+            for _ in 0..3 {
+                rig.turn();
+            }
+            let last = rig.seen.last().unwrap();
+            assert!(is_end(last), "the end is not the last: {:?}", rig.seen);
+            assert!(half_closed || matches!(last, Completion::ReceiveFailed(_)), "{last:?}");
+            assert!(rig.received() == bytes, "wrong bytes");
+            let told = rig.seen.iter().filter(|c| matches!(c, Completion::SendFailed(_))).count();
+            assert_eq!(told, 1, "{:?}", rig.seen);
+            rig.seen.clear();
+            rig.driver.close(conn, Close::Reset);
+        }
+    }
+
+    const LONG: Duration = Duration::from_secs(5);
+
+    pub fn how_a_send_went_is_told_at_once<D: Driver>(mut rig: Rig<D>) {
+        let (mut client, conn) = rig.accept();
         rig.driver.receive(conn, true);
         rig.turn();
-        rig.driver.receive(conn, false);
-        for _ in 0..3 {
+        for events in [1, 8] {
+            for buffers in [1, 3] {
+                let begun = Instant::now();
+                for _ in 0..buffers {
+                    rig.send(conn, &[7; BUFFER_SIZE]);
+                }
+                let wait = Wait { events, batch: LONG, most: LONG, contended: false };
+                let mut sent = 0;
+                while sent < buffers * BUFFER_SIZE {
+                    rig.driver.wait(wait).unwrap();
+                    while let Some(completion) = rig.driver.next() {
+                        sent += match completion {
+                            Completion::Sent(_, bytes) => bytes as usize,
+                            other => panic!("{other:?}"),
+                        };
+                    }
+                }
+                assert!(begun.elapsed() < LONG / 2, "{:?} for {events} events", begun.elapsed());
+                client.read_exact(&mut vec![0; sent]).unwrap();
+            }
+        }
+    }
+
+    pub fn the_end_goes_right_behind_a_send<D: Driver>(mut rig: Rig<D>) {
+        for events in [1, 8] {
+            let (mut client, conn) = rig.accept();
+            rig.driver.receive(conn, true);
+            rig.turn();
+            let begun = Instant::now();
+            rig.send(conn, b"the last words");
+            rig.driver.shutdown(conn);
+            rig.driver.wait(Wait { events, batch: LONG, most: LONG, contended: false }).unwrap();
+            while let Some(completion) = rig.driver.next() {
+                assert!(matches!(completion, Completion::Sent(..)), "{completion:?}");
+            }
+            let mut text = String::new();
+            client.read_to_string(&mut text).unwrap();
+            assert_eq!(text, "the last words");
+            assert!(begun.elapsed() < LONG / 2, "{:?} for {events} events", begun.elapsed());
+        }
+    }
+
+    /// The waits that end within `time` although nothing is to be told, each of at most 50 ms.
+    fn idle_turns<D: Driver>(rig: &mut Rig<D>, time: Duration) -> usize {
+        let begun = Instant::now();
+        let mut turns = 0;
+        while begun.elapsed() < time {
+            rig.driver.wait(Wait::for_one(Duration::from_millis(50))).unwrap();
+            while let Some(completion) = rig.driver.next() {
+                rig.seen.push(completion);
+            }
+            turns += 1;
+        }
+        turns
+    }
+
+    pub fn a_half_closed_peer_that_reads_slowly_costs_no_turns<D: Driver>(mut rig: Rig<D>) {
+        const TOTAL: usize = 24 << 20;
+        let (mut client, conn) = rig.accept();
+        rig.driver.receive(conn, true);
+        client.shutdown(Shutdown::Write).unwrap();
+        rig.until("the end", |_, seen| {
+            seen.iter().any(|seen| matches!(seen, Completion::Ended(_)))
+        });
+        rig.seen.clear();
+        let bytes = pattern(TOTAL);
+        for piece in bytes.chunks(BUFFER_SIZE) {
+            rig.send(conn, piece);
+        }
+        rig.driver.shutdown(conn);
+        let mut sent = 0;
+        while idle_turns(&mut rig, Duration::from_millis(200)) > 20 {}
+        sent += sent_bytes(&mut rig.seen);
+        assert!((1..TOTAL).contains(&sent), "{sent} bytes fit into the socket");
+        let turns = idle_turns(&mut rig, Duration::from_millis(300));
+        assert!(turns < 20, "{turns} turns for nothing");
+        let threads = std::fs::read_dir("/proc/self/task").unwrap();
+        let names = threads.map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")));
+        let helpers = names.flatten().filter(|name| name.starts_with("iou-wrk")).count();
+        assert_eq!(helpers, 0, "threads of the kernel's pool wait for room");
+        let reader = std::thread::spawn(move || {
+            let mut received = vec![0; TOTAL];
+            client.read_exact(&mut received).unwrap();
+            assert_eq!(client.read(&mut [0]).unwrap(), 0);
+            received
+        });
+        rig.until("the rest", |_, seen| {
+            sent += sent_bytes(seen);
+            reader.is_finished()
+        });
+        assert!(reader.join().unwrap() == bytes, "wrong bytes");
+        assert_eq!(sent, TOTAL);
+    }
+
+    pub fn bulk_to_a_half_closed_peer_that_reads_slowly_costs_no_turns<D: Driver>(mut rig: Rig<D>) {
+        let (mut writer, mut reader, mut relayed) = rig.join();
+        reader.shutdown(Shutdown::Write).unwrap();
+        let bytes = pattern(BULK);
+        let expected = bytes.clone();
+        std::thread::spawn(move || {
+            writer.write_all(&bytes).unwrap();
+            writer
+        });
+        let relay_turns = |rig: &mut Rig<D>, relayed: &mut Relayed, time: Duration| {
+            let begun = Instant::now();
+            let mut turns = 0;
+            while begun.elapsed() < time {
+                rig.relay(std::slice::from_mut(relayed));
+                turns += 1;
+            }
+            turns
+        };
+        let begun = Instant::now();
+        while relay_turns(&mut rig, &mut relayed, Duration::from_millis(200)) > 60 {
+            assert!(begun.elapsed() < PATIENCE, "turns without end");
+        }
+        assert!(relayed.spliced > 0 && relayed.sent < BULK, "{relayed:?}");
+        let turns = relay_turns(&mut rig, &mut relayed, Duration::from_millis(300));
+        assert!(turns < 60, "{turns} turns for nothing");
+        let reads = std::thread::spawn(move || {
+            let mut received = vec![0; BULK];
+            reader.read_exact(&mut received).unwrap();
+            received
+        });
+        rig.relay_until("everything", &mut relayed, |_| reads.is_finished());
+        assert!(reads.join().unwrap() == expected, "wrong bytes");
+    }
+
+    pub fn a_sender_that_resets_behind_bulk_loses_no_byte_of_it<D: Driver>(mut rig: Rig<D>) {
+        let (mut writer, mut reader, mut relayed) = rig.join();
+        writer.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
+        let writing = std::thread::spawn(move || {
+            let bytes = pattern(1 << 20);
+            let mut taken = 0;
+            while let Ok(count @ 1..) = writer.write(&bytes[taken % bytes.len()..]) {
+                taken += count;
+            }
+            // What waits to be sent would be lost with the reset, by nobody's fault but its own.
+            (writer, taken)
+        });
+        rig.relay_until("a stall", &mut relayed, |_| writing.is_finished());
+        assert!(relayed.spliced > 0);
+        let (writer, taken) = writing.join().unwrap();
+        let unsent = unsent_bytes(&writer);
+        nothing_lingers(&writer);
+        drop(writer);
+        rig.relay_until("the break", &mut relayed, |relayed| relayed.failed.is_some());
+        assert_eq!(relayed.failed, Some(relayed.from));
+        let arrived = taken - unsent;
+        let reads = std::thread::spawn(move || {
+            let bytes = pattern(1 << 20);
+            let mut received = vec![0; arrived];
+            reader.read_exact(&mut received).unwrap();
+            received.chunks(bytes.len()).all(|piece| *piece == bytes[..piece.len()])
+        });
+        rig.relay_until("what had arrived", &mut relayed, |_| reads.is_finished());
+        assert!(reads.join().unwrap(), "wrong bytes");
+        rig.relay_until("the end", &mut relayed, |relayed| relayed.ended);
+    }
+
+    /// Bytes that the peer of a socket has not acknowledged.
+    fn unsent_bytes(socket: &TcpStream) -> usize {
+        let port = |address: SocketAddr| format!(":{:04X}", address.port());
+        let local = port(socket.local_addr().unwrap());
+        let peer = port(socket.peer_addr().unwrap());
+        let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+        let line = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let line = line.filter(|words| words[1].ends_with(&local) && words[2].ends_with(&peer));
+        let queues = line.last().unwrap()[4].to_owned();
+        usize::from_str_radix(queues.split(':').next().unwrap(), 16).unwrap()
+    }
+
+    pub fn an_urgent_byte_holds_nothing_up<D: Driver>(mut rig: Rig<D>) {
+        const PIECE: usize = 1 << 16;
+        let last = BULK / PIECE - 1;
+        for (total, marks) in [
+            (BULK, vec![0]),
+            (BULK, vec![last / 2]),
+            (BULK, vec![last]),
+            (BULK, vec![0, 10, 11, 100, last - 1, last]),
+            (4 * PIECE, vec![1]),
+        ] {
+            let (writer, mut reader, mut relayed) = rig.join();
+            let bytes = pattern(total);
+            let expected = bytes.clone();
+            let urgent = marks.clone();
+            std::thread::spawn(move || {
+                for (number, piece) in bytes.chunks(PIECE).enumerate() {
+                    let mut at = 0;
+                    while at < PIECE {
+                        // The last byte of such a send is the urgent one.
+                        let (end, flags) = if urgent.contains(&number) {
+                            (PIECE.min(at + 1000), rustix::net::SendFlags::OOB)
+                        } else {
+                            (PIECE, rustix::net::SendFlags::empty())
+                        };
+                        at += rustix::net::send(&writer, &piece[at..end], flags).unwrap();
+                    }
+                }
+            });
+            let reads = std::thread::spawn(move || {
+                let mut received = vec![0; total];
+                reader.read_exact(&mut received).unwrap();
+                assert_eq!(reader.read(&mut [0]).unwrap(), 0, "more than was sent");
+                received
+            });
+            let what = format!("{total} bytes with marks at {marks:?}");
+            rig.relay_until(&what, &mut relayed, |_| reads.is_finished());
+            assert!(reads.join().unwrap() == expected, "wrong bytes: {what}");
+            rig.driver.close(relayed.from, Close::Reset);
+            rig.driver.close(relayed.to, Close::Reset);
             rig.turn();
         }
-        socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
-        drop(client);
-        rig.until("the reset", |_, seen| {
-            seen.iter().any(|seen| matches!(seen, Completion::ReceiveFailed(c) if *c == conn))
+        // Between small messages, of which only one is under way at a time.
+        let (mut writer, mut reader, mut relayed) = rig.join();
+        for number in 0..30_u8 {
+            let message = [number; 10];
+            if number % 3 == 0 {
+                let flags = rustix::net::SendFlags::OOB;
+                assert_eq!(rustix::net::send(&writer, &message, flags), Ok(10));
+            }
+            if number % 3 != 1 {
+                writer.write_all(&message).unwrap();
+            }
+            let count = if number % 3 == 0 {
+                20
+            } else if number % 3 == 1 {
+                0
+            } else {
+                10
+            };
+            let total = relayed.sent + count;
+            rig.relay_until("a message", &mut relayed, |relayed| relayed.sent == total);
+            let mut received = vec![0; count];
+            reader.read_exact(&mut received).unwrap();
+            assert_eq!(received, vec![number; count]);
+        }
+    }
+
+    pub fn bytes_that_are_received_but_not_handed_out_are_not_unheard<D: Driver>(mut rig: Rig<D>) {
+        let (mut busy, first) = rig.accept();
+        let (mut client, conn) = rig.accept();
+        let (ending, ended) = rig.accept();
+        for conn in [first, conn, ended] {
+            rig.driver.receive(conn, true);
+        }
+        rig.turn();
+        assert_eq!(rig.driver.unheard(conn), Unheard::Nothing);
+        assert_eq!(rig.driver.unheard(ended), Unheard::Nothing);
+        busy.write_all(b"first").unwrap();
+        client.write_all(b"second").unwrap();
+        drop(ending);
+        // All of it is there, taken by the driver or not, and none of it is handed out.
+        for _ in 0..3 {
+            rig.driver.wait(Wait::for_one(Duration::from_millis(10))).unwrap();
+            assert_eq!(rig.driver.unheard(conn), Unheard::Bytes);
+            assert_eq!(rig.driver.unheard(ended), Unheard::End);
+        }
+        let (mut bytes, mut end) = (0, false);
+        rig.until("all of it", |driver, seen| {
+            for completion in seen.drain(..) {
+                match completion {
+                    Completion::Received(_, buf) => {
+                        bytes += buf.len();
+                        driver.buffers().give(buf);
+                    }
+                    Completion::Ended(_) => end = true,
+                    other => panic!("{other:?}"),
+                }
+            }
+            bytes == 11 && end
         });
-        rig.driver.close(conn, Close::Reset);
+        assert_eq!(rig.driver.unheard(conn), Unheard::Nothing);
     }
 
     pub fn a_drain_serves_who_has_connected_and_lets_nobody_else_in<D: Driver>(mut rig: Rig<D>) {

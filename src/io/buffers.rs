@@ -62,15 +62,22 @@ pub struct Chain {
     tail: u32,
     bytes: u32,
     buffers: u32,
+    /// Buffers are reserved for it.
+    has_reserve: bool,
 }
 
 impl Default for Chain {
     fn default() -> Self {
-        Self { head: NONE, tail: NONE, bytes: 0, buffers: 0 }
+        Self { head: NONE, tail: NONE, bytes: 0, buffers: 0, has_reserve: false }
     }
 }
 
 impl Chain {
+    /// A queue that is one of those for which buffers are reserved.
+    pub(super) fn with_reserve() -> Self {
+        Self { has_reserve: true, ..Self::default() }
+    }
+
     /// Bytes in all of its buffers.
     pub fn bytes(&self) -> u32 {
         self.bytes
@@ -106,6 +113,10 @@ pub struct Buffers {
     resident_min: u32,
     /// The first free buffer whose memory was given back.
     released: u32,
+    /// So many are reserved, …
+    reserved: u32,
+    /// … of which each chain with a reserve that is not empty has its first.
+    reserved_taken: u32,
     /// Whether a page never is part of two buffers; arm64 kernels may have pages of 64 KiB.
     whole_pages: bool,
     in_use: u32,
@@ -138,6 +149,8 @@ impl Buffers {
             resident: 0,
             resident_min: 0,
             released: NONE,
+            reserved: 0,
+            reserved_taken: 0,
             whole_pages: BUFFER_SIZE.is_multiple_of(page_size()),
             in_use: 0,
         })
@@ -146,6 +159,16 @@ impl Buffers {
     /// How many buffers are free.
     pub fn free(&self) -> u32 {
         self.capacity - self.in_use
+    }
+
+    /// Reserves so many buffers for the queues of sockets.
+    pub fn reserve(&mut self, reserved: u32) {
+        self.reserved = reserved;
+    }
+
+    /// How many buffers are free beside those that are reserved.
+    pub fn spare(&self) -> u32 {
+        (self.free() + self.reserved_taken).saturating_sub(self.reserved)
     }
 
     /// How many buffers there are.
@@ -246,6 +269,7 @@ impl Buffers {
         self.entries[index as usize] = Entry { start, len, next: NONE };
         if chain.tail == NONE {
             chain.head = index;
+            self.reserved_taken += u32::from(chain.has_reserve);
         } else {
             self.entries[chain.tail as usize].next = index;
         }
@@ -283,6 +307,7 @@ impl Buffers {
         chain.head = next;
         if next == NONE {
             chain.tail = NONE;
+            self.reserved_taken -= u32::from(chain.has_reserve);
         }
         chain.bytes -= len;
         chain.buffers -= 1;
@@ -443,6 +468,26 @@ mod tests {
             pool.clear(&mut chain);
             assert_eq!((pool.free(), chain.bytes(), chain.is_empty()), (4, 0, true));
         }
+    }
+
+    #[test]
+    fn what_a_queue_holds_first_is_not_missing_from_what_is_reserved() {
+        let mut pool = Buffers::new(10).unwrap();
+        pool.reserve(4);
+        assert_eq!(pool.spare(), 6);
+        let (mut queue, mut other) = (Chain::with_reserve(), Chain::default());
+        for (held, spare) in [(1, 6), (2, 5), (3, 4)] {
+            let mut buf = filled(&mut pool, b"x");
+            pool.set_len(&mut buf, BUFFER_SIZE);
+            pool.push(&mut queue, buf);
+            assert_eq!((queue.buffers(), pool.spare()), (held, spare));
+        }
+        let buf = filled(&mut pool, b"x");
+        pool.push(&mut other, buf);
+        assert_eq!(pool.spare(), 3, "nothing is reserved for this one");
+        pool.clear(&mut queue);
+        pool.clear(&mut other);
+        assert_eq!(pool.spare(), 6);
     }
 
     #[test]

@@ -59,8 +59,19 @@ struct Socket {
     writable: bool,
     /// The peer has ended or reset its direction: a short read is not the last one.
     hung_up: bool,
+    /// There is or was an urgent mark, at which reads and moves stop short: what they bring does not
+    /// say how much there is, until one brings nothing.
+    urgent: bool,
+    /// The kernel has told of an error. A receive may have to tell it yet, behind what has arrived.
+    has_error: bool,
+    /// A move by pipe has taken the error that the next receive was to tell.
+    error_taken: bool,
+    /// Nothing more can be sent, as was told.
+    broken: bool,
     /// The user wants to receive.
     wanted: bool,
+    /// The user has wanted to, and does not now.
+    stopped: bool,
     /// The peer's direction has ended or failed.
     ended: bool,
     /// In the queue of sockets to read from.
@@ -84,20 +95,30 @@ impl Socket {
             readable: false,
             writable: !connecting,
             hung_up: false,
+            urgent: false,
+            has_error: false,
+            error_taken: false,
+            broken: false,
             wanted: false,
+            stopped: false,
             ended: false,
             queued: false,
             shutdown: false,
             joined: None,
             bulk: Bulk::default(),
             held: false,
-            queue: Chain::default(),
+            queue: Chain::with_reserve(),
             pipe: None,
         }
     }
 
     fn is_flushed(&self) -> bool {
         self.queue.is_empty() && self.pipe.is_none()
+    }
+
+    /// It was received from, and is not now, so that no receive would tell of a break.
+    fn is_paused(&self) -> bool {
+        !self.ended && (self.stopped || self.held)
     }
 
     fn can_receive(&self) -> bool {
@@ -143,6 +164,8 @@ pub struct Epoll {
     listeners: Vec<Option<OwnedFd>>,
     /// Listeners that may have clients waiting.
     acceptable: Vec<bool>,
+    /// Where the next client is looked for first.
+    accept_from: usize,
     room: usize,
     sockets: Slab<Socket>,
     buffers: Buffers,
@@ -192,6 +215,7 @@ impl Epoll {
             _wake: setup.wake,
             timer,
             acceptable: vec![true; setup.listeners.len()],
+            accept_from: 0,
             listeners: setup.listeners.into_iter().map(Some).collect(),
             room: 0,
             sockets: Slab::with_capacity(setup.conns_max),
@@ -217,7 +241,9 @@ impl Epoll {
     fn register(&mut self, fd: OwnedFd, connecting: bool) -> io::Result<ConnId> {
         let full = |_| io::Error::from(io::ErrorKind::QuotaExceeded);
         let conn = self.sockets.insert(Socket::new(fd, connecting)).map_err(full)?;
-        let interest = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+        // Nothing more wakes for `PRI`: it only says more of what has arrived.
+        let incoming = EventFlags::IN | EventFlags::PRI | EventFlags::RDHUP;
+        let interest = incoming | EventFlags::OUT | EventFlags::ET;
         let data = EventData::new_u64(conn_data(conn));
         let added = self.sockets.get(conn).map(|s| epoll::add(&self.fd, &s.fd, data, interest));
         match added {
@@ -244,24 +270,50 @@ impl Epoll {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
         let hung_up = EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR;
         socket.hung_up |= flags.intersects(hung_up);
-        socket.readable |= flags.intersects(EventFlags::IN | hung_up);
+        socket.urgent |= flags.contains(EventFlags::PRI);
+        socket.readable |= flags.intersects(EventFlags::IN | EventFlags::PRI | hung_up);
         let settled = EventFlags::OUT | EventFlags::ERR | EventFlags::HUP;
         if socket.connecting {
             if flags.intersects(settled) {
                 self.finish_connect(conn, flags.contains(EventFlags::ERR));
             }
-        } else if flags.contains(EventFlags::ERR)
-            && !socket.ended
-            && (!socket.wanted || socket.held)
-        {
-            // A reset, which no receive would show while the user does not want to receive.
-            socket.ended = true;
-            self.completions.push_back(Completion::ReceiveFailed(conn));
-        } else if flags.intersects(settled) && !socket.writable {
-            socket.writable = true;
-            self.flush(conn);
+        } else {
+            socket.has_error |= flags.contains(EventFlags::ERR);
+            if socket.has_error && !socket.is_flushed() {
+                // A send would take the error from the receive that is to tell it.
+                self.fail_send(conn);
+            } else if flags.intersects(settled) && !socket.writable {
+                socket.writable = true;
+                self.flush(conn);
+            }
+            self.tell_break(conn);
         }
         self.enqueue(conn);
+    }
+
+    /// Says that a socket that is not received from has broken.
+    fn tell_break(&mut self, conn: ConnId) {
+        if self.sockets.get(conn).is_some_and(|socket| socket.has_error && socket.is_paused()) {
+            self.fail_send(conn);
+        }
+    }
+
+    /// Nothing more can be sent. What has arrived can still be received.
+    fn fail_send(&mut self, conn: ConnId) {
+        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        if mem::replace(&mut socket.broken, true) {
+            return;
+        }
+        socket.shutdown = false;
+        self.buffers.clear(&mut socket.queue);
+        if let Some(pipe) = socket.pipe.take() {
+            self.pipes.give(pipe);
+        }
+        let joined = socket.joined;
+        self.completions.push_back(Completion::SendFailed(conn));
+        if let Some(source) = joined {
+            self.let_go(source);
+        }
     }
 
     fn finish_connect(&mut self, conn: ConnId, failed: bool) {
@@ -307,12 +359,8 @@ impl Epoll {
                 Err(Errno::AGAIN) => socket.writable = false,
                 Err(Errno::INTR) => {}
                 Err(_) => {
-                    self.buffers.clear(&mut socket.queue);
-                    if let Some(pipe) = socket.pipe.take() {
-                        self.pipes.give(pipe);
-                    }
-                    socket.shutdown = false;
                     failed = true;
+                    break;
                 }
             }
         }
@@ -325,7 +373,7 @@ impl Epoll {
             self.completions.push_back(Completion::Sent(conn, sent));
         }
         if failed {
-            self.completions.push_back(Completion::SendFailed(conn));
+            return self.fail_send(conn);
         }
         if let Some(source) = source {
             self.let_go(source);
@@ -344,14 +392,22 @@ impl Epoll {
     /// Where to move by pipe what a readable socket brings, if that is the way.
     fn splice_target(&self, conn: ConnId) -> Option<(ConnId, &Socket)> {
         let socket = self.sockets.get(conn).filter(|socket| socket.bulk.is_on())?;
-        let to = socket.joined.filter(|_| self.pipes.any())?;
-        Some((to, self.sockets.get(to)?))
+        let to = socket.joined.filter(|_| self.pipes.any(self.now))?;
+        Some((to, self.sockets.get(to).filter(|sink| !sink.broken)?))
     }
 
     /// Moves what a socket has to the one joined with it.
+    ///
+    /// What is not moved is left to an ordinary receive, which alone can tell what it is: a move
+    /// stops at an urgent mark, and there it says that nothing is left, or takes an end or an error
+    /// for the next thing.
     fn splice(&mut self, conn: ConnId, to: ConnId) -> Option<Completion> {
+        let Some(mut pipe) = self.pipes.take(self.now) else {
+            self.sockets.get_mut(conn)?.bulk.rest(self.window);
+            self.enqueue(conn);
+            return None;
+        };
         let socket = self.sockets.get_mut(conn)?;
-        let mut pipe = self.pipes.take()?;
         let filled = pipe.fill(&socket.fd);
         if let Ok(count @ 1..) = filled {
             socket.bulk.on_spliced(count, self.window);
@@ -359,33 +415,37 @@ impl Epoll {
                 sink.pipe = Some(pipe);
             }
             self.flush(to);
-            let held = self.sockets.get(to).is_some_and(|sink| !sink.is_flushed());
-            if let Some(socket) = self.sockets.get_mut(conn) {
-                socket.held = held;
-                if !held && !mem::replace(&mut socket.queued, true) {
-                    self.bulky.push(conn);
-                }
+            if self.sockets.get(to).is_some_and(|sink| !sink.is_flushed()) {
+                self.hold(conn);
+            } else if let Some(socket) = self.sockets.get_mut(conn)
+                && !mem::replace(&mut socket.queued, true)
+            {
+                self.bulky.push(conn);
             }
             return Some(Completion::Spliced(conn, count));
         }
         self.pipes.give(pipe);
         match filled {
-            Ok(_) => {
-                socket.ended = true;
-                return Some(Completion::Ended(conn));
+            // Had a mark come since the latest event, another would follow for it.
+            Err(Errno::AGAIN) if !socket.urgent => {
+                socket.readable = false;
+                return None;
             }
-            Err(Errno::AGAIN) => socket.readable = false,
-            Err(Errno::INTR) => self.enqueue(conn),
-            Err(errno) if splice::is_refused(errno) => {
-                self.pipes.give_up();
-                self.enqueue(conn);
-            }
-            Err(_) => {
-                socket.ended = true;
-                return Some(Completion::ReceiveFailed(conn));
-            }
+            Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(errno) if splice::is_refused(errno) => self.pipes.on_refused(self.now),
+            Err(_) => socket.error_taken = true,
         }
+        socket.bulk.rest(self.window);
+        self.enqueue(conn);
         None
+    }
+
+    /// What a socket brings waits until the joined one has sent everything.
+    fn hold(&mut self, conn: ConnId) {
+        if let Some(socket) = self.sockets.get_mut(conn) {
+            socket.held = true;
+            self.tell_break(conn);
+        }
     }
 
     /// Tries what is to be sent, unless there is more to come from where it came from.
@@ -411,8 +471,8 @@ impl Epoll {
                     if let Some(completion) = self.splice(conn, to) {
                         return Some(completion);
                     }
-                } else if let Some(socket) = self.sockets.get_mut(conn) {
-                    socket.held = true;
+                } else {
+                    self.hold(conn);
                 }
                 continue;
             }
@@ -426,10 +486,11 @@ impl Epoll {
             let space = self.buffers.space(&mut buf);
             match rustix::net::recv(&socket.fd, space, RecvFlags::empty()) {
                 Ok((1.., count)) => {
-                    // A short read empties the socket, unless its end is waiting behind. (Or an
-                    // urgent mark, at which reads stop: what is behind then waits for the next
-                    // segment. Nobody sends those.)
-                    socket.readable = count == limits::BUFFER_SIZE || socket.hung_up;
+                    // A short read empties the socket, unless its end is waiting behind, or it
+                    // stopped at an urgent mark. (Had a mark or an end come since the latest event,
+                    // another would follow for it.)
+                    let may_have_more = socket.hung_up || socket.urgent;
+                    socket.readable = count == limits::BUFFER_SIZE || may_have_more;
                     socket.bulk.on_received(count as u32, self.window);
                     self.buffers.set_len(&mut buf, count);
                     if count == limits::BUFFER_SIZE && filled + 1 < READS_IN_A_ROW {
@@ -444,11 +505,16 @@ impl Epoll {
                 Ok(_) => {
                     self.buffers.give(buf);
                     socket.ended = true;
-                    return Some(Completion::Ended(conn));
+                    return Some(if socket.error_taken {
+                        Completion::ReceiveFailed(conn)
+                    } else {
+                        Completion::Ended(conn)
+                    });
                 }
                 Err(Errno::AGAIN) => {
                     self.buffers.give(buf);
                     socket.readable = false;
+                    socket.urgent = false;
                 }
                 Err(Errno::INTR) => {
                     self.buffers.give(buf);
@@ -472,13 +538,16 @@ impl Epoll {
     }
 
     fn accept_one(&mut self) -> Option<Completion> {
-        for index in 0..self.listeners.len() {
+        for offset in 0..self.listeners.len() {
+            let index = (self.accept_from + offset) % self.listeners.len();
             while self.room > 0 && self.acceptable[index] {
                 let Some(listener) = &self.listeners[index] else { break };
                 let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
                 match rustix::net::accept_with(listener, flags) {
                     Ok(fd) => {
                         self.room -= 1;
+                        // Each in turn: near the limit there is room for one a turn.
+                        self.accept_from = index + 1;
                         match self.register(fd, false) {
                             Ok(conn) => return Some(Completion::Accepted(conn)),
                             Err(error) => {
@@ -641,12 +710,15 @@ impl Driver for Epoll {
     fn receive(&mut self, conn: ConnId, on: bool) {
         if let Some(socket) = self.sockets.get_mut(conn) {
             socket.wanted = on;
+            socket.stopped = !on;
         }
+        self.tell_break(conn);
         self.enqueue(conn);
     }
 
     fn send(&mut self, conn: ConnId, buf: Buf) {
-        let Some(socket) = self.sockets.get_mut(conn) else { return self.buffers.give(buf) };
+        let socket = self.sockets.get_mut(conn).filter(|socket| !socket.broken);
+        let Some(socket) = socket else { return self.buffers.give(buf) };
         self.buffers.push(&mut socket.queue, buf);
         if let Some(other) = self.unsent.replace(conn).filter(|&other| other != conn) {
             self.flush(other);
@@ -654,10 +726,12 @@ impl Driver for Epoll {
     }
 
     fn shutdown(&mut self, conn: ConnId) {
-        if let Some(socket) = self.sockets.get_mut(conn) {
+        if let Some(socket) = self.sockets.get_mut(conn)
+            && !socket.broken
+        {
             socket.shutdown = true;
+            self.flush(conn);
         }
-        self.flush(conn);
     }
 
     fn close(&mut self, conn: ConnId, how: Close) {
@@ -672,7 +746,12 @@ impl Driver for Epoll {
     }
 
     fn unheard(&mut self, conn: ConnId) -> Unheard {
-        self.sockets.get(conn).map_or(Unheard::End, |socket| socket::unheard(&socket.fd))
+        let Some(socket) = self.sockets.get(conn) else { return Unheard::End };
+        let broke = |completion: &Completion| matches!(completion, Completion::SendFailed(broken) if *broken == conn);
+        if self.completions.iter().any(broke) {
+            return Unheard::End;
+        }
+        socket::unheard(&socket.fd)
     }
 
     fn undelivered(&self, conn: ConnId) -> u64 {
@@ -695,6 +774,10 @@ impl Driver for Epoll {
 
     fn buffer_waits(&self) -> u64 {
         self.buffer_waits
+    }
+
+    fn splice_failures(&self) -> u64 {
+        self.pipes.failures()
     }
 }
 

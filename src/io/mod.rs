@@ -82,7 +82,7 @@ impl Completion {
 }
 
 /// What a connection shows when it is looked at, whatever [`Driver::next`] has told so far.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Unheard {
     /// It is open and silent.
     Nothing,
@@ -133,8 +133,6 @@ pub struct DriverSetup {
     pub conns_max: usize,
     /// Buffers of [`crate::limits::BUFFER_SIZE`].
     pub buffers_max: usize,
-    /// With fewer free buffers, each receive takes one and no more.
-    pub buffers_lean_below: u32,
     /// Options of connections to backends.
     pub options: socket::Options,
 }
@@ -188,7 +186,8 @@ pub trait Driver {
     /// Starts or stops receiving. What was received before the stop took effect still arrives.
     fn receive(&mut self, conn: ConnId, on: bool);
 
-    /// Queues bytes behind those already queued. The buffer is given back once they are sent.
+    /// Queues bytes behind those already queued. The buffer is given back once they are sent, and at
+    /// once where [`Completion::SendFailed`] was told.
     fn send(&mut self, conn: ConnId, buf: Buf);
 
     /// Ends the direction towards the peer, behind all that is queued.
@@ -214,6 +213,17 @@ pub trait Driver {
     /// The buffers.
     fn buffers(&mut self) -> &mut buffers::Buffers;
 
+    /// Buffers that hold nothing yet, and are with the kernel for what comes.
+    fn buffers_lent(&self) -> u32 {
+        0
+    }
+
     /// Times a receive had to wait for a buffer, since the start.
     fn buffer_waits(&self) -> u64;
+
+    /// Times that moving bulk within the kernel failed, for want of descriptors or where something
+    /// forbids it, since the start. It is copied then, and moved again some time later.
+    fn splice_failures(&self) -> u64 {
+        0
+    }
 }

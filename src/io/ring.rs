@@ -25,6 +25,9 @@ const CQ_ENTRIES: u32 = 8192;
 /// Buffers that one send takes at most.
 const SEND_PARTS_MAX: usize = 8;
 
+/// What each send is submitted with: it completes as it is taken, and a part of it is a failure.
+pub(super) const SEND_FLAGS: i32 = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT | libc::MSG_WAITALL;
+
 /// A message header and the parts that it points to.
 type Header = (libc::msghdr, [libc::iovec; SEND_PARTS_MAX]);
 
@@ -133,7 +136,7 @@ impl Ring {
         unsafe { self.push_into_room(&connect.user_data(data)) }
     }
 
-    /// Queues a send of several buffers.
+    /// Queues a send of several buffers, whose success is of no interest. Says how many bytes it has.
     ///
     /// # Safety
     /// The parts stay as they are until the operation has completed.
@@ -142,20 +145,22 @@ impl Ring {
         fd: Fd,
         parts: impl Iterator<Item = (NonNull<u8>, usize)>,
         data: u64,
-    ) {
+    ) -> u32 {
         self.make_room();
-        let Some((header, slots)) = self.headers.get_mut(self.headers_used) else { return };
+        let Some((header, slots)) = self.headers.get_mut(self.headers_used) else { return 0 };
         self.headers_used += 1;
-        let mut count = 0;
+        let (mut count, mut bytes) = (0, 0);
         for ((at, len), slot) in parts.zip(slots.iter_mut()) {
             *slot = libc::iovec { iov_base: at.as_ptr().cast(), iov_len: len };
             count += 1;
+            bytes += len as u32;
         }
         header.msg_iov = slots.as_mut_ptr();
         header.msg_iovlen = count;
-        let send = opcode::SendMsg::new(fd, header).flags(libc::MSG_NOSIGNAL as u32).build();
+        let send = opcode::SendMsg::new(fd, header).flags(SEND_FLAGS as u32).build();
         // SAFETY: as for a connect; the caller vouches for the parts.
-        unsafe { self.push_into_room(&send.user_data(data)) }
+        unsafe { self.push_into_room(&send.flags(Flags::SKIP_SUCCESS).user_data(data)) }
+        bytes
     }
 
     /// Hands over until the next push finds room in the queue and in the tables beside it.
@@ -286,6 +291,15 @@ impl Ring {
     pub(super) fn has_completions(&mut self) -> bool {
         self.completions.extend(self.uring.completion());
         !self.completions.is_empty()
+    }
+
+    /// All completions that there are, unless some wait aside and cannot be had at once.
+    pub(super) fn taken(&mut self) -> impl Iterator<Item = &cqueue::Entry> {
+        if self.uring.submission().cq_overflow() {
+            self.submit();
+        }
+        self.has_completions();
+        self.completions.iter()
     }
 
     /// Whether so many completions were taken.

@@ -29,6 +29,8 @@ impl Options {
     pub fn apply(&self, socket: &Socket) -> io::Result<()> {
         // Small messages leave at once: coalescing is the applications' business.
         socket.set_tcp_nodelay(true)?;
+        // Urgent data is passed on as ordinary bytes, at its place in the stream.
+        socket.set_out_of_band_inline(true)?;
         if let Some(idle) = self.keepalive {
             // The kernel counts in whole seconds and refuses 0.
             let second = Duration::from_secs(1);

@@ -21,6 +21,9 @@ const SMALL: u32 = 32 * 1024;
 const SMALL_MOVES: u8 = 8;
 /// Then it is not looked at for so many windows.
 const REST: u32 = 32;
+/// After a failure, pipes are made again once so much time has passed. Descriptors may be there
+/// again by then, and where something forbids pipes for good, a try a second costs nothing.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// The window that a time falls in, counted from `start`.
 pub(super) fn window(start: Instant, now: Instant) -> u32 {
@@ -57,8 +60,13 @@ impl Bulk {
     pub(super) fn on_spliced(&mut self, bytes: u32, window: u32) {
         self.small = if bytes < SMALL { self.small + 1 } else { 0 };
         if self.small == SMALL_MOVES {
-            *self = Self { window: window.wrapping_add(REST), ..Self::default() };
+            self.rest(window);
         }
+    }
+
+    /// It is copied for a while, whatever it brings.
+    pub(super) fn rest(&mut self, window: u32) {
+        *self = Self { window: window.wrapping_add(REST), ..Self::default() };
     }
 
     /// Whether to move it by pipe.
@@ -76,10 +84,10 @@ pub(super) struct Pipe {
 }
 
 impl Pipe {
-    /// Moves what has arrived at a socket into the pipe, which must be empty. No bytes are the end
-    /// of the stream.
+    /// Moves what has arrived at a socket into the pipe, which must be empty. No bytes, and even an
+    /// error, may stand for an urgent mark with more behind it: only an ordinary receive can tell.
     pub(super) fn fill(&mut self, from: impl AsFd) -> Result<u32, Errno> {
-        debug_assert!(self.is_empty(), "EAGAIN is to mean that the socket has nothing");
+        debug_assert!(self.is_empty(), "else EAGAIN might speak of the pipe");
         let count = splice(from, None, &self.writer, None, PIPE_SIZE, flags())? as u32;
         self.bytes += count;
         Ok(count)
@@ -117,30 +125,40 @@ pub(super) fn is_refused(errno: Errno) -> bool {
 #[derive(Debug)]
 pub(super) struct Pipes {
     free: Vec<Pipe>,
-    /// How many more may be made.
+    /// How many more may be made…
     unmade: usize,
+    /// …and from when on, after a failure.
+    make_at: Option<Instant>,
+    failures: u64,
 }
 
 impl Pipes {
     pub(super) fn new() -> Self {
-        Self { free: Vec::with_capacity(PIPES_MAX), unmade: PIPES_MAX }
+        Self { free: Vec::with_capacity(PIPES_MAX), unmade: PIPES_MAX, make_at: None, failures: 0 }
     }
 
     /// Whether the next [`Pipes::take`] may find one.
-    pub(super) fn any(&self) -> bool {
-        !self.free.is_empty() || self.unmade > 0
+    pub(super) fn any(&self, now: Instant) -> bool {
+        !self.free.is_empty() || self.can_make(now)
+    }
+
+    fn can_make(&self, now: Instant) -> bool {
+        self.unmade > 0 && self.make_at.is_none_or(|at| now >= at)
     }
 
     /// An empty pipe.
-    pub(super) fn take(&mut self) -> Option<Pipe> {
+    pub(super) fn take(&mut self, now: Instant) -> Option<Pipe> {
         if let Some(pipe) = self.free.pop() {
             return Some(pipe);
         }
-        self.unmade = self.unmade.checked_sub(1)?;
+        if !self.can_make(now) {
+            return None;
+        }
         let Ok((reader, writer)) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK) else {
-            self.give_up();
+            self.on_failure(now);
             return None;
         };
+        self.unmade -= 1;
         // Where the user's pipes already hold all the memory they may, it stays small, and works.
         let _ = fcntl_setpipe_size(&writer, PIPE_SIZE);
         Some(Pipe { reader, writer, bytes: 0 })
@@ -155,10 +173,21 @@ impl Pipes {
         }
     }
 
-    /// Makes no more: without them everything still works.
-    pub(super) fn give_up(&mut self) {
-        self.unmade = 0;
+    /// The kernel refused to move bulk by pipe. For a while everything is copied.
+    pub(super) fn on_refused(&mut self, now: Instant) {
+        self.unmade += self.free.len();
         self.free.clear();
+        self.on_failure(now);
+    }
+
+    fn on_failure(&mut self, now: Instant) {
+        self.failures += 1;
+        self.make_at = Some(now + RETRY_AFTER);
+    }
+
+    /// Failures so far.
+    pub(super) fn failures(&self) -> u64 {
+        self.failures
     }
 }
 
@@ -188,16 +217,34 @@ mod tests {
 
     #[test]
     fn pipes_are_bounded_and_used_again_only_when_empty() {
+        let now = Instant::now();
         let mut pipes = Pipes::new();
-        let mut taken: Vec<_> = std::iter::from_fn(|| pipes.take()).collect();
+        let mut taken: Vec<_> = std::iter::from_fn(|| pipes.take(now)).collect();
         assert_eq!(taken.len(), PIPES_MAX);
-        assert!(!pipes.any());
+        assert!(!pipes.any(now));
         let mut dirty = taken.pop().unwrap();
         dirty.bytes = 1;
         pipes.give(dirty);
-        assert!(pipes.take().is_some_and(|pipe| pipe.is_empty()), "a new one");
-        assert!(!pipes.any());
+        assert!(pipes.take(now).is_some_and(|pipe| pipe.is_empty()), "a new one");
+        assert!(!pipes.any(now));
         pipes.give(taken.pop().unwrap());
-        assert!(pipes.take().is_some() && pipes.take().is_none());
+        assert!(pipes.take(now).is_some() && pipes.take(now).is_none());
+        assert_eq!(pipes.failures(), 0, "none was refused");
+    }
+
+    #[test]
+    fn pipes_are_made_again_a_while_after_a_refusal() {
+        let now = Instant::now();
+        let mut pipes = Pipes::new();
+        let (used, unused) = (pipes.take(now).unwrap(), pipes.take(now).unwrap());
+        pipes.give(unused);
+        pipes.on_refused(now);
+        assert!(!pipes.any(now) && pipes.take(now).is_none());
+        assert_eq!(pipes.failures(), 1);
+        pipes.give(used);
+        assert!(pipes.any(now), "one in use stays in use");
+        let later = now + RETRY_AFTER;
+        let all = std::iter::from_fn(|| pipes.take(later)).count();
+        assert_eq!(all, PIPES_MAX);
     }
 }

@@ -150,7 +150,6 @@ pub struct Engine<D> {
     pub(super) everyone: Arc<[Arc<WorkerStats>]>,
     pub(super) index: usize,
     sessions_max: usize,
-    lean_below: u32,
     started: Instant,
     upkeep_at: Instant,
     gate: AcceptGate,
@@ -158,7 +157,8 @@ pub struct Engine<D> {
 
 impl<D: Driver> Engine<D> {
     /// An engine without endpoints: the first snapshot brings them.
-    pub fn new(driver: D, setup: EngineSetup) -> Self {
+    pub fn new(mut driver: D, setup: EngineSetup) -> Self {
+        driver.buffers().reserve(limits::buffers_reserved(setup.sessions_max));
         let now = driver.now();
         let conns_max = limits::conns_max(setup.sessions_max);
         let config = setup.config;
@@ -207,7 +207,6 @@ impl<D: Driver> Engine<D> {
             everyone: setup.stats,
             index: setup.index,
             sessions_max: setup.sessions_max,
-            lean_below: limits::buffers_lean_below(setup.sessions_max),
             started: setup.started,
             upkeep_at: now,
             gate: AcceptGate::default(),
@@ -527,23 +526,21 @@ impl<D: Driver> Engine<D> {
         let alive = self.now.saturating_duration_since(self.started);
         stats.heartbeat_ms.set(alive.as_millis() as u64);
         stats.buffer_waits.add(self.driver.buffer_waits() - stats.buffer_waits.get());
+        let failures = self.driver.splice_failures() - stats.splice_failures.get();
+        stats.splice_failures.add(failures);
+        let lent = self.driver.buffers_lent();
         let buffers = self.driver.buffers();
-        stats.buffers_in_use.set(u64::from(buffers.capacity() - buffers.free()));
+        stats.buffers_in_use.set(u64::from(buffers.capacity() - buffers.free() - lent));
     }
 
-    /// Bytes that one direction of a session may have in flight now: plenty while buffers are
-    /// plenty, what a single receive brings when they are not.
+    /// Bytes that one direction of a session may have in flight now.
     pub(super) fn in_flight_limit(&mut self) -> u32 {
-        let spare = self.driver.buffers().free().saturating_sub(self.lean_below);
-        match (spare / 16).min(limits::RELAY_BUFFERS_MAX) {
-            0 => 1,
-            buffers => buffers * limits::BUFFER_SIZE as u32,
-        }
+        limits::in_flight_max(self.driver.buffers().spare())
     }
 
     /// Whether buffers are short.
     pub(super) fn is_lean(&mut self) -> bool {
-        self.driver.buffers().free() < self.lean_below
+        limits::buffers_are_short(self.driver.buffers().spare())
     }
 
     /// Takes note of whose a connection is from now on.

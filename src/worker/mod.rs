@@ -119,7 +119,6 @@ fn driver_setup(setup: &mut WorkerSetup) -> io::Result<DriverSetup> {
         wake: setup.mailboxes[setup.index].wake_fd().as_fd().try_clone_to_owned()?,
         conns_max: limits::conns_max(setup.sessions_max),
         buffers_max: limits::buffers_max(setup.sessions_max),
-        buffers_lean_below: limits::buffers_lean_below(setup.sessions_max),
         options: socket_options(&setup.config),
     })
 }

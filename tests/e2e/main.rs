@@ -26,4 +26,5 @@ mod proxy_protocol;
 mod relay;
 mod requests;
 mod routing;
+mod transport;
 mod workers;

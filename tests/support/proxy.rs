@@ -12,7 +12,10 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule,
+};
 use serde_json::Value;
 
 use super::metrics::{Labels, Metrics};
@@ -24,7 +27,15 @@ pub struct Builder {
     environment: BTreeMap<String, String>,
     arguments: Vec<&'static str>,
     descriptors_max: Option<u64>,
-    denied: Option<(i64, i32)>,
+    denied: Option<Denied>,
+}
+
+/// A system call that is to fail.
+#[derive(Clone, Copy)]
+struct Denied {
+    syscall: i64,
+    errno: i32,
+    argument: Option<(u8, u64)>,
 }
 
 impl Builder {
@@ -79,7 +90,13 @@ impl Builder {
 
     /// Makes a system call fail, as the seccomp profiles of container runtimes do.
     pub fn deny(mut self, syscall: i64, errno: i32) -> Self {
-        self.denied = Some((syscall, errno));
+        self.denied = Some(Denied { syscall, errno, argument: None });
+        self
+    }
+
+    /// The same, but only where the argument at this position has this value.
+    pub fn deny_where(mut self, syscall: i64, errno: i32, argument: (u8, u64)) -> Self {
+        self.denied = Some(Denied { syscall, errno, argument: Some(argument) });
         self
     }
 
@@ -144,11 +161,11 @@ impl Builder {
         if let Some(path) = std::env::var_os("PATH") {
             command.env("PATH", path);
         }
-        let Some((syscall, errno)) = self.denied else { return command.spawn().unwrap() };
+        let Some(denied) = self.denied else { return command.spawn().unwrap() };
         // A filter is for one thread and the processes it starts, so a thread of its own spares
         // both the test and the unsafe code between fork and exec.
         thread::spawn(move || {
-            seccompiler::apply_filter(&denying(syscall, errno)).unwrap();
+            seccompiler::apply_filter(&denying(denied)).unwrap();
             command.spawn().unwrap()
         })
         .join()
@@ -157,9 +174,13 @@ impl Builder {
 }
 
 /// A filter under which one system call fails.
-fn denying(syscall: i64, errno: i32) -> BpfProgram {
-    let rules = BTreeMap::from([(syscall, Vec::new())]);
-    let denied = SeccompAction::Errno(errno.cast_unsigned());
+fn denying(denied: Denied) -> BpfProgram {
+    let condition = |(at, value)| {
+        SeccompCondition::new(at, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value).unwrap()
+    };
+    let rule = denied.argument.map(|argument| SeccompRule::new(vec![condition(argument)]).unwrap());
+    let rules = BTreeMap::from([(denied.syscall, rule.into_iter().collect())]);
+    let denied = SeccompAction::Errno(denied.errno.cast_unsigned());
     let architecture = std::env::consts::ARCH.try_into().unwrap();
     SeccompFilter::new(rules, SeccompAction::Allow, denied, architecture)
         .unwrap()
@@ -286,6 +307,13 @@ impl Proxy {
         let task = named.unwrap_or_else(|| panic!("no thread is called {name}"));
         let text = fs::read_to_string(task.join("schedstat")).unwrap();
         Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
+    }
+
+    /// The names of its threads, those that the kernel runs for it among them.
+    pub fn threads(&self) -> Vec<String> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        let names = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("comm")));
+        names.flatten().map(|name| name.trim().to_owned()).collect()
     }
 
     /// The number of the process.

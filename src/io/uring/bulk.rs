@@ -4,14 +4,12 @@
 //! readiness comes from the ring, and `splice` is called directly. Sockets here are blocking for
 //! the ring's sake; for the moment of that call they are not.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
-use io_uring::opcode;
-use io_uring::types::Fd;
 use rustix::io::{Errno, ioctl_fionbio};
 
 use super::Uring;
-use super::socket::{Kind, Socket};
+use super::socket::{Sending, Socket};
 use crate::io::splice;
 use crate::io::{Completion, ConnId};
 
@@ -19,11 +17,16 @@ impl Uring {
     /// Where to move by pipe what a socket brings, if that is the way.
     pub(super) fn splice_target(&self, conn: ConnId) -> Option<(ConnId, &Socket)> {
         let socket = self.sockets.get(conn).filter(|socket| socket.bulk.is_on())?;
-        let to = socket.joined.filter(|_| self.pipes.any())?;
-        Some((to, self.sockets.get(to).filter(|sink| !sink.closing)?))
+        let to = socket.joined.filter(|_| self.pipes.any(self.now))?;
+        let takes = |sink: &&Socket| !sink.closing && sink.sending != Sending::Broken;
+        Some((to, self.sockets.get(to).filter(takes)?))
     }
 
     /// A socket that was polled has something: moves it on.
+    ///
+    /// What is not moved is left to an ordinary receive, which alone can tell what it is: a move
+    /// stops at an urgent mark, and there it says that nothing is left, or takes an end or an error
+    /// for the next thing.
     pub(super) fn splice(&mut self, conn: ConnId) -> Option<Completion> {
         // Whatever has changed since the poll, settling sees to it.
         self.mark_pending(conn);
@@ -31,7 +34,11 @@ impl Uring {
         if !sink.is_flushed() {
             return None;
         }
-        let mut pipe = self.pipes.take()?;
+        let Some(mut pipe) = self.pipes.take(self.now) else {
+            let window = self.window;
+            self.sockets.get_mut(conn)?.bulk.rest(window);
+            return None;
+        };
         let socket = self.sockets.get_mut(conn)?;
         let filled = without_blocking(&socket.fd, || pipe.fill(&socket.fd));
         if let Ok(count @ 1..) = filled {
@@ -42,44 +49,34 @@ impl Uring {
             self.drain_pipe(to);
             return Some(Completion::Spliced(conn, count));
         }
+        socket.bulk.rest(self.window);
         self.pipes.give(pipe);
         match filled {
-            Ok(_) => {
-                socket.ended = true;
-                Some(Completion::Ended(conn))
-            }
-            Err(Errno::AGAIN | Errno::INTR) => None,
-            Err(errno) if splice::is_refused(errno) => {
-                self.pipes.give_up();
-                None
-            }
-            Err(_) => {
-                socket.ended = true;
-                Some(Completion::ReceiveFailed(conn))
-            }
+            Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(errno) if splice::is_refused(errno) => self.pipes.on_refused(self.now),
+            Err(_) => socket.error_taken = true,
         }
+        None
     }
 
-    /// Moves on what is in a socket's pipe; for the rest it waits until there is room.
+    /// Moves on what is in a socket's pipe; the rest waits until there is room.
     pub(super) fn drain_pipe(&mut self, conn: ConnId) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
-        let Some(mut pipe) = socket.pipe.take() else { return };
+        debug_assert_eq!(socket.sending, Sending::Idle, "one after the other");
+        let Some(pipe) = &mut socket.pipe else { return };
         match without_blocking(&socket.fd, || pipe.drain(&socket.fd)) {
             Ok(count) => self.ready.push_back(Completion::Sent(conn, count)),
-            Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(_) => {
+            Err(Errno::AGAIN) => {}
+            Err(Errno::INTR) => return self.mark_pending(conn),
+            Err(_) => return self.fail_send(conn),
+        }
+        match socket.pipe.take_if(|pipe| pipe.is_empty()) {
+            Some(pipe) => {
                 self.pipes.give(pipe);
-                return self.fail_send(conn);
+                self.after_send(conn);
             }
+            None => self.block(conn),
         }
-        if pipe.is_empty() {
-            self.pipes.give(pipe);
-            return self.after_send(conn);
-        }
-        let fd = Fd(socket.fd.as_raw_fd());
-        socket.pipe = Some(pipe);
-        socket.ops.add(Kind::Send);
-        self.push(opcode::PollAdd::new(fd, libc::POLLOUT as u32).build(), Kind::Send, conn);
     }
 }
 

@@ -12,10 +12,10 @@ mod bulk;
 mod receive;
 mod send;
 mod socket;
+mod watch;
 
 use std::collections::VecDeque;
 use std::io;
-use std::mem;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::time::Instant;
@@ -25,7 +25,7 @@ use io_uring::{cqueue, opcode, squeue};
 use rustix::io::Errno;
 use socket2::Type;
 
-use self::socket::{Kind, Listener, Receiving, Socket, parse_user_data, user_data};
+use self::socket::{Kind, Listener, Receiving, Sending, Socket, parse_user_data, user_data};
 use super::buffers::{Buf, Buffers};
 use super::probe::Features;
 use super::provided::ProvidedBuffers;
@@ -34,6 +34,7 @@ use super::socket as options;
 use super::splice::{self, Pipe, Pipes};
 use super::{Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait};
 use crate::fifo;
+use crate::limits;
 use crate::slab::Slab;
 
 /// The `io_uring` driver of one worker.
@@ -46,7 +47,6 @@ pub struct Uring {
     listeners: Vec<Listener>,
     wake: OwnedFd,
     options: options::Options,
-    lean_below: u32,
     room: usize,
     start: Instant,
     now: Instant,
@@ -54,8 +54,8 @@ pub struct Uring {
     ready: VecDeque<Completion>,
     pending: Vec<ConnId>,
     starving: VecDeque<ConnId>,
-    /// Sockets with an inline send of which nothing is known yet.
-    inline: VecDeque<ConnId>,
+    /// Sockets with a send of which nothing is known yet.
+    submitted: VecDeque<ConnId>,
     pipes: Pipes,
     /// The window that the turn falls in.
     window: u32,
@@ -80,7 +80,6 @@ impl Uring {
                 .collect(),
             wake: setup.wake,
             options: setup.options,
-            lean_below: setup.buffers_lean_below,
             room: 0,
             start: Instant::now(),
             now: Instant::now(),
@@ -88,7 +87,7 @@ impl Uring {
             ready: VecDeque::with_capacity(1024),
             pending: Vec::with_capacity(setup.conns_max),
             starving: VecDeque::with_capacity(setup.conns_max),
-            inline: VecDeque::with_capacity(setup.conns_max),
+            submitted: VecDeque::with_capacity(setup.conns_max),
             pipes: Pipes::new(),
             window: 0,
             buffer_waits: 0,
@@ -147,12 +146,13 @@ impl Uring {
                 self.mark_pending(conn);
             }
         }
-        // Taken out and put back, so that its memory is kept.
-        let mut pending = mem::take(&mut self.pending);
-        for conn in pending.drain(..) {
+        // Settling one may make another pending.
+        let mut next = 0;
+        while let Some(&conn) = self.pending.get(next) {
+            next += 1;
             self.settle_socket(conn);
         }
-        self.pending = pending;
+        self.pending.clear();
         for index in 0..self.listeners.len() {
             self.settle_listener(index);
         }
@@ -160,7 +160,7 @@ impl Uring {
 
     /// Whether buffers are short: then each receive takes one, so that no socket runs ahead.
     fn is_lean(&self) -> bool {
-        self.buffers.free() < self.lean_below
+        limits::buffers_are_short(self.buffers.spare())
     }
 
     /// The kernel has given an operation back. Its socket, unless it was only waiting to be closed.
@@ -203,6 +203,24 @@ impl Uring {
         }
     }
 
+    /// What a connection has brought that is not handed out yet.
+    fn taken(&mut self, conn: ConnId) -> Unheard {
+        let data = user_data(Kind::Receive, conn);
+        let entries = self.ring.taken().filter(|entry| entry.user_data() == data);
+        let entries = entries.map(|entry| match result(entry) {
+            Ok(1..) => Unheard::Bytes,
+            Err(Errno::CANCELED | Errno::INTR | Errno::NOBUFS) => Unheard::Nothing,
+            Ok(0) | Err(_) => Unheard::End,
+        });
+        let ready = self.ready.iter().filter(|completion| completion.conn() == Some(conn));
+        let ready = ready.map(|completion| match completion {
+            Completion::Received(..) | Completion::Spliced(..) => Unheard::Bytes,
+            Completion::Sent(..) | Completion::Connected(_) => Unheard::Nothing,
+            _ => Unheard::End,
+        });
+        entries.chain(ready).max().unwrap_or(Unheard::Nothing)
+    }
+
     /// Gives the slot back once the kernel holds nothing of it.
     fn finish_close(&mut self, conn: ConnId) {
         let Some(socket) = self.sockets.get(conn) else { return };
@@ -226,7 +244,7 @@ impl Driver for Uring {
 
     fn wait(&mut self, wait: Wait) -> io::Result<bool> {
         // Only if the kernel could not take all submissions.
-        let unresolved = !self.inline.is_empty();
+        let unresolved = !self.submitted.is_empty();
         self.settle();
         let mut spare_time = false;
         if self.ring.has_completions() || !self.ready.is_empty() || unresolved {
@@ -234,10 +252,18 @@ impl Driver for Uring {
         } else {
             let data = user_data(Kind::Timer, ConnId::from_parts(0, 0));
             self.ring.wake_after(self.now, wait.most, data);
-            let at_once = wait.events == 1 && self.ring.submit_and_look();
-            if !at_once {
+            let looked = wait.events == 1 && self.ring.submit_and_look();
+            if looked {
+                // There is something to do.
+            } else if self.submitted.is_empty() {
                 self.ring.submit_and_wait(wait.events, wait.batch, wait.most);
                 spare_time = wait.events == 1 || !self.ring.has(wait.events);
+            } else if wait.events > 1 {
+                // A send that went well ends no wait, and somebody may wait for it: an end that
+                // goes behind it, a source that was stopped. So how sends went is told before
+                // falling asleep. No other completion is asked for, so that a batch stays one. For
+                // a single event the look above has said it already.
+                self.ring.submit();
             }
         }
         self.now = Instant::now();
@@ -250,7 +276,7 @@ impl Driver for Uring {
             if let Some(completion) = fifo::pop(&mut self.ready) {
                 return Some(completion);
             }
-            let Some(entry) = self.ring.pop() else { return self.next_inline_send() };
+            let Some(entry) = self.ring.pop() else { return self.next_sent() };
             if let Some(completion) = self.on_completion(&entry) {
                 return Some(completion);
             }
@@ -320,23 +346,27 @@ impl Driver for Uring {
             self.mark_pending(conn);
             return;
         }
-        let one_by_one = mem::replace(&mut socket.single, true) || socket.polled;
-        if !one_by_one {
-            self.stop_receiving(conn);
-        }
+        socket.single = true;
+        self.stop_receiving(conn);
         self.mark_pending(conn);
     }
 
     fn send(&mut self, conn: ConnId, buf: Buf) {
         let Some(socket) = self.sockets.get_mut(conn) else { return self.buffers.give(buf) };
-        self.buffers.push(&mut socket.queue, buf);
-        if !socket.ops.has(Kind::Send) {
-            self.mark_pending(conn);
+        match socket.sending {
+            Sending::Broken => self.buffers.give(buf),
+            Sending::Idle => {
+                self.buffers.push(&mut socket.queue, buf);
+                self.mark_pending(conn);
+            }
+            Sending::Submitted(_) | Sending::Blocked => self.buffers.push(&mut socket.queue, buf),
         }
     }
 
     fn shutdown(&mut self, conn: ConnId) {
-        if let Some(socket) = self.sockets.get_mut(conn) {
+        if let Some(socket) = self.sockets.get_mut(conn)
+            && socket.sending != Sending::Broken
+        {
             socket.shutdown = true;
             self.mark_pending(conn);
         }
@@ -350,9 +380,9 @@ impl Driver for Uring {
         }
         socket.closing = true;
         let ops = socket.ops;
-        let inline = socket.inline.is_some();
-        for kind in [Kind::Connect, Kind::Receive, Kind::Send, Kind::Watch] {
-            if ops.has(kind) && !(kind == Kind::Send && inline) {
+        // A send completes by itself.
+        for kind in [Kind::Connect, Kind::Receive, Kind::Watch] {
+            if ops.has(kind) {
                 self.cancel(kind, conn);
             }
         }
@@ -360,7 +390,11 @@ impl Driver for Uring {
     }
 
     fn unheard(&mut self, conn: ConnId) -> Unheard {
-        self.sockets.get(conn).map_or(Unheard::End, |socket| options::unheard(&socket.fd))
+        let Some(socket) = self.sockets.get(conn) else { return Unheard::End };
+        let shown = options::unheard(&socket.fd);
+        // What a receive has taken is no longer in the socket. It may have been taken up to the
+        // moment of that look.
+        self.taken(conn).max(shown)
     }
 
     fn undelivered(&self, conn: ConnId) -> u64 {
@@ -381,8 +415,16 @@ impl Driver for Uring {
         &mut self.buffers
     }
 
+    fn buffers_lent(&self) -> u32 {
+        self.provided.available() as u32
+    }
+
     fn buffer_waits(&self) -> u64 {
         self.buffer_waits
+    }
+
+    fn splice_failures(&self) -> u64 {
+        self.pipes.failures()
     }
 }
 

@@ -1,6 +1,5 @@
 //! Receiving.
 
-use std::mem;
 use std::os::fd::AsRawFd;
 use std::ptr;
 
@@ -9,7 +8,7 @@ use io_uring::types::Fd;
 use io_uring::{cqueue, opcode};
 use rustix::io::Errno;
 
-use super::socket::{Kind, Receiving};
+use super::socket::{Kind, Receiving, Socket};
 use super::{Uring, result};
 use crate::io::provided::ProvidedBuffers;
 use crate::io::{Completion, ConnId};
@@ -22,31 +21,37 @@ impl Uring {
         if socket.closing {
             return;
         }
-        if socket.wanted && !socket.ended && !socket.held && socket.receiving == Receiving::Idle {
+        if socket.wanted && socket.receiving == Receiving::Idle {
             self.arm_receive(conn);
         }
-        self.watch(conn);
+        self.watch_paused(conn);
         self.flush(conn);
     }
 
     fn arm_receive(&mut self, conn: ConnId) {
         let lean = self.is_lean();
         let can_splice = self.splice_target(conn).map(|(_, sink)| sink.is_flushed());
+        let joined = self.sockets.get(conn).and_then(|socket| socket.joined);
+        let queues = joined.and_then(|sink| self.sockets.get(sink)).is_some_and(Socket::is_blocked);
         let Some(socket) = self.sockets.get_mut(conn) else { return };
+        debug_assert_eq!(socket.receiving, Receiving::Idle);
         if can_splice == Some(false) {
-            socket.held = true;
+            socket.receiving = Receiving::Held;
             return;
         }
-        socket.receiving = Receiving::Armed;
         socket.ops.add(Kind::Receive);
-        socket.polled = can_splice == Some(true);
         let fd = Fd(socket.fd.as_raw_fd());
-        let entry = if socket.polled {
+        let entry = if can_splice == Some(true) {
+            // Each time that it fires it is followed by a move or by a receive, so it does not
+            // fire again for what it has told.
+            socket.receiving = Receiving::Polled;
             opcode::PollAdd::new(fd, (libc::POLLIN | libc::POLLRDHUP) as u32).build()
-        } else if lean || socket.single {
+        } else if lean || queues || socket.single {
+            socket.receiving = Receiving::Single;
             let receive = opcode::Recv::new(fd, ptr::null_mut(), limits::BUFFER_SIZE as u32);
             receive.buf_group(ProvidedBuffers::GROUP).build().flags(Flags::BUFFER_SELECT)
         } else {
+            socket.receiving = Receiving::Multishot;
             opcode::RecvMulti::new(fd, ProvidedBuffers::GROUP).build()
         };
         self.push(entry, Kind::Receive, conn);
@@ -55,24 +60,10 @@ impl Uring {
     /// The socket joined with this one has sent everything.
     pub(super) fn let_go(&mut self, conn: ConnId) {
         if let Some(socket) = self.sockets.get_mut(conn)
-            && mem::take(&mut socket.held)
+            && socket.receiving == Receiving::Held
         {
+            socket.receiving = Receiving::Idle;
             self.mark_pending(conn);
-        }
-    }
-
-    /// Lets a socket that is not received from still tell of a reset.
-    pub(super) fn watch(&mut self, conn: ConnId) {
-        let Some(socket) = self.sockets.get_mut(conn) else { return };
-        if (socket.stopped || socket.held)
-            && !socket.ended
-            && socket.receiving == Receiving::Idle
-            && !socket.ops.has(Kind::Watch)
-        {
-            socket.ops.add(Kind::Watch);
-            let fd = Fd(socket.fd.as_raw_fd());
-            let poll = opcode::PollAdd::new(fd, libc::POLLERR as u32).build();
-            self.push(poll, Kind::Watch, conn);
         }
     }
 
@@ -81,6 +72,7 @@ impl Uring {
             .and_then(|id| self.provided.take(id, entry.result().max(0) as u32));
         let more = cqueue::more(entry.flags());
         let socket = self.sockets.get_mut(conn)?;
+        let polled = socket.receiving == Receiving::Polled;
         if !more {
             socket.ops.remove(Kind::Receive);
             socket.receiving = Receiving::Idle;
@@ -92,8 +84,8 @@ impl Uring {
             self.finish_close(conn);
             return None;
         }
-        if mem::take(&mut socket.polled) {
-            if socket.wanted && !socket.ended && result(entry).is_ok() {
+        if polled {
+            if socket.wanted && result(entry).is_ok() {
                 return self.splice(conn);
             }
             self.mark_pending(conn);
@@ -116,8 +108,12 @@ impl Uring {
             self.buffers.give(buf);
         }
         match outcome {
+            Ok(_) if socket.error_taken => {
+                socket.receiving = Receiving::Ended;
+                Some(Completion::ReceiveFailed(conn))
+            }
             Ok(_) => {
-                socket.ended = true;
+                socket.receiving = Receiving::Ended;
                 Some(Completion::Ended(conn))
             }
             // Stopped as asked. It may be wanted again by now.
@@ -133,7 +129,7 @@ impl Uring {
                 None
             }
             Err(_) => {
-                socket.ended = true;
+                socket.receiving = Receiving::Ended;
                 Some(Completion::ReceiveFailed(conn))
             }
         }
@@ -142,22 +138,10 @@ impl Uring {
     /// Takes a multishot receive back. What it has brought by then still arrives.
     pub(super) fn stop_receiving(&mut self, conn: ConnId) {
         if let Some(socket) = self.sockets.get_mut(conn)
-            && socket.receiving == Receiving::Armed
+            && socket.receiving == Receiving::Multishot
         {
             socket.receiving = Receiving::Stopping;
             self.cancel(Kind::Receive, conn);
         }
-    }
-
-    pub(super) fn on_watch(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
-        let socket = self.came_back(Kind::Watch, conn)?;
-        // If it is received from again, that will show the error, behind what came before it.
-        let stopped =
-            (socket.stopped || socket.held) && !socket.ended && socket.receiving == Receiving::Idle;
-        let broken = result(entry).is_ok_and(|events| events & libc::POLLERR as u32 != 0);
-        (stopped && broken).then(|| {
-            socket.ended = true;
-            Completion::ReceiveFailed(conn)
-        })
     }
 }

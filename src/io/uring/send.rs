@@ -1,8 +1,14 @@
 //! Sending.
+//!
+//! Every send completes as it is submitted, wholly or with an error: `MSG_DONTWAIT` keeps the kernel
+//! from waiting for room, `MSG_WAITALL` makes a part of it a failure, and success posts no
+//! completion. So sends do not end the waiting for what is to be received, and none lingers in the
+//! kernel: on a socket whose peer has ended its direction, a send that waits for room is woken at
+//! once, again and again, and then occupies a thread of the kernel's pool.
+//!
+//! A socket without room waits for the poll that watches it (`watch.rs`).
 #![allow(unsafe_code)]
 
-use std::mem;
-use std::num::NonZeroU32;
 use std::os::fd::AsRawFd;
 
 use io_uring::opcode;
@@ -11,61 +17,51 @@ use io_uring::types::Fd;
 use rustix::io::Errno;
 
 use super::Uring;
-use super::socket::{Kind, user_data};
+use super::socket::{Kind, Sending, user_data};
 use crate::fifo;
+use crate::io::ring::SEND_FLAGS;
 use crate::io::{Completion, ConnId};
-
-/// A send up to this size is expected to complete as it is submitted.
-const SEND_INLINE_MAX: u32 = 4096;
 
 impl Uring {
     /// Sends what is queued, then ends the direction if that was asked for.
-    ///
-    /// A small send nearly always finds room in the socket. It is submitted so that it completes
-    /// at once, wholly or with an error: `MSG_DONTWAIT` keeps the kernel from waiting for room,
-    /// `MSG_WAITALL` makes a part of it a failure, and success posts no completion. So sends do
-    /// not end the waiting for what is to be received.
     pub(super) fn flush(&mut self, conn: ConnId) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
-        if socket.ops.has(Kind::Send) {
+        if socket.sending != Sending::Idle {
             return;
+        }
+        if socket.pipe.is_some() {
+            return self.drain_pipe(conn);
         }
         if socket.queue.is_empty() {
-            if mem::take(&mut socket.shutdown) {
-                // Never blocks, and its failure shows in the next operation.
-                let _ = rustix::net::shutdown(&socket.fd, rustix::net::Shutdown::Write);
-            }
-            return;
+            return socket.end_direction();
         }
-        socket.ops.add(Kind::Send);
         let fd = Fd(socket.fd.as_raw_fd());
-        if socket.queue.buffers() == 1 {
-            let Some((bytes, count)) = self.buffers.parts(&socket.queue).next() else { return };
-            let send = opcode::Send::new(fd, bytes.as_ptr(), count as u32);
-            let send = if count as u32 <= SEND_INLINE_MAX && !socket.congested {
-                socket.inline = NonZeroU32::new(count as u32);
-                self.inline.push_back(conn);
-                let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT | libc::MSG_WAITALL;
-                send.flags(flags).build().flags(Flags::SKIP_SUCCESS)
-            } else {
-                send.flags(libc::MSG_NOSIGNAL).build()
-            };
-            self.push(send, Kind::Send, conn);
+        let bytes = if socket.queue.buffers() == 1 {
+            let Some((at, len)) = self.buffers.parts(&socket.queue).next() else { return };
+            let send = opcode::Send::new(fd, at.as_ptr(), len as u32).flags(SEND_FLAGS).build();
+            let send = send.flags(Flags::SKIP_SUCCESS).user_data(user_data(Kind::Send, conn));
+            // SAFETY: the queue's buffers stay taken until the send has completed.
+            unsafe { self.ring.push(&send) };
+            len as u32
         } else {
             let parts = self.buffers.parts(&socket.queue);
-            // SAFETY: the queue's buffers stay taken until the send has completed.
+            // SAFETY: as above.
             unsafe { self.ring.send_parts(fd, parts, user_data(Kind::Send, conn)) }
-        }
+        };
+        socket.ops.add(Kind::Send);
+        socket.sending = Sending::Submitted(bytes);
+        self.submitted.push_back(conn);
     }
 
-    /// The next inline send that did not fail: all completions that there are have been handled.
-    pub(super) fn next_inline_send(&mut self) -> Option<Completion> {
+    /// The next send that did not fail: all completions that there are have been handled.
+    pub(super) fn next_sent(&mut self) -> Option<Completion> {
         if !self.ring.has_told_all() {
             return None;
         }
-        while let Some(conn) = fifo::pop(&mut self.inline) {
-            if let Some(count) = self.sockets.get(conn).and_then(|socket| socket.inline)
-                && let Some(completion) = self.on_send(conn, Ok(count.get()))
+        while let Some(conn) = fifo::pop(&mut self.submitted) {
+            let sending = self.sockets.get(conn).map(|socket| socket.sending);
+            if let Some(Sending::Submitted(bytes)) = sending
+                && let Some(completion) = self.on_send(conn, Ok(bytes))
             {
                 return Some(completion);
             }
@@ -79,30 +75,43 @@ impl Uring {
         result: Result<u32, Errno>,
     ) -> Option<Completion> {
         let socket = self.sockets.get_mut(conn)?;
-        let inline = socket.inline.take().is_some();
+        let Sending::Submitted(offered) = socket.sending else {
+            debug_assert!(false, "a send came back that was not submitted");
+            return None;
+        };
+        socket.sending = Sending::Idle;
         self.came_back(Kind::Send, conn)?;
         let socket = self.sockets.get_mut(conn)?;
-        if socket.pipe.is_some() {
-            self.drain_pipe(conn);
-            return None;
-        }
+        let mut sent = None;
         match result {
             Ok(count) => {
-                // A part of an inline send: the rest waits for room.
-                socket.congested = inline && count < socket.queue.bytes();
                 self.buffers.advance(&mut socket.queue, count);
-                self.after_send(conn);
-                Some(Completion::Sent(conn, count))
+                if count < offered {
+                    self.block(conn);
+                } else {
+                    self.after_send(conn);
+                }
+                sent = Some(Completion::Sent(conn, count));
             }
-            Err(Errno::INTR | Errno::AGAIN) => {
-                socket.congested = true;
-                self.mark_pending(conn);
-                None
-            }
-            Err(_) => {
-                self.fail_send(conn);
-                None
-            }
+            Err(Errno::AGAIN) => self.block(conn),
+            Err(Errno::INTR) => self.mark_pending(conn),
+            Err(_) => self.fail_send(conn),
+        }
+        // A break that was noticed while the send was under way.
+        self.tell_break(conn);
+        sent
+    }
+
+    /// The socket has no room: what is queued waits for some.
+    pub(super) fn block(&mut self, conn: ConnId) {
+        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        debug_assert_eq!(socket.sending, Sending::Idle, "only what was tried can be blocked");
+        socket.sending = Sending::Blocked;
+        let joined = socket.joined;
+        self.watch(conn);
+        if let Some(source) = joined {
+            // It would run ahead, as far as there are buffers, before it can be stopped.
+            self.stop_receiving(source);
         }
     }
 
@@ -110,19 +119,32 @@ impl Uring {
     pub(super) fn after_send(&mut self, conn: ConnId) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
         let joined = socket.joined;
-        if !socket.queue.is_empty() || socket.shutdown {
-            self.mark_pending(conn);
-        } else if let Some(source) = joined {
+        if !socket.queue.is_empty() {
+            return self.mark_pending(conn);
+        }
+        socket.end_direction();
+        if let Some(source) = joined {
             self.let_go(source);
         }
     }
 
-    /// Nothing more can be sent.
+    /// Nothing more can be sent. What has arrived can still be received.
     pub(super) fn fail_send(&mut self, conn: ConnId) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
-        self.buffers.clear(&mut socket.queue);
+        if socket.sending == Sending::Broken {
+            return;
+        }
+        debug_assert!(!matches!(socket.sending, Sending::Submitted(_)), "a send is under way");
+        socket.sending = Sending::Broken;
         socket.shutdown = false;
+        self.buffers.clear(&mut socket.queue);
+        if let Some(pipe) = socket.pipe.take() {
+            self.pipes.give(pipe);
+        }
+        let joined = socket.joined;
         self.ready.push_back(Completion::SendFailed(conn));
-        self.after_send(conn);
+        if let Some(source) = joined {
+            self.let_go(source);
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! What the driver keeps of a socket, and what the kernel holds of it.
 
-use std::num::NonZeroU32;
+use std::mem;
 use std::os::fd::OwnedFd;
 
 use crate::io::ConnId;
@@ -18,7 +18,7 @@ pub(super) enum Kind {
     Wake = 5,
     /// Ends a wait.
     Timer = 8,
-    /// Waits for an error of a socket that is not received from.
+    /// Waits for room, and for an error of a socket that is not received from.
     Watch = 7,
     /// Cancels and closes: nobody waits for their result.
     Forget = 6,
@@ -43,19 +43,52 @@ pub(super) fn parse_user_data(data: u64) -> (Option<Kind>, ConnId) {
     (kind, ConnId::from_parts((data >> 32) as u32 & 0x0fff_ffff, data as u32))
 }
 
-/// The receiving side of a socket.
+/// The receiving half of a socket.
 ///
 /// ```text
-/// Idle ──arm──▶ Armed ──stop──▶ Stopping
-///  ▲             │ last completion   │
-///  └─────────────┴───────────────────┘      Starving: as Idle, waits for a free buffer
+///         ┌──arm──▶ Multishot ──stop──▶ Stopping ─┐
+///         │             │                         │
+/// Held ◀─ Idle ──arm──▶ Single, Polled ───────────┤ last completion
+///   └─────▶▲                                      │
+///          └──────────────────────────────────────┴──the peer ended or broke──▶ Ended
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Receiving {
+    /// The kernel holds no receive of it.
     Idle,
-    Armed,
+    /// A receive that goes on until it is cancelled is with the kernel.
+    Multishot,
+    /// A receive of one buffer is with the kernel.
+    Single,
+    /// A poll for something to move by pipe is with the kernel.
+    Polled,
+    /// A multishot receive is being cancelled.
     Stopping,
+    /// As `Idle`, and waits for a free buffer.
     Starving,
+    /// As `Idle`, until the joined socket has sent everything.
+    Held,
+    /// The peer's direction has ended or failed, as was told.
+    Ended,
+}
+
+/// The sending half of a socket.
+///
+/// ```text
+///  ┌────────┬────all taken─────┐
+///  ▼        │                  │
+/// Idle ──▶ Submitted ──no room──▶ Blocked ──room──▶ Idle        any ──error──▶ Broken
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sending {
+    /// The kernel holds no send of it.
+    Idle,
+    /// A send of so many bytes is queued for the kernel, which posts only its failure.
+    Submitted(u32),
+    /// What is queued waits for room, of which the watch will tell.
+    Blocked,
+    /// Nothing more can be sent, as was told.
+    Broken,
 }
 
 /// Which operations the kernel holds for a socket: one bit a [`Kind`], at most one operation each.
@@ -89,6 +122,7 @@ pub(super) struct Socket {
     pub(super) fd: OwnedFd,
     pub(super) ops: Ops,
     pub(super) receiving: Receiving,
+    pub(super) sending: Sending,
     /// The user wants to receive.
     pub(super) wanted: bool,
     /// The user has wanted to, and does not now.
@@ -99,20 +133,15 @@ pub(super) struct Socket {
     /// What it brings may be moved to there by pipe.
     pub(super) joined: Option<ConnId>,
     pub(super) bulk: Bulk,
-    /// Its receive under way only waits for something to be there.
-    pub(super) polled: bool,
-    /// What it brings waits until the joined one has sent everything.
-    pub(super) held: bool,
-    /// The peer's direction has ended or failed.
-    pub(super) ended: bool,
+    /// The watch has told of an error. A receive may have to tell it yet, behind what has arrived.
+    pub(super) has_error: bool,
+    /// A move by pipe has taken the error that the next receive was to tell.
+    pub(super) error_taken: bool,
     /// In the list of sockets to arm or to flush before the next wait.
     pub(super) pending: bool,
+    /// The direction towards the peer is to end behind what is queued.
     pub(super) shutdown: bool,
     pub(super) closing: bool,
-    /// The bytes of a send that completes as it is submitted, and posts only a failure.
-    pub(super) inline: Option<NonZeroU32>,
-    /// The latest inline send found no room.
-    pub(super) congested: bool,
     pub(super) queue: Chain,
     /// What is to be sent before the queue.
     pub(super) pipe: Option<Pipe>,
@@ -124,27 +153,48 @@ impl Socket {
             fd,
             ops: Ops::default(),
             receiving: Receiving::Idle,
+            sending: Sending::Idle,
             wanted: false,
             stopped: false,
             single: false,
             joined: None,
             bulk: Bulk::default(),
-            polled: false,
-            held: false,
-            ended: false,
+            has_error: false,
+            error_taken: false,
             pending: false,
             shutdown: false,
             closing: false,
-            inline: None,
-            congested: false,
-            queue: Chain::default(),
+            queue: Chain::with_reserve(),
             pipe: None,
         }
     }
 
     /// Nothing is to be sent, nor being sent.
     pub(super) fn is_flushed(&self) -> bool {
-        self.queue.is_empty() && self.pipe.is_none() && !self.ops.has(Kind::Send)
+        self.queue.is_empty() && self.pipe.is_none()
+    }
+
+    /// What is to be sent waits for room.
+    pub(super) fn is_blocked(&self) -> bool {
+        self.sending == Sending::Blocked
+    }
+
+    /// It was received from, and is not now, so that no receive would tell of a break.
+    pub(super) fn is_paused(&self) -> bool {
+        match self.receiving {
+            Receiving::Held => true,
+            Receiving::Idle | Receiving::Starving => self.stopped,
+            _ => false,
+        }
+    }
+
+    /// Ends the direction towards the peer, if that was asked for. Nothing is queued any more.
+    pub(super) fn end_direction(&mut self) {
+        debug_assert!(self.is_flushed(), "the end goes behind all bytes");
+        if mem::take(&mut self.shutdown) {
+            // Never blocks, and its failure shows in the next operation.
+            let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Write);
+        }
     }
 }
 
