@@ -104,9 +104,13 @@ pub const fn buffers_are_short(spare: u32) -> bool {
 /// Connections of the kernel's accept queue, a listener.
 pub const LISTEN_BACKLOG: i32 = 1024;
 
-/// Sessions that one worker may hold beyond `AEGIS_MAX_SESSIONS`: the accept queues of two
-/// listeners, which a drain empties whatever they hold.
-pub const ACCEPT_OVERSHOOT: usize = 2 * LISTEN_BACKLOG as usize;
+/// Sessions that one worker may hold beyond `AEGIS_MAX_SESSIONS`: what a drain finds, which empties
+/// the accept queues whatever they hold. Only slots are kept for them, which cost no memory before
+/// they are used. Whoever comes beyond, as handshakes may still end meanwhile, is refused.
+pub const ACCEPT_OVERSHOOT: usize = LISTEN_ADDRESSES_MAX * ACCEPT_QUEUE_MAX + HANDED_OVER_MAX;
+
+/// Clients in a full accept queue: the kernel takes one more than the backlog.
+const ACCEPT_QUEUE_MAX: usize = LISTEN_BACKLOG as usize + 1;
 
 /// Clients that may wait in a worker's mailbox, handed over by others.
 pub const HANDED_OVER_MAX: usize = 64;
@@ -122,10 +126,15 @@ const POOL_CONNS_MIN: u64 = 16;
 /// As long as proxies give clients that take nothing, and far above any pause of a healthy one.
 pub const FLUSH_STALL_MAX: Duration = Duration::from_secs(30);
 
+/// Sessions that one worker may hold, those included of which only something is left to deliver.
+pub const fn sessions_of_worker_max(sessions_max: usize) -> usize {
+    sessions_max + ACCEPT_OVERSHOOT
+}
+
 /// Connections of one worker.
 pub const fn conns_max(sessions_max: usize) -> usize {
     // A client and a backend each.
-    2 * (sessions_max + ACCEPT_OVERSHOOT)
+    2 * sessions_of_worker_max(sessions_max)
         // Warm ones, and those being made.
         + POOL_CONNS_MAX
 }

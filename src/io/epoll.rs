@@ -743,6 +743,10 @@ impl Driver for Epoll {
         if how == Close::Reset {
             socket::close_with_reset(&socket.fd);
         }
+        // What that one brings waits for nothing any more.
+        if let Some(source) = socket.joined {
+            self.let_go(source);
+        }
     }
 
     fn unheard(&mut self, conn: ConnId) -> Unheard {

@@ -77,7 +77,8 @@ pub(super) fn unacknowledged(socket: &impl AsFd) -> u64 {
     // SAFETY: this request stores an int, and nothing else.
     let count = unsafe { ioctl(socket, Getter::<{ libc::TIOCOUTQ as _ }, libc::c_int>::new()) };
     let count = count.ok().and_then(|count| u64::try_from(count).ok()).unwrap_or_default();
-    if count > 0 && !poll_now(socket, PollFlags::empty()).is_empty() { 0 } else { count }
+    // Only a connection has a peer. (A hang-up would not do: it is also what both ends in order are.)
+    if count > 0 && peer_address(socket).is_none() { 0 } else { count }
 }
 
 /// Which of these hold now; an error or a hang-up is told in any case.

@@ -11,7 +11,7 @@ use super::flush::Flushing;
 use super::mailbox::{Mailbox, Order};
 use super::timers::Timers;
 use crate::config::{Config, PoolMode};
-use crate::io::{Chain, Completion, ConnId, Driver, Wait};
+use crate::io::{Chain, Close, Completion, ConnId, Driver, Wait};
 use crate::limits;
 use crate::proxy::Side;
 use crate::proxy::balance::Table;
@@ -110,6 +110,9 @@ pub struct Engine<D> {
     pub(super) sessions: Slab<Session>,
     /// Clients whose requests are told apart.
     pub(super) clients: Slab<Client>,
+    /// Sessions, clients and connections that are being flushed, all together: each of the first
+    /// two has as many slots, so that whatever was let in has one, whatever becomes of it.
+    pub(super) slots: usize,
     pub(super) client_limits: ClientLimits,
     pub(super) queue: Queue,
     /// Clients to be looked at before the turn ends.
@@ -163,10 +166,11 @@ impl<D: Driver> Engine<D> {
         let conns_max = limits::conns_max(setup.sessions_max);
         let config = setup.config;
         let lends = config.pool.mode != PoolMode::Preconnect;
-        let slots = setup.sessions_max + limits::ACCEPT_OVERSHOOT;
+        let slots = limits::sessions_of_worker_max(setup.sessions_max);
         let clients_max = if lends { slots } else { 0 };
         Self {
             clients: Slab::with_capacity(clients_max),
+            slots,
             client_limits: ClientLimits {
                 idle: config.idle_timeout,
                 half_close: config.half_close_timeout,
@@ -200,7 +204,8 @@ impl<D: Driver> Engine<D> {
             core_wait: setup.core_wait,
             ended_lately: 0,
             listening_until: None,
-            accepted: Vec::with_capacity(limits::ACCEPT_OVERSHOOT),
+            // More than that come in the one turn of a drain, which may allocate.
+            accepted: Vec::with_capacity(limits::LISTEN_BACKLOG as usize),
             has_mail: false,
             mailbox: Arc::clone(&setup.mailboxes[setup.index]),
             mailboxes: setup.mailboxes,
@@ -294,7 +299,11 @@ impl<D: Driver> Engine<D> {
     }
 
     fn admit(&mut self, client: ConnId) {
-        if self.lends() {
+        if self.sessions() >= self.slots {
+            self.stats.sessions_opened.add(1);
+            self.stats.count_close(CloseReason::Overload);
+            self.driver.close(client, Close::Reset);
+        } else if self.lends() {
             self.on_client(client);
         } else {
             self.on_accepted(client);
@@ -368,6 +377,7 @@ impl<D: Driver> Engine<D> {
                 Some(&Owner::Client(client)) => self.on_client_broken(client, Side::Client),
                 Some(&Owner::Lent(client)) => self.on_client_broken(client, Side::Backend),
                 Some(&Owner::Warm { endpoint, .. }) => self.on_warm_died(endpoint, conn),
+                Some(Owner::Flushing(_)) => self.end_flush(conn),
                 _ => {}
             },
             Completion::Sent(conn, bytes) => match self.peek_owner(conn) {

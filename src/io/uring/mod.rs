@@ -374,6 +374,7 @@ impl Driver for Uring {
 
     fn close(&mut self, conn: ConnId, how: Close) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
+        let joined = socket.joined;
         if how == Close::Reset {
             // At once, so that it holds however the descriptor comes to be closed.
             options::close_with_reset(&socket.fd);
@@ -387,6 +388,10 @@ impl Driver for Uring {
             }
         }
         self.finish_close(conn);
+        // What that one brings waits for nothing any more.
+        if let Some(source) = joined {
+            self.let_go(source);
+        }
     }
 
     fn unheard(&mut self, conn: ConnId) -> Unheard {

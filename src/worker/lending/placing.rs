@@ -218,6 +218,10 @@ impl<D: Driver> Engine<D> {
 
     /// A client and the connection that it holds become a session of opaque bytes.
     pub(in crate::worker) fn turn_opaque(&mut self, key: Key) {
+        if self.sessions.len() == self.sessions.capacity() {
+            // Whoever was admitted has a slot. Should that fail, one client is better than all.
+            return self.close_client(key, CloseReason::Overload);
+        }
         self.queue.leave(key);
         let Some(loan) = self.clients.get_mut(key).and_then(|client| client.loan.take()) else {
             return;
@@ -237,7 +241,7 @@ impl<D: Driver> Engine<D> {
         session.on_connected(loan.conn, client.unasked(), self.now);
         session.on_received(Side::Backend, client.unsent(), u32::MAX, self.now);
         let Ok(session) = self.sessions.insert(session) else {
-            unreachable!("as many sessions as clients fit")
+            unreachable!("there was a free slot")
         };
         self.own(client.conn, Owner::Session(session, Side::Client));
         self.own(loan.conn, Owner::Session(session, Side::Backend));
