@@ -321,6 +321,7 @@ pub fn how_to_close(reason: CloseReason) -> Close {
         | CloseReason::DrainDeadline => Close::Graceful,
         CloseReason::ClientReset
         | CloseReason::BackendReset
+        | CloseReason::ClientTimeout
         | CloseReason::ConnectFailed
         | CloseReason::ConnectTimeout
         | CloseReason::NoEndpoint

@@ -28,7 +28,7 @@ pub(super) struct Flushing {
 impl<D: Driver> Engine<D> {
     /// Closes a connection with a reset, behind all that is on its way to its peer. That may take
     /// as long as the peer goes on taking bytes.
-    pub(super) fn reset_behind(&mut self, conn: ConnId) {
+    pub(in crate::worker) fn reset_behind(&mut self, conn: ConnId) {
         let left = self.driver.undelivered(conn);
         if left == 0 {
             return self.driver.close(conn, Close::Reset);

@@ -4,14 +4,17 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::support::backend::Backend;
-use crate::support::client::{ask, connect, read_line};
-use crate::support::metrics::{POOL_CONNECTIONS, POOL_DISCARDS, REQUESTS, RETRIES};
+use crate::support::client::{ask, connect, is_timeout, read_line};
+use crate::support::metrics::{
+    POOL_CONNECTIONS, POOL_DISCARDS, REQUESTS, RETRIES, SESSIONS_ACTIVE,
+};
 use crate::support::proxy::{Builder, Proxy};
-use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
+use crate::support::{Io, PATIENCE, eventually, on_both_drivers, pattern};
 
 on_both_drivers![
     bytes_unheard_on_idle_connections_reach_nobody,
@@ -19,6 +22,13 @@ on_both_drivers![
     ends_unheard_on_idle_connections_lose_no_write,
     ends_unheard_on_warm_connections_meet_no_newcomer,
     bytes_unheard_on_the_connection_of_a_session_are_no_answer,
+    a_refusal_that_breaks_the_upload_off_reaches_the_client,
+    a_client_that_sends_all_before_it_reads_gets_the_refusal,
+    an_answer_that_comes_early_does_not_end_the_upload,
+    an_upload_that_was_accepted_and_not_taken_ends_in_a_reset,
+    a_backend_that_stops_taking_an_upload_is_given_up,
+    all_of_an_answer_that_breaks_off_is_delivered,
+    all_that_came_before_a_reset_is_delivered,
 ];
 
 fn lending(io: Io, protocol: &str, mode: &str, backend: &Backend) -> Builder {
@@ -270,5 +280,301 @@ fn bytes_unheard_on_the_connection_of_a_session_are_no_answer(io: Io) {
     }
     for why in ["unexpected", "dead"] {
         proxy.wait_for(POOL_DISCARDS, &[("reason", why)], |discards| discards == 5);
+    }
+}
+
+/// Reads the head of a request, up to its empty line. None: the connection has ended.
+fn read_head(stream: &TcpStream) -> Option<String> {
+    let mut head = String::new();
+    loop {
+        let line = read_line(stream).ok()?;
+        if line == "\r" {
+            return Some(head);
+        }
+        head.push_str(&line);
+        head.push('\n');
+    }
+}
+
+/// Sends a request with a body of `size` bytes, as far as anybody takes it.
+fn upload(mut stream: &TcpStream, chunked: bool, size: usize) -> std::io::Result<()> {
+    let framing = if chunked {
+        "Transfer-Encoding: chunked".to_owned()
+    } else {
+        format!("Content-Length: {size}")
+    };
+    stream.write_all(format!("POST /upload HTTP/1.1\r\n{framing}\r\n\r\n").as_bytes())?;
+    for part in pattern(1, size).chunks(10_000) {
+        if chunked {
+            stream.write_all(format!("{:x}\r\n", part.len()).as_bytes())?;
+            stream.write_all(part)?;
+            stream.write_all(b"\r\n")?;
+        } else {
+            stream.write_all(part)?;
+        }
+    }
+    if chunked { stream.write_all(b"0\r\n\r\n") } else { Ok(()) }
+}
+
+const REFUSAL: &str =
+    "HTTP/1.1 413 Content Too Large\r\nContent-Length: 7\r\nConnection: close\r\n\r\ntoo big";
+const ACCEPTANCE: &str = "HTTP/1.1 202 Accepted\r\nContent-Length: 2\r\n\r\nok";
+
+/// What a client gets, and whether an orderly end came behind it.
+fn read_all(mut stream: &TcpStream) -> (String, bool) {
+    let mut bytes = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return (String::from_utf8(bytes).unwrap(), true),
+            Ok(count) => bytes.extend_from_slice(&buffer[..count]),
+            Err(error) => {
+                assert!(!is_timeout(&error), "it is left open behind {bytes:?}");
+                return (String::from_utf8(bytes).unwrap(), false);
+            }
+        }
+    }
+}
+
+/// Answers the head of each request with `answer`, then closes with the body unread.
+fn refusing(answer: &'static str) -> Backend {
+    Backend::scripted(move |mut stream| {
+        if read_head(stream).is_some() {
+            let _ = stream.write_all(answer.as_bytes());
+        }
+    })
+}
+
+fn a_refusal_that_breaks_the_upload_off_reaches_the_client(io: Io) {
+    let backend = refusing(REFUSAL);
+    let proxy = lending(io, "http1", "request", &backend).start();
+    let mut tries = 0;
+    for (size, rounds) in [(20_000, 8), (300_000, 8), (5 << 20, 6), (16 << 20, 3)] {
+        for round in 0..rounds {
+            let client = connect(proxy.address());
+            let sender = client.try_clone().unwrap();
+            let sending = std::thread::spawn(move || upload(&sender, round % 2 == 1, size));
+            let (answer, ended) = read_all(&client);
+            assert_eq!(answer, REFUSAL, "{size} bytes, round {round}");
+            assert!(ended, "{size} bytes, round {round}");
+            drop(client);
+            let _ = sending.join().unwrap();
+            tries += 1;
+        }
+    }
+    let answered = [("command", "post"), ("outcome", "answered")];
+    proxy.wait_for(REQUESTS, &answered, |answered| answered == tries);
+}
+
+fn a_client_that_sends_all_before_it_reads_gets_the_refusal(io: Io) {
+    let backend = refusing(REFUSAL);
+    let proxy = lending(io, "http1", "request", &backend).start();
+    for chunked in [false, true] {
+        let client = connect(proxy.address());
+        upload(&client, chunked, 8 << 20).expect("all is taken, if only to be dropped");
+        assert_eq!(read_all(&client).0, REFUSAL);
+    }
+    // An answer that lasts until the end is not whole where the connection broke.
+    let endless = refusing("HTTP/1.1 413 Content Too Large\r\n\r\nhow much of it is there?");
+    let proxy = lending(io, "http1", "request", &endless).start();
+    for _ in 0..4 {
+        let client = connect(proxy.address());
+        let sender = client.try_clone().unwrap();
+        let sending = std::thread::spawn(move || upload(&sender, false, 8 << 20));
+        let (answer, ended) = read_all(&client);
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 413 "), "{answer}");
+        // The reset is told once, be it to the one that reads or to the one that writes.
+        let sent = sending.join().unwrap();
+        let cut = !ended || sent.is_err() || answer.starts_with("HTTP/1.1 502 ");
+        assert!(cut, "{answer} looks whole");
+    }
+}
+
+fn an_answer_that_comes_early_does_not_end_the_upload(io: Io) {
+    const SIZE: usize = 5 << 20;
+    let (uploads, taken) = std::sync::mpsc::channel();
+    let uploads = Mutex::new(uploads);
+    let backend = Backend::scripted(move |mut stream| {
+        while let Some(head) = read_head(stream) {
+            stream.write_all(ACCEPTANCE.as_bytes()).unwrap();
+            let body = if head.contains("chunked") {
+                read_chunks(stream)
+            } else {
+                let mut body = vec![0; SIZE];
+                stream.read_exact(&mut body).map(|()| body).unwrap_or_default()
+            };
+            uploads.lock().unwrap().send(body == pattern(1, SIZE)).unwrap();
+        }
+    });
+    let proxy = lending(io, "http1", "request", &backend).start();
+    let client = connect(proxy.address());
+    for round in 0..4 {
+        let sender = client.try_clone().unwrap();
+        let waits = round < 2;
+        // One that has its answer before it sends on, and one that does not look.
+        let sending = std::thread::spawn(move || {
+            if waits {
+                let mut sender = &sender;
+                let head = format!("POST /upload HTTP/1.1\r\nContent-Length: {SIZE}\r\n\r\n");
+                sender.write_all(head.as_bytes()).unwrap();
+                assert_eq!(read_answer(sender), "ok");
+                sender.write_all(pattern(1, SIZE)).unwrap();
+            } else {
+                upload(&sender, round % 2 == 1, SIZE).unwrap();
+                assert_eq!(read_answer(&sender), "ok");
+            }
+        });
+        sending.join().unwrap();
+        assert!(taken.recv_timeout(PATIENCE).unwrap(), "round {round}");
+    }
+    assert_eq!(backend.accepted(), 1, "both connections are kept");
+    let answered = [("command", "post"), ("outcome", "answered")];
+    proxy.wait_for(REQUESTS, &answered, |answered| answered == 4);
+    wait_idle(&proxy, 1);
+}
+
+fn read_chunks(mut stream: &TcpStream) -> Vec<u8> {
+    let mut body = Vec::new();
+    loop {
+        let Ok(line) = read_line(stream) else { return body };
+        let size = usize::from_str_radix(line.trim_end(), 16).unwrap();
+        let at = body.len();
+        body.resize(at + size + 2, 0);
+        if stream.read_exact(&mut body[at..]).is_err() {
+            return body;
+        }
+        body.truncate(at + size);
+        if size == 0 {
+            return body;
+        }
+    }
+}
+
+fn an_upload_that_was_accepted_and_not_taken_ends_in_a_reset(io: Io) {
+    // It takes a part, and closes in order or breaks.
+    for part in [0, 100_000] {
+        let backend = Backend::scripted(move |mut stream| {
+            read_head(stream);
+            let _ = stream.write_all(ACCEPTANCE.as_bytes());
+            let _ = stream.read_exact(&mut vec![0; part]);
+        });
+        let proxy = lending(io, "http1", "request", &backend).start();
+        for chunked in [false, true] {
+            let client = connect(proxy.address());
+            let sender = client.try_clone().unwrap();
+            let sending = std::thread::spawn(move || upload(&sender, chunked, 8 << 20));
+            let (answer, ended) = read_all(&client);
+            assert_eq!(answer, ACCEPTANCE);
+            // The reset is told once, be it to the one that reads or to the one that writes.
+            let sent = sending.join().unwrap();
+            assert!(!ended || sent.is_err(), "it looks as if all had been taken");
+        }
+    }
+}
+
+fn a_backend_that_stops_taking_an_upload_is_given_up(io: Io) {
+    let backend = Backend::scripted(|mut stream| {
+        read_head(stream);
+        let _ = stream.write_all(ACCEPTANCE.as_bytes());
+        let _ = wait_until_closed(stream);
+    });
+    let proxy =
+        lending(io, "http1", "request", &backend).set("AEGIS_REQUEST_TIMEOUT", "300ms").start();
+    let client = connect(proxy.address());
+    let sender = client.try_clone().unwrap();
+    let sending = std::thread::spawn(move || upload(&sender, false, 16 << 20));
+    let (answer, ended) = read_all(&client);
+    let sent = sending.join().unwrap();
+    assert_eq!(answer, ACCEPTANCE);
+    assert!(!ended || sent.is_err());
+    proxy.wait_for(POOL_DISCARDS, &[("reason", "timeout")], |discards| discards == 1);
+    proxy.wait_for(SESSIONS_ACTIVE, &[], |active| active == 0);
+}
+
+/// Waits for the peer's end without reading anything.
+fn wait_until_closed(stream: &TcpStream) -> std::io::Result<()> {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
+    poll(&mut fds, None)?;
+    Ok(())
+}
+
+/// The bytes of an answer that is cut off, and all that a client got of it until the reset.
+fn read_until_reset(mut stream: &TcpStream, pause: bool) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut buffer = [0; 100_000];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => panic!("an end behind {} bytes", bytes.len()),
+            Ok(count) => bytes.extend_from_slice(&buffer[..count]),
+            Err(error) => {
+                assert!(!is_timeout(&error), "left open behind {} bytes", bytes.len());
+                return bytes;
+            }
+        }
+        if pause {
+            // A slow reader is what is tested.
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+fn all_of_an_answer_that_breaks_off_is_delivered(io: Io) {
+    const SENT: usize = 3_000_000;
+    for head in [
+        "HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5f5e0ff\r\n",
+    ] {
+        let backend = Backend::scripted(move |mut stream| {
+            read_head(stream);
+            let _ = stream.write_all(head.as_bytes());
+            let _ = stream.write_all(pattern(2, SENT));
+        });
+        let proxy = lending(io, "http1", "request", &backend).start();
+        for pause in [false, true] {
+            let mut client = connect(proxy.address());
+            client.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+            let got = read_until_reset(&client, pause);
+            assert_eq!(got.len(), head.len() + SENT, "{head:?}, pause {pause}");
+            assert!(got.ends_with(pattern(2, SENT)));
+        }
+        proxy.wait_for(SESSIONS_ACTIVE, &[], |active| active == 0);
+    }
+}
+
+/// What the sockets of this local port have sent and their peers have not acknowledged.
+fn unacknowledged(port: u16) -> usize {
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let local = format!(":{port:04X}");
+    let queues = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let own = queues.filter(|fields| fields[1].ends_with(&local) && fields[3] == "01");
+    own.map(|fields| usize::from_str_radix(&fields[4][..8], 16).unwrap()).sum()
+}
+
+fn all_that_came_before_a_reset_is_delivered(io: Io) {
+    for head in ["HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n", "HTTP/1.1 200 OK\r\n\r\n"] {
+        let (reached, reaches) = std::sync::mpsc::channel();
+        let reached = Mutex::new(reached);
+        let backend = Backend::scripted(move |mut stream| {
+            read_head(stream);
+            // Much more than anybody takes.
+            stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+            stream.write_all(head.as_bytes()).unwrap();
+            let mut sent = head.len();
+            while let Ok(count) = stream.write(pattern(2, 64 << 10)) {
+                sent += count;
+            }
+            let port = stream.local_addr().unwrap().port();
+            reached.lock().unwrap().send(sent - unacknowledged(port)).unwrap();
+            // With the body unread, its close is a reset.
+        });
+        let proxy = lending(io, "http1", "request", &backend).start();
+        let mut client = connect(proxy.address());
+        client.write_all(b"POST / HTTP/1.1\r\nContent-Length: 4\r\n\r\nbody").unwrap();
+        let reached: usize = reaches.recv_timeout(PATIENCE).unwrap();
+        eventually("the backend has closed", PATIENCE, || (backend.open() == 0).then_some(()));
+        let got = read_until_reset(&client, false);
+        assert!(got.len() >= reached, "{} bytes of {reached}", got.len());
+        proxy.wait_for(REQUESTS, &[("outcome", "backend_lost")], |lost| lost == 1);
     }
 }

@@ -213,7 +213,7 @@ impl<D: Driver> Engine<D> {
             let Some(buf) = self.driver.buffers().duplicate(&client.input, request.len) else {
                 return self.close_client(key, CloseReason::Overload);
             };
-            client.on_backend_queued(buf.len());
+            client.on_backend_queued(buf.len(), self.now);
             self.driver.send(loan.conn, buf);
         } else {
             client.on_sent_on();
@@ -231,7 +231,7 @@ impl<D: Driver> Engine<D> {
                 return self.close_client(key, CloseReason::Overload);
             };
             len -= buf.len();
-            client.on_backend_queued(buf.len());
+            client.on_backend_queued(buf.len(), self.now);
             self.driver.send(loan.conn, buf);
         }
     }
@@ -242,7 +242,13 @@ impl<D: Driver> Engine<D> {
         if client.unasked() >= limit || client.input.is_empty() {
             return;
         }
-        match client.more(self.driver.buffers()) {
+        let more = client.more(self.driver.buffers());
+        if client.is_broken() {
+            let len = more.unwrap_or(client.input.bytes());
+            self.driver.buffers().advance(&mut client.input, len);
+            return client.on_rest_dropped();
+        }
+        match more {
             Some(len) => self.send_on(key, len),
             None => self.turn_opaque(key),
         }
@@ -281,6 +287,10 @@ impl<D: Driver> Engine<D> {
             self.pass_on(session, Side::Client, buf);
         }
         self.driver.join(client.conn, loan.conn);
+        if client.is_broken() {
+            // The driver has told it, and tells it once.
+            self.apply(session, |session, now| session.on_send_failed(Side::Backend, now));
+        }
         if client.has_ended() {
             self.on_ended(session, Side::Client);
         }
