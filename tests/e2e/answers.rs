@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::support::backend::Backend;
 use crate::support::client::{ask, connect, is_timeout, read_line};
 use crate::support::metrics::{
-    POOL_CONNECTIONS, POOL_DISCARDS, REQUESTS, RETRIES, SESSIONS_ACTIVE,
+    POOL_CONNECTIONS, POOL_DISCARDS, REQUESTS, RETRIES, SESSIONS_ACTIVE, SESSIONS_CLOSED,
 };
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, eventually, on_both_drivers, pattern};
@@ -19,6 +19,7 @@ use crate::support::{Io, PATIENCE, eventually, on_both_drivers, pattern};
 on_both_drivers![
     bytes_unheard_on_idle_connections_reach_nobody,
     bytes_unheard_on_an_idle_connection_of_http_reach_nobody,
+    bytes_unheard_on_an_idle_connection_reach_no_opaque_client,
     ends_unheard_on_idle_connections_lose_no_write,
     ends_unheard_on_warm_connections_meet_no_newcomer,
     bytes_unheard_on_the_connection_of_a_session_are_no_answer,
@@ -29,6 +30,11 @@ on_both_drivers![
     a_backend_that_stops_taking_an_upload_is_given_up,
     all_of_an_answer_that_breaks_off_is_delivered,
     all_that_came_before_a_reset_is_delivered,
+    an_answer_that_flows_is_not_cut_however_long_it_takes,
+    a_slow_reader_is_not_blamed_on_its_backend,
+    a_slow_upload_is_not_blamed_on_its_backend,
+    a_backend_that_takes_no_upload_is_slow,
+    a_client_that_sends_on_and_takes_nothing_is_let_go,
 ];
 
 fn lending(io: Io, protocol: &str, mode: &str, backend: &Backend) -> Builder {
@@ -178,6 +184,28 @@ fn bytes_unheard_on_an_idle_connection_of_http_reach_nobody(io: Io) {
     });
     for (i, client) in clients.iter().enumerate() {
         assert_eq!(read_answer(client), format!("/k{i}"));
+    }
+    assert_eq!(proxy.metric(POOL_DISCARDS, &[("reason", "unexpected")]), 1);
+}
+
+fn bytes_unheard_on_an_idle_connection_reach_no_opaque_client(io: Io) {
+    let (backend, connections) = echoing_paths();
+    let proxy = lending(io, "http1", "request", &backend).set("AEGIS_POOL_SIZE", "1").start();
+    let clients: Vec<_> = (0..60).map(|_| connect(proxy.address())).collect();
+    fill(&proxy, &clients, b"GET /first HTTP/1.1\r\n\r\n", 1, |client| {
+        assert_eq!(read_answer(client), "/first");
+    });
+    stopped(&proxy, || {
+        for (i, mut client) in clients.iter().enumerate() {
+            // Its line ends make each of them opaque.
+            client.write_all(format!("GET /k{i} HTTP/1.1\n\n").as_bytes()).unwrap();
+        }
+        let stray = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nstray";
+        (&connections.lock().unwrap()[0]).write_all(stray).unwrap();
+    });
+    for (i, client) in clients.iter().enumerate() {
+        assert_eq!(read_answer(client), format!("/k{i}"));
+        client.shutdown(Shutdown::Both).unwrap();
     }
     assert_eq!(proxy.metric(POOL_DISCARDS, &[("reason", "unexpected")]), 1);
 }
@@ -336,38 +364,47 @@ fn read_all(mut stream: &TcpStream) -> (String, bool) {
     }
 }
 
-/// Answers the head of each request with `answer`, then closes with the body unread.
-fn refusing(answer: &'static str) -> Backend {
+/// Answers the head of a request with `answer`, then closes with the body unread, which makes of it
+/// a reset, or ends its direction first.
+fn refusing(answer: &'static str, in_order: bool) -> Backend {
     Backend::scripted(move |mut stream| {
         if read_head(stream).is_some() {
             let _ = stream.write_all(answer.as_bytes());
+            if in_order {
+                let _ = stream.shutdown(Shutdown::Write);
+                let _ = wait_until_closed(stream);
+            } else {
+                let _ = stream.peek(&mut [0]);
+            }
         }
     })
 }
 
 fn a_refusal_that_breaks_the_upload_off_reaches_the_client(io: Io) {
-    let backend = refusing(REFUSAL);
-    let proxy = lending(io, "http1", "request", &backend).start();
-    let mut tries = 0;
-    for (size, rounds) in [(20_000, 8), (300_000, 8), (5 << 20, 6), (16 << 20, 3)] {
-        for round in 0..rounds {
-            let client = connect(proxy.address());
-            let sender = client.try_clone().unwrap();
-            let sending = std::thread::spawn(move || upload(&sender, round % 2 == 1, size));
-            let (answer, ended) = read_all(&client);
-            assert_eq!(answer, REFUSAL, "{size} bytes, round {round}");
-            assert!(ended, "{size} bytes, round {round}");
-            drop(client);
-            let _ = sending.join().unwrap();
-            tries += 1;
+    for in_order in [false, true] {
+        let backend = refusing(REFUSAL, in_order);
+        let proxy = lending(io, "http1", "request", &backend).start();
+        let mut tries = 0;
+        for (size, rounds) in [(20_000, 8), (300_000, 8), (5 << 20, 6), (16 << 20, 3)] {
+            for round in 0..rounds {
+                let client = connect(proxy.address());
+                let sender = client.try_clone().unwrap();
+                let sending = std::thread::spawn(move || upload(&sender, round % 2 == 1, size));
+                let (answer, ended) = read_all(&client);
+                assert_eq!(answer, REFUSAL, "{size} bytes, round {round}, {in_order}");
+                assert!(ended, "{size} bytes, round {round}, {in_order}");
+                drop(client);
+                let _ = sending.join().unwrap();
+                tries += 1;
+            }
         }
+        let answered = [("command", "post"), ("outcome", "answered")];
+        proxy.wait_for(REQUESTS, &answered, |answered| answered == tries);
     }
-    let answered = [("command", "post"), ("outcome", "answered")];
-    proxy.wait_for(REQUESTS, &answered, |answered| answered == tries);
 }
 
 fn a_client_that_sends_all_before_it_reads_gets_the_refusal(io: Io) {
-    let backend = refusing(REFUSAL);
+    let backend = refusing(REFUSAL, false);
     let proxy = lending(io, "http1", "request", &backend).start();
     for chunked in [false, true] {
         let client = connect(proxy.address());
@@ -375,7 +412,7 @@ fn a_client_that_sends_all_before_it_reads_gets_the_refusal(io: Io) {
         assert_eq!(read_all(&client).0, REFUSAL);
     }
     // An answer that lasts until the end is not whole where the connection broke.
-    let endless = refusing("HTTP/1.1 413 Content Too Large\r\n\r\nhow much of it is there?");
+    let endless = refusing("HTTP/1.1 413 Content Too Large\r\n\r\nhow much of it is there?", false);
     let proxy = lending(io, "http1", "request", &endless).start();
     for _ in 0..4 {
         let client = connect(proxy.address());
@@ -519,24 +556,32 @@ fn read_until_reset(mut stream: &TcpStream, pause: bool) -> Vec<u8> {
     }
 }
 
+/// Bytes without a line feed.
+fn line(len: usize) -> Vec<u8> {
+    pattern(2, len).iter().map(|byte| byte | 0x80).collect()
+}
+
 fn all_of_an_answer_that_breaks_off_is_delivered(io: Io) {
     const SENT: usize = 3_000_000;
-    for head in [
-        "HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n",
-        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5f5e0ff\r\n",
+    let request = "GET / HTTP/1.1\r\n\r\n";
+    for (protocol, request, head) in [
+        ("http1", request, "HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n"),
+        ("http1", request, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5f5e0ff\r\n"),
+        ("chronos", "GET a\n", "half of a value: "),
     ] {
         let backend = Backend::scripted(move |mut stream| {
-            read_head(stream);
+            let mut heard = vec![0; request.len()];
+            let _ = stream.read_exact(&mut heard);
             let _ = stream.write_all(head.as_bytes());
-            let _ = stream.write_all(pattern(2, SENT));
+            let _ = stream.write_all(&line(SENT));
         });
-        let proxy = lending(io, "http1", "request", &backend).start();
+        let proxy = lending(io, protocol, "request", &backend).start();
         for pause in [false, true] {
             let mut client = connect(proxy.address());
-            client.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+            client.write_all(request.as_bytes()).unwrap();
             let got = read_until_reset(&client, pause);
             assert_eq!(got.len(), head.len() + SENT, "{head:?}, pause {pause}");
-            assert!(got.ends_with(pattern(2, SENT)));
+            assert!(got.ends_with(&line(SENT)));
         }
         proxy.wait_for(SESSIONS_ACTIVE, &[], |active| active == 0);
     }
@@ -577,4 +622,161 @@ fn all_that_came_before_a_reset_is_delivered(io: Io) {
         assert!(got.len() >= reached, "{} bytes of {reached}", got.len());
         proxy.wait_for(REQUESTS, &[("outcome", "backend_lost")], |lost| lost == 1);
     }
+}
+
+/// Sends an answer of `parts`, one every 100 ms, of which each is as it stands.
+fn streaming(parts: &'static [&'static str]) -> Backend {
+    Backend::scripted(move |mut stream| {
+        while let Ok(line) = read_line(stream) {
+            if line.starts_with("GET") {
+                for part in parts {
+                    if stream.write_all(part.as_bytes()).is_err() {
+                        return;
+                    }
+                    // How fast an answer flows is what is tested.
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+            }
+        }
+    })
+}
+
+fn an_answer_that_flows_is_not_cut_however_long_it_takes(io: Io) {
+    const HEAD: &str = "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n";
+    let http = streaming(&[HEAD, "1", "2", "3", "4", "5", "6", "7", "8", "9", "0"]);
+    let lines = streaming(&["1", "2", "3", "4", "5", "6", "7", "8", "9", "0\n"]);
+    for (protocol, backend, request) in
+        [("http1", &http, "GET / HTTP/1.1\r\n\r\n"), ("chronos", &lines, "GET a\n")]
+    {
+        let proxy =
+            lending(io, protocol, "request", backend).set("AEGIS_REQUEST_TIMEOUT", "600ms").start();
+        let mut client = connect(proxy.address());
+        client.write_all(request.as_bytes()).unwrap();
+        let answer =
+            if protocol == "http1" { read_answer(&client) } else { read_line(&client).unwrap() };
+        assert_eq!(answer, "1234567890", "{protocol}");
+        wait_idle(&proxy, 1);
+    }
+    // One that pauses for longer than it may.
+    let endless = streaming(&[HEAD, "12345"]);
+    let proxy =
+        lending(io, "http1", "request", &endless).set("AEGIS_REQUEST_TIMEOUT", "300ms").start();
+    let mut client = connect(proxy.address());
+    client.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    assert_eq!(read_until_reset(&client, false), format!("{HEAD}12345").as_bytes());
+    assert_eq!(proxy.metric(REQUESTS, &[("outcome", "timeout")]), 1);
+    assert_eq!(proxy.metric(POOL_DISCARDS, &[("reason", "timeout")]), 1);
+}
+
+fn a_slow_reader_is_not_blamed_on_its_backend(io: Io) {
+    // Far more than sockets and buffers between hold.
+    const SIZE: usize = 16 << 20;
+    let big = |head: &'static str, tail: &'static str| {
+        Backend::scripted(move |mut stream| {
+            while let Ok(line) = read_line(stream) {
+                if !line.starts_with("GET") {
+                    continue;
+                }
+                let body = vec![b'x'; SIZE];
+                let sent = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&body));
+                if sent.and_then(|()| stream.write_all(tail.as_bytes())).is_err() {
+                    return;
+                }
+            }
+        })
+    };
+    let head = "HTTP/1.1 200 OK\r\nContent-Length: 16777216\r\n\r\n";
+    let (http, lines) = (big(head, ""), big("", "\n"));
+    for (protocol, backend, request, len) in [
+        ("http1", &http, "GET / HTTP/1.1\r\n\r\n", head.len() + SIZE),
+        ("chronos", &lines, "GET a\n", SIZE + 1),
+    ] {
+        let proxy =
+            lending(io, protocol, "request", backend).set("AEGIS_REQUEST_TIMEOUT", "200ms").start();
+        let mut client = connect(proxy.address());
+        client.write_all(request.as_bytes()).unwrap();
+        let mut answer = vec![0; len];
+        for part in answer.chunks_mut(4 << 20) {
+            // How slow the reader is is what is tested.
+            std::thread::sleep(Duration::from_millis(400));
+            client.read_exact(part).unwrap();
+        }
+        proxy.wait_for(REQUESTS, &[("outcome", "answered")], |answered| answered == 1);
+        assert_eq!(proxy.metric(REQUESTS, &[("outcome", "timeout")]), 0);
+        wait_idle(&proxy, 1);
+        // One that takes nothing at all has a limit of its own.
+        let proxy = lending(io, protocol, "request", backend)
+            .set("AEGIS_REQUEST_TIMEOUT", "200ms")
+            .set("AEGIS_IDLE_TIMEOUT", "600ms")
+            .start();
+        let mut client = connect(proxy.address());
+        client.write_all(request.as_bytes()).unwrap();
+        proxy.wait_for(SESSIONS_CLOSED, &[("reason", "idle_timeout")], |closed| closed == 1);
+        assert_eq!(proxy.metric(REQUESTS, &[("outcome", "client_timeout")]), 1);
+        assert_eq!(proxy.metric(REQUESTS, &[("outcome", "timeout")]), 0);
+        assert_eq!(proxy.metric(POOL_DISCARDS, &[("reason", "abandoned")]), 1);
+        assert!(read_until_reset(&client, false).len() < len);
+    }
+}
+
+fn a_slow_upload_is_not_blamed_on_its_backend(io: Io) {
+    let backend = Backend::scripted(|mut stream| {
+        while read_head(stream).is_some() {
+            if stream.read_exact(&mut [0; 10]).is_err() {
+                return;
+            }
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+        }
+    });
+    let head = b"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n";
+    let proxy =
+        lending(io, "http1", "request", &backend).set("AEGIS_REQUEST_TIMEOUT", "200ms").start();
+    let mut client = connect(proxy.address());
+    client.write_all(head).unwrap();
+    for pause in [100, 100, 100, 100, 500] {
+        // How slow the client is is what is tested.
+        std::thread::sleep(Duration::from_millis(pause));
+        client.write_all(b"xx").unwrap();
+    }
+    assert_eq!(read_answer(&client), "ok");
+    let proxy = lending(io, "http1", "request", &backend)
+        .set("AEGIS_REQUEST_TIMEOUT", "100ms")
+        .set("AEGIS_IDLE_TIMEOUT", "300ms")
+        .start();
+    let mut client = connect(proxy.address());
+    client.write_all(head).unwrap();
+    client.write_all(b"xxxx").unwrap();
+    let (answer, _) = read_all(&client);
+    assert!(answer.starts_with("HTTP/1.1 408 Request Timeout\r\n"), "{answer}");
+    assert_eq!(proxy.metric(REQUESTS, &[("outcome", "client_timeout")]), 1);
+    assert_eq!(proxy.metric(POOL_DISCARDS, &[("reason", "abandoned")]), 1);
+}
+
+fn a_backend_that_takes_no_upload_is_slow(io: Io) {
+    let backend = Backend::scripted(|stream| {
+        let _ = wait_until_closed(stream);
+    });
+    let proxy =
+        lending(io, "http1", "request", &backend).set("AEGIS_REQUEST_TIMEOUT", "300ms").start();
+    let client = connect(proxy.address());
+    let sender = client.try_clone().unwrap();
+    let sending = std::thread::spawn(move || upload(&sender, false, 16 << 20));
+    let (answer, _) = read_all(&client);
+    assert!(answer.starts_with("HTTP/1.1 504 Gateway Timeout\r\n"), "{answer}");
+    assert_eq!(proxy.metric(REQUESTS, &[("outcome", "timeout")]), 1);
+    drop(client);
+    let _ = sending.join().unwrap();
+}
+
+fn a_client_that_sends_on_and_takes_nothing_is_let_go(io: Io) {
+    let backend = refusing(REFUSAL, false);
+    let proxy =
+        lending(io, "http1", "request", &backend).set("AEGIS_HALF_CLOSE_TIMEOUT", "300ms").start();
+    let client = connect(proxy.address());
+    let mut sender = client.try_clone().unwrap();
+    sender.write_all(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n").unwrap();
+    eventually("its connection is closed", PATIENCE, || {
+        sender.write_all(b"5\r\nbytes\r\n").is_err().then_some(())
+    });
+    proxy.wait_for(SESSIONS_ACTIVE, &[], |active| active == 0);
 }

@@ -607,7 +607,10 @@ impl Client {
                 self.stall_max(limits).map(|limit| exchange.moved + limit)
             }
             (State::Leaving, _) => {
-                Some(self.active + limits.half_close.unwrap_or(LINGER_MAX).min(LINGER_MAX))
+                let most = if self.unsent > 0 { CLIENT_STALL_MAX } else { LINGER_MAX };
+                let limit = limits.half_close.or(limits.idle).unwrap_or(most);
+                let linger = if self.unsent > 0 { limit } else { limit.min(LINGER_MAX) };
+                Some(self.active + linger)
             }
             _ if self.ended => limits.half_close.or(limits.idle).map(|limit| self.active + limit),
             _ => limits.idle.map(|limit| self.active + limit),
@@ -816,5 +819,100 @@ mod tests {
         client.on_ended(now);
         let closed = client.on_deadline(&limits, now + 5 * SECOND);
         assert_eq!(closed, Due::Close(CloseReason::HalfCloseTimeout));
+    }
+
+    /// A client of HTTP that has asked with what it has sent so far.
+    fn asked(bytes: &[u8]) -> (Client, Buffers, Instant) {
+        let now = Instant::now();
+        let config = Config::from_vars([]).unwrap().requests;
+        let framing = Framing::new(Protocol::Http1, &config);
+        let mut client = Client::new(ConnId::from_parts(0, 0), framing, now);
+        let mut buffers = Buffers::new(8).unwrap();
+        feed(&mut client, &mut buffers, bytes);
+        let Front::Request(request) = client.front(&mut buffers, &mut []) else {
+            panic!("it says what it is");
+        };
+        client.begin(request, now);
+        client.on_lent(Loan { conn: ConnId::from_parts(1, 0), endpoint: 0, retire_at: None });
+        client.on_asked(now);
+        client.on_backend_queued(bytes.len() as u32, now);
+        (client, buffers, now)
+    }
+
+    const UPLOAD: &[u8] = b"POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\n";
+    const DOWNLOAD: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
+
+    #[test]
+    fn a_backend_is_timed_only_while_it_is_its_turn() {
+        const SECOND: Duration = Duration::from_secs(1);
+        let limits =
+            Limits { idle: None, half_close: None, queue: SECOND, request: Some(3 * SECOND) };
+        let timeout = Due::GiveUp(Fault::Timeout(3 * SECOND));
+        for (bytes, then) in [(UPLOAD, CLIENT_STALL_MAX), (DOWNLOAD, 3 * SECOND)] {
+            let (mut client, _, now) = asked(bytes);
+            assert_eq!(client.on_deadline(&limits, now + 3 * SECOND), timeout, "it takes nothing");
+            client.on_backend_sent(bytes.len() as u32, now + SECOND);
+            assert_eq!(client.deadline(&limits), Some(now + SECOND + then), "it has all of it");
+        }
+        let (mut client, _, now) = asked(UPLOAD);
+        client.on_backend_sent(UPLOAD.len() as u32, now);
+        let unfinished = Due::GiveUp(Fault::Unfinished(CLIENT_STALL_MAX));
+        assert_eq!(client.on_deadline(&limits, now + CLIENT_STALL_MAX), unfinished);
+        // Within an answer.
+        let (mut client, _, now) = asked(DOWNLOAD);
+        client.on_backend_sent(DOWNLOAD.len() as u32, now);
+        let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n";
+        assert_eq!(client.on_reply(answer, now), Reply::Partial);
+        client.on_queued(answer.len() as u32);
+        assert_eq!(client.on_deadline(&limits, now + 3 * SECOND), Due::Nothing, "a slow reader");
+        let stalled = Due::Close(CloseReason::ClientTimeout);
+        assert_eq!(client.on_deadline(&limits, now + CLIENT_STALL_MAX), stalled);
+        let idle = Limits { idle: Some(2 * SECOND), ..limits };
+        let stalled = Due::Close(CloseReason::IdleTimeout);
+        assert_eq!(client.on_deadline(&idle, now + 2 * SECOND), stalled);
+        client.on_sent(answer.len() as u32, now + 20 * SECOND);
+        assert_eq!(client.deadline(&limits), Some(now + 23 * SECOND));
+        client.on_reply(b"12345", now + 22 * SECOND);
+        assert_eq!(client.deadline(&limits), Some(now + 25 * SECOND), "it flows");
+        assert_eq!(client.on_deadline(&limits, now + 25 * SECOND), timeout);
+    }
+
+    #[test]
+    fn an_answer_that_comes_early_is_followed_by_the_rest_of_the_request() {
+        for (status, cut) in [(202, true), (413, false)] {
+            let (mut client, mut buffers, now) = asked(UPLOAD);
+            client.on_sent_on();
+            let answer = format!("HTTP/1.1 {status} X\r\nContent-Length: 0\r\n\r\n");
+            assert_eq!(client.on_reply(answer.as_bytes(), now), Reply::Complete);
+            assert!(!client.on_answer_complete() && client.is_answered() && client.is_streaming());
+            assert_eq!(client.is_cut(), cut, "{status}");
+            assert!(client.count(now).is_some() && client.uncounted().is_none(), "counted once");
+            let mut held = client.input.bytes();
+            buffers.advance(&mut client.input, held);
+            for size in [16_384, 16_384, 16_384, 16_384, 16_384, 16_384, 1_696] {
+                feed(&mut client, &mut buffers, &vec![b'x'; size]);
+                held = client.more(&buffers).unwrap();
+                buffers.advance(&mut client.input, held);
+                client.on_backend_queued(held, now);
+            }
+            assert!(!client.is_streaming() && !client.is_passed_on(), "it is still on its way");
+            client.on_backend_sent(200_000, now);
+            assert!(client.is_passed_on() && client.keeps_alive() && !client.is_cut());
+            assert_eq!(client.finish(&mut buffers, now), None);
+        }
+    }
+
+    #[test]
+    fn a_connection_that_takes_no_more_is_read_to_its_end() {
+        let (mut client, _, now) = asked(UPLOAD);
+        assert!(client.on_backend_broken(), "an answer may come");
+        assert!(client.is_asked() && client.unasked() == 0);
+        let answer = b"HTTP/1.1 413 X\r\nContent-Length: 0\r\n\r\n";
+        assert_eq!(client.on_reply(answer, now), Reply::Complete);
+        assert!(client.on_answer_complete(), "nothing can be passed on");
+        let (mut client, _, now) = asked(DOWNLOAD);
+        assert!(client.on_backend_broken());
+        assert_eq!(client.on_reply(b"HTTP/1.1 200 OK\r\n\r\nuntil", now), Reply::Partial);
+        assert_eq!(client.on_lost(true, 3, now), Lost::CutOff, "not whole, whatever its end says");
     }
 }

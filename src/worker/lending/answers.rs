@@ -68,7 +68,9 @@ impl<D: Driver> Engine<D> {
     pub(in crate::worker) fn end_exchange(&mut self, key: Key) {
         let Some(client) = self.clients.get_mut(key) else { return };
         let (keeps_alive, is_cut) = (client.keeps_alive(), client.is_cut());
-        if !keeps_alive || client.is_broken() {
+        if client.is_broken() {
+            self.drop_loan(key, Discard::Dead);
+        } else if !keeps_alive {
             self.drop_loan(key, Discard::Spent);
         } else if self.config.pool.mode == PoolMode::Request || self.is_loan_obsolete(key) {
             // At the end of the turn, when it is known that nothing came behind.
