@@ -3,13 +3,14 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::support::backend::Backend;
-use crate::support::client::{ask, connect, is_timeout, read_line};
+use crate::support::client::{ask, connect, is_timeout, read_line, reset};
 use crate::support::metrics::{
     POOL_CONNECTIONS, POOL_DISCARDS, REQUESTS, RETRIES, SESSIONS_ACTIVE, SESSIONS_CLOSED,
 };
@@ -35,6 +36,7 @@ on_both_drivers![
     a_slow_upload_is_not_blamed_on_its_backend,
     a_backend_that_takes_no_upload_is_slow,
     a_client_that_sends_on_and_takes_nothing_is_let_go,
+    whatever_the_two_sides_do_nothing_of_it_is_left,
 ];
 
 fn lending(io: Io, protocol: &str, mode: &str, backend: &Backend) -> Builder {
@@ -443,7 +445,15 @@ fn an_answer_that_comes_early_does_not_end_the_upload(io: Io) {
             uploads.lock().unwrap().send(body == pattern(1, SIZE)).unwrap();
         }
     });
-    let proxy = lending(io, "http1", "request", &backend).start();
+    for mode in ["request", "session"] {
+        let before = backend.accepted();
+        early_uploads(io, mode, &backend, SIZE, &taken);
+        assert_eq!(backend.accepted(), before + 1, "both connections are kept");
+    }
+}
+
+fn early_uploads(io: Io, mode: &str, backend: &Backend, size: usize, taken: &Receiver<bool>) {
+    let proxy = lending(io, "http1", mode, backend).start();
     let client = connect(proxy.address());
     for round in 0..4 {
         let sender = client.try_clone().unwrap();
@@ -452,21 +462,21 @@ fn an_answer_that_comes_early_does_not_end_the_upload(io: Io) {
         let sending = std::thread::spawn(move || {
             if waits {
                 let mut sender = &sender;
-                let head = format!("POST /upload HTTP/1.1\r\nContent-Length: {SIZE}\r\n\r\n");
+                let head = format!("POST /upload HTTP/1.1\r\nContent-Length: {size}\r\n\r\n");
                 sender.write_all(head.as_bytes()).unwrap();
                 assert_eq!(read_answer(sender), "ok");
-                sender.write_all(pattern(1, SIZE)).unwrap();
+                sender.write_all(pattern(1, size)).unwrap();
             } else {
-                upload(&sender, round % 2 == 1, SIZE).unwrap();
+                upload(&sender, round % 2 == 1, size).unwrap();
                 assert_eq!(read_answer(&sender), "ok");
             }
         });
         sending.join().unwrap();
         assert!(taken.recv_timeout(PATIENCE).unwrap(), "round {round}");
     }
-    assert_eq!(backend.accepted(), 1, "both connections are kept");
     let answered = [("command", "post"), ("outcome", "answered")];
     proxy.wait_for(REQUESTS, &answered, |answered| answered == 4);
+    drop(client);
     wait_idle(&proxy, 1);
 }
 
@@ -779,4 +789,116 @@ fn a_client_that_sends_on_and_takes_nothing_is_let_go(io: Io) {
         sender.write_all(b"5\r\nbytes\r\n").is_err().then_some(())
     });
     proxy.wait_for(SESSIONS_ACTIVE, &[], |active| active == 0);
+}
+
+/// Does with each request what its path says.
+fn moody() -> Backend {
+    Backend::scripted(|mut stream| {
+        while let Some(head) = read_head(stream) {
+            let field = |name| head.lines().find_map(|line| line.strip_prefix(name));
+            let length = field("Content-Length: ").map(|length| length.trim().parse().unwrap());
+            let mut body = vec![0; length.unwrap_or(0)];
+            let path = head.split(' ').nth(1).unwrap_or_default();
+            let early = path.starts_with("/early");
+            // One that closes says so: the next request would find its connection dying.
+            let close =
+                if path == "/early-cut" { "\r\nConnection: close\r\n\r\n" } else { "\r\n\r\n" };
+            let acceptance = ACCEPTANCE.replace("\r\n\r\n", close);
+            if early && stream.write_all(acceptance.as_bytes()).is_err() {
+                return;
+            }
+            match path {
+                "/refused" => {
+                    let _ = stream.write_all(REFUSAL.as_bytes());
+                    return;
+                }
+                "/refused-in-order" => {
+                    let _ = stream.write_all(REFUSAL.as_bytes());
+                    let _ = stream.shutdown(Shutdown::Write);
+                    while let Ok(1..) = stream.read(&mut body) {}
+                    return;
+                }
+                "/early-cut" => {
+                    let _ = stream.read_exact(&mut body[..length.unwrap_or(0) / 2]);
+                    return;
+                }
+                "/cut" => {
+                    let _ = stream.write_all(&ACCEPTANCE.as_bytes()[..ACCEPTANCE.len() - 1]);
+                    return;
+                }
+                "/until-close" => {
+                    let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n\r\nall");
+                    return;
+                }
+                "/closed" => return,
+                _ => {}
+            }
+            if stream.read_exact(&mut body).is_err()
+                || (!early && stream.write_all(ACCEPTANCE.as_bytes()).is_err())
+            {
+                return;
+            }
+        }
+    })
+}
+
+fn whatever_the_two_sides_do_nothing_of_it_is_left(io: Io) {
+    const PATHS: [&str; 8] = [
+        "/plain",
+        "/early",
+        "/early-cut",
+        "/refused",
+        "/refused-in-order",
+        "/cut",
+        "/until-close",
+        "/closed",
+    ];
+    let backend = moody();
+    let proxy = lending(io, "http1", "request", &backend)
+        .set("AEGIS_POOL_SIZE", "4")
+        .set("AEGIS_HALF_CLOSE_TIMEOUT", "1s")
+        .start();
+    let quiet = proxy.metric("aegis_buffers_in_use", &[]);
+    std::thread::scope(|scope| {
+        for seed in 0..8 {
+            let address = proxy.address();
+            scope.spawn(move || {
+                let mut rng = fastrand::Rng::with_seed(seed);
+                for _ in 0..40 {
+                    let path = PATHS[rng.usize(..PATHS.len())];
+                    let size = [0, 100, 20_000, 400_000][rng.usize(..4)];
+                    let client = connect(address);
+                    let mut sender = client.try_clone().unwrap();
+                    let leaves = rng.u8(..4) == 0;
+                    let part = if leaves { rng.usize(..=size) } else { size };
+                    let sending = std::thread::spawn(move || {
+                        let head =
+                            format!("POST {path} HTTP/1.1\r\nContent-Length: {size}\r\n\r\n");
+                        let _ = sender.write_all(head.as_bytes());
+                        let _ = sender.write_all(pattern(1, part));
+                    });
+                    if leaves {
+                        sending.join().unwrap();
+                        reset(client);
+                        continue;
+                    }
+                    let line = read_line(&client).unwrap_or_default();
+                    let expected: &[&str] = match path {
+                        "/plain" | "/early" | "/early-cut" => &["HTTP/1.1 202 "],
+                        "/until-close" => &["HTTP/1.1 200 ", "HTTP/1.1 502 "],
+                        "/cut" => &["HTTP/1.1 202 ", "HTTP/1.1 502 "],
+                        "/closed" => &["HTTP/1.1 502 "],
+                        _ => &["HTTP/1.1 413 "],
+                    };
+                    let right = expected.iter().any(|expected| line.starts_with(expected));
+                    assert!(right, "{path} with {size} bytes: {line}");
+                    sending.join().unwrap();
+                }
+            });
+        }
+    });
+    proxy.wait_for(SESSIONS_ACTIVE, &[], |active| active == 0);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 0);
+    // Those that the kernel holds come and go.
+    proxy.wait_for("aegis_buffers_in_use", &[], |held| held <= quiet + 8);
 }

@@ -33,8 +33,7 @@ impl<D: Driver> Engine<D> {
         let Some(client) = self.clients.get_mut(key) else { return };
         match client.on_lost(in_order, attempts, self.now) {
             Lost::Idle => {}
-            Lost::Answered => self.on_answered(key, false),
-            Lost::Rest => self.end_exchange(key),
+            Lost::Answered | Lost::Rest => self.end_exchange(key),
             Lost::Repeat => {
                 self.stats.count_retry(why);
                 self.mark_due(key);
