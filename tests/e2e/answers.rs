@@ -549,7 +549,7 @@ fn wait_until_closed(stream: &TcpStream) -> std::io::Result<()> {
 /// The bytes of an answer that is cut off, and all that a client got of it until the reset.
 fn read_until_reset(mut stream: &TcpStream, pause: bool) -> Vec<u8> {
     let mut bytes = Vec::new();
-    let mut buffer = [0; 100_000];
+    let mut buffer = [0; 16_000];
     loop {
         match stream.read(&mut buffer) {
             Ok(0) => panic!("an end behind {} bytes", bytes.len()),
@@ -608,7 +608,7 @@ fn unacknowledged(port: u16) -> usize {
 
 fn all_that_came_before_a_reset_is_delivered(io: Io) {
     for head in ["HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n", "HTTP/1.1 200 OK\r\n\r\n"] {
-        let (reached, reaches) = std::sync::mpsc::channel();
+        let (reached, received) = std::sync::mpsc::channel();
         let reached = Mutex::new(reached);
         let backend = Backend::scripted(move |mut stream| {
             read_head(stream);
@@ -626,7 +626,7 @@ fn all_that_came_before_a_reset_is_delivered(io: Io) {
         let proxy = lending(io, "http1", "request", &backend).start();
         let mut client = connect(proxy.address());
         client.write_all(b"POST / HTTP/1.1\r\nContent-Length: 4\r\n\r\nbody").unwrap();
-        let reached: usize = reaches.recv_timeout(PATIENCE).unwrap();
+        let reached: usize = received.recv_timeout(PATIENCE).unwrap();
         eventually("the backend has closed", PATIENCE, || (backend.open() == 0).then_some(()));
         let got = read_until_reset(&client, false);
         assert!(got.len() >= reached, "{} bytes of {reached}", got.len());
