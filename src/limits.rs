@@ -131,6 +131,19 @@ pub const fn sessions_of_worker_max(sessions_max: usize) -> usize {
     sessions_max + ACCEPT_OVERSHOOT
 }
 
+/// A client that moves no byte of a request or an answer may hold a backend's connection for so long
+/// where `AEGIS_IDLE_TIMEOUT` does not say otherwise: twice what proxies commonly allow, since it may
+/// be a reader that thinks.
+pub const CLIENT_STALL_MAX: Duration = Duration::from_secs(60);
+
+/// A client that was told all may go on sending for so long without taking anything. What it sends
+/// is dropped, so that it gets to see the answer before its connection is closed.
+pub const LINGER_MAX: Duration = Duration::from_secs(30);
+
+/// After an answer that refuses a request, its rest may pause for so long. A client that waits for
+/// the end instead of sending it should not wait longer than a person would.
+pub const REFUSED_REST_MAX: Duration = Duration::from_secs(1);
+
 /// Connections of one worker.
 pub const fn conns_max(sessions_max: usize) -> usize {
     // A client and a backend each.

@@ -163,6 +163,8 @@ labels! {
         IdleTimeout = "idle_timeout",
         /// One direction had ended and no byte moved for `AEGIS_HALF_CLOSE_TIMEOUT`.
         HalfCloseTimeout = "half_close_timeout",
+        /// The client moved no byte of a request or an answer while it held a backend's connection.
+        ClientTimeout = "client_timeout",
         /// Still open at the end of `AEGIS_DRAIN_TIMEOUT`.
         DrainDeadline = "drain_deadline",
         /// A bound of `limits` was met that leaves no other way out.
@@ -209,12 +211,14 @@ labels! {
         QueueTimeout = "queue_timeout",
         /// The endpoint that holds its key cannot be reached.
         Unreachable = "unreachable",
-        /// The backend did not answer in time.
+        /// The backend did not answer in time, or did not go on with its answer.
         Timeout = "timeout",
         /// The backend's connection ended before the answer did.
         Lost = "backend_lost",
         /// The client left before its answer.
         ClientGone = "client_gone",
+        /// The client neither sent the rest of it nor took its answer in time.
+        ClientTimeout = "client_timeout",
     }
 }
 

@@ -135,7 +135,7 @@ variables! {
         "How long a request waits for a backend connection before it gets an error.";
     AEGIS_REQUEST_TIMEOUT request_timeout = "30s",
         "off, or a duration from 10ms to 1d",
-        "How long a backend may take over a request; then its connection is closed.";
+        "How long a backend may pause: before its answer, within it, or while it is sent a request.";
     AEGIS_ROUTE route = "balance",
         "balance, or key (of chronos, where a connection is lent for a request)",
         "Where a request goes: to any endpoint, or to the one that holds its key.";

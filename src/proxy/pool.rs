@@ -72,6 +72,16 @@ impl Pool {
         oldest.map(|idle| idle.conn)
     }
 
+    /// The connection that [`Pool::checkout`] would take.
+    pub fn oldest_conn(&self) -> Option<ConnId> {
+        self.idle.front().map(|idle| idle.conn)
+    }
+
+    /// The connection that [`Pool::lend`] would lend.
+    pub fn latest_conn(&self) -> Option<ConnId> {
+        self.idle.back().map(|idle| idle.conn)
+    }
+
     /// Lends the connection that came back last; it is to come back or to be reported as closed.
     /// With it comes when it is too old to be kept.
     pub fn lend(&mut self) -> Option<(ConnId, Option<Instant>)> {

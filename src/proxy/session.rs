@@ -441,6 +441,7 @@ pub fn how_to_close(reason: CloseReason) -> Close {
         | CloseReason::ClientLeft => Close::Graceful,
         CloseReason::ClientReset
         | CloseReason::BackendReset
+        | CloseReason::ClientTimeout
         | CloseReason::ConnectFailed
         | CloseReason::ConnectTimeout
         | CloseReason::NoEndpoint

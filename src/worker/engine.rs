@@ -392,7 +392,7 @@ impl<D: Driver> Engine<D> {
                     self.arm_deadline(session);
                 }
                 Some(&Owner::Client(client)) => self.on_client_broken(client, Side::Client),
-                Some(&Owner::Lent(client)) => self.on_client_broken(client, Side::Backend),
+                Some(&Owner::Lent(client)) => self.on_lent_broken(client),
                 Some(Owner::Flushing(_)) => self.end_flush(conn),
                 _ => {}
             },

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::engine::{Engine, Owner};
 use super::mailbox::Order;
-use crate::io::{Buf, Chain, Close, ConnId, Driver};
+use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
 use crate::limits;
 use crate::telemetry::Discard;
 
@@ -126,6 +126,33 @@ impl<D: Driver> Engine<D> {
         self.forget_warm(endpoint, conn, Discard::Dead);
     }
 
+    /// Discards the warm connections whose end nobody has heard yet, up to the first one that is
+    /// open: the next to be taken is proved to be so, at the moment when it changes hands.
+    pub(super) fn prove_oldest(&mut self, endpoint: u16) {
+        while let Some(entry) = self.table.get_mut(endpoint)
+            && let Some(conn) = entry.pool.oldest_conn()
+            // Bytes are a greeting.
+            && self.driver.unheard(conn) == Unheard::End
+        {
+            self.forget_warm(endpoint, conn, Discard::Dead);
+        }
+    }
+
+    /// Likewise for those that are lent: the next one is open and silent, or there is none. What
+    /// the kernel had told by the end of a turn need not be all that there was to tell.
+    pub(super) fn prove_latest(&mut self, endpoint: u16) {
+        while let Some(entry) = self.table.get_mut(endpoint)
+            && let Some(conn) = entry.pool.latest_conn()
+            && let Some(why) = why_not_lent(self.driver.unheard(conn))
+        {
+            self.forget_warm(endpoint, conn, why);
+            if !self.queue.is_empty() {
+                // Those that wait may have counted on it.
+                self.want(endpoint, 1);
+            }
+        }
+    }
+
     fn forget_warm(&mut self, endpoint: u16, conn: ConnId, why: Discard) {
         let now = self.now;
         if let Some(entry) = self.table.get_mut(endpoint) {
@@ -230,6 +257,15 @@ impl<D: Driver> Engine<D> {
         stats.pool_connecting.set(pool.connecting() as u64);
         stats.pool_target.set(pool.target() as u64);
         stats.pool_oldest_ms.set(pool.oldest(now).map_or(0, |age| age.as_millis() as u64));
+    }
+}
+
+/// Why a connection must not be lent, by what is unheard of it.
+pub(super) fn why_not_lent(unheard: Unheard) -> Option<Discard> {
+    match unheard {
+        Unheard::Nothing => None,
+        Unheard::Bytes => Some(Discard::Unexpected),
+        Unheard::End => Some(Discard::Dead),
     }
 }
 

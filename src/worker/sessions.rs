@@ -151,6 +151,7 @@ impl<D: Driver> Engine<D> {
 
     fn try_endpoint(&mut self, key: Key, endpoint: u16) -> io::Result<()> {
         let gone = || io::Error::from(io::ErrorKind::NotFound);
+        self.prove_oldest(endpoint);
         let entry = self.table.get_mut(endpoint).ok_or_else(gone)?;
         entry.sessions += 1;
         entry.stats().sessions_active.set(u64::from(entry.sessions));

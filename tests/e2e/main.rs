@@ -9,6 +9,7 @@
 mod support;
 
 mod admin;
+mod answers;
 mod chaos;
 mod config;
 mod crowd;

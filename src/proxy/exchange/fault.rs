@@ -24,6 +24,8 @@ pub enum Fault {
     Timeout(Duration),
     /// The backend's connection ended first.
     Lost,
+    /// The client did not go on with its request in this time.
+    Unfinished(Duration),
 }
 
 impl Fault {
@@ -36,6 +38,7 @@ impl Fault {
             Self::Unreachable => Outcome::Unreachable,
             Self::Timeout(_) => Outcome::Timeout,
             Self::Lost => Outcome::Lost,
+            Self::Unfinished(_) => Outcome::ClientTimeout,
         }
     }
 }
@@ -54,6 +57,9 @@ impl fmt::Display for Fault {
             Self::Lost => {
                 f.write_str("connection to the backend lost; the request may have taken effect")
             }
+            Self::Unfinished(limit) => {
+                write!(f, "the rest of the request did not come in {limit:?}")
+            }
         }
     }
 }
@@ -68,6 +74,7 @@ pub fn write_fault(protocol: Protocol, fault: Fault, mut space: &mut [u8]) -> us
             let status = match fault {
                 Fault::Timeout(_) => "504 Gateway Timeout",
                 Fault::Lost => "502 Bad Gateway",
+                Fault::Unfinished(_) => "408 Request Timeout",
                 _ => "503 Service Unavailable",
             };
             // Without a body, so that it is right as an answer to HEAD too.

@@ -161,6 +161,15 @@ impl Framing {
         }
     }
 
+    /// Whether the answer says that the request did not do what it was for, so that the rest of it
+    /// need not be sent.
+    pub fn refuses(&self) -> bool {
+        match self {
+            Self::Chronos { .. } => false,
+            Self::Http1 { responses, .. } => responses.status().is_some_and(|status| status >= 300),
+        }
+    }
+
     /// The protocol, for errors.
     pub fn protocol(&self) -> Protocol {
         match self {

@@ -2,15 +2,20 @@
 //!
 //! ```text
 //! Reading ──whole request──▶ Ready ──a connection is free──▶ Asked ──answered──▶ Reading
-//!    ▲                       │   ▲                            │
-//!    │                       ▼   └──connection lost: again────┤
-//!    │                    Waiting                             │
+//!    ▲                       │   ▲                            │ │                   ▲
+//!    │                       ▼   └──connection lost: again────┤ └─▶ Answered ──all──┘
+//!    │                    Waiting                             │   early        passed on
 //!    └──────────error to the client: no connection, no answer─┘
 //! ```
 //!
 //! One request of a client is under way at a time; those that it sends ahead wait in its input. So
 //! replies come in the order of the requests. The bytes of a request that can be repeated stay at
 //! the front of the input until its answer is complete; others leave it as they are sent on.
+//!
+//! A backend may answer before it has the whole request. The rest is passed on all the same, and only
+//! then are both connections as they were before. Where it cannot be passed on any more, it is read
+//! and dropped, so that the client can take the answer; unless the answer speaks as if the request
+//! had been taken: then the client's connection is reset behind it.
 //!
 //! Where it is not certain what a message is, the client gets a connection of its own, both become
 //! an ordinary session of opaque bytes, and the connection serves nobody else.
@@ -29,7 +34,8 @@ use super::route::StableHash;
 use super::session::Tried;
 use crate::io::buffers::Buffers;
 use crate::io::{Chain, ConnId};
-use crate::telemetry::{CloseReason, Verb};
+use crate::limits::{BUFFER_SIZE, CLIENT_STALL_MAX, LINGER_MAX, REFUSED_REST_MAX};
+use crate::telemetry::{CloseReason, Discard, Verb};
 
 /// What is at the front of a client's input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,6 +96,8 @@ pub enum Lost {
     Idle,
     /// Its end was the end of the answer.
     Answered,
+    /// The answer had come, but the request was not passed on in full.
+    Rest,
     /// The request is to be sent again.
     Repeat,
     /// The client is told.
@@ -107,7 +115,7 @@ pub struct Limits {
     pub half_close: Option<Duration>,
     /// A request's wait for a connection.
     pub queue: Duration,
-    /// An answer.
+    /// A backend that is owed nothing: until its answer begins, and then until it goes on.
     pub request: Option<Duration>,
 }
 
@@ -118,6 +126,8 @@ pub enum Due {
     Nothing,
     /// The request is to be given up.
     GiveUp(Fault),
+    /// The answer has come, and the rest of the request is not waited for any longer.
+    EndRequest(Discard),
     /// The client is to be closed.
     Close(CloseReason),
 }
@@ -128,6 +138,8 @@ enum State {
     Ready,
     Waiting,
     Asked,
+    /// The answer has come, and the rest of the request is still passed on.
+    Answered,
     /// It was told all there is to tell, and is to leave.
     Leaving,
 }
@@ -140,8 +152,20 @@ struct Exchange {
     since: Instant,
     /// Since when it wants a connection.
     wanting: Instant,
-    asked: Instant,
+    /// When a byte of it or of its answer moved last, in any direction.
+    moved: Instant,
     replied: bool,
+    /// Bytes of it went to nobody.
+    cut: bool,
+    /// It has been counted.
+    counted: bool,
+}
+
+/// Who can make an exchange go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Party {
+    Client,
+    Backend,
 }
 
 /// What the wait for a connection is for, where it is to become an opaque session.
@@ -180,6 +204,8 @@ pub struct Client {
     exchange: Option<Exchange>,
     /// The connection is to be given to it for good.
     opaque: bool,
+    /// The backend's connection is broken: it takes nothing more, and what had come is still read.
+    broken: bool,
     /// Bytes on their way to it.
     unsent: u32,
     /// Bytes on their way to its backend.
@@ -207,6 +233,7 @@ impl Client {
             state: State::Reading,
             exchange: None,
             opaque: false,
+            broken: false,
             unsent: 0,
             unasked: 0,
             ended: false,
@@ -252,12 +279,17 @@ impl Client {
 
     /// Whether more of the request under way is to be sent on as it comes.
     pub fn is_streaming(&self) -> bool {
-        self.state == State::Asked && self.exchange.is_some_and(|e| !e.request.whole)
+        self.is_exchanging() && self.exchange.is_some_and(|e| !e.request.whole)
+    }
+
+    /// Whether the backend's connection is broken.
+    pub fn is_broken(&self) -> bool {
+        self.broken
     }
 
     /// Whether it has ended its direction within the request that is being sent on.
     pub fn has_broken_off(&self) -> bool {
-        self.ended && self.is_streaming() && self.input.is_empty()
+        self.ended && self.is_streaming() && self.input.is_empty() && !self.broken
     }
 
     /// Bytes of the input behind the request under way.
@@ -295,6 +327,26 @@ impl Client {
         self.state == State::Asked
     }
 
+    /// Whether it was answered before its request was passed on.
+    pub fn is_answered(&self) -> bool {
+        self.state == State::Answered
+    }
+
+    /// Whether the connection that it holds is in use.
+    pub fn is_exchanging(&self) -> bool {
+        matches!(self.state, State::Asked | State::Answered)
+    }
+
+    /// Whether it was answered, and the backend has all of its request by now.
+    pub fn is_passed_on(&self) -> bool {
+        self.is_answered() && !self.is_streaming() && self.unasked == 0
+    }
+
+    /// The request under way, if it is to be counted yet.
+    pub fn uncounted(&self) -> Option<Request> {
+        self.exchange.filter(|exchange| !exchange.counted).map(|exchange| exchange.request)
+    }
+
     /// Whether it has ended its direction and is owed nothing more.
     pub fn is_finished(&self) -> bool {
         let nothing_under_way = matches!(self.state, State::Reading | State::Leaving);
@@ -303,7 +355,10 @@ impl Client {
 
     /// Bytes arrived from it.
     pub fn on_active(&mut self, now: Instant) {
-        self.active = now;
+        // One that is to leave does not stay by sending.
+        if self.state != State::Leaving {
+            self.active = now;
+        }
     }
 
     /// It ended its direction: a request that is not whole will never be.
@@ -318,20 +373,49 @@ impl Client {
     }
 
     /// Bytes were queued for its backend.
-    pub fn on_backend_queued(&mut self, bytes: u32) {
+    pub fn on_backend_queued(&mut self, bytes: u32, now: Instant) {
         self.unasked += bytes;
+        self.on_moved(now);
+    }
+
+    fn on_moved(&mut self, now: Instant) {
+        if let Some(exchange) = &mut self.exchange {
+            exchange.moved = now;
+        }
     }
 
     /// Its backend's socket took bytes.
     pub fn on_backend_sent(&mut self, bytes: u32, now: Instant) {
         self.unasked = self.unasked.saturating_sub(bytes);
         self.active = now;
+        self.on_moved(now);
+    }
+
+    /// Its backend's connection broke. What that had sent before still comes, and then its end, if
+    /// this says so: an answer may be among it.
+    pub fn on_backend_broken(&mut self) -> bool {
+        self.broken = true;
+        // A single buffer may have been sent and not been told yet.
+        let untold = if self.is_answered() { 0 } else { BUFFER_SIZE as u32 };
+        if self.unasked > untold {
+            self.on_rest_dropped();
+        }
+        self.unasked = 0;
+        self.is_asked()
+    }
+
+    /// Bytes of its request were dropped: nobody takes them any more.
+    pub fn on_rest_dropped(&mut self) {
+        if let Some(exchange) = &mut self.exchange {
+            exchange.cut = true;
+        }
     }
 
     /// Its socket took bytes.
     pub fn on_sent(&mut self, bytes: u32, now: Instant) {
         self.unsent = self.unsent.saturating_sub(bytes);
         self.active = now;
+        self.on_moved(now);
     }
 
     /// Looks for a request at the front of the input. `scratch` holds a line of the greatest
@@ -366,8 +450,10 @@ impl Client {
             tried: Tried::default(),
             since: now,
             wanting: now,
-            asked: now,
+            moved: now,
             replied: false,
+            cut: false,
+            counted: false,
         });
     }
 
@@ -386,6 +472,7 @@ impl Client {
     pub fn on_lent(&mut self, loan: Loan) {
         self.loan = Some(loan);
         self.backend_receiving = true;
+        self.broken = false;
         self.unasked = 0;
     }
 
@@ -394,7 +481,8 @@ impl Client {
         self.state = State::Asked;
         self.framing.on_asked();
         let Some(exchange) = &mut self.exchange else { return Duration::ZERO };
-        exchange.asked = now;
+        exchange.moved = now;
+        exchange.cut = false;
         if let Some(loan) = self.loan {
             exchange.tried.push(loan.endpoint);
         }
@@ -406,8 +494,37 @@ impl Client {
         self.active = now;
         if let Some(exchange) = &mut self.exchange {
             exchange.replied = true;
+            exchange.moved = now;
         }
         self.framing.reply(bytes)
+    }
+
+    /// The answer is complete. Says whether the exchange is over with it: else the rest of the
+    /// request is still to be passed on.
+    pub fn on_answer_complete(&mut self) -> bool {
+        let Some(exchange) = &mut self.exchange else { return true };
+        // A single buffer is not worth the wait: its end has been sent and not been told yet, or
+        // this is no answer to it.
+        let rest = !exchange.request.whole || self.unasked > BUFFER_SIZE as u32;
+        if rest && self.loan.is_some() && !self.broken {
+            self.state = State::Answered;
+            return false;
+        }
+        true
+    }
+
+    /// The answer is to be counted now. Returns the request, and how long that took.
+    pub fn count(&mut self, now: Instant) -> Option<(Request, Duration)> {
+        let exchange = self.exchange.as_mut().filter(|exchange| !exchange.counted)?;
+        exchange.counted = true;
+        Some((exchange.request, now.saturating_duration_since(exchange.since)))
+    }
+
+    /// Whether the client has to see that its request was not passed on, since the answer does not
+    /// say so.
+    pub fn is_cut(&self) -> bool {
+        let cut = self.exchange.is_some_and(|exchange| exchange.cut || !exchange.request.whole);
+        cut && !self.framing.refuses()
     }
 
     /// Whether the answer that was just completed leaves both connections as they were before the
@@ -434,11 +551,16 @@ impl Client {
     pub fn on_lost(&mut self, in_order: bool, attempts_max: u32, now: Instant) -> Lost {
         self.loan = None;
         let Some(exchange) = &mut self.exchange else { return Lost::Idle };
-        if self.state != State::Asked {
-            return Lost::Idle;
+        match self.state {
+            State::Asked => {}
+            State::Answered => {
+                exchange.cut |= self.unasked > 0;
+                return Lost::Rest;
+            }
+            _ => return Lost::Idle,
         }
         if exchange.replied && self.sweep.is_none() {
-            let complete = in_order && self.framing.ends_with_connection();
+            let complete = in_order && !self.broken && self.framing.ends_with_connection();
             return if complete { Lost::Answered } else { Lost::CutOff };
         }
         let again = exchange.request.repeatable && exchange.tried.attempts() < attempts_max;
@@ -465,13 +587,14 @@ impl Client {
         }
     }
 
-    /// The request is over; the client reads on. Returns it, and how long it took.
+    /// The request is over; the client reads on. Returns it, and how long it took, unless it was
+    /// counted before.
     pub fn finish(&mut self, buffers: &mut Buffers, now: Instant) -> Option<(Request, Duration)> {
         self.state = State::Reading;
         self.sweep = None;
-        let Exchange { request, since, .. } = self.exchange.take()?;
+        let Exchange { request, since, counted, .. } = self.exchange.take()?;
         buffers.advance(&mut self.input, request.len);
-        Some((request, now.saturating_duration_since(since)))
+        (!counted).then(|| (request, now.saturating_duration_since(since)))
     }
 
     /// When the client has to be looked at next.
@@ -480,10 +603,16 @@ impl Client {
             (State::Ready | State::Waiting, Some(exchange)) => {
                 Some(exchange.wanting + limits.queue)
             }
-            (State::Asked, Some(exchange)) => limits.request.map(|limit| exchange.asked + limit),
-            _ if self.ended || self.state == State::Leaving => {
-                limits.half_close.map(|limit| self.active + limit)
+            (State::Asked | State::Answered, Some(exchange)) => {
+                self.stall_max(limits).map(|limit| exchange.moved + limit)
             }
+            (State::Leaving, _) => {
+                let most = if self.unsent > 0 { CLIENT_STALL_MAX } else { LINGER_MAX };
+                let limit = limits.half_close.or(limits.idle).unwrap_or(most);
+                let linger = if self.unsent > 0 { limit } else { limit.min(LINGER_MAX) };
+                Some(self.active + linger)
+            }
+            _ if self.ended => limits.half_close.or(limits.idle).map(|limit| self.active + limit),
             _ => limits.idle.map(|limit| self.active + limit),
         }
     }
@@ -495,10 +624,58 @@ impl Client {
         }
         match self.state {
             State::Ready | State::Waiting => Due::GiveUp(Fault::QueueTimeout(limits.queue)),
-            State::Asked => Due::GiveUp(Fault::Timeout(limits.request.unwrap_or_default())),
+            State::Asked | State::Answered => self.on_stalled(limits),
             State::Leaving => Due::Close(CloseReason::HalfCloseTimeout),
-            State::Reading if self.ended => Due::Close(CloseReason::HalfCloseTimeout),
+            State::Reading if self.ended && limits.half_close.is_some() => {
+                Due::Close(CloseReason::HalfCloseTimeout)
+            }
             State::Reading => Due::Close(CloseReason::IdleTimeout),
+        }
+    }
+
+    /// Who can make the exchange go on: a backend that is held up by its client is not slow.
+    fn owing(&self) -> Party {
+        if self.unsent > 0 {
+            Party::Client
+        } else if self.broken || self.unasked > 0 || !self.is_streaming() {
+            Party::Backend
+        } else {
+            Party::Client
+        }
+    }
+
+    /// How long no byte of the exchange may move.
+    fn stall_max(&self, limits: &Limits) -> Option<Duration> {
+        match self.owing() {
+            Party::Backend => limits.request.or(limits.idle),
+            Party::Client if self.is_waiting_for_refused() => Some(REFUSED_REST_MAX),
+            Party::Client => Some(limits.idle.unwrap_or(CLIENT_STALL_MAX)),
+        }
+    }
+
+    /// Whether nothing but the rest of a request is missing that was refused: clients need not send
+    /// it, and some wait for the end instead.
+    fn is_waiting_for_refused(&self) -> bool {
+        self.is_answered() && self.unsent == 0 && self.framing.refuses()
+    }
+
+    /// No byte of the exchange has moved for as long as that may be.
+    fn on_stalled(&self, limits: &Limits) -> Due {
+        let replied = self.exchange.is_some_and(|exchange| exchange.replied);
+        match self.owing() {
+            Party::Backend => match limits.request {
+                None => Due::Close(CloseReason::IdleTimeout),
+                Some(_) if self.is_answered() => Due::EndRequest(Discard::Timeout),
+                Some(limit) => Due::GiveUp(Fault::Timeout(limit)),
+            },
+            Party::Client if self.is_waiting_for_refused() => Due::EndRequest(Discard::Abandoned),
+            Party::Client if !replied => {
+                Due::GiveUp(Fault::Unfinished(limits.idle.unwrap_or(CLIENT_STALL_MAX)))
+            }
+            Party::Client => Due::Close(match limits.idle {
+                Some(_) => CloseReason::IdleTimeout,
+                None => CloseReason::ClientTimeout,
+            }),
         }
     }
 }
@@ -607,7 +784,7 @@ mod tests {
             };
             client.begin(request, now);
             client.on_asked(now);
-            client.on_backend_queued(request.len);
+            client.on_backend_queued(request.len, now);
             assert_eq!(client.unasked(), expected);
             assert_eq!(client.on_reply(b"answered too early\n", now), Reply::Complete);
             client.finish(&mut buffers, now);
@@ -642,5 +819,100 @@ mod tests {
         client.on_ended(now);
         let closed = client.on_deadline(&limits, now + 5 * SECOND);
         assert_eq!(closed, Due::Close(CloseReason::HalfCloseTimeout));
+    }
+
+    /// A client of HTTP that has asked with what it has sent so far.
+    fn asked(bytes: &[u8]) -> (Client, Buffers, Instant) {
+        let now = Instant::now();
+        let config = Config::from_vars([]).unwrap().requests;
+        let framing = Framing::new(Protocol::Http1, &config);
+        let mut client = Client::new(ConnId::from_parts(0, 0), framing, now);
+        let mut buffers = Buffers::new(8).unwrap();
+        feed(&mut client, &mut buffers, bytes);
+        let Front::Request(request) = client.front(&mut buffers, &mut []) else {
+            panic!("it says what it is");
+        };
+        client.begin(request, now);
+        client.on_lent(Loan { conn: ConnId::from_parts(1, 0), endpoint: 0, retire_at: None });
+        client.on_asked(now);
+        client.on_backend_queued(bytes.len() as u32, now);
+        (client, buffers, now)
+    }
+
+    const UPLOAD: &[u8] = b"POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\n";
+    const DOWNLOAD: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
+
+    #[test]
+    fn a_backend_is_timed_only_while_it_is_its_turn() {
+        const SECOND: Duration = Duration::from_secs(1);
+        let limits =
+            Limits { idle: None, half_close: None, queue: SECOND, request: Some(3 * SECOND) };
+        let timeout = Due::GiveUp(Fault::Timeout(3 * SECOND));
+        for (bytes, then) in [(UPLOAD, CLIENT_STALL_MAX), (DOWNLOAD, 3 * SECOND)] {
+            let (mut client, _, now) = asked(bytes);
+            assert_eq!(client.on_deadline(&limits, now + 3 * SECOND), timeout, "it takes nothing");
+            client.on_backend_sent(bytes.len() as u32, now + SECOND);
+            assert_eq!(client.deadline(&limits), Some(now + SECOND + then), "it has all of it");
+        }
+        let (mut client, _, now) = asked(UPLOAD);
+        client.on_backend_sent(UPLOAD.len() as u32, now);
+        let unfinished = Due::GiveUp(Fault::Unfinished(CLIENT_STALL_MAX));
+        assert_eq!(client.on_deadline(&limits, now + CLIENT_STALL_MAX), unfinished);
+        // Within an answer.
+        let (mut client, _, now) = asked(DOWNLOAD);
+        client.on_backend_sent(DOWNLOAD.len() as u32, now);
+        let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n";
+        assert_eq!(client.on_reply(answer, now), Reply::Partial);
+        client.on_queued(answer.len() as u32);
+        assert_eq!(client.on_deadline(&limits, now + 3 * SECOND), Due::Nothing, "a slow reader");
+        let stalled = Due::Close(CloseReason::ClientTimeout);
+        assert_eq!(client.on_deadline(&limits, now + CLIENT_STALL_MAX), stalled);
+        let idle = Limits { idle: Some(2 * SECOND), ..limits };
+        let stalled = Due::Close(CloseReason::IdleTimeout);
+        assert_eq!(client.on_deadline(&idle, now + 2 * SECOND), stalled);
+        client.on_sent(answer.len() as u32, now + 20 * SECOND);
+        assert_eq!(client.deadline(&limits), Some(now + 23 * SECOND));
+        client.on_reply(b"12345", now + 22 * SECOND);
+        assert_eq!(client.deadline(&limits), Some(now + 25 * SECOND), "it flows");
+        assert_eq!(client.on_deadline(&limits, now + 25 * SECOND), timeout);
+    }
+
+    #[test]
+    fn an_answer_that_comes_early_is_followed_by_the_rest_of_the_request() {
+        for (status, cut) in [(202, true), (413, false)] {
+            let (mut client, mut buffers, now) = asked(UPLOAD);
+            client.on_sent_on();
+            let answer = format!("HTTP/1.1 {status} X\r\nContent-Length: 0\r\n\r\n");
+            assert_eq!(client.on_reply(answer.as_bytes(), now), Reply::Complete);
+            assert!(!client.on_answer_complete() && client.is_answered() && client.is_streaming());
+            assert_eq!(client.is_cut(), cut, "{status}");
+            assert!(client.count(now).is_some() && client.uncounted().is_none(), "counted once");
+            let mut held = client.input.bytes();
+            buffers.advance(&mut client.input, held);
+            for size in [16_384, 16_384, 16_384, 16_384, 16_384, 16_384, 1_696] {
+                feed(&mut client, &mut buffers, &vec![b'x'; size]);
+                held = client.more(&buffers).unwrap();
+                buffers.advance(&mut client.input, held);
+                client.on_backend_queued(held, now);
+            }
+            assert!(!client.is_streaming() && !client.is_passed_on(), "it is still on its way");
+            client.on_backend_sent(200_000, now);
+            assert!(client.is_passed_on() && client.keeps_alive() && !client.is_cut());
+            assert_eq!(client.finish(&mut buffers, now), None);
+        }
+    }
+
+    #[test]
+    fn a_connection_that_takes_no_more_is_read_to_its_end() {
+        let (mut client, _, now) = asked(UPLOAD);
+        assert!(client.on_backend_broken(), "an answer may come");
+        assert!(client.is_asked() && client.unasked() == 0);
+        let answer = b"HTTP/1.1 413 X\r\nContent-Length: 0\r\n\r\n";
+        assert_eq!(client.on_reply(answer, now), Reply::Complete);
+        assert!(client.on_answer_complete(), "nothing can be passed on");
+        let (mut client, _, now) = asked(DOWNLOAD);
+        assert!(client.on_backend_broken());
+        assert_eq!(client.on_reply(b"HTTP/1.1 200 OK\r\n\r\nuntil", now), Reply::Partial);
+        assert_eq!(client.on_lost(true, 3, now), Lost::CutOff, "not whole, whatever its end says");
     }
 }

@@ -4,7 +4,7 @@ use crate::config::{PoolMode, Protocol};
 use crate::io::{Buf, Driver};
 use crate::proxy::exchange::{Fault, Reply, write_fault};
 use crate::slab::Key;
-use crate::telemetry::{CloseReason, Discard, Outcome};
+use crate::telemetry::{CloseReason, Discard, Outcome, Retry};
 use crate::worker::engine::Engine;
 
 impl<D: Driver> Engine<D> {
@@ -12,9 +12,9 @@ impl<D: Driver> Engine<D> {
     pub(in crate::worker) fn on_reply(&mut self, key: Key, mut buf: Buf) {
         let limit = self.in_flight_limit();
         let Some(client) = self.clients.get_mut(key).filter(|client| client.is_asked()) else {
-            // Between two requests of a session.
+            // Between two requests of a session, or behind an answer that came early.
             self.driver.buffers().give(buf);
-            return self.drop_loan(key, Discard::Unexpected);
+            return self.lose(key, Discard::Unexpected, Retry::Broken);
         };
         let buffers = self.driver.buffers();
         let reply = client.on_reply(buffers.bytes(&buf), self.now);
@@ -43,23 +43,43 @@ impl<D: Driver> Engine<D> {
                     client.backend_receiving = false;
                     self.driver.receive(loan.conn, false);
                 }
+                self.arm_client(key);
             }
-            Reply::Complete => {
-                let keeps_alive = client.keeps_alive();
-                if !keeps_alive {
-                    self.drop_loan(key, Discard::Spent);
-                } else if self.config.pool.mode == PoolMode::Request || self.is_loan_obsolete(key) {
-                    // At the end of the turn, when it is known that nothing came behind.
-                    self.returning.push(key);
-                }
-                self.on_answered(key, keeps_alive);
-            }
+            Reply::Complete => self.on_answer_complete(key),
             Reply::Surplus(_) => {
-                let keeps_alive = client.keeps_alive();
                 self.drop_loan(key, Discard::Unexpected);
-                self.on_answered(key, keeps_alive);
+                self.on_answer_complete(key);
             }
         }
+    }
+
+    fn on_answer_complete(&mut self, key: Key) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        if client.on_answer_complete() {
+            return self.end_exchange(key);
+        }
+        if let Some((request, took)) = client.count(self.now) {
+            self.stats.count_request(request.verb, Outcome::Answered, took);
+        }
+        self.mark_due(key);
+    }
+
+    /// The answer has come, and the request was passed on as far as it can be.
+    pub(in crate::worker) fn end_exchange(&mut self, key: Key) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        let (keeps_alive, is_cut) = (client.keeps_alive(), client.is_cut());
+        if client.is_broken() {
+            self.drop_loan(key, Discard::Dead);
+        } else if !keeps_alive {
+            self.drop_loan(key, Discard::Spent);
+        } else if self.config.pool.mode == PoolMode::Request || self.is_loan_obsolete(key) {
+            // At the end of the turn, when it is known that nothing came behind.
+            self.returning.push(key);
+        }
+        if is_cut {
+            return self.cut_off(key, Outcome::Answered);
+        }
+        self.on_answered(key, keeps_alive);
     }
 
     pub(in crate::worker) fn is_loan_obsolete(&mut self, key: Key) -> bool {
@@ -119,7 +139,9 @@ impl<D: Driver> Engine<D> {
         let Some(client) = self.clients.get_mut(key) else { return };
         let cut_off = client.has_part();
         if client.is_asked() {
-            self.drop_loan(key, Discard::Timeout);
+            let slow_client = matches!(fault, Fault::Unfinished(_));
+            let why = if slow_client { Discard::Abandoned } else { Discard::Timeout };
+            self.drop_loan(key, why);
         }
         let Some(client) = self.clients.get_mut(key) else { return };
         if let Some(sweep) = &mut client.sweep {

@@ -47,9 +47,7 @@ impl<D: Driver> Engine<D> {
     /// Lends what is free to those that have waited longest, then looks after the clients to which
     /// something has happened.
     pub(in crate::worker) fn serve_clients(&mut self) {
-        while let Some(key) = self.returning.pop() {
-            self.return_loan(key);
-        }
+        self.return_loans();
         self.lend_freed();
         while let Some(key) = fifo::pop(&mut self.due) {
             if let Some(client) = self.clients.get_mut(key) {
@@ -61,6 +59,12 @@ impl<D: Driver> Engine<D> {
         self.stats.queue_depth.set(self.queue.len() as u64);
     }
 
+    fn return_loans(&mut self) {
+        while let Some(key) = self.returning.pop() {
+            self.return_loan(key);
+        }
+    }
+
     pub(in crate::worker) fn serve(&mut self, key: Key) {
         let limit = self.in_flight_limit();
         while let Some(client) = self.clients.get_mut(key) {
@@ -70,11 +74,20 @@ impl<D: Driver> Engine<D> {
             }
             if client.is_streaming() {
                 self.ask_more(key, limit);
-                if self.clients.get(key).is_some_and(Client::has_broken_off) {
-                    // Its backend would wait for the rest as long as it may.
-                    return self.close_client(key, CloseReason::ClientReset);
+            }
+            let Some(client) = self.clients.get_mut(key) else { return };
+            if client.has_broken_off() {
+                // Its backend would wait for the rest as long as it may.
+                if client.is_answered() {
+                    self.end_request(key, Discard::Abandoned);
+                    continue;
                 }
-                break;
+                return self.close_client(key, CloseReason::ClientReset);
+            }
+            if client.is_passed_on() {
+                self.end_exchange(key);
+                self.return_loans();
+                continue;
             }
             if !client.is_reading() || client.unsent() > limit {
                 break;
@@ -131,11 +144,23 @@ impl<D: Driver> Engine<D> {
         self.mark_due(key);
     }
 
+    /// The rest of a request that was answered is not passed on any more.
+    fn end_request(&mut self, key: Key, why: Discard) {
+        self.drop_loan(key, why);
+        let Some(client) = self.clients.get_mut(key) else { return };
+        client.on_rest_dropped();
+        if client.has_ended() {
+            // By its own will.
+            return self.on_answered(key, false);
+        }
+        self.end_exchange(key);
+    }
+
     /// The backend that a client holds took bytes of its request.
     pub(in crate::worker) fn on_lent_sent(&mut self, key: Key, bytes: u32) {
         let Some(client) = self.clients.get_mut(key) else { return };
         client.on_backend_sent(bytes, self.now);
-        if client.is_streaming() {
+        if client.is_streaming() || client.is_answered() {
             self.mark_due(key);
         }
     }
@@ -153,6 +178,9 @@ impl<D: Driver> Engine<D> {
         }
         if client.is_finished() || (client.is_reading() && !client.input.is_empty()) {
             self.mark_due(key);
+        } else if client.is_exchanging() && client.unsent() == 0 {
+            // It is the backend's turn now.
+            self.arm_client(key);
         }
     }
 
@@ -169,6 +197,7 @@ impl<D: Driver> Engine<D> {
         match client.on_deadline(&self.client_limits, self.now) {
             Due::Nothing => self.arm_client(key),
             Due::GiveUp(fault) => self.give_up(key, fault),
+            Due::EndRequest(why) => self.end_request(key, why),
             Due::Close(reason) => self.close_client(key, reason),
         }
     }
@@ -188,21 +217,38 @@ impl<D: Driver> Engine<D> {
         self.queue.leave(key);
         let Some(client) = self.clients.get_mut(key) else { return };
         // A connection is clean when every request on it was answered in full.
-        if client.is_asked() {
+        let cut = client.unsent() > 0 || client.is_exchanging() || client.request().is_some();
+        let lingers = client.is_leaving() && client.unsent() == 0;
+        if client.is_exchanging() {
             self.drop_loan(key, Discard::Abandoned);
         } else {
             self.return_loan(key);
         }
-        if let Some(request) = self.clients.get(key).and_then(Client::request) {
-            self.stats.count_request(request.verb, Outcome::ClientGone, Duration::ZERO);
+        if let Some(request) = self.clients.get(key).and_then(Client::uncounted) {
+            let outcome = match reason {
+                CloseReason::IdleTimeout | CloseReason::ClientTimeout => Outcome::ClientTimeout,
+                _ => Outcome::ClientGone,
+            };
+            self.stats.count_request(request.verb, outcome, Duration::ZERO);
         }
         let Some(mut client) = self.clients.remove(key) else { return };
         self.driver.buffers().clear(&mut client.input);
-        let cut = client.unsent() > 0 || client.request().is_some();
-        let how = if cut { Close::Reset } else { how_to_close(reason) };
         self.timers.clear(client.conn.index());
         self.owner(client.conn);
-        self.driver.close(client.conn, how);
+        match reason {
+            // It gets what its backend had sent.
+            CloseReason::BackendReset => self.reset_behind(client.conn),
+            CloseReason::HalfCloseTimeout if lingers => {
+                // It has been told its end already, and may still be taking what came before.
+                if self.driver.undelivered(client.conn) > 0 {
+                    self.reset_behind(client.conn);
+                } else {
+                    self.driver.close(client.conn, Close::Graceful);
+                }
+            }
+            _ if cut => self.driver.close(client.conn, Close::Reset),
+            _ => self.driver.close(client.conn, how_to_close(reason)),
+        }
         self.on_session_gone(reason, client.age(self.now));
         tracing::trace!(reason = ?reason, "client closed");
     }

@@ -7,9 +7,21 @@ use crate::telemetry::{Discard, Outcome, Retry};
 use crate::worker::engine::{Engine, Owner};
 
 impl<D: Driver> Engine<D> {
+    /// Nothing more can be sent on a connection that a client holds.
+    pub(in crate::worker) fn on_lent_broken(&mut self, key: Key) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        if client.on_backend_broken() {
+            // Read on: what the backend sent before is the client's, up to the end that will come.
+            return self.mark_due(key);
+        }
+        self.on_lent_died(key, Retry::Broken);
+    }
+
     /// A connection that a client holds ended or broke.
     pub(in crate::worker) fn on_lent_died(&mut self, key: Key, why: Retry) {
-        let spent = self.clients.get(key).is_some_and(|c| c.framing().ends_with_connection());
+        let Some(client) = self.clients.get(key) else { return };
+        let spent = client.framing().ends_with_connection() && !client.is_broken();
+        let why = if client.is_broken() { Retry::Broken } else { why };
         let discard = if spent { Discard::Spent } else { Discard::Dead };
         self.lose(key, discard, why);
     }
@@ -21,7 +33,7 @@ impl<D: Driver> Engine<D> {
         let Some(client) = self.clients.get_mut(key) else { return };
         match client.on_lost(in_order, attempts, self.now) {
             Lost::Idle => {}
-            Lost::Answered => self.on_answered(key, false),
+            Lost::Answered | Lost::Rest => self.end_exchange(key),
             Lost::Repeat => {
                 self.stats.count_retry(why);
                 self.mark_due(key);

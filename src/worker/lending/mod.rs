@@ -1,8 +1,8 @@
 //! A worker's clients where used connections are lent: their requests, and the queue of those that
 //! wait for a connection.
 //!
-//! Connections are lent at the end of a turn only. By then all that the kernel had to say about
-//! them has been heard: one that is lent is open and silent.
+//! Connections are lent at the end of a turn only, and each is looked at itself as it changes hands:
+//! one that is lent is open and silent, whatever a busy kernel has not told yet.
 
 mod answers;
 mod clients;

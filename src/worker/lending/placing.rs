@@ -10,8 +10,9 @@ use crate::proxy::exchange::{Client, Fault, Request, Sweep};
 use crate::proxy::queue::Line;
 use crate::proxy::session::{Session, Tried};
 use crate::slab::Key;
-use crate::telemetry::{Checkout, CloseReason, Spillover, Verb};
+use crate::telemetry::{Checkout, CloseReason, Discard, Spillover, Verb};
 use crate::worker::engine::{Engine, Owner};
+use crate::worker::pools::why_not_lent;
 
 impl<D: Driver> Engine<D> {
     /// Sends a client's request, or has it wait.
@@ -19,12 +20,24 @@ impl<D: Driver> Engine<D> {
         let Some(client) = self.clients.get(key) else { return };
         let Some(request) = client.request() else { return };
         if client.loan.is_some() {
-            return self.use_loan(key);
+            match self.why_not_used(key) {
+                None => return self.use_loan(key),
+                Some(why) => self.drop_loan(key, why),
+            }
         }
         match self.destination(key, &request) {
             Some(endpoint) => self.place_at(key, endpoint),
             None => self.place_anywhere(key),
         }
+    }
+
+    /// Why a client must not ask again on the connection that it holds, if it must not.
+    fn why_not_used(&mut self, key: Key) -> Option<Discard> {
+        let client = self.clients.get(key)?;
+        let loan = client.loan?;
+        // Answered before it was asked.
+        let early = client.unasked() > 0;
+        why_not_lent(self.driver.unheard(loan.conn)).or(early.then_some(Discard::Unexpected))
     }
 
     /// The one endpoint that a request has to go to, if there is only one.
@@ -63,9 +76,13 @@ impl<D: Driver> Engine<D> {
             // It has just been tried, and another store would give a wrong answer.
             return self.give_up(key, Fault::Unreachable);
         }
-        if nobody_waits && entry.pool.idle() > 0 {
-            self.stats.count_checkout(Checkout::Hit);
-            return self.lend(key, endpoint);
+        if nobody_waits {
+            self.prove_latest(endpoint);
+            let idle = self.table.get_mut(endpoint).map_or(0, |entry| entry.pool.idle());
+            if idle > 0 {
+                self.stats.count_checkout(Checkout::Hit);
+                return self.lend(key, endpoint);
+            }
         }
         self.wait(key, line, Some(endpoint));
     }
@@ -75,10 +92,20 @@ impl<D: Driver> Engine<D> {
         let tried = client.tried();
         let near = self.config.locality != Locality::Off;
         // A connection that broke says little about the next one to the same endpoint.
-        let mut choose =
-            |tried: &Tried| self.table.choose_for_request(tried, None, near, &mut self.rng);
-        let chosen = choose(&tried).or_else(|| choose(&Tried::default()));
         let nobody_waits = self.queue.waiting(Line::Any) == 0;
+        // Each time an endpoint has no connection after all, there are fewer of them.
+        let chosen = loop {
+            let mut choose =
+                |tried: &Tried| self.table.choose_for_request(tried, None, near, &mut self.rng);
+            let chosen = choose(&tried).or_else(|| choose(&Tried::default()));
+            let Some((endpoint, Having::Idle)) = chosen.filter(|_| nobody_waits) else {
+                break chosen;
+            };
+            self.prove_latest(endpoint);
+            if self.table.get_mut(endpoint).is_some_and(|entry| entry.pool.idle() > 0) {
+                break chosen;
+            }
+        };
         match chosen {
             Some((endpoint, Having::Idle)) if nobody_waits => {
                 self.stats.count_checkout(Checkout::Hit);
@@ -140,9 +167,13 @@ impl<D: Driver> Engine<D> {
 
     pub(in crate::worker) fn lend_freed(&mut self) {
         while let Some(endpoint) = self.freed.pop() {
-            while self.table.get_mut(endpoint).is_some_and(|e| e.is_present() && e.pool.idle() > 0)
-            {
-                let own = Line::Endpoint(endpoint);
+            let own = Line::Endpoint(endpoint);
+            while self.queue.waiting(own) + self.queue.waiting(Line::Any) > 0 {
+                self.prove_latest(endpoint);
+                let lendable = self.table.get_mut(endpoint).filter(|entry| entry.is_present());
+                if lendable.is_none_or(|entry| entry.pool.idle() == 0) {
+                    break;
+                }
                 let Some(key) = self.queue.serve_either(own, Line::Any) else { break };
                 self.stats.count_checkout(Checkout::Miss);
                 self.lend(key, endpoint);
@@ -150,7 +181,8 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    /// Lends a client an idle connection of an endpoint, which has one.
+    /// Lends a client an idle connection of an endpoint, which has one that is proved to be open and
+    /// silent.
     pub(in crate::worker) fn lend(&mut self, key: Key, endpoint: u16) {
         let Some(entry) = self.table.get_mut(endpoint) else { return };
         let Some(loan) = entry.lend(endpoint) else { return };
@@ -181,7 +213,7 @@ impl<D: Driver> Engine<D> {
             let Some(buf) = self.driver.buffers().duplicate(&client.input, request.len) else {
                 return self.close_client(key, CloseReason::Overload);
             };
-            client.on_backend_queued(buf.len());
+            client.on_backend_queued(buf.len(), self.now);
             self.driver.send(loan.conn, buf);
         } else {
             client.on_sent_on();
@@ -199,7 +231,7 @@ impl<D: Driver> Engine<D> {
                 return self.close_client(key, CloseReason::Overload);
             };
             len -= buf.len();
-            client.on_backend_queued(buf.len());
+            client.on_backend_queued(buf.len(), self.now);
             self.driver.send(loan.conn, buf);
         }
     }
@@ -210,7 +242,13 @@ impl<D: Driver> Engine<D> {
         if client.unasked() >= limit || client.input.is_empty() {
             return;
         }
-        match client.more(self.driver.buffers()) {
+        let more = client.more(self.driver.buffers());
+        if client.is_broken() {
+            let len = more.unwrap_or(client.input.bytes());
+            self.driver.buffers().advance(&mut client.input, len);
+            return client.on_rest_dropped();
+        }
+        match more {
             Some(len) => self.send_on(key, len),
             None => self.turn_opaque(key),
         }
@@ -253,6 +291,10 @@ impl<D: Driver> Engine<D> {
             self.pass_on(session, Side::Client, buf);
         }
         self.driver.join(client.conn, loan.conn);
+        if client.is_broken() {
+            // The driver has told it, and tells it once.
+            self.apply(session, |session, now| session.on_send_failed(Side::Backend, now));
+        }
         if client.has_ended() {
             self.on_ended(session, Side::Client);
         }
