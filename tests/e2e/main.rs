@@ -9,6 +9,7 @@
 mod support;
 
 mod admin;
+mod budget;
 mod chaos;
 mod config;
 mod crowd;

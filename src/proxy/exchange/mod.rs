@@ -146,7 +146,7 @@ struct Exchange {
 
 /// What the wait for a connection is for, where it is to become an opaque session.
 const OPAQUE: Request =
-    Request { verb: Verb::Other, key: None, repeatable: false, len: 0, whole: false };
+    Request { verb: Verb::Opaque, key: None, repeatable: false, len: 0, whole: false };
 
 /// A client and the request that is under way for it.
 #[allow(
