@@ -193,6 +193,8 @@ labels! {
         Put = "put",
         /// `DELETE` of HTTP.
         Delete = "delete",
+        /// Bytes that no request can be found in, or more than one.
+        Opaque = "opaque",
         /// Any other.
         Other = "other",
     }
@@ -203,6 +205,8 @@ labels! {
     pub enum Outcome {
         /// The backend's answer went to the client.
         Answered = "answered",
+        /// It could not be told where it ends: its client got a connection of its own.
+        Opaque = "opaque",
         /// The proxy answered it with an error: no backend may see it.
         Refused = "refused",
         /// As many requests waited as may.
@@ -429,6 +433,8 @@ impl WorkerStats {
 pub struct EndpointStats {
     /// Sessions of this worker now on the endpoint.
     pub sessions_active: Gauge,
+    /// Those among them that hold a connection for good where others have it for a request.
+    pub sessions_opaque: Gauge,
     /// Warm connections in the pool.
     pub pool_idle: Gauge,
     /// Connections being made for the pool.

@@ -194,7 +194,15 @@ fn verbs(config: &Config) -> &'static [Verb] {
             &[Verb::Ping, Verb::Get, Verb::Set, Verb::Del, Verb::Compact, Verb::Other]
         }
         Protocol::Http1 => {
-            &[Verb::Get, Verb::Head, Verb::Post, Verb::Put, Verb::Delete, Verb::Other]
+            &[
+                Verb::Get,
+                Verb::Head,
+                Verb::Post,
+                Verb::Put,
+                Verb::Delete,
+                Verb::Other,
+                Verb::Opaque,
+            ]
         }
     }
 }
@@ -242,11 +250,18 @@ fn write_endpoints(text: &mut Encoder, view: &View) {
     let name = "aegis_pool_connections";
     text.family(name, Gauge, "Pooled connections, by what they are doing.");
     for (label, counts) in labels.iter().zip(&totals) {
-        let lends = view.config().pool.mode != PoolMode::Preconnect;
-        let lent = if lends { counts.sessions_active } else { 0 };
-        let states =
-            [("idle", counts.pool_idle), ("connecting", counts.pool_connecting), ("lent", lent)];
-        for (state, count) in states {
+        let config = view.config();
+        let lends = config.pool.mode != PoolMode::Preconnect;
+        let opaque = counts.sessions_opaque;
+        // The two are not read at the same moment.
+        let lent = counts.sessions_active.saturating_sub(opaque);
+        let states = [
+            ("idle", counts.pool_idle, true),
+            ("connecting", counts.pool_connecting, true),
+            ("lent", lent, lends),
+            ("opaque", opaque, lends && config.protocol == Protocol::Http1),
+        ];
+        for (state, count, _) in states.into_iter().filter(|(.., can_be)| *can_be) {
             text.sample(name, &[("endpoint", label), ("state", state)], count);
         }
     }

@@ -176,6 +176,8 @@ pub fn labels(endpoints: &[Arc<Endpoint>]) -> Vec<String> {
 pub struct EndpointCounts {
     /// Sessions now on the endpoint.
     pub sessions_active: u64,
+    /// Those of them that hold a shared connection until they end.
+    pub sessions_opaque: u64,
     /// Warm connections.
     pub pool_idle: u64,
     /// Connections being made for the pool.
@@ -199,6 +201,7 @@ impl EndpointCounts {
     pub fn read(stats: &EndpointStats) -> Self {
         Self {
             sessions_active: stats.sessions_active.get(),
+            sessions_opaque: stats.sessions_opaque.get(),
             pool_idle: stats.pool_idle.get(),
             pool_connecting: stats.pool_connecting.get(),
             pool_target: stats.pool_target.get(),
@@ -214,6 +217,7 @@ impl EndpointCounts {
     pub fn total(endpoint: &Endpoint) -> Self {
         endpoint.stats.iter().map(Self::read).fold(Self::default(), |a, b| Self {
             sessions_active: a.sessions_active + b.sessions_active,
+            sessions_opaque: a.sessions_opaque + b.sessions_opaque,
             pool_idle: a.pool_idle + b.pool_idle,
             pool_connecting: a.pool_connecting + b.pool_connecting,
             pool_target: a.pool_target + b.pool_target,

@@ -27,6 +27,8 @@ pub struct Entry {
     pub health: Health,
     /// Sessions on it, those still connecting included.
     pub sessions: u32,
+    /// Those of them whose clients hold a connection that was lent, and never give it back.
+    opaque: u32,
     worker: usize,
     present: bool,
     /// When it left the set.
@@ -120,6 +122,19 @@ impl Entry {
     pub fn on_lent_closed(&mut self) {
         self.count_sessions(self.sessions - 1);
         self.pool.on_lent_closed();
+    }
+
+    /// A lent connection is not coming back before its client ends; it keeps its place till then.
+    pub fn on_turned_opaque(&mut self) {
+        self.opaque += 1;
+        self.stats().sessions_opaque.set(u64::from(self.opaque));
+    }
+
+    /// A lent connection that was not to come back was closed.
+    pub fn on_opaque_closed(&mut self) {
+        self.opaque -= 1;
+        self.stats().sessions_opaque.set(u64::from(self.opaque));
+        self.on_lent_closed();
     }
 
     fn count_sessions(&mut self, sessions: u32) {
@@ -234,6 +249,7 @@ impl Table {
                 pool: Pool::new(pool),
                 health: Health::default(),
                 sessions: 0,
+                opaque: 0,
                 worker,
                 present: true,
                 removed_at: None,

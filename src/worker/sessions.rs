@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::engine::{Engine, Owner};
 use super::pools::is_local;
-use crate::config::{Balance, Locality, ProxyProtocol};
+use crate::config::{Balance, Locality, PoolMode, ProxyProtocol};
 use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
 use crate::proxy::Side;
 use crate::proxy::session::{Action, Ending, Session, Tried};
@@ -220,9 +220,13 @@ impl<D: Driver> Engine<D> {
 
     /// A session no longer counts as one of its endpoint's.
     fn release(&mut self, endpoint: Option<u16>) {
-        let Some(entry) = endpoint.and_then(|endpoint| self.table.get_mut(endpoint)) else {
-            return;
-        };
+        let Some(endpoint) = endpoint else { return };
+        let Some(entry) = self.table.get_mut(endpoint) else { return };
+        if self.config.pool.mode != PoolMode::Preconnect {
+            // It was a client whose bytes had become opaque: its place is free for who waits.
+            entry.on_opaque_closed();
+            return self.on_place_in_pool_free(endpoint);
+        }
         entry.sessions -= 1;
         entry.stats().sessions_active.set(u64::from(entry.sessions));
         if !entry.is_present() {

@@ -235,7 +235,7 @@ fn a_body_may_wait_to_be_asked_for(io: Io) {
 
 fn an_upgrade_makes_a_session_of_it(io: Io) {
     let backend = server();
-    let proxy = lending(io, &backend).start();
+    let proxy = lending(io, &backend).set("AEGIS_POOL_SIZE", "2").start();
     let mut client = connect(proxy.address());
     assert_eq!(who(&client), 0);
     let request = b"GET /upgrade HTTP/1.1\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n";
@@ -247,7 +247,7 @@ fn an_upgrade_makes_a_session_of_it(io: Io) {
     let sending = thread::spawn(move || sender.write_all(bytes).unwrap());
     read_expected(&client, bytes, 5000).unwrap();
     sending.join().unwrap();
-    // It takes no place among those that are lent, and none lives on.
+    // It keeps its place among those that are shared, and nobody else has its connection.
     let other = connect(proxy.address());
     assert_eq!(who(&other), 1);
     drop(client);
@@ -286,7 +286,7 @@ fn what_can_be_read_in_two_ways_has_a_connection_of_its_own(io: Io) {
             }
         }
     });
-    let proxy = lending(io, &backend).start();
+    let proxy = lending(io, &backend).set("AEGIS_POOL_SIZE", "2").start();
     let bystander = connect(proxy.address());
     let plain = "GET / HTTP/1.1\r\n\r\n";
     let mut sent = 0;

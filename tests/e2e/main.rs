@@ -10,6 +10,7 @@ mod support;
 
 mod admin;
 mod answers;
+mod budget;
 mod chaos;
 mod config;
 mod crowd;

@@ -170,7 +170,7 @@ enum Party {
 
 /// What the wait for a connection is for, where it is to become an opaque session.
 const OPAQUE: Request =
-    Request { verb: Verb::Other, key: None, repeatable: false, len: 0, whole: false };
+    Request { verb: Verb::Opaque, key: None, repeatable: false, len: 0, whole: false };
 
 /// A client and the request that is under way for it.
 #[allow(

@@ -80,12 +80,17 @@ impl<D: Driver> Engine<D> {
         self.retire(loan.conn, loan.endpoint, why);
     }
 
-    /// Closes a connection that was lent. Those that wait may have counted on it.
+    /// Closes a connection that was lent.
     pub(in crate::worker) fn retire(&mut self, conn: ConnId, endpoint: u16, why: Discard) {
         self.owner(conn);
         self.stats.count_discard(why);
         // With a reset, so that a backend does not go on with what nobody waits for.
         self.driver.close(conn, Close::Reset);
+        self.on_place_in_pool_free(endpoint);
+    }
+
+    /// A lent connection was closed: another one may be made in its place.
+    pub(in crate::worker) fn on_place_in_pool_free(&mut self, endpoint: u16) {
         if !self.queue.is_empty() {
             self.want(endpoint, 1);
         }

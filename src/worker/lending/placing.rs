@@ -1,6 +1,7 @@
 //! From a request to a connection: which endpoint, which line, and sending it.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use crate::config::{Balance, Locality, Route};
 use crate::io::Driver;
@@ -10,7 +11,7 @@ use crate::proxy::exchange::{Client, Fault, Request, Sweep};
 use crate::proxy::queue::Line;
 use crate::proxy::session::{Session, Tried};
 use crate::slab::Key;
-use crate::telemetry::{Checkout, CloseReason, Discard, Spillover, Verb};
+use crate::telemetry::{Checkout, CloseReason, Discard, Outcome, Spillover, Verb};
 use crate::worker::engine::{Engine, Owner};
 use crate::worker::pools::why_not_lent;
 
@@ -254,7 +255,8 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    /// A client and the connection that it holds become a session of opaque bytes.
+    /// A client and the connection that it holds become a session of opaque bytes. It keeps the
+    /// connection's place in its pool until it ends.
     pub(in crate::worker) fn turn_opaque(&mut self, key: Key) {
         if self.sessions.len() == self.sessions.capacity() {
             // Whoever was admitted has a slot. Should that fail, one client is better than all.
@@ -270,8 +272,11 @@ impl<D: Driver> Engine<D> {
         let sent = client.request().map_or(0, |request| request.len);
         self.driver.buffers().advance(&mut client.input, sent);
         let timer = client.conn.index();
+        if let Some(request) = client.request() {
+            self.stats.count_request(request.verb, Outcome::Opaque, Duration::ZERO);
+        }
         if let Some(entry) = self.table.get_mut(loan.endpoint) {
-            entry.pool.on_lent_closed();
+            entry.on_turned_opaque();
         }
         self.timers.clear(timer);
         let mut session = Session::new(client.conn, self.now);
