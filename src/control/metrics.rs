@@ -194,15 +194,7 @@ fn verbs(config: &Config) -> &'static [Verb] {
             &[Verb::Ping, Verb::Get, Verb::Set, Verb::Del, Verb::Compact, Verb::Other]
         }
         Protocol::Http1 => {
-            &[
-                Verb::Get,
-                Verb::Head,
-                Verb::Post,
-                Verb::Put,
-                Verb::Delete,
-                Verb::Other,
-                Verb::Opaque,
-            ]
+            &[Verb::Get, Verb::Head, Verb::Post, Verb::Put, Verb::Delete, Verb::Other, Verb::Opaque]
         }
     }
 }

@@ -433,6 +433,7 @@ mod tests {
     use std::time::Duration;
 
     use crate::config::{Config, PoolMode, Protocol};
+    use crate::io::sim::Speech;
     use crate::telemetry::CloseReason;
     use crate::worker::mailbox::Order;
     use crate::worker::simulation::Run;
@@ -447,7 +448,9 @@ mod tests {
             }
             config.pool.mode = mode;
             let mut run = Run::with(fastrand::Rng::with_seed(1), config, 1, 100);
-            run.engine.driver().speaks_lines = mode == PoolMode::Request;
+            if mode == PoolMode::Request {
+                run.engine.driver().speech = Speech::Lines;
+            }
             run.engine.slots = SLOTS;
             let all = run.endpoints.clone();
             run.deliver(all);

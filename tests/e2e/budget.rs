@@ -126,8 +126,7 @@ fn an_upgraded_connection_keeps_its_place_until_it_ends(io: Io) {
 
 fn in_session_mode_the_size_bounds_nothing(io: Io) {
     let backend = server();
-    let proxy =
-        framed(io, "http1", "session", &[&backend]).set("AEGIS_POOL_SIZE", "1").start();
+    let proxy = framed(io, "http1", "session", &[&backend]).set("AEGIS_POOL_SIZE", "1").start();
     let clients: Vec<_> = (0..3).map(|_| connect(proxy.address())).collect();
     for client in &clients {
         assert_eq!(status(client, GET), OK);
