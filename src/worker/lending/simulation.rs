@@ -265,9 +265,9 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<u16, Durat
             waits_since.remove(&index);
         }
         if is_request {
-            let all = lent + pool.idle() + pool.connecting();
+            let all = sessions + pool.idle() + pool.connecting();
             // One more may be made to find out whether an endpoint is well again.
-            assert!(lent + pool.idle() <= engine.config.pool.size, "{all} connections");
+            assert!(sessions + pool.idle() <= engine.config.pool.size, "{all} connections");
             assert!(all <= engine.config.pool.size + 1, "{all} connections");
         }
     }
