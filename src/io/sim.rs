@@ -453,8 +453,10 @@ impl Sim {
             return self.break_step(conn);
         }
         let most = (SEND_BYTES - peer.wire.len()).min(socket.queue.bytes() as usize);
+        // What is small finds room where nothing else is on its way, and that is known at once.
+        let is_small = peer.wire.is_empty() && most <= BUFFER_SIZE;
         if most > 0 {
-            let len = self.rng.usize(1..=most);
+            let len = if is_small { most } else { self.rng.usize(1..=most) };
             let before = peer.wire.len();
             for part in self.buffers.slices(&socket.queue) {
                 let rest = len - (peer.wire.len() - before);
@@ -465,8 +467,8 @@ impl Sim {
             socket.taken_at = self.elapsed;
             let tell = Step::TellSent(conn.index() as u32, conn.generation(), len as u32);
             match self.sent_late_us {
-                0 => self.run_step(tell),
-                late => self.soon(late, tell),
+                late @ 1.. if !is_small => self.soon(late, tell),
+                _ => self.run_step(tell),
             }
         }
         let Some(socket) = self.sockets.get_mut(conn) else { return };

@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::support::backend::Backend;
-use crate::support::client::{ask, connect, is_timeout, read_line, reset};
+use crate::support::client::{ask, connect, is_timeout, read_line, read_to_end, reset};
 use crate::support::metrics::{
     POOL_CONNECTIONS, POOL_DISCARDS, REQUESTS, RETRIES, SESSIONS_ACTIVE, SESSIONS_CLOSED,
 };
@@ -27,6 +27,8 @@ on_both_drivers![
     a_refusal_that_breaks_the_upload_off_reaches_the_client,
     a_client_that_sends_all_before_it_reads_gets_the_refusal,
     an_answer_that_comes_early_does_not_end_the_upload,
+    an_answer_in_the_middle_of_an_upload_does_not_end_it,
+    an_upload_behind_an_answer_that_closes_is_passed_on,
     an_upload_that_was_accepted_and_not_taken_ends_in_a_reset,
     a_backend_that_stops_taking_an_upload_is_given_up,
     all_of_an_answer_that_breaks_off_is_delivered,
@@ -480,6 +482,60 @@ fn early_uploads(io: Io, mode: &str, backend: &Backend, size: usize, taken: &Rec
     wait_idle(&proxy, 1);
 }
 
+fn an_answer_in_the_middle_of_an_upload_does_not_end_it(io: Io) {
+    // What is left of it may be anywhere: at the client, in the proxy, in sockets.
+    const SIZES: [usize; 6] = [16_385, 17_000, 40_000, 200_000, 1_000_000, 6_000_000];
+    let (uploads, taken) = std::sync::mpsc::channel();
+    let uploads = Mutex::new(uploads);
+    let backend = Backend::scripted(move |mut stream| {
+        while let Some(head) = read_head(stream) {
+            let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
+            let mut body = vec![0; length.unwrap().trim().parse().unwrap()];
+            let early = body.len() / 3;
+            let first = stream.read_exact(&mut body[..early]);
+            stream.write_all(ACCEPTANCE.as_bytes()).unwrap();
+            // That it goes on later is what is tested.
+            std::thread::sleep(Duration::from_millis(30));
+            let all = first.and_then(|()| stream.read_exact(&mut body[early..]));
+            let right = all.is_ok() && body == pattern(1, body.len());
+            uploads.lock().unwrap().send(right).unwrap();
+        }
+    });
+    let proxy = lending(io, "http1", "request", &backend).start();
+    let client = connect(proxy.address());
+    for size in SIZES {
+        for round in 0..3 {
+            upload(&client, false, size).unwrap();
+            assert_eq!(read_answer(&client), "ok");
+            assert!(taken.recv_timeout(PATIENCE).unwrap(), "{size} bytes, round {round}");
+        }
+    }
+    assert_eq!(backend.accepted(), 1, "both connections are kept");
+}
+
+fn an_upload_behind_an_answer_that_closes_is_passed_on(io: Io) {
+    const SIZE: usize = 5 << 20;
+    let (uploads, taken) = std::sync::mpsc::channel();
+    let uploads = Mutex::new(uploads);
+    let backend = Backend::scripted(move |mut stream| {
+        read_head(stream);
+        let close = "\r\nConnection: close\r\n\r\n";
+        stream.write_all(ACCEPTANCE.replace("\r\n\r\n", close).as_bytes()).unwrap();
+        // That it is slow to read is what is tested.
+        std::thread::sleep(Duration::from_millis(100));
+        let body = read_to_end(stream).unwrap_or_default();
+        uploads.lock().unwrap().send(body == pattern(1, SIZE)).unwrap();
+    });
+    let proxy = lending(io, "http1", "request", &backend).start();
+    for _ in 0..3 {
+        let client = connect(proxy.address());
+        upload(&client, false, SIZE).unwrap();
+        let (answer, ended) = read_all(&client);
+        assert!(answer.ends_with("\r\n\r\nok") && ended, "{answer}");
+        assert!(taken.recv_timeout(PATIENCE).unwrap(), "all of it, and an orderly end");
+    }
+}
+
 fn read_chunks(mut stream: &TcpStream) -> Vec<u8> {
     let mut body = Vec::new();
     loop {
@@ -706,9 +762,9 @@ fn a_slow_reader_is_not_blamed_on_its_backend(io: Io) {
         let mut client = connect(proxy.address());
         client.write_all(request.as_bytes()).unwrap();
         let mut answer = vec![0; len];
-        for part in answer.chunks_mut(4 << 20) {
+        for part in answer.chunks_mut(6 << 20) {
             // How slow the reader is is what is tested.
-            std::thread::sleep(Duration::from_millis(400));
+            std::thread::sleep(Duration::from_millis(300));
             client.read_exact(part).unwrap();
         }
         proxy.wait_for(REQUESTS, &[("outcome", "answered")], |answered| answered == 1);
@@ -717,7 +773,7 @@ fn a_slow_reader_is_not_blamed_on_its_backend(io: Io) {
         // One that takes nothing at all has a limit of its own.
         let proxy = lending(io, protocol, "request", backend)
             .set("AEGIS_REQUEST_TIMEOUT", "200ms")
-            .set("AEGIS_IDLE_TIMEOUT", "600ms")
+            .set("AEGIS_IDLE_TIMEOUT", "400ms")
             .start();
         let mut client = connect(proxy.address());
         client.write_all(request.as_bytes()).unwrap();

@@ -154,6 +154,8 @@ struct Exchange {
     wanting: Instant,
     /// When a byte of it or of its answer moved last, in any direction.
     moved: Instant,
+    /// Bytes of it that were queued for its backend.
+    queued: u64,
     replied: bool,
     /// Bytes of it went to nobody.
     cut: bool,
@@ -375,7 +377,10 @@ impl Client {
     /// Bytes were queued for its backend.
     pub fn on_backend_queued(&mut self, bytes: u32, now: Instant) {
         self.unasked += bytes;
-        self.on_moved(now);
+        if let Some(exchange) = &mut self.exchange {
+            exchange.queued += u64::from(bytes);
+            exchange.moved = now;
+        }
     }
 
     fn on_moved(&mut self, now: Instant) {
@@ -395,9 +400,7 @@ impl Client {
     /// this says so: an answer may be among it.
     pub fn on_backend_broken(&mut self) -> bool {
         self.broken = true;
-        // A single buffer may have been sent and not been told yet.
-        let untold = if self.is_answered() { 0 } else { BUFFER_SIZE as u32 };
-        if self.unasked > untold {
+        if self.is_long() && self.unasked > 0 {
             self.on_rest_dropped();
         }
         self.unasked = 0;
@@ -451,6 +454,7 @@ impl Client {
             since: now,
             wanting: now,
             moved: now,
+            queued: 0,
             replied: false,
             cut: false,
             counted: false,
@@ -482,6 +486,7 @@ impl Client {
         self.framing.on_asked();
         let Some(exchange) = &mut self.exchange else { return Duration::ZERO };
         exchange.moved = now;
+        exchange.queued = 0;
         exchange.cut = false;
         if let Some(loan) = self.loan {
             exchange.tried.push(loan.endpoint);
@@ -502,15 +507,18 @@ impl Client {
     /// The answer is complete. Says whether the exchange is over with it: else the rest of the
     /// request is still to be passed on.
     pub fn on_answer_complete(&mut self) -> bool {
-        let Some(exchange) = &mut self.exchange else { return true };
-        // A single buffer is not worth the wait: its end has been sent and not been told yet, or
-        // this is no answer to it.
-        let rest = !exchange.request.whole || self.unasked > BUFFER_SIZE as u32;
+        let rest = self.is_streaming() || (self.is_long() && self.unasked > 0);
         if rest && self.loan.is_some() && !self.broken {
             self.state = State::Answered;
             return false;
         }
         true
+    }
+
+    /// Whether the request takes more than one buffer. One that does not finds room in the socket of
+    /// a silent connection at once: it has been sent, if not told yet, or this is no answer to it.
+    fn is_long(&self) -> bool {
+        self.exchange.is_some_and(|exchange| exchange.queued > BUFFER_SIZE as u64)
     }
 
     /// The answer is to be counted now. Returns the request, and how long that took.

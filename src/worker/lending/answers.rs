@@ -1,7 +1,7 @@
 //! From a connection to an answer, or to an error in its place.
 
 use crate::config::{PoolMode, Protocol};
-use crate::io::{Buf, Driver};
+use crate::io::{Buf, Close, Driver};
 use crate::proxy::exchange::{Fault, Reply, write_fault};
 use crate::slab::Key;
 use crate::telemetry::{CloseReason, Discard, Outcome, Retry};
@@ -70,6 +70,9 @@ impl<D: Driver> Engine<D> {
         let (keeps_alive, is_cut) = (client.keeps_alive(), client.is_cut());
         if client.is_broken() {
             self.drop_loan(key, Discard::Dead);
+        } else if client.is_passed_on() && !keeps_alive {
+            // It may still have to read the end of it.
+            self.close_loan(key, Discard::Spent, Close::Graceful);
         } else if !keeps_alive {
             self.drop_loan(key, Discard::Spent);
         } else if self.config.pool.mode == PoolMode::Request || self.is_loan_obsolete(key) {

@@ -65,31 +65,42 @@ impl<D: Driver> Engine<D> {
         } else {
             let aged = loan.retire_at.is_some_and(|at| at <= self.now);
             let why = if aged { Discard::Lifetime } else { Discard::Surplus };
-            self.retire(loan.conn, loan.endpoint, why);
+            // The backend may have answered before it has read all of the request.
+            let how = match self.driver.undelivered(loan.conn) {
+                0 => Close::Reset,
+                _ => Close::Graceful,
+            };
+            self.retire(loan.conn, loan.endpoint, why, how);
         }
     }
 
     /// A client's connection is of no more use.
     pub(in crate::worker) fn drop_loan(&mut self, key: Key, why: Discard) {
+        // So that a backend does not go on with what nobody waits for.
+        self.close_loan(key, why, Close::Reset);
+    }
+
+    /// Closes a client's connection.
+    pub(in crate::worker) fn close_loan(&mut self, key: Key, why: Discard, how: Close) {
         let loan = self.clients.get_mut(key).and_then(|client| client.loan.take());
         let Some(loan) = loan else { return };
         self.loans -= 1;
         if let Some(entry) = self.table.get_mut(loan.endpoint) {
             entry.on_lent_closed();
         }
-        self.retire(loan.conn, loan.endpoint, why);
+        self.retire(loan.conn, loan.endpoint, why, how);
     }
 
     /// Closes a connection that was lent.
-    pub(in crate::worker) fn retire(&mut self, conn: ConnId, endpoint: u16, why: Discard) {
+    fn retire(&mut self, conn: ConnId, endpoint: u16, why: Discard, how: Close) {
         self.owner(conn);
         self.stats.count_discard(why);
-        // With a reset, so that a backend does not go on with what nobody waits for.
-        self.driver.close(conn, Close::Reset);
+        self.driver.close(conn, how);
         self.on_place_in_pool_free(endpoint);
     }
 
-    /// A lent connection was closed: another one may be made in its place.
+    /// A lent connection was closed: another one may be made in its place. Those that wait may have
+    /// counted on it.
     pub(in crate::worker) fn on_place_in_pool_free(&mut self, endpoint: u16) {
         if !self.queue.is_empty() {
             self.want(endpoint, 1);
