@@ -453,8 +453,8 @@ impl Sim {
             return self.break_step(conn);
         }
         let most = (SEND_BYTES - peer.wire.len()).min(socket.queue.bytes() as usize);
-        // What is small finds room where nothing else is on its way, and that is known at once.
-        let is_small = peer.wire.is_empty() && most <= BUFFER_SIZE;
+        // What is small finds room where little else is on its way, and that is known at once.
+        let is_small = peer.wire.len() + socket.queue.bytes() as usize <= BUFFER_SIZE;
         if most > 0 {
             let len = if is_small { most } else { self.rng.usize(1..=most) };
             let before = peer.wire.len();

@@ -255,7 +255,11 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<u16, Durat
         let lent = lent.remove(&index).unwrap_or(0);
         let pool = &entry.pool;
         let sessions = lent + opaque.remove(&index).unwrap_or(0);
-        assert_eq!((pool.lent(), entry.sessions as usize), (sessions, sessions), "loans of {index}");
+        assert_eq!(
+            (pool.lent(), entry.sessions as usize),
+            (sessions, sessions),
+            "loans of {index}"
+        );
         conns += pool.idle() + pool.connecting();
         let waiting = anywhere + engine.queue.waiting(Line::Endpoint(index));
         if waiting > 0 && pool.idle() > 0 && entry.is_present() {
