@@ -101,6 +101,10 @@ pub const fn buffers_are_short(spare: u32) -> bool {
 
 // ---- Connections -------------------------------------------------------------------------------
 
+/// Descriptors that each worker holds in reserve for backends of clients that it has accepted. Where
+/// they are short, it accepts one client a turn and listener.
+pub const DESCRIPTORS_RESERVED: usize = 16;
+
 /// Connections of the kernel's accept queue, a listener.
 pub const LISTEN_BACKLOG: i32 = 1024;
 
@@ -196,8 +200,8 @@ const DESCRIPTORS_PER_SESSION: u64 = 2;
 const POOL_ENDPOINTS_PER_BACKEND: u64 = 2;
 
 /// The ring, or the epoll instance and its timer; the eventfd that wakes the worker, which it has
-/// twice; what the scheduler says about it; and both ends of pipes.
-const DESCRIPTORS_PER_WORKER: u64 = 5 + 2 * PIPES_MAX as u64;
+/// twice; what the scheduler says about it; both ends of pipes; and those in reserve.
+const DESCRIPTORS_PER_WORKER: u64 = 5 + 2 * PIPES_MAX as u64 + DESCRIPTORS_RESERVED as u64;
 
 /// Connections to the admin port: a scraper, the kubelet's probes, people.
 pub const ADMIN_CONNECTIONS: usize = 32;
@@ -401,8 +405,8 @@ mod tests {
 
     const USERS: DescriptorUsers =
         DescriptorUsers { workers: 4, listeners: 2, pool_max_idle: 64, backends: Some(3) };
-    /// 4 × (5 + 2 + 2 × 16) + 32 + 32 + 3 + 64. All pools together may come to hold 4 × 64 × 6.
-    const FIXED: u64 = 156 + 131;
+    /// 4 × (5 + 2 + 2 × 16 + 16) + 32 + 32 + 3 + 64. All pools together may come to hold 4 × 64 × 6.
+    const FIXED: u64 = 220 + 131;
 
     fn sessions(n: usize) -> Option<NonZeroUsize> {
         NonZeroUsize::new(n)
@@ -474,9 +478,9 @@ mod tests {
         let error = capacity(request, FIXED + 40_000 + 63, &USERS).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "AEGIS_MAX_SESSIONS=20000 needs 40351 = 40000 for sessions + 64 for pools + 156 for \
+            "AEGIS_MAX_SESSIONS=20000 needs 40415 = 40000 for sessions + 64 for pools + 220 for \
              workers + 32 for admin connections + 32 for control + 3 standard + 64 slack \
-             descriptors; RLIMIT_NOFILE allows 40350, which is enough for 19999 sessions"
+             descriptors; RLIMIT_NOFILE allows 40414, which is enough for 19999 sessions"
         );
     }
 

@@ -24,6 +24,7 @@ use rustix::time::{
 use socket2::{SockRef, Type};
 
 use super::buffers::{Buf, Buffers, Chain};
+use super::descriptors::Descriptors;
 use super::splice::{self, Bulk, Pipe, Pipes};
 use super::{Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait, socket};
 use crate::fifo;
@@ -167,6 +168,7 @@ pub struct Epoll {
     /// Where the next client is looked for first.
     accept_from: usize,
     room: usize,
+    descriptors: Descriptors,
     sockets: Slab<Socket>,
     buffers: Buffers,
     options: socket::Options,
@@ -218,6 +220,7 @@ impl Epoll {
             accept_from: 0,
             listeners: setup.listeners.into_iter().map(Some).collect(),
             room: 0,
+            descriptors: Descriptors::new(),
             sockets: Slab::with_capacity(setup.conns_max),
             buffers: Buffers::new(setup.buffers_max)?,
             options: setup.options,
@@ -652,7 +655,10 @@ impl Driver for Epoll {
     }
 
     fn accept(&mut self, room: usize) {
-        self.room = room;
+        // A client that is accepted is to get its backend too. As many backends are sure as there
+        // are descriptors in reserve; the next clients are taken in the next turn.
+        let fits = room > 0 && (!self.descriptors.are_short() || self.descriptors.refill());
+        self.room = if fits { room.min(limits::DESCRIPTORS_RESERVED) } else { 0 };
     }
 
     fn refuse_handshakes(&mut self) {
@@ -686,7 +692,8 @@ impl Driver for Epoll {
     }
 
     fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
-        let socket = socket::outgoing(address, Type::STREAM.nonblocking(), &self.options)?;
+        let kind = Type::STREAM.nonblocking();
+        let socket = self.descriptors.make(|| socket::outgoing(address, kind, &self.options))?;
         let conn = self.register(socket.into(), true)?;
         let Some(socket) = self.sockets.get(conn) else { return Ok(conn) };
         match rustix::net::connect(&socket.fd, address) {
@@ -774,6 +781,10 @@ impl Driver for Epoll {
 
     fn buffers(&mut self) -> &mut Buffers {
         &mut self.buffers
+    }
+
+    fn is_short_of_descriptors(&self) -> bool {
+        self.descriptors.are_short()
     }
 
     fn buffer_waits(&self) -> u64 {

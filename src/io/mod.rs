@@ -17,6 +17,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 pub mod buffers;
+mod descriptors;
 pub mod epoll;
 pub mod probe;
 mod provided;
@@ -212,6 +213,12 @@ pub trait Driver {
 
     /// The buffers.
     fn buffers(&mut self) -> &mut buffers::Buffers;
+
+    /// Whether descriptors are so short that backends' connections are made from a reserve. Nobody
+    /// is accepted then.
+    fn is_short_of_descriptors(&self) -> bool {
+        false
+    }
 
     /// Buffers that hold nothing yet, and are with the kernel for what comes.
     fn buffers_lent(&self) -> u32 {

@@ -496,6 +496,11 @@ impl<D: Driver> Engine<D> {
         self.gate.full = free == 0;
         self.gate.waits_for_turn = share == 0 && free > 0;
         self.driver.accept(share);
+        if share > 0 && self.driver.is_short_of_descriptors() {
+            self.complain(format_args!(
+                "descriptors are short (RLIMIT_NOFILE): newcomers wait in the kernel's queue"
+            ));
+        }
     }
 
     fn on_accept_failed(&mut self, error: &io::Error) {

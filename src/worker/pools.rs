@@ -40,6 +40,10 @@ impl<D: Driver> Engine<D> {
 
     /// Starts a connection for the pool. Says whether it is under way.
     fn warm(&mut self, endpoint: u16) -> bool {
+        if !self.lends() && self.driver.is_short_of_descriptors() {
+            // Those in reserve are for clients that are here already.
+            return false;
+        }
         let Some(entry) = self.table.get_mut(endpoint) else { return false };
         entry.pool.on_connecting();
         self.pool_conns += 1;

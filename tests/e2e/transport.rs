@@ -30,6 +30,7 @@ on_both_drivers![
     bulk_is_whole_where_it_may_not_be_spliced,
     stalled_readers_slow_nobody_down,
     listeners_are_served_in_turn_at_the_session_limit,
+    without_descriptors_newcomers_wait_and_are_served,
 ];
 
 const SPLICE_FAILURES: &str = "aegis_splice_failures_total";
@@ -372,4 +373,39 @@ fn listeners_are_served_in_turn_at_the_session_limit(io: Io) {
         assert!(at.is_some_and(|at| at <= CLIENTS / 2), "the other listener's came at {at:?}");
     }
     assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
+}
+
+fn without_descriptors_newcomers_wait_and_are_served(io: Io) {
+    const CLIENTS: usize = 40;
+    let backend = Backend::named("a");
+    let proxy = one_worker(io, &backend).without_pool().start();
+    assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
+    proxy.wait_for(SESSIONS_ACTIVE, &[], |sessions| sessions == 0);
+    proxy.limit_descriptors(11);
+    // The worker hears of it within a second.
+    thread::sleep(Duration::from_millis(1200));
+    let (served, most) = (Mutex::new(0_usize), Mutex::new(0));
+    thread::scope(|scope| {
+        for _ in 0..CLIENTS {
+            let client = connect(proxy.address());
+            let (served, most) = (&served, &most);
+            scope.spawn(move || {
+                assert_eq!(ask(&client, "who"), "a");
+                let now = {
+                    let mut served = served.lock().unwrap();
+                    *served += 1;
+                    *served
+                };
+                let mut most = most.lock().unwrap();
+                *most = now.max(*most);
+                drop(most);
+                thread::sleep(Duration::from_millis(20));
+                assert_eq!(ask(&client, "who"), "a");
+                *served.lock().unwrap() -= 1;
+            });
+        }
+    });
+    let most = most.into_inner().unwrap();
+    assert!(most < CLIENTS, "{most} of {CLIENTS} at a time: descriptors were not short");
+    proxy.wait_for(SESSIONS_ACTIVE, &[], |sessions| sessions == 0);
 }

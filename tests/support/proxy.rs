@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, Once};
 use std::thread;
 use std::time::Duration;
 
-use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule,
@@ -314,6 +314,17 @@ impl Proxy {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
         let names = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("comm")));
         names.flatten().map(|name| name.trim().to_owned()).collect()
+    }
+
+    /// Lets it have so many descriptors more than it has open, and no others.
+    pub fn limit_descriptors(&self, more: u64) {
+        let open = fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
+        let numbers = open.map(|fd| fd.unwrap().file_name().into_string().unwrap().parse::<u64>());
+        let numbers: std::collections::BTreeSet<_> = numbers.map(Result::unwrap).collect();
+        // The lowest number that leaves so many free below it.
+        let current = (0..).find(|&limit| limit - numbers.range(..limit).count() as u64 == more);
+        let limit = Rlimit { current, maximum: current };
+        prlimit(Some(Pid::from_child(&self.child)), Resource::Nofile, limit).unwrap();
     }
 
     /// The number of the process.

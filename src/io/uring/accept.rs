@@ -16,12 +16,13 @@ use crate::limits;
 impl Uring {
     pub(super) fn settle_listener(&mut self, index: usize) {
         let queues = self.listeners.len() * limits::LISTEN_BACKLOG as usize;
+        // A multishot accept may empty the whole queue before it can be stopped: near the limit, and
+        // where descriptors may not do for all and their backends, clients are accepted one by one.
+        let multi = self.room > queues
+            && self.descriptors.have_room_for_queues(self.listeners.len(), self.now);
         let listener = &mut self.listeners[index];
         let Some(fd) = &listener.fd else { return };
         let fd = Fd(fd.as_raw_fd());
-        // A multishot accept may empty the whole queue before it can be stopped: near the limit,
-        // clients are accepted one by one.
-        let multi = self.room > queues;
         let key = ConnId::from_parts(index as u32, 0);
         match listener.armed {
             None if self.room > 0 => {
@@ -54,6 +55,7 @@ impl Uring {
             Ok(fd) => {
                 // SAFETY: the kernel has just given this descriptor to us alone.
                 let fd = unsafe { OwnedFd::from_raw_fd(fd.cast_signed()) };
+                self.descriptors.on_new(&fd);
                 self.adopt(fd).map(Completion::Accepted)
             }
             Err(Errno::CANCELED | Errno::CONNABORTED | Errno::INTR) => None,

@@ -27,6 +27,7 @@ use socket2::Type;
 
 use self::socket::{Kind, Listener, Receiving, Sending, Socket, parse_user_data, user_data};
 use super::buffers::{Buf, Buffers};
+use super::descriptors::Descriptors;
 use super::probe::Features;
 use super::provided::ProvidedBuffers;
 use super::ring::Ring;
@@ -48,6 +49,7 @@ pub struct Uring {
     wake: OwnedFd,
     options: options::Options,
     room: usize,
+    descriptors: Descriptors,
     start: Instant,
     now: Instant,
     /// Events to hand out before what the ring tells.
@@ -81,6 +83,7 @@ impl Uring {
             wake: setup.wake,
             options: setup.options,
             room: 0,
+            descriptors: Descriptors::new(),
             start: Instant::now(),
             now: Instant::now(),
             // A turn has few, but for the clients of a drain, which may well allocate.
@@ -284,7 +287,9 @@ impl Driver for Uring {
     }
 
     fn accept(&mut self, room: usize) {
-        self.room = room;
+        // A client that is accepted is to get its backend too.
+        let fits = room > 0 && (!self.descriptors.are_short() || self.descriptors.refill());
+        self.room = if fits { room } else { 0 };
     }
 
     fn refuse_handshakes(&mut self) {
@@ -319,7 +324,8 @@ impl Driver for Uring {
     }
 
     fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
-        let socket = options::outgoing(address, Type::STREAM, &self.options)?;
+        let make = || options::outgoing(address, Type::STREAM, &self.options);
+        let socket = self.descriptors.make(make)?;
         let fd = Fd(socket.as_raw_fd());
         let mut entry = Socket::new(socket.into());
         entry.ops.add(Kind::Connect);
@@ -418,6 +424,10 @@ impl Driver for Uring {
 
     fn buffers(&mut self) -> &mut Buffers {
         &mut self.buffers
+    }
+
+    fn is_short_of_descriptors(&self) -> bool {
+        self.descriptors.are_short()
     }
 
     fn buffers_lent(&self) -> u32 {
