@@ -31,6 +31,8 @@ pub struct Entry {
     present: bool,
     /// When it left the set.
     removed_at: Option<Instant>,
+    /// It left the set for good, as far as anybody can tell: see [`Entry::let_go`].
+    gone: bool,
     ramp: Ramp,
 }
 
@@ -88,10 +90,21 @@ impl Entry {
         }
     }
 
-    /// Whether it left the set at least `drain` ago and still has sessions.
+    /// Whether it left the set at least `drain` ago, for good, and still has sessions.
     pub fn is_overdue(&self, drain: Duration, now: Instant) -> bool {
         let passed = |at| now.saturating_duration_since(at) >= drain;
-        self.sessions > 0 && self.removed_at.is_some_and(passed)
+        self.sessions > 0 && self.gone && self.removed_at.is_some_and(passed)
+    }
+
+    /// Takes note of whether it left the set at least `linger` ago. Until then it may come back any
+    /// moment: it gets nothing new, but what it has stays as it is.
+    pub fn let_go(&mut self, linger: Duration, now: Instant) {
+        self.gone |= self.removed_at.is_some_and(|at| now.saturating_duration_since(at) >= linger);
+    }
+
+    /// Whether it left the set for good.
+    pub fn is_gone(&self) -> bool {
+        self.gone
     }
 
     /// Lends an idle connection, if there is one. `index` is the entry's own.
@@ -107,7 +120,7 @@ impl Entry {
     #[must_use = "a connection that is not kept is to be closed"]
     pub fn take_back(&mut self, loan: &Loan, useful: bool, now: Instant) -> bool {
         self.count_sessions(self.sessions - 1);
-        if useful && self.present {
+        if useful && !self.gone {
             let kept = self.pool.take_back(loan.conn, loan.retire_at, now);
             self.stats().pool_idle.set(self.pool.idle() as u64);
             return kept;
@@ -221,25 +234,35 @@ impl Table {
         // Most often a snapshot has the order of the last one, so the next is found at once.
         let mut after = 0;
         for endpoint in snapshot.endpoints.iter().take(ENDPOINTS_MAX) {
+            // An endpoint that comes back finds its entry while anything of it lives.
             let count = self.entries.len();
             let known = (0..count).map(|i| (after + i) % count).find(|&index| {
                 let entry = self.entries[index].as_ref();
                 entry.is_some_and(|entry| Arc::ptr_eq(&entry.endpoint, endpoint))
             });
             let index = known.unwrap_or_else(|| self.vacant());
+            if index >= usize::from(u16::MAX) {
+                // Sessions hold on to as many that left: there is no number for one more.
+                continue;
+            }
             after = index + 1;
             let worker = self.worker;
-            let entry = self.entries[index].get_or_insert_with(|| Entry {
-                endpoint: Arc::clone(endpoint),
-                pool: Pool::new(pool),
-                health: Health::default(),
-                sessions: 0,
-                worker,
-                present: true,
-                removed_at: None,
-                ramp: if joins { Ramp::Cold } else { Ramp::Full },
+            let entry = self.entries[index].get_or_insert_with(|| {
+                // Its counters may be of an earlier time, in which it ended up anyhow.
+                endpoint.stats[worker].reset_gauges();
+                Entry {
+                    endpoint: Arc::clone(endpoint),
+                    pool: Pool::new(pool),
+                    health: Health::default(),
+                    sessions: 0,
+                    worker,
+                    present: true,
+                    removed_at: None,
+                    gone: false,
+                    ramp: if joins { Ramp::Cold } else { Ramp::Full },
+                }
             });
-            entry.present = true;
+            (entry.present, entry.gone) = (true, false);
             entry.removed_at = None;
             self.present.push(index as u16);
         }
@@ -298,19 +321,28 @@ impl Table {
         None
     }
 
-    /// Frees the entries of removed endpoints to which nothing refers any more.
+    /// Frees the entries of endpoints that are gone and to which nothing refers any more. Where very
+    /// many left just now, they are not waited for.
     pub fn forget_unused(&mut self) {
+        let crowded = self.entries.len() > 2 * ENDPOINTS_MAX;
         for slot in &mut self.entries {
-            if slot.as_ref().is_some_and(|entry| !entry.present && entry.is_unused()) {
+            let over = |entry: &Entry| !entry.present && (entry.gone || crowded);
+            if slot.as_ref().is_some_and(|entry| over(entry) && entry.is_unused()) {
                 *slot = None;
             }
+        }
+        while self.entries.last().is_some_and(Option::is_none) {
+            self.entries.pop();
         }
     }
 
     fn vacant(&mut self) -> usize {
         self.entries.iter().position(Option::is_none).unwrap_or_else(|| {
-            self.entries.push(None);
-            self.entries.len() - 1
+            if self.entries.len() < usize::from(u16::MAX) {
+                self.entries.push(None);
+                return self.entries.len() - 1;
+            }
+            self.entries.len()
         })
     }
 
@@ -333,6 +365,13 @@ impl Table {
     pub fn any_usable(&self) -> bool {
         let entries = self.present.iter().map(|&index| self.entries[usize::from(index)].as_ref());
         entries.flatten().any(|entry| entry.health.is_usable())
+    }
+
+    /// Whether any pool of the latest snapshot is short of connections.
+    pub fn wants_connections(&self, now: Instant) -> bool {
+        let mut entries =
+            self.present.iter().filter_map(|&at| self.entries[usize::from(at)].as_ref());
+        entries.any(|entry| entry.pool.shortage(now) > 0)
     }
 
     /// Whether there is any endpoint to look after, removed ones included.
@@ -544,7 +583,65 @@ mod tests {
         }
         table.get_mut(0).unwrap().sessions = 0;
         table.forget_unused();
+        assert!(table.get_mut(0).is_some(), "it may come back");
+        table.get_mut(0).unwrap().let_go(Duration::ZERO, Instant::now());
+        table.forget_unused();
         assert!(table.get_mut(0).is_none());
+    }
+
+    #[test]
+    fn an_endpoint_that_comes_back_is_what_it_was_and_is_not_drained() {
+        const SECOND: Duration = Duration::from_secs(1);
+        let (a, b) = (endpoint(0), endpoint(1));
+        let mut table = table(Balance::RoundRobin, &[Arc::clone(&a), Arc::clone(&b)]);
+        table.get_mut(0).unwrap().sessions = 3;
+        eject(&mut table, 0);
+        let now = Instant::now();
+        let all = EndpointSnapshot { generation: 2, endpoints: vec![a, Arc::clone(&b)] };
+        let less = EndpointSnapshot { generation: 3, endpoints: vec![b] };
+        let overdue = |table: &mut Table, now| {
+            let entry = table.get_mut(0).unwrap();
+            entry.let_go(2 * SECOND, now);
+            entry.is_overdue(Duration::ZERO, now)
+        };
+        table.apply(&less, &pool(), true, now);
+        assert!(!overdue(&mut table, now + SECOND), "it may come back");
+        table.apply(&all, &pool(), true, now + SECOND);
+        assert!(!overdue(&mut table, now + 9 * SECOND), "it is back");
+        let entry = table.get_mut(0).unwrap();
+        assert_eq!((entry.sessions, entry.percent()), (3, 100), "no slow start either");
+        assert!(!entry.health.is_usable(), "and what is known of it is not forgotten");
+        table.apply(&less, &pool(), true, now + 9 * SECOND);
+        assert!(!overdue(&mut table, now + 10 * SECOND), "its time begins anew");
+        assert!(overdue(&mut table, now + 11 * SECOND));
+        table.apply(&all, &pool(), true, now + 12 * SECOND);
+        assert!(!overdue(&mut table, now + 20 * SECOND), "and may come back all the same");
+    }
+
+    #[test]
+    fn endpoints_that_come_and_go_leave_nothing_behind() {
+        let mut table = Table::new(Balance::RoundRobin, 0);
+        let now = Instant::now();
+        for generation in 0..5 {
+            let all = (0..1000).map(|port| endpoint(1000 * generation + port)).collect();
+            let snapshot = EndpointSnapshot { generation: u64::from(generation), endpoints: all };
+            table.apply(&snapshot, &pool(), true, now);
+            assert!(table.entries.len() <= 4 * ENDPOINTS_MAX, "{}", table.entries.len());
+        }
+        table.apply(&EndpointSnapshot::default(), &pool(), true, now);
+        table.entries.iter_mut().flatten().for_each(|entry| entry.let_go(Duration::ZERO, now));
+        table.forget_unused();
+        assert!(!table.has_entries() && table.entries.is_empty());
+    }
+
+    #[test]
+    fn gauges_of_an_earlier_time_are_not_believed() {
+        let a = endpoint(0);
+        a.stats[0].ejected.set(1);
+        a.stats[0].connects.add(7);
+        let mut table = table(Balance::RoundRobin, &[Arc::clone(&a)]);
+        assert_eq!((a.stats[0].ejected.get(), a.stats[0].connects.get()), (0, 7));
+        assert!(table.get_mut(0).unwrap().health.is_usable());
     }
 
     /// A table in which `e1` has joined `e0`.

@@ -40,8 +40,8 @@ impl Endpoint {
 /// The complete, ordered set of endpoints at one moment.
 ///
 /// Applying the same snapshot twice changes nothing. An endpoint is the same one across snapshots
-/// when its `Arc` is the same: discovery keeps the `Arc` of an endpoint whose name and address
-/// are unchanged.
+/// when its `Arc` is the same: discovery hands out one `Arc` for each name and address for as long
+/// as anybody holds it, though the endpoint may leave and come back.
 #[derive(Debug, Default)]
 pub struct EndpointSnapshot {
     /// Grows by one with every snapshot that discovery publishes.

@@ -8,6 +8,7 @@ pub const BYTES: &str = "aegis_bytes_total";
 pub const CONNECT_RETRIES: &str = "aegis_connect_retries_total";
 pub const DISCOVERY_ENDPOINTS: &str = "aegis_discovery_endpoints";
 pub const DISCOVERY_ERRORS: &str = "aegis_discovery_errors_total";
+pub const ENDPOINT_CONNECTS: &str = "aegis_endpoint_connects_total";
 pub const ENDPOINT_USABLE: &str = "aegis_endpoint_usable";
 pub const ENDPOINT_SESSIONS: &str = "aegis_endpoint_sessions_active";
 pub const HANDED_OVER: &str = "aegis_clients_handed_over_total";

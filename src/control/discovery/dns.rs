@@ -18,6 +18,7 @@ use tracing::{info, warn};
 use super::status::{ErrorKind, Status};
 use super::{Publisher, Wanted};
 use crate::config::HostPort;
+use crate::limits::{DNS_ANSWERS_TO_LEAVE, DNS_CONFIRM};
 
 /// How long start-up waits for names by default while no endpoint is known.
 pub const FIRST_ANSWER_MAX: Duration = Duration::from_secs(5);
@@ -130,6 +131,9 @@ async fn follow<R: Resolve>(
 ) {
     let name = format!("{}:{}", host.host, host.port);
     let mut failures = 0u32;
+    let mut last: Vec<Wanted> = Vec::new();
+    // How many answers more are to come soon, after one in which an address was missing.
+    let mut soon = 0u32;
     loop {
         let (wanted, wait) = match lookup(&name, &host, &resolver).await {
             Ok(wanted) => {
@@ -137,7 +141,14 @@ async fn follow<R: Resolve>(
                     info!(backend = name, failures, "name resolves again");
                 }
                 failures = 0;
-                (Ok(wanted), refresh)
+                soon = match soon.checked_sub(1) {
+                    None if last.iter().any(|known| !wanted.contains(known)) => {
+                        DNS_ANSWERS_TO_LEAVE
+                    }
+                    left => left.unwrap_or(0),
+                };
+                last.clone_from(&wanted);
+                (Ok(wanted), if soon > 0 { refresh.min(DNS_CONFIRM) } else { refresh })
             }
             Err(error) => {
                 if failures == 0 {

@@ -10,9 +10,9 @@ pub mod status;
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio::time::sleep;
@@ -43,6 +43,10 @@ impl Wanted {
     }
 }
 
+/// An endpoint that has left and of which nothing lives any more is remembered for so long, so that
+/// its counters go on where they were if it comes back.
+const REMEMBERED_FOR: Duration = Duration::from_secs(600);
+
 /// Turns wanted endpoints into snapshots.
 #[derive(Debug)]
 pub struct Publisher {
@@ -50,6 +54,45 @@ pub struct Publisher {
     snapshots: watch::Sender<Arc<EndpointSnapshot>>,
     /// How many endpoints the last snapshot had no room for.
     left_out: AtomicUsize,
+    known: Mutex<Known>,
+}
+
+/// Every endpoint that the last snapshot names, that a worker still holds, or that left lately.
+#[derive(Debug, Default)]
+struct Known(Vec<(Arc<Endpoint>, Option<Instant>)>);
+
+impl Known {
+    /// Takes note of who is in the set now, and forgets those that left and are held by nobody:
+    /// after [`REMEMBERED_FOR`], or where they are more than [`ENDPOINTS_MAX`], the first to have
+    /// left first.
+    fn settle(&mut self, present: &[Arc<Endpoint>], now: Instant) {
+        let by_address: HashMap<_, _> = present.iter().map(|e| (e.address, e)).collect();
+        let mut new: HashSet<_> = by_address.keys().copied().collect();
+        for (endpoint, left) in &mut self.0 {
+            if by_address.get(&endpoint.address).is_some_and(|e| Arc::ptr_eq(e, endpoint)) {
+                *left = None;
+                new.remove(&endpoint.address);
+            } else {
+                left.get_or_insert(now);
+            }
+        }
+        let new = present.iter().filter(|endpoint| new.contains(&endpoint.address));
+        self.0.extend(new.map(|endpoint| (Arc::clone(endpoint), None)));
+        // Who is held by nobody else is held by nobody later: only here are they handed out.
+        let unheld = |endpoint: &Arc<Endpoint>, left: &Option<Instant>| match left {
+            Some(at) if Arc::strong_count(endpoint) == 1 => Some(*at),
+            _ => None,
+        };
+        let mut times: Vec<_> = self.0.iter().filter_map(|(e, left)| unheld(e, left)).collect();
+        times.sort_unstable();
+        let oldest = times.len().checked_sub(ENDPOINTS_MAX).and_then(|at| times.get(at)).copied();
+        self.0.retain(|(endpoint, left)| {
+            unheld(endpoint, left).is_none_or(|at| {
+                oldest.is_none_or(|oldest| at >= oldest)
+                    && now.saturating_duration_since(at) < REMEMBERED_FOR
+            })
+        });
+    }
 }
 
 impl Publisher {
@@ -58,26 +101,33 @@ impl Publisher {
         workers: Vec<WorkerHandle>,
         snapshots: watch::Sender<Arc<EndpointSnapshot>>,
     ) -> Self {
-        Self { workers, snapshots, left_out: AtomicUsize::new(0) }
+        Self { workers, snapshots, left_out: AtomicUsize::new(0), known: Mutex::default() }
     }
 
     /// Publishes the complete, ordered set `wanted` if it differs from the last one; the first is
     /// always published, even if empty.
     ///
     /// An address that comes twice counts once, under the first name. Endpoints beyond
-    /// [`ENDPOINTS_MAX`] are left out with a warning. An endpoint whose name and address are
-    /// unchanged stays the same `Arc`, and so keeps its pools and counters.
+    /// [`ENDPOINTS_MAX`] are left out with a warning. An endpoint is known by its name and address:
+    /// it stays the same `Arc`, and so keeps its sessions, pools and counters, also where it left
+    /// for a while.
     pub fn publish(&self, wanted: impl IntoIterator<Item = Wanted>) {
+        self.publish_at(wanted, Instant::now());
+    }
+
+    fn publish_at(&self, wanted: impl IntoIterator<Item = Wanted>, now: Instant) {
         let last = Arc::clone(&self.snapshots.borrow());
-        let known: HashMap<_, _> = last.endpoints.iter().map(|e| (e.address, e)).collect();
+        let mut remembered = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let known: HashMap<_, _> =
+            remembered.0.iter().map(|(e, _)| ((e.address, e.name.as_str()), e)).collect();
         let mut seen = HashSet::new();
         let mut endpoints: Vec<_> = wanted
             .into_iter()
             .filter(|wanted| seen.insert(wanted.address))
             .map(|Wanted { name, address, near }| {
-                let endpoint = match known.get(&address) {
-                    Some(endpoint) if endpoint.name == name => Arc::clone(endpoint),
-                    _ => Endpoint::new(name, address, self.workers.len()),
+                let endpoint = match known.get(&(address, name.as_str())) {
+                    Some(endpoint) => Arc::clone(endpoint),
+                    None => Endpoint::new(name, address, self.workers.len()),
                 };
                 endpoint.set_near(near);
                 endpoint
@@ -85,6 +135,7 @@ impl Publisher {
             .collect();
         let left_out = endpoints.len().saturating_sub(ENDPOINTS_MAX);
         endpoints.truncate(ENDPOINTS_MAX);
+        remembered.settle(&endpoints, now);
         if last.generation > 0 && same(&last.endpoints, &endpoints) {
             return;
         }
@@ -173,6 +224,47 @@ mod tests {
         publisher.publish([Wanted::new("renamed", "10.0.0.2:1".parse().unwrap())]);
         let third = Arc::clone(&publisher.snapshots.borrow());
         assert!(!Arc::ptr_eq(&second.endpoints[0], &third.endpoints[0]));
+    }
+
+    #[test]
+    fn an_endpoint_that_comes_back_is_the_same_one() {
+        let publisher = publisher();
+        let latest = || Arc::clone(&publisher.snapshots.borrow());
+        publisher.publish(wanted(&["10.0.0.1:1", "10.0.0.2:1"]));
+        let held = Arc::clone(&latest().endpoints[1]);
+        let unheld = Arc::as_ptr(&latest().endpoints[0]);
+        let long_ago = Instant::now() - 2 * REMEMBERED_FOR;
+        publisher.publish_at([], long_ago);
+        // The last ones, who still hold a snapshot.
+        publisher.workers.iter().for_each(|worker| drop(worker.mailbox.take_snapshot()));
+        publisher.publish_at(wanted(&["10.0.0.3:1"]), long_ago + REMEMBERED_FOR / 2);
+        publisher.publish_at(
+            wanted(&["10.0.0.2:1", "10.0.0.1:1"]),
+            long_ago + REMEMBERED_FOR - Duration::from_secs(1),
+        );
+        assert!(Arc::ptr_eq(&latest().endpoints[0], &held));
+        assert_eq!(Arc::as_ptr(&latest().endpoints[1]), unheld, "remembered for a while");
+
+        held.stats[0].connects.add(7);
+        publisher.publish_at([], long_ago + REMEMBERED_FOR);
+        publisher.publish([]);
+        publisher.publish(wanted(&["10.0.0.2:1"]));
+        assert!(Arc::ptr_eq(&latest().endpoints[0], &held), "for as long as anybody holds it");
+        let known = publisher.known.lock().unwrap();
+        assert_eq!(known.0.len(), 1, "the others are forgotten: {known:?}");
+    }
+
+    #[test]
+    fn those_that_left_are_remembered_up_to_a_bound() {
+        let publisher = publisher();
+        for round in 0..4 * ENDPOINTS_MAX as u16 {
+            publisher.publish([Wanted::new("one", SocketAddr::from(([10, 0, 0, 1], round)))]);
+            publisher.workers.iter().for_each(|worker| drop(worker.mailbox.take_snapshot()));
+        }
+        let known = publisher.known.lock().unwrap();
+        assert!(known.0.len() <= 2 + ENDPOINTS_MAX, "{}", known.0.len());
+        let newest = known.0.iter().map(|(endpoint, _)| endpoint.address.port()).min();
+        assert!(newest.is_some_and(|port| port > 2 * ENDPOINTS_MAX as u16), "{newest:?}");
     }
 
     #[test]

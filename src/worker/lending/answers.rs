@@ -66,7 +66,7 @@ impl<D: Driver> Engine<D> {
         let loan = self.clients.get(key).and_then(|client| client.loan);
         let entry = loan.and_then(|loan| self.table.get_mut(loan.endpoint));
         let aged = loan.and_then(|loan| loan.retire_at).is_some_and(|at| at <= self.now);
-        aged || entry.is_some_and(|entry| !entry.is_present())
+        aged || entry.is_some_and(|entry| entry.is_gone())
     }
 
     pub(in crate::worker) fn on_answered(&mut self, key: Key, keeps_alive: bool) {
