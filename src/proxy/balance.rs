@@ -1,6 +1,5 @@
 //! The endpoints as one worker sees them, and which one serves the next session.
 
-use std::collections::HashMap;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -188,12 +187,25 @@ impl Having {
     }
 }
 
+/// A store as a worker sees it; see [`super::endpoints::Store`].
+#[derive(Debug)]
+pub struct Store {
+    /// Its declared name.
+    pub name: Arc<str>,
+    /// Its endpoint, if it is there.
+    pub endpoint: Option<u16>,
+    /// Why it is not, where that is more than that it is away.
+    pub why: Option<Arc<str>>,
+}
+
 /// The table of endpoints. An index stays an endpoint's own while anything refers to it.
 #[derive(Debug)]
 pub struct Table {
     entries: Vec<Option<Entry>>,
     /// Those that the latest snapshot names, in its order.
     present: Vec<u16>,
+    /// The stores that share the keys, if keys say where requests go.
+    stores: Vec<Store>,
     /// The hashes of their names, in the same order.
     names: Vec<StableHash>,
     policy: Balance,
@@ -207,6 +219,7 @@ impl Table {
         Self {
             entries: Vec::new(),
             present: Vec::new(),
+            stores: Vec::new(),
             names: Vec::new(),
             policy,
             worker,
@@ -231,6 +244,7 @@ impl Table {
             entry.removed_at.get_or_insert(now);
         }
         self.present.clear();
+        let mut indices = Vec::with_capacity(snapshot.endpoints.len());
         // Most often a snapshot has the order of the last one, so the next is found at once.
         let mut after = 0;
         for endpoint in snapshot.endpoints.iter().take(ENDPOINTS_MAX) {
@@ -243,6 +257,7 @@ impl Table {
             let index = known.unwrap_or_else(|| self.vacant());
             if index >= usize::from(u16::MAX) {
                 // Sessions hold on to as many that left: there is no number for one more.
+                indices.push(None);
                 continue;
             }
             after = index + 1;
@@ -265,37 +280,28 @@ impl Table {
             (entry.present, entry.gone) = (true, false);
             entry.removed_at = None;
             self.present.push(index as u16);
+            indices.push(Some(index as u16));
         }
-        self.name_all();
+        let endpoint = |at: usize| indices.get(at).copied().flatten();
+        let stores = snapshot.stores.iter().map(|store| Store {
+            name: Arc::clone(&store.name),
+            endpoint: store.endpoint.and_then(endpoint),
+            why: store.why.clone(),
+        });
+        self.stores = stores.collect();
+        let names = self.stores.iter().map(|store| StableHash::of(store.name.as_bytes()));
+        self.names = names.collect();
         self.forget_unused();
     }
 
-    /// Endpoints are told apart by their names, and only if these are the same by their addresses:
-    /// a pod that comes back under its name holds the same keys.
-    fn name_all(&mut self) {
-        let endpoints = self.present.iter().filter_map(|&i| self.entries[usize::from(i)].as_ref());
-        let endpoints: Vec<_> = endpoints.map(|entry| &entry.endpoint).collect();
-        let mut counts: HashMap<&str, usize> = HashMap::new();
-        for endpoint in &endpoints {
-            *counts.entry(endpoint.name.as_str()).or_default() += 1;
-        }
-        let hash = |endpoint: &Endpoint| match counts.get(endpoint.name.as_str()) {
-            Some(2..) => {
-                StableHash::of(format!("{}@{}", endpoint.name, endpoint.address).as_bytes())
-            }
-            _ => StableHash::of(endpoint.name.as_bytes()),
-        };
-        self.names = endpoints.iter().map(|endpoint| hash(endpoint)).collect();
-    }
-
-    /// The endpoint that holds a key, be it usable or not.
+    /// The number of the store that holds a key, whether it is there or not.
     pub fn owner(&self, key: StableHash) -> Option<u16> {
-        route::owner(key, &self.names).and_then(|at| self.present.get(at).copied())
+        route::owner(key, &self.names).map(|at| at as u16)
     }
 
-    /// The first endpoint of the latest snapshot at or after an index.
-    pub fn present_from(&self, index: u16) -> Option<u16> {
-        self.present.iter().copied().filter(|&at| at >= index).min()
+    /// The store of this number, as long as there are so many.
+    pub fn store(&self, number: u16) -> Option<&Store> {
+        self.stores.get(usize::from(number))
     }
 
     /// The endpoint for a request: a usable one with an idle connection, else one with room for
@@ -473,6 +479,7 @@ impl Table {
 mod tests {
     use super::*;
     use crate::io::ConnId;
+    use crate::proxy::endpoints;
     use crate::proxy::health::HealthConfig;
     use crate::proxy::session::Session;
 
@@ -494,7 +501,11 @@ mod tests {
     fn table(policy: Balance, endpoints: &[Arc<Endpoint>]) -> Table {
         let mut table = Table::new(policy, 0);
         table.apply(
-            &EndpointSnapshot { generation: 1, endpoints: endpoints.to_vec() },
+            &EndpointSnapshot {
+                generation: 1,
+                endpoints: endpoints.to_vec(),
+                ..EndpointSnapshot::default()
+            },
             &pool(),
             true,
             Instant::now(),
@@ -540,7 +551,11 @@ mod tests {
         let source = |i: u8| Some(IpAddr::from([10, 0, 0, i]));
         let before: Vec<_> =
             (0..200).map(|i| table.choose(&Tried::default(), source(i), &mut rng)).collect();
-        let rest = EndpointSnapshot { generation: 2, endpoints: endpoints[1..].to_vec() };
+        let rest = EndpointSnapshot {
+            generation: 2,
+            endpoints: endpoints[1..].to_vec(),
+            ..EndpointSnapshot::default()
+        };
         table.apply(&rest, &pool(), true, Instant::now());
         for (i, &was) in (0..200).zip(&before) {
             let is = table.choose(&Tried::default(), source(i), &mut rng);
@@ -571,7 +586,11 @@ mod tests {
         let mut table = table(Balance::RoundRobin, &[a, Arc::clone(&b)]);
         table.get_mut(0).unwrap().sessions = 1;
         table.get_mut(1).unwrap().sessions = 5;
-        let next = EndpointSnapshot { generation: 2, endpoints: vec![b, c] };
+        let next = EndpointSnapshot {
+            generation: 2,
+            endpoints: vec![b, c],
+            ..EndpointSnapshot::default()
+        };
         for _ in 0..2 {
             table.apply(&next, &pool(), true, Instant::now());
             assert!(!table.get_mut(0).unwrap().is_present(), "removed, but a session is on it");
@@ -597,8 +616,13 @@ mod tests {
         table.get_mut(0).unwrap().sessions = 3;
         eject(&mut table, 0);
         let now = Instant::now();
-        let all = EndpointSnapshot { generation: 2, endpoints: vec![a, Arc::clone(&b)] };
-        let less = EndpointSnapshot { generation: 3, endpoints: vec![b] };
+        let all = EndpointSnapshot {
+            generation: 2,
+            endpoints: vec![a, Arc::clone(&b)],
+            ..EndpointSnapshot::default()
+        };
+        let less =
+            EndpointSnapshot { generation: 3, endpoints: vec![b], ..EndpointSnapshot::default() };
         let overdue = |table: &mut Table, now| {
             let entry = table.get_mut(0).unwrap();
             entry.let_go(2 * SECOND, now);
@@ -624,7 +648,11 @@ mod tests {
         let now = Instant::now();
         for generation in 0..5 {
             let all = (0..1000).map(|port| endpoint(1000 * generation + port)).collect();
-            let snapshot = EndpointSnapshot { generation: u64::from(generation), endpoints: all };
+            let snapshot = EndpointSnapshot {
+                generation: u64::from(generation),
+                endpoints: all,
+                ..EndpointSnapshot::default()
+            };
             table.apply(&snapshot, &pool(), true, now);
             assert!(table.entries.len() <= 4 * ENDPOINTS_MAX, "{}", table.entries.len());
         }
@@ -644,11 +672,51 @@ mod tests {
         assert!(table.get_mut(0).unwrap().health.is_usable());
     }
 
+    #[test]
+    fn a_key_belongs_to_a_declared_store_whoever_is_there() {
+        let all = [0, 1, 2].map(endpoint);
+        let declare = |generation, there: &[u16]| EndpointSnapshot {
+            generation,
+            endpoints: there.iter().map(|&i| Arc::clone(&all[usize::from(i)])).collect(),
+            stores: (0..3)
+                .map(|i| endpoints::Store {
+                    name: format!("e{i}").into(),
+                    endpoint: there.iter().position(|&at| at == i),
+                    why: None,
+                })
+                .collect(),
+        };
+        let mut table = Table::new(Balance::LeastConn, 0);
+        let mut owners = |there: &[u16]| {
+            table.apply(&declare(1, there), &pool(), true, Instant::now());
+            let owner = |i: usize| {
+                let store = table.owner(StableHash::of(format!("key{i}").as_bytes())).unwrap();
+                let found = table.store(store).unwrap();
+                let endpoint =
+                    found.endpoint.and_then(|at| table.entries[usize::from(at)].as_ref());
+                let name = endpoint.map(|entry| entry.endpoint.name.clone());
+                assert!(name.is_none_or(|name| *name == *found.name));
+                (store, found.endpoint.is_some())
+            };
+            (0..300).map(owner).collect::<Vec<_>>()
+        };
+        let before = owners(&[0, 1, 2]);
+        for there in [&[0, 2][..], &[], &[2, 1, 0], &[1]] {
+            for (was, is) in before.iter().zip(owners(there)) {
+                assert_eq!(is, (was.0, there.contains(&was.0)), "{there:?}");
+            }
+        }
+    }
+
     /// A table in which `e1` has joined `e0`.
     fn joined(policy: Balance) -> Table {
         let first = endpoint(0);
         let mut table = table(policy, &[Arc::clone(&first)]);
-        let next = EndpointSnapshot { generation: 2, endpoints: vec![first, endpoint(1)] };
+        let next = EndpointSnapshot {
+            generation: 2,
+            endpoints: vec![first, endpoint(1)],
+            ..EndpointSnapshot::default()
+        };
         table.apply(&next, &pool(), true, Instant::now());
         table
     }
@@ -681,7 +749,11 @@ mod tests {
         let endpoints = [endpoint(0), endpoint(1)];
         for count in [1, 2] {
             let endpoints = endpoints[..count].to_vec();
-            let snapshot = EndpointSnapshot { generation: count as u64, endpoints };
+            let snapshot = EndpointSnapshot {
+                generation: count as u64,
+                endpoints,
+                ..EndpointSnapshot::default()
+            };
             off.apply(&snapshot, &pool(), false, Instant::now());
         }
         for table in [&mut first, &mut off] {

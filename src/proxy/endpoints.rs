@@ -48,4 +48,19 @@ pub struct EndpointSnapshot {
     pub generation: u64,
     /// The endpoints, at most [`crate::limits::ENDPOINTS_MAX`].
     pub endpoints: Vec<Arc<Endpoint>>,
+    /// Where keys say where a request goes: all stores that share the keys, in the order in which
+    /// they were declared. Nothing but these names says which of them holds a key.
+    pub stores: Vec<Store>,
+}
+
+/// One of the stores that share the keys. It holds its keys whether it is there or not: what it
+/// holds is nowhere else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Store {
+    /// Its declared name: a pod's, or the configured `host:port`. Its address may change.
+    pub name: Arc<str>,
+    /// Where it is among the endpoints of the snapshot, if it is there.
+    pub endpoint: Option<usize>,
+    /// Why it is not, where that is more than that it is away.
+    pub why: Option<Arc<str>>,
 }

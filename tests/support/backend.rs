@@ -210,6 +210,7 @@ fn chronos_reply(store: &Mutex<HashMap<String, String>>, command: &str) -> Strin
             store.remove(key);
             "OK_DELETED".to_owned()
         }
+        ["COMPACT"] => "OK_COMPACTED".to_owned(),
         _ => "ERR_UNKNOWN_COMMAND".to_owned(),
     }
 }

@@ -22,6 +22,7 @@ pub const RETRIES: &str = "aegis_retries_total";
 pub const SESSIONS_ACTIVE: &str = "aegis_sessions_active";
 pub const SESSIONS_CLOSED: &str = "aegis_sessions_closed_total";
 
+pub const STORE_PRESENT: &str = "aegis_store_present";
 pub const SPILLOVERS: &str = "aegis_locality_spillovers_total";
 
 /// Labels to select samples by.

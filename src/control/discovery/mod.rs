@@ -20,7 +20,7 @@ use tracing::{debug, info, warn};
 
 use super::WorkerHandle;
 use crate::limits::ENDPOINTS_MAX;
-use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
+use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
 
 /// Name lookups at a time; each holds a thread while the system's resolver waits.
 pub const LOOKUPS_MAX: usize = 8;
@@ -41,6 +41,15 @@ impl Wanted {
     pub fn new(name: impl Into<String>, address: SocketAddr) -> Self {
         Self { name: name.into(), address, near: false }
     }
+}
+
+/// A store that shares the keys with others, as a source declares it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Declared {
+    /// Its name, by which its keys are known.
+    pub name: String,
+    /// Where it is now; or else why it is nowhere, if more is known than that it is away.
+    pub address: Result<SocketAddr, Option<String>>,
 }
 
 /// An endpoint that has left and of which nothing lives any more is remembered for so long, so that
@@ -104,6 +113,11 @@ impl Publisher {
         Self { workers, snapshots, left_out: AtomicUsize::new(0), known: Mutex::default() }
     }
 
+    /// Whether anything was published.
+    pub fn has_begun(&self) -> bool {
+        self.snapshots.borrow().generation > 0
+    }
+
     /// Publishes the complete, ordered set `wanted` if it differs from the last one; the first is
     /// always published, even if empty.
     ///
@@ -112,10 +126,20 @@ impl Publisher {
     /// it stays the same `Arc`, and so keeps its sessions, pools and counters, also where it left
     /// for a while.
     pub fn publish(&self, wanted: impl IntoIterator<Item = Wanted>) {
-        self.publish_at(wanted, Instant::now());
+        self.publish_at(wanted, &[], Instant::now());
     }
 
-    fn publish_at(&self, wanted: impl IntoIterator<Item = Wanted>, now: Instant) {
+    /// The same, where keys say where requests go: `stores` are all that share them.
+    pub fn publish_stores(&self, wanted: impl IntoIterator<Item = Wanted>, stores: &[Declared]) {
+        self.publish_at(wanted, stores, Instant::now());
+    }
+
+    fn publish_at(
+        &self,
+        wanted: impl IntoIterator<Item = Wanted>,
+        stores: &[Declared],
+        now: Instant,
+    ) {
         let last = Arc::clone(&self.snapshots.borrow());
         let mut remembered = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let known: HashMap<_, _> =
@@ -136,8 +160,15 @@ impl Publisher {
         let left_out = endpoints.len().saturating_sub(ENDPOINTS_MAX);
         endpoints.truncate(ENDPOINTS_MAX);
         remembered.settle(&endpoints, now);
-        if last.generation > 0 && same(&last.endpoints, &endpoints) {
+        let stores = placed(stores, &endpoints);
+        if last.generation > 0 && same(&last.endpoints, &endpoints) && last.stores == stores {
             return;
+        }
+        let names =
+            |stores: &[Store]| stores.iter().map(|s| Arc::clone(&s.name)).collect::<Vec<_>>();
+        if names(&last.stores) != names(&stores) {
+            let [before, now] = [last.stores.len(), stores.len()];
+            info!(before, now, "the stores that share the keys are declared");
         }
 
         let generation = last.generation + 1;
@@ -145,7 +176,7 @@ impl Publisher {
         if self.left_out.swap(left_out, Relaxed) == 0 && left_out > 0 {
             warn!(left_out, max = ENDPOINTS_MAX, "too many endpoints: the last are left out");
         }
-        let snapshot = Arc::new(EndpointSnapshot { generation, endpoints });
+        let snapshot = Arc::new(EndpointSnapshot { generation, endpoints, stores });
         self.snapshots.send_replace(Arc::clone(&snapshot));
         for worker in &self.workers {
             worker.mailbox.deliver(Arc::clone(&snapshot));
@@ -170,6 +201,17 @@ pub async fn log_changes(mut snapshots: watch::Receiver<Arc<EndpointSnapshot>>) 
         logged = generation;
         sleep(LOG_PAUSE).await;
     }
+}
+
+/// The stores, with where they are among the endpoints.
+fn placed(stores: &[Declared], endpoints: &[Arc<Endpoint>]) -> Vec<Store> {
+    let at: HashMap<_, _> = endpoints.iter().enumerate().map(|(i, e)| (e.address, i)).collect();
+    let place = |store: &Declared| {
+        let endpoint = store.address.as_ref().ok().and_then(|address| at.get(address).copied());
+        let why = store.address.as_ref().err().and_then(Option::as_deref);
+        Store { name: store.name.as_str().into(), endpoint, why: why.map(Into::into) }
+    };
+    stores.iter().map(place).collect()
 }
 
 fn same(a: &[Arc<Endpoint>], b: &[Arc<Endpoint>]) -> bool {
@@ -233,25 +275,48 @@ mod tests {
         publisher.publish(wanted(&["10.0.0.1:1", "10.0.0.2:1"]));
         let held = Arc::clone(&latest().endpoints[1]);
         let unheld = Arc::as_ptr(&latest().endpoints[0]);
-        let long_ago = Instant::now() - 2 * REMEMBERED_FOR;
-        publisher.publish_at([], long_ago);
+        let start = Instant::now();
+        publisher.publish_at([], &[], start);
         // The last ones, who still hold a snapshot.
         publisher.workers.iter().for_each(|worker| drop(worker.mailbox.take_snapshot()));
-        publisher.publish_at(wanted(&["10.0.0.3:1"]), long_ago + REMEMBERED_FOR / 2);
-        publisher.publish_at(
-            wanted(&["10.0.0.2:1", "10.0.0.1:1"]),
-            long_ago + REMEMBERED_FOR - Duration::from_secs(1),
-        );
+        publisher.publish_at(wanted(&["10.0.0.3:1"]), &[], start + REMEMBERED_FOR / 2);
+        let later = start + REMEMBERED_FOR.mul_f64(0.9);
+        publisher.publish_at(wanted(&["10.0.0.2:1", "10.0.0.1:1"]), &[], later);
         assert!(Arc::ptr_eq(&latest().endpoints[0], &held));
         assert_eq!(Arc::as_ptr(&latest().endpoints[1]), unheld, "remembered for a while");
 
         held.stats[0].connects.add(7);
-        publisher.publish_at([], long_ago + REMEMBERED_FOR);
-        publisher.publish([]);
-        publisher.publish(wanted(&["10.0.0.2:1"]));
+        publisher.publish_at([], &[], later);
+        publisher.workers.iter().for_each(|worker| drop(worker.mailbox.take_snapshot()));
+        publisher.publish_at([], &[], later + 2 * REMEMBERED_FOR);
+        publisher.publish_at(wanted(&["10.0.0.2:1"]), &[], later + 2 * REMEMBERED_FOR);
         assert!(Arc::ptr_eq(&latest().endpoints[0], &held), "for as long as anybody holds it");
         let known = publisher.known.lock().unwrap();
         assert_eq!(known.0.len(), 1, "the others are forgotten: {known:?}");
+    }
+
+    #[test]
+    fn a_store_is_declared_whether_it_is_there_or_not() {
+        let publisher = publisher();
+        let latest = || Arc::clone(&publisher.snapshots.borrow());
+        let store = |name: &str, address: Option<&str>| Declared {
+            name: name.to_owned(),
+            address: address.map(|a| a.parse().unwrap()).ok_or(None),
+        };
+        let both = [store("a", Some("10.0.0.1:1")), store("b", Some("10.0.0.2:1"))];
+        publisher.publish_stores(wanted(&["10.0.0.2:1", "10.0.0.1:1"]), &both);
+        let at = |snapshot: &EndpointSnapshot| {
+            snapshot.stores.iter().map(|s| (s.name.to_string(), s.endpoint)).collect::<Vec<_>>()
+        };
+        let [a, b] = ["a", "b"].map(str::to_owned);
+        assert_eq!(at(&latest()), [(a.clone(), Some(1)), (b.clone(), Some(0))]);
+        let one = [store("a", None), store("b", Some("10.0.0.2:1"))];
+        publisher.publish_stores(wanted(&["10.0.0.2:1"]), &one);
+        assert_eq!(at(&latest()), [(a, None), (b, Some(0))]);
+        publisher.publish_stores(wanted(&["10.0.0.2:1"]), &one);
+        assert_eq!(latest().generation, 2);
+        publisher.publish_stores(wanted(&["10.0.0.2:1"]), &one[1..]);
+        assert_eq!(latest().generation, 3, "who is declared is part of the state");
     }
 
     #[test]

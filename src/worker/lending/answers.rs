@@ -1,8 +1,10 @@
 //! From a connection to an answer, or to an error in its place.
 
+use std::sync::Arc;
+
 use crate::config::{PoolMode, Protocol};
 use crate::io::{Buf, Driver};
-use crate::proxy::exchange::{Fault, Reply, write_fault};
+use crate::proxy::exchange::{Fault, Reply, write_away, write_fault};
 use crate::slab::Key;
 use crate::telemetry::{CloseReason, Discard, Outcome};
 use crate::worker::engine::Engine;
@@ -93,8 +95,8 @@ impl<D: Driver> Engine<D> {
     pub(in crate::worker) fn next_store(&mut self, key: Key) {
         let Some(client) = self.clients.get_mut(key) else { return };
         let Some(sweep) = &mut client.sweep else { return };
-        if let Some(next) = self.table.present_from(sweep.endpoint + 1) {
-            sweep.endpoint = next;
+        if self.table.store(sweep.store + 1).is_some() {
+            sweep.store += 1;
             client.on_next_store(self.now);
             return self.mark_due(key);
         }
@@ -121,9 +123,13 @@ impl<D: Driver> Engine<D> {
         if client.is_asked() {
             self.drop_loan(key, Discard::Timeout);
         }
+        let store = self.store_of(key).map(|store| Arc::clone(&store.name));
         let Some(client) = self.clients.get_mut(key) else { return };
         if let Some(sweep) = &mut client.sweep {
-            sweep.on_failed(fault);
+            match store {
+                Some(store) if fault == Fault::Unreachable => sweep.on_away(&store),
+                _ => sweep.on_failed(fault),
+            }
             return self.next_store(key);
         }
         if cut_off {
@@ -144,6 +150,12 @@ impl<D: Driver> Engine<D> {
     }
 
     pub(in crate::worker) fn tell(&mut self, key: Key, fault: Fault) {
+        if fault == Fault::Unreachable
+            && let Some(store) = self.store_of(key)
+        {
+            let (name, why) = (Arc::clone(&store.name), store.why.clone());
+            return self.say(key, |space| write_away(&name, why.as_deref(), space));
+        }
         let protocol = self.config.protocol;
         self.say(key, |space| write_fault(protocol, fault, space));
     }
