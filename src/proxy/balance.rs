@@ -1,5 +1,6 @@
 //! The endpoints as one worker sees them, and which one serves the next session.
 
+use std::collections::HashMap;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -245,22 +246,19 @@ impl Table {
         }
         self.present.clear();
         let mut indices = Vec::with_capacity(snapshot.endpoints.len());
-        // Most often a snapshot has the order of the last one, so the next is found at once.
-        let mut after = 0;
+        let known = self.entries.iter().enumerate().filter_map(|(index, entry)| {
+            entry.as_ref().map(|entry| (Arc::as_ptr(&entry.endpoint), index))
+        });
+        let known: HashMap<_, _> = known.collect();
+        let mut vacant = 0;
         for endpoint in snapshot.endpoints.iter().take(ENDPOINTS_MAX) {
             // An endpoint that comes back finds its entry while anything of it lives.
-            let count = self.entries.len();
-            let known = (0..count).map(|i| (after + i) % count).find(|&index| {
-                let entry = self.entries[index].as_ref();
-                entry.is_some_and(|entry| Arc::ptr_eq(&entry.endpoint, endpoint))
-            });
-            let index = known.unwrap_or_else(|| self.vacant());
-            if index >= usize::from(u16::MAX) {
+            let index = known.get(&Arc::as_ptr(endpoint)).copied();
+            let Some(index) = index.or_else(|| self.vacant(&mut vacant)) else {
                 // Sessions hold on to as many that left: there is no number for one more.
                 indices.push(None);
                 continue;
-            }
-            after = index + 1;
+            };
             let worker = self.worker;
             let entry = self.entries[index].get_or_insert_with(|| {
                 // Its counters may be of an earlier time, in which it ended up anyhow.
@@ -342,14 +340,19 @@ impl Table {
         }
     }
 
-    fn vacant(&mut self) -> usize {
-        self.entries.iter().position(Option::is_none).unwrap_or_else(|| {
-            if self.entries.len() < usize::from(u16::MAX) {
-                self.entries.push(None);
-                return self.entries.len() - 1;
+    /// The first free index from a position on, which moves behind it.
+    fn vacant(&mut self, from: &mut usize) -> Option<usize> {
+        while self.entries.get(*from).is_some_and(Option::is_some) {
+            *from += 1;
+        }
+        if *from == self.entries.len() {
+            if *from >= usize::from(u16::MAX) {
+                return None;
             }
-            self.entries.len()
-        })
+            self.entries.push(None);
+        }
+        *from += 1;
+        Some(*from - 1)
     }
 
     /// The entry at an index.

@@ -14,6 +14,7 @@ use crate::support::{Io, PATIENCE, eventually, on_both_drivers, skip};
 on_both_drivers![
     a_slice_that_is_rewritten_disturbs_nothing,
     an_answer_with_a_part_of_the_addresses_disturbs_nothing,
+    connections_that_requests_share_outlive_a_rewritten_slice,
     a_listed_store_that_is_down_is_named_and_not_replaced,
     a_name_is_one_store_whatever_its_address,
     a_name_of_several_servers_is_no_store,
@@ -115,6 +116,41 @@ fn an_answer_with_a_part_of_the_addresses_disturbs_nothing(io: Io) {
     leaves_and_returns(&proxy, &b, &format!("db.test:{port}@127.0.0.3"), |present| {
         hosts.set(&[("db.test", if present { &both } else { &both[..1] })]);
     });
+}
+
+fn connections_that_requests_share_outlive_a_rewritten_slice(io: Io) {
+    let api = KubeApi::start();
+    let servers =
+        [(); 2].map(|()| Backend::chronos_on(SocketAddr::new(host_ip(), 0), &Memory::default()));
+    let announce = |i: usize, present| {
+        let (address, pod) = (servers[i].address(), format!("pod-{i}"));
+        let slice = Slice::of(address.port());
+        api.slice(&pod, &if present { slice.with(&pod, address.ip()) } else { slice });
+    };
+    announce(0, true);
+    announce(1, true);
+    let proxy = on(io)
+        .set("KUBECONFIG", api.kubeconfig())
+        .set("AEGIS_KUBE_SERVICE", "chronos")
+        .set("AEGIS_WORKERS", "1")
+        .set("AEGIS_PROTOCOL", "chronos")
+        .set("AEGIS_POOL_MODE", "request")
+        .start();
+    wait_for_endpoints(&proxy, 2);
+    let client = connect(proxy.address());
+    let ask_all = || (0..8).for_each(|_| assert_eq!(ask(&client, "PING"), "PONG"));
+    ask_all();
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "idle")], |idle| idle == 4);
+    let accepted = servers[1].accepted();
+    for _ in 0..3 {
+        announce(1, false);
+        wait_for_endpoints(&proxy, 1);
+        ask_all();
+        announce(1, true);
+        wait_for_endpoints(&proxy, 2);
+        ask_all();
+    }
+    assert_eq!(servers[1].accepted(), accepted, "its pool was made anew");
 }
 
 const KEYS: usize = 60;

@@ -127,7 +127,9 @@ impl<D: Driver> Engine<D> {
         let Some(client) = self.clients.get_mut(key) else { return };
         if let Some(sweep) = &mut client.sweep {
             match store {
-                Some(store) if fault == Fault::Unreachable => sweep.on_away(&store),
+                Some(store) if matches!(fault, Fault::Unreachable | Fault::QueueTimeout(_)) => {
+                    sweep.on_away(&store);
+                }
                 _ => sweep.on_failed(fault),
             }
             return self.next_store(key);
@@ -150,11 +152,14 @@ impl<D: Driver> Engine<D> {
     }
 
     pub(in crate::worker) fn tell(&mut self, key: Key, fault: Fault) {
-        if fault == Fault::Unreachable
+        // That no connection came in time is mostly the same, found out more slowly.
+        if matches!(fault, Fault::Unreachable | Fault::QueueTimeout(_))
             && let Some(store) = self.store_of(key)
         {
             let (name, why) = (Arc::clone(&store.name), store.why.clone());
-            return self.say(key, |space| write_away(&name, why.as_deref(), space));
+            let late = (fault != Fault::Unreachable).then(|| fault.to_string());
+            let why = late.as_deref().or(why.as_deref());
+            return self.say(key, |space| write_away(&name, why, space));
         }
         let protocol = self.config.protocol;
         self.say(key, |space| write_fault(protocol, fault, space));

@@ -311,11 +311,16 @@ impl Membership {
 pub fn declare(stores: &[String], wanted: &[Wanted]) -> Vec<Declared> {
     let place = |name: &String| {
         let mut found = wanted.iter().filter(|wanted| wanted.name == *name);
-        match (found.next(), found.next()) {
-            (None, _) => Err(None),
-            (Some(one), None) => Ok(one.address),
-            // Of a pod that was replaced, one slice may not know yet.
-            (Some(_), Some(_)) => Err(Some("two pods have its name".to_owned())),
+        // Of a pod that was replaced, or whose address another one has by now, a slice may not know
+        // yet.
+        let one = match (found.next(), found.next()) {
+            (None, _) => return Err(None),
+            (Some(one), None) => one,
+            (Some(_), Some(_)) => return Err(Some("two pods have its name".to_owned())),
+        };
+        match wanted.iter().find(|other| other.address == one.address && other.name != one.name) {
+            None => Ok(one.address),
+            Some(other) => Err(Some(format!("its address is also that of {}", other.name))),
         }
     };
     stores.iter().map(|name| Declared { name: name.clone(), address: place(name) }).collect()
@@ -539,18 +544,21 @@ mod tests {
 
     #[test]
     fn a_store_is_where_the_one_pod_of_its_name_serves() {
-        let names = ["a-0", "a-1", "a-2"].map(str::to_owned);
+        let names = ["a-0", "a-1", "a-2", "a-3"].map(str::to_owned);
         let at = |name, address: &str| Wanted::new(name, address.parse().unwrap());
         let wanted = [
             at("a-0", "10.0.0.1:1"),
             at("a-2", "10.0.0.2:1"),
             at("a-2", "10.0.0.3:1"),
             at("a-9", "10.0.0.4:1"),
+            at("a-3", "10.0.0.5:1"),
+            at("a-4", "10.0.0.5:1"),
         ];
         let places: Vec<_> =
             declare(&names, &wanted).into_iter().map(|store| store.address).collect();
         let twice = Err(Some("two pods have its name".to_owned()));
-        assert_eq!(places, [Ok("10.0.0.1:1".parse().unwrap()), Err(None), twice]);
+        let shared = Err(Some("its address is also that of a-4".to_owned()));
+        assert_eq!(places, [Ok("10.0.0.1:1".parse().unwrap()), Err(None), twice, shared]);
     }
 
     #[test]
