@@ -163,9 +163,9 @@ pub const ADMIN_CONNECTIONS: usize = 32;
 /// The admin listener, the runtime's own epoll, eventfd and signal pipe, and lookups in DNS.
 const CONTROL_DESCRIPTORS: u64 = 32;
 
-/// Connections to the Kubernetes API: the watch, the one that a new client makes while that of the
+/// Connections to the Kubernetes API, for the endpoints and for what declares the stores: the watch, the one that a new client makes while that of the
 /// last one is still closing, and for each a lookup in DNS and the files with its credentials.
-const KUBERNETES_DESCRIPTORS: u64 = 8;
+const KUBERNETES_DESCRIPTORS: u64 = 2 * 8;
 
 /// Standard input, output and error.
 const STANDARD_DESCRIPTORS: u64 = 3;
@@ -388,7 +388,7 @@ mod tests {
     fn endpoints_from_kubernetes_need_connections_to_its_api() {
         let users = DescriptorUsers { backends: None, ..USERS };
         let needed = |users| descriptors_needed(0, 0, users).control;
-        assert_eq!(needed(&users), needed(&USERS) + 8);
+        assert_eq!(needed(&users), needed(&USERS) + 16);
     }
 
     #[test]

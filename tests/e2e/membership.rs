@@ -1,6 +1,8 @@
 //! Endpoints that leave and come back, and stores that are away.
 
 use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread;
 
 use crate::support::backend::{Backend, Memory};
 use crate::support::client::{ask, connect, wait_closed};
@@ -9,7 +11,7 @@ use crate::support::metrics::{
     DISCOVERY_ENDPOINTS, ENDPOINT_CONNECTS, POOL_CONNECTIONS, STORE_PRESENT,
 };
 use crate::support::proxy::{Builder, Hosts, Proxy};
-use crate::support::{Io, PATIENCE, eventually, on_both_drivers, skip};
+use crate::support::{Io, PATIENCE, SetOnDrop, eventually, on_both_drivers, skip};
 
 on_both_drivers![
     a_slice_that_is_rewritten_disturbs_nothing,
@@ -19,6 +21,7 @@ on_both_drivers![
     a_name_is_one_store_whatever_its_address,
     a_name_of_several_servers_is_no_store,
     the_ordinals_of_a_stateful_set_are_the_stores_whoever_is_there,
+    no_acknowledged_write_is_lost_in_a_rolling_restart,
     pods_that_are_counted_are_the_stores_without_a_stateful_set,
     without_a_membership_nothing_starts,
 ];
@@ -428,6 +431,66 @@ fn the_ordinals_of_a_stateful_set_are_the_stores_whoever_is_there(io: Io) {
     });
     count(3);
     assert_eq!(ask(&client, &format!("GET {}", before[0][0])), "moved");
+}
+
+fn no_acknowledged_write_is_lost_in_a_rolling_restart(io: Io) {
+    let api = KubeApi::start();
+    api.stateful_set("chronos", 3);
+    let mut pods = Pods::new(&api, 3);
+    let proxy = keyed(io, &api).start();
+    let count = |there| proxy.wait_for(STORE_PRESENT, &[], |present| present == there);
+    count(3);
+    let (stop, written) = (AtomicBool::new(false), AtomicU64::new(0));
+    let acknowledged = thread::scope(|scope| {
+        let _stop = SetOnDrop(&stop);
+        let writers: Vec<_> = (0..4)
+            .map(|writer| {
+                let (proxy, stop, written) = (&proxy, &stop, &written);
+                scope.spawn(move || {
+                    let client = connect(proxy.address());
+                    let mut acknowledged = Vec::new();
+                    for i in 0.. {
+                        if stop.load(Relaxed) {
+                            break;
+                        }
+                        let key = format!("w{writer}-{i}");
+                        let answer = ask(&client, &format!("SET {key} {i}"));
+                        if answer == "OK" {
+                            acknowledged.push((key, i.to_string()));
+                            written.fetch_add(1, Relaxed);
+                        } else {
+                            assert!(answer.starts_with("ERR "), "{answer}");
+                        }
+                    }
+                    acknowledged
+                })
+            })
+            .collect();
+        let more = || {
+            let before = written.load(Relaxed);
+            eventually("writes go on", PATIENCE, || {
+                (written.load(Relaxed) >= before + 50).then_some(())
+            });
+        };
+        for i in (0..3).rev() {
+            more();
+            pods.show(i, Slice::terminating);
+            count(2);
+            more();
+            pods.servers[i] = None;
+            api.delete_slice(&pods.stores.names[i]);
+            more();
+            pods.start(i);
+            count(3);
+        }
+        more();
+        stop.store(true, Relaxed);
+        writers.into_iter().flat_map(|writer| writer.join().unwrap()).collect::<Vec<_>>()
+    });
+    let client = connect(proxy.address());
+    for (key, value) in &acknowledged {
+        assert_eq!(ask(&client, &format!("GET {key}")), *value, "{key}");
+    }
 }
 
 fn pods_that_are_counted_are_the_stores_without_a_stateful_set(io: Io) {

@@ -210,9 +210,7 @@ async fn follow<R: Resolve>(
 ) {
     let name = format!("{}:{}", host.host, host.port);
     let mut failures = 0u32;
-    let mut last: Vec<Wanted> = Vec::new();
-    // How many answers more are to come soon, after one in which an address was missing.
-    let mut soon = 0u32;
+    let mut pace = Pace::default();
     loop {
         let (wanted, wait) = match lookup(&name, &host, &resolver).await {
             Ok(wanted) => {
@@ -220,14 +218,8 @@ async fn follow<R: Resolve>(
                     info!(backend = name, failures, "name resolves again");
                 }
                 failures = 0;
-                soon = match soon.checked_sub(1) {
-                    None if last.iter().any(|known| !wanted.contains(known)) => {
-                        DNS_ANSWERS_TO_LEAVE
-                    }
-                    left => left.unwrap_or(0),
-                };
-                last.clone_from(&wanted);
-                (Ok(wanted), if soon > 0 { refresh.min(DNS_CONFIRM) } else { refresh })
+                let wait = pace.on_answer(&wanted, refresh);
+                (Ok(wanted), wait)
             }
             Err(error) => {
                 if failures == 0 {
@@ -242,6 +234,27 @@ async fn follow<R: Resolve>(
             return;
         }
         sleep(wait).await;
+    }
+}
+
+/// How soon a name is looked up again.
+#[derive(Debug, Default)]
+struct Pace {
+    last: Vec<Wanted>,
+    /// So many more answers are to come soon.
+    soon: u32,
+}
+
+impl Pace {
+    /// An address that is missing has left, or only this answer has not named it: the next few tell,
+    /// and come soon. Where each answer has other addresses, that is not the case all the time.
+    fn on_answer(&mut self, wanted: &[Wanted], refresh: Duration) -> Duration {
+        self.soon = match self.soon {
+            0 if self.last.iter().any(|known| !wanted.contains(known)) => DNS_ANSWERS_TO_LEAVE,
+            soon => soon.saturating_sub(1),
+        };
+        self.last = wanted.to_vec();
+        if self.soon > 0 { refresh.min(DNS_CONFIRM) } else { refresh }
     }
 }
 
@@ -394,6 +407,24 @@ mod tests {
             let (empty, _) = last_within(Duration::ZERO, &["db"], Script::new(&[]), 1).await;
             assert!(empty.endpoints.is_empty());
         });
+    }
+
+    #[test]
+    fn after_an_answer_that_lacks_an_address_the_next_ones_come_soon() {
+        const HOUR: Duration = Duration::from_secs(3600);
+        let (both, one) = (at("db", &["10.0.0.1:1", "10.0.0.2:1"]), at("db", &["10.0.0.1:1"]));
+        let other = at("db", &["10.0.0.3:1"]);
+        let mut pace = Pace::default();
+        let mut waits = |answers: &[&Vec<Wanted>], refresh| {
+            answers.iter().map(|wanted| pace.on_answer(wanted, refresh)).collect::<Vec<_>>()
+        };
+        assert_eq!(waits(&[&one, &both, &both], HOUR), [HOUR; 3]);
+        let soon = DNS_CONFIRM;
+        assert_eq!(waits(&[&one, &one, &one, &one, &one], HOUR), [soon, soon, soon, HOUR, HOUR]);
+        assert_eq!(waits(&[&other, &both], HOUR / 3600), [HOUR / 3600; 2], "sooner if so set");
+        assert_eq!(waits(&[&both, &both], HOUR), [soon, HOUR]);
+        let turns = waits(&[&one, &other, &one, &other, &one, &other, &one, &other], HOUR);
+        assert_eq!(turns.iter().filter(|&&wait| wait == HOUR).count(), 2, "{turns:?}");
     }
 
     fn at(name: &str, addresses: &[&str]) -> Vec<Wanted> {
