@@ -10,6 +10,19 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 /// Endpoints in a snapshot; further ones are left out with a warning.
 pub const ENDPOINTS_MAX: usize = 1024;
 
+/// An endpoint that left the set is taken to come back for so long: it gets nothing new, but its
+/// sessions and warm connections stay. A slice is rewritten within milliseconds, and a readiness
+/// probe that failed once succeeds a second later or more. A server that shuts down and waits for
+/// its clients to leave waits as much longer.
+pub const ENDPOINT_LINGER: Duration = Duration::from_secs(2);
+
+/// An address behind a name may be missing in fewer answers than this, since name servers give a
+/// part of the addresses at a time, and has left only then.
+pub const DNS_ANSWERS_TO_LEAVE: u32 = 3;
+
+/// After an answer in which an address is missing, the next comes no later than this.
+pub const DNS_CONFIRM: Duration = Duration::from_secs(5);
+
 // ---- Buffers -----------------------------------------------------------------------------------
 
 /// Bytes of one buffer. As large as a TLS record, so that bulk is moved in few operations; small
@@ -209,9 +222,9 @@ pub const ADMIN_CONNECTIONS: usize = 32;
 /// The admin listener, the runtime's own epoll, eventfd and signal pipe, and lookups in DNS.
 const CONTROL_DESCRIPTORS: u64 = 32;
 
-/// Connections to the Kubernetes API: the watch, the one that a new client makes while that of the
+/// Connections to the Kubernetes API, for the endpoints and for what declares the stores: the watch, the one that a new client makes while that of the
 /// last one is still closing, and for each a lookup in DNS and the files with its credentials.
-const KUBERNETES_DESCRIPTORS: u64 = 8;
+const KUBERNETES_DESCRIPTORS: u64 = 2 * 8;
 
 /// Standard input, output and error.
 const STANDARD_DESCRIPTORS: u64 = 3;
@@ -456,7 +469,7 @@ mod tests {
     fn endpoints_from_kubernetes_need_connections_to_its_api() {
         let users = DescriptorUsers { backends: None, ..USERS };
         let needed = |users| descriptors_needed(0, 0, users).control;
-        assert_eq!(needed(&users), needed(&USERS) + 8);
+        assert_eq!(needed(&users), needed(&USERS) + 16);
     }
 
     #[test]

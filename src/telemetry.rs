@@ -455,6 +455,23 @@ pub struct EndpointStats {
     pub ejected: Gauge,
 }
 
+impl EndpointStats {
+    /// The worker begins anew with the endpoint: only what it counts goes on.
+    pub fn reset_gauges(&self) {
+        for gauge in [
+            &self.sessions_active,
+            &self.pool_idle,
+            &self.pool_connecting,
+            &self.pool_target,
+            &self.pool_oldest_ms,
+            &self.failures_in_a_row,
+            &self.ejected,
+        ] {
+            gauge.set(0);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -147,7 +147,11 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
     })
     .unwrap();
     let endpoint = Endpoint::new("echo", echo_server(), 1);
-    mailbox.deliver(Arc::new(EndpointSnapshot { generation: 1, endpoints: vec![endpoint] }));
+    mailbox.deliver(Arc::new(EndpointSnapshot {
+        generation: 1,
+        endpoints: vec![endpoint],
+        stores: Vec::new(),
+    }));
 
     let connect = |_| TcpStream::connect(listeners.addresses[0]).unwrap();
     let mut clients: Vec<TcpStream> = (0..CLIENTS).map(connect).collect();

@@ -120,6 +120,7 @@ impl Config {
                 AEGIS_KUBE_PORT.name,
                 or_word(self.kube.port.as_ref().map(ToString::to_string), "auto"),
             ),
+            (AEGIS_KUBE_STORES.name, or_auto(self.kube.stores)),
             (AEGIS_KUBE_WATCH_TIMEOUT.name, duration_text(&self.kube.watch_timeout)),
             (AEGIS_LOCALITY.name, self.locality.to_string()),
             (AEGIS_NODE_NAME.name, or_word(self.node_name.clone(), "none")),
@@ -198,6 +199,8 @@ pub struct KubeConfig {
     pub namespace: Option<String>,
     /// The port; `None` is the only one there is.
     pub port: Option<KubePort>,
+    /// How many stores share the keys; `None` is as many as their `StatefulSet` has replicas.
+    pub stores: Option<NonZeroUsize>,
     /// How long one watch lasts, in whole seconds.
     pub watch_timeout: Duration,
 }

@@ -231,6 +231,7 @@ impl Reader<'_> {
             selector: self.read(&AEGIS_KUBE_SELECTOR, |text| or_word(text, "none", selector)),
             namespace: self.read(&AEGIS_KUBE_NAMESPACE, |text| or_word(text, "auto", dns_label)),
             port: self.read(&AEGIS_KUBE_PORT, |text| or_word(text, "auto", str::parse)),
+            stores: self.number_or_auto(&AEGIS_KUBE_STORES, limits::ENDPOINTS_MAX),
             watch_timeout: self.read(&AEGIS_KUBE_WATCH_TIMEOUT, |text| {
                 let timeout = duration(text, &(SECOND..=300 * SECOND))?;
                 if timeout.subsec_nanos() == 0 {

@@ -92,6 +92,7 @@ fn random_text(name: &str, rng: &mut fastrand::Rng) -> String {
         "AEGIS_KUBE_SERVICE" | "AEGIS_KUBE_SELECTOR" => "none".to_owned(),
         "AEGIS_KUBE_NAMESPACE" => word(rng, &["auto", "db-1"]),
         "AEGIS_KUBE_PORT" => word(rng, &["auto", "chronos", "8080"]),
+        "AEGIS_KUBE_STORES" => word(rng, &["auto", "1", "1024"]),
         "AEGIS_KUBE_WATCH_TIMEOUT" => word(rng, &["1s", "5m", "1m 1s"]),
         "AEGIS_LOCALITY" => word(rng, &["off", "zone", "node"]),
         "AEGIS_NODE_NAME" | "AEGIS_ZONE" => word(rng, &["none", "", "eu-1a"]),

@@ -70,6 +70,9 @@ variables! {
     AEGIS_KUBE_PORT kube_port = "auto",
         "auto, a port's name, or a number from 1 to 65535",
         "The endpoints' port. auto: the only TCP port there is.";
+    AEGIS_KUBE_STORES kube_stores = "auto",
+        "auto, or a number from 1 to 1024",
+        "Stores that AEGIS_ROUTE=key shares the keys among. auto: their StatefulSet's replicas.";
     AEGIS_KUBE_WATCH_TIMEOUT kube_watch_timeout = "60s",
         "a duration of whole seconds from 1s to 5m",
         "How long one watch lasts; a connection gone silent is given up 5s after that.";
@@ -138,7 +141,7 @@ variables! {
         "How long a backend may pause: before its answer, within it, or while it is sent a request.";
     AEGIS_ROUTE route = "balance",
         "balance, or key (of chronos, where a connection is lent for a request)",
-        "Where a request goes: to any endpoint, or to the one that holds its key.";
+        "Where a request goes: to any endpoint, or to the store that holds its key.";
     AEGIS_LINE_MAX line_max = "512",
         "a number of bytes from 16 to 16384",
         "Longest request line of chronos, its line feed included: as much as the server reads.";

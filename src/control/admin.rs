@@ -184,11 +184,16 @@ fn backends(view: &View) -> serde_json::Value {
             })
         })
         .collect();
+    let stores = snapshot.stores.iter().map(|store| {
+        let address = store.endpoint.map(|at| snapshot.endpoints[at].address);
+        json!({"name": *store.name, "address": address, "why": store.why.as_deref()})
+    });
     let applied: Vec<_> = view.stats().map(|stats| stats.applied_generation.get()).collect();
     json!({
         "generation": snapshot.generation,
         "applied_generations": applied,
         "endpoints": endpoints,
+        "stores": stores.collect::<Vec<_>>(),
     })
 }
 

@@ -209,6 +209,14 @@ fn write_endpoints(text: &mut Encoder, view: &View) {
     text.family(name, Gauge, "Endpoints in the latest snapshot.");
     text.sample(name, &[], snapshot.endpoints.len());
 
+    if !snapshot.stores.is_empty() {
+        let name = "aegis_store_present";
+        text.family(name, Gauge, "1 while the store is there to be asked for its keys, else 0.");
+        for store in &snapshot.stores {
+            text.sample(name, &[("store", &store.name)], u8::from(store.endpoint.is_some()));
+        }
+    }
+
     let discovery = view.discovery();
     let name = "aegis_discovery_last_sync_timestamp_seconds";
     text.family(

@@ -25,7 +25,7 @@ pub use lifecycle::Outcome;
 pub use logging::init_logging;
 pub use view::View;
 
-use crate::config::{Config, Discovery};
+use crate::config::{Config, Discovery, Route};
 use crate::telemetry::WorkerStats;
 use crate::worker::mailbox::Mailbox;
 
@@ -111,6 +111,7 @@ impl Plane {
                 refresh: self.config.dns_refresh,
                 first_answer_max: dns::FIRST_ANSWER_MAX,
                 resolver: dns::SystemResolver,
+                by_key: self.config.requests.route == Route::Key,
                 status,
             };
             tokio::spawn(backends.run(publisher));

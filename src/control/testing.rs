@@ -33,6 +33,7 @@ pub fn config() -> Config {
             selector: None,
             namespace: None,
             port: None,
+            stores: None,
             watch_timeout: Duration::from_secs(60),
         },
         locality: Locality::Off,
@@ -102,7 +103,8 @@ pub fn view_started(started: Instant, config: Config, endpoints: Vec<Arc<Endpoin
         worker.stats.set_state(WorkerState::Running);
         worker.stats.applied_generation.set(1);
     }
-    let snapshot = Arc::new(EndpointSnapshot { generation: 1, endpoints });
+    let snapshot =
+        Arc::new(EndpointSnapshot { generation: 1, endpoints, ..EndpointSnapshot::default() });
     let (_, snapshots) = watch::channel(snapshot);
     View::new(Arc::new(config), started, workers, driver(), 1000, snapshots, Arc::default())
 }

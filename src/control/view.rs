@@ -115,7 +115,7 @@ impl View {
         }
         let snapshot = self.snapshot();
         if snapshot.endpoints.is_empty() {
-            let why = self.discovery.trouble();
+            let why = self.discovery.stores_trouble().or_else(|| self.discovery.trouble());
             let why = why.unwrap_or_else(|| "discovery has found none".to_owned());
             reasons.push(format!("no endpoint: {why}"));
         } else if !snapshot.endpoints.iter().any(|endpoint| usable(endpoint)) {
@@ -129,7 +129,10 @@ impl View {
     pub fn not_started(&self) -> Vec<String> {
         let mut reasons = self.not_running();
         if self.snapshot().generation == 0 {
-            reasons.push("discovery has not answered yet".to_owned());
+            reasons.push(match self.discovery.stores_trouble() {
+                Some(why) => format!("which stores share the keys is not known: {why}"),
+                None => "discovery has not answered yet".to_owned(),
+            });
         } else {
             reasons.extend(
                 self.stats()

@@ -25,7 +25,7 @@ const REST: u32 = 32;
 /// again by then, and where something forbids pipes for good, a try a second costs nothing.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// The window that a time falls in, counted from `start`.
+/// The window that a time falls in, counted from `start`. It begins anew at 0 every 198 days.
 pub(super) fn window(start: Instant, now: Instant) -> u32 {
     (now.saturating_duration_since(start).as_micros() / WINDOW.as_micros()) as u32
 }
@@ -43,12 +43,11 @@ pub(super) struct Bulk {
 impl Bulk {
     /// A receive brought so many bytes.
     pub(super) fn on_received(&mut self, bytes: u32, window: u32) {
-        let ahead = self.window.wrapping_sub(window).cast_signed();
-        if ahead > 0 {
-            return;
-        }
-        if ahead < 0 {
-            (self.window, self.bytes) = (window, 0);
+        // No rest ends later than that: a window further ahead is one of long ago, or of never.
+        match self.window.wrapping_sub(window) {
+            0 => {}
+            1..=REST => return,
+            _ => (self.window, self.bytes) = (window, 0),
         }
         self.bytes = self.bytes.saturating_add(bytes);
         if self.bytes >= WINDOW_BYTES {
@@ -213,6 +212,23 @@ mod tests {
         assert!(!bulk.is_on(), "it rests");
         bulk.on_received(WINDOW_BYTES, 2 + REST);
         assert!(bulk.is_on());
+    }
+
+    #[test]
+    fn a_stream_becomes_bulk_however_old_the_worker_or_its_last_bytes_are() {
+        for window in [1, REST + 1, 1 << 31, (1 << 31) + 1, u32::MAX - REST] {
+            let mut new = Bulk::default();
+            new.on_received(WINDOW_BYTES, window);
+            assert!(new.is_on(), "a new stream in window {window}");
+            let mut quiet = Bulk::default();
+            quiet.on_received(1, 7);
+            quiet.on_received(WINDOW_BYTES, window.wrapping_add(7));
+            assert!(quiet.is_on(), "after {window} windows of silence");
+        }
+        let start = Instant::now();
+        let days = |days: u64| start + Duration::from_secs(days * 24 * 60 * 60);
+        assert_eq!(window(start, days(1)), 21_600_000);
+        assert_eq!(window(start, days(199)), (199_u64 * 21_600_000 - (1 << 32)) as u32);
     }
 
     #[test]

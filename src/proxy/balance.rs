@@ -33,6 +33,8 @@ pub struct Entry {
     present: bool,
     /// When it left the set.
     removed_at: Option<Instant>,
+    /// It left the set for good, as far as anybody can tell: see [`Entry::let_go`].
+    gone: bool,
     ramp: Ramp,
 }
 
@@ -90,10 +92,21 @@ impl Entry {
         }
     }
 
-    /// Whether it left the set at least `drain` ago and still has sessions.
+    /// Whether it left the set at least `drain` ago, for good, and still has sessions.
     pub fn is_overdue(&self, drain: Duration, now: Instant) -> bool {
         let passed = |at| now.saturating_duration_since(at) >= drain;
-        self.sessions > 0 && self.removed_at.is_some_and(passed)
+        self.sessions > 0 && self.gone && self.removed_at.is_some_and(passed)
+    }
+
+    /// Takes note of whether it left the set at least `linger` ago. Until then it may come back any
+    /// moment: it gets nothing new, but what it has stays as it is.
+    pub fn let_go(&mut self, linger: Duration, now: Instant) {
+        self.gone |= self.removed_at.is_some_and(|at| now.saturating_duration_since(at) >= linger);
+    }
+
+    /// Whether it left the set for good.
+    pub fn is_gone(&self) -> bool {
+        self.gone
     }
 
     /// Lends an idle connection, if there is one. `index` is the entry's own.
@@ -109,7 +122,7 @@ impl Entry {
     #[must_use = "a connection that is not kept is to be closed"]
     pub fn take_back(&mut self, loan: &Loan, useful: bool, now: Instant) -> bool {
         self.count_sessions(self.sessions - 1);
-        if useful && self.present {
+        if useful && !self.gone {
             let kept = self.pool.take_back(loan.conn, loan.retire_at, now);
             self.stats().pool_idle.set(self.pool.idle() as u64);
             return kept;
@@ -190,12 +203,25 @@ impl Having {
     }
 }
 
+/// A store as a worker sees it; see [`super::endpoints::Store`].
+#[derive(Debug)]
+pub struct Store {
+    /// Its declared name.
+    pub name: Arc<str>,
+    /// Its endpoint, if it is there.
+    pub endpoint: Option<u16>,
+    /// Why it is not, where that is more than that it is away.
+    pub why: Option<Arc<str>>,
+}
+
 /// The table of endpoints. An index stays an endpoint's own while anything refers to it.
 #[derive(Debug)]
 pub struct Table {
     entries: Vec<Option<Entry>>,
     /// Those that the latest snapshot names, in its order.
     present: Vec<u16>,
+    /// The stores that share the keys, if keys say where requests go.
+    stores: Vec<Store>,
     /// The hashes of their names, in the same order.
     names: Vec<StableHash>,
     policy: Balance,
@@ -209,6 +235,7 @@ impl Table {
         Self {
             entries: Vec::new(),
             present: Vec::new(),
+            stores: Vec::new(),
             names: Vec::new(),
             policy,
             worker,
@@ -233,62 +260,62 @@ impl Table {
             entry.removed_at.get_or_insert(now);
         }
         self.present.clear();
-        // Most often a snapshot has the order of the last one, so the next is found at once.
-        let mut after = 0;
+        let mut indices = Vec::with_capacity(snapshot.endpoints.len());
+        let known = self.entries.iter().enumerate().filter_map(|(index, entry)| {
+            entry.as_ref().map(|entry| (Arc::as_ptr(&entry.endpoint), index))
+        });
+        let known: HashMap<_, _> = known.collect();
+        let mut vacant = 0;
         for endpoint in snapshot.endpoints.iter().take(ENDPOINTS_MAX) {
-            let count = self.entries.len();
-            let known = (0..count).map(|i| (after + i) % count).find(|&index| {
-                let entry = self.entries[index].as_ref();
-                entry.is_some_and(|entry| Arc::ptr_eq(&entry.endpoint, endpoint))
-            });
-            let index = known.unwrap_or_else(|| self.vacant());
-            after = index + 1;
+            // An endpoint that comes back finds its entry while anything of it lives.
+            let index = known.get(&Arc::as_ptr(endpoint)).copied();
+            let Some(index) = index.or_else(|| self.vacant(&mut vacant)) else {
+                // Sessions hold on to as many that left: there is no number for one more.
+                indices.push(None);
+                continue;
+            };
             let worker = self.worker;
-            let entry = self.entries[index].get_or_insert_with(|| Entry {
-                endpoint: Arc::clone(endpoint),
-                pool: Pool::new(pool),
-                health: Health::default(),
-                sessions: 0,
-                opaque: 0,
-                worker,
-                present: true,
-                removed_at: None,
-                ramp: if joins { Ramp::Cold } else { Ramp::Full },
+            let entry = self.entries[index].get_or_insert_with(|| {
+                // Its counters may be of an earlier time, in which it ended up anyhow.
+                endpoint.stats[worker].reset_gauges();
+                Entry {
+                    endpoint: Arc::clone(endpoint),
+                    pool: Pool::new(pool),
+                    health: Health::default(),
+                    sessions: 0,
+                    opaque: 0,
+                    worker,
+                    present: true,
+                    removed_at: None,
+                    gone: false,
+                    ramp: if joins { Ramp::Cold } else { Ramp::Full },
+                }
             });
-            entry.present = true;
+            (entry.present, entry.gone) = (true, false);
             entry.removed_at = None;
             self.present.push(index as u16);
+            indices.push(Some(index as u16));
         }
-        self.name_all();
+        let endpoint = |at: usize| indices.get(at).copied().flatten();
+        let stores = snapshot.stores.iter().map(|store| Store {
+            name: Arc::clone(&store.name),
+            endpoint: store.endpoint.and_then(endpoint),
+            why: store.why.clone(),
+        });
+        self.stores = stores.collect();
+        let names = self.stores.iter().map(|store| StableHash::of(store.name.as_bytes()));
+        self.names = names.collect();
         self.forget_unused();
     }
 
-    /// Endpoints are told apart by their names, and only if these are the same by their addresses:
-    /// a pod that comes back under its name holds the same keys.
-    fn name_all(&mut self) {
-        let endpoints = self.present.iter().filter_map(|&i| self.entries[usize::from(i)].as_ref());
-        let endpoints: Vec<_> = endpoints.map(|entry| &entry.endpoint).collect();
-        let mut counts: HashMap<&str, usize> = HashMap::new();
-        for endpoint in &endpoints {
-            *counts.entry(endpoint.name.as_str()).or_default() += 1;
-        }
-        let hash = |endpoint: &Endpoint| match counts.get(endpoint.name.as_str()) {
-            Some(2..) => {
-                StableHash::of(format!("{}@{}", endpoint.name, endpoint.address).as_bytes())
-            }
-            _ => StableHash::of(endpoint.name.as_bytes()),
-        };
-        self.names = endpoints.iter().map(|endpoint| hash(endpoint)).collect();
-    }
-
-    /// The endpoint that holds a key, be it usable or not.
+    /// The number of the store that holds a key, whether it is there or not.
     pub fn owner(&self, key: StableHash) -> Option<u16> {
-        route::owner(key, &self.names).and_then(|at| self.present.get(at).copied())
+        route::owner(key, &self.names).map(|at| at as u16)
     }
 
-    /// The first endpoint of the latest snapshot at or after an index.
-    pub fn present_from(&self, index: u16) -> Option<u16> {
-        self.present.iter().copied().filter(|&at| at >= index).min()
+    /// The store of this number, as long as there are so many.
+    pub fn store(&self, number: u16) -> Option<&Store> {
+        self.stores.get(usize::from(number))
     }
 
     /// The endpoint for a request: a usable one with an idle connection, else one with room for
@@ -314,20 +341,34 @@ impl Table {
         None
     }
 
-    /// Frees the entries of removed endpoints to which nothing refers any more.
+    /// Frees the entries of endpoints that are gone and to which nothing refers any more. Where very
+    /// many left just now, they are not waited for.
     pub fn forget_unused(&mut self) {
+        let crowded = self.entries.len() > 2 * ENDPOINTS_MAX;
         for slot in &mut self.entries {
-            if slot.as_ref().is_some_and(|entry| !entry.present && entry.is_unused()) {
+            let over = |entry: &Entry| !entry.present && (entry.gone || crowded);
+            if slot.as_ref().is_some_and(|entry| over(entry) && entry.is_unused()) {
                 *slot = None;
             }
         }
+        while self.entries.last().is_some_and(Option::is_none) {
+            self.entries.pop();
+        }
     }
 
-    fn vacant(&mut self) -> usize {
-        self.entries.iter().position(Option::is_none).unwrap_or_else(|| {
+    /// The first free index from a position on, which moves behind it.
+    fn vacant(&mut self, from: &mut usize) -> Option<usize> {
+        while self.entries.get(*from).is_some_and(Option::is_some) {
+            *from += 1;
+        }
+        if *from == self.entries.len() {
+            if *from >= usize::from(u16::MAX) {
+                return None;
+            }
             self.entries.push(None);
-            self.entries.len() - 1
-        })
+        }
+        *from += 1;
+        Some(*from - 1)
     }
 
     /// The entry at an index.
@@ -349,6 +390,13 @@ impl Table {
     pub fn any_usable(&self) -> bool {
         let entries = self.present.iter().map(|&index| self.entries[usize::from(index)].as_ref());
         entries.flatten().any(|entry| entry.health.is_usable())
+    }
+
+    /// Whether any pool of the latest snapshot is short of connections.
+    pub fn wants_connections(&self, now: Instant) -> bool {
+        let mut entries =
+            self.present.iter().filter_map(|&at| self.entries[usize::from(at)].as_ref());
+        entries.any(|entry| entry.pool.shortage(now) > 0)
     }
 
     /// Whether there is any endpoint to look after, removed ones included.
@@ -450,6 +498,7 @@ impl Table {
 mod tests {
     use super::*;
     use crate::io::ConnId;
+    use crate::proxy::endpoints;
     use crate::proxy::health::HealthConfig;
     use crate::proxy::session::Session;
 
@@ -471,7 +520,11 @@ mod tests {
     fn table(policy: Balance, endpoints: &[Arc<Endpoint>]) -> Table {
         let mut table = Table::new(policy, 0);
         table.apply(
-            &EndpointSnapshot { generation: 1, endpoints: endpoints.to_vec() },
+            &EndpointSnapshot {
+                generation: 1,
+                endpoints: endpoints.to_vec(),
+                ..EndpointSnapshot::default()
+            },
             &pool(),
             true,
             Instant::now(),
@@ -517,7 +570,11 @@ mod tests {
         let source = |i: u8| Some(IpAddr::from([10, 0, 0, i]));
         let before: Vec<_> =
             (0..200).map(|i| table.choose(&Tried::default(), source(i), &mut rng)).collect();
-        let rest = EndpointSnapshot { generation: 2, endpoints: endpoints[1..].to_vec() };
+        let rest = EndpointSnapshot {
+            generation: 2,
+            endpoints: endpoints[1..].to_vec(),
+            ..EndpointSnapshot::default()
+        };
         table.apply(&rest, &pool(), true, Instant::now());
         for (i, &was) in (0..200).zip(&before) {
             let is = table.choose(&Tried::default(), source(i), &mut rng);
@@ -548,7 +605,11 @@ mod tests {
         let mut table = table(Balance::RoundRobin, &[a, Arc::clone(&b)]);
         table.get_mut(0).unwrap().sessions = 1;
         table.get_mut(1).unwrap().sessions = 5;
-        let next = EndpointSnapshot { generation: 2, endpoints: vec![b, c] };
+        let next = EndpointSnapshot {
+            generation: 2,
+            endpoints: vec![b, c],
+            ..EndpointSnapshot::default()
+        };
         for _ in 0..2 {
             table.apply(&next, &pool(), true, Instant::now());
             assert!(!table.get_mut(0).unwrap().is_present(), "removed, but a session is on it");
@@ -560,14 +621,121 @@ mod tests {
         }
         table.get_mut(0).unwrap().sessions = 0;
         table.forget_unused();
+        assert!(table.get_mut(0).is_some(), "it may come back");
+        table.get_mut(0).unwrap().let_go(Duration::ZERO, Instant::now());
+        table.forget_unused();
         assert!(table.get_mut(0).is_none());
+    }
+
+    #[test]
+    fn an_endpoint_that_comes_back_is_what_it_was_and_is_not_drained() {
+        const SECOND: Duration = Duration::from_secs(1);
+        let (a, b) = (endpoint(0), endpoint(1));
+        let mut table = table(Balance::RoundRobin, &[Arc::clone(&a), Arc::clone(&b)]);
+        table.get_mut(0).unwrap().sessions = 3;
+        eject(&mut table, 0);
+        let now = Instant::now();
+        let all = EndpointSnapshot {
+            generation: 2,
+            endpoints: vec![a, Arc::clone(&b)],
+            ..EndpointSnapshot::default()
+        };
+        let less =
+            EndpointSnapshot { generation: 3, endpoints: vec![b], ..EndpointSnapshot::default() };
+        let overdue = |table: &mut Table, now| {
+            let entry = table.get_mut(0).unwrap();
+            entry.let_go(2 * SECOND, now);
+            entry.is_overdue(Duration::ZERO, now)
+        };
+        table.apply(&less, &pool(), true, now);
+        assert!(!overdue(&mut table, now + SECOND), "it may come back");
+        table.apply(&all, &pool(), true, now + SECOND);
+        assert!(!overdue(&mut table, now + 9 * SECOND), "it is back");
+        let entry = table.get_mut(0).unwrap();
+        assert_eq!((entry.sessions, entry.percent()), (3, 100), "no slow start either");
+        assert!(!entry.health.is_usable(), "and what is known of it is not forgotten");
+        table.apply(&less, &pool(), true, now + 9 * SECOND);
+        assert!(!overdue(&mut table, now + 10 * SECOND), "its time begins anew");
+        assert!(overdue(&mut table, now + 11 * SECOND));
+        table.apply(&all, &pool(), true, now + 12 * SECOND);
+        assert!(!overdue(&mut table, now + 20 * SECOND), "and may come back all the same");
+    }
+
+    #[test]
+    fn endpoints_that_come_and_go_leave_nothing_behind() {
+        let mut table = Table::new(Balance::RoundRobin, 0);
+        let now = Instant::now();
+        for generation in 0..5 {
+            let all = (0..1000).map(|port| endpoint(1000 * generation + port)).collect();
+            let snapshot = EndpointSnapshot {
+                generation: u64::from(generation),
+                endpoints: all,
+                ..EndpointSnapshot::default()
+            };
+            table.apply(&snapshot, &pool(), true, now);
+            assert!(table.entries.len() <= 4 * ENDPOINTS_MAX, "{}", table.entries.len());
+        }
+        table.apply(&EndpointSnapshot::default(), &pool(), true, now);
+        table.entries.iter_mut().flatten().for_each(|entry| entry.let_go(Duration::ZERO, now));
+        table.forget_unused();
+        assert!(!table.has_entries() && table.entries.is_empty());
+    }
+
+    #[test]
+    fn gauges_of_an_earlier_time_are_not_believed() {
+        let a = endpoint(0);
+        a.stats[0].ejected.set(1);
+        a.stats[0].connects.add(7);
+        let mut table = table(Balance::RoundRobin, &[Arc::clone(&a)]);
+        assert_eq!((a.stats[0].ejected.get(), a.stats[0].connects.get()), (0, 7));
+        assert!(table.get_mut(0).unwrap().health.is_usable());
+    }
+
+    #[test]
+    fn a_key_belongs_to_a_declared_store_whoever_is_there() {
+        let all = [0, 1, 2].map(endpoint);
+        let declare = |generation, there: &[u16]| EndpointSnapshot {
+            generation,
+            endpoints: there.iter().map(|&i| Arc::clone(&all[usize::from(i)])).collect(),
+            stores: (0..3)
+                .map(|i| endpoints::Store {
+                    name: format!("e{i}").into(),
+                    endpoint: there.iter().position(|&at| at == i),
+                    why: None,
+                })
+                .collect(),
+        };
+        let mut table = Table::new(Balance::LeastConn, 0);
+        let mut owners = |there: &[u16]| {
+            table.apply(&declare(1, there), &pool(), true, Instant::now());
+            let owner = |i: usize| {
+                let store = table.owner(StableHash::of(format!("key{i}").as_bytes())).unwrap();
+                let found = table.store(store).unwrap();
+                let endpoint =
+                    found.endpoint.and_then(|at| table.entries[usize::from(at)].as_ref());
+                let name = endpoint.map(|entry| entry.endpoint.name.clone());
+                assert!(name.is_none_or(|name| *name == *found.name));
+                (store, found.endpoint.is_some())
+            };
+            (0..300).map(owner).collect::<Vec<_>>()
+        };
+        let before = owners(&[0, 1, 2]);
+        for there in [&[0, 2][..], &[], &[2, 1, 0], &[1]] {
+            for (was, is) in before.iter().zip(owners(there)) {
+                assert_eq!(is, (was.0, there.contains(&was.0)), "{there:?}");
+            }
+        }
     }
 
     /// A table in which `e1` has joined `e0`.
     fn joined(policy: Balance) -> Table {
         let first = endpoint(0);
         let mut table = table(policy, &[Arc::clone(&first)]);
-        let next = EndpointSnapshot { generation: 2, endpoints: vec![first, endpoint(1)] };
+        let next = EndpointSnapshot {
+            generation: 2,
+            endpoints: vec![first, endpoint(1)],
+            ..EndpointSnapshot::default()
+        };
         table.apply(&next, &pool(), true, Instant::now());
         table
     }
@@ -600,7 +768,11 @@ mod tests {
         let endpoints = [endpoint(0), endpoint(1)];
         for count in [1, 2] {
             let endpoints = endpoints[..count].to_vec();
-            let snapshot = EndpointSnapshot { generation: count as u64, endpoints };
+            let snapshot = EndpointSnapshot {
+                generation: count as u64,
+                endpoints,
+                ..EndpointSnapshot::default()
+            };
             off.apply(&snapshot, &pool(), false, Instant::now());
         }
         for table in [&mut first, &mut off] {

@@ -40,12 +40,27 @@ impl Endpoint {
 /// The complete, ordered set of endpoints at one moment.
 ///
 /// Applying the same snapshot twice changes nothing. An endpoint is the same one across snapshots
-/// when its `Arc` is the same: discovery keeps the `Arc` of an endpoint whose name and address
-/// are unchanged.
+/// when its `Arc` is the same: discovery hands out one `Arc` for each name and address for as long
+/// as anybody holds it, though the endpoint may leave and come back.
 #[derive(Debug, Default)]
 pub struct EndpointSnapshot {
     /// Grows by one with every snapshot that discovery publishes.
     pub generation: u64,
     /// The endpoints, at most [`crate::limits::ENDPOINTS_MAX`].
     pub endpoints: Vec<Arc<Endpoint>>,
+    /// Where keys say where a request goes: all stores that share the keys, in the order in which
+    /// they were declared. Nothing but these names says which of them holds a key.
+    pub stores: Vec<Store>,
+}
+
+/// One of the stores that share the keys. It holds its keys whether it is there or not: what it
+/// holds is nowhere else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Store {
+    /// Its declared name: a pod's, or the configured `host:port`. Its address may change.
+    pub name: Arc<str>,
+    /// Where it is among the endpoints of the snapshot, if it is there.
+    pub endpoint: Option<usize>,
+    /// Why it is not, where that is more than that it is away.
+    pub why: Option<Arc<str>>,
 }

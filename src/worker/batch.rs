@@ -51,7 +51,8 @@ pub struct Plan {
 /// Estimates the load of one worker.
 #[derive(Debug)]
 pub struct Batcher {
-    /// The number of the present window; sessions remember the one they were last counted in.
+    /// The number of the present window; sessions remember the one they were last counted in, and
+    /// begin with 0, which none has.
     window: u32,
     since: Instant,
     /// Of this window and the one before.
@@ -110,7 +111,7 @@ impl Batcher {
         let recent = elapsed < 2 * WINDOW;
         self.previous = if recent { self.active } else { Activity::default() };
         self.active = Activity::default();
-        self.window = self.window.wrapping_add(1);
+        self.window = self.window.wrapping_add(1).max(1);
         self.since = now;
         if waited.saturating_sub(self.waited) > elapsed / CONTENDED_PART {
             self.contended_until = now + CONTENDED_HOLD;

@@ -10,7 +10,7 @@ use super::contention::CoreWait;
 use super::flush::Flushing;
 use super::mailbox::{Mailbox, Order};
 use super::timers::Timers;
-use crate::config::{Config, PoolMode};
+use crate::config::{Config, Discovery, PoolMode};
 use crate::io::{Chain, Close, Completion, ConnId, Driver, Wait};
 use crate::limits;
 use crate::proxy::Side;
@@ -100,12 +100,26 @@ struct AcceptGate {
     complained_at: Option<Instant>,
 }
 
+/// For how long an endpoint that left the set is taken to come back.
+fn linger_of(config: &Config) -> Duration {
+    match config.discovery {
+        Discovery::Dns => {
+            let answers =
+                config.dns_refresh.min(limits::DNS_CONFIRM) * limits::DNS_ANSWERS_TO_LEAVE;
+            answers.max(limits::ENDPOINT_LINGER)
+        }
+        Discovery::Static | Discovery::Kubernetes => limits::ENDPOINT_LINGER,
+    }
+}
+
 /// One worker's state, bound to a driver.
 pub struct Engine<D> {
     pub(super) driver: D,
     pub(super) config: Arc<Config>,
     pub(super) timeouts: Timeouts,
     pub(super) health: HealthConfig,
+    /// For so long an endpoint that left the set is taken to come back.
+    pub(super) linger: Duration,
     pub(super) stats: Arc<WorkerStats>,
     pub(super) sessions: Slab<Session>,
     /// Clients whose requests are told apart.
@@ -189,6 +203,7 @@ impl<D: Driver> Engine<D> {
                 eject_failures: config.eject_failures,
                 eject_time: config.eject_time,
             },
+            linger: linger_of(&config),
             stats: Arc::clone(&setup.stats[setup.index]),
             sessions: Slab::with_capacity(slots),
             owners: Vec::with_capacity(conns_max),

@@ -133,7 +133,11 @@ mod tests {
     fn the_latest_snapshot_wins_and_orders_only_move_forward() {
         let mailbox = Mailbox::new().unwrap();
         for generation in 1..=3 {
-            mailbox.deliver(Arc::new(EndpointSnapshot { generation, endpoints: Vec::new() }));
+            mailbox.deliver(Arc::new(EndpointSnapshot {
+                generation,
+                endpoints: Vec::new(),
+                ..EndpointSnapshot::default()
+            }));
         }
         assert_eq!(mailbox.take_snapshot().map(|s| s.generation), Some(3));
         assert!(mailbox.take_snapshot().is_none());

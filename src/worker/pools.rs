@@ -67,7 +67,7 @@ impl<D: Driver> Engine<D> {
         let (now, keeps) = (self.now, self.keeps_pools());
         let Some(entry) = self.table.get_mut(endpoint) else { return };
         let kept = entry.pool.on_connected(conn, now, &mut self.rng);
-        let useful = entry.is_present() && keeps;
+        let useful = !entry.is_gone() && keeps;
         if kept && useful {
             self.own(conn, Owner::Warm { endpoint, greeting: Chain::default() });
             // Watched while idle: its end shows at once.
@@ -182,10 +182,16 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    /// Closes the warm connections of endpoints that the latest snapshot no longer names.
+    /// Closes the warm connections of endpoints that have left for good. Those of one that may come
+    /// back stay for a little, unless nobody needs them or others need their places.
     pub(super) fn evict_removed(&mut self) {
+        let (now, linger) = (self.now, self.linger);
+        let full = self.pool_conns >= self.pool_conns_max;
+        let keeps = self.keeps_pools() && !(full && self.table.wants_connections(now));
         for endpoint in self.table.indices() {
-            if self.table.get_mut(endpoint).is_some_and(|entry| !entry.is_present()) {
+            let Some(entry) = self.table.get_mut(endpoint) else { continue };
+            entry.let_go(linger, now);
+            if entry.is_gone() || !(keeps || entry.is_present()) {
                 self.evict(endpoint, Discard::Endpoint);
             }
         }
@@ -229,6 +235,7 @@ impl<D: Driver> Engine<D> {
     pub(super) fn upkeep(&mut self) {
         let now = self.now;
         self.look_after_queue();
+        self.evict_removed();
         for endpoint in self.table.indices() {
             while let Some((conn, why)) =
                 self.table.get_mut(endpoint).and_then(|entry| entry.pool.expire(now))

@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::io::Driver;
 use crate::io::sim::{ID_BYTES, Peer, Reachability, Sim, UNTOLD_BUFFERS_MAX};
 use crate::limits;
-use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
+use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
 use crate::telemetry::{CloseReason, Label, WorkerStats};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -88,7 +88,14 @@ impl Run {
     pub(super) fn deliver(&mut self, endpoints: Vec<Arc<Endpoint>>) {
         self.generation += 1;
         let generation = self.generation;
-        self.mailbox.deliver(Arc::new(EndpointSnapshot { generation, endpoints }));
+        // All of them are declared, whoever is there.
+        let stores = self.endpoints.iter().map(|declared| Store {
+            name: declared.name.as_str().into(),
+            endpoint: endpoints.iter().position(|endpoint| Arc::ptr_eq(endpoint, declared)),
+            why: None,
+        });
+        let stores = stores.collect();
+        self.mailbox.deliver(Arc::new(EndpointSnapshot { generation, endpoints, stores }));
         self.engine.driver().wake();
     }
 

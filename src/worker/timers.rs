@@ -5,15 +5,16 @@
 
 use std::time::{Duration, Instant};
 
+const TICK_MS: u64 = 8;
 /// The wheel's resolution.
-pub const TICK: Duration = Duration::from_millis(8);
+pub const TICK: Duration = Duration::from_millis(TICK_MS);
 /// Buckets of the wheel: 8 seconds a round. A later deadline stays for several rounds.
 const BUCKETS: usize = 1024;
 const NONE: u32 = u32::MAX;
 
 #[derive(Debug, Clone, Copy)]
 struct Entry {
-    /// The tick to fire at; 0 is unset.
+    /// The tick to fire at; 0, which has passed before anything is set, is unset.
     tick: u64,
     next: u32,
     previous: u32,
@@ -121,8 +122,12 @@ impl Timers {
             let bucket = 64 * word + bits.trailing_zeros() as usize;
             (bits != 0).then(|| (bucket + BUCKETS - first) % BUCKETS)
         })?;
-        let tick = self.elapsed + 1 + ahead as u64;
-        Some(self.start + TICK.saturating_mul(u32::try_from(tick).unwrap_or(u32::MAX)))
+        Some(self.moment_of(self.elapsed + 1 + ahead as u64))
+    }
+
+    /// When a tick is. `Duration` multiplies by 32 bits only, which are over after 397 days.
+    fn moment_of(&self, tick: u64) -> Instant {
+        self.start + Duration::from_millis(TICK_MS * tick)
     }
 
     fn tick_at_or_after(&self, deadline: Instant) -> u64 {
@@ -135,14 +140,37 @@ impl Timers {
 mod tests {
     use super::*;
 
+    use crate::config::Config;
+    use crate::io::sim::Sim;
+    use crate::io::{Driver, Wait};
+    use crate::limits;
+    use crate::worker::engine::Engine;
+    use crate::worker::simulation::Run;
+
+    const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+    /// Just before 32 bits of ticks are over; far beyond that; and just before 32 bits of seconds are.
+    const AGES: [Duration; 4] = [
+        Duration::ZERO,
+        Duration::from_millis(TICK_MS * (u32::MAX as u64 - 500)),
+        Duration::from_secs(5 * 366 * 24 * 60 * 60),
+        Duration::from_secs(u32::MAX as u64 - 100),
+    ];
+
     #[test]
     fn timers_fire_in_time_and_never_early_whatever_is_set_and_cleared() {
+        for age in AGES {
+            set_and_clear(age);
+        }
+    }
+
+    fn set_and_clear(age: Duration) {
         const SLOTS: usize = 200;
         let mut rng = fastrand::Rng::with_seed(7);
         let start = Instant::now();
         let mut timers = Timers::new(SLOTS, start);
         let mut deadlines: Vec<Option<Instant>> = vec![None; SLOTS];
-        let mut now = start;
+        let mut now = start + age;
+        assert_eq!(timers.pop(now), None);
         for _ in 0..20_000 {
             let slot = rng.usize(..SLOTS);
             match rng.u8(..4) {
@@ -166,6 +194,7 @@ mod tests {
                 let deadline = deadlines[slot].take().expect("fired unset");
                 assert!(deadline <= now, "fired early");
             }
+            assert!(timers.next().is_none_or(|next| next > now), "it never sleeps");
             let late = deadlines.iter().flatten().filter(|&&d| d + TICK < now).count();
             assert_eq!(late, 0, "overslept");
         }
@@ -182,5 +211,41 @@ mod tests {
         let mut due: Vec<_> = std::iter::from_fn(|| timers.pop(now)).collect();
         due.sort_unstable();
         assert_eq!(due, [0, 1]);
+    }
+
+    /// Turns for a minute of virtual time, and gives the number of turns.
+    fn turns_of_a_minute(engine: &mut Engine<Sim>) -> u32 {
+        let until = engine.driver().now() + Duration::from_secs(60);
+        let mut turns = 0;
+        while engine.driver().now() < until {
+            engine.turn().unwrap();
+            turns += 1;
+            assert!(turns < 100_000, "it spins");
+        }
+        turns
+    }
+
+    #[test]
+    fn a_worker_that_is_years_old_serves_and_sleeps_as_a_young_one_does() {
+        for years in [0, 2] {
+            let mut config = Config::from_vars(std::iter::empty()).unwrap();
+            config.idle_timeout = Some(Duration::from_secs(300));
+            (config.pool.min_idle, config.pool.max_idle) = (0, 0);
+            let rng = fastrand::Rng::with_seed(3);
+            let mut run = Run::with(rng, config, 8, limits::buffers_max(8));
+            let endpoints = run.endpoints.clone();
+            run.deliver(endpoints);
+            // Nothing happens for long.
+            run.turn();
+            run.engine.driver().wait(Wait::for_one(years * 366 * DAY)).unwrap();
+            assert!(run.engine.driver().elapsed() >= years * 366 * DAY);
+            run.turn();
+            for _ in 0..8 {
+                run.engine.driver().add_client(Duration::ZERO);
+            }
+            let turns = turns_of_a_minute(&mut run.engine);
+            assert!(run.stats.sessions_opened.get() >= 4, "{years} years: clients are served");
+            assert!(turns < 20_000, "{years} years: {turns} turns in a minute");
+        }
     }
 }

@@ -256,6 +256,7 @@ def test_the_demo_is_accepted(server):
     assert "created" not in again and ("serverside-applied" in again or "unchanged" in again)
     client = "system:serviceaccount:aegis-demo:client"
     assert server.may(client, "watch", "endpointslices.discovery.k8s.io", "aegis-demo")
+    assert server.may(client, "watch", "statefulsets.apps", "aegis-demo")
     assert not server.may(client, "watch", "secrets", "aegis-demo")
     assert server.may("system:serviceaccount:aegis-demo:prometheus", "list", "pods", "aegis-demo")
     deployment = server.get("deployment", "client", "--namespace", "aegis-demo")

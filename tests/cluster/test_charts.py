@@ -49,6 +49,7 @@ MATRIX = {
     "dns": {**CLIENTS, "sidecar": {"backend": {"addresses": "db.example:5432"}}},
     "zone": {**CLIENTS, **sidecar(locality="zone", readiness=True)},
     "one-store-of-many": {**CLIENTS, **sidecar(route="key")},
+    "one-store-of-three": {**CLIENTS, **sidecar(route="key", stores=3)},
     "http": {**CLIENTS, **sidecar(protocol="http1", pool={"mode": "session"}, requestTimeout="off")},
     "any-bytes": {**CLIENTS, **sidecar(protocol="tcp")},
     "io_uring": {**CLIENTS, **sidecar(seccomp={"type": "Localhost"}), "seccomp": {"operator": True}},
@@ -102,6 +103,7 @@ REFUSALS = {
     "time without unit": (sidecar(queue={"timeout": 5}), "/queue/timeout"),
     "switch that YAML makes of a bare off": (sidecar(requestTimeout=False), "got boolean, want string"),
     "no such route": (sidecar(route="hash"), "'balance', 'key'"),
+    "no number of stores": (sidecar(route="key", stores=0), "/stores"),
     "lending for unknown bytes": (sidecar(protocol="tcp", pool={"mode": "session"}),
                                   "empty pool.mode, or set protocol to chronos or http1"),
     "keys without keys": (sidecar(protocol="http1", route="key"), "set route to balance, or protocol to chronos"),
@@ -180,7 +182,7 @@ def test_every_value_reaches_the_environment():
         "backend": {"selector": "app=db", "namespace": "data", "port": 5432}, "locality": "zone",
         "listenPort": 5000, "adminPort": 5001,
         "protocol": "chronos", "pool": {"mode": "request", "size": 3}, "queue": {"max": 1000000, "timeout": "6s"},
-        "requestTimeout": "off", "route": "key",
+        "requestTimeout": "off", "route": "key", "stores": 3,
         "drain": {"delay": "2s", "timeout": "3s"}, "env": {"AEGIS_MAX_SESSIONS": "50"}})
     env = {item["name"]: item.get("value") or item["valueFrom"]["fieldRef"]["fieldPath"] for item in container["env"]}
     assert env == {
@@ -189,9 +191,16 @@ def test_every_value_reaches_the_environment():
         "AEGIS_KUBE_PORT": "5432",
         "AEGIS_PROTOCOL": "chronos", "AEGIS_POOL_MODE": "request", "AEGIS_POOL_SIZE": "3",
         "AEGIS_QUEUE_MAX": "1000000", "AEGIS_QUEUE_TIMEOUT": "6s", "AEGIS_REQUEST_TIMEOUT": "off", "AEGIS_ROUTE": "key",
+        "AEGIS_KUBE_STORES": "3",
         "AEGIS_LOCALITY": "zone", "AEGIS_NODE_NAME": "spec.nodeName",
         "AEGIS_ZONE": "metadata.labels['topology.kubernetes.io/zone']",
         "AEGIS_DRAIN_DELAY": "2s", "AEGIS_DRAIN_TIMEOUT": "3s", "AEGIS_MAX_SESSIONS": "50"}
+
+
+@pytest.mark.parametrize("route, stores, reads", [("key", "auto", True), ("key", 3, False), ("balance", "auto", False)])
+def test_stateful_sets_may_be_read_where_they_tell_the_stores(route, stores, reads):
+    role = one(template(CHART, values={**CLIENTS, **sidecar(route=route, stores=stores)}), "Role")
+    assert ("statefulsets" in str(role["rules"])) is reads, role
 
 
 def environment(values):

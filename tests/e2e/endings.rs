@@ -498,7 +498,7 @@ fn clients_that_leave_while_they_are_connected_free_their_places(io: Io) {
 
 fn what_a_client_sent_before_it_had_a_backend_arrives_in_order(io: Io) {
     let api = KubeApi::start();
-    let backend = Backend::scripted_at(host_ip(), |mut stream| {
+    let backend = Backend::scripted_at((host_ip(), 0).into(), |mut stream| {
         if let Ok(bytes) = read_to_end(stream) {
             let _ = stream.write_all(&bytes);
         }

@@ -22,6 +22,7 @@ mod integrity;
 mod io_fallback;
 mod kubernetes;
 mod limits;
+mod membership;
 mod memory;
 mod pooling;
 mod pressure;

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::{self, JoinHandle};
@@ -17,6 +17,11 @@ use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 use super::client::{prepare, read_line};
 
 type Handler = dyn Fn(&TcpStream) + Send + Sync;
+
+/// What a store holds.
+pub type Memory = Arc<Mutex<HashMap<String, String>>>;
+
+const ANY_PORT: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 2), 0));
 
 /// A server with a thread for each connection.
 pub struct Backend {
@@ -36,12 +41,14 @@ impl Backend {
     /// A server that runs `handler` on each connection and closes it afterwards. What a handler
     /// finds out it has to send to the test: a panic would stay in its thread.
     pub fn scripted(handler: impl Fn(&TcpStream) + Send + Sync + 'static) -> Self {
-        Self::scripted_at([127, 0, 0, 2].into(), handler)
+        Self::scripted_at(ANY_PORT, handler)
     }
 
     /// The same, at an address that need not be of the loopback interface.
-    pub fn scripted_at(ip: IpAddr, handler: impl Fn(&TcpStream) + Send + Sync + 'static) -> Self {
-        let address = SocketAddr::new(ip, 0);
+    pub fn scripted_at(
+        address: SocketAddr,
+        handler: impl Fn(&TcpStream) + Send + Sync + 'static,
+    ) -> Self {
         let accepted = Arc::default();
         let mut backend = Self { address, handler: Arc::new(handler), accepted, running: None };
         backend.start();
@@ -62,12 +69,17 @@ impl Backend {
 
     /// Answers each line with its own name.
     pub fn named(name: &'static str) -> Self {
-        Self::named_at(name, [127, 0, 0, 2].into())
+        Self::named_at(name, ANY_PORT.ip())
     }
 
     /// The same, at an address that need not be of the loopback interface.
     pub fn named_at(name: &'static str, ip: IpAddr) -> Self {
-        Self::scripted_at(ip, move |mut stream| {
+        Self::named_on(name, SocketAddr::new(ip, 0))
+    }
+
+    /// The same, at a port that may be another server's at another address.
+    pub fn named_on(name: &'static str, address: SocketAddr) -> Self {
+        Self::scripted_at(address, move |mut stream| {
             while read_line(stream).is_ok() {
                 if stream.write_all(format!("{name}\n").as_bytes()).is_err() {
                     return;
@@ -78,8 +90,13 @@ impl Backend {
 
     /// Speaks Chronos's protocol, and like it takes each read for one command.
     pub fn chronos() -> Self {
-        let store: Mutex<HashMap<String, String>> = Mutex::default();
-        Self::scripted(move |mut stream| {
+        Self::chronos_on(ANY_PORT, &Memory::default())
+    }
+
+    /// The same, with what it stores in the hands of the test, so that it can move.
+    pub fn chronos_on(address: SocketAddr, memory: &Memory) -> Self {
+        let store = Arc::clone(memory);
+        Self::scripted_at(address, move |mut stream| {
             let mut buffer = [0; 512];
             while let Ok(n @ 1..) = stream.read(&mut buffer) {
                 let reply = chronos_reply(&store, &String::from_utf8_lossy(&buffer[..n]));
@@ -194,6 +211,7 @@ fn chronos_reply(store: &Mutex<HashMap<String, String>>, command: &str) -> Strin
             store.remove(key);
             "OK_DELETED".to_owned()
         }
+        ["COMPACT"] => "OK_COMPACTED".to_owned(),
         _ => "ERR_UNKNOWN_COMMAND".to_owned(),
     }
 }

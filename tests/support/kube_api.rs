@@ -24,6 +24,7 @@ use tls::{Authority, base64};
 /// The namespace of all objects.
 pub const NAMESPACE: &str = "db";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/db/endpointslices";
+const SETS: &str = "/apis/apps/v1/namespaces/db/statefulsets";
 const PODS: &str = "/api/v1/namespaces/db/pods";
 const ADMIN_TOKEN: &str = "admin-token";
 
@@ -160,6 +161,7 @@ impl KubeApi {
                     "rules": [
                         {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": verbs},
                         {"apiGroups": [""], "resources": ["pods"], "verbs": verbs},
+                        {"apiGroups": ["apps"], "resources": ["statefulsets"], "verbs": verbs},
                     ],
                 }));
                 self.create(&format!("{rbac}/rolebindings"), &json!({
@@ -194,6 +196,31 @@ impl KubeApi {
 
     pub fn delete_slice(&self, name: &str) {
         let (status, body) = self.request("DELETE", &format!("{SLICES}/{name}"), None);
+        assert_eq!(status, 200, "{body}");
+    }
+
+    /// Makes a `StatefulSet` have so many replicas: creates or replaces it.
+    pub fn stateful_set(&self, name: &str, replicas: usize) {
+        let labels = json!({"app": name});
+        let object = json!({
+            "apiVersion": "apps/v1", "kind": "StatefulSet",
+            "metadata": {"name": name, "namespace": NAMESPACE},
+            "spec": {
+                "replicas": replicas, "serviceName": "chronos", "selector": {"matchLabels": labels},
+                "template": {
+                    "metadata": {"labels": labels},
+                    "spec": {"containers": [{"name": "c", "image": "chronos"}]},
+                },
+            },
+        });
+        let path = format!("{SETS}/{name}");
+        if self.request("PUT", &path, Some(&object)).0 == 404 {
+            self.create(SETS, &object);
+        }
+    }
+
+    pub fn delete_stateful_set(&self, name: &str) {
+        let (status, body) = self.request("DELETE", &format!("{SETS}/{name}"), None);
         assert_eq!(status, 200, "{body}");
     }
 
@@ -262,6 +289,12 @@ impl Slice {
 
     pub fn with(self, pod: &str, ip: IpAddr) -> Self {
         self.with_conditions(pod, ip, json!({"ready": true, "serving": true, "terminating": false}))
+    }
+
+    /// A pod that is there and does not serve.
+    pub fn unready(self, pod: &str, ip: IpAddr) -> Self {
+        let not = json!({"ready": false, "serving": false, "terminating": false});
+        self.with_conditions(pod, ip, not)
     }
 
     pub fn terminating(self, pod: &str, ip: IpAddr) -> Self {

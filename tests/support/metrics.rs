@@ -8,6 +8,7 @@ pub const BYTES: &str = "aegis_bytes_total";
 pub const CONNECT_RETRIES: &str = "aegis_connect_retries_total";
 pub const DISCOVERY_ENDPOINTS: &str = "aegis_discovery_endpoints";
 pub const DISCOVERY_ERRORS: &str = "aegis_discovery_errors_total";
+pub const ENDPOINT_CONNECTS: &str = "aegis_endpoint_connects_total";
 pub const ENDPOINT_USABLE: &str = "aegis_endpoint_usable";
 pub const ENDPOINT_SESSIONS: &str = "aegis_endpoint_sessions_active";
 pub const HANDED_OVER: &str = "aegis_clients_handed_over_total";
@@ -21,6 +22,7 @@ pub const RETRIES: &str = "aegis_retries_total";
 pub const SESSIONS_ACTIVE: &str = "aegis_sessions_active";
 pub const SESSIONS_CLOSED: &str = "aegis_sessions_closed_total";
 
+pub const STORE_PRESENT: &str = "aegis_store_present";
 pub const SPILLOVERS: &str = "aegis_locality_spillovers_total";
 
 /// Labels to select samples by.

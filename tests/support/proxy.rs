@@ -4,8 +4,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, Once};
 use std::thread;
@@ -17,6 +18,7 @@ use seccompiler::{
     SeccompRule,
 };
 use serde_json::Value;
+use tempfile::NamedTempFile;
 
 use super::metrics::{Labels, Metrics};
 use super::{Io, PATIENCE, client, eventually};
@@ -28,6 +30,7 @@ pub struct Builder {
     arguments: Vec<&'static str>,
     descriptors_max: Option<u64>,
     denied: Option<Denied>,
+    hosts: Option<PathBuf>,
 }
 
 /// A system call that is to fail.
@@ -100,6 +103,12 @@ impl Builder {
         self
     }
 
+    /// Resolves names by this file in place of the system's hosts file.
+    pub fn hosts(mut self, hosts: &Hosts) -> Self {
+        self.hosts = Some(hosts.0.path().to_owned());
+        self
+    }
+
     /// Starts the proxy and waits until it is ready.
     pub fn start(self) -> Proxy {
         let proxy = self.launch();
@@ -156,6 +165,12 @@ impl Builder {
                 shell
             }
         };
+        if let Some(hosts) = &self.hosts {
+            let program = std::mem::replace(&mut command, Command::new("unshare"));
+            let script = "mount --bind \"$0\" /etc/hosts && exec \"$@\"";
+            command.args(["--mount", "sh", "-c", script]).arg(hosts);
+            command.arg(program.get_program()).args(program.get_args());
+        }
         command.args(&self.arguments).env_clear().envs(&self.environment);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         if let Some(path) = std::env::var_os("PATH") {
@@ -170,6 +185,35 @@ impl Builder {
         })
         .join()
         .unwrap()
+    }
+}
+
+/// A hosts file of a proxy's own, which the test may change: see [`Builder::hosts`].
+pub struct Hosts(NamedTempFile);
+
+impl Hosts {
+    /// An empty one; `None` where the test may not give a process its own.
+    pub fn new() -> Option<Self> {
+        let can = Command::new("unshare").args(["--mount", "true"]).stderr(Stdio::null()).status();
+        can.is_ok_and(|status| status.success()).then(|| Self(NamedTempFile::new().unwrap()))
+    }
+
+    /// Makes each name stand for its addresses.
+    pub fn set(&self, entries: &[(&str, &[IpAddr])]) {
+        let lines = entries.iter().flat_map(|(name, addresses)| {
+            addresses.iter().map(move |address| format!("{address} {name}\n"))
+        });
+        // In place, since the file is mounted, and never shorter: who reads meanwhile sees the old
+        // or the new lines.
+        let text: String = lines.collect();
+        let len = fs::metadata(self.0.path()).unwrap().len().max(4096);
+        let text = format!("{text:len$}", len = usize::try_from(len).unwrap());
+        fs::OpenOptions::new()
+            .write(true)
+            .open(self.0.path())
+            .unwrap()
+            .write_all(text.as_bytes())
+            .unwrap();
     }
 }
 

@@ -101,6 +101,9 @@ timeoutSeconds: 2
 - {name: AEGIS_QUEUE_TIMEOUT, value: {{ .queue.timeout }}}
 - {name: AEGIS_REQUEST_TIMEOUT, value: {{ toJson .requestTimeout }}}
 - {name: AEGIS_ROUTE, value: {{ .route }}}
+{{- if ne (toString .stores) "auto" }}
+- {name: AEGIS_KUBE_STORES, value: {{ int .stores | toString | toJson }}}
+{{- end }}
 {{- if ne .locality "off" }}
 - {name: AEGIS_LOCALITY, value: {{ .locality }}}
 - {name: AEGIS_NODE_NAME, valueFrom: {fieldRef: {apiVersion: v1, fieldPath: spec.nodeName}}}

@@ -10,9 +10,9 @@ pub mod status;
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio::time::sleep;
@@ -20,7 +20,7 @@ use tracing::{debug, info, warn};
 
 use super::WorkerHandle;
 use crate::limits::ENDPOINTS_MAX;
-use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
+use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
 
 /// Name lookups at a time; each holds a thread while the system's resolver waits.
 pub const LOOKUPS_MAX: usize = 8;
@@ -43,6 +43,19 @@ impl Wanted {
     }
 }
 
+/// A store that shares the keys with others, as a source declares it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Declared {
+    /// Its name, by which its keys are known.
+    pub name: String,
+    /// Where it is now; or else why it is nowhere, if more is known than that it is away.
+    pub address: Result<SocketAddr, Option<String>>,
+}
+
+/// An endpoint that has left and of which nothing lives any more is remembered for so long, so that
+/// its counters go on where they were if it comes back.
+const REMEMBERED_FOR: Duration = Duration::from_secs(600);
+
 /// Turns wanted endpoints into snapshots.
 #[derive(Debug)]
 pub struct Publisher {
@@ -50,6 +63,45 @@ pub struct Publisher {
     snapshots: watch::Sender<Arc<EndpointSnapshot>>,
     /// How many endpoints the last snapshot had no room for.
     left_out: AtomicUsize,
+    known: Mutex<Known>,
+}
+
+/// Every endpoint that the last snapshot names, that a worker still holds, or that left lately.
+#[derive(Debug, Default)]
+struct Known(Vec<(Arc<Endpoint>, Option<Instant>)>);
+
+impl Known {
+    /// Takes note of who is in the set now, and forgets those that left and are held by nobody:
+    /// after [`REMEMBERED_FOR`], or where they are more than [`ENDPOINTS_MAX`], the first to have
+    /// left first.
+    fn settle(&mut self, present: &[Arc<Endpoint>], now: Instant) {
+        let by_address: HashMap<_, _> = present.iter().map(|e| (e.address, e)).collect();
+        let mut new: HashSet<_> = by_address.keys().copied().collect();
+        for (endpoint, left) in &mut self.0 {
+            if by_address.get(&endpoint.address).is_some_and(|e| Arc::ptr_eq(e, endpoint)) {
+                *left = None;
+                new.remove(&endpoint.address);
+            } else {
+                left.get_or_insert(now);
+            }
+        }
+        let new = present.iter().filter(|endpoint| new.contains(&endpoint.address));
+        self.0.extend(new.map(|endpoint| (Arc::clone(endpoint), None)));
+        // Who is held by nobody else is held by nobody later: only here are they handed out.
+        let unheld = |endpoint: &Arc<Endpoint>, left: &Option<Instant>| match left {
+            Some(at) if Arc::strong_count(endpoint) == 1 => Some(*at),
+            _ => None,
+        };
+        let mut times: Vec<_> = self.0.iter().filter_map(|(e, left)| unheld(e, left)).collect();
+        times.sort_unstable();
+        let oldest = times.len().checked_sub(ENDPOINTS_MAX).and_then(|at| times.get(at)).copied();
+        self.0.retain(|(endpoint, left)| {
+            unheld(endpoint, left).is_none_or(|at| {
+                oldest.is_none_or(|oldest| at >= oldest)
+                    && now.saturating_duration_since(at) < REMEMBERED_FOR
+            })
+        });
+    }
 }
 
 impl Publisher {
@@ -58,26 +110,48 @@ impl Publisher {
         workers: Vec<WorkerHandle>,
         snapshots: watch::Sender<Arc<EndpointSnapshot>>,
     ) -> Self {
-        Self { workers, snapshots, left_out: AtomicUsize::new(0) }
+        Self { workers, snapshots, left_out: AtomicUsize::new(0), known: Mutex::default() }
+    }
+
+    /// Whether anything was published.
+    pub fn has_begun(&self) -> bool {
+        self.snapshots.borrow().generation > 0
     }
 
     /// Publishes the complete, ordered set `wanted` if it differs from the last one; the first is
     /// always published, even if empty.
     ///
     /// An address that comes twice counts once, under the first name. Endpoints beyond
-    /// [`ENDPOINTS_MAX`] are left out with a warning. An endpoint whose name and address are
-    /// unchanged stays the same `Arc`, and so keeps its pools and counters.
+    /// [`ENDPOINTS_MAX`] are left out with a warning. An endpoint is known by its name and address:
+    /// it stays the same `Arc`, and so keeps its sessions, pools and counters, also where it left
+    /// for a while.
     pub fn publish(&self, wanted: impl IntoIterator<Item = Wanted>) {
+        self.publish_at(wanted, &[], Instant::now());
+    }
+
+    /// The same, where keys say where requests go: `stores` are all that share them.
+    pub fn publish_stores(&self, wanted: impl IntoIterator<Item = Wanted>, stores: &[Declared]) {
+        self.publish_at(wanted, stores, Instant::now());
+    }
+
+    fn publish_at(
+        &self,
+        wanted: impl IntoIterator<Item = Wanted>,
+        stores: &[Declared],
+        now: Instant,
+    ) {
         let last = Arc::clone(&self.snapshots.borrow());
-        let known: HashMap<_, _> = last.endpoints.iter().map(|e| (e.address, e)).collect();
+        let mut remembered = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let known: HashMap<_, _> =
+            remembered.0.iter().map(|(e, _)| ((e.address, e.name.as_str()), e)).collect();
         let mut seen = HashSet::new();
         let mut endpoints: Vec<_> = wanted
             .into_iter()
             .filter(|wanted| seen.insert(wanted.address))
             .map(|Wanted { name, address, near }| {
-                let endpoint = match known.get(&address) {
-                    Some(endpoint) if endpoint.name == name => Arc::clone(endpoint),
-                    _ => Endpoint::new(name, address, self.workers.len()),
+                let endpoint = match known.get(&(address, name.as_str())) {
+                    Some(endpoint) => Arc::clone(endpoint),
+                    None => Endpoint::new(name, address, self.workers.len()),
                 };
                 endpoint.set_near(near);
                 endpoint
@@ -85,8 +159,16 @@ impl Publisher {
             .collect();
         let left_out = endpoints.len().saturating_sub(ENDPOINTS_MAX);
         endpoints.truncate(ENDPOINTS_MAX);
-        if last.generation > 0 && same(&last.endpoints, &endpoints) {
+        remembered.settle(&endpoints, now);
+        let stores = placed(stores, &endpoints);
+        if last.generation > 0 && same(&last.endpoints, &endpoints) && last.stores == stores {
             return;
+        }
+        let names =
+            |stores: &[Store]| stores.iter().map(|s| Arc::clone(&s.name)).collect::<Vec<_>>();
+        if names(&last.stores) != names(&stores) {
+            let [before, now] = [last.stores.len(), stores.len()];
+            info!(before, now, "the stores that share the keys are declared");
         }
 
         let generation = last.generation + 1;
@@ -94,7 +176,7 @@ impl Publisher {
         if self.left_out.swap(left_out, Relaxed) == 0 && left_out > 0 {
             warn!(left_out, max = ENDPOINTS_MAX, "too many endpoints: the last are left out");
         }
-        let snapshot = Arc::new(EndpointSnapshot { generation, endpoints });
+        let snapshot = Arc::new(EndpointSnapshot { generation, endpoints, stores });
         self.snapshots.send_replace(Arc::clone(&snapshot));
         for worker in &self.workers {
             worker.mailbox.deliver(Arc::clone(&snapshot));
@@ -119,6 +201,17 @@ pub async fn log_changes(mut snapshots: watch::Receiver<Arc<EndpointSnapshot>>) 
         logged = generation;
         sleep(LOG_PAUSE).await;
     }
+}
+
+/// The stores, with where they are among the endpoints.
+fn placed(stores: &[Declared], endpoints: &[Arc<Endpoint>]) -> Vec<Store> {
+    let at: HashMap<_, _> = endpoints.iter().enumerate().map(|(i, e)| (e.address, i)).collect();
+    let place = |store: &Declared| {
+        let endpoint = store.address.as_ref().ok().and_then(|address| at.get(address).copied());
+        let why = store.address.as_ref().err().and_then(Option::as_deref);
+        Store { name: store.name.as_str().into(), endpoint, why: why.map(Into::into) }
+    };
+    stores.iter().map(place).collect()
 }
 
 fn same(a: &[Arc<Endpoint>], b: &[Arc<Endpoint>]) -> bool {
@@ -173,6 +266,70 @@ mod tests {
         publisher.publish([Wanted::new("renamed", "10.0.0.2:1".parse().unwrap())]);
         let third = Arc::clone(&publisher.snapshots.borrow());
         assert!(!Arc::ptr_eq(&second.endpoints[0], &third.endpoints[0]));
+    }
+
+    #[test]
+    fn an_endpoint_that_comes_back_is_the_same_one() {
+        let publisher = publisher();
+        let latest = || Arc::clone(&publisher.snapshots.borrow());
+        publisher.publish(wanted(&["10.0.0.1:1", "10.0.0.2:1"]));
+        let held = Arc::clone(&latest().endpoints[1]);
+        let unheld = Arc::as_ptr(&latest().endpoints[0]);
+        let start = Instant::now();
+        publisher.publish_at([], &[], start);
+        // The last ones, who still hold a snapshot.
+        publisher.workers.iter().for_each(|worker| drop(worker.mailbox.take_snapshot()));
+        publisher.publish_at(wanted(&["10.0.0.3:1"]), &[], start + REMEMBERED_FOR / 2);
+        let later = start + REMEMBERED_FOR.mul_f64(0.9);
+        publisher.publish_at(wanted(&["10.0.0.2:1", "10.0.0.1:1"]), &[], later);
+        assert!(Arc::ptr_eq(&latest().endpoints[0], &held));
+        assert_eq!(Arc::as_ptr(&latest().endpoints[1]), unheld, "remembered for a while");
+
+        held.stats[0].connects.add(7);
+        publisher.publish_at([], &[], later);
+        publisher.workers.iter().for_each(|worker| drop(worker.mailbox.take_snapshot()));
+        publisher.publish_at([], &[], later + 2 * REMEMBERED_FOR);
+        publisher.publish_at(wanted(&["10.0.0.2:1"]), &[], later + 2 * REMEMBERED_FOR);
+        assert!(Arc::ptr_eq(&latest().endpoints[0], &held), "for as long as anybody holds it");
+        let known = publisher.known.lock().unwrap();
+        assert_eq!(known.0.len(), 1, "the others are forgotten: {known:?}");
+    }
+
+    #[test]
+    fn a_store_is_declared_whether_it_is_there_or_not() {
+        let publisher = publisher();
+        let latest = || Arc::clone(&publisher.snapshots.borrow());
+        let store = |name: &str, address: Option<&str>| Declared {
+            name: name.to_owned(),
+            address: address.map(|a| a.parse().unwrap()).ok_or(None),
+        };
+        let both = [store("a", Some("10.0.0.1:1")), store("b", Some("10.0.0.2:1"))];
+        publisher.publish_stores(wanted(&["10.0.0.2:1", "10.0.0.1:1"]), &both);
+        let at = |snapshot: &EndpointSnapshot| {
+            snapshot.stores.iter().map(|s| (s.name.to_string(), s.endpoint)).collect::<Vec<_>>()
+        };
+        let [a, b] = ["a", "b"].map(str::to_owned);
+        assert_eq!(at(&latest()), [(a.clone(), Some(1)), (b.clone(), Some(0))]);
+        let one = [store("a", None), store("b", Some("10.0.0.2:1"))];
+        publisher.publish_stores(wanted(&["10.0.0.2:1"]), &one);
+        assert_eq!(at(&latest()), [(a, None), (b, Some(0))]);
+        publisher.publish_stores(wanted(&["10.0.0.2:1"]), &one);
+        assert_eq!(latest().generation, 2);
+        publisher.publish_stores(wanted(&["10.0.0.2:1"]), &one[1..]);
+        assert_eq!(latest().generation, 3, "who is declared is part of the state");
+    }
+
+    #[test]
+    fn those_that_left_are_remembered_up_to_a_bound() {
+        let publisher = publisher();
+        for round in 0..4 * ENDPOINTS_MAX as u16 {
+            publisher.publish([Wanted::new("one", SocketAddr::from(([10, 0, 0, 1], round)))]);
+            publisher.workers.iter().for_each(|worker| drop(worker.mailbox.take_snapshot()));
+        }
+        let known = publisher.known.lock().unwrap();
+        assert!(known.0.len() <= 2 + ENDPOINTS_MAX, "{}", known.0.len());
+        let newest = known.0.iter().map(|(endpoint, _)| endpoint.address.port()).min();
+        assert!(newest.is_some_and(|port| port > 2 * ENDPOINTS_MAX as u16), "{newest:?}");
     }
 
     #[test]

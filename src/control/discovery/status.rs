@@ -65,6 +65,7 @@ pub struct Status {
     /// Milliseconds since the Unix epoch; 0 before the first.
     last_sync_ms: AtomicU64,
     trouble: Mutex<Option<String>>,
+    stores_trouble: Mutex<Option<String>>,
 }
 
 impl Status {
@@ -76,8 +77,26 @@ impl Status {
 
     /// Something went wrong. It is the reason shown until [`Status::clear_trouble`].
     pub fn on_error(&self, kind: ErrorKind, what: String) {
-        self.errors[kind as usize].fetch_add(1, Relaxed);
+        self.count(kind);
         self.set_trouble(what);
+    }
+
+    /// Something went wrong, and somebody else says what.
+    pub fn count(&self, kind: ErrorKind) {
+        self.errors[kind as usize].fetch_add(1, Relaxed);
+    }
+
+    /// Why it is not known which stores share the keys, if so. Says whether that is news.
+    pub fn set_stores_trouble(&self, what: Option<String>) -> bool {
+        let mut trouble = self.stores_trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        let news = *trouble != what;
+        *trouble = what;
+        news
+    }
+
+    /// Why it is not known which stores share the keys.
+    pub fn stores_trouble(&self) -> Option<String> {
+        self.stores_trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// There is a reason why endpoints may be missing.

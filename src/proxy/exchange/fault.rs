@@ -18,7 +18,7 @@ pub enum Fault {
     QueueFull,
     /// No connection became free in this time.
     QueueTimeout(Duration),
-    /// The endpoint that holds the key is out of use.
+    /// The store that holds the key is away or out of use.
     Unreachable,
     /// The backend did not answer in this time.
     Timeout(Duration),
@@ -50,7 +50,7 @@ impl fmt::Display for Fault {
             Self::TooLong(max) => write!(f, "request longer than {max} bytes"),
             Self::QueueFull => f.write_str("too many requests wait for a connection"),
             Self::QueueTimeout(limit) => write!(f, "no backend connection was free in {limit:?}"),
-            Self::Unreachable => f.write_str("the store that holds the key cannot be reached"),
+            Self::Unreachable => f.write_str("no store is available"),
             Self::Timeout(limit) => {
                 write!(f, "no answer in {limit:?}; the request may have taken effect")
             }
@@ -62,6 +62,17 @@ impl fmt::Display for Fault {
             }
         }
     }
+}
+
+/// Writes that a store is not available, and why if that is known. Returns its length.
+pub fn write_away(name: &str, why: Option<&str>, mut space: &mut [u8]) -> usize {
+    let before = space.len();
+    // It is far shorter than a buffer.
+    let _ = match why {
+        None => writeln!(space, "ERR store {name} is not available"),
+        Some(why) => writeln!(space, "ERR store {name} is not available: {why}"),
+    };
+    before - space.len()
 }
 
 /// Writes a fault as the protocol says it. Returns its length.

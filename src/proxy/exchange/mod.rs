@@ -26,7 +26,7 @@ mod sweep;
 
 use std::time::{Duration, Instant};
 
-pub use fault::{Fault, write_fault};
+pub use fault::{Fault, write_away, write_fault};
 pub use framing::Framing;
 pub use sweep::Sweep;
 

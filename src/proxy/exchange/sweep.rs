@@ -1,16 +1,19 @@
 //! A request that goes to every store.
 
-use std::io::Write;
+use std::io::{self, Write};
 
 use super::Fault;
 
 /// A request that goes to every store, one after the other, so that one at a time is stalled.
 #[derive(Debug)]
 pub struct Sweep {
-    /// The endpoint that is asked now.
-    pub endpoint: u16,
+    /// The number of the store that is asked now.
+    pub store: u16,
     stores: u32,
     failed: u32,
+    /// The names of stores that are not available, as many as fit, and how many others there are.
+    away: String,
+    unnamed: u32,
     answer: [u8; Self::ANSWER_MAX],
     len: usize,
     first_failure: Option<([u8; Self::ANSWER_MAX], usize)>,
@@ -20,12 +23,17 @@ impl Sweep {
     /// As much of an answer as is passed on.
     const ANSWER_MAX: usize = 128;
 
-    /// A sweep that begins at an endpoint.
-    pub fn new(endpoint: u16) -> Self {
+    /// As much of the names of stores is passed on.
+    const NAMES_MAX: usize = 4096;
+
+    /// A sweep that begins at the first store.
+    pub fn new() -> Self {
         Self {
-            endpoint,
+            store: 0,
             stores: 0,
             failed: 0,
+            away: String::new(),
+            unnamed: 0,
             answer: [0; Self::ANSWER_MAX],
             len: 0,
             first_failure: None,
@@ -63,22 +71,53 @@ impl Sweep {
         self.on_answered();
     }
 
+    /// The present store is not available.
+    pub fn on_away(&mut self, name: &str) {
+        self.stores += 1;
+        self.failed += 1;
+        self.len = 0;
+        if self.away.len() + name.len() > Self::NAMES_MAX {
+            self.unnamed += 1;
+            return;
+        }
+        if !self.away.is_empty() {
+            self.away.push_str(", ");
+        }
+        self.away.push_str(name);
+    }
+
     /// One answer for all stores. Returns its length.
     pub fn write_answer(&self, mut space: &mut [u8]) -> usize {
         let before = space.len();
         // It is far shorter than a buffer.
-        let _ = match &self.first_failure {
-            None => writeln!(space, "OK_COMPACTED"),
-            Some((text, len)) => {
-                let (failed, stores) = (self.failed, self.stores);
-                let text = String::from_utf8_lossy(&text[..*len]);
-                writeln!(
-                    space,
-                    "ERR_COMPACT {failed} of {stores} stores failed, the first with: {text}"
-                )
-            }
-        };
+        let _ = self.write(&mut space);
         before - space.len()
+    }
+}
+
+impl Sweep {
+    fn write(&self, space: &mut impl Write) -> io::Result<()> {
+        if self.failed == 0 {
+            return writeln!(space, "OK_COMPACTED");
+        }
+        write!(space, "ERR_COMPACT {} of {} stores failed", self.failed, self.stores)?;
+        if !self.away.is_empty() {
+            write!(space, ", not available: {}", self.away)?;
+        }
+        if self.unnamed > 0 {
+            write!(space, " and {} more", self.unnamed)?;
+        }
+        if let Some((text, len)) = &self.first_failure {
+            let which = if self.away.is_empty() { "the first" } else { "the first other" };
+            write!(space, ", {which} with: {}", String::from_utf8_lossy(&text[..*len]))?;
+        }
+        writeln!(space)
+    }
+}
+
+impl Default for Sweep {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
@@ -93,7 +132,7 @@ mod tests {
             let len = sweep.write_answer(&mut space);
             String::from_utf8(space[..len].to_vec()).unwrap()
         };
-        let mut sweep = Sweep::new(0);
+        let mut sweep = Sweep::new();
         sweep.on_reply(b"OK_COMP");
         sweep.on_reply(b"ACTED\n");
         sweep.on_answered();
@@ -105,5 +144,20 @@ mod tests {
             text(&sweep),
             "ERR_COMPACT 2 of 3 stores failed, the first with: ERR_COMPACT disk full\n"
         );
+        sweep.on_away("store-3");
+        sweep.on_away("store-4");
+        assert_eq!(
+            text(&sweep),
+            "ERR_COMPACT 4 of 5 stores failed, not available: store-3, store-4, the first other \
+             with: ERR_COMPACT disk full\n"
+        );
+        let mut sweep = Sweep::new();
+        (0..1000).for_each(|i| sweep.on_away(&format!("a-store-with-a-name-{i}")));
+        let answer = {
+            let mut space = [0; 16384];
+            let len = sweep.write_answer(&mut space);
+            String::from_utf8(space[..len].to_vec()).unwrap()
+        };
+        assert!(answer.ends_with(" more\n") && answer.len() < 6000, "{answer}");
     }
 }

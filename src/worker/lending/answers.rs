@@ -1,8 +1,10 @@
 //! From a connection to an answer, or to an error in its place.
 
+use std::sync::Arc;
+
 use crate::config::{PoolMode, Protocol};
 use crate::io::{Buf, Close, Driver};
-use crate::proxy::exchange::{Fault, Reply, write_fault};
+use crate::proxy::exchange::{Fault, Reply, write_away, write_fault};
 use crate::slab::Key;
 use crate::telemetry::{CloseReason, Discard, Outcome, Retry};
 use crate::worker::engine::Engine;
@@ -93,7 +95,7 @@ impl<D: Driver> Engine<D> {
         let loan = self.clients.get(key).and_then(|client| client.loan);
         let entry = loan.and_then(|loan| self.table.get_mut(loan.endpoint));
         let aged = loan.and_then(|loan| loan.retire_at).is_some_and(|at| at <= self.now);
-        aged || entry.is_some_and(|entry| !entry.is_present())
+        aged || entry.is_some_and(|entry| entry.is_gone())
     }
 
     pub(in crate::worker) fn on_answered(&mut self, key: Key, keeps_alive: bool) {
@@ -120,8 +122,8 @@ impl<D: Driver> Engine<D> {
     pub(in crate::worker) fn next_store(&mut self, key: Key) {
         let Some(client) = self.clients.get_mut(key) else { return };
         let Some(sweep) = &mut client.sweep else { return };
-        if let Some(next) = self.table.present_from(sweep.endpoint + 1) {
-            sweep.endpoint = next;
+        if self.table.store(sweep.store + 1).is_some() {
+            sweep.store += 1;
             client.on_next_store(self.now);
             return self.mark_due(key);
         }
@@ -150,9 +152,15 @@ impl<D: Driver> Engine<D> {
             let why = if slow_client { Discard::Abandoned } else { Discard::Timeout };
             self.drop_loan(key, why);
         }
+        let store = self.store_of(key).map(|store| Arc::clone(&store.name));
         let Some(client) = self.clients.get_mut(key) else { return };
         if let Some(sweep) = &mut client.sweep {
-            sweep.on_failed(fault);
+            match store {
+                Some(store) if matches!(fault, Fault::Unreachable | Fault::QueueTimeout(_)) => {
+                    sweep.on_away(&store);
+                }
+                _ => sweep.on_failed(fault),
+            }
             return self.next_store(key);
         }
         if cut_off {
@@ -173,6 +181,15 @@ impl<D: Driver> Engine<D> {
     }
 
     pub(in crate::worker) fn tell(&mut self, key: Key, fault: Fault) {
+        // That no connection came in time is mostly the same, found out more slowly.
+        if matches!(fault, Fault::Unreachable | Fault::QueueTimeout(_))
+            && let Some(store) = self.store_of(key)
+        {
+            let (name, why) = (Arc::clone(&store.name), store.why.clone());
+            let late = (fault != Fault::Unreachable).then(|| fault.to_string());
+            let why = late.as_deref().or(why.as_deref());
+            return self.say(key, |space| write_away(&name, why, space));
+        }
         let protocol = self.config.protocol;
         self.say(key, |space| write_fault(protocol, fault, space));
     }

@@ -6,14 +6,25 @@ use std::time::Duration;
 use crate::config::{Balance, Locality, Route};
 use crate::io::Driver;
 use crate::proxy::Side;
-use crate::proxy::balance::Having;
-use crate::proxy::exchange::{Client, Fault, Request, Sweep};
+use crate::proxy::balance::{Having, Store};
+use crate::proxy::exchange::{Client, Fault, Request};
 use crate::proxy::queue::Line;
 use crate::proxy::session::{Session, Tried};
 use crate::slab::Key;
 use crate::telemetry::{Checkout, CloseReason, Discard, Outcome, Spillover, Verb};
 use crate::worker::engine::{Engine, Owner};
 use crate::worker::pools::why_not_lent;
+
+/// Where a request has to go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::worker) enum Destination {
+    /// To whichever endpoint.
+    Any,
+    /// To this one only.
+    Endpoint(u16),
+    /// To a store that is not there.
+    Away,
+}
 
 impl<D: Driver> Engine<D> {
     /// Sends a client's request, or has it wait.
@@ -27,8 +38,10 @@ impl<D: Driver> Engine<D> {
             }
         }
         match self.destination(key, &request) {
-            Some(endpoint) => self.place_at(key, endpoint),
-            None => self.place_anywhere(key),
+            Destination::Endpoint(endpoint) => self.place_at(key, endpoint),
+            Destination::Any => self.place_anywhere(key),
+            // It has no other home, and may be away for long.
+            Destination::Away => self.give_up(key, Fault::Unreachable),
         }
     }
 
@@ -41,25 +54,42 @@ impl<D: Driver> Engine<D> {
         why_not_lent(self.driver.unheard(loan.conn)).or(early.then_some(Discard::Unexpected))
     }
 
-    /// The one endpoint that a request has to go to, if there is only one.
-    pub(in crate::worker) fn destination(&mut self, key: Key, request: &Request) -> Option<u16> {
+    /// Where a request has to go.
+    pub(in crate::worker) fn destination(&mut self, key: Key, request: &Request) -> Destination {
         if self.config.requests.route == Route::Key {
-            if request.verb == Verb::Compact {
-                let first = self.table.present_from(0)?;
-                let client = self.clients.get_mut(key)?;
-                let sweep = client.sweep.get_or_insert_with(|| Box::new(Sweep::new(first)));
-                return Some(sweep.endpoint);
-            }
-            if let Some(hash) = request.key {
-                return self.table.owner(hash);
-            }
-        } else if self.config.balance == Balance::SourceHash {
-            let tried = self.clients.get(key)?.tried();
+            let Some(store) = self.store_for(key, request) else { return Destination::Any };
+            let endpoint = self.table.store(store).and_then(|store| store.endpoint);
+            return endpoint.map_or(Destination::Away, Destination::Endpoint);
+        }
+        if self.config.balance == Balance::SourceHash
+            && let Some(tried) = self.clients.get(key).map(Client::tried)
+        {
             let source = self.source(key);
             // The same one as long as it is usable.
-            return self.table.choose(&tried, source, &mut self.rng);
+            let chosen = self.table.choose(&tried, source, &mut self.rng);
+            return chosen.map_or(Destination::Any, Destination::Endpoint);
         }
-        None
+        Destination::Any
+    }
+
+    /// The number of the store that a request has to go to; of one to all stores, that of the store
+    /// whose turn it is. One that does not exist where no store is declared.
+    fn store_for(&mut self, key: Key, request: &Request) -> Option<u16> {
+        if request.verb == Verb::Compact {
+            let client = self.clients.get_mut(key)?;
+            return Some(client.sweep.get_or_insert_with(Box::default).store);
+        }
+        request.key.map(|hash| self.table.owner(hash).unwrap_or(u16::MAX))
+    }
+
+    /// The store that a client's request is for.
+    pub(in crate::worker) fn store_of(&self, key: Key) -> Option<&Store> {
+        let client = self.clients.get(key)?;
+        let number = match &client.sweep {
+            Some(sweep) => sweep.store,
+            None => self.table.owner(client.request()?.key?)?,
+        };
+        self.table.store(number)
     }
 
     pub(in crate::worker) fn source(&self, key: Key) -> Option<IpAddr> {

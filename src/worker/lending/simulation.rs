@@ -138,9 +138,9 @@ impl Lending {
         answered
     }
 
-    /// No write is made twice, and keys go to their owner.
+    /// No write is made twice, and keys go to their owner, whoever else is there.
     fn check_requests(&mut self) {
-        let by_key = self.run.engine.config.requests.route == Route::Key && self.steady;
+        let by_key = self.run.engine.config.requests.route == Route::Key;
         let names: Vec<_> =
             self.run.endpoints.iter().map(|e| StableHash::of(e.name.as_bytes())).collect();
         let mut heard: HashMap<&str, usize> = HashMap::new();

@@ -22,6 +22,8 @@ pub struct Faults(Arc<Store>);
 #[derive(Default)]
 struct Wrong {
     forbidden: bool,
+    /// Objects of this kind are.
+    hidden: Option<&'static str>,
     /// An answer for each request of the proxy: its status code.
     answer: Option<u16>,
     /// Streaming lists are not known, as before 1.32.
@@ -52,6 +54,11 @@ struct Store {
 impl Faults {
     pub fn set_forbidden(&self, forbidden: bool) {
         self.change(|state| state.wrong.forbidden = forbidden);
+    }
+
+    /// Forbids the proxy objects of one kind, such as `pods`, or of none.
+    pub fn hide(&self, kind: Option<&'static str>) {
+        self.change(|state| state.wrong.hidden = kind);
     }
 
     /// Makes each request of the proxy fail with this status, or no longer.
@@ -232,7 +239,8 @@ fn refusal(request: &Request, store: &Store) -> Option<(u16, String)> {
     if request.token != proxy {
         return Some((401, "Unauthorized".to_owned()));
     }
-    if state.wrong.forbidden {
+    if state.wrong.forbidden || state.wrong.hidden.is_some_and(|kind| request.path.ends_with(kind))
+    {
         let verb = if request.query.contains_key("watch") { "watch" } else { "list" };
         let message = format!("User \"proxy\" cannot {verb} {}", request.path);
         return Some((403, message));
@@ -369,6 +377,8 @@ fn watch(stream: &mut Tls, request: &Request, store: &Store) -> std::io::Result<
 fn bookmark(request: &Request, version: u64, annotations: Value) -> Value {
     let (kind, api) = if request.path.ends_with("pods") {
         ("Pod", "v1")
+    } else if request.path.ends_with("statefulsets") {
+        ("StatefulSet", "apps/v1")
     } else {
         ("EndpointSlice", "discovery.k8s.io/v1")
     };

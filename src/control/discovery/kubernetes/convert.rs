@@ -1,13 +1,16 @@
 //! Kubernetes objects → endpoints: pure, and the only judge of what may be connected to.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroUsize;
 
+use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 
 use crate::config::{KubePort, Locality};
-use crate::control::discovery::Wanted;
+use crate::control::discovery::{Declared, Wanted};
+use crate::limits::ENDPOINTS_MAX;
 
 /// The label that topology controllers put on nodes, and from 1.35 on also on pods.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
@@ -23,6 +26,8 @@ pub struct Rules {
     pub node: Option<String>,
     /// The own zone.
     pub zone: Option<String>,
+    /// Whether the names of all pods are of interest.
+    pub by_key: bool,
 }
 
 /// What one object says of one endpoint; all that is kept of it in memory.
@@ -40,6 +45,8 @@ pub struct Candidate {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Said {
     candidates: Vec<Candidate>,
+    /// The names of all pods, those that do not serve included, where keys say where requests go.
+    pods: Vec<String>,
     /// Why endpoints are left out though they serve.
     trouble: Option<String>,
 }
@@ -55,18 +62,22 @@ pub fn slice(slice: &EndpointSlice, rules: &Rules) -> Said {
         let number = port.port.and_then(|number| u16::try_from(number).ok())?;
         tcp.then(|| (port.name.as_deref().unwrap_or(""), number))
     });
+    let pods = slice.endpoints.iter().filter(|_| rules.by_key).map(|endpoint| {
+        let target = endpoint.target_ref.as_ref().and_then(|target| target.name.as_ref());
+        let name = target.or(endpoint.hostname.as_ref()).or(endpoint.addresses.first());
+        name.cloned().unwrap_or_default()
+    });
+    let pods = pods.collect();
     let port = match choose_port(rules.port.as_ref(), ports) {
         Ok(port) => port,
         Err(why) => {
             let serving = slice.endpoints.iter().any(is_serving);
-            return Said { candidates: Vec::new(), trouble: serving.then_some(why) };
+            return Said { candidates: Vec::new(), pods, trouble: serving.then_some(why) };
         }
     };
     let candidates = slice.endpoints.iter().filter(|endpoint| is_serving(endpoint));
-    Said {
-        candidates: candidates.filter_map(|e| candidate(e, port, rules)).collect(),
-        trouble: None,
-    }
+    let candidates = candidates.filter_map(|e| candidate(e, port, rules)).collect();
+    Said { candidates, pods, trouble: None }
 }
 
 fn is_serving(endpoint: &Endpoint) -> bool {
@@ -106,6 +117,11 @@ fn candidate(endpoint: &Endpoint, port: u16, rules: &Rules) -> Option<Candidate>
 
 /// Reads a pod.
 pub fn pod(pod: &Pod, rules: &Rules) -> Said {
+    let pods = pod.metadata.name.iter().filter(|_| rules.by_key).cloned().collect();
+    Said { pods, ..pod_serving(pod, rules) }
+}
+
+fn pod_serving(pod: &Pod, rules: &Rules) -> Said {
     let Some(status) = &pod.status else { return Said::default() };
     let ready =
         status.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True");
@@ -124,7 +140,7 @@ pub fn pod(pod: &Pod, rules: &Rules) -> Said {
     });
     let port = match choose_port(rules.port.as_ref(), ports) {
         Ok(port) => port,
-        Err(why) => return Said { candidates: Vec::new(), trouble: Some(why) },
+        Err(why) => return Said { trouble: Some(why), ..Said::default() },
     };
     let address = SocketAddr::new(ip, port);
     let node = spec.and_then(|spec| spec.node_name.as_ref());
@@ -141,7 +157,7 @@ pub fn pod(pod: &Pod, rules: &Rules) -> Said {
         terminating: pod.metadata.deletion_timestamp.is_some(),
         near,
     };
-    Said { candidates: vec![candidate], trouble: None }
+    Said { candidates: vec![candidate], ..Said::default() }
 }
 
 /// The port that is meant, or why there is none.
@@ -195,6 +211,121 @@ pub fn union<'a>(all: impl Iterator<Item = &'a Said>) -> (Vec<Wanted>, Option<St
     (wanted, trouble.cloned())
 }
 
+/// What is known of a `StatefulSet`: which ordinals its pods have, and its governing Service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ordinals {
+    first: i32,
+    count: i32,
+    service: Option<String>,
+}
+
+/// Reads a `StatefulSet`. What is declared counts, whatever of it is there.
+pub fn ordinals(set: &StatefulSet) -> Ordinals {
+    let spec = set.spec.as_ref();
+    Ordinals {
+        first: spec.and_then(|spec| spec.ordinals.as_ref()?.start).unwrap_or(0).max(0),
+        count: spec.and_then(|spec| spec.replicas).unwrap_or(1).max(0),
+        service: spec.and_then(|spec| spec.service_name.clone()),
+    }
+}
+
+/// The name of the `StatefulSet` that a pod of this name would belong to.
+fn set_of(pod: &str) -> Option<&str> {
+    let (set, ordinal) = pod.rsplit_once('-')?;
+    let canonical = ordinal == "0" || !ordinal.starts_with('0');
+    (canonical && ordinal.parse::<u32>().is_ok()).then_some(set)
+}
+
+/// All stores that share the keys.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Membership {
+    /// The `StatefulSet` that they are of.
+    pub set: String,
+    /// The names of its pods.
+    pub names: Vec<String>,
+}
+
+/// All stores: the ordinals of the one `StatefulSet` that the pods are of, as many as `count` says, or
+/// else as `sets` say. It is the `last` one where no pod is there, or the one that `service` governs.
+///
+/// # Errors
+/// Why they are not known, and what to do about it.
+pub fn stores<'a>(
+    all: impl Iterator<Item = &'a Said>,
+    last: Option<&str>,
+    count: Option<NonZeroUsize>,
+    sets: Result<&HashMap<String, Ordinals>, &str>,
+    service: Option<&str>,
+) -> Result<Membership, String> {
+    let mut names = BTreeSet::new();
+    for pod in all.flat_map(|said| &said.pods) {
+        names.insert(set_of(pod).ok_or_else(|| {
+            format!(
+                "pod {pod:?} is not of a StatefulSet, so nobody can say whose keys it holds: \
+                 AEGIS_ROUTE=key needs a StatefulSet, AEGIS_ROUTE=balance does not"
+            )
+        })?);
+    }
+    if names.len() > 1 {
+        let names: Vec<_> = names.into_iter().collect();
+        let names = names.join(", ");
+        return Err(format!(
+            "the pods are of several StatefulSets ({names}): AEGIS_KUBE_SERVICE or \
+             AEGIS_KUBE_SELECTOR has to name those of one"
+        ));
+    }
+    let seen = names.first().copied().or(last);
+    let unseen = || "no pod has been seen yet, whose name would tell its StatefulSet".to_owned();
+    if let Some(count) = count {
+        return Ok(Membership::new(seen.ok_or_else(unseen)?, 0, count.get()));
+    }
+    let sets = sets.map_err(str::to_owned)?;
+    let governed = sets.iter().filter(|(_, set)| set.service.as_deref() == service);
+    let (name, set) = match (seen, &governed.collect::<Vec<_>>()[..]) {
+        (Some(name), _) => sets.get_key_value(name).ok_or_else(|| {
+            format!(
+                "there is no StatefulSet {name:?} whose replicas would tell how many stores there \
+                 are: AEGIS_KUBE_STORES can say it"
+            )
+        })?,
+        (None, &[governed]) if service.is_some() => governed,
+        (None, _) => return Err(unseen()),
+    };
+    let count = usize::try_from(set.count).unwrap_or(0);
+    if count > ENDPOINTS_MAX {
+        return Err(format!(
+            "StatefulSet {name:?} has {count} replicas, and {ENDPOINTS_MAX} at most can be served"
+        ));
+    }
+    Ok(Membership::new(name, set.first, count))
+}
+
+impl Membership {
+    fn new(set: &str, first: i32, count: usize) -> Self {
+        let names = (first..).take(count).map(|ordinal| format!("{set}-{ordinal}")).collect();
+        Self { set: set.to_owned(), names }
+    }
+}
+
+/// The stores of these names, with where they are.
+pub fn declare(stores: &[String], wanted: &[Wanted]) -> Vec<Declared> {
+    let place = |name: &String| {
+        let mut found = wanted.iter().filter(|wanted| wanted.name == *name);
+        // Of a pod that was replaced, or whose address another one has by now, a slice may not know
+        // yet.
+        let one = match (found.next(), found.next()) {
+            (None, _) => return Err(None),
+            (Some(one), None) => one,
+            (Some(_), Some(_)) => return Err(Some("two pods have its name".to_owned())),
+        };
+        match wanted.iter().find(|other| other.address == one.address && other.name != one.name) {
+            None => Ok(one.address),
+            Some(other) => Err(Some(format!("its address is also that of {}", other.name))),
+        }
+    };
+    stores.iter().map(|name| Declared { name: name.clone(), address: place(name) }).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
@@ -202,7 +333,7 @@ mod tests {
     use super::*;
 
     fn rules() -> Rules {
-        Rules { port: None, locality: Locality::Off, node: None, zone: None }
+        Rules { port: None, locality: Locality::Off, node: None, zone: None, by_key: true }
     }
 
     fn named(port: &str) -> Rules {
@@ -336,11 +467,98 @@ mod tests {
             (Locality::Off, true, &[]),
         ] {
             let own = |name: &str| own.then(|| name.to_owned());
-            let rules = Rules { port: None, locality, node: own("n1"), zone: own("z1") };
+            let rules = Rules { locality, node: own("n1"), zone: own("z1"), ..rules() };
             let (wanted, _) = union([&slice(&slice_, &rules)].into_iter());
             let found: Vec<_> = wanted.iter().filter(|w| w.near).map(|w| &w.name[..]).collect();
             assert_eq!(found, near, "{locality:?}");
         }
+    }
+
+    fn set(replicas: Value, start: i32, service: &str) -> Ordinals {
+        let spec = json!({
+            "replicas": replicas, "ordinals": {"start": start}, "serviceName": service,
+            "selector": {}, "template": {},
+        });
+        ordinals(&serde_json::from_value(json!({"metadata": {}, "spec": spec})).unwrap())
+    }
+
+    #[test]
+    fn stores_are_the_ordinals_of_a_stateful_set_whoever_is_there() {
+        let sets = [
+            ("chronos", set(json!(3), 0, "db")),
+            ("other", set(json!(null), 5, "others")),
+            ("none", set(json!(0), 0, "db")),
+            ("many", set(json!(5000), 0, "many")),
+        ];
+        let sets: HashMap<_, _> = sets.map(|(name, set)| (name.to_owned(), set)).into();
+        let away = json!({"ready": false, "serving": false});
+        let seen = |pods: &[&str]| {
+            let pods: Vec<_> =
+                pods.iter().map(|pod| endpoint("10.0.0.1", pod, away.clone())).collect();
+            slice(&slice_of("IPv4", one_port(), json!(pods)), &rules())
+        };
+        let found = |pods: &[&str], count: Option<usize>, service| {
+            let count = count.and_then(NonZeroUsize::new);
+            stores([seen(pods)].iter(), None, count, Ok(&sets), service).map(|found| found.names)
+        };
+        let three = ["chronos-0", "chronos-1", "chronos-2"].map(str::to_owned).to_vec();
+        assert_eq!(found(&["chronos-1"], None, None), Ok(three.clone()), "one that is not ready");
+        assert_eq!(
+            found(&["chronos-7", "chronos-0"], None, None),
+            Ok(three.clone()),
+            "scaled down"
+        );
+        assert_eq!(
+            found(&["other-5"], None, None),
+            Ok(vec!["other-5".to_owned()]),
+            "ordinals.start"
+        );
+        assert_eq!(found(&["none-0"], None, None), Ok(Vec::new()));
+        assert_eq!(found(&["chronos-1"], Some(2), None), Ok(three[..2].to_vec()), "as configured");
+        assert_eq!(found(&["any-thing-3"], Some(1), None), Ok(vec!["any-thing-0".to_owned()]));
+        assert_eq!(
+            found(&[], None, Some("others")),
+            Ok(vec!["other-5".to_owned()]),
+            "by its Service"
+        );
+
+        for (pods, count, part) in [
+            (&["web-5d8f7c9b-x2x4z"][..], Some(3), "is not of a StatefulSet"),
+            (&["web-5d8f7c9b-00123"], Some(3), "is not of a StatefulSet"),
+            (&["web-5d8f7c9b-24567"], None, "no StatefulSet \"web-5d8f7c9b\""),
+            (&["chronos-0", "other-5"], Some(3), "several StatefulSets (chronos, other)"),
+            (&[], Some(3), "no pod has been seen yet"),
+            (&[], None, "no pod has been seen yet"),
+            (&["many-0"], None, "1024 at most"),
+        ] {
+            let why = found(pods, count, Some("db")).unwrap_err();
+            assert!(why.contains(part), "{pods:?}: {why}");
+        }
+        let unread = stores([seen(&["chronos-0"])].iter(), None, None, Err("forbidden"), None);
+        assert_eq!(unread, Err("forbidden".to_owned()));
+        for count in [None, NonZeroUsize::new(3)] {
+            let last = stores([].iter(), Some("chronos"), count, Ok(&sets), None).unwrap();
+            assert_eq!(last.names, three, "none of its pods is there now");
+        }
+    }
+
+    #[test]
+    fn a_store_is_where_the_one_pod_of_its_name_serves() {
+        let names = ["a-0", "a-1", "a-2", "a-3"].map(str::to_owned);
+        let at = |name, address: &str| Wanted::new(name, address.parse().unwrap());
+        let wanted = [
+            at("a-0", "10.0.0.1:1"),
+            at("a-2", "10.0.0.2:1"),
+            at("a-2", "10.0.0.3:1"),
+            at("a-9", "10.0.0.4:1"),
+            at("a-3", "10.0.0.5:1"),
+            at("a-4", "10.0.0.5:1"),
+        ];
+        let places: Vec<_> =
+            declare(&names, &wanted).into_iter().map(|store| store.address).collect();
+        let twice = Err(Some("two pods have its name".to_owned()));
+        let shared = Err(Some("its address is also that of a-4".to_owned()));
+        assert_eq!(places, [Ok("10.0.0.1:1".parse().unwrap()), Err(None), twice, shared]);
     }
 
     #[test]

@@ -10,20 +10,23 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::{self, Either};
 use futures_util::{Stream, TryStreamExt};
 use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::runtime::watcher::{self, Event};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tracing::{debug, info, warn};
 
 use super::Publisher;
 use super::status::{ErrorKind, Status};
-use crate::config::{Config, Locality};
-use convert::{Rules, Said};
+use crate::config::{Config, KubeConfig, Locality, Route};
+use convert::{Membership, Ordinals, Rules, Said};
 
 /// Changes that come within this time of the first make one snapshot.
 const DEBOUNCE: Duration = Duration::from_millis(3);
@@ -39,7 +42,7 @@ const BACKOFF_MAX: Duration = Duration::from_secs(10);
 /// The label that ties a slice to its Service.
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 
-/// A kind of object that names endpoints.
+/// A kind of object that says something of endpoints.
 trait Source:
     Resource<DynamicType = (), Scope = NamespaceResourceScope>
     + Clone
@@ -48,20 +51,54 @@ trait Source:
     + Send
     + 'static
 {
-    fn read(&self, rules: &Rules) -> Said;
+    /// What is kept of it.
+    type Said: PartialEq + Send;
+
+    /// The selector of those that matter.
+    fn labels(kube: &KubeConfig) -> String;
+
+    fn read(&self, rules: &Rules) -> Self::Said;
 }
 
 impl Source for EndpointSlice {
+    type Said = Said;
+
+    fn labels(kube: &KubeConfig) -> String {
+        let service = kube.service.as_ref().map(|service| service.name.as_str());
+        format!("{SERVICE_LABEL}={}", service.unwrap_or_default())
+    }
+
     fn read(&self, rules: &Rules) -> Said {
         convert::slice(self, rules)
     }
 }
 
 impl Source for Pod {
+    type Said = Said;
+
+    fn labels(kube: &KubeConfig) -> String {
+        kube.selector.clone().unwrap_or_default()
+    }
+
     fn read(&self, rules: &Rules) -> Said {
         convert::pod(self, rules)
     }
 }
+
+impl Source for StatefulSet {
+    type Said = Ordinals;
+
+    fn labels(_: &KubeConfig) -> String {
+        String::new()
+    }
+
+    fn read(&self, _: &Rules) -> Ordinals {
+        convert::ordinals(self)
+    }
+}
+
+/// All `StatefulSets` of the namespace, or why they are not known.
+type Sets = Result<HashMap<String, Ordinals>, String>;
 
 /// The Kubernetes API as a source of endpoints.
 #[derive(Debug)]
@@ -84,26 +121,91 @@ impl Kubernetes {
             }
             _ => {}
         }
-        let rules = Rules { port: config.kube.port.clone(), locality: config.locality, node, zone };
+        let (port, locality) = (config.kube.port.clone(), config.locality);
+        let by_key = config.requests.route == Route::Key;
+        let rules = Rules { port, locality, node, zone, by_key };
         Self { config, status, rules }
     }
 
     /// Keeps the endpoints published, for ever.
     pub async fn run(self, publisher: Publisher) {
-        if self.config.kube.selector.is_some() {
-            self.follow::<Pod>(&publisher).await;
+        let unread = "the StatefulSets have not been read yet".to_owned();
+        let (sender, sets) = watch::channel::<Sets>(Err(unread));
+        let reads_sets = self.rules.by_key && self.config.kube.stores.is_none();
+        let mut stores = Stores { source: &self, sets: sets.clone(), known: None };
+        let mut known = Known::new(Arc::clone(&self.status), |objects, complete| {
+            self.publish(&publisher, &mut stores, objects, complete);
+        });
+        known.also = reads_sets.then_some(sets);
+        let endpoints = async {
+            if self.config.kube.selector.is_some() {
+                self.follow::<Pod>(known).await;
+            } else {
+                self.follow::<EndpointSlice>(known).await;
+            }
+        };
+        if reads_sets {
+            future::join(endpoints, self.follow_sets(&sender)).await;
         } else {
-            self.follow::<EndpointSlice>(&publisher).await;
+            endpoints.await;
         }
     }
 
-    async fn follow<K: Source>(&self, publisher: &Publisher) {
-        let mut known = Known::new(publisher, &self.status);
+    /// Keeps all `StatefulSets` known.
+    async fn follow_sets(&self, sets: &watch::Sender<Sets>) {
+        // That this watch fares well says nothing of the other one.
+        let mut known = Known::new(Arc::default(), |objects: &HashMap<_, _>, complete| {
+            if complete {
+                sets.send_modify(|sets| *sets = Ok(objects.clone()));
+            }
+        });
+        known.explain = Box::new(|trouble| {
+            self.status.count(trouble.kind);
+            sets.send_if_modified(|sets| {
+                // Once they were read, they stay what they were.
+                let news = sets.as_ref().is_err_and(|why| *why != trouble.what);
+                if news {
+                    *sets = Err(trouble.what.clone());
+                }
+                news
+            });
+        });
+        self.follow::<StatefulSet>(known).await;
+    }
+
+    /// Publishes what the objects say.
+    fn publish(
+        &self,
+        publisher: &Publisher,
+        stores: &mut Stores<'_>,
+        objects: &HashMap<String, Said>,
+        complete: bool,
+    ) {
+        let (wanted, trouble) = convert::union(objects.values());
+        if let Some(trouble) = trouble {
+            if self.status.trouble().as_ref() != Some(&trouble) {
+                warn!("endpoints are left out: {trouble}");
+            }
+            self.status.set_trouble(trouble);
+        }
+        if !self.rules.by_key {
+            if !complete {
+                warn!("the Kubernetes API has not answered yet: going on without endpoints");
+            }
+            return publisher.publish(wanted);
+        }
+        // Without knowing who shares the keys nobody can be served.
+        if let Some(names) = stores.read(objects) {
+            publisher.publish_stores(wanted.iter().cloned(), &convert::declare(names, &wanted));
+        }
+    }
+
+    async fn follow<K: Source>(&self, mut known: Known<'_, K::Said>) {
         let mut backoff = Backoff::default();
         let mut streaming = true;
         loop {
-            let connected =
-                client::connect(self.config.kube.watch_timeout, Arc::clone(&self.status)).await;
+            let status = Arc::clone(&known.status);
+            let connected = client::connect(self.config.kube.watch_timeout, status).await;
             let trouble = match connected {
                 Ok((client, own_namespace)) => {
                     let namespace = self.namespace(&own_namespace);
@@ -112,7 +214,7 @@ impl Kubernetes {
                 }
                 Err(error) => client::client(&error, "reach", "", ""),
             };
-            self.report(&trouble, &backoff);
+            known.report(&trouble, &backoff);
             let wait = backoff.next().max(trouble.wait);
             known.wait_for(sleep(wait)).await;
         }
@@ -128,16 +230,12 @@ impl Kubernetes {
     async fn watch<K: Source>(
         &self,
         (client, namespace): (Client, &str),
-        known: &mut Known<'_>,
+        known: &mut Known<'_, K::Said>,
         backoff: &mut Backoff,
         streaming: &mut bool,
     ) -> client::Trouble {
         let kube = &self.config.kube;
-        let labels = match (&kube.selector, &kube.service) {
-            (Some(selector), _) => selector.clone(),
-            (None, Some(service)) => format!("{SERVICE_LABEL}={}", service.name),
-            (None, None) => String::new(),
-        };
+        let labels = K::labels(kube);
         let resource = match &K::group(&())[..] {
             "" => K::plural(&()).into_owned(),
             group => format!("{}.{group}", K::plural(&())),
@@ -163,7 +261,7 @@ impl Kubernetes {
                 if trouble.kind == ErrorKind::Unauthorized {
                     break Some(trouble);
                 }
-                self.report(&trouble, backoff);
+                known.report(&trouble, backoff);
                 let wait = backoff.next().max(trouble.wait);
                 known.wait_for(sleep(wait)).await;
             };
@@ -177,7 +275,7 @@ impl Kubernetes {
     async fn step<K: Source>(
         &self,
         events: &mut (impl Stream<Item = watcher::Result<Event<K>>> + Unpin),
-        known: &mut Known<'_>,
+        known: &mut Known<'_, K::Said>,
         backoff: &mut Backoff,
     ) -> watcher::Result<()> {
         let event = known.wait_for(events.try_next()).await?;
@@ -202,32 +300,68 @@ impl Kubernetes {
         }
         Ok(())
     }
+}
 
-    fn report(&self, trouble: &client::Trouble, backoff: &Backoff) {
-        // The same trouble again is no news.
-        if backoff.failures == 0 || self.status.trouble().as_ref() != Some(&trouble.what) {
-            warn!(kind = ?trouble.kind, "{}; keeping the endpoints that are known", trouble.what);
+/// Which stores share the keys.
+struct Stores<'a> {
+    source: &'a Kubernetes,
+    sets: watch::Receiver<Sets>,
+    known: Option<Membership>,
+}
+
+impl Stores<'_> {
+    /// The names of all of them: the last that were known, if they are not known now.
+    fn read(&mut self, objects: &HashMap<String, Said>) -> Option<&[String]> {
+        let kube = &self.source.config.kube;
+        let sets = self.sets.borrow_and_update();
+        let sets = sets.as_ref().map_err(String::as_str);
+        let service = kube.service.as_ref().map(|service| service.name.as_str());
+        let last = self.known.as_ref().map(|known| known.set.as_str());
+        let found = convert::stores(objects.values(), last, kube.stores, sets, service);
+        let why = match found {
+            Ok(found) => {
+                self.known = Some(found);
+                None
+            }
+            Err(why) => Some(why),
+        };
+        if self.source.status.set_stores_trouble(why.clone())
+            && let Some(why) = why
+        {
+            warn!("which stores share the keys is not known: {why}");
         }
-        self.status.on_error(trouble.kind, trouble.what.clone());
+        self.known.as_ref().map(|known| &known.names[..])
     }
 }
 
+/// Does something with all that is known: whether any list was complete comes with it.
+type Publish<'a, T> = Box<dyn FnMut(&HashMap<String, T>, bool) + Send + 'a>;
+
 /// What is known of the objects, and when it is to be published.
-struct Known<'a> {
-    publisher: &'a Publisher,
-    status: &'a Status,
-    objects: HashMap<String, Said>,
+struct Known<'a, T> {
+    publish: Publish<'a, T>,
+    /// Is told what goes wrong.
+    explain: Box<dyn Fn(&client::Trouble) + Send + 'a>,
+    /// What else what is published depends on.
+    also: Option<watch::Receiver<Sets>>,
+    status: Arc<Status>,
+    objects: HashMap<String, T>,
     /// A list that is not complete yet.
-    listed: Option<HashMap<String, Said>>,
+    listed: Option<HashMap<String, T>>,
     /// Whether any list was complete: before, an empty set is only ignorance.
     complete: bool,
     publish_at: Option<Instant>,
 }
 
-impl<'a> Known<'a> {
-    fn new(publisher: &'a Publisher, status: &'a Status) -> Self {
+impl<'a, T: PartialEq> Known<'a, T> {
+    fn new(
+        status: Arc<Status>,
+        publish: impl FnMut(&HashMap<String, T>, bool) + Send + 'a,
+    ) -> Self {
         Self {
-            publisher,
+            publish: Box::new(publish),
+            explain: Box::new(|_| {}),
+            also: None,
             status,
             objects: HashMap::new(),
             listed: None,
@@ -236,11 +370,20 @@ impl<'a> Known<'a> {
         }
     }
 
+    fn report(&self, trouble: &client::Trouble, backoff: &Backoff) {
+        // The same trouble again is no news.
+        if backoff.failures == 0 || self.status.trouble().as_ref() != Some(&trouble.what) {
+            warn!(kind = ?trouble.kind, "{}; keeping what is known", trouble.what);
+        }
+        self.status.on_error(trouble.kind, trouble.what.clone());
+        (self.explain)(trouble);
+    }
+
     fn begin(&mut self) {
         self.listed = Some(HashMap::new());
     }
 
-    fn list(&mut self, name: String, said: Said) {
+    fn list(&mut self, name: String, said: T) {
         self.listed.get_or_insert_default().insert(name, said);
     }
 
@@ -253,7 +396,7 @@ impl<'a> Known<'a> {
         self.changed();
     }
 
-    fn set(&mut self, name: String, said: Said) {
+    fn set(&mut self, name: String, said: T) {
         if self.objects.get(&name) != Some(&said) {
             self.objects.insert(name, said);
             self.changed();
@@ -273,35 +416,32 @@ impl<'a> Known<'a> {
     }
 
     /// Waits for a future, and publishes meanwhile when it is time to.
-    async fn wait_for<T>(&mut self, future: impl Future<Output = T>) -> T {
+    async fn wait_for<O>(&mut self, future: impl Future<Output = O>) -> O {
         let mut future = pin!(future);
-        while let Some(at) = self.publish_at {
-            // Events that are there already go first; but a stream that never pauses must not
-            // keep a snapshot back.
-            if Instant::now() < at
-                && let Ok(output) = timeout_at(at, &mut future).await
-            {
-                return output;
+        loop {
+            if let Some(at) = self.publish_at {
+                // Events that are there already go first; but a stream that never pauses must not
+                // keep a snapshot back.
+                if Instant::now() < at
+                    && let Ok(output) = timeout_at(at, &mut future).await
+                {
+                    return output;
+                }
+                sleep_until(at).await;
+                self.publish_at = None;
+                (self.publish)(&self.objects, self.complete);
+                continue;
             }
-            sleep_until(at).await;
-            self.publish();
-        }
-        future.await
-    }
-
-    fn publish(&mut self) {
-        self.publish_at = None;
-        let (wanted, trouble) = convert::union(self.objects.values());
-        if let Some(trouble) = trouble {
-            if self.status.trouble().as_ref() != Some(&trouble) {
-                warn!("endpoints are left out: {trouble}");
+            let Some(also) = &mut self.also else { return future.await };
+            let changed = match future::select(&mut future, pin!(also.changed())).await {
+                Either::Left((output, _)) => return output,
+                Either::Right((changed, _)) => changed,
+            };
+            if changed.is_err() {
+                self.also = None;
             }
-            self.status.set_trouble(trouble);
+            self.changed();
         }
-        if !self.complete {
-            warn!("the Kubernetes API has not answered yet: going on without endpoints");
-        }
-        self.publisher.publish(wanted);
     }
 }
 
