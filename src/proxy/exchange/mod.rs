@@ -641,6 +641,11 @@ impl Client {
         }
     }
 
+    /// Whether nothing but the client can make its exchange go on.
+    pub fn holds_itself_up(&self) -> bool {
+        self.is_exchanging() && self.owing() == Party::Client
+    }
+
     /// Who can make the exchange go on: a backend that is held up by its client is not slow.
     fn owing(&self) -> Party {
         if self.unsent > 0 {

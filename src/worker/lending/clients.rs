@@ -219,16 +219,20 @@ impl<D: Driver> Engine<D> {
         // A connection is clean when every request on it was answered in full.
         let cut = client.unsent() > 0 || client.is_exchanging() || client.request().is_some();
         let lingers = client.is_leaving() && client.unsent() == 0;
+        let outcome = match reason {
+            CloseReason::IdleTimeout | CloseReason::ClientTimeout if client.holds_itself_up() => {
+                Outcome::ClientTimeout
+            }
+            CloseReason::IdleTimeout => Outcome::Timeout,
+            _ => Outcome::ClientGone,
+        };
         if client.is_exchanging() {
-            self.drop_loan(key, Discard::Abandoned);
+            let slow_backend = outcome == Outcome::Timeout;
+            self.drop_loan(key, if slow_backend { Discard::Timeout } else { Discard::Abandoned });
         } else {
             self.return_loan(key);
         }
         if let Some(request) = self.clients.get(key).and_then(Client::uncounted) {
-            let outcome = match reason {
-                CloseReason::IdleTimeout | CloseReason::ClientTimeout => Outcome::ClientTimeout,
-                _ => Outcome::ClientGone,
-            };
             self.stats.count_request(request.verb, outcome, Duration::ZERO);
         }
         let Some(mut client) = self.clients.remove(key) else { return };
