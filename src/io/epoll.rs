@@ -765,6 +765,12 @@ impl Driver for Epoll {
         socket::unheard(&socket.fd)
     }
 
+    fn unsent(&self, conn: ConnId) -> u64 {
+        let Some(socket) = self.sockets.get(conn) else { return 0 };
+        let piped = socket.pipe.as_ref().map_or(0, Pipe::bytes);
+        u64::from(socket.queue.bytes() + piped) + socket::unsent(&socket.fd)
+    }
+
     fn undelivered(&self, conn: ConnId) -> u64 {
         let Some(socket) = self.sockets.get(conn) else { return 0 };
         let piped = socket.pipe.as_ref().map_or(0, Pipe::bytes);

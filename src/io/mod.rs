@@ -201,6 +201,10 @@ pub trait Driver {
     /// It costs a system call.
     fn unheard(&mut self, conn: ConnId) -> Unheard;
 
+    /// Bytes on their way to the peer, queued here or in the kernel, that have not left this host, so
+    /// that a reset would be all that the peer sees of them. It costs a system call.
+    fn unsent(&self, conn: ConnId) -> u64;
+
     /// Bytes on their way to the peer, queued here or in the kernel, of which it has not
     /// acknowledged that it has them. None of a connection that is broken. It costs a system call.
     fn undelivered(&self, conn: ConnId) -> u64;

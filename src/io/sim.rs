@@ -686,6 +686,10 @@ impl Driver for Sim {
         }
     }
 
+    fn unsent(&self, conn: ConnId) -> u64 {
+        self.undelivered(conn)
+    }
+
     fn undelivered(&self, conn: ConnId) -> u64 {
         let Some(socket) = self.sockets.get(conn) else { return 0 };
         let peer = &self.peers[socket.peer];

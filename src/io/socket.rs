@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::Unheard;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::ioctl::{Getter, ioctl};
+use rustix::ioctl::{Getter, Opcode, ioctl};
 use rustix::net::SocketFlags;
 use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, TcpKeepalive, Type};
 
@@ -60,6 +60,9 @@ pub(super) fn close_with_reset(socket: &impl AsFd) {
     let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
 }
 
+/// `<linux/sockios.h>`; the `libc` crate lacks it.
+const SIOCOUTQNSD: Opcode = 0x894b;
+
 /// What a connection shows at this moment.
 pub(super) fn unheard(socket: &impl AsFd) -> Unheard {
     let shown = poll_now(socket, PollFlags::IN | PollFlags::RDHUP);
@@ -72,13 +75,23 @@ pub(super) fn unheard(socket: &impl AsFd) -> Unheard {
     }
 }
 
+/// Bytes that the kernel has taken and not sent for the first time, since the peer has no room.
+pub(super) fn unsent(socket: &impl AsFd) -> u64 {
+    count::<SIOCOUTQNSD>(socket)
+}
+
 /// Bytes that the kernel has taken and the peer has not acknowledged; none once it never will.
 pub(super) fn unacknowledged(socket: &impl AsFd) -> u64 {
-    // SAFETY: this request stores an int, and nothing else.
-    let count = unsafe { ioctl(socket, Getter::<{ libc::TIOCOUTQ as _ }, libc::c_int>::new()) };
-    let count = count.ok().and_then(|count| u64::try_from(count).ok()).unwrap_or_default();
+    let count = count::<{ libc::TIOCOUTQ as _ }>(socket);
     // Only a connection has a peer. (A hang-up would not do: it is also what both ends in order are.)
     if count > 0 && peer_address(socket).is_none() { 0 } else { count }
+}
+
+/// What the kernel says to a request for a number of bytes; none if it refuses.
+fn count<const REQUEST: Opcode>(socket: &impl AsFd) -> u64 {
+    // SAFETY: the requests of this module store an int, and nothing else.
+    let count = unsafe { ioctl(socket, Getter::<REQUEST, libc::c_int>::new()) };
+    count.ok().and_then(|count| u64::try_from(count).ok()).unwrap_or_default()
 }
 
 /// Which of these hold now; an error or a hang-up is told in any case.

@@ -408,6 +408,12 @@ impl Driver for Uring {
         self.taken(conn).max(shown)
     }
 
+    fn unsent(&self, conn: ConnId) -> u64 {
+        let Some(socket) = self.sockets.get(conn) else { return 0 };
+        let piped = socket.pipe.as_ref().map_or(0, Pipe::bytes);
+        u64::from(socket.queue.bytes() + piped) + options::unsent(&socket.fd)
+    }
+
     fn undelivered(&self, conn: ConnId) -> u64 {
         let Some(socket) = self.sockets.get(conn) else { return 0 };
         let piped = socket.pipe.as_ref().map_or(0, Pipe::bytes);

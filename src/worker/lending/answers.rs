@@ -78,7 +78,7 @@ impl<D: Driver> Engine<D> {
             self.close_loan(key, Discard::Spent, Close::Graceful);
         } else if !keeps_alive {
             self.drop_loan(key, Discard::Spent);
-        } else if early.is_some_and(|loan| self.driver.undelivered(loan.conn) > 0) {
+        } else if early.is_some_and(|loan| self.driver.unsent(loan.conn) > 0) {
             // Whoever had it next could reset it, and so what the backend has not read yet.
             self.close_loan(key, Discard::Spent, Close::Graceful);
         } else if self.config.pool.mode == PoolMode::Request || self.is_loan_obsolete(key) {
