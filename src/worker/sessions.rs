@@ -32,7 +32,7 @@ impl<D: Driver> Engine<D> {
 
     /// Finds the session a backend: a warm connection, or one made for it. Closes it for
     /// `otherwise` when there is no endpoint left to try.
-    fn dispatch(&mut self, key: Key, mut otherwise: CloseReason) {
+    pub(super) fn dispatch(&mut self, key: Key, mut otherwise: CloseReason) {
         loop {
             let Some(session) = self.sessions.get(key) else { return };
             let (client, tried) = (session.conn(Side::Client), *session.tried());
@@ -52,8 +52,12 @@ impl<D: Driver> Engine<D> {
             let chosen = left.then(|| {
                 choose(&tried).or_else(|| {
                     // A handshake that got lost, in a full accept queue for one, is worth another
-                    // try; a refusal is an answer.
-                    let lost = otherwise == CloseReason::ConnectTimeout;
+                    // try, and so is the endpoint of a warm connection that was dead. A refusal is
+                    // an answer.
+                    let lost = matches!(
+                        otherwise,
+                        CloseReason::ConnectTimeout | CloseReason::BackendReset
+                    );
                     lost.then(|| choose(&Tried::default())).flatten()
                 })
             });
@@ -75,7 +79,7 @@ impl<D: Driver> Engine<D> {
                     return self.close_session(key, CloseReason::Overload);
                 }
                 Err(error) => {
-                    self.on_endpoint_failure(endpoint, &error);
+                    self.on_endpoint_unreachable(endpoint, &error);
                     self.leave_endpoint(key);
                     otherwise = CloseReason::ConnectFailed;
                 }
@@ -130,13 +134,16 @@ impl<D: Driver> Engine<D> {
         let entry = self.table.get_mut(endpoint).ok_or_else(gone)?;
         entry.sessions += 1;
         entry.stats().sessions_active.set(u64::from(entry.sessions));
-        let warm = entry.pool.checkout();
+        let warm = entry.pool.checkout(self.now);
         let address = entry.endpoint.address;
         self.mark_short(endpoint);
         if let Some(session) = self.sessions.get_mut(key) {
-            session.on_trying(endpoint, warm);
+            session.on_trying(endpoint, warm.map(|(conn, _)| conn));
         }
-        if let Some(backend) = warm {
+        if let Some((backend, made)) = warm {
+            if let Some(session) = self.sessions.get_mut(key) {
+                session.on_warm(made);
+            }
             self.stats.count_checkout(Checkout::Hit);
             self.pool_conns -= 1;
             let greeting = match self.owner(backend) {
@@ -163,7 +170,11 @@ impl<D: Driver> Engine<D> {
             self.stats.connect_duration.record(self.now.saturating_duration_since(since));
         }
         if let Some(endpoint) = session.endpoint() {
-            self.on_endpoint_success(endpoint);
+            self.on_endpoint_connected(endpoint);
+            if let Some(entry) = self.table.get_mut(endpoint) {
+                entry.pool.on_miss_served();
+            }
+            self.mark_short(endpoint);
         }
         self.open(key, backend, Chain::default());
     }
@@ -174,7 +185,7 @@ impl<D: Driver> Engine<D> {
         if let Some(endpoint) = self.sessions.get(key).and_then(Session::endpoint)
             && !is_local(error)
         {
-            self.on_endpoint_failure(endpoint, error);
+            self.on_endpoint_unreachable(endpoint, error);
         }
         self.leave_endpoint(key);
         self.dispatch(
@@ -186,7 +197,7 @@ impl<D: Driver> Engine<D> {
         );
     }
 
-    fn leave_endpoint(&mut self, key: Key) {
+    pub(super) fn leave_endpoint(&mut self, key: Key) {
         let Some(session) = self.sessions.get_mut(key) else { return };
         let endpoint = session.endpoint();
         session.on_connect_failed();
@@ -194,7 +205,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A session no longer counts as one of its endpoint's.
-    fn release(&mut self, endpoint: Option<u16>) {
+    pub(super) fn release(&mut self, endpoint: Option<u16>) {
         let Some(entry) = endpoint.and_then(|endpoint| self.table.get_mut(endpoint)) else {
             return;
         };
@@ -229,7 +240,27 @@ impl<D: Driver> Engine<D> {
         self.driver.receive(client, true);
         self.driver.receive(backend, true);
         while let Some(buf) = self.driver.buffers().pop(&mut greeting) {
-            self.on_received(key, Side::Backend, buf);
+            if let Some(session) = self.sessions.get_mut(key) {
+                session.on_greeted();
+            }
+            self.stats.bytes_to_client.add(u64::from(buf.len()));
+            self.pass_on(key, Side::Backend, buf);
+        }
+        self.pass_on_held(key);
+    }
+
+    /// Passes on what the client sent while its session was moved.
+    fn pass_on_held(&mut self, key: Key) {
+        while let Some(session) = self.sessions.get_mut(key)
+            && let Some(buf) = self.driver.buffers().pop(&mut session.held)
+        {
+            self.pass_on(key, Side::Client, buf);
+        }
+        if let Some(session) = self.sessions.get(key)
+            && session.has_client_left()
+            && let Some(backend) = session.conn(Side::Backend)
+        {
+            self.driver.shutdown(backend);
         }
     }
 
@@ -263,6 +294,10 @@ impl<D: Driver> Engine<D> {
         let Some(session) = self.sessions.get_mut(key) else {
             return self.driver.buffers().give(buf);
         };
+        if !session.is_open() && from == Side::Client {
+            // It came before receiving stopped; the session is being moved.
+            return self.driver.buffers().push(&mut session.held, buf);
+        }
         let action = session.on_received(from, buf.len(), limit, self.now);
         match (action, session.conn(from.other())) {
             (Action::Discard, _) | (_, None) => self.driver.buffers().give(buf),
@@ -289,6 +324,9 @@ impl<D: Driver> Engine<D> {
                 if let Some(waited) = session.take_first_byte(self.now) {
                     self.stats.first_byte.record(waited);
                 }
+                if session.take_heard() {
+                    self.on_session_answered(key);
+                }
             }
         }
     }
@@ -299,6 +337,9 @@ impl<D: Driver> Engine<D> {
     }
 
     pub(super) fn on_ended(&mut self, key: Key, from: Side) {
+        if from == Side::Backend && self.on_backend_gone(key, false) {
+            return;
+        }
         self.apply(key, |session, now| session.on_ended(from, now));
         self.arm_deadline(key);
     }
@@ -334,6 +375,9 @@ impl<D: Driver> Engine<D> {
 
     fn act(&mut self, key: Key, action: Action) {
         let Some(session) = self.sessions.get(key) else { return };
+        if !session.is_open() && !matches!(action, Action::Close(_)) {
+            return; // It is done once there is a backend.
+        }
         match action {
             Action::None | Action::Discard => {}
             Action::Close(reason) => self.close_session(key, reason),
@@ -351,7 +395,9 @@ impl<D: Driver> Engine<D> {
     }
 
     pub(super) fn close_session(&mut self, key: Key, reason: CloseReason) {
-        let Some(session) = self.sessions.remove(key) else { return };
+        let Some(mut session) = self.sessions.remove(key) else { return };
+        self.driver.buffers().clear(&mut session.held);
+        self.judge_closed(&mut session);
         // An orderly end would pass for the whole stream.
         let how = if session.in_flight() > 0 { Close::Reset } else { how_to_close(reason) };
         for side in [Side::Client, Side::Backend] {

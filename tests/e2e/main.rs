@@ -20,6 +20,7 @@ mod io_fallback;
 mod kubernetes;
 mod limits;
 mod memory;
+mod outage;
 mod pooling;
 mod pressure;
 mod proxy_protocol;

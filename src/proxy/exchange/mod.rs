@@ -68,6 +68,10 @@ pub struct Loan {
     pub endpoint: u16,
     /// When it is too old to be kept.
     pub retire_at: Option<Instant>,
+    /// When it was made.
+    pub made: Instant,
+    /// An answer has come on it, to this client or to another one.
+    pub served: bool,
 }
 
 /// What part of a backend's bytes is the answer, and what follows from it.
@@ -450,6 +454,11 @@ impl Client {
         Lost::Fail
     }
 
+    /// Whether a byte has come of the answer to its request.
+    pub fn has_reply(&self) -> bool {
+        self.exchange.is_some_and(|exchange| exchange.replied)
+    }
+
     /// Whether the client has a part of the answer to its request.
     pub fn has_part(&self) -> bool {
         self.sweep.is_none() && self.exchange.is_some_and(|exchange| exchange.replied)
@@ -565,8 +574,13 @@ mod tests {
                 panic!("{line:?} is whole");
             };
             client.begin(request, now);
-            client.loan =
-                Some(Loan { conn: ConnId::from_parts(1, 0), endpoint: 0, retire_at: None });
+            client.loan = Some(Loan {
+                conn: ConnId::from_parts(1, 0),
+                endpoint: 0,
+                retire_at: None,
+                made: Instant::now(),
+                served: false,
+            });
             client.on_asked(now);
             if replied {
                 assert_eq!(client.on_reply(b"O", now), Reply::Partial);
@@ -598,7 +612,13 @@ mod tests {
     #[test]
     fn bytes_of_an_earlier_request_are_not_forgotten_while_a_connection_is_kept() {
         let (mut client, mut buffers, now) = client();
-        let loan = Loan { conn: ConnId::from_parts(1, 0), endpoint: 0, retire_at: None };
+        let loan = Loan {
+            conn: ConnId::from_parts(1, 0),
+            endpoint: 0,
+            retire_at: None,
+            made: Instant::now(),
+            served: false,
+        };
         client.on_lent(loan);
         for expected in [6, 12] {
             feed(&mut client, &mut buffers, b"GET a\n");

@@ -11,6 +11,7 @@ impl<D: Driver> Engine<D> {
     pub(in crate::worker) fn on_lent_died(&mut self, key: Key, why: Retry) {
         let spent = self.clients.get(key).is_some_and(|c| c.framing().ends_with_connection());
         let discard = if spent { Discard::Spent } else { Discard::Dead };
+        self.judge_lost(key, why);
         self.lose(key, discard, why);
     }
 
@@ -43,7 +44,8 @@ impl<D: Driver> Engine<D> {
         if !client.backend_receiving {
             self.driver.receive(loan.conn, true);
         }
-        let useful = self.keeps_pools() && self.pool_conns < self.pool_conns_max;
+        // Whether there is room for it is seen once those that wait have had theirs.
+        let useful = self.keeps_pools();
         let Some(entry) = self.table.get_mut(loan.endpoint) else { return };
         if entry.take_back(&loan, useful, self.now) {
             self.pool_conns += 1;
