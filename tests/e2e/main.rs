@@ -12,6 +12,7 @@ mod admin;
 mod chaos;
 mod config;
 mod crowd;
+mod databases;
 mod drain;
 mod failover;
 mod http;
