@@ -48,17 +48,17 @@ fn pool_checkout_and_refill(bencher: Bencher) {
         idle_timeout: None,
         max_lifetime: None,
     };
-    let (mut pool, mut rng) = (Pool::new(&config), fastrand::Rng::with_seed(1));
     let now = Instant::now();
+    let (mut pool, mut rng) = (Pool::new(&config, now), fastrand::Rng::with_seed(1));
     let mut connect = |pool: &mut Pool, conn| {
         pool.on_connecting();
-        pool.on_connected(conn, now, &mut rng)
+        pool.on_connected(conn, false, now, &mut rng)
     };
     (0..32).for_each(|number| assert!(connect(&mut pool, ConnId::from_parts(number, 0))));
     bencher.bench_local(|| {
-        let conn = pool.checkout();
-        black_box(pool.shortage(black_box(now)));
-        conn.map(|conn| connect(&mut pool, conn))
+        let conn = pool.checkout(black_box(now));
+        black_box(pool.shortage(64, black_box(now)));
+        conn.map(|(conn, _)| connect(&mut pool, conn))
     });
 }
 

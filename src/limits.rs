@@ -208,9 +208,13 @@ pub const SESSIONS_AUTO_MAX: usize = 10_000;
 /// A session is a connection from the client and one to the backend.
 const DESCRIPTORS_PER_SESSION: u64 = 2;
 
-/// Endpoints counted for each configured backend. A name may stand for many, but pools hold their
-/// maximum only under load that comes and goes faster than they shrink, and not all at once.
+/// Endpoints counted for each configured address: pools hold their maximum only under load that
+/// comes and goes faster than they shrink, but an endpoint may go while another one comes.
 const POOL_ENDPOINTS_PER_BACKEND: u64 = 2;
+
+/// A name counts as so many addresses. Nobody knows how many it will stand for; where there are
+/// more, their pools share what there is.
+pub const ADDRESSES_PER_NAME: usize = 8;
 
 /// The ring, or the epoll instance and its timer; the eventfd that wakes the worker, which it has
 /// twice; what the scheduler says about it; both ends of pipes; and those in reserve.
@@ -242,7 +246,8 @@ pub struct DescriptorUsers {
     pub listeners: usize,
     /// Warm connections at most, per worker and endpoint; those being made count as warm.
     pub pool_max_idle: usize,
-    /// Configured backends; `None` where the Kubernetes API names the endpoints.
+    /// Configured addresses, a name counted as [`ADDRESSES_PER_NAME`]; `None` where the Kubernetes
+    /// API names the endpoints.
     pub backends: Option<usize>,
 }
 

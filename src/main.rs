@@ -45,7 +45,7 @@ fn decide(config: &Config) -> Result<Decisions, Error> {
         workers: plan.cores.len(),
         listeners: config.listen.len(),
         pool_max_idle: config.pool.most(),
-        backends: (config.discovery != Discovery::Kubernetes).then_some(config.backends.len()),
+        backends: (config.discovery != Discovery::Kubernetes).then(|| config.addresses()),
     };
     let nofile = limits::raise_nofile()?;
     let capacity = limits::capacity(config.max_sessions, nofile, &users)?;

@@ -9,13 +9,14 @@ mod variables;
 #[cfg(test)]
 mod tests;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
 pub use error::{ConfigErrors, Problem};
 pub use variables::{PREFIX, RawConfig, VARIABLES, Variable};
 
+use crate::limits;
 use value::{duration_text, list_text};
 #[allow(clippy::wildcard_imports)] // The constants of the table.
 use variables::*;
@@ -163,6 +164,13 @@ impl Config {
             (AEGIS_LOG.name, self.log.clone()),
             (AEGIS_LOG_FORMAT.name, self.log_format.to_string()),
         ]
+    }
+
+    /// How many addresses the backends may come to stand for, for what is reserved for them.
+    pub fn addresses(&self) -> usize {
+        let is_address = |backend: &&HostPort| backend.host.parse::<IpAddr>().is_ok();
+        let addresses = self.backends.iter().filter(is_address).count();
+        addresses + (self.backends.len() - addresses) * limits::ADDRESSES_PER_NAME
     }
 }
 

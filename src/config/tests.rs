@@ -382,3 +382,10 @@ fn where_endpoints_come_from_follows_from_what_is_set() {
         assert!(problem.contains(part), "{problem}");
     }
 }
+
+#[test]
+fn a_name_is_counted_as_the_addresses_that_it_may_stand_for() {
+    let addresses = |backends| read(&[("AEGIS_BACKENDS", backends)]).unwrap().addresses();
+    assert_eq!(addresses("10.0.0.1:80,[::1]:80"), 2);
+    assert_eq!(addresses("10.0.0.1:80,db:80"), 1 + crate::limits::ADDRESSES_PER_NAME);
+}

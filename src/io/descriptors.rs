@@ -103,11 +103,11 @@ mod tests {
         let mut descriptors = Descriptors::new();
         assert!(!descriptors.are_short());
         let mut failures = 1;
-        let mut make = || {
+        let mut listen = || {
             failures -= 1;
             if failures >= 0 { Err(Errno::MFILE.into()) } else { TcpListener::bind("127.0.0.1:0") }
         };
-        let made = descriptors.make(&mut make).unwrap();
+        let made = descriptors.make(&mut listen).unwrap();
         assert!(descriptors.are_short());
         assert_eq!(descriptors.latest, u64::from(made.as_raw_fd().unsigned_abs()));
         assert!(descriptors.refill() && !descriptors.are_short());

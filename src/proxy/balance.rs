@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::endpoints::{Endpoint, EndpointSnapshot};
 use super::exchange::Loan;
 use super::health::Health;
-use super::pool::Pool;
+use super::pool::{Pool, Taken};
 use super::route::{self, StableHash};
 use super::session::Tried;
 use crate::config::{Balance, PoolConfig};
@@ -36,6 +36,8 @@ pub struct Entry {
     /// It left the set for good, as far as anybody can tell: see [`Entry::let_go`].
     gone: bool,
     ramp: Ramp,
+    /// Turns that it has had, and those that went by while it could have none.
+    turns: u64,
 }
 
 /// How far an endpoint that joined others is on the way to its full share.
@@ -84,12 +86,14 @@ impl Entry {
         }
     }
 
-    /// Its load, as much higher as its share is smaller.
+    /// Its load, as much higher as its share is smaller, and twice as high for each recent failure:
+    /// an endpoint that ends its sessions at once would seem to be idle.
     fn load(&self) -> u32 {
-        match self.percent() {
-            100 => self.sessions,
-            percent => (self.sessions + 1).saturating_mul(100) / percent,
-        }
+        let load = match (self.percent(), self.health.weight()) {
+            (100, 0) => return self.sessions,
+            (percent, _) => (self.sessions + 1).saturating_mul(100) / percent,
+        };
+        load.saturating_mul(1 << self.health.weight().min(16))
     }
 
     /// Whether it left the set at least `drain` ago, for good, and still has sessions.
@@ -111,10 +115,10 @@ impl Entry {
 
     /// Lends an idle connection, if there is one. `index` is the entry's own.
     pub fn lend(&mut self, index: u16) -> Option<Loan> {
-        let (conn, retire_at) = self.pool.lend()?;
+        let Taken { conn, made, retire_at, served } = self.pool.lend()?;
         self.stats().pool_idle.set(self.pool.idle() as u64);
         self.count_sessions(self.sessions + 1);
-        Some(Loan { conn, endpoint: index, retire_at })
+        Some(Loan { conn, endpoint: index, retire_at, made, served })
     }
 
     /// A lent connection comes back. Says whether it is kept, which it can be only if it is
@@ -123,7 +127,8 @@ impl Entry {
     pub fn take_back(&mut self, loan: &Loan, useful: bool, now: Instant) -> bool {
         self.count_sessions(self.sessions - 1);
         if useful && !self.gone {
-            let kept = self.pool.take_back(loan.conn, loan.retire_at, now);
+            let &Loan { conn, made, retire_at, served, .. } = loan;
+            let kept = self.pool.take_back(Taken { conn, made, retire_at, served }, now);
             self.stats().pool_idle.set(self.pool.idle() as u64);
             return kept;
         }
@@ -227,6 +232,10 @@ pub struct Table {
     policy: Balance,
     worker: usize,
     turn: usize,
+    /// The turns of the endpoint that was chosen last, before it was.
+    turns: u64,
+    /// The next one chosen has the turn of another one, which was passed over.
+    substitutes: bool,
 }
 
 impl Table {
@@ -240,6 +249,8 @@ impl Table {
             policy,
             worker,
             turn: worker,
+            turns: 0,
+            substitutes: false,
         }
     }
 
@@ -280,7 +291,7 @@ impl Table {
                 endpoint.stats[worker].reset_gauges();
                 Entry {
                     endpoint: Arc::clone(endpoint),
-                    pool: Pool::new(pool),
+                    pool: Pool::new(pool, now),
                     health: Health::default(),
                     sessions: 0,
                     opaque: 0,
@@ -289,6 +300,7 @@ impl Table {
                     removed_at: None,
                     gone: false,
                     ramp: if joins { Ramp::Cold } else { Ramp::Full },
+                    turns: 0,
                 }
             });
             (entry.present, entry.gone) = (true, false);
@@ -334,6 +346,7 @@ impl Table {
         for &among in near {
             for having in [Having::Idle, Having::Room] {
                 if let Some(index) = self.pick(tried, source, rng, among, having) {
+                    self.take_turn(index);
                     return Some((index, having));
                 }
             }
@@ -392,13 +405,6 @@ impl Table {
         entries.flatten().any(|entry| entry.health.is_usable())
     }
 
-    /// Whether any pool of the latest snapshot is short of connections.
-    pub fn wants_connections(&self, now: Instant) -> bool {
-        let mut entries =
-            self.present.iter().filter_map(|&at| self.entries[usize::from(at)].as_ref());
-        entries.any(|entry| entry.pool.shortage(now) > 0)
-    }
-
     /// Whether there is any endpoint to look after, removed ones included.
     pub fn has_entries(&self) -> bool {
         self.entries.iter().any(Option::is_some)
@@ -413,8 +419,51 @@ impl Table {
         rng: &mut fastrand::Rng,
     ) -> Option<u16> {
         self.turn = self.turn.wrapping_add(1);
-        self.pick(tried, source, rng, Among::Usable, Having::Anything)
-            .or_else(|| self.pick(tried, source, rng, Among::All, Having::Anything))
+        let chosen = self
+            .pick(tried, source, rng, Among::Usable, Having::Anything)
+            .or_else(|| self.pick(tried, source, rng, Among::All, Having::Anything));
+        chosen.inspect(|&index| self.take_turn(index))
+    }
+
+    /// Whether there is a usable endpoint that was not tried.
+    pub fn has_other(&self, tried: &Tried) -> bool {
+        let entries = self.present.iter().filter(|&&index| !tried.contains(index));
+        let mut entries = entries.filter_map(|&index| self.entries[usize::from(index)].as_ref());
+        entries.any(|entry| entry.health.is_usable())
+    }
+
+    /// How many endpoints the latest snapshot names.
+    pub fn len(&self) -> usize {
+        self.present.len()
+    }
+
+    /// The endpoint with the connection that has been idle for longest, of those for which
+    /// `may_give` holds.
+    pub fn oldest_idle(&self, may_give: impl Fn(u16, &Entry) -> bool) -> Option<u16> {
+        let entries = self.entries.iter().enumerate();
+        let entries = entries.filter_map(|(i, entry)| Some((i as u16, entry.as_ref()?)));
+        entries
+            .filter(|(index, entry)| may_give(*index, entry))
+            .filter_map(|(index, entry)| Some((entry.pool.oldest_since()?, index)))
+            .min()
+            .map(|(_, index)| index)
+    }
+
+    /// An endpoint was chosen.
+    fn take_turn(&mut self, index: u16) {
+        if !std::mem::take(&mut self.substitutes) {
+            self.use_turn(index);
+        }
+    }
+
+    fn use_turn(&mut self, index: u16) {
+        let Some(entry) = self.entries.get_mut(usize::from(index)).and_then(Option::as_mut) else {
+            return;
+        };
+        // One that could have no turn for a while does not get all of them at once.
+        let turns = entry.turns.max(self.turns);
+        self.turns = turns;
+        entry.turns = turns + 1;
     }
 
     /// The same where near endpoints are preferred, and why it is another one, if it is.
@@ -428,7 +477,7 @@ impl Table {
         let near = self.pick(tried, source, rng, Among::Near, Having::Anything);
         let other = self.pick(tried, source, rng, Among::Far, Having::Anything);
         let load = |index: u16| self.entries[usize::from(index)].as_ref().map_or(0, Entry::load);
-        match (near, other) {
+        let (chosen, spilled) = match (near, other) {
             (Some(near), Some(other))
                 if load(near) > NEAR_LOAD_FACTOR * load(other) + NEAR_LOAD_FREE =>
             {
@@ -437,10 +486,40 @@ impl Table {
             (Some(near), _) => (Some(near), None),
             (None, Some(other)) => (Some(other), Some(Spillover::Few)),
             (None, None) => (self.pick(tried, source, rng, Among::All, Having::Anything), None),
-        }
+        };
+        (chosen.inspect(|&index| self.take_turn(index)), spilled)
     }
 
     fn pick(
+        &mut self,
+        tried: &Tried,
+        source: Option<IpAddr>,
+        rng: &mut fastrand::Rng,
+        among: Among,
+        having: Having,
+    ) -> Option<u16> {
+        if self.policy != Balance::RoundRobin {
+            return self.pick_now(tried, source, rng, among, having);
+        }
+        // One on its way to its full share is passed over now and then.
+        let mut passed_over = *tried;
+        while let Some(index) = self.pick_now(&passed_over, source, rng, among, having) {
+            let percent = self.entries[usize::from(index)].as_ref().map_or(100, Entry::percent);
+            if percent == 100 || rng.u32(..100) < percent {
+                return Some(index);
+            }
+            self.use_turn(index);
+            self.substitutes = true;
+            let before = passed_over.attempts();
+            passed_over.push(index);
+            if passed_over.attempts() == before {
+                return Some(index); // More than can be passed over.
+            }
+        }
+        self.pick_now(tried, source, rng, among, having)
+    }
+
+    fn pick_now(
         &self,
         tried: &Tried,
         source: Option<IpAddr>,
@@ -449,7 +528,7 @@ impl Table {
         having: Having,
     ) -> Option<u16> {
         let count = self.present.len();
-        // Starting each time one further on makes equals take turns.
+        // Workers, and endpoints that have had as many turns, do not all begin with the same one.
         let candidates = (0..count)
             .map(|i| self.present[(self.turn + i) % count])
             .filter(|&index| !tried.contains(index))
@@ -461,18 +540,11 @@ impl Table {
                 Among::Near => entry.health.is_usable() && entry.endpoint.is_near(),
                 Among::Far => entry.health.is_usable() && !entry.endpoint.is_near(),
             });
+        // Equals take turns, whichever of the others are out of use.
+        let turns = |entry: &Entry| entry.turns.max(self.turns);
         let chosen = match self.policy {
-            Balance::RoundRobin => {
-                // One on its way to its full share is passed over now and then.
-                let takes = |entry: &Entry, rng: &mut fastrand::Rng| {
-                    entry.percent() == 100 || rng.u32(..100) < entry.percent()
-                };
-                candidates
-                    .clone()
-                    .find(|(_, entry)| takes(entry, rng))
-                    .or(candidates.clone().next())
-            }
-            Balance::LeastConn => candidates.min_by_key(|(_, entry)| entry.load()),
+            Balance::RoundRobin => candidates.min_by_key(|(_, entry)| turns(entry)),
+            Balance::LeastConn => candidates.min_by_key(|(_, entry)| (entry.load(), turns(entry))),
             Balance::RandomTwo => {
                 let all = candidates.clone().count();
                 if all == 0 {
@@ -481,7 +553,9 @@ impl Table {
                 let first = rng.usize(..all);
                 let second = if all > 1 { (first + rng.usize(1..all)) % all } else { first };
                 let drawn = candidates.enumerate().filter(|(i, _)| *i == first || *i == second);
-                drawn.map(|(_, candidate)| candidate).min_by_key(|(_, entry)| entry.load())
+                drawn
+                    .map(|(_, candidate)| candidate)
+                    .min_by_key(|(_, entry)| (entry.load(), turns(entry)))
             }
             Balance::SourceHash => candidates.max_by_key(|(_, entry)| {
                 // Rendezvous hashing (Thaler and Ravishankar): only the sources of an endpoint
@@ -559,6 +633,91 @@ mod tests {
                 let sessions = table.get_mut(index).unwrap().sessions;
                 assert!((90..=110).contains(&sessions), "{policy:?}: {sessions}");
             }
+        }
+    }
+
+    #[test]
+    fn those_that_are_left_share_evenly_whichever_are_out_of_use() {
+        let policies = [Balance::LeastConn, Balance::RoundRobin, Balance::RandomTwo];
+        for (policy, count) in policies.into_iter().flat_map(|p| (2..=7).map(move |n| (p, n))) {
+            for out in 0..(1_u32 << count) - 1 {
+                let mut rng = fastrand::Rng::with_seed(1);
+                let endpoints: Vec<_> = (0..count).map(endpoint).collect();
+                let mut table = table(policy, &endpoints);
+                let is_out = |index: u16| out & (1 << index) != 0;
+                (0..count).filter(|&i| is_out(i)).for_each(|index| eject(&mut table, index));
+                let left = (0..count).filter(|&i| !is_out(i)).count() as u32;
+                let mut chosen = vec![0; usize::from(count)];
+                // Sessions end at once, so all loads are equal.
+                for _ in 0..100 * left {
+                    let index = table.choose(&Tried::default(), None, &mut rng).unwrap();
+                    chosen[usize::from(index)] += 1;
+                }
+                for index in 0..count {
+                    let expected = if is_out(index) { 0_u32 } else { 100 };
+                    let actual: u32 = chosen[usize::from(index)];
+                    let spread = if policy == Balance::RandomTwo { 30 } else { 0 };
+                    let right = actual.abs_diff(expected) <= spread;
+                    assert!(right, "{policy:?} {count} without {out:b}: {chosen:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_refusing_endpoint_was_to_have_is_shared_by_all_others() {
+        for policy in [Balance::LeastConn, Balance::RoundRobin] {
+            let mut rng = fastrand::Rng::with_seed(1);
+            let mut table = table(policy, &[0, 1, 2, 3].map(endpoint));
+            let mut chosen = [0; 4];
+            for _ in 0..400 {
+                let mut index = table.choose(&Tried::default(), None, &mut rng).unwrap();
+                if index == 2 {
+                    index = table.choose(&tried(&[2]), None, &mut rng).unwrap();
+                }
+                chosen[usize::from(index)] += 1;
+            }
+            for index in [0, 1, 3] {
+                assert!((120..=146).contains(&chosen[index]), "{policy:?}: {chosen:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_endpoint_that_was_out_of_use_is_not_met_by_all_that_it_missed() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let mut table = table(Balance::RoundRobin, &[0, 1, 2].map(endpoint));
+        eject(&mut table, 0);
+        for _ in 0..1000 {
+            table.choose(&Tried::default(), None, &mut rng);
+        }
+        let now = Instant::now();
+        table.get_mut(0).unwrap().health.on_success(now, now);
+        let mut chosen = [0; 3];
+        for _ in 0..30 {
+            chosen[usize::from(table.choose(&Tried::default(), None, &mut rng).unwrap())] += 1;
+        }
+        assert!(chosen.iter().all(|count| (9..=11).contains(count)), "{chosen:?}");
+    }
+
+    #[test]
+    fn an_endpoint_that_fails_does_not_look_idle() {
+        let config = HealthConfig { eject_failures: 1000, eject_time: Duration::from_secs(1) };
+        let mut rng = fastrand::Rng::with_seed(1);
+        for policy in [Balance::LeastConn, Balance::RandomTwo] {
+            let mut table = table(policy, &[endpoint(0), endpoint(1)]);
+            let mut failed = 0;
+            for _ in 0..200 {
+                let index = table.choose(&Tried::default(), None, &mut rng).unwrap();
+                let entry = table.get_mut(index).unwrap();
+                if index == 0 {
+                    failed += 1;
+                    entry.health.on_failure(&config, Instant::now(), &mut rng);
+                } else {
+                    entry.sessions += 1;
+                }
+            }
+            assert!(failed <= 10, "{policy:?}: {failed} of 200");
         }
     }
 

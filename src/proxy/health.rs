@@ -3,8 +3,13 @@
 //! ```text
 //! Usable ──failures in a row──▶ Ejected ──time is up──▶ Probing ──probe failed──▶ Ejected, longer
 //!   ▲                             │                        │
-//!   └──────────a connect succeeded┴────────────────────────┘
+//!   └────────────a byte from it───┴─or the probe lasts─────┘
 //! ```
+//!
+//! A connect that succeeds proves little: what accepts only to close again is no better than what
+//! refuses. So failures are forgotten when a byte comes from the endpoint on a connection, or where
+//! it never sends any, when a session has lasted. And whoever ends a session at once, and has not
+//! sent a byte on it, has failed, unless the client was the first to end.
 
 use std::time::{Duration, Instant};
 
@@ -15,6 +20,16 @@ const FORGIVEN_AFTER: Duration = Duration::from_secs(60);
 
 /// A probe that could not even be started is tried again after this.
 const PROBE_RETRY: Duration = Duration::from_secs(1);
+
+/// A probe that stays open for so long re-admits the endpoint, on trial.
+pub const PROBE_SETTLED: Duration = Duration::from_millis(100);
+
+/// An endpoint that ends a connection so soon, and has sent nothing on it, has failed. Above what
+/// those take that accept for others (load balancers) to find that there is nobody behind them.
+pub const AT_ONCE: Duration = Duration::from_secs(1);
+
+/// For so long failures weigh in what counts as the load of an endpoint.
+const WEIGHS_FOR: Duration = Duration::from_secs(10);
 
 /// When an endpoint is ejected, and for how long.
 #[derive(Debug, Clone, Copy)]
@@ -37,12 +52,16 @@ enum State {
 pub struct Health {
     state: State,
     failures: u32,
+    /// How many of them were there lately.
+    weight: u32,
+    failed_at: Option<Instant>,
     ejections: u32,
 }
 
 impl Default for Health {
     fn default() -> Self {
-        Self { state: State::Usable { since: None }, failures: 0, ejections: 0 }
+        let state = State::Usable { since: None };
+        Self { state, failures: 0, weight: 0, failed_at: None, ejections: 0 }
     }
 }
 
@@ -57,17 +76,63 @@ impl Health {
         self.failures
     }
 
-    /// A connect succeeded. Says whether that re-admits the endpoint.
-    pub fn on_success(&mut self, now: Instant) -> bool {
-        self.failures = 0;
+    /// Failures since the last success that are recent.
+    pub fn weight(&self) -> u32 {
+        self.weight
+    }
+
+    /// Whether it is usable and nothing is held against it.
+    pub fn is_sound(&self) -> bool {
+        self.is_usable() && self.failures == 0 && self.weight == 0
+    }
+
+    /// A byte came from it on a connection made at `made`. Says whether that re-admits the endpoint.
+    pub fn on_success(&mut self, made: Instant, now: Instant) -> bool {
+        // What was made before says nothing of connections made now.
+        if self.failed_at.is_some_and(|at| made < at) {
+            return false;
+        }
         let readmitted = !self.is_usable();
         if readmitted {
             self.state = State::Usable { since: Some(now) };
         }
+        self.failures = 0;
+        self.weight = 0;
         readmitted
     }
 
-    /// A connect failed. Says whether that ejects the endpoint.
+    /// A session without a byte from it has lasted.
+    pub fn on_lasted(&mut self) {
+        if self.is_usable() {
+            self.failures = 0;
+            self.weight = 0;
+        }
+    }
+
+    /// A probe has stayed open for a while. Says whether that re-admits the endpoint: on trial, so
+    /// that the next failure ejects it again.
+    pub fn on_settled(&mut self, config: &HealthConfig, now: Instant) -> bool {
+        let readmitted = self.is_probing();
+        if readmitted {
+            self.state = State::Usable { since: Some(now) };
+            self.failures = config.eject_failures.saturating_sub(1);
+        }
+        readmitted
+    }
+
+    /// Failures that are long past no longer weigh.
+    pub fn forgive(&mut self, now: Instant) {
+        if self.failed_at.is_some_and(|at| now.saturating_duration_since(at) >= WEIGHS_FOR) {
+            self.weight = 0;
+        }
+    }
+
+    /// Whether a probe decides what becomes of it.
+    pub fn is_probing(&self) -> bool {
+        self.state == State::Probing
+    }
+
+    /// A connect failed, or what was connected ended at once. Says whether that ejects the endpoint.
     pub fn on_failure(
         &mut self,
         config: &HealthConfig,
@@ -75,6 +140,8 @@ impl Health {
         rng: &mut fastrand::Rng,
     ) -> bool {
         self.failures = self.failures.saturating_add(1);
+        self.weight = self.weight.saturating_add(1);
+        self.failed_at = Some(now);
         match self.state {
             State::Usable { since } => {
                 if self.failures < config.eject_failures {
@@ -92,13 +159,14 @@ impl Health {
         let time = config.eject_time.saturating_mul(1 << self.ejections.min(16)).min(cap);
         self.ejections += 1;
         // Workers and sidecars must not all come back at the same moment.
-        self.state = State::Ejected { until: now + time.mul_f64(0.8 + 0.4 * rng.f64()) };
+        let until = now + time.mul_f64(0.8 + 0.4 * rng.f64());
+        self.state = State::Ejected { until };
         true
     }
 
     /// The probe could not be made, for a reason on this side; another one is due a little later.
     pub fn on_probe_lost(&mut self, now: Instant) {
-        if self.state == State::Probing {
+        if self.is_probing() {
             self.state = State::Ejected { until: now + PROBE_RETRY };
         }
     }
@@ -132,7 +200,7 @@ mod tests {
         for _ in 0..10 {
             assert!(!health.on_failure(&CONFIG, now, &mut rng));
             assert!(!health.on_failure(&CONFIG, now, &mut rng));
-            assert!(!health.on_success(now));
+            assert!(!health.on_success(now, now));
         }
         health.on_failure(&CONFIG, now, &mut rng);
         health.on_failure(&CONFIG, now, &mut rng);
@@ -158,7 +226,7 @@ mod tests {
             assert!(health.on_failure(&CONFIG, now, &mut rng));
         }
         assert!(health.take_probe(now + 2 * EJECT_TIME_MAX));
-        assert!(health.on_success(now));
+        assert!(health.on_success(now, now));
         assert!(health.is_usable());
     }
 
@@ -184,10 +252,51 @@ mod tests {
             eject(&mut health, now, &mut rng);
             now += 2 * EJECT_TIME_MAX;
             assert!(health.take_probe(now));
-            health.on_success(now);
+            health.on_success(now, now);
         }
         now += FORGIVEN_AFTER;
         eject(&mut health, now, &mut rng);
         assert!(health.take_probe(now + CONFIG.eject_time.mul_f64(1.2)));
+    }
+
+    #[test]
+    fn only_what_was_made_after_the_failure_counts_as_a_success() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let before = Instant::now();
+        let now = before + Duration::from_millis(1);
+        let mut health = Health::default();
+        eject(&mut health, now, &mut rng);
+        assert!(!health.on_success(before, now));
+        assert!(!health.is_usable());
+        assert!(health.on_success(now, now));
+        assert!(health.is_sound());
+    }
+
+    #[test]
+    fn a_probe_that_lasts_readmits_on_trial() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let now = Instant::now();
+        let mut health = Health::default();
+        assert!(!health.on_settled(&CONFIG, now), "nothing was probed");
+        eject(&mut health, now, &mut rng);
+        assert!(health.take_probe(now + EJECT_TIME_MAX));
+        assert!(health.on_settled(&CONFIG, now));
+        assert!(health.is_usable());
+        assert!(health.on_failure(&CONFIG, now, &mut rng), "one more is enough");
+    }
+
+    #[test]
+    fn failures_weigh_until_a_success_or_for_a_while() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let now = Instant::now();
+        let mut health = Health::default();
+        health.on_failure(&CONFIG, now, &mut rng);
+        health.forgive(now + WEIGHS_FOR / 2);
+        assert_eq!((health.weight(), health.failures()), (1, 1));
+        health.forgive(now + WEIGHS_FOR);
+        assert_eq!((health.weight(), health.failures()), (0, 1), "it still counts");
+        health.on_failure(&CONFIG, now, &mut rng);
+        health.on_success(now, now);
+        assert_eq!((health.weight(), health.failures()), (0, 0));
     }
 }

@@ -23,6 +23,7 @@
 use std::time::{Duration, Instant};
 
 use super::Side;
+use super::health::AT_ONCE;
 use super::relay::{Flow, Relay};
 use crate::io::{Chain, Close, ConnId};
 use crate::limits::{CONNECT_ATTEMPTS_MAX, FLUSH_STALL_MAX};
@@ -131,6 +132,19 @@ enum FirstByte {
     Answered,
 }
 
+/// What the end of a session's backend says about its endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Nothing.
+    None,
+    /// It has ended a warm connection just before that was used.
+    Stale,
+    /// It does not know a warm connection any more that was made before.
+    Forgotten,
+    /// It has ended the session at once.
+    Failed,
+}
+
 /// One client and, once connected, its backend.
 #[derive(Debug)]
 pub struct Session {
@@ -147,6 +161,15 @@ pub struct Session {
     opened: Instant,
     active: Instant,
     first_byte: FirstByte,
+    /// When its connection was made, if that was in advance.
+    warm_since: Option<Instant>,
+    connected: Instant,
+    /// Bytes of ours went ahead of the client's.
+    prefaced: bool,
+    /// The client has been sent something of what the backend said.
+    greeted: bool,
+    /// The backend has shown that it is well, or nothing is to be made of it.
+    heard: bool,
     /// Marks the load estimator's window in which the session was last counted as active.
     pub window: u32,
 }
@@ -167,8 +190,84 @@ impl Session {
             opened: now,
             active: now,
             first_byte: FirstByte::Unasked,
+            warm_since: None,
+            connected: now,
+            prefaced: false,
+            greeted: false,
+            heard: false,
             window: 0,
         }
+    }
+
+    /// Its backend connection was made at this moment, in advance.
+    pub fn on_warm(&mut self, made: Instant) {
+        self.warm_since = Some(made);
+    }
+
+    /// When its backend connection was made.
+    pub fn made(&self) -> Instant {
+        self.warm_since.unwrap_or(self.connected)
+    }
+
+    /// What the backend had said before the session began is passed on to the client.
+    pub fn on_greeted(&mut self) {
+        self.greeted = true;
+    }
+
+    /// Nothing is to be made of how the backend ends the session.
+    pub fn vouch(&mut self) {
+        self.heard = true;
+    }
+
+    /// A byte came from the backend. Says whether it is the first one of the session.
+    pub fn take_heard(&mut self) -> bool {
+        self.greeted = true;
+        !std::mem::replace(&mut self.heard, true)
+    }
+
+    /// Whether nothing has been passed on in either direction, so that another connection would do as
+    /// well.
+    pub fn is_untouched(&self) -> bool {
+        self.is_open() && self.first_byte == FirstByte::Unasked && !self.greeted
+    }
+
+    /// Whether the client has ended its direction or broken its connection.
+    pub fn has_client_left(&self) -> bool {
+        self.to_client.is_broken() || self.to_backend.is_ending() && !self.to_backend.is_broken()
+    }
+
+    /// Whether it has been served without a byte from its backend for so long that all is well.
+    pub fn has_lasted(&self, now: Instant) -> bool {
+        self.is_open() && now.saturating_duration_since(self.connected) >= AT_ONCE
+    }
+
+    /// The backend ended or broke its connection: what that says about the endpoint. Each session is
+    /// judged once.
+    pub fn judge(&mut self, broken: bool, now: Instant) -> Verdict {
+        if !self.is_open() || self.has_client_left() || std::mem::replace(&mut self.heard, true) {
+            return Verdict::None;
+        }
+        let broken = broken || self.failure.is_some();
+        let asked = self.prefaced || self.first_byte != FirstByte::Unasked;
+        match self.warm_since {
+            Some(_) if broken && asked => Verdict::Forgotten,
+            Some(_) if !asked => Verdict::Stale,
+            _ if !self.has_lasted(now) => Verdict::Failed,
+            _ => Verdict::None,
+        }
+    }
+
+    /// It is to have another connection. The worker closes the one that it had.
+    pub fn on_moved(&mut self) {
+        self.state = State::Connecting;
+        self.endpoint = None;
+        self.backend = None;
+        self.to_backend = Relay::default();
+        self.to_client = Relay::default();
+        self.failure = None;
+        self.warm_since = None;
+        self.prefaced = false;
+        self.heard = false;
     }
 
     /// The connection of one side; a backend's only once there is one.
@@ -242,6 +341,8 @@ impl Session {
         self.state = State::Open;
         self.backend = Some(backend);
         self.active = now;
+        self.connected = now;
+        self.prefaced = preface > 0;
         self.to_backend.on_received(preface, u32::MAX);
     }
 

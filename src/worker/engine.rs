@@ -386,6 +386,9 @@ impl<D: Driver> Engine<D> {
             },
             Completion::ReceiveFailed(conn) => match self.peek_owner(conn) {
                 Some(&Owner::Session(session, side)) => {
+                    if side == Side::Backend && self.on_backend_gone(session, true) {
+                        return;
+                    }
                     self.apply(session, |session, now| session.on_receive_failed(side, now));
                     self.arm_deadline(session);
                 }

@@ -7,7 +7,11 @@ use super::engine::{Engine, Owner};
 use super::mailbox::Order;
 use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
 use crate::limits;
-use crate::telemetry::Discard;
+use crate::proxy::Side;
+use crate::proxy::health::{AT_ONCE, PROBE_SETTLED};
+use crate::proxy::session::{Session, Verdict};
+use crate::slab::Key;
+use crate::telemetry::{CloseReason, Discard, Retry};
 
 impl<D: Driver> Engine<D> {
     /// Remembers that an endpoint's pool may want connections.
@@ -24,18 +28,70 @@ impl<D: Driver> Engine<D> {
     }
 
     fn refill(&mut self, endpoint: u16) {
-        let (now, keeps) = (self.now, self.keeps_pools());
+        let (now, keeps, share) = (self.now, self.keeps_pools(), self.pool_share());
         let needed = self.is_needed(endpoint);
         let Some(entry) = self.table.get_mut(endpoint) else { return };
         let tries = entry.health.is_usable() || needed;
-        let wanted =
-            if keeps && entry.is_present() && tries { entry.pool.shortage(now) } else { 0 };
-        for _ in 0..wanted.min(self.pool_conns_max.saturating_sub(self.pool_conns)) {
-            if !self.warm(endpoint) {
+        let short =
+            if keeps && entry.is_present() && tries { entry.pool.shortage(share, now) } else { 0 };
+        for _ in 0..short {
+            if !self.has_room_for(endpoint) || !self.warm(endpoint) {
                 break;
             }
         }
         self.publish_pool(endpoint);
+    }
+
+    /// How many connections there may be in pools, those that clients hold included. Each client
+    /// comes with the right to one.
+    fn pool_budget(&self) -> usize {
+        self.pool_conns_max + self.clients.len()
+    }
+
+    fn pool_budget_used(&self) -> usize {
+        self.pool_conns + self.loans as usize
+    }
+
+    /// How many connections each endpoint may keep without need, so that there are some for all.
+    fn pool_share(&self) -> usize {
+        (self.pool_conns_max / self.table.len().max(1)).max(1)
+    }
+
+    /// Whether one more connection to an endpoint may be made. If requests wait for it, or others
+    /// have more than their share, the one goes for it that has been idle for longest.
+    fn has_room_for(&mut self, endpoint: u16) -> bool {
+        let waited_for = self.table.get_mut(endpoint).is_some_and(|e| e.pool.wanted() > 0);
+        // What comes with clients goes with them, so it is for what they need.
+        let most = if waited_for { self.pool_budget() } else { self.pool_conns_max };
+        if self.pool_budget_used() < most {
+            return true;
+        }
+        let share = self.pool_share();
+        let oldest = self.table.oldest_idle(|index, entry| {
+            let has_enough = entry.pool.idle() > share || !entry.is_present();
+            index != endpoint && (waited_for || has_enough)
+        });
+        oldest.is_some_and(|oldest| self.give_up_oldest(oldest))
+    }
+
+    /// Closes those that have been idle for longest while there are more than may be: clients have
+    /// left, and their connections have come back.
+    pub(super) fn trim_pools(&mut self) {
+        while self.pool_budget_used() > self.pool_budget() {
+            let oldest = self.table.oldest_idle(|_, _| true);
+            if !oldest.is_some_and(|oldest| self.give_up_oldest(oldest)) {
+                return;
+            }
+        }
+    }
+
+    fn give_up_oldest(&mut self, endpoint: u16) -> bool {
+        let oldest = self.table.get_mut(endpoint).and_then(|entry| entry.pool.evict());
+        if let Some(conn) = oldest {
+            self.discard(conn, Discard::Surplus);
+            self.publish_pool(endpoint);
+        }
+        oldest.is_some()
     }
 
     /// Starts a connection for the pool. Says whether it is under way.
@@ -63,16 +119,23 @@ impl<D: Driver> Engine<D> {
     pub(super) fn on_warmed(&mut self, endpoint: u16, conn: ConnId, since: Instant) {
         self.timers.clear(conn.index());
         self.stats.connect_duration.record(self.now.saturating_duration_since(since));
-        self.on_endpoint_success(endpoint);
-        let (now, keeps) = (self.now, self.keeps_pools());
+        self.on_endpoint_connected(endpoint);
+        let (now, keeps, health) = (self.now, self.keeps_pools(), self.health);
         let Some(entry) = self.table.get_mut(endpoint) else { return };
-        let kept = entry.pool.on_connected(conn, now, &mut self.rng);
+        let probes = entry.health.is_probing();
+        let kept = entry.pool.on_connected(conn, probes, now, &mut self.rng);
+        if !kept && entry.health.on_settled(&health, now) {
+            // There is no room to see whether it lasts.
+            self.on_readmitted(endpoint);
+        }
+        let Some(entry) = self.table.get_mut(endpoint) else { return };
         let useful = !entry.is_gone() && keeps;
         if kept && useful {
             self.own(conn, Owner::Warm { endpoint, greeting: Chain::default() });
             // Watched while idle: its end shows at once.
             self.driver.receive(conn, true);
-            if self.lends() {
+            // A probe is for nobody who can have another one.
+            if self.lends() && (!probes || self.is_needed(endpoint)) {
                 self.free(endpoint);
             }
         } else {
@@ -99,7 +162,7 @@ impl<D: Driver> Engine<D> {
                 entry.health.on_probe_lost(now);
             }
         } else {
-            self.on_endpoint_failure(endpoint, error);
+            self.on_endpoint_unreachable(endpoint, error);
         }
         self.on_endpoint_missed(endpoint);
         self.publish_pool(endpoint);
@@ -115,6 +178,9 @@ impl<D: Driver> Engine<D> {
             // It would pass for the answer to the next request.
             self.driver.buffers().give(buf);
             return self.forget_warm(endpoint, conn, Discard::Unexpected);
+        }
+        if let Some(entry) = self.table.get_mut(endpoint) {
+            entry.pool.on_greeting(self.now);
         }
         self.driver.buffers().push(&mut greeting, buf);
         if greeting.buffers() > limits::POOL_GREETING_BUFFERS_MAX || self.is_lean() {
@@ -134,7 +200,7 @@ impl<D: Driver> Engine<D> {
     /// open: the next to be taken is proved to be so, at the moment when it changes hands.
     pub(super) fn prove_oldest(&mut self, endpoint: u16) {
         while let Some(entry) = self.table.get_mut(endpoint)
-            && let Some(conn) = entry.pool.oldest_conn()
+            && let Some(conn) = entry.pool.oldest_conn(self.now)
             // Bytes are a greeting.
             && self.driver.unheard(conn) == Unheard::End
         {
@@ -159,10 +225,14 @@ impl<D: Driver> Engine<D> {
 
     fn forget_warm(&mut self, endpoint: u16, conn: ConnId, why: Discard) {
         let now = self.now;
-        if let Some(entry) = self.table.get_mut(endpoint) {
-            entry.pool.on_died(conn, now, &mut self.rng);
-        }
+        let failed = match self.table.get_mut(endpoint) {
+            Some(entry) => entry.pool.on_died(conn, now, &mut self.rng),
+            None => false,
+        };
         self.discard(conn, why);
+        if failed {
+            self.on_endpoint_failure(endpoint, &ended_at_once());
+        }
         self.mark_short(endpoint);
     }
 
@@ -183,11 +253,10 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Closes the warm connections of endpoints that have left for good. Those of one that may come
-    /// back stay for a little, unless nobody needs them or others need their places.
+    /// back stay for a little, unless nobody needs them.
     pub(super) fn evict_removed(&mut self) {
         let (now, linger) = (self.now, self.linger);
-        let full = self.pool_conns >= self.pool_conns_max;
-        let keeps = self.keeps_pools() && !(full && self.table.wants_connections(now));
+        let keeps = self.keeps_pools();
         for endpoint in self.table.indices() {
             let Some(entry) = self.table.get_mut(endpoint) else { continue };
             entry.let_go(linger, now);
@@ -198,27 +267,61 @@ impl<D: Driver> Engine<D> {
         self.table.forget_unused();
     }
 
-    /// A connect to the endpoint succeeded.
-    pub(super) fn on_endpoint_success(&mut self, endpoint: u16) {
-        let now = self.now;
-        let Some(entry) = self.table.get_mut(endpoint) else { return };
-        let readmitted = entry.health.on_success(now);
-        entry.stats().connects.add(1);
-        entry.stats().failures_in_a_row.set(0);
-        if readmitted {
-            entry.stats().ejected.set(0);
-            tracing::info!(endpoint = entry.endpoint.name, "usable again");
-            self.mark_short(endpoint);
+    /// A connect to the endpoint succeeded, which proves little.
+    pub(super) fn on_endpoint_connected(&mut self, endpoint: u16) {
+        if let Some(entry) = self.table.get_mut(endpoint) {
+            entry.stats().connects.add(1);
         }
     }
 
+    /// The first byte of a session came from its backend.
+    pub(super) fn on_session_answered(&mut self, key: Key) {
+        let Some(session) = self.sessions.get(key) else { return };
+        let (endpoint, made) = (session.endpoint(), session.made());
+        let Some(endpoint) = endpoint else { return };
+        if let Some(entry) = self.table.get_mut(endpoint) {
+            entry.pool.on_session_served();
+        }
+        self.on_endpoint_answered(endpoint, made);
+    }
+
+    /// A byte came from the endpoint on a connection made at `made`.
+    pub(super) fn on_endpoint_answered(&mut self, endpoint: u16, made: Instant) {
+        let now = self.now;
+        let Some(entry) = self.table.get_mut(endpoint) else { return };
+        entry.pool.on_proven(made);
+        if entry.health.is_sound() {
+            return;
+        }
+        let readmitted = entry.health.on_success(made, now);
+        entry.stats().failures_in_a_row.set(u64::from(entry.health.failures()));
+        if readmitted {
+            self.on_readmitted(endpoint);
+        }
+    }
+
+    fn on_readmitted(&mut self, endpoint: u16) {
+        let Some(entry) = self.table.get_mut(endpoint) else { return };
+        entry.stats().ejected.set(0);
+        tracing::info!(endpoint = entry.endpoint.name, "usable again");
+        self.free(endpoint);
+        self.mark_short(endpoint);
+    }
+
     /// A connect to the endpoint failed.
+    pub(super) fn on_endpoint_unreachable(&mut self, endpoint: u16, error: &io::Error) {
+        if let Some(entry) = self.table.get_mut(endpoint) {
+            entry.stats().connect_failures.add(1);
+        }
+        self.on_endpoint_failure(endpoint, error);
+    }
+
+    /// The endpoint has failed: a connect to it, or what it had accepted ended at once.
     pub(super) fn on_endpoint_failure(&mut self, endpoint: u16, error: &io::Error) {
         let (now, health) = (self.now, self.health);
         let Some(entry) = self.table.get_mut(endpoint) else { return };
         let ejected = entry.health.on_failure(&health, now, &mut self.rng);
         let stats = entry.stats();
-        stats.connect_failures.add(1);
         stats.failures_in_a_row.set(u64::from(entry.health.failures()));
         if ejected {
             stats.ejections.add(1);
@@ -227,7 +330,107 @@ impl<D: Driver> Engine<D> {
                 tracing::warn!(endpoint = entry.endpoint.name, %error, "ejected");
             }
             stats.ejected.set(1);
-            self.evict(endpoint, Discard::Endpoint);
+            self.empty_pool(endpoint, Discard::Endpoint);
+        }
+    }
+
+    /// Closes all warm connections of an endpoint, which get replaced little by little.
+    fn empty_pool(&mut self, endpoint: u16, why: Discard) {
+        let now = self.now;
+        if let Some(entry) = self.table.get_mut(endpoint) {
+            entry.pool.on_emptied(now, &mut self.rng);
+        }
+        self.evict(endpoint, why);
+    }
+
+    /// The backend of a session ended or broke its connection. Says whether the session has got
+    /// another one; then it has not been touched by this.
+    pub(super) fn on_backend_gone(&mut self, key: Key, broken: bool) -> bool {
+        let Some(session) = self.sessions.get_mut(key) else { return false };
+        let untouched = session.is_untouched();
+        let (verdict, endpoint) = (session.judge(broken, self.now), session.endpoint());
+        let Some(endpoint) = endpoint else { return false };
+        match verdict {
+            Verdict::None => return false,
+            Verdict::Stale => {}
+            Verdict::Forgotten => self.on_forgotten(endpoint),
+            Verdict::Failed => self.on_failed_at_once(endpoint),
+        }
+        untouched && self.move_session(key, verdict == Verdict::Failed)
+    }
+
+    /// Gives a session on which nothing has moved another backend, if it may have one. From one that
+    /// has failed it goes to another endpoint only: what all do may be what is wanted.
+    fn move_session(&mut self, key: Key, failed: bool) -> bool {
+        let Some(session) = self.sessions.get_mut(key) else { return false };
+        let tried = *session.tried();
+        if tried.attempts() >= self.config.connect_attempts
+            || (failed && !self.table.has_other(&tried))
+        {
+            return false;
+        }
+        let endpoint = session.endpoint();
+        let (client, backend) = (session.conn(Side::Client), session.conn(Side::Backend));
+        session.on_moved();
+        if let Some(client) = client {
+            self.timers.clear(client.index());
+            self.driver.receive(client, false);
+        }
+        if let Some(backend) = backend {
+            self.timers.clear(backend.index());
+            self.owner(backend);
+            self.driver.close(backend, Close::Reset);
+        }
+        self.release(endpoint);
+        let otherwise = if failed { CloseReason::ConnectFailed } else { CloseReason::BackendReset };
+        self.dispatch(key, otherwise);
+        self.listen_to_early(key);
+        true
+    }
+
+    /// An endpoint ended a fresh connection at once, without a byte on it.
+    fn on_failed_at_once(&mut self, endpoint: u16) {
+        let now = self.now;
+        if let Some(entry) = self.table.get_mut(endpoint) {
+            entry.pool.on_failed(now, &mut self.rng);
+        }
+        self.on_endpoint_failure(endpoint, &ended_at_once());
+    }
+
+    /// An endpoint has reset a warm connection at its first use: it does not know it any more, and
+    /// so none that was made before now. Its host was restarted, or its address has moved.
+    fn on_forgotten(&mut self, endpoint: u16) {
+        self.empty_pool(endpoint, Discard::Dead);
+        self.drop_idle_loans_of(endpoint);
+        self.on_failed_at_once(endpoint);
+        self.mark_short(endpoint);
+    }
+
+    /// A client's connection was lost: what that says about its endpoint.
+    pub(super) fn judge_lost(&mut self, key: Key, why: Retry) {
+        let Some(client) = self.clients.get(key) else { return };
+        let Some(loan) = client.loan else { return };
+        if !client.is_asked() || client.has_reply() {
+            return;
+        }
+        let fresh = self.now.saturating_duration_since(loan.made) < AT_ONCE && !loan.served;
+        if fresh {
+            self.on_failed_at_once(loan.endpoint);
+        } else if why == Retry::Broken {
+            self.on_forgotten(loan.endpoint);
+        }
+    }
+
+    /// A session is closed. One that has lasted says that its endpoint is well, where that never
+    /// sends a byte.
+    pub(super) fn judge_closed(&mut self, session: &mut Session) {
+        let silent = session.has_lasted(self.now) && session.take_heard();
+        if silent
+            && let Some(entry) = session.endpoint().and_then(|at| self.table.get_mut(at))
+            && !entry.health.is_sound()
+        {
+            entry.health.on_lasted();
+            entry.stats().failures_in_a_row.set(u64::from(entry.health.failures()));
         }
     }
 
@@ -254,10 +457,41 @@ impl<D: Driver> Engine<D> {
             let running = self.order == Order::Run && entry.is_present();
             if running && entry.health.take_probe(now) {
                 self.warm(endpoint);
+            } else if entry.health.is_probing() {
+                self.look_at_probe(endpoint);
+            }
+            if let Some(entry) = self.table.get_mut(endpoint) {
+                entry.health.forgive(now);
             }
             self.refill(endpoint);
         }
         self.table.forget_unused();
+    }
+
+    /// Re-admits an endpoint whose probe has stayed open for a while.
+    fn look_at_probe(&mut self, endpoint: u16) {
+        let (now, health) = (self.now, self.health);
+        let Some(entry) = self.table.get_mut(endpoint) else { return };
+        if entry.pool.has_settled(PROBE_SETTLED, now) {
+            if entry.health.on_settled(&health, now) {
+                self.on_readmitted(endpoint);
+            }
+        } else if entry.pool.idle() + entry.pool.connecting() == 0 {
+            // Somebody took it, who has not been answered yet.
+            entry.health.on_probe_lost(now);
+        }
+        self.drop_surplus_of(endpoint);
+    }
+
+    /// A probe is kept even where no warm connections are; then it has served its purpose.
+    fn drop_surplus_of(&mut self, endpoint: u16) {
+        let most = self.config.pool.most();
+        while let Some(entry) = self.table.get_mut(endpoint)
+            && entry.health.is_usable()
+            && entry.pool.idle() > most
+        {
+            self.give_up_oldest(endpoint);
+        }
     }
 
     fn publish_pool(&mut self, endpoint: u16) {
@@ -278,6 +512,11 @@ pub(super) fn why_not_lent(unheard: Unheard) -> Option<Discard> {
         Unheard::Bytes => Some(Discard::Unexpected),
         Unheard::End => Some(Discard::Dead),
     }
+}
+
+/// What an endpoint is ejected for that accepts only to close again.
+fn ended_at_once() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "it ended a connection at once, without a byte")
 }
 
 /// Whether a connect failed for want of something on this side, which is no fault of the endpoint.

@@ -28,9 +28,17 @@ impl<D: Driver> Engine<D> {
         self.publish_sessions();
         self.own(client, Owner::Session(key, Side::Client));
         self.dispatch(key, CloseReason::NoEndpoint);
-        if self.sessions.get(key).is_some_and(|session| !session.is_open()) {
-            // It may leave before there is a backend. What it sends meanwhile is kept, and that is
-            // at most a buffer: a receive that was stopped once brings one at a time.
+        self.listen_to_early(key);
+    }
+
+    /// Receives from a client that has no backend: it may leave. What it sends meanwhile is kept, and
+    /// that is at most a buffer: a receive that was stopped once brings one at a time.
+    pub(super) fn listen_to_early(&mut self, key: Key) {
+        if let Some(session) = self.sessions.get(key)
+            && !session.is_open()
+            && session.early.is_empty()
+            && let Some(client) = session.conn(Side::Client)
+        {
             self.driver.receive(client, false);
             self.driver.receive(client, true);
         }
@@ -38,7 +46,7 @@ impl<D: Driver> Engine<D> {
 
     /// Finds the session a backend: a warm connection, or one made for it. Closes it for
     /// `otherwise` when there is no endpoint left to try.
-    fn dispatch(&mut self, key: Key, mut otherwise: CloseReason) {
+    pub(super) fn dispatch(&mut self, key: Key, mut otherwise: CloseReason) {
         loop {
             let Some(session) = self.sessions.get(key) else { return };
             let (client, tried) = (session.conn(Side::Client), *session.tried());
@@ -58,8 +66,12 @@ impl<D: Driver> Engine<D> {
             let chosen = left.then(|| {
                 choose(&tried).or_else(|| {
                     // A handshake that got lost, in a full accept queue for one, is worth another
-                    // try; a refusal is an answer.
-                    let lost = otherwise == CloseReason::ConnectTimeout;
+                    // try, and so is the endpoint of a warm connection that was dead. A refusal is
+                    // an answer.
+                    let lost = matches!(
+                        otherwise,
+                        CloseReason::ConnectTimeout | CloseReason::BackendReset
+                    );
                     lost.then(|| choose(&Tried::default())).flatten()
                 })
             });
@@ -81,7 +93,7 @@ impl<D: Driver> Engine<D> {
                     return self.close_session(key, CloseReason::Overload);
                 }
                 Err(error) => {
-                    self.on_endpoint_failure(endpoint, &error);
+                    self.on_endpoint_unreachable(endpoint, &error);
                     self.leave_endpoint(key);
                     otherwise = CloseReason::ConnectFailed;
                 }
@@ -155,13 +167,16 @@ impl<D: Driver> Engine<D> {
         let entry = self.table.get_mut(endpoint).ok_or_else(gone)?;
         entry.sessions += 1;
         entry.stats().sessions_active.set(u64::from(entry.sessions));
-        let warm = entry.pool.checkout();
+        let warm = entry.pool.checkout(self.now);
         let address = entry.endpoint.address;
         self.mark_short(endpoint);
         if let Some(session) = self.sessions.get_mut(key) {
-            session.on_trying(endpoint, warm);
+            session.on_trying(endpoint, warm.map(|(conn, _)| conn));
         }
-        if let Some(backend) = warm {
+        if let Some((backend, made)) = warm {
+            if let Some(session) = self.sessions.get_mut(key) {
+                session.on_warm(made);
+            }
             self.stats.count_checkout(Checkout::Hit);
             self.pool_conns -= 1;
             let greeting = match self.owner(backend) {
@@ -188,7 +203,11 @@ impl<D: Driver> Engine<D> {
             self.stats.connect_duration.record(self.now.saturating_duration_since(since));
         }
         if let Some(endpoint) = session.endpoint() {
-            self.on_endpoint_success(endpoint);
+            self.on_endpoint_connected(endpoint);
+            if let Some(entry) = self.table.get_mut(endpoint) {
+                entry.pool.on_miss_served();
+            }
+            self.mark_short(endpoint);
         }
         self.open(key, backend, Chain::default());
     }
@@ -199,7 +218,7 @@ impl<D: Driver> Engine<D> {
         if let Some(endpoint) = self.sessions.get(key).and_then(Session::endpoint)
             && !is_local(error)
         {
-            self.on_endpoint_failure(endpoint, error);
+            self.on_endpoint_unreachable(endpoint, error);
         }
         self.leave_endpoint(key);
         self.dispatch(
@@ -211,7 +230,7 @@ impl<D: Driver> Engine<D> {
         );
     }
 
-    fn leave_endpoint(&mut self, key: Key) {
+    pub(super) fn leave_endpoint(&mut self, key: Key) {
         let Some(session) = self.sessions.get_mut(key) else { return };
         let endpoint = session.endpoint();
         session.on_connect_failed();
@@ -219,7 +238,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A session no longer counts as one of its endpoint's.
-    fn release(&mut self, endpoint: Option<u16>) {
+    pub(super) fn release(&mut self, endpoint: Option<u16>) {
         let Some(endpoint) = endpoint else { return };
         let Some(entry) = self.table.get_mut(endpoint) else { return };
         if self.config.pool.mode != PoolMode::Preconnect {
@@ -267,7 +286,11 @@ impl<D: Driver> Engine<D> {
         }
         self.arm_deadline(key);
         while let Some(buf) = self.driver.buffers().pop(&mut greeting) {
-            self.on_received(key, Side::Backend, buf);
+            if let Some(session) = self.sessions.get_mut(key) {
+                session.on_greeted();
+            }
+            self.stats.bytes_to_client.add(u64::from(buf.len()));
+            self.pass_on(key, Side::Backend, buf);
         }
     }
 
@@ -332,6 +355,9 @@ impl<D: Driver> Engine<D> {
                 if let Some(waited) = session.take_first_byte(self.now) {
                     self.stats.first_byte.record(waited);
                 }
+                if session.take_heard() {
+                    self.on_session_answered(key);
+                }
             }
         }
     }
@@ -342,6 +368,9 @@ impl<D: Driver> Engine<D> {
     }
 
     pub(super) fn on_ended(&mut self, key: Key, from: Side) {
+        if from == Side::Backend && self.on_backend_gone(key, false) {
+            return;
+        }
         self.apply(key, |session, now| session.on_ended(from, now));
         self.arm_deadline(key);
     }
@@ -399,6 +428,7 @@ impl<D: Driver> Engine<D> {
     pub(super) fn close_session(&mut self, key: Key, reason: CloseReason) {
         let Some(mut session) = self.sessions.remove(key) else { return };
         self.driver.buffers().clear(&mut session.early);
+        self.judge_closed(&mut session);
         for side in [Side::Client, Side::Backend] {
             if let Some(conn) = session.conn(side) {
                 self.timers.clear(conn.index());

@@ -128,8 +128,8 @@ fn a_server_that_speaks_first_is_heard(io: Io) {
 
 fn a_banner_that_waited_in_a_warm_connection_is_heard_once(io: Io) {
     let backend = greeter();
-    let proxy = Builder::on(io).backends(&[backend.address()]).pool(4, 4).start();
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "idle")], |idle| idle == 8);
+    let proxy = Builder::on(io).backends(&[backend.address()]).pool(1, 4).start();
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "idle")], |idle| idle == 2);
     // More clients than warm connections: greetings that waited and greetings that did not.
     expect_one_greeting_each(&proxy);
 }

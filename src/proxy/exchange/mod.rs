@@ -74,6 +74,10 @@ pub struct Loan {
     pub endpoint: u16,
     /// When it is too old to be kept.
     pub retire_at: Option<Instant>,
+    /// When it was made.
+    pub made: Instant,
+    /// An answer has come on it, to this client or to another one.
+    pub served: bool,
 }
 
 /// What part of a backend's bytes is the answer, and what follows from it.
@@ -580,6 +584,11 @@ impl Client {
         Lost::Fail
     }
 
+    /// Whether a byte has come of the answer to its request.
+    pub fn has_reply(&self) -> bool {
+        self.exchange.is_some_and(|exchange| exchange.replied)
+    }
+
     /// Whether the client has a part of the answer to its request.
     pub fn has_part(&self) -> bool {
         self.sweep.is_none() && self.exchange.is_some_and(|exchange| exchange.replied)
@@ -755,8 +764,13 @@ mod tests {
                 panic!("{line:?} is whole");
             };
             client.begin(request, now);
-            client.loan =
-                Some(Loan { conn: ConnId::from_parts(1, 0), endpoint: 0, retire_at: None });
+            client.loan = Some(Loan {
+                conn: ConnId::from_parts(1, 0),
+                endpoint: 0,
+                retire_at: None,
+                made: Instant::now(),
+                served: false,
+            });
             client.on_asked(now);
             if replied {
                 assert_eq!(client.on_reply(b"O", now), Reply::Partial);
@@ -788,7 +802,13 @@ mod tests {
     #[test]
     fn bytes_of_an_earlier_request_are_not_forgotten_while_a_connection_is_kept() {
         let (mut client, mut buffers, now) = client();
-        let loan = Loan { conn: ConnId::from_parts(1, 0), endpoint: 0, retire_at: None };
+        let loan = Loan {
+            conn: ConnId::from_parts(1, 0),
+            endpoint: 0,
+            retire_at: None,
+            made: Instant::now(),
+            served: false,
+        };
         client.on_lent(loan);
         for expected in [6, 12] {
             feed(&mut client, &mut buffers, b"GET a\n");
@@ -846,7 +866,13 @@ mod tests {
             panic!("it says what it is");
         };
         client.begin(request, now);
-        client.on_lent(Loan { conn: ConnId::from_parts(1, 0), endpoint: 0, retire_at: None });
+        client.on_lent(Loan {
+            conn: ConnId::from_parts(1, 0),
+            endpoint: 0,
+            made: now,
+            retire_at: None,
+            served: false,
+        });
         client.on_asked(now);
         client.on_backend_queued(bytes.len() as u32, now);
         (client, buffers, now)

@@ -18,6 +18,16 @@ impl<D: Driver> Engine<D> {
             self.driver.buffers().give(buf);
             return self.lose(key, Discard::Unexpected, Retry::Broken);
         };
+        let loan = client.loan.as_mut().map(|loan| {
+            loan.served = true;
+            *loan
+        });
+        if let Some(loan) = loan {
+            self.on_endpoint_answered(loan.endpoint, loan.made);
+        }
+        let Some(client) = self.clients.get_mut(key) else {
+            return self.driver.buffers().give(buf);
+        };
         let buffers = self.driver.buffers();
         let reply = client.on_reply(buffers.bytes(&buf), self.now);
         if let Reply::Surplus(count) = reply {

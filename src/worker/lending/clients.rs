@@ -56,6 +56,7 @@ impl<D: Driver> Engine<D> {
             }
             self.lend_freed();
         }
+        self.trim_pools();
         self.stats.queue_depth.set(self.queue.len() as u64);
     }
 
@@ -276,6 +277,19 @@ impl<D: Driver> Engine<D> {
                     .is_some_and(|l| l.endpoint == endpoint)
             {
                 self.lose(key, Discard::Endpoint, Retry::Ended);
+            }
+        }
+    }
+
+    /// Takes the connections of an endpoint from the clients that have no request on them.
+    pub(in crate::worker) fn drop_idle_loans_of(&mut self, endpoint: u16) {
+        for slot in 0..self.clients.slots() {
+            if let Some(key) = self.clients.key_at(slot)
+                && let Some(client) = self.clients.get(key)
+                && client.loan.is_some_and(|loan| loan.endpoint == endpoint)
+                && client.is_reading()
+            {
+                self.drop_loan(key, Discard::Dead);
             }
         }
     }

@@ -23,6 +23,7 @@ impl<D: Driver> Engine<D> {
         let spent = client.framing().ends_with_connection() && !client.is_broken();
         let why = if client.is_broken() { Retry::Broken } else { why };
         let discard = if spent { Discard::Spent } else { Discard::Dead };
+        self.judge_lost(key, why);
         self.lose(key, discard, why);
     }
 
@@ -55,7 +56,8 @@ impl<D: Driver> Engine<D> {
         if !client.backend_receiving {
             self.driver.receive(loan.conn, true);
         }
-        let useful = self.keeps_pools() && self.pool_conns < self.pool_conns_max;
+        // Whether there is room for it is seen once those that wait have had theirs.
+        let useful = self.keeps_pools();
         let Some(entry) = self.table.get_mut(loan.endpoint) else { return };
         if entry.take_back(&loan, useful, self.now) {
             self.pool_conns += 1;

@@ -312,6 +312,8 @@ impl<D: Driver> Engine<D> {
         let mut session = Session::new(client.conn, self.now);
         session.on_trying(loan.endpoint, Some(loan.conn));
         session.on_connected(loan.conn, client.unasked(), self.now);
+        // What cannot be understood may be what the backend ends it for.
+        session.vouch();
         session.on_received(Side::Backend, client.unsent(), u32::MAX, self.now);
         let Ok(session) = self.sessions.insert(session) else {
             unreachable!("there was a free slot")
