@@ -115,10 +115,10 @@ impl Entry {
 
     /// Lends an idle connection, if there is one. `index` is the entry's own.
     pub fn lend(&mut self, index: u16) -> Option<Loan> {
-        let Taken { conn, made, retire_at, served } = self.pool.lend()?;
+        let Taken { conn, made, retire_at, served, unread } = self.pool.lend()?;
         self.stats().pool_idle.set(self.pool.idle() as u64);
         self.count_sessions(self.sessions + 1);
-        Some(Loan { conn, endpoint: index, retire_at, made, served })
+        Some(Loan { conn, endpoint: index, retire_at, made, served, unread })
     }
 
     /// A lent connection comes back. Says whether it is kept, which it can be only if it is
@@ -127,8 +127,8 @@ impl Entry {
     pub fn take_back(&mut self, loan: &Loan, useful: bool, now: Instant) -> bool {
         self.count_sessions(self.sessions - 1);
         if useful && !self.gone {
-            let &Loan { conn, made, retire_at, served, .. } = loan;
-            let kept = self.pool.take_back(Taken { conn, made, retire_at, served }, now);
+            let &Loan { conn, made, retire_at, served, unread, .. } = loan;
+            let kept = self.pool.take_back(Taken { conn, made, retire_at, served, unread }, now);
             self.stats().pool_idle.set(self.pool.idle() as u64);
             return kept;
         }

@@ -60,6 +60,8 @@ struct Idle {
     retire_at: Option<Instant>,
     /// It was lent before.
     served: bool,
+    /// See [`Taken::unread`].
+    unread: bool,
 }
 
 /// A connection that was taken from the pool to be lent.
@@ -73,6 +75,8 @@ pub struct Taken {
     pub retire_at: Option<Instant>,
     /// It was lent before, and answered.
     pub served: bool,
+    /// Its backend answered a request before it had read all of it, and may still be reading.
+    pub unread: bool,
 }
 
 /// How many connects may still be started in this round, after a failure.
@@ -206,21 +210,21 @@ impl Pool {
 
     /// Lends the connection that came back last; it is to come back or to be reported as closed.
     pub fn lend(&mut self) -> Option<Taken> {
-        let Idle { conn, made, retire_at, served, .. } = self.idle.pop_back()?;
+        let Idle { conn, made, retire_at, served, unread, .. } = self.idle.pop_back()?;
         self.lent += 1;
         self.on_session_served();
-        Some(Taken { conn, made, retire_at, served })
+        Some(Taken { conn, made, retire_at, served, unread })
     }
 
     /// A lent connection comes back. Says whether it is kept.
     #[must_use = "a connection that is not kept is to be closed"]
     pub fn take_back(&mut self, taken: Taken, now: Instant) -> bool {
         self.lent -= 1;
-        let Taken { conn, made, retire_at, served } = taken;
+        let Taken { conn, made, retire_at, served, unread } = taken;
         if !self.keeps_one_more() || retire_at.is_some_and(|at| at <= now) {
             return false;
         }
-        self.idle.push_back(Idle { conn, made, since: now, retire_at, served });
+        self.idle.push_back(Idle { conn, made, since: now, retire_at, served, unread });
         true
     }
 
@@ -350,7 +354,14 @@ impl Pool {
         // Ages are spread by a tenth either way, so that a pool is never renewed all at once.
         let spread = 0.9 + 0.2 * rng.f64();
         let retire_at = self.config.max_lifetime.map(|lifetime| now + lifetime.mul_f64(spread));
-        self.idle.push_back(Idle { conn, made: now, since: now, retire_at, served: false });
+        self.idle.push_back(Idle {
+            conn,
+            made: now,
+            since: now,
+            retire_at,
+            served: false,
+            unread: false,
+        });
         true
     }
 

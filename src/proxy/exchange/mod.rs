@@ -78,6 +78,8 @@ pub struct Loan {
     pub made: Instant,
     /// An answer has come on it, to this client or to another one.
     pub served: bool,
+    /// Its backend answered a request before it had read all of it, and may still be reading.
+    pub unread: bool,
 }
 
 /// What part of a backend's bytes is the answer, and what follows from it.
@@ -770,6 +772,7 @@ mod tests {
                 retire_at: None,
                 made: Instant::now(),
                 served: false,
+                unread: false,
             });
             client.on_asked(now);
             if replied {
@@ -808,6 +811,7 @@ mod tests {
             retire_at: None,
             made: Instant::now(),
             served: false,
+            unread: false,
         };
         client.on_lent(loan);
         for expected in [6, 12] {
@@ -872,6 +876,7 @@ mod tests {
             made: now,
             retire_at: None,
             served: false,
+            unread: false,
         });
         client.on_asked(now);
         client.on_backend_queued(bytes.len() as u32, now);

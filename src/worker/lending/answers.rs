@@ -80,7 +80,11 @@ impl<D: Driver> Engine<D> {
     pub(in crate::worker) fn end_exchange(&mut self, key: Key) {
         let Some(client) = self.clients.get_mut(key) else { return };
         let (keeps_alive, is_cut) = (client.keeps_alive(), client.is_cut());
-        let early = client.loan.filter(|_| client.is_answered());
+        if client.is_answered()
+            && let Some(loan) = &mut client.loan
+        {
+            loan.unread = true;
+        }
         if client.is_broken() {
             self.drop_loan(key, Discard::Dead);
         } else if client.is_passed_on() && !keeps_alive {
@@ -88,9 +92,6 @@ impl<D: Driver> Engine<D> {
             self.close_loan(key, Discard::Spent, Close::Graceful);
         } else if !keeps_alive {
             self.drop_loan(key, Discard::Spent);
-        } else if early.is_some_and(|loan| self.driver.unsent(loan.conn) > 0) {
-            // Whoever had it next could reset it, and so what the backend has not read yet.
-            self.close_loan(key, Discard::Spent, Close::Graceful);
         } else if self.config.pool.mode == PoolMode::Request || self.is_loan_obsolete(key) {
             // At the end of the turn, when it is known that nothing came behind.
             self.returning.push(key);

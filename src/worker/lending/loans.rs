@@ -78,8 +78,14 @@ impl<D: Driver> Engine<D> {
 
     /// A client's connection is of no more use.
     pub(in crate::worker) fn drop_loan(&mut self, key: Key, why: Discard) {
-        // So that a backend does not go on with what nobody waits for.
-        self.close_loan(key, why, Close::Reset);
+        let loan = self.clients.get(key).and_then(|client| client.loan);
+        let how = match loan.filter(|loan| loan.unread) {
+            // What it reads there still is the upload of somebody who has been answered.
+            Some(loan) if self.driver.unsent(loan.conn) > 0 => Close::Graceful,
+            // So that a backend does not go on with what nobody waits for.
+            _ => Close::Reset,
+        };
+        self.close_loan(key, why, how);
     }
 
     /// Closes a client's connection.
