@@ -537,8 +537,8 @@ mod checks {
         let peer = port(socket.peer_addr().unwrap());
         let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
         let line = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-        let mut line = line.filter(|words| words[1].ends_with(&local) && words[2].ends_with(&peer));
-        let queues = line.next_back().unwrap()[4].to_owned();
+        let line = line.filter(|words| words[1].ends_with(&local) && words[2].ends_with(&peer));
+        let queues = line.collect::<Vec<_>>().pop().unwrap()[4].to_owned();
         usize::from_str_radix(queues.split(':').next().unwrap(), 16).unwrap()
     }
 

@@ -103,13 +103,13 @@ mod tests {
         let mut descriptors = Descriptors::new();
         assert!(!descriptors.are_short());
         let mut failures = 1;
-        let mut listen = || {
+        let mut make = || {
             failures -= 1;
             if failures >= 0 { Err(Errno::MFILE.into()) } else { TcpListener::bind("127.0.0.1:0") }
         };
-        let made = descriptors.make(&mut listen).unwrap();
+        let socket = descriptors.make(&mut make).unwrap();
         assert!(descriptors.are_short());
-        assert_eq!(descriptors.latest, u64::from(made.as_raw_fd().unsigned_abs()));
+        assert_eq!(descriptors.latest, u64::from(socket.as_raw_fd().unsigned_abs()));
         assert!(descriptors.refill() && !descriptors.are_short());
         let refused = descriptors.make(|| Err::<OwnedFd, _>(Errno::MFILE.into()));
         assert!(refused.is_err_and(|error| is_shortage(&error)), "there is none at all");

@@ -366,7 +366,8 @@ impl Proxy {
         let numbers = open.map(|fd| fd.unwrap().file_name().into_string().unwrap().parse::<u64>());
         let numbers: std::collections::BTreeSet<_> = numbers.map(Result::unwrap).collect();
         // The lowest number that leaves so many free below it.
-        let current = (0..).find(|&limit| limit - numbers.range(..limit).count() as u64 == more);
+        let current =
+            (0..1 << 20).find(|&limit| limit - numbers.range(..limit).count() as u64 == more);
         let limit = Rlimit { current, maximum: current };
         prlimit(Some(Pid::from_child(&self.child)), Resource::Nofile, limit).unwrap();
     }
