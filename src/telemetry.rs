@@ -147,6 +147,8 @@ labels! {
         Finished = "finished",
         /// Its endpoint had left the set, and the time for its sessions was over.
         EndpointRemoved = "endpoint_removed",
+        /// The client ended before it had a backend and without having sent a byte.
+        ClientLeft = "client_left",
         /// The client reset its connection, or it broke.
         ClientReset = "client_reset",
         /// The backend reset its connection, or it broke.

@@ -80,7 +80,12 @@ impl Relay {
         self.in_flight = 0;
     }
 
-    /// Whether the sink still takes bytes.
+    /// Whether the source is not read until the sink has taken more.
+    pub fn is_paused(&self) -> bool {
+        self.state == State::Paused
+    }
+
+    /// Whether the sink takes nothing any more.
     pub fn is_broken(&self) -> bool {
         self.state == State::Broken
     }
@@ -88,6 +93,11 @@ impl Relay {
     /// Whether the source has ended or the sink has broken.
     pub fn is_ending(&self) -> bool {
         matches!(self.state, State::Ended | State::Broken)
+    }
+
+    /// Whether the source has ended in order, and the sink's socket has taken all that it sent.
+    pub fn is_complete(&self) -> bool {
+        self.state == State::Ended && self.in_flight == 0
     }
 
     /// Whether nothing more will happen in this direction.
@@ -122,9 +132,9 @@ mod tests {
         let mut relay = Relay::default();
         relay.on_received(10, 100);
         relay.on_ended();
-        assert!(relay.is_ending() && !relay.is_done());
+        assert!(relay.is_ending() && !relay.is_done() && !relay.is_complete());
         assert_eq!(relay.on_sent(10, 100), Flow::Keep, "an ended source is not read again");
-        assert!(relay.is_done());
+        assert!(relay.is_done() && relay.is_complete());
     }
 
     #[test]
@@ -134,6 +144,6 @@ mod tests {
         relay.on_broken();
         relay.on_received(1000, 100);
         relay.on_ended();
-        assert!(relay.is_broken() && relay.is_done());
+        assert!(relay.is_broken() && relay.is_done() && !relay.is_complete());
     }
 }

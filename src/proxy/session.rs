@@ -2,10 +2,20 @@
 //!
 //! ```text
 //! Connecting ──connected──▶ Open ──both directions done──▶ closed: Finished
-//!     │ ▲ └──failed: next endpoint──┘ │
-//!     └─┘                             ├─ a side broke: what it sent before still goes out, then ▶ reset
-//!     └──none left──▶ closed          └─ deadline ▶ closed
+//!  │ ▲  │ │                  ├─ a side broke: what it sent before still goes out, then ▶ reset
+//!  └─┘  │ │                  └─ deadline ▶ reset
+//! next  │ └─the client left──▶ closed
+//! one   └──none left─────────▶ closed
 //! ```
+//!
+//! A client can leave before it has a backend. A break is leaving. So is an end of stream before
+//! the first byte: it has asked for nothing, and a close looks no different. Behind bytes the end is
+//! that of a request, whose answer is still wanted.
+//!
+//! A side that broke is not believed to have said nothing: what it sent before is read to its end
+//! and passed on, as slowly as the other side takes it, and only then the other side is reset. That
+//! has a limit of its own: [`FLUSH_STALL_MAX`] without a byte that the other side took. What that one
+//! sends meanwhile is dropped: while it cannot send, it may not get to receiving.
 //!
 //! The worker tells a session what happened and does what it answers. Which bytes are where is the
 //! driver's business; a session counts them.
@@ -14,8 +24,8 @@ use std::time::{Duration, Instant};
 
 use super::Side;
 use super::relay::{Flow, Relay};
-use crate::io::{Close, ConnId};
-use crate::limits::CONNECT_ATTEMPTS_MAX;
+use crate::io::{Chain, Close, ConnId};
+use crate::limits::{CONNECT_ATTEMPTS_MAX, FLUSH_STALL_MAX};
 use crate::telemetry::CloseReason;
 
 /// What the worker has to do for a session.
@@ -34,6 +44,22 @@ pub enum Action {
     /// Close both sides.
     Close(CloseReason),
 }
+
+/// How the connection of one side is closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// At once, so or so.
+    Now(Close),
+    /// With a reset, once the peer has all that was sent to it.
+    ResetBehind,
+    /// At once: with a reset if the peer has all that was sent to it, else with the end of stream,
+    /// which is on its way to it already.
+    ResetOrEnd,
+}
+
+/// A session with a broken side is looked at this often: whether the other one takes bytes, only
+/// the kernel knows.
+const FAILURE_LOOK: Duration = Duration::from_millis(500);
 
 /// Time limits of an open session.
 #[derive(Debug, Clone, Copy)]
@@ -77,6 +103,26 @@ enum State {
     Open,
 }
 
+/// A side has broken, while the other is to have what it sent before.
+#[derive(Debug, Clone, Copy)]
+struct Failure {
+    /// The side that broke first.
+    side: Side,
+    /// Bytes on their way to the other one at the latest look.
+    left: u64,
+    /// The time of the latest look.
+    looked: Instant,
+}
+
+impl Failure {
+    fn reason(&self) -> CloseReason {
+        match self.side {
+            Side::Client => CloseReason::ClientReset,
+            Side::Backend => CloseReason::BackendReset,
+        }
+    }
+}
+
 /// When the client's first byte was seen, for the time to the first byte back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum FirstByte {
@@ -95,8 +141,9 @@ pub struct Session {
     state: State,
     to_backend: Relay,
     to_client: Relay,
-    /// A side broke: the reason to close with, once what it sent before has gone out.
-    failure: Option<CloseReason>,
+    /// What the client sent before there was a backend.
+    pub early: Chain,
+    failure: Option<Failure>,
     opened: Instant,
     active: Instant,
     first_byte: FirstByte,
@@ -115,6 +162,7 @@ impl Session {
             state: State::Connecting,
             to_backend: Relay::default(),
             to_client: Relay::default(),
+            early: Chain::default(),
             failure: None,
             opened: now,
             active: now,
@@ -197,18 +245,34 @@ impl Session {
         self.to_backend.on_received(preface, u32::MAX);
     }
 
+    /// The client sent something before there was a backend: it is kept, and paused.
+    pub fn on_early(&mut self, now: Instant) -> Action {
+        assert_eq!(self.state, State::Connecting, "an open session keeps nothing");
+        if self.first_byte == FirstByte::Unasked {
+            self.first_byte = FirstByte::Asked(now);
+        }
+        Action::Pause(Side::Client)
+    }
+
+    /// Whether a side has ended its direction, or broken.
+    pub fn has_ended(&self, side: Side) -> bool {
+        match side {
+            Side::Client => self.to_backend.is_ending(),
+            Side::Backend => self.to_client.is_ending(),
+        }
+    }
+
     /// Bytes arrived from one side. Unless told to discard them, the worker sends them to the
     /// other. `limit` is how many may be in flight in one direction now.
     pub fn on_received(&mut self, from: Side, bytes: u32, limit: u32, now: Instant) -> Action {
+        if self.relay(from).is_broken() {
+            return Action::Discard;
+        }
         self.active = now;
         if self.first_byte == FirstByte::Unasked && from == Side::Client {
             self.first_byte = FirstByte::Asked(now);
         }
-        let relay = self.relay(from);
-        if relay.is_broken() {
-            return Action::Discard;
-        }
-        match relay.on_received(bytes, limit) {
+        match self.relay(from).on_received(bytes, limit) {
             Flow::Pause => Action::Pause(from),
             _ => Action::None,
         }
@@ -233,6 +297,13 @@ impl Session {
 
     /// A side ended its direction.
     pub fn on_ended(&mut self, from: Side, now: Instant) -> Action {
+        if self.state == State::Connecting {
+            if self.early.is_empty() {
+                return Action::Close(CloseReason::ClientLeft);
+            }
+            self.relay(from).on_ended();
+            return Action::None;
+        }
         self.active = now;
         self.relay(from).on_ended();
         // A broken side ends too; the other must see the break, not an ordinary end.
@@ -246,26 +317,32 @@ impl Session {
 
     /// A side broke while receiving from it: nothing more comes, nothing can be sent.
     pub fn on_receive_failed(&mut self, from: Side, now: Instant) -> Action {
-        self.active = now;
         self.relay(from).on_ended();
-        self.on_broken(from)
+        self.on_broken(from, now)
     }
 
     /// A side broke while sending to it. What it sent before may still be on its way here, so it
     /// is read to its end.
     pub fn on_send_failed(&mut self, to: Side, now: Instant) -> Action {
-        self.active = now;
-        self.on_broken(to)
+        self.on_broken(to, now)
     }
 
-    fn on_broken(&mut self, side: Side) -> Action {
-        let reason = match side {
-            Side::Client => CloseReason::ClientReset,
-            Side::Backend => CloseReason::BackendReset,
-        };
-        self.failure.get_or_insert(reason);
-        self.relay(side.other()).on_broken();
-        self.closed().unwrap_or(Action::Pause(side.other()))
+    fn on_broken(&mut self, side: Side, now: Instant) -> Action {
+        if self.state == State::Connecting {
+            return Action::Close(CloseReason::ClientReset);
+        }
+        self.active = now;
+        self.failure.get_or_insert(Failure { side, left: 0, looked: now });
+        let other = side.other();
+        let paused = self.relay(other).is_paused();
+        self.relay(other).on_broken();
+        let go_on = if paused { Action::Resume(other) } else { Action::None };
+        self.closed().unwrap_or(go_on)
+    }
+
+    /// The side that is to have what the other one sent before it broke.
+    pub fn survivor(&self) -> Option<Side> {
+        self.failure.map(|failure| failure.side.other())
     }
 
     /// When the session has to be looked at next.
@@ -273,22 +350,57 @@ impl Session {
         if self.state == State::Connecting {
             return None; // The attempt has a timer of its own.
         }
+        if let Some(failure) = self.failure {
+            return Some((failure.looked + FAILURE_LOOK).min(self.active + stall_max(timeouts)));
+        }
         let half_close = timeouts.half_close.filter(|_| self.is_half_closed());
         let limit = half_close.or(timeouts.idle);
         limit.map(|limit| self.active + limit)
     }
 
     /// The time of [`Session::deadline`] has come, or had come before later activity moved it.
-    pub fn on_deadline(&mut self, timeouts: &Timeouts, now: Instant) -> Action {
+    /// `undelivered` is how many bytes are on their way to the [`Session::survivor`].
+    pub fn on_deadline(&mut self, timeouts: &Timeouts, undelivered: u64, now: Instant) -> Action {
+        if let Some(failure) = &mut self.failure {
+            // A socket with much room tells of what its peer takes only now and then.
+            if undelivered < failure.left {
+                self.active = now;
+            }
+            (failure.left, failure.looked) = (undelivered, now);
+            let stalled = now.saturating_duration_since(self.active) >= stall_max(timeouts);
+            return if stalled { Action::Close(failure.reason()) } else { Action::None };
+        }
         match self.deadline(timeouts) {
-            Some(deadline) if deadline <= now => Action::Close(match self.failure {
-                Some(reason) => reason,
-                None if self.is_half_closed() && timeouts.half_close.is_some() => {
+            Some(deadline) if deadline <= now => {
+                let half_close = self.is_half_closed() && timeouts.half_close.is_some();
+                Action::Close(if half_close {
                     CloseReason::HalfCloseTimeout
-                }
-                None => CloseReason::IdleTimeout,
-            }),
+                } else {
+                    CloseReason::IdleTimeout
+                })
+            }
             _ => Action::None,
+        }
+    }
+
+    /// How the connection of one side is closed. Only where both directions have ended is that an
+    /// orderly end: what is cut is to look cut, or half an answer would pass for a whole one.
+    pub fn ending(&self, side: Side, reason: CloseReason) -> Ending {
+        let to_side = match side {
+            Side::Client => &self.to_client,
+            Side::Backend => &self.to_backend,
+        };
+        let at_once = reason == CloseReason::DrainDeadline;
+        match self.failure {
+            _ if reason == CloseReason::Finished => Ending::Now(Close::Graceful),
+            _ if self.state == State::Connecting => Ending::Now(Close::Reset),
+            // There was a whole stream for it, and its end.
+            None if to_side.is_complete() && at_once => Ending::ResetOrEnd,
+            None if to_side.is_complete() => Ending::ResetBehind,
+            Some(failure) if failure.side != side && to_side.in_flight() == 0 && !at_once => {
+                Ending::ResetBehind
+            }
+            _ => Ending::Now(Close::Reset),
         }
     }
 
@@ -306,19 +418,27 @@ impl Session {
 
     fn closed(&self) -> Option<Action> {
         (self.to_backend.is_done() && self.to_client.is_done())
-            .then(|| Action::Close(self.failure.unwrap_or(CloseReason::Finished)))
+            .then(|| self.failure.map_or(CloseReason::Finished, |failure| failure.reason()))
+            .map(Action::Close)
     }
 }
 
-/// How the connections of a session that ended for `reason` are closed: with a reset where the
-/// peer must not take the end for an orderly one.
+/// How long a session may make no progress that has a broken side.
+fn stall_max(timeouts: &Timeouts) -> Duration {
+    let limits = [timeouts.half_close, timeouts.idle];
+    limits.into_iter().flatten().fold(FLUSH_STALL_MAX, Duration::min)
+}
+
+/// How a client of whose requests none is under way is closed for `reason`: it is owed nothing, so
+/// an end of stream cuts nothing.
 pub fn how_to_close(reason: CloseReason) -> Close {
     match reason {
         CloseReason::Finished
         | CloseReason::IdleTimeout
         | CloseReason::HalfCloseTimeout
         | CloseReason::EndpointRemoved
-        | CloseReason::DrainDeadline => Close::Graceful,
+        | CloseReason::DrainDeadline
+        | CloseReason::ClientLeft => Close::Graceful,
         CloseReason::ClientReset
         | CloseReason::BackendReset
         | CloseReason::ConnectFailed
@@ -362,7 +482,7 @@ mod tests {
     fn a_reset_waits_for_the_bytes_that_came_before_it() {
         let (mut session, now) = open();
         session.on_received(Side::Backend, 10, LIMIT, now);
-        assert_eq!(session.on_receive_failed(Side::Backend, now), Action::Pause(Side::Client));
+        assert_eq!(session.on_receive_failed(Side::Backend, now), Action::None);
         assert_eq!(session.on_received(Side::Client, 7, LIMIT, now), Action::Discard);
         assert_eq!(
             session.on_sent(Side::Client, 10, LIMIT, now),
@@ -374,7 +494,7 @@ mod tests {
     fn a_side_that_takes_nothing_is_still_read_to_its_end() {
         let (mut session, now) = open();
         session.on_received(Side::Client, 10, LIMIT, now);
-        assert_eq!(session.on_send_failed(Side::Backend, now), Action::Pause(Side::Client));
+        assert_eq!(session.on_send_failed(Side::Backend, now), Action::None);
         assert_eq!(session.on_received(Side::Backend, 3, LIMIT, now), Action::None);
         // The kernel reports an ordinary end once the error was taken by the send.
         assert_eq!(session.on_ended(Side::Backend, now), Action::None);
@@ -400,15 +520,15 @@ mod tests {
         let second = Duration::from_secs(1);
         let timeouts = Timeouts { idle: Some(10 * second), half_close: Some(3 * second) };
         session.on_received(Side::Client, 1, LIMIT, start + 4 * second);
-        assert_eq!(session.on_deadline(&timeouts, start + 10 * second), Action::None);
+        assert_eq!(session.on_deadline(&timeouts, 0, start + 10 * second), Action::None);
         assert_eq!(
-            session.on_deadline(&timeouts, start + 14 * second),
+            session.on_deadline(&timeouts, 0, start + 14 * second),
             Action::Close(CloseReason::IdleTimeout)
         );
         session.on_ended(Side::Client, start + 5 * second);
         assert_eq!(session.deadline(&timeouts), Some(start + 8 * second));
         assert_eq!(
-            session.on_deadline(&timeouts, start + 8 * second),
+            session.on_deadline(&timeouts, 0, start + 8 * second),
             Action::Close(CloseReason::HalfCloseTimeout)
         );
     }
@@ -420,9 +540,174 @@ mod tests {
         let timeouts = Timeouts { idle: Some(10 * second), half_close: None };
         session.on_ended(Side::Client, start);
         assert_eq!(
-            session.on_deadline(&timeouts, start + 10 * second),
+            session.on_deadline(&timeouts, 0, start + 10 * second),
             Action::Close(CloseReason::IdleTimeout)
         );
+    }
+
+    const UNLIMITED: Timeouts = Timeouts { idle: None, half_close: None };
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn a_paused_side_that_broke_is_read_on_as_the_other_takes_bytes() {
+        let (mut session, now) = open();
+        assert_eq!(
+            session.on_received(Side::Backend, LIMIT, LIMIT, now),
+            Action::Pause(Side::Backend)
+        );
+        assert_eq!(session.on_send_failed(Side::Backend, now), Action::None);
+        assert_eq!(session.on_sent(Side::Client, LIMIT, LIMIT, now), Action::Resume(Side::Backend));
+        assert_eq!(session.on_received(Side::Backend, 9, LIMIT, now), Action::None);
+        assert_eq!(session.on_receive_failed(Side::Backend, now), Action::None);
+        let closed = Action::Close(CloseReason::BackendReset);
+        assert_eq!(session.on_sent(Side::Client, 9, LIMIT, now), closed);
+        let ending = |side| session.ending(side, CloseReason::BackendReset);
+        assert_eq!(ending(Side::Backend), Ending::Now(Close::Reset));
+        assert_eq!(ending(Side::Client), Ending::ResetBehind);
+    }
+
+    #[test]
+    fn a_session_with_a_broken_side_ends_when_the_other_takes_nothing_whatever_the_limits() {
+        for timeouts in [UNLIMITED, Timeouts { idle: None, half_close: Some(60 * SECOND) }] {
+            let (mut session, start) = open();
+            session.on_received(Side::Backend, LIMIT, LIMIT, start);
+            session.on_send_failed(Side::Backend, start);
+            let (closed, now) = loop {
+                let now = session.deadline(&timeouts).expect("it is looked at");
+                match session.on_deadline(&timeouts, 1000, now) {
+                    Action::None => {}
+                    action => break (action, now),
+                }
+            };
+            assert_eq!(closed, Action::Close(CloseReason::BackendReset));
+            assert_eq!(now - start, FLUSH_STALL_MAX);
+            let ending = session.ending(Side::Client, CloseReason::BackendReset);
+            assert_eq!(ending, Ending::Now(Close::Reset), "it takes nothing");
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_delivers_is_progress_of_a_session_with_a_broken_side() {
+        let (mut session, start) = open();
+        session.on_received(Side::Backend, LIMIT, LIMIT, start);
+        session.on_send_failed(Side::Backend, start);
+        // One byte in 20 s is taken, of which no send tells.
+        for step in 0..600_u32 {
+            let (now, left) = (start + step * SECOND, 1000 - u64::from(step / 20));
+            assert_eq!(session.on_deadline(&UNLIMITED, left, now), Action::None, "{step}");
+        }
+    }
+
+    #[test]
+    fn what_comes_for_a_broken_side_is_dropped_and_is_no_progress() {
+        let (mut session, start) = open();
+        session.on_received(Side::Backend, LIMIT, LIMIT, start);
+        assert_eq!(
+            session.on_received(Side::Client, LIMIT, LIMIT, start),
+            Action::Pause(Side::Client)
+        );
+        assert_eq!(session.on_send_failed(Side::Backend, start), Action::Resume(Side::Client));
+        for second in 0..30 {
+            let now = start + second * SECOND;
+            assert_eq!(session.on_received(Side::Client, 1, LIMIT, now), Action::Discard);
+            assert_eq!(session.on_deadline(&UNLIMITED, 5, now), Action::None);
+        }
+        let closed = Action::Close(CloseReason::BackendReset);
+        assert_eq!(session.on_deadline(&UNLIMITED, 5, start + 30 * SECOND), closed);
+    }
+
+    #[test]
+    fn a_shorter_limit_holds_for_a_broken_side_as_well() {
+        let timeouts = Timeouts { idle: Some(3 * SECOND), half_close: Some(SECOND) };
+        let (mut session, start) = open();
+        session.on_received(Side::Client, LIMIT, LIMIT, start);
+        session.on_send_failed(Side::Client, start);
+        let closed = Action::Close(CloseReason::ClientReset);
+        assert_eq!(session.on_deadline(&timeouts, 0, start + SECOND), closed);
+    }
+
+    #[test]
+    fn what_is_cut_looks_cut() {
+        let cuts = [
+            CloseReason::IdleTimeout,
+            CloseReason::HalfCloseTimeout,
+            CloseReason::EndpointRemoved,
+            CloseReason::DrainDeadline,
+            CloseReason::Overload,
+        ];
+        for reason in cuts {
+            for bytes in [0, 5] {
+                let (mut session, now) = open();
+                session.on_received(Side::Backend, bytes, LIMIT, now);
+                for side in [Side::Client, Side::Backend] {
+                    assert_eq!(session.ending(side, reason), Ending::Now(Close::Reset));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn who_has_a_whole_stream_before_him_gets_it_before_the_cut() {
+        let (mut session, now) = open();
+        session.on_received(Side::Backend, 5, LIMIT, now);
+        session.on_ended(Side::Backend, now);
+        let ending = |session: &Session, side| session.ending(side, CloseReason::HalfCloseTimeout);
+        assert_eq!(ending(&session, Side::Client), Ending::Now(Close::Reset), "it takes nothing");
+        session.on_sent(Side::Client, 5, LIMIT, now);
+        assert_eq!(ending(&session, Side::Client), Ending::ResetBehind);
+        assert_eq!(ending(&session, Side::Backend), Ending::Now(Close::Reset));
+        let at_deadline = session.ending(Side::Client, CloseReason::DrainDeadline);
+        assert_eq!(at_deadline, Ending::ResetOrEnd, "there is no time to wait");
+    }
+
+    #[test]
+    fn both_ends_in_order_are_an_orderly_end() {
+        let (mut session, now) = open();
+        session.on_ended(Side::Backend, now);
+        let closed = Action::Close(CloseReason::Finished);
+        assert_eq!(session.on_ended(Side::Client, now), closed);
+        for side in [Side::Client, Side::Backend] {
+            assert_eq!(session.ending(side, CloseReason::Finished), Ending::Now(Close::Graceful));
+        }
+    }
+
+    #[test]
+    fn a_client_without_a_backend_leaves_by_a_reset_or_by_an_end_before_the_first_byte() {
+        let now = Instant::now();
+        let connecting = || {
+            let mut session = Session::new(ConnId::from_parts(0, 0), now);
+            session.on_trying(3, None);
+            session.on_connecting(ConnId::from_parts(1, 0), now);
+            session
+        };
+        let left = Action::Close(CloseReason::ClientLeft);
+        assert_eq!(connecting().on_ended(Side::Client, now), left);
+        let reset = Action::Close(CloseReason::ClientReset);
+        assert_eq!(connecting().on_receive_failed(Side::Client, now), reset);
+        assert_eq!(connecting().on_send_failed(Side::Client, now), reset);
+        assert_eq!(connecting().on_early(now), Action::Pause(Side::Client));
+        for side in [Side::Client, Side::Backend] {
+            let ending = connecting().ending(side, CloseReason::ClientLeft);
+            assert_eq!(ending, Ending::Now(Close::Reset));
+        }
+    }
+
+    #[test]
+    fn a_client_that_ends_behind_bytes_is_served() {
+        let mut buffers = crate::io::buffers::Buffers::new(1).unwrap();
+        let now = Instant::now();
+        let mut session = Session::new(ConnId::from_parts(0, 0), now);
+        session.on_trying(3, None);
+        let mut buf = buffers.take().unwrap();
+        buffers.set_len(&mut buf, 4);
+        buffers.push(&mut session.early, buf);
+        session.on_early(now);
+        assert_eq!(session.on_ended(Side::Client, now), Action::None);
+        session.on_connected(ConnId::from_parts(1, 0), 0, now);
+        assert!(session.has_ended(Side::Client) && !session.has_ended(Side::Backend));
+        assert_eq!(session.on_received(Side::Client, 4, LIMIT, now), Action::None);
+        assert_eq!(session.on_sent(Side::Backend, 4, LIMIT, now), Action::None);
+        assert_eq!(session.on_ended(Side::Backend, now), Action::Close(CloseReason::Finished));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use std::time::{Duration, Instant};
 
 use super::engine::{Engine, Owner};
+use super::mailbox::Order;
 use crate::io::{Close, ConnId, Driver};
 use crate::limits;
 
@@ -25,17 +26,35 @@ pub(super) struct Flushing {
     look_after: Duration,
 }
 
+impl Flushing {
+    fn new(left: u64, now: Instant) -> Self {
+        Self { left, since: now, look_after: LOOK_AFTER_MIN }
+    }
+
+    /// Bytes that are on their way now; `None` once there are none, or it takes no more of them.
+    fn look(self, left: u64, now: Instant) -> Option<Self> {
+        let taken = left < self.left;
+        let (left, since) = if taken { (left, now) } else { (self.left, self.since) };
+        let stalled = now.saturating_duration_since(since) >= limits::FLUSH_STALL_MAX;
+        let look_after = (2 * self.look_after).min(LOOK_AFTER_MAX);
+        (left > 0 && !stalled).then_some(Self { left, since, look_after })
+    }
+}
+
 impl<D: Driver> Engine<D> {
     /// Closes a connection with a reset, behind all that is on its way to its peer. That may take
-    /// as long as the peer goes on taking bytes.
+    /// as long as the peer goes on taking bytes, and until then it counts as a session. Whoever
+    /// calls this has taken its timer away.
     pub(super) fn reset_behind(&mut self, conn: ConnId) {
         let left = self.driver.undelivered(conn);
-        if left == 0 {
+        if left == 0 || self.order == Order::Stop {
+            self.owner(conn);
             return self.driver.close(conn, Close::Reset);
         }
-        self.driver.receive(conn, false);
+        // What it still sends is for nobody, but while it cannot send, it may not get to receiving.
+        self.driver.receive(conn, true);
         self.flushing += 1;
-        self.flush_on(conn, Flushing { left, since: self.now, look_after: LOOK_AFTER_MIN });
+        self.flush_on(conn, Flushing::new(left, self.now));
     }
 
     fn flush_on(&mut self, conn: ConnId, flushing: Flushing) {
@@ -44,17 +63,11 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Looks at a connection again that is being flushed.
-    pub(super) fn on_flush_timer(&mut self, conn: ConnId, mut flushing: Flushing) {
-        let left = self.driver.undelivered(conn);
-        if left < flushing.left {
-            (flushing.left, flushing.since) = (left, self.now);
+    pub(super) fn on_flush_timer(&mut self, conn: ConnId, flushing: Flushing) {
+        match flushing.look(self.driver.undelivered(conn), self.now) {
+            Some(flushing) => self.flush_on(conn, flushing),
+            None => self.end_flush(conn),
         }
-        let stalled = self.now.saturating_duration_since(flushing.since);
-        if left == 0 || stalled >= limits::FLUSH_STALL_MAX {
-            return self.end_flush(conn);
-        }
-        flushing.look_after = (2 * flushing.look_after).min(LOOK_AFTER_MAX);
-        self.flush_on(conn, flushing);
     }
 
     /// A connection that is being flushed has broken, or there is no time left for it.
@@ -72,5 +85,46 @@ impl<D: Driver> Engine<D> {
                 self.end_flush(self.owners[slot].conn);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Looks on until it is over; returns how many looks there were and how long it took.
+    fn flush(start: Instant, left_at: impl Fn(Duration) -> u64) -> (u32, Duration) {
+        let mut flushing = Some(Flushing::new(left_at(Duration::ZERO), start));
+        let (mut looks, mut now) = (0, start);
+        while let Some(latest) = flushing {
+            now += latest.look_after;
+            looks += 1;
+            flushing = latest.look(left_at(now - start), now);
+        }
+        (looks, now - start)
+    }
+
+    #[test]
+    fn a_flush_ends_soon_after_the_last_byte_was_taken() {
+        let start = Instant::now();
+        let (looks, took) = flush(start, |_| 0);
+        assert_eq!((looks, took), (1, LOOK_AFTER_MIN));
+        let last = Duration::from_secs(100);
+        let (looks, took) =
+            flush(start, |at| (last.as_millis() - at.as_millis().min(100_000)) as u64);
+        assert!(took >= last && took <= last + LOOK_AFTER_MAX, "{took:?}");
+        assert!(looks < 220, "{looks} looks");
+    }
+
+    #[test]
+    fn a_flush_that_stalls_ends_however_many_bytes_are_left() {
+        let start = Instant::now();
+        let (_, took) = flush(start, |_| 1 << 20);
+        assert!(took >= limits::FLUSH_STALL_MAX, "{took:?}");
+        assert!(took <= limits::FLUSH_STALL_MAX + LOOK_AFTER_MAX, "{took:?}");
+        // What is taken in the last moment is progress.
+        let last_moment = Duration::from_millis(29_400);
+        let (_, took) = flush(start, |at| if at < last_moment { 9 } else { 8 });
+        assert!(took >= last_moment + limits::FLUSH_STALL_MAX, "{took:?}");
     }
 }

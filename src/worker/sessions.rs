@@ -7,9 +7,9 @@ use std::time::Instant;
 use super::engine::{Engine, Owner};
 use super::pools::is_local;
 use crate::config::{Balance, Locality, ProxyProtocol};
-use crate::io::{Buf, Chain, Close, ConnId, Driver};
+use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
 use crate::proxy::Side;
-use crate::proxy::session::{Action, Session, Tried, how_to_close};
+use crate::proxy::session::{Action, Ending, Session, Tried};
 use crate::slab::Key;
 use crate::telemetry::{Checkout, CloseReason};
 use crate::wire::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
@@ -28,6 +28,12 @@ impl<D: Driver> Engine<D> {
         self.publish_sessions();
         self.own(client, Owner::Session(key, Side::Client));
         self.dispatch(key, CloseReason::NoEndpoint);
+        if self.sessions.get(key).is_some_and(|session| !session.is_open()) {
+            // It may leave before there is a backend. What it sends meanwhile is kept, and that is
+            // at most a buffer: a receive that was stopped once brings one at a time.
+            self.driver.receive(client, false);
+            self.driver.receive(client, true);
+        }
     }
 
     /// Finds the session a backend: a warm connection, or one made for it. Closes it for
@@ -105,12 +111,30 @@ impl<D: Driver> Engine<D> {
             if let Some(key) = self.sessions.key_at(slot)
                 && let Some(session) = self.sessions.get(key)
                 && session.awaits_endpoint()
+                && let Some(client) = session.conn(Side::Client)
             {
-                if let Some(client) = session.conn(Side::Client) {
-                    self.timers.clear(client.index());
+                // One that may have left is served once that is heard: if there are bytes before
+                // its end, they come first.
+                let silent = session.early.is_empty();
+                if silent && self.driver.unheard(client) == Unheard::End {
+                    continue;
                 }
+                self.timers.clear(client.index());
                 self.dispatch(key, CloseReason::NoEndpoint);
             }
+        }
+    }
+
+    /// A client that waits for an endpoint has said something, so it has not left.
+    fn dispatch_heard(&mut self, key: Key) {
+        if !self.table.is_empty()
+            && let Some(session) = self.sessions.get(key)
+            && session.awaits_endpoint()
+        {
+            if let Some(client) = session.conn(Side::Client) {
+                self.timers.clear(client.index());
+            }
+            self.dispatch(key, CloseReason::NoEndpoint);
         }
     }
 
@@ -221,13 +245,22 @@ impl<D: Driver> Engine<D> {
         };
         let Some(session) = self.sessions.get_mut(key) else { return };
         session.on_connected(backend, preface.as_ref().map_or(0, Buf::len), self.now);
-        self.arm_deadline(key);
         if let Some(buf) = preface {
             self.driver.send(backend, buf);
         }
+        let mut early = std::mem::take(&mut session.early);
+        let ended = session.has_ended(Side::Client);
         self.driver.join(client, backend);
         self.driver.receive(client, true);
         self.driver.receive(backend, true);
+        while let Some(buf) = self.driver.buffers().pop(&mut early) {
+            // It was counted when it came.
+            self.pass_on(key, Side::Client, buf);
+        }
+        if ended {
+            self.act(key, Action::Shutdown(Side::Backend));
+        }
+        self.arm_deadline(key);
         while let Some(buf) = self.driver.buffers().pop(&mut greeting) {
             self.on_received(key, Side::Backend, buf);
         }
@@ -263,6 +296,11 @@ impl<D: Driver> Engine<D> {
         let Some(session) = self.sessions.get_mut(key) else {
             return self.driver.buffers().give(buf);
         };
+        if !session.is_open() {
+            self.driver.buffers().push(&mut session.early, buf);
+            self.apply(key, Session::on_early);
+            return self.dispatch_heard(key);
+        }
         let action = session.on_received(from, buf.len(), limit, self.now);
         match (action, session.conn(from.other())) {
             (Action::Discard, _) | (_, None) => self.driver.buffers().give(buf),
@@ -319,8 +357,11 @@ impl<D: Driver> Engine<D> {
             // The timer may have fired for a moment too early: it is set again then.
             return self.dispatch(key, CloseReason::NoEndpoint);
         }
+        let Some(session) = self.sessions.get(key) else { return };
+        let survivor = session.survivor().and_then(|side| session.conn(side));
+        let undelivered = survivor.map_or(0, |conn| self.driver.undelivered(conn));
         let timeouts = self.timeouts;
-        self.apply(key, |session, now| session.on_deadline(&timeouts, now));
+        self.apply(key, |session, now| session.on_deadline(&timeouts, undelivered, now));
         self.arm_deadline(key);
     }
 
@@ -351,14 +392,21 @@ impl<D: Driver> Engine<D> {
     }
 
     pub(super) fn close_session(&mut self, key: Key, reason: CloseReason) {
-        let Some(session) = self.sessions.remove(key) else { return };
-        // An orderly end would pass for the whole stream.
-        let how = if session.in_flight() > 0 { Close::Reset } else { how_to_close(reason) };
+        let Some(mut session) = self.sessions.remove(key) else { return };
+        self.driver.buffers().clear(&mut session.early);
         for side in [Side::Client, Side::Backend] {
             if let Some(conn) = session.conn(side) {
                 self.timers.clear(conn.index());
                 self.owner(conn);
-                self.driver.close(conn, how);
+                match session.ending(side, reason) {
+                    Ending::Now(how) => self.driver.close(conn, how),
+                    Ending::ResetBehind => self.reset_behind(conn),
+                    Ending::ResetOrEnd => {
+                        let delivered = self.driver.undelivered(conn) == 0;
+                        let how = if delivered { Close::Reset } else { Close::Graceful };
+                        self.driver.close(conn, how);
+                    }
+                }
             }
         }
         self.release(session.endpoint());
@@ -371,6 +419,49 @@ impl<D: Driver> Engine<D> {
             if let Some(key) = self.sessions.key_at(slot) {
                 self.close_session(key, reason);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use crate::config::{Config, PoolMode, Protocol};
+    use crate::telemetry::CloseReason;
+    use crate::worker::mailbox::Order;
+    use crate::worker::simulation::Run;
+
+    #[test]
+    fn who_comes_beyond_all_slots_is_refused() {
+        const SLOTS: usize = 5;
+        for mode in [PoolMode::Preconnect, PoolMode::Request] {
+            let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
+            if mode == PoolMode::Request {
+                config.protocol = Protocol::Chronos;
+            }
+            config.pool.mode = mode;
+            let mut run = Run::with(fastrand::Rng::with_seed(1), config, 1, 100);
+            run.engine.driver().speaks_lines = mode == PoolMode::Request;
+            run.engine.slots = SLOTS;
+            let all = run.endpoints.clone();
+            run.deliver(all);
+            for _ in 0..20 {
+                run.engine.driver().add_client(Duration::ZERO);
+            }
+            // They come while there is no room, so that the drain finds them in the queue.
+            while run.engine.driver().elapsed() < Duration::from_millis(1) {
+                run.turn();
+            }
+            let outside = run.engine.driver().clients_outside();
+            assert!(outside > SLOTS, "{outside}");
+            run.order(Order::Drain);
+            while run.engine.driver().elapsed() < Duration::from_secs(1) {
+                run.turn();
+                assert!(run.engine.sessions() <= SLOTS);
+            }
+            assert!(run.stats.closed(CloseReason::Overload) > 0, "{mode:?}");
+            run.stop();
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::io::Driver;
 use crate::io::sim::{ID_BYTES, Peer, Reachability, Sim};
 use crate::limits;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
-use crate::telemetry::{CloseReason, WorkerStats};
+use crate::telemetry::{CloseReason, Label, WorkerStats};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -158,22 +158,7 @@ impl Run {
         let driver = self.engine.driver();
         assert_eq!(driver.open_sockets(), 0, "connections leaked");
         assert_eq!(driver.buffers().free(), self.buffers, "buffers leaked");
-        let ended: u64 = [
-            CloseReason::Finished,
-            CloseReason::ClientReset,
-            CloseReason::BackendReset,
-            CloseReason::ConnectFailed,
-            CloseReason::ConnectTimeout,
-            CloseReason::NoEndpoint,
-            CloseReason::IdleTimeout,
-            CloseReason::HalfCloseTimeout,
-            CloseReason::DrainDeadline,
-            CloseReason::EndpointRemoved,
-            CloseReason::Overload,
-        ]
-        .map(|reason| self.stats.closed(reason))
-        .iter()
-        .sum();
+        let ended: u64 = CloseReason::ALL.iter().map(|&reason| self.stats.closed(reason)).sum();
         assert_eq!(self.stats.sessions_opened.get(), ended, "every session ends for one reason");
     }
 

@@ -13,6 +13,7 @@ mod chaos;
 mod config;
 mod crowd;
 mod drain;
+mod endings;
 mod failover;
 mod http;
 mod integrity;

@@ -39,7 +39,8 @@ impl Backend {
         Self::scripted_at([127, 0, 0, 2].into(), handler)
     }
 
-    fn scripted_at(ip: IpAddr, handler: impl Fn(&TcpStream) + Send + Sync + 'static) -> Self {
+    /// The same, at an address that need not be of the loopback interface.
+    pub fn scripted_at(ip: IpAddr, handler: impl Fn(&TcpStream) + Send + Sync + 'static) -> Self {
         let address = SocketAddr::new(ip, 0);
         let accepted = Arc::default();
         let mut backend = Self { address, handler: Arc::new(handler), accepted, running: None };

@@ -198,7 +198,8 @@ impl<D: Driver> Engine<D> {
         }
         let Some(mut client) = self.clients.remove(key) else { return };
         self.driver.buffers().clear(&mut client.input);
-        let how = if client.unsent() > 0 { Close::Reset } else { how_to_close(reason) };
+        let cut = client.unsent() > 0 || client.request().is_some();
+        let how = if cut { Close::Reset } else { how_to_close(reason) };
         self.timers.clear(client.conn.index());
         self.owner(client.conn);
         self.driver.close(client.conn, how);
