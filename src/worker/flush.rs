@@ -123,8 +123,8 @@ mod tests {
         assert!(took >= limits::FLUSH_STALL_MAX, "{took:?}");
         assert!(took <= limits::FLUSH_STALL_MAX + LOOK_AFTER_MAX, "{took:?}");
         // What is taken in the last moment is progress.
-        let (_, took) =
-            flush(start, |at| if at < limits::FLUSH_STALL_MAX - LOOK_AFTER_MAX { 9 } else { 8 });
-        assert!(took >= 2 * limits::FLUSH_STALL_MAX - 2 * LOOK_AFTER_MAX, "{took:?}");
+        let last_moment = Duration::from_millis(29_400);
+        let (_, took) = flush(start, |at| if at < last_moment { 9 } else { 8 });
+        assert!(took >= last_moment + limits::FLUSH_STALL_MAX, "{took:?}");
     }
 }

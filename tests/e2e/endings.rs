@@ -137,7 +137,7 @@ fn an_answer_before_a_reset_arrives_in_full_and_then_the_reset(io: Io) {
         let proxy = proxy_to(io, &backend);
         for _ in 0..5 {
             let mut client = connect(proxy.address());
-            client.write_all(&pattern(2, 10_000)).unwrap();
+            client.write_all(pattern(2, 10_000)).unwrap();
             closed.recv_timeout(PATIENCE).unwrap();
             thread::sleep(Duration::from_millis(50));
             assert_reset_behind(read_slowly(&client, pattern(1, size), SHORT_PAUSE), size);
@@ -184,7 +184,7 @@ fn a_slow_reader_gets_all_of_a_long_answer_before_the_reset(io: Io) {
     });
     let proxy = proxy_to(io, &backend);
     let mut client = connect(proxy.address());
-    client.write_all(&pattern(2, 10_000)).unwrap();
+    client.write_all(pattern(2, 10_000)).unwrap();
     assert_reset_behind(read_slowly(&client, pattern(3, LONG), LONG_PAUSE), LONG);
     closed.recv_timeout(PATIENCE).unwrap();
 }
