@@ -150,9 +150,11 @@ fn echoing_paths() -> (Backend, Connections) {
             let length = path.len();
             let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{path}");
             if stream.write_all(answer.as_bytes()).is_err() {
-                return;
+                break;
             }
         }
+        // The test holds on to it.
+        let _ = stream.shutdown(Shutdown::Both);
     });
     (backend, connections)
 }
