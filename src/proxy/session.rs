@@ -9,8 +9,8 @@
 //! ```
 //!
 //! A client can leave before it has a backend. A break is leaving. So is an end of stream before
-//! the first byte: it has asked for nothing, and a close looks no different. Behind bytes the end is
-//! that of a request, whose answer is still wanted.
+//! the first byte, unless a connect is about to succeed: it has asked for nothing, and a close looks
+//! no different. Behind bytes the end is that of a request, whose answer is still wanted.
 //!
 //! A side that broke is not believed to have said nothing: what it sent before is read to its end
 //! and passed on, as slowly as the other side takes it, and only then the other side is reset. That
@@ -61,6 +61,10 @@ pub enum Ending {
 /// A session with a broken side is looked at this often: whether the other one takes bytes, only
 /// the kernel knows.
 const FAILURE_LOOK: Duration = Duration::from_millis(500);
+
+/// A client that has ended its direction before the first byte, while it is being connected, is
+/// taken for one that left if that takes longer than this. Within a cluster a handshake takes less.
+const LEFT_AFTER: Duration = Duration::from_millis(100);
 
 /// Time limits of an open session.
 #[derive(Debug, Clone, Copy)]
@@ -399,7 +403,7 @@ impl Session {
     /// A side ended its direction.
     pub fn on_ended(&mut self, from: Side, now: Instant) -> Action {
         if self.state == State::Connecting {
-            if self.early.is_empty() {
+            if self.early.is_empty() && self.awaits_endpoint() {
                 return Action::Close(CloseReason::ClientLeft);
             }
             self.relay(from).on_ended();
@@ -449,7 +453,9 @@ impl Session {
     /// When the session has to be looked at next.
     pub fn deadline(&self, timeouts: &Timeouts) -> Option<Instant> {
         if self.state == State::Connecting {
-            return None; // The attempt has a timer of its own.
+            // The attempt has a timer of its own.
+            let may_have_left = self.to_backend.is_ending() && self.early.is_empty();
+            return may_have_left.then(|| self.active + LEFT_AFTER);
         }
         if let Some(failure) = self.failure {
             return Some((failure.looked + FAILURE_LOOK).min(self.active + stall_max(timeouts)));
@@ -472,6 +478,9 @@ impl Session {
             return if stalled { Action::Close(failure.reason()) } else { Action::None };
         }
         match self.deadline(timeouts) {
+            Some(deadline) if deadline <= now && self.state == State::Connecting => {
+                Action::Close(CloseReason::ClientLeft)
+            }
             Some(deadline) if deadline <= now => {
                 let half_close = self.is_half_closed() && timeouts.half_close.is_some();
                 Action::Close(if half_close {
@@ -783,7 +792,13 @@ mod tests {
             session
         };
         let left = Action::Close(CloseReason::ClientLeft);
-        assert_eq!(connecting().on_ended(Side::Client, now), left);
+        let mut waiting = Session::new(ConnId::from_parts(0, 0), now);
+        assert_eq!(waiting.on_ended(Side::Client, now), left, "no endpoint is there");
+        let none = Timeouts { idle: None, half_close: None };
+        let mut slow = connecting();
+        assert_eq!(slow.on_ended(Side::Client, now), Action::None, "the connect may succeed");
+        assert_eq!(slow.on_deadline(&none, 0, now + LEFT_AFTER / 2), Action::None);
+        assert_eq!(slow.on_deadline(&none, 0, now + LEFT_AFTER), left);
         let reset = Action::Close(CloseReason::ClientReset);
         assert_eq!(connecting().on_receive_failed(Side::Client, now), reset);
         assert_eq!(connecting().on_send_failed(Side::Client, now), reset);

@@ -274,7 +274,7 @@ fn short_of_descriptors(io: Io, stores: &[Backend]) -> Builder {
         .set("AEGIS_QUEUE_TIMEOUT", "1s")
         .set("AEGIS_MAX_SESSIONS", "40")
         .pool(4, 4)
-        .descriptors_max(270)
+        .descriptors_max(286)
 }
 
 fn stores_that_are_needed_get_connections_whatever_others_keep(io: Io) {
