@@ -89,6 +89,25 @@ const POOL_CONNS_MIN: u64 = 16;
 /// As long as proxies give clients that take nothing, and far above any pause of a healthy one.
 pub const FLUSH_STALL_MAX: Duration = Duration::from_secs(30);
 
+/// A client that was told all may go on sending for so long without taking anything. What it sends
+/// is dropped, so that it gets to see the answer before its connection is closed.
+pub const LINGER_MAX: Duration = Duration::from_secs(30);
+
+/// Bytes a second that a client has to send of a request that holds a connection: far below any
+/// network, far above a trickle.
+pub const UPLOAD_RATE_MIN: u32 = 1024;
+
+/// A client may be so far behind with such a request, be it that it sends nothing: above the waits
+/// of TCP for packets lost twice, and well below the time for which others wait for a connection…
+pub const UPLOAD_BEHIND_CONTENDED_MAX: Duration = Duration::from_secs(2);
+
+/// …or, while nobody else waits for one, as long as proxies give clients.
+pub const UPLOAD_BEHIND_MAX: Duration = Duration::from_secs(30);
+
+/// In a drain, a client that has sent no request yet may take so long to send its first, and one
+/// that was told to leave to do so.
+pub const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
+
 /// Connections of one worker.
 pub const fn conns_max(sessions_max: usize) -> usize {
     // A client and a backend each.

@@ -161,6 +161,10 @@ labels! {
         IdleTimeout = "idle_timeout",
         /// One direction had ended and no byte moved for `AEGIS_HALF_CLOSE_TIMEOUT`.
         HalfCloseTimeout = "half_close_timeout",
+        /// The client moved no byte of a request or an answer while it held a backend's connection.
+        ClientTimeout = "client_timeout",
+        /// It had nothing under way in a drain.
+        Drained = "drained",
         /// Still open at the end of `AEGIS_DRAIN_TIMEOUT`.
         DrainDeadline = "drain_deadline",
         /// A bound of `limits` was met that leaves no other way out.
@@ -209,7 +213,9 @@ labels! {
         QueueFull = "queue_full",
         /// No connection became free in time.
         QueueTimeout = "queue_timeout",
-        /// The endpoint that holds its key cannot be reached.
+        /// There was no endpoint for `AEGIS_ENDPOINT_WAIT`.
+        NoEndpoint = "no_endpoint",
+        /// The endpoint that holds its key cannot be reached, or none of all that there are.
         Unreachable = "unreachable",
         /// The backend did not answer in time.
         Timeout = "timeout",
@@ -217,6 +223,8 @@ labels! {
         Lost = "backend_lost",
         /// The client left before its answer.
         ClientGone = "client_gone",
+        /// The client neither sent the rest of it nor took its answer in time.
+        ClientTimeout = "client_timeout",
     }
 }
 

@@ -318,9 +318,11 @@ pub fn how_to_close(reason: CloseReason) -> Close {
         | CloseReason::IdleTimeout
         | CloseReason::HalfCloseTimeout
         | CloseReason::EndpointRemoved
+        | CloseReason::Drained
         | CloseReason::DrainDeadline => Close::Graceful,
         CloseReason::ClientReset
         | CloseReason::BackendReset
+        | CloseReason::ClientTimeout
         | CloseReason::ConnectFailed
         | CloseReason::ConnectTimeout
         | CloseReason::NoEndpoint

@@ -167,6 +167,8 @@ impl Run {
             CloseReason::NoEndpoint,
             CloseReason::IdleTimeout,
             CloseReason::HalfCloseTimeout,
+            CloseReason::ClientTimeout,
+            CloseReason::Drained,
             CloseReason::DrainDeadline,
             CloseReason::EndpointRemoved,
             CloseReason::Overload,

@@ -18,12 +18,18 @@ pub enum Fault {
     QueueFull,
     /// No connection became free in this time.
     QueueTimeout(Duration),
+    /// There was no endpoint at all for this time.
+    NoEndpoint(Duration),
+    /// There were endpoints, and no connection to any of them could be made in this time.
+    NoneReachable(Duration),
     /// The endpoint that holds the key is out of use.
     Unreachable,
     /// The backend did not answer in this time.
     Timeout(Duration),
     /// The backend's connection ended first.
     Lost,
+    /// The client did not go on with its request in this time.
+    Unfinished(Duration),
 }
 
 impl Fault {
@@ -33,9 +39,11 @@ impl Fault {
             Self::Blank | Self::TooLong(_) => Outcome::Refused,
             Self::QueueFull => Outcome::QueueFull,
             Self::QueueTimeout(_) => Outcome::QueueTimeout,
-            Self::Unreachable => Outcome::Unreachable,
+            Self::NoEndpoint(_) => Outcome::NoEndpoint,
+            Self::NoneReachable(_) | Self::Unreachable => Outcome::Unreachable,
             Self::Timeout(_) => Outcome::Timeout,
             Self::Lost => Outcome::Lost,
+            Self::Unfinished(_) => Outcome::ClientTimeout,
         }
     }
 }
@@ -47,12 +55,21 @@ impl fmt::Display for Fault {
             Self::TooLong(max) => write!(f, "request longer than {max} bytes"),
             Self::QueueFull => f.write_str("too many requests wait for a connection"),
             Self::QueueTimeout(limit) => write!(f, "no backend connection was free in {limit:?}"),
+            Self::NoEndpoint(limit) => {
+                write!(f, "no endpoint is known, and none came in {limit:?}")
+            }
+            Self::NoneReachable(limit) => {
+                write!(f, "no endpoint could be connected to in {limit:?}")
+            }
             Self::Unreachable => f.write_str("the store that holds the key cannot be reached"),
             Self::Timeout(limit) => {
                 write!(f, "no answer in {limit:?}; the request may have taken effect")
             }
             Self::Lost => {
                 f.write_str("connection to the backend lost; the request may have taken effect")
+            }
+            Self::Unfinished(limit) => {
+                write!(f, "the rest of the request did not come in {limit:?}")
             }
         }
     }
@@ -68,6 +85,7 @@ pub fn write_fault(protocol: Protocol, fault: Fault, mut space: &mut [u8]) -> us
             let status = match fault {
                 Fault::Timeout(_) => "504 Gateway Timeout",
                 Fault::Lost => "502 Bad Gateway",
+                Fault::Unfinished(_) => "408 Request Timeout",
                 _ => "503 Service Unavailable",
             };
             // Without a body, so that it is right as an answer to HEAD too.

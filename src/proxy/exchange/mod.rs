@@ -18,17 +18,20 @@
 mod fault;
 mod framing;
 mod sweep;
+mod upload;
 
 use std::time::{Duration, Instant};
 
 pub use fault::{Fault, write_fault};
 pub use framing::Framing;
 pub use sweep::Sweep;
+pub use upload::Upload;
 
 use super::route::StableHash;
 use super::session::Tried;
 use crate::io::buffers::Buffers;
 use crate::io::{Chain, ConnId};
+use crate::limits::LINGER_MAX;
 use crate::telemetry::{CloseReason, Verb};
 
 /// What is at the front of a client's input.
@@ -107,6 +110,8 @@ pub struct Limits {
     pub half_close: Option<Duration>,
     /// A request's wait for a connection.
     pub queue: Duration,
+    /// Its wait for an endpoint while there is none at all.
+    pub endpoint: Duration,
     /// An answer.
     pub request: Option<Duration>,
 }
@@ -140,6 +145,8 @@ struct Exchange {
     since: Instant,
     /// Since when it wants a connection.
     wanting: Instant,
+    /// Since when there was no endpoint for it, the first time.
+    without_endpoint: Option<Instant>,
     asked: Instant,
     replied: bool,
 }
@@ -173,11 +180,17 @@ pub struct Client {
     pub sweep: Option<Box<Sweep>>,
     /// Marks the load estimator's window in which it was last counted as active.
     pub window: u32,
+    /// Its pace with a request that is sent on as it comes.
+    pub upload: Upload,
     framing: Framing,
     /// Bytes of the input that were looked at.
     scanned: u32,
     state: State,
     exchange: Option<Exchange>,
+    /// It waits for an endpoint.
+    awaits_endpoint: bool,
+    /// It has sent a request, or what was taken for one.
+    began: bool,
     /// The connection is to be given to it for good.
     opaque: bool,
     /// Bytes on their way to it.
@@ -202,10 +215,13 @@ impl Client {
             timer: None,
             sweep: None,
             window: 0,
+            upload: Upload::new(now),
             framing,
             scanned: 0,
             state: State::Reading,
             exchange: None,
+            awaits_endpoint: false,
+            began: false,
             opaque: false,
             unsent: 0,
             unasked: 0,
@@ -233,6 +249,16 @@ impl Client {
     /// How it talks.
     pub fn framing(&self) -> &Framing {
         &self.framing
+    }
+
+    /// Whether it has sent a request so far.
+    pub fn has_begun(&self) -> bool {
+        self.began
+    }
+
+    /// When the last byte of it or to it moved that counts.
+    pub fn active(&self) -> Instant {
+        self.active
     }
 
     /// Whether it is to have a connection for good, whose bytes nobody looks at.
@@ -303,7 +329,10 @@ impl Client {
 
     /// Bytes arrived from it.
     pub fn on_active(&mut self, now: Instant) {
-        self.active = now;
+        // One that is to leave does not stay by sending.
+        if self.state != State::Leaving {
+            self.active = now;
+        }
     }
 
     /// It ended its direction: a request that is not whole will never be.
@@ -361,14 +390,42 @@ impl Client {
     pub fn begin(&mut self, request: Request, now: Instant) {
         debug_assert!(self.is_reading());
         self.state = State::Ready;
+        self.began = true;
+        self.awaits_endpoint = false;
         self.exchange = Some(Exchange {
             request,
             tried: Tried::default(),
             since: now,
             wanting: now,
+            without_endpoint: None,
             asked: now,
             replied: false,
         });
+    }
+
+    /// There is no endpoint at all: the request is to wait for one. Says until when, however often
+    /// endpoints come and go meanwhile.
+    pub fn on_no_endpoint(&mut self, limits: &Limits, now: Instant) -> Instant {
+        self.awaits_endpoint = true;
+        let Some(exchange) = &mut self.exchange else { return now };
+        *exchange.without_endpoint.get_or_insert(now) + limits.endpoint
+    }
+
+    /// There are endpoints. If the request has waited for one, it now waits for a connection.
+    pub fn on_endpoints(&mut self, now: Instant) {
+        if std::mem::take(&mut self.awaits_endpoint)
+            && let Some(exchange) = &mut self.exchange
+        {
+            exchange.wanting = now;
+        }
+    }
+
+    /// No connection to an endpoint can be had: the request goes to another one.
+    pub fn on_passed_over(&mut self, endpoint: u16) {
+        self.on_placed_again();
+        if let Some(exchange) = &mut self.exchange {
+            exchange.tried.push(endpoint);
+        }
     }
 
     /// The request has joined the queue.
@@ -477,13 +534,19 @@ impl Client {
     /// When the client has to be looked at next.
     pub fn deadline(&self, limits: &Limits) -> Option<Instant> {
         match (self.state, &self.exchange) {
-            (State::Ready | State::Waiting, Some(exchange)) => {
-                Some(exchange.wanting + limits.queue)
+            (State::Ready | State::Waiting, Some(exchange)) => match exchange.without_endpoint {
+                Some(since) if self.awaits_endpoint => Some(since + limits.endpoint),
+                _ => Some(exchange.wanting + limits.queue),
+            },
+            (State::Asked, Some(exchange)) => match limits.request {
+                Some(limit) => Some(exchange.asked + limit),
+                None => limits.idle.map(|limit| self.active.max(exchange.asked) + limit),
+            },
+            (State::Leaving, _) => {
+                let limit = limits.half_close.or(limits.idle).unwrap_or(LINGER_MAX);
+                Some(self.active + limit.min(LINGER_MAX))
             }
-            (State::Asked, Some(exchange)) => limits.request.map(|limit| exchange.asked + limit),
-            _ if self.ended || self.state == State::Leaving => {
-                limits.half_close.map(|limit| self.active + limit)
-            }
+            _ if self.ended => limits.half_close.or(limits.idle).map(|limit| self.active + limit),
             _ => limits.idle.map(|limit| self.active + limit),
         }
     }
@@ -494,10 +557,18 @@ impl Client {
             return Due::Nothing;
         }
         match self.state {
+            State::Ready | State::Waiting if self.awaits_endpoint => {
+                Due::GiveUp(Fault::NoEndpoint(limits.endpoint))
+            }
             State::Ready | State::Waiting => Due::GiveUp(Fault::QueueTimeout(limits.queue)),
-            State::Asked => Due::GiveUp(Fault::Timeout(limits.request.unwrap_or_default())),
+            State::Asked => match limits.request {
+                Some(limit) => Due::GiveUp(Fault::Timeout(limit)),
+                None => Due::Close(CloseReason::IdleTimeout),
+            },
             State::Leaving => Due::Close(CloseReason::HalfCloseTimeout),
-            State::Reading if self.ended => Due::Close(CloseReason::HalfCloseTimeout),
+            State::Reading if self.ended && limits.half_close.is_some() => {
+                Due::Close(CloseReason::HalfCloseTimeout)
+            }
             State::Reading => Due::Close(CloseReason::IdleTimeout),
         }
     }
@@ -579,7 +650,8 @@ mod tests {
     #[test]
     fn a_request_that_is_sent_again_waits_anew() {
         const SECOND: Duration = Duration::from_secs(1);
-        let limits = Limits { idle: None, half_close: None, queue: SECOND, request: None };
+        let limits =
+            Limits { idle: None, half_close: None, queue: SECOND, endpoint: SECOND, request: None };
         let (mut client, mut buffers, now) = client();
         feed(&mut client, &mut buffers, b"GET a\n");
         let Front::Request(request) = client.front(&mut buffers, &mut [0; 16]) else {
@@ -623,6 +695,7 @@ mod tests {
             idle: Some(7 * SECOND),
             half_close: Some(5 * SECOND),
             queue: SECOND,
+            endpoint: SECOND,
             request: Some(3 * SECOND),
         };
         let (mut client, mut buffers, now) = client();

@@ -119,7 +119,9 @@ impl<D: Driver> Engine<D> {
         let Some(client) = self.clients.get_mut(key) else { return };
         let cut_off = client.has_part();
         if client.is_asked() {
-            self.drop_loan(key, Discard::Timeout);
+            let slow_client = matches!(fault, Fault::Unfinished(_));
+            let why = if slow_client { Discard::Abandoned } else { Discard::Timeout };
+            self.drop_loan(key, why);
         }
         let Some(client) = self.clients.get_mut(key) else { return };
         if let Some(sweep) = &mut client.sweep {

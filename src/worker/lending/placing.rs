@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use crate::config::{Balance, Locality, Route};
 use crate::io::Driver;
+use crate::limits;
 use crate::proxy::Side;
 use crate::proxy::balance::Having;
-use crate::proxy::exchange::{Client, Fault, Request, Sweep};
+use crate::proxy::exchange::{Client, Fault, Request, Sweep, Upload};
 use crate::proxy::queue::Line;
 use crate::proxy::session::{Session, Tried};
 use crate::slab::Key;
@@ -21,6 +22,12 @@ impl<D: Driver> Engine<D> {
         let Some(request) = client.request() else { return };
         if client.loan.is_some() {
             return self.use_loan(key);
+        }
+        if self.table.is_empty() {
+            return self.await_an_endpoint(key);
+        }
+        if let Some(client) = self.clients.get_mut(key) {
+            client.on_endpoints(self.now);
         }
         match self.destination(key, &request) {
             Some(endpoint) => self.place_at(key, endpoint),
@@ -40,13 +47,27 @@ impl<D: Driver> Engine<D> {
             if let Some(hash) = request.key {
                 return self.table.owner(hash);
             }
-        } else if self.config.balance == Balance::SourceHash {
+        } else if self.is_bound_to_source() {
             let tried = self.clients.get(key)?.tried();
             let source = self.source(key);
-            // The same one as long as it is usable.
-            return self.table.choose(&tried, source, &mut self.rng);
+            // The same one as long as it can be reached.
+            return self.table.choose_for_source(&tried, source, self.now);
         }
         None
+    }
+
+    /// Whether a client's requests go to one endpoint as long as that can be reached.
+    pub(in crate::worker) fn is_bound_to_source(&self) -> bool {
+        self.config.requests.route != Route::Key && self.config.balance == Balance::SourceHash
+    }
+
+    /// There is no endpoint at all: the request waits for one.
+    fn await_an_endpoint(&mut self, key: Key) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        if client.on_no_endpoint(&self.client_limits, self.now) <= self.now {
+            return self.give_up(key, Fault::NoEndpoint(self.client_limits.endpoint));
+        }
+        self.wait(key, Line::Any, None);
     }
 
     pub(in crate::worker) fn source(&self, key: Key) -> Option<IpAddr> {
@@ -124,8 +145,30 @@ impl<D: Driver> Engine<D> {
             || (self.queue.waiting(Line::Any) > 0 && !self.table.any_usable())
     }
 
+    /// Requests that would rather go to an endpoint of which no connection can be had go on to
+    /// another one.
+    pub(in crate::worker) fn pass_over(&mut self, endpoint: u16) {
+        if !self.is_bound_to_source() {
+            return;
+        }
+        let usable = self.table.get_mut(endpoint).is_some_and(|e| e.health.is_usable());
+        let backs_off = self.table.get_mut(endpoint).is_some_and(|e| e.pool.backs_off(self.now));
+        if (usable && !backs_off) || self.table.is_connected(Some(endpoint)) {
+            return;
+        }
+        while let Some(key) = self.queue.serve(Line::Endpoint(endpoint)) {
+            if let Some(client) = self.clients.get_mut(key) {
+                client.on_passed_over(endpoint);
+                self.mark_due(key);
+            }
+        }
+    }
+
     /// A connect to an endpoint failed: requests that only it can answer need not wait longer.
     pub(in crate::worker) fn on_endpoint_missed(&mut self, endpoint: u16) {
+        if self.is_bound_to_source() {
+            return self.pass_over(endpoint);
+        }
         let usable = self.table.get_mut(endpoint).is_some_and(|e| e.health.is_usable());
         while !usable && let Some(key) = self.queue.serve(Line::Endpoint(endpoint)) {
             self.give_up(key, Fault::Unreachable);
@@ -176,6 +219,7 @@ impl<D: Driver> Engine<D> {
     pub(in crate::worker) fn ask(&mut self, key: Key) {
         let Some(client) = self.clients.get_mut(key) else { return };
         let (Some(request), Some(loan)) = (client.request(), client.loan) else { return };
+        client.upload = Upload::new(self.now);
         self.stats.queue_wait.record(client.on_asked(self.now));
         if request.repeatable || client.sweep.is_some() {
             // Its bytes stay where they are, to be sent again.
@@ -201,6 +245,7 @@ impl<D: Driver> Engine<D> {
             };
             len -= buf.len();
             client.on_backend_queued(buf.len());
+            client.upload.on_held_up(client.unasked() >= limits::BUFFER_SIZE as u32, self.now);
             self.driver.send(loan.conn, buf);
         }
     }
