@@ -161,6 +161,21 @@ pub const LINGER_MAX: Duration = Duration::from_secs(30);
 /// the end instead of sending it should not wait longer than a person would.
 pub const REFUSED_REST_MAX: Duration = Duration::from_secs(1);
 
+/// Bytes a second that a client has to send of a request that holds a connection: far below any
+/// network, far above a trickle.
+pub const UPLOAD_RATE_MIN: u32 = 1024;
+
+/// A client may be so far behind with such a request, be it that it sends nothing: above the waits
+/// of TCP for packets lost twice, and well below the time for which others wait for a connection…
+pub const UPLOAD_BEHIND_CONTENDED_MAX: Duration = Duration::from_secs(2);
+
+/// …or, while nobody else waits for one, as long as proxies give clients.
+pub const UPLOAD_BEHIND_MAX: Duration = Duration::from_secs(30);
+
+/// In a drain, a client that has sent no request yet may take so long to send its first, and one
+/// that was told to leave to do so.
+pub const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
+
 /// Connections of one worker.
 pub const fn conns_max(sessions_max: usize) -> usize {
     // A client and a backend each.

@@ -165,6 +165,8 @@ labels! {
         HalfCloseTimeout = "half_close_timeout",
         /// The client moved no byte of a request or an answer while it held a backend's connection.
         ClientTimeout = "client_timeout",
+        /// It had nothing under way in a drain.
+        Drained = "drained",
         /// Still open at the end of `AEGIS_DRAIN_TIMEOUT`.
         DrainDeadline = "drain_deadline",
         /// A bound of `limits` was met that leaves no other way out.
@@ -213,7 +215,9 @@ labels! {
         QueueFull = "queue_full",
         /// No connection became free in time.
         QueueTimeout = "queue_timeout",
-        /// The endpoint that holds its key cannot be reached.
+        /// There was no endpoint for `AEGIS_ENDPOINT_WAIT`.
+        NoEndpoint = "no_endpoint",
+        /// The endpoint that holds its key cannot be reached, or none of all that there are.
         Unreachable = "unreachable",
         /// The backend did not answer in time, or did not go on with its answer.
         Timeout = "timeout",

@@ -354,6 +354,33 @@ impl Table {
         None
     }
 
+    /// The endpoint that a source's requests go to: of those not tried the one that it is bound to,
+    /// or the next one where that is ejected, or has just refused to be connected to.
+    pub fn choose_for_source(
+        &self,
+        tried: &Tried,
+        source: Option<IpAddr>,
+        now: Instant,
+    ) -> Option<u16> {
+        let entries = self.present.iter().filter(|&&index| !tried.contains(index));
+        entries
+            .filter_map(|&index| Some((index, self.entries[usize::from(index)].as_ref()?)))
+            .filter(|(_, entry)| entry.health.is_usable())
+            .filter(|(_, entry)| entry.pool.idle() > 0 || !entry.pool.backs_off(now))
+            .max_by_key(|(_, entry)| affinity(source, entry))
+            .map(|(index, _)| index)
+    }
+
+    /// Whether there is a connection to an endpoint, or to any.
+    pub fn is_connected(&self, endpoint: Option<u16>) -> bool {
+        self.present.iter().filter(|&&index| endpoint.is_none_or(|one| one == index)).any(
+            |&index| {
+                let entry = self.entries[usize::from(index)].as_ref();
+                entry.is_some_and(|entry| entry.pool.idle() + entry.pool.lent() > 0)
+            },
+        )
+    }
+
     /// Frees the entries of endpoints that are gone and to which nothing refers any more. Where very
     /// many left just now, they are not waited for.
     pub fn forget_unused(&mut self) {
@@ -557,15 +584,15 @@ impl Table {
                     .map(|(_, candidate)| candidate)
                     .min_by_key(|(_, entry)| (entry.load(), turns(entry)))
             }
-            Balance::SourceHash => candidates.max_by_key(|(_, entry)| {
-                // Rendezvous hashing (Thaler and Ravishankar): only the sources of an endpoint
-                // that goes move.
-                BuildHasherDefault::<DefaultHasher>::default()
-                    .hash_one((source, entry.endpoint.address))
-            }),
+            Balance::SourceHash => candidates.max_by_key(|(_, entry)| affinity(source, entry)),
         };
         chosen.map(|(index, _)| index)
     }
+}
+
+/// Rendezvous hashing (Thaler and Ravishankar): only the sources of an endpoint that goes move.
+fn affinity(source: Option<IpAddr>, entry: &Entry) -> u64 {
+    BuildHasherDefault::<DefaultHasher>::default().hash_one((source, entry.endpoint.address))
 }
 
 #[cfg(test)]

@@ -84,6 +84,12 @@ impl Queue {
         self.lines.get(line.index()).map_or(0, |ends| ends.len as usize)
     }
 
+    /// The line in which a client waits, if it does.
+    pub fn line_of(&self, client: Key) -> Option<Line> {
+        let (who, line) = self.links.get(client.index())?.waits?;
+        (who == client).then_some(line)
+    }
+
     /// A client's request joins the end of a line. It must not wait already.
     pub fn join(&mut self, line: Line, client: Key) {
         let slot = client.index() as u32;
@@ -205,6 +211,7 @@ mod tests {
             }
             for (line, model) in LINES.into_iter().zip(&model) {
                 assert_eq!(queue.waiting(line), model.len());
+                assert!(model.iter().all(|&key| queue.line_of(key) == Some(line)));
             }
             assert_eq!(queue.len(), model.iter().map(VecDeque::len).sum::<usize>());
         }

@@ -547,6 +547,7 @@ pub fn how_to_close(reason: CloseReason) -> Close {
         | CloseReason::IdleTimeout
         | CloseReason::HalfCloseTimeout
         | CloseReason::EndpointRemoved
+        | CloseReason::Drained
         | CloseReason::DrainDeadline
         | CloseReason::ClientLeft => Close::Graceful,
         CloseReason::ClientReset

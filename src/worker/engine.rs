@@ -158,6 +158,8 @@ pub struct Engine<D> {
     pub(super) ended_lately: usize,
     /// In a drain, the listeners stay open until then.
     listening_until: Option<Instant>,
+    /// When it was told to drain.
+    pub(super) drains_since: Option<Instant>,
     /// Clients to be served at the end of the turn.
     accepted: Vec<ConnId>,
     /// Clients may have been handed over.
@@ -189,6 +191,7 @@ impl<D: Driver> Engine<D> {
                 idle: config.idle_timeout,
                 half_close: config.half_close_timeout,
                 queue: config.requests.queue_timeout,
+                endpoint: config.endpoint_wait,
                 request: config.requests.timeout,
             },
             queue: Queue::new(config.requests.queue_max, clients_max),
@@ -219,6 +222,7 @@ impl<D: Driver> Engine<D> {
             core_wait: setup.core_wait,
             ended_lately: 0,
             listening_until: None,
+            drains_since: None,
             // More than that come in the one turn of a drain, which may allocate.
             accepted: Vec::with_capacity(limits::LISTEN_BACKLOG as usize),
             has_mail: false,
@@ -460,6 +464,8 @@ impl<D: Driver> Engine<D> {
             if self.order == Order::Run {
                 self.driver.refuse_handshakes();
                 self.listening_until = Some(self.now + HANDSHAKE_MAX);
+                self.drains_since = Some(self.now);
+                self.look_after_all_clients();
                 self.stats.set_state(WorkerState::Draining);
                 self.gate = AcceptGate::default();
             }

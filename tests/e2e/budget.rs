@@ -2,20 +2,37 @@
 //! that get none.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::support::backend::Backend;
-use crate::support::client::{ask, connect, read_line};
-use crate::support::metrics::{POOL_CONNECTIONS, QUEUE_DEPTH, REQUESTS};
-use crate::support::proxy::Builder;
-use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
+use crate::support::backend::{Backend, BlackHole};
+use crate::support::client::{ask, connect, read_line, read_to_end, try_ask, wait_closed};
+use crate::support::kube_api::{KubeApi, Slice, host_ip};
+use crate::support::metrics::{
+    APPLIED_GENERATION, POOL_CONNECTIONS, QUEUE_DEPTH, REQUESTS, SESSIONS_CLOSED,
+};
+use crate::support::proxy::{Builder, Proxy};
+use crate::support::{Io, PATIENCE, SetOnDrop, eventually, on_both_drivers};
 
 on_both_drivers![
     malformed_requests_have_no_more_connections_than_others,
     an_upgraded_connection_keeps_its_place_until_it_ends,
     in_session_mode_the_size_bounds_nothing,
+    a_small_body_that_does_not_come_holds_no_connection,
+    a_body_that_trickles_loses_its_connection_to_those_that_wait,
+    a_client_that_is_asked_for_its_body_and_sends_none_is_given_up,
+    a_slow_body_is_taken_while_nobody_waits,
+    an_idle_client_is_closed_whichever_other_limit_is_off,
+    a_client_that_is_to_leave_does_not_stay_by_sending,
+    without_endpoints_a_request_waits_for_one_and_is_told_so,
+    where_every_endpoint_refuses_the_error_says_so,
+    a_drain_sends_idle_clients_away_at_once,
+    a_drain_serves_who_came_while_it_was_announced,
+    a_request_on_its_way_as_the_drain_begins_is_answered_or_seen_to_fail,
+    a_source_goes_on_to_another_endpoint_when_its_own_is_gone,
+    a_source_goes_on_when_its_endpoint_does_not_answer_connects,
 ];
 
 fn framed(io: Io, protocol: &str, mode: &str, backends: &[&Backend]) -> Builder {
@@ -32,7 +49,7 @@ fn http(io: Io, backend: &Backend) -> Builder {
     framed(io, "http1", "request", &[backend])
 }
 
-/// Answers each request that has no body, unless it is not HTTP: then it keeps silent.
+/// Answers requests once it has their bodies, unless they are not HTTP: then it keeps silent.
 fn server() -> Backend {
     Backend::scripted(|mut stream| {
         let mut head = String::new();
@@ -40,6 +57,19 @@ fn server() -> Backend {
             if line != "\r" {
                 head.push_str(&line);
                 continue;
+            }
+            if head.contains("Expect") {
+                let _ = stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n");
+            }
+            if head.contains("chunked") {
+                while read_line(stream).is_ok_and(|line| line != "0\r") {}
+                let _ = read_line(stream);
+            }
+            if let Some((_, rest)) = head.split_once("Content-Length: ") {
+                let length: u64 = rest.split('\r').next().unwrap().parse().unwrap();
+                if std::io::copy(&mut stream.take(length), &mut std::io::sink()).is_err() {
+                    return;
+                }
             }
             if head.contains("/upgrade") {
                 let _ = stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\n\r\n");
@@ -83,10 +113,11 @@ fn malformed_requests_have_no_more_connections_than_others(io: Io) {
         client.write_all(b"\n").unwrap();
     }
     // Two hold connections, as many wait as may, and the others are refused.
-    let opaque = |outcome| [("command", "opaque"), ("outcome", outcome)];
-    proxy.wait_for(REQUESTS, &opaque("queue_full"), |count| count == CLIENTS as u64 - 32);
-    proxy.wait_for(REQUESTS, &opaque("queue_timeout"), |count| count == 30);
-    proxy.wait_for(REQUESTS, &opaque("opaque"), |count| count == 2);
+    let opaque = |outcome| proxy.metric(REQUESTS, &[("command", "opaque"), ("outcome", outcome)]);
+    let all = || [opaque("opaque"), opaque("queue_full"), opaque("queue_timeout")];
+    let ended = || (all().iter().sum::<u64>() == CLIENTS as u64).then(all);
+    let [held, full, late] = eventually("all are told", PATIENCE, ended);
+    assert!(held == 2 && full >= 8 && late >= 28, "{held} {full} {late}");
     assert_eq!(backend.accepted(), 2);
     proxy.wait_for(POOL_CONNECTIONS, &[("state", "opaque")], |count| count == 2);
     let other = connect(proxy.address());
@@ -135,4 +166,292 @@ fn in_session_mode_the_size_bounds_nothing(io: Io) {
     malformed.write_all(b"\n").unwrap();
     proxy.wait_for(POOL_CONNECTIONS, &[("state", "opaque")], |count| count == 1);
     proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |count| count == 3);
+}
+
+fn a_small_body_that_does_not_come_holds_no_connection(io: Io) {
+    let backend = server();
+    let proxy = http(io, &backend).set("AEGIS_POOL_SIZE", "2").start();
+    let sized = "POST / HTTP/1.1\r\nContent-Length: 1\r\n\r\n";
+    let chunked = "POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let near = "POST / HTTP/1.1\r\nContent-Length: 16000\r\n\r\n";
+    let slow: Vec<_> =
+        [(sized, "x"), (chunked, "1\r\nx\r\n0\r\n\r\n"), (near, &*"x".repeat(16_000))]
+            .into_iter()
+            .cycle()
+            .take(6)
+            .map(|(head, body)| {
+                let mut client = connect(proxy.address());
+                // All but the last byte.
+                client.write_all(head.as_bytes()).unwrap();
+                client.write_all(&body.as_bytes()[..body.len() - 1]).unwrap();
+                (client, body.as_bytes()[body.len() - 1])
+            })
+            .collect();
+    let begun = Instant::now();
+    for _ in 0..20 {
+        assert_eq!(status(&connect(proxy.address()), GET), OK);
+    }
+    assert!(begun.elapsed() < Duration::from_secs(2), "took {:?}", begun.elapsed());
+    assert_eq!(proxy.metric(POOL_CONNECTIONS, &[("state", "lent")]), 0);
+    for (mut client, last) in slow {
+        client.write_all(&[last]).unwrap();
+        assert_eq!(read_status(&client).unwrap(), OK);
+    }
+}
+
+/// A client that holds a connection, since it has sent more than is waited for.
+fn uploading(proxy: &Proxy, head: &str) -> TcpStream {
+    let mut client = connect(proxy.address());
+    client.write_all(head.as_bytes()).unwrap();
+    client.write_all(&[b'x'; 20_000]).unwrap();
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 1);
+    client
+}
+
+fn a_body_that_trickles_loses_its_connection_to_those_that_wait(io: Io) {
+    let backend = server();
+    let proxy = http(io, &backend).set("AEGIS_POOL_SIZE", "1").start();
+    for (i, head) in [
+        "POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n",
+        "POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nfffff\r\n",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let slow = uploading(&proxy, head);
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let _done = SetOnDrop(&done);
+            scope.spawn(|| {
+                while !done.load(Relaxed) && (&slow).write_all(b"x").is_ok() {
+                    // Far more often than any limit.
+                    thread::sleep(Duration::from_millis(100));
+                }
+            });
+            let begun = Instant::now();
+            assert_eq!(status(&connect(proxy.address()), GET), OK);
+            assert!(begun.elapsed() < Duration::from_secs(4), "took {:?}", begun.elapsed());
+            assert_eq!(read_status(&slow).unwrap(), "HTTP/1.1 408 Request Timeout");
+        });
+        let slow = [("command", "post"), ("outcome", "client_timeout")];
+        assert_eq!(proxy.metric(REQUESTS, &slow), i as u64 + 1);
+    }
+    assert_eq!(proxy.metric("aegis_endpoint_ejections_total", &[]), 0);
+    assert_eq!(proxy.metric(REQUESTS, &[("outcome", "timeout")]), 0);
+}
+
+fn a_client_that_is_asked_for_its_body_and_sends_none_is_given_up(io: Io) {
+    let backend = server();
+    let proxy = http(io, &backend).set("AEGIS_POOL_SIZE", "1").start();
+    let slow = connect(proxy.address());
+    let head = "POST / HTTP/1.1\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n";
+    assert_eq!(status(&slow, head), "HTTP/1.1 100 Continue");
+    assert_eq!(status(&connect(proxy.address()), GET), OK);
+    wait_closed(&slow).unwrap();
+    assert_eq!(proxy.metric(SESSIONS_CLOSED, &[("reason", "client_timeout")]), 1);
+}
+
+fn a_slow_body_is_taken_while_nobody_waits(io: Io) {
+    let backend = server();
+    let proxy = http(io, &backend).set("AEGIS_POOL_SIZE", "1").start();
+    let mut slow = uploading(&proxy, "POST / HTTP/1.1\r\nContent-Length: 20001\r\n\r\n");
+    // How long it may take is what is tested.
+    thread::sleep(Duration::from_millis(2500));
+    slow.write_all(b"x").unwrap();
+    assert_eq!(read_status(&slow).unwrap(), OK);
+}
+
+fn an_idle_client_is_closed_whichever_other_limit_is_off(io: Io) {
+    let backend = Backend::scripted(|mut stream| while let Ok(1..) = stream.read(&mut [0; 512]) {});
+    let proxy = framed(io, "chronos", "request", &[&backend])
+        .set("AEGIS_IDLE_TIMEOUT", "500ms")
+        .set("AEGIS_HALF_CLOSE_TIMEOUT", "off")
+        .set("AEGIS_REQUEST_TIMEOUT", "off")
+        .start();
+    let (mut asked, mut half, silent) =
+        (connect(proxy.address()), connect(proxy.address()), connect(proxy.address()));
+    asked.write_all(b"GET a\n").unwrap();
+    half.write_all(b"GET a\n").unwrap();
+    half.shutdown(std::net::Shutdown::Write).unwrap();
+    for client in [&asked, &half, &silent] {
+        let begun = Instant::now();
+        wait_closed(client).unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(3), "took {:?}", begun.elapsed());
+    }
+    assert_eq!(proxy.metric(SESSIONS_CLOSED, &[("reason", "idle_timeout")]), 3);
+}
+
+fn a_client_that_is_to_leave_does_not_stay_by_sending(io: Io) {
+    let backend = server();
+    let proxy = http(io, &backend).set("AEGIS_HALF_CLOSE_TIMEOUT", "500ms").start();
+    let mut client = connect(proxy.address());
+    let last = "GET / HTTP/1.1\r\nConnection: close\r\n\r\n";
+    assert_eq!(status(&client, last), OK);
+    eventually("it cannot send any more", Duration::from_secs(4), || client.write_all(b"x").err());
+}
+
+fn without_endpoints_a_request_waits_for_one_and_is_told_so(io: Io) {
+    let api = KubeApi::start();
+    let proxy = |wait: &str| {
+        let proxy = Builder::on(io)
+            .set("KUBECONFIG", api.kubeconfig())
+            .set("AEGIS_KUBE_SERVICE", "chronos")
+            .set("AEGIS_WORKERS", "1")
+            .set("AEGIS_PROTOCOL", "chronos")
+            .set("AEGIS_POOL_MODE", "request")
+            .set("AEGIS_ENDPOINT_WAIT", wait)
+            .set("AEGIS_QUEUE_TIMEOUT", "20s")
+            .launch();
+        proxy.wait_for(APPLIED_GENERATION, &[], |generation| generation > 0);
+        proxy
+    };
+    let impatient = proxy("300ms");
+    let client = connect(impatient.address());
+    let told = "ERR no endpoint is known, and none came in 300ms";
+    assert_eq!(ask(&client, "GET a"), told);
+    assert_eq!(impatient.metric(REQUESTS, &[("outcome", "no_endpoint")]), 1);
+    let patient = proxy("20s");
+    let mut waiting = connect(patient.address());
+    waiting.write_all(b"GET a\n").unwrap();
+    patient.wait_for(QUEUE_DEPTH, &[], |depth| depth == 1);
+    let backend = Backend::named_at("here", host_ip());
+    let address = backend.address();
+    api.slice("a", &Slice::of(address.port()).with("pod-a", address.ip()));
+    assert_eq!(read_line(&waiting).unwrap(), "here");
+    eventually("the client is kept", PATIENCE, || (ask(&client, "GET a") == "here").then_some(()));
+}
+
+fn where_every_endpoint_refuses_the_error_says_so(io: Io) {
+    let mut backends = [Backend::named("a"), Backend::named("b")];
+    for mode in ["request", "session"] {
+        for balance in ["least_conn", "source_hash"] {
+            let proxy = framed(io, "chronos", mode, &backends.each_ref())
+                .set("AEGIS_BALANCE", balance)
+                .set("AEGIS_QUEUE_TIMEOUT", "300ms")
+                .start();
+            backends.iter_mut().for_each(Backend::kill);
+            let told = "ERR no endpoint could be connected to in 300ms";
+            assert_eq!(ask(&connect(proxy.address()), "GET a"), told, "{mode} {balance}");
+            assert_eq!(proxy.metric(REQUESTS, &[("outcome", "unreachable")]), 1);
+            backends.iter_mut().for_each(Backend::start);
+        }
+    }
+}
+
+/// Answers each line after a while, if it asks for that.
+fn thinker() -> Backend {
+    Backend::scripted(|mut stream| {
+        while let Ok(line) = read_line(stream) {
+            if line.starts_with("GET slow") {
+                // The client is busy for so long.
+                thread::sleep(Duration::from_millis(700));
+            }
+            if stream.write_all(b"answer\n").is_err() {
+                return;
+            }
+        }
+    })
+}
+
+fn a_drain_sends_idle_clients_away_at_once(io: Io) {
+    for mode in ["request", "session"] {
+        let backend = thinker();
+        let mut proxy =
+            framed(io, "chronos", mode, &[&backend]).set("AEGIS_DRAIN_TIMEOUT", "60s").start();
+        let [idle, begun, mut busy] = [(); 3].map(|()| connect(proxy.address()));
+        for client in [&idle, &begun, &busy] {
+            assert_eq!(ask(client, "GET a"), "answer");
+        }
+        busy.write_all(b"GET slow\n").unwrap();
+        (&begun).write_all(b"GET half of a li").unwrap();
+        proxy.wait_for("aegis_bytes_total", &[("direction", "to_backend")], |bytes| {
+            bytes == 3 * 6 + 9 + 16
+        });
+        let told = Instant::now();
+        proxy.terminate();
+        assert_eq!(read_to_end(&idle).unwrap(), b"");
+        assert!(told.elapsed() < Duration::from_millis(600), "{mode}: {:?}", told.elapsed());
+        assert_eq!(read_to_end(&busy).unwrap(), b"answer\n");
+        (&begun).write_all(b"ne\n").unwrap();
+        assert_eq!(read_to_end(&begun).unwrap(), b"answer\n", "one that has begun may finish");
+        proxy.wait_clean(Duration::from_secs(5));
+    }
+}
+
+fn a_drain_serves_who_came_while_it_was_announced(io: Io) {
+    let backend = thinker();
+    let mut proxy = framed(io, "chronos", "request", &[&backend])
+        .set("AEGIS_DRAIN_DELAY", "500ms")
+        .set("AEGIS_DRAIN_TIMEOUT", "60s")
+        .start();
+    proxy.terminate();
+    eventually("it says so", PATIENCE, || (proxy.get("/readyz").status == 503).then_some(()));
+    let (newcomer, silent) = (connect(proxy.address()), connect(proxy.address()));
+    eventually("the drain begins", PATIENCE, || {
+        proxy.log_events("draining: accepting no more, sessions finish").first().map(drop)
+    });
+    assert_eq!(ask(&newcomer, "GET a"), "answer");
+    assert_eq!(read_to_end(&newcomer).unwrap(), b"");
+    // One that says nothing is not waited for much longer.
+    assert_eq!(read_to_end(&silent).unwrap(), b"");
+    proxy.wait_clean(Duration::from_secs(5));
+}
+
+fn a_request_on_its_way_as_the_drain_begins_is_answered_or_seen_to_fail(io: Io) {
+    let backend = thinker();
+    let mut proxy =
+        framed(io, "chronos", "request", &[&backend]).set("AEGIS_DRAIN_TIMEOUT", "60s").start();
+    let clients: Vec<_> = (0..8).map(|_| connect(proxy.address())).collect();
+    thread::scope(|scope| {
+        for client in &clients {
+            scope.spawn(move || {
+                // Until it is sent away: then a request has no answer, and the stream has ended.
+                while let Ok(answer) = try_ask(client, "GET a") {
+                    assert_eq!(answer, "answer");
+                }
+                let _ = wait_closed(client);
+            });
+        }
+        proxy.terminate();
+    });
+    proxy.wait_clean(Duration::from_secs(5));
+}
+
+fn a_source_goes_on_to_another_endpoint_when_its_own_is_gone(io: Io) {
+    for mode in ["request", "session"] {
+        let mut backends = [Backend::named("a"), Backend::named("b")];
+        let proxy = framed(io, "chronos", mode, &backends.each_ref())
+            .set("AEGIS_BALANCE", "source_hash")
+            .set("AEGIS_EJECT_TIME", "100ms")
+            .start();
+        let client = connect(proxy.address());
+        let own = usize::from(ask(&client, "GET x") == "b");
+        let other = ["b", "a"][own];
+        backends[own].kill();
+        for _ in 0..50 {
+            assert_eq!(ask(&connect(proxy.address()), "GET x"), other, "{mode}");
+            assert_eq!(ask(&client, "GET x"), other, "{mode}");
+        }
+        backends[own].start();
+        eventually("it goes back", PATIENCE, || {
+            (ask(&connect(proxy.address()), "GET x") != other).then_some(())
+        });
+    }
+}
+
+fn a_source_goes_on_when_its_endpoint_does_not_answer_connects(io: Io) {
+    let hole = BlackHole::new();
+    let backend = Backend::named("up");
+    let proxy = Builder::on(io)
+        .backends(&[hole.address(), backend.address()])
+        .set("AEGIS_WORKERS", "1")
+        .set("AEGIS_PROTOCOL", "chronos")
+        .set("AEGIS_POOL_MODE", "request")
+        .set("AEGIS_BALANCE", "source_hash")
+        .set("AEGIS_CONNECT_TIMEOUT", "100ms")
+        .pool(0, 16)
+        .start();
+    for _ in 0..20 {
+        assert_eq!(ask(&connect(proxy.address()), "GET x"), "up");
+    }
 }

@@ -18,6 +18,10 @@ pub enum Fault {
     QueueFull,
     /// No connection became free in this time.
     QueueTimeout(Duration),
+    /// There was no endpoint at all for this time.
+    NoEndpoint(Duration),
+    /// There were endpoints, and no connection to any of them could be made in this time.
+    NoneReachable(Duration),
     /// The store that holds the key is away or out of use.
     Unreachable,
     /// The backend did not answer in this time.
@@ -35,7 +39,8 @@ impl Fault {
             Self::Blank | Self::TooLong(_) => Outcome::Refused,
             Self::QueueFull => Outcome::QueueFull,
             Self::QueueTimeout(_) => Outcome::QueueTimeout,
-            Self::Unreachable => Outcome::Unreachable,
+            Self::NoEndpoint(_) => Outcome::NoEndpoint,
+            Self::NoneReachable(_) | Self::Unreachable => Outcome::Unreachable,
             Self::Timeout(_) => Outcome::Timeout,
             Self::Lost => Outcome::Lost,
             Self::Unfinished(_) => Outcome::ClientTimeout,
@@ -50,6 +55,12 @@ impl fmt::Display for Fault {
             Self::TooLong(max) => write!(f, "request longer than {max} bytes"),
             Self::QueueFull => f.write_str("too many requests wait for a connection"),
             Self::QueueTimeout(limit) => write!(f, "no backend connection was free in {limit:?}"),
+            Self::NoEndpoint(limit) => {
+                write!(f, "no endpoint is known, and none came in {limit:?}")
+            }
+            Self::NoneReachable(limit) => {
+                write!(f, "no endpoint could be connected to in {limit:?}")
+            }
             Self::Unreachable => f.write_str("no store is available"),
             Self::Timeout(limit) => {
                 write!(f, "no answer in {limit:?}; the request may have taken effect")

@@ -88,6 +88,11 @@ impl Framing {
                     None if requests.is_between_requests() || !requests.is_head_complete() => {
                         Front::Partial
                     }
+                    // It would hold a connection while the client takes its time. One that expects
+                    // to be asked for the body sends none before.
+                    None if *scanned < BUFFER_SIZE as u32 && !requests.expects_continue() => {
+                        Front::Partial
+                    }
                     end => {
                         let len = end.map_or_else(|| std::mem::take(scanned), |(len, _)| len);
                         let whole = end.is_some();

@@ -23,12 +23,14 @@
 mod fault;
 mod framing;
 mod sweep;
+mod upload;
 
 use std::time::{Duration, Instant};
 
 pub use fault::{Fault, write_away, write_fault};
 pub use framing::Framing;
 pub use sweep::Sweep;
+pub use upload::Upload;
 
 use super::route::StableHash;
 use super::session::Tried;
@@ -121,6 +123,8 @@ pub struct Limits {
     pub half_close: Option<Duration>,
     /// A request's wait for a connection.
     pub queue: Duration,
+    /// Its wait for an endpoint while there is none at all.
+    pub endpoint: Duration,
     /// A backend that is owed nothing: until its answer begins, and then until it goes on.
     pub request: Option<Duration>,
 }
@@ -158,6 +162,8 @@ struct Exchange {
     since: Instant,
     /// Since when it wants a connection.
     wanting: Instant,
+    /// Since when there was no endpoint for it, the first time.
+    without_endpoint: Option<Instant>,
     /// When a byte of it or of its answer moved last, in any direction.
     moved: Instant,
     /// Bytes of it that were queued for its backend.
@@ -205,11 +211,17 @@ pub struct Client {
     pub sweep: Option<Box<Sweep>>,
     /// Marks the load estimator's window in which it was last counted as active.
     pub window: u32,
+    /// Its pace with a request that is sent on as it comes.
+    pub upload: Upload,
     framing: Framing,
     /// Bytes of the input that were looked at.
     scanned: u32,
     state: State,
     exchange: Option<Exchange>,
+    /// It waits for an endpoint.
+    awaits_endpoint: bool,
+    /// It has sent a request, or what was taken for one.
+    began: bool,
     /// The connection is to be given to it for good.
     opaque: bool,
     /// The backend's connection is broken: it takes nothing more, and what had come is still read.
@@ -236,10 +248,13 @@ impl Client {
             timer: None,
             sweep: None,
             window: 0,
+            upload: Upload::new(now),
             framing,
             scanned: 0,
             state: State::Reading,
             exchange: None,
+            awaits_endpoint: false,
+            began: false,
             opaque: false,
             broken: false,
             unsent: 0,
@@ -268,6 +283,16 @@ impl Client {
     /// How it talks.
     pub fn framing(&self) -> &Framing {
         &self.framing
+    }
+
+    /// Whether it has sent a request so far.
+    pub fn has_begun(&self) -> bool {
+        self.began
+    }
+
+    /// When the last byte of it or to it moved that counts.
+    pub fn active(&self) -> Instant {
+        self.active
     }
 
     /// Whether it is to have a connection for good, whose bytes nobody looks at.
@@ -454,17 +479,45 @@ impl Client {
     pub fn begin(&mut self, request: Request, now: Instant) {
         debug_assert!(self.is_reading());
         self.state = State::Ready;
+        self.began = true;
+        self.awaits_endpoint = false;
         self.exchange = Some(Exchange {
             request,
             tried: Tried::default(),
             since: now,
             wanting: now,
+            without_endpoint: None,
             moved: now,
             queued: 0,
             replied: false,
             cut: false,
             counted: false,
         });
+    }
+
+    /// There is no endpoint at all: the request is to wait for one. Says until when, however often
+    /// endpoints come and go meanwhile.
+    pub fn on_no_endpoint(&mut self, limits: &Limits, now: Instant) -> Instant {
+        self.awaits_endpoint = true;
+        let Some(exchange) = &mut self.exchange else { return now };
+        *exchange.without_endpoint.get_or_insert(now) + limits.endpoint
+    }
+
+    /// There are endpoints. If the request has waited for one, it now waits for a connection.
+    pub fn on_endpoints(&mut self, now: Instant) {
+        if std::mem::take(&mut self.awaits_endpoint)
+            && let Some(exchange) = &mut self.exchange
+        {
+            exchange.wanting = now;
+        }
+    }
+
+    /// No connection to an endpoint can be had: the request goes to another one.
+    pub fn on_passed_over(&mut self, endpoint: u16) {
+        self.on_placed_again();
+        if let Some(exchange) = &mut self.exchange {
+            exchange.tried.push(endpoint);
+        }
     }
 
     /// The request has joined the queue.
@@ -619,9 +672,10 @@ impl Client {
     /// When the client has to be looked at next.
     pub fn deadline(&self, limits: &Limits) -> Option<Instant> {
         match (self.state, &self.exchange) {
-            (State::Ready | State::Waiting, Some(exchange)) => {
-                Some(exchange.wanting + limits.queue)
-            }
+            (State::Ready | State::Waiting, Some(exchange)) => match exchange.without_endpoint {
+                Some(since) if self.awaits_endpoint => Some(since + limits.endpoint),
+                _ => Some(exchange.wanting + limits.queue),
+            },
             (State::Asked | State::Answered, Some(exchange)) => {
                 self.stall_max(limits).map(|limit| exchange.moved + limit)
             }
@@ -642,6 +696,9 @@ impl Client {
             return Due::Nothing;
         }
         match self.state {
+            State::Ready | State::Waiting if self.awaits_endpoint => {
+                Due::GiveUp(Fault::NoEndpoint(limits.endpoint))
+            }
             State::Ready | State::Waiting => Due::GiveUp(Fault::QueueTimeout(limits.queue)),
             State::Asked | State::Answered => self.on_stalled(limits),
             State::Leaving => Due::Close(CloseReason::HalfCloseTimeout),
@@ -786,7 +843,8 @@ mod tests {
     #[test]
     fn a_request_that_is_sent_again_waits_anew() {
         const SECOND: Duration = Duration::from_secs(1);
-        let limits = Limits { idle: None, half_close: None, queue: SECOND, request: None };
+        let limits =
+            Limits { idle: None, half_close: None, queue: SECOND, endpoint: SECOND, request: None };
         let (mut client, mut buffers, now) = client();
         feed(&mut client, &mut buffers, b"GET a\n");
         let Front::Request(request) = client.front(&mut buffers, &mut [0; 16]) else {
@@ -837,6 +895,7 @@ mod tests {
             idle: Some(7 * SECOND),
             half_close: Some(5 * SECOND),
             queue: SECOND,
+            endpoint: SECOND,
             request: Some(3 * SECOND),
         };
         let (mut client, mut buffers, now) = client();
@@ -889,8 +948,13 @@ mod tests {
     #[test]
     fn a_backend_is_timed_only_while_it_is_its_turn() {
         const SECOND: Duration = Duration::from_secs(1);
-        let limits =
-            Limits { idle: None, half_close: None, queue: SECOND, request: Some(3 * SECOND) };
+        let limits = Limits {
+            idle: None,
+            half_close: None,
+            queue: SECOND,
+            endpoint: SECOND,
+            request: Some(3 * SECOND),
+        };
         let timeout = Due::GiveUp(Fault::Timeout(3 * SECOND));
         for (bytes, then) in [(UPLOAD, CLIENT_STALL_MAX), (DOWNLOAD, 3 * SECOND)] {
             let (mut client, _, now) = asked(bytes);

@@ -1,13 +1,13 @@
 //! The clients: what they send, what they take, and when they are done with.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::config::PoolMode;
 use crate::fifo;
-use crate::io::{Buf, Close, ConnId, Driver};
+use crate::io::{Buf, Close, ConnId, Driver, Unheard};
 use crate::limits;
 use crate::proxy::Side;
-use crate::proxy::exchange::{Client, Due, Framing, Front};
+use crate::proxy::exchange::{Client, Due, Fault, Framing, Front};
 use crate::proxy::queue::Line;
 use crate::proxy::session::how_to_close;
 use crate::slab::Key;
@@ -122,6 +122,10 @@ impl<D: Driver> Engine<D> {
         if client.is_leaving() {
             self.driver.buffers().clear(&mut client.input);
         }
+        if self.drains_since.is_some() && self.leaves_for_drain(key) {
+            return;
+        }
+        let Some(client) = self.clients.get_mut(key) else { return };
         // A request that is not whole yet has to go on, however short buffers are.
         let waits_for_more = (client.is_reading() && client.unsent() <= limit)
             || (client.is_streaming() && client.unasked() < limit);
@@ -141,6 +145,7 @@ impl<D: Driver> Engine<D> {
         self.batcher.on_active(&mut client.window);
         self.stats.bytes_to_backend.add(u64::from(buf.len()));
         client.on_active(self.now);
+        client.upload.on_bytes(buf.len(), self.now);
         self.driver.buffers().push(&mut client.input, buf);
         self.mark_due(key);
     }
@@ -161,6 +166,10 @@ impl<D: Driver> Engine<D> {
     pub(in crate::worker) fn on_lent_sent(&mut self, key: Key, bytes: u32) {
         let Some(client) = self.clients.get_mut(key) else { return };
         client.on_backend_sent(bytes, self.now);
+        if client.is_streaming() {
+            // One buffer may have been sent without that having been told.
+            client.upload.on_held_up(client.unasked() >= limits::BUFFER_SIZE as u32, self.now);
+        }
         if client.is_streaming() || client.is_answered() {
             self.mark_due(key);
         }
@@ -177,7 +186,8 @@ impl<D: Driver> Engine<D> {
             client.backend_receiving = true;
             self.driver.receive(loan.conn, true);
         }
-        if client.is_finished() || (client.is_reading() && !client.input.is_empty()) {
+        let reads = client.is_reading() && !client.input.is_empty();
+        if client.is_finished() || reads || self.drains_since.is_some() {
             self.mark_due(key);
         } else if client.is_exchanging() && client.unsent() == 0 {
             // It is the backend's turn now.
@@ -196,18 +206,113 @@ impl<D: Driver> Engine<D> {
         let Some(client) = self.clients.get_mut(key) else { return };
         client.timer = None;
         match client.on_deadline(&self.client_limits, self.now) {
-            Due::Nothing => self.arm_client(key),
-            Due::GiveUp(fault) => self.give_up(key, fault),
-            Due::EndRequest(why) => self.end_request(key, why),
-            Due::Close(reason) => self.close_client(key, reason),
+            Due::Nothing => {}
+            Due::GiveUp(fault) => {
+                let fault = self.why_it_waited(key, fault);
+                return self.give_up(key, fault);
+            }
+            Due::EndRequest(why) => return self.end_request(key, why),
+            Due::Close(reason) => return self.close_client(key, reason),
         }
+        if self.drain_deadline(key).is_some_and(|at| at <= self.now) {
+            if self.clients.get(key).is_some_and(Client::is_leaving) {
+                return self.close_client(key, CloseReason::Drained);
+            }
+            self.mark_due(key);
+        }
+        self.look_after_upload(key);
+        self.arm_client(key);
+    }
+
+    /// What a request lacked that has waited for a connection for as long as it may.
+    fn why_it_waited(&mut self, key: Key, fault: Fault) -> Fault {
+        let Fault::QueueTimeout(limit) = fault else { return fault };
+        match self.queue.line_of(key) {
+            Some(Line::Endpoint(endpoint)) if !self.table.is_connected(Some(endpoint)) => {
+                if self.is_bound_to_source() {
+                    Fault::NoneReachable(limit)
+                } else {
+                    Fault::Unreachable
+                }
+            }
+            Some(Line::Any) if !self.table.is_connected(None) => Fault::NoneReachable(limit),
+            _ => fault,
+        }
+    }
+
+    /// Ends a request that holds a connection while its client takes too long to send it.
+    fn look_after_upload(&mut self, key: Key) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        let Some(loan) = client.loan.filter(|_| is_late(client, self.now)) else { return };
+        let waiting =
+            self.queue.waiting(Line::Any) + self.queue.waiting(Line::Endpoint(loan.endpoint));
+        if let Some(limit) = client.upload.on_deadline(waiting > 0, self.now) {
+            if client.has_part() {
+                return self.close_client(key, CloseReason::ClientTimeout);
+            }
+            self.give_up(key, Fault::Unfinished(limit));
+        }
+    }
+
+    /// The worker drains: clients with nothing under way are to leave.
+    pub(in crate::worker) fn look_after_all_clients(&mut self) {
+        for slot in 0..self.clients.slots() {
+            if let Some(key) = self.clients.key_at(slot) {
+                self.mark_due(key);
+            }
+        }
+    }
+
+    /// Sends a client away that has nothing under way. Says whether it is gone or on its way.
+    ///
+    /// It is closed at once, which it sees as the ordinary end. A request that is in its socket by
+    /// then is served first; who sends one later sees the end, or a reset, in place of an answer, as
+    /// at any server that closes an idle connection.
+    fn leaves_for_drain(&mut self, key: Key) -> bool {
+        let Some(client) = self.clients.get(key) else { return true };
+        if !client.is_reading() || !client.input.is_empty() {
+            return false;
+        }
+        let conn = client.conn;
+        if self.drain_deadline(key).is_some_and(|at| at > self.now)
+            || self.driver.unheard(conn) == Unheard::Bytes
+        {
+            return false;
+        }
+        if client.unsent() == 0 && self.driver.undelivered(conn) == 0 {
+            self.close_client(key, CloseReason::Drained);
+            return true;
+        }
+        // A reset in answer to what it may send would overtake its last answer.
+        self.say_goodbye(key);
+        false
+    }
+
+    /// In a drain, how long a client is waited for that has had no answer yet or is to leave.
+    fn drain_deadline(&self, key: Key) -> Option<Instant> {
+        let since = self.drains_since?;
+        let client = self.clients.get(key)?;
+        if client.is_leaving() {
+            return (client.unsent() == 0).then(|| client.active() + limits::DRAIN_PATIENCE);
+        }
+        let age = client.age(self.now);
+        let accepted = self.now.checked_sub(age)?;
+        // Whoever came while newcomers were still welcome is to be served once.
+        let announced = self.config.drain_delay + limits::DRAIN_PATIENCE;
+        let is_newcomer = accepted + announced >= since;
+        let waits = client.is_reading() && !client.has_begun() && is_newcomer;
+        waits.then(|| accepted.max(since) + limits::DRAIN_PATIENCE)
     }
 
     /// Sets a client's timer, if it does not fire early enough anyway: requests come and go far
     /// more often than their time limits do.
     pub(in crate::worker) fn arm_client(&mut self, key: Key) {
         let Some(client) = self.clients.get_mut(key) else { return };
-        let Some(deadline) = client.deadline(&self.client_limits) else { return };
+        let upload = client.upload.deadline().filter(|_| client.is_streaming());
+        let deadline = client.deadline(&self.client_limits);
+        let drain = self.drain_deadline(key);
+        let Some(deadline) = [deadline, upload, drain].into_iter().flatten().min() else { return };
+        let Some(client) = self.clients.get_mut(key) else { return };
         if client.timer.is_none_or(|timer| deadline < timer) {
             client.timer = Some(deadline);
             self.timers.set(client.conn.index(), deadline);
@@ -311,6 +416,7 @@ impl<D: Driver> Engine<D> {
         }
         let anywhere = self.queue.waiting(Line::Any);
         for endpoint in self.table.indices() {
+            self.pass_over(endpoint);
             let waiting = anywhere + self.queue.waiting(Line::Endpoint(endpoint));
             let Some(entry) = self.table.get_mut(endpoint) else { continue };
             entry.pool.stop_wanting();
@@ -329,4 +435,9 @@ impl<D: Driver> Engine<D> {
             Side::Backend => self.on_lent_died(key, Retry::Broken),
         }
     }
+}
+
+/// Whether it is a client's turn to send, and it should have sent by now.
+fn is_late(client: &Client, now: Instant) -> bool {
+    client.is_streaming() && client.upload.deadline().is_some_and(|deadline| deadline <= now)
 }

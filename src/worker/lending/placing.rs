@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use crate::config::{Balance, Locality, Route};
 use crate::io::Driver;
+use crate::limits;
 use crate::proxy::Side;
 use crate::proxy::balance::{Having, Store};
-use crate::proxy::exchange::{Client, Fault, Request};
+use crate::proxy::exchange::{Client, Fault, Request, Upload};
 use crate::proxy::queue::Line;
 use crate::proxy::session::{Session, Tried};
 use crate::slab::Key;
@@ -37,7 +38,14 @@ impl<D: Driver> Engine<D> {
                 Some(why) => self.drop_loan(key, why),
             }
         }
-        match self.destination(key, &request) {
+        let destination = self.destination(key, &request);
+        if destination == Destination::Any && self.table.is_empty() {
+            return self.await_an_endpoint(key);
+        }
+        if let Some(client) = self.clients.get_mut(key) {
+            client.on_endpoints(self.now);
+        }
+        match destination {
             Destination::Endpoint(endpoint) => self.place_at(key, endpoint),
             Destination::Any => self.place_anywhere(key),
             // It has no other home, and may be away for long.
@@ -61,12 +69,12 @@ impl<D: Driver> Engine<D> {
             let endpoint = self.table.store(store).and_then(|store| store.endpoint);
             return endpoint.map_or(Destination::Away, Destination::Endpoint);
         }
-        if self.config.balance == Balance::SourceHash
+        if self.is_bound_to_source()
             && let Some(tried) = self.clients.get(key).map(Client::tried)
         {
             let source = self.source(key);
-            // The same one as long as it is usable.
-            let chosen = self.table.choose(&tried, source, &mut self.rng);
+            // The same one as long as it can be reached.
+            let chosen = self.table.choose_for_source(&tried, source, self.now);
             return chosen.map_or(Destination::Any, Destination::Endpoint);
         }
         Destination::Any
@@ -90,6 +98,20 @@ impl<D: Driver> Engine<D> {
             None => self.table.owner(client.request()?.key?)?,
         };
         self.table.store(number)
+    }
+
+    /// Whether a client's requests go to one endpoint as long as that can be reached.
+    pub(in crate::worker) fn is_bound_to_source(&self) -> bool {
+        self.config.requests.route != Route::Key && self.config.balance == Balance::SourceHash
+    }
+
+    /// There is no endpoint at all: the request waits for one.
+    fn await_an_endpoint(&mut self, key: Key) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        if client.on_no_endpoint(&self.client_limits, self.now) <= self.now {
+            return self.give_up(key, Fault::NoEndpoint(self.client_limits.endpoint));
+        }
+        self.wait(key, Line::Any, None);
     }
 
     pub(in crate::worker) fn source(&self, key: Key) -> Option<IpAddr> {
@@ -181,8 +203,30 @@ impl<D: Driver> Engine<D> {
             || (self.queue.waiting(Line::Any) > 0 && !self.table.any_usable())
     }
 
+    /// Requests that would rather go to an endpoint of which no connection can be had go on to
+    /// another one.
+    pub(in crate::worker) fn pass_over(&mut self, endpoint: u16) {
+        if !self.is_bound_to_source() {
+            return;
+        }
+        let usable = self.table.get_mut(endpoint).is_some_and(|e| e.health.is_usable());
+        let backs_off = self.table.get_mut(endpoint).is_some_and(|e| e.pool.backs_off(self.now));
+        if (usable && !backs_off) || self.table.is_connected(Some(endpoint)) {
+            return;
+        }
+        while let Some(key) = self.queue.serve(Line::Endpoint(endpoint)) {
+            if let Some(client) = self.clients.get_mut(key) {
+                client.on_passed_over(endpoint);
+                self.mark_due(key);
+            }
+        }
+    }
+
     /// A connect to an endpoint failed: requests that only it can answer need not wait longer.
     pub(in crate::worker) fn on_endpoint_missed(&mut self, endpoint: u16) {
+        if self.is_bound_to_source() {
+            return self.pass_over(endpoint);
+        }
         let usable = self.table.get_mut(endpoint).is_some_and(|e| e.health.is_usable());
         while !usable && let Some(key) = self.queue.serve(Line::Endpoint(endpoint)) {
             self.give_up(key, Fault::Unreachable);
@@ -238,6 +282,7 @@ impl<D: Driver> Engine<D> {
     pub(in crate::worker) fn ask(&mut self, key: Key) {
         let Some(client) = self.clients.get_mut(key) else { return };
         let (Some(request), Some(loan)) = (client.request(), client.loan) else { return };
+        client.upload = Upload::new(self.now);
         self.stats.queue_wait.record(client.on_asked(self.now));
         if request.repeatable || client.sweep.is_some() {
             // Its bytes stay where they are, to be sent again.
@@ -263,6 +308,7 @@ impl<D: Driver> Engine<D> {
             };
             len -= buf.len();
             client.on_backend_queued(buf.len(), self.now);
+            client.upload.on_held_up(client.unasked() >= limits::BUFFER_SIZE as u32, self.now);
             self.driver.send(loan.conn, buf);
         }
     }
