@@ -818,7 +818,8 @@ fn a_slow_upload_is_not_blamed_on_its_backend(io: Io) {
         .set("AEGIS_IDLE_TIMEOUT", "300ms")
         .start();
     let mut client = connect(proxy.address());
-    client.write_all(head).unwrap();
+    // More than is waited for before a connection is acquired.
+    client.write_all(b"POST / HTTP/1.1\r\nContent-Length: 20000\r\n\r\n").unwrap();
     client.write_all(b"xxxx").unwrap();
     let (answer, _) = read_all(&client);
     assert!(answer.starts_with("HTTP/1.1 408 Request Timeout\r\n"), "{answer}");

@@ -203,7 +203,7 @@ fn a_small_body_that_does_not_come_holds_no_connection(io: Io) {
 fn uploading(proxy: &Proxy, head: &str) -> TcpStream {
     let mut client = connect(proxy.address());
     client.write_all(head.as_bytes()).unwrap();
-    client.write_all(&[b'x'; 20_000]).unwrap();
+    client.write_all(&vec![b'x'; 20_000]).unwrap();
     proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 1);
     client
 }

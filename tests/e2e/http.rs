@@ -371,7 +371,7 @@ fn an_answer_before_the_request_is_whole_spends_the_connection(io: Io) {
     let proxy = lending(io, &backend).start();
     let mut client = connect(proxy.address());
     client.write_all(b"PUT /early HTTP/1.1\r\nContent-Length: 100000\r\n\r\n").unwrap();
-    client.write_all(&[b'x'; 20_000]).unwrap();
+    client.write_all(&vec![b'x'; 20_000]).unwrap();
     assert_eq!(read_head(&client).unwrap()[0], "HTTP/1.1 413 Content Too Large");
     assert_eq!(read_to_end(&client).unwrap(), b"");
     assert_eq!(who(&connect(proxy.address())), 1);
@@ -406,7 +406,7 @@ fn a_client_that_ends_within_its_request_holds_nothing(io: Io) {
     let proxy = lending(io, &backend).start();
     let mut client = connect(proxy.address());
     client.write_all(b"POST /silent HTTP/1.1\r\nContent-Length: 100000\r\n\r\n").unwrap();
-    client.write_all(&[b'x'; 20_000]).unwrap();
+    client.write_all(&vec![b'x'; 20_000]).unwrap();
     proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 1);
     client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(who(&connect(proxy.address())), 1);

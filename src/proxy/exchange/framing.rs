@@ -88,9 +88,7 @@ impl Framing {
                     None if requests.is_between_requests() || !requests.is_head_complete() => {
                         Front::Partial
                     }
-                    // It would hold a connection while the client takes its time. One that expects
-                    // to be asked for the body sends none before.
-                    None if *scanned < BUFFER_SIZE as u32 && !requests.expects_continue() => {
+                    None if *scanned < BUFFER_SIZE as u32 && comes_in_one_buffer(requests) => {
                         Front::Partial
                     }
                     end => {
@@ -191,6 +189,14 @@ fn message_end(requests: &mut http1::RequestScanner, bytes: &[u8]) -> Option<(us
         Scan::Complete(count) => Some((count, true)),
         Scan::Tunnel(_) | Scan::Ambiguous(_) => Some((0, false)),
     }
+}
+
+/// Whether a request is waited for until it is whole, since it would hold a connection while its
+/// client takes its time. One that is larger than a buffer is sent on as it comes, and so is one
+/// whose client expects to be asked for the body: it sends none before.
+fn comes_in_one_buffer(requests: &http1::RequestScanner) -> bool {
+    let small = requests.body_len().is_none_or(|len| len <= BUFFER_SIZE as u64);
+    small && !requests.expects_continue()
 }
 
 /// Gives `look` what follows the first `scanned` bytes of `input`, buffer by buffer, until it has

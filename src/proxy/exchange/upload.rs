@@ -108,7 +108,7 @@ mod tests {
         assert_eq!(upload.on_deadline(true, start + 100 * SECOND), None);
         upload.on_held_up(false, start + 100 * SECOND);
         let late = start + 99 * SECOND + UPLOAD_BEHIND_CONTENDED_MAX;
-        assert_eq!(upload.on_deadline(true, late - SECOND / 2), None);
+        assert_eq!(upload.on_deadline(true, start + 99 * SECOND + SECOND), None);
         assert!(upload.on_deadline(true, late).is_some(), "the second before counts");
     }
 }

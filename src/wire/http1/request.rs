@@ -126,6 +126,11 @@ impl RequestScanner {
         self.fields.said().upgrade || self.method() == Method::Connect
     }
 
+    /// Bytes of the body, where the head says so.
+    pub fn body_len(&self) -> Option<u64> {
+        self.fields.said().length
+    }
+
     /// Whether the client may hold the body back until the server says `100 Continue`.
     pub fn expects_continue(&self) -> bool {
         self.fields.said().expects_continue
