@@ -271,8 +271,6 @@ labels! {
         Abandoned = "abandoned",
         /// The protocol ends it here, or it cannot be told where the answer ended.
         Spent = "spent",
-        /// The proxy is draining.
-        Drain = "drain",
     }
 }
 

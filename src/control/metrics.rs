@@ -11,7 +11,7 @@ use procfs::process::{LimitValue, Process};
 use super::View;
 use super::discovery::status::ErrorKind;
 use super::view::{EndpointCounts, labels, usable};
-use crate::config::{Config, PoolMode, Protocol};
+use crate::config::{Config, Locality, PoolMode, Protocol};
 use crate::telemetry::{
     Checkout, CloseReason, Discard, Histogram, Label, Outcome, Retry, Spillover, Verb, WorkerStats,
 };
@@ -115,16 +115,23 @@ fn write_workers(text: &mut Encoder, view: &View) {
         text.sample(name, &[("result", result.name())], count);
     }
 
-    let name = "aegis_locality_spillovers_total";
-    text.family(name, Counter, "Sessions sent to endpoints that are not near, by why.");
-    for &reason in Spillover::ALL {
-        let count: u64 = view.stats().map(|stats| stats.spillovers(reason)).sum();
-        text.sample(name, &[("reason", reason.name())], count);
+    if view.config().locality != Locality::Off {
+        let name = "aegis_locality_spillovers_total";
+        text.family(name, Counter, "Sessions sent to endpoints that are not near, by why.");
+        for &reason in Spillover::ALL {
+            let count: u64 = view.stats().map(|stats| stats.spillovers(reason)).sum();
+            text.sample(name, &[("reason", reason.name())], count);
+        }
     }
 
     let name = "aegis_pool_discards_total";
     text.family(name, Counter, "Pooled connections closed, by why.");
-    for &reason in Discard::ALL {
+    let lends = view.config().pool.mode != PoolMode::Preconnect;
+    let can_be = |reason: Discard| match reason {
+        Discard::Timeout | Discard::Abandoned | Discard::Spent => lends,
+        _ => true,
+    };
+    for &reason in Discard::ALL.iter().filter(|&&reason| can_be(reason)) {
         let count: u64 = view.stats().map(|stats| stats.discards(reason)).sum();
         text.sample(name, &[("reason", reason.name())], count);
     }
@@ -170,7 +177,9 @@ fn write_requests(text: &mut Encoder, view: &View) {
     let name = "aegis_requests_total";
     text.family(name, Counter, "Requests ended, by what they asked for and how they ended.");
     for verb in verbs {
-        for &outcome in Outcome::ALL {
+        for &outcome in
+            Outcome::ALL.iter().filter(|&&outcome| can_end(view.config(), *verb, outcome))
+        {
             let count: u64 = view.stats().map(|stats| stats.requests(*verb, outcome)).sum();
             let labels = [("command", verb.name()), ("outcome", outcome.name())];
             text.sample(name, &labels, count);
@@ -179,7 +188,7 @@ fn write_requests(text: &mut Encoder, view: &View) {
     let name = "aegis_request_duration_seconds";
     let help = "From the last byte of an answered request to the last of its answer.";
     text.family(name, Kind::Histogram, help);
-    for verb in verbs {
+    for verb in verbs.iter().filter(|&&verb| can_end(view.config(), verb, Outcome::Answered)) {
         let parts = view.stats().map(|stats| stats.request_duration(*verb));
         text.distribution(name, Some(("command", verb.name())), parts);
     }
@@ -196,6 +205,21 @@ fn verbs(config: &Config) -> &'static [Verb] {
         Protocol::Http1 => {
             &[Verb::Get, Verb::Head, Verb::Post, Verb::Put, Verb::Delete, Verb::Other, Verb::Opaque]
         }
+    }
+}
+
+/// Whether a request can end so, so that no series is shown that never moves.
+fn can_end(config: &Config, verb: Verb, outcome: Outcome) -> bool {
+    let is_opaque = verb == Verb::Opaque;
+    match outcome {
+        Outcome::Opaque => is_opaque,
+        Outcome::Refused => config.protocol == Protocol::Chronos && verb == Verb::Other,
+        Outcome::Answered | Outcome::Timeout | Outcome::Lost | Outcome::ClientTimeout => !is_opaque,
+        Outcome::QueueFull
+        | Outcome::QueueTimeout
+        | Outcome::NoEndpoint
+        | Outcome::Unreachable
+        | Outcome::ClientGone => true,
     }
 }
 
