@@ -193,7 +193,7 @@ fn a_small_body_that_does_not_come_holds_no_connection(io: Io) {
         assert_eq!(status(&connect(proxy.address()), GET), OK);
     }
     assert!(begun.elapsed() < Duration::from_secs(2), "took {:?}", begun.elapsed());
-    assert_eq!(proxy.metric(POOL_CONNECTIONS, &[("state", "lent")]), 0);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 0);
     for (mut client, last) in slow {
         client.write_all(&[last]).unwrap();
         assert_eq!(read_status(&client).unwrap(), OK);
