@@ -148,9 +148,9 @@ pub const fn sessions_of_worker_max(sessions_max: usize) -> usize {
     sessions_max + ACCEPT_OVERSHOOT
 }
 
-/// A client that moves no byte of a request or an answer may hold a backend's connection for so long
-/// where `AEGIS_IDLE_TIMEOUT` does not say otherwise: twice what proxies commonly allow, since it may
-/// be a reader that thinks.
+/// A client that takes nothing of an answer may hold a backend's connection for so long where
+/// `AEGIS_IDLE_TIMEOUT` does not say otherwise: twice what proxies commonly allow, since it may be a
+/// reader that thinks. One that sends nothing is held to [`UPLOAD_BEHIND_MAX`].
 pub const CLIENT_STALL_MAX: Duration = Duration::from_secs(60);
 
 /// A client that was told all may go on sending for so long without taking anything. What it sends
@@ -241,8 +241,9 @@ pub const ADMIN_CONNECTIONS: usize = 32;
 /// The admin listener, the runtime's own epoll, eventfd and signal pipe, and lookups in DNS.
 const CONTROL_DESCRIPTORS: u64 = 32;
 
-/// Connections to the Kubernetes API, for the endpoints and for what declares the stores: the watch, the one that a new client makes while that of the
-/// last one is still closing, and for each a lookup in DNS and the files with its credentials.
+/// Connections to the Kubernetes API, for the endpoints and for what declares the stores: the watch,
+/// the one that a new client makes while that of the last one is still closing, and for each a lookup
+/// in DNS and the files with its credentials.
 const KUBERNETES_DESCRIPTORS: u64 = 2 * 8;
 
 /// Standard input, output and error.

@@ -163,7 +163,8 @@ labels! {
         IdleTimeout = "idle_timeout",
         /// One direction had ended and no byte moved for `AEGIS_HALF_CLOSE_TIMEOUT`.
         HalfCloseTimeout = "half_close_timeout",
-        /// The client moved no byte of a request or an answer while it held a backend's connection.
+        /// The client took no byte of an answer, or sent its request too slowly behind a part of one,
+        /// while it held a backend's connection.
         ClientTimeout = "client_timeout",
         /// It had nothing under way in a drain.
         Drained = "drained",
@@ -462,6 +463,7 @@ impl EndpointStats {
     pub fn reset_gauges(&self) {
         for gauge in [
             &self.sessions_active,
+            &self.sessions_opaque,
             &self.pool_idle,
             &self.pool_connecting,
             &self.pool_target,

@@ -43,7 +43,7 @@ const WORKER_FAMILIES: &[Family<WorkerStats>] = &[
     ("aegis_worker_completions_total", Counter, "I/O completions handled.", |w| w.completions.get()),
     ("aegis_worker_applied_generation", Gauge, "Generation of the endpoint snapshot in force.", |w| w.applied_generation.get()),
     ("aegis_buffer_waits_total", Counter, "Times a receive had to wait for a free buffer.", |w| w.buffer_waits.get()),
-    ("aegis_splice_failures_total", Counter, "Times that moving bulk within the kernel failed, for want of descriptors for one; it is copied for a second then.", |w| w.splice_failures.get()),
+    ("aegis_splice_failures_total", Counter, "Times that moving bulk within the kernel failed, for want of descriptors or of permission; it is copied for a second then.", |w| w.splice_failures.get()),
     ("aegis_buffers_in_use", Gauge, "Buffers now holding bytes in flight.", |w| w.buffers_in_use.get()),
 ];
 

@@ -504,10 +504,10 @@ impl Table {
         let near = self.pick(tried, source, rng, Among::Near, Having::Anything);
         let other = self.pick(tried, source, rng, Among::Far, Having::Anything);
         let load = |index: u16| self.entries[usize::from(index)].as_ref().map_or(0, Entry::load);
+        let too_much =
+            |load: u32| load.saturating_mul(NEAR_LOAD_FACTOR).saturating_add(NEAR_LOAD_FREE);
         let (chosen, spilled) = match (near, other) {
-            (Some(near), Some(other))
-                if load(near) > NEAR_LOAD_FACTOR * load(other) + NEAR_LOAD_FREE =>
-            {
+            (Some(near), Some(other)) if load(near) > too_much(load(other)) => {
                 (Some(other), Some(Spillover::Loaded))
             }
             (Some(near), _) => (Some(near), None),
@@ -1062,5 +1062,6 @@ mod tests {
             assert!(matches!(index, Some(2 | 3)), "at {bound} + 1: {index:?}");
             assert_eq!(spillover, Some(Spillover::Loaded));
         }
+        assert_eq!(choose(u32::MAX, u32::MAX - 1).1, None, "more than can be counted twice");
     }
 }

@@ -191,6 +191,11 @@ impl Pool {
         self.greets_since.get_or_insert(now);
     }
 
+    /// When a warm connection was made.
+    pub fn made(&self, conn: ConnId) -> Option<Instant> {
+        self.idle.iter().find(|idle| idle.conn == conn).map(|idle| idle.made)
+    }
+
     /// A byte has come from the endpoint on a connection made at `made`: it is well.
     pub fn on_proven(&mut self, made: Instant) {
         if self.failed_at.is_none_or(|at| made >= at) {

@@ -599,7 +599,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn peek_owner(&self, conn: ConnId) -> Option<&Owner> {
+    pub(super) fn peek_owner(&self, conn: ConnId) -> Option<&Owner> {
         let owned = self.owners.get(conn.index())?;
         (owned.conn == conn).then_some(&owned.owner)
     }

@@ -181,6 +181,9 @@ impl<D: Driver> Engine<D> {
         }
         if let Some(entry) = self.table.get_mut(endpoint) {
             entry.pool.on_greeting(self.now);
+            if let Some(made) = entry.pool.made(conn) {
+                self.on_endpoint_well(endpoint, made);
+            }
         }
         self.driver.buffers().push(&mut greeting, buf);
         if greeting.buffers() > limits::POOL_GREETING_BUFFERS_MAX || self.is_lean() {
@@ -225,12 +228,15 @@ impl<D: Driver> Engine<D> {
 
     fn forget_warm(&mut self, endpoint: u16, conn: ConnId, why: Discard) {
         let now = self.now;
+        // One that has said something is well, whatever becomes of the connection.
+        let is_silent = why == Discard::Dead
+            && matches!(self.peek_owner(conn), Some(Owner::Warm { greeting, .. }) if greeting.is_empty());
         let failed = match self.table.get_mut(endpoint) {
             Some(entry) => entry.pool.on_died(conn, now, &mut self.rng),
             None => false,
         };
         self.discard(conn, why);
-        if failed {
+        if failed && is_silent {
             self.on_endpoint_failure(endpoint, &ended_at_once());
         }
         self.mark_short(endpoint);
@@ -287,9 +293,16 @@ impl<D: Driver> Engine<D> {
 
     /// A byte came from the endpoint on a connection made at `made`.
     pub(super) fn on_endpoint_answered(&mut self, endpoint: u16, made: Instant) {
+        if let Some(entry) = self.table.get_mut(endpoint) {
+            entry.pool.on_proven(made);
+        }
+        self.on_endpoint_well(endpoint, made);
+    }
+
+    /// The same without the pool's pace: what greets may end each connection that is kept warm.
+    fn on_endpoint_well(&mut self, endpoint: u16, made: Instant) {
         let now = self.now;
         let Some(entry) = self.table.get_mut(endpoint) else { return };
-        entry.pool.on_proven(made);
         if entry.health.is_sound() {
             return;
         }

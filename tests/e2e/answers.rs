@@ -794,19 +794,23 @@ fn a_slow_reader_is_not_blamed_on_its_backend(io: Io) {
 }
 
 fn a_slow_upload_is_not_blamed_on_its_backend(io: Io) {
+    // More than is waited for before a connection is acquired.
+    const SIZE: usize = 20_000;
     let backend = Backend::scripted(|mut stream| {
         while read_head(stream).is_some() {
-            if stream.read_exact(&mut [0; 10]).is_err() {
+            if stream.read_exact(&mut [0; SIZE]).is_err() {
                 return;
             }
             let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
         }
     });
-    let head = b"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n";
+    let head = format!("POST / HTTP/1.1\r\nContent-Length: {SIZE}\r\n\r\n");
     let proxy =
         lending(io, "http1", "request", &backend).set("AEGIS_REQUEST_TIMEOUT", "200ms").start();
     let mut client = connect(proxy.address());
-    client.write_all(head).unwrap();
+    client.write_all(head.as_bytes()).unwrap();
+    client.write_all(pattern(1, SIZE - 10)).unwrap();
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 1);
     for pause in [100, 100, 100, 100, 500] {
         // How slow the client is is what is tested.
         std::thread::sleep(Duration::from_millis(pause));
@@ -818,8 +822,7 @@ fn a_slow_upload_is_not_blamed_on_its_backend(io: Io) {
         .set("AEGIS_IDLE_TIMEOUT", "300ms")
         .start();
     let mut client = connect(proxy.address());
-    // More than is waited for before a connection is acquired.
-    client.write_all(b"POST / HTTP/1.1\r\nContent-Length: 20000\r\n\r\n").unwrap();
+    client.write_all(head.as_bytes()).unwrap();
     client.write_all(b"xxxx").unwrap();
     let (answer, _) = read_all(&client);
     assert!(answer.starts_with("HTTP/1.1 408 Request Timeout\r\n"), "{answer}");

@@ -30,6 +30,7 @@ on_both_drivers![
     where_every_endpoint_refuses_the_error_says_so,
     a_drain_sends_idle_clients_away_at_once,
     a_drain_serves_who_came_while_it_was_announced,
+    half_a_request_does_not_keep_a_draining_worker_busy,
     a_request_on_its_way_as_the_drain_begins_is_answered_or_seen_to_fail,
     a_source_goes_on_to_another_endpoint_when_its_own_is_gone,
     a_source_goes_on_when_its_endpoint_does_not_answer_connects,
@@ -192,7 +193,7 @@ fn a_small_body_that_does_not_come_holds_no_connection(io: Io) {
         assert_eq!(status(&connect(proxy.address()), GET), OK);
     }
     assert!(begun.elapsed() < Duration::from_secs(2), "took {:?}", begun.elapsed());
-    assert_eq!(proxy.metric(POOL_CONNECTIONS, &[("state", "lent")]), 0);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 0);
     for (mut client, last) in slow {
         client.write_all(&[last]).unwrap();
         assert_eq!(read_status(&client).unwrap(), OK);
@@ -253,7 +254,7 @@ fn a_client_that_is_asked_for_its_body_and_sends_none_is_given_up(io: Io) {
     assert_eq!(status(&slow, head), "HTTP/1.1 100 Continue");
     assert_eq!(status(&connect(proxy.address()), GET), OK);
     wait_closed(&slow).unwrap();
-    assert_eq!(proxy.metric(SESSIONS_CLOSED, &[("reason", "client_timeout")]), 1);
+    proxy.wait_for(SESSIONS_CLOSED, &[("reason", "client_timeout")], |closed| closed == 1);
 }
 
 fn a_slow_body_is_taken_while_nobody_waits(io: Io) {
@@ -283,7 +284,7 @@ fn an_idle_client_is_closed_whichever_other_limit_is_off(io: Io) {
         wait_closed(client).unwrap();
         assert!(begun.elapsed() < Duration::from_secs(3), "took {:?}", begun.elapsed());
     }
-    assert_eq!(proxy.metric(SESSIONS_CLOSED, &[("reason", "idle_timeout")]), 3);
+    proxy.wait_for(SESSIONS_CLOSED, &[("reason", "idle_timeout")], |closed| closed == 3);
 }
 
 fn a_client_that_is_to_leave_does_not_stay_by_sending(io: Io) {
@@ -399,6 +400,30 @@ fn a_drain_serves_who_came_while_it_was_announced(io: Io) {
     assert_eq!(read_to_end(&newcomer).unwrap(), b"");
     // One that says nothing is not waited for much longer.
     assert_eq!(read_to_end(&silent).unwrap(), b"");
+    proxy.wait_clean(Duration::from_secs(5));
+}
+
+fn half_a_request_does_not_keep_a_draining_worker_busy(io: Io) {
+    let backend = thinker();
+    let mut proxy = framed(io, "chronos", "request", &[&backend])
+        .set("AEGIS_DRAIN_DELAY", "0s")
+        .set("AEGIS_DRAIN_TIMEOUT", "60s")
+        .start();
+    let mut client = connect(proxy.address());
+    client.write_all(b"GET half of a li").unwrap();
+    proxy.terminate();
+    eventually("the drain begins", PATIENCE, || {
+        proxy.log_events("draining: accepting no more, sessions finish").first().map(drop)
+    });
+    // Longer than those are waited for that have sent nothing.
+    thread::sleep(Duration::from_millis(1200));
+    let turns = || proxy.metric("aegis_worker_turns_total", &[]);
+    let before = turns();
+    thread::sleep(Duration::from_millis(500));
+    let busy = turns() - before;
+    assert!(busy < 30, "{busy} turns in half a second");
+    client.write_all(b"ne\n").unwrap();
+    assert_eq!(read_to_end(&client).unwrap(), b"answer\n");
     proxy.wait_clean(Duration::from_secs(5));
 }
 

@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 use crate::support::backend::{Backend, reset_on_close};
 use crate::support::client::{ask, ask_once, connect, is_timeout, read_line, read_to_end, try_ask};
 use crate::support::metrics::{
-    ENDPOINT_SESSIONS, ENDPOINT_USABLE, POOL_CONNECTIONS, SESSIONS_ACTIVE,
+    ENDPOINT_SESSIONS, ENDPOINT_USABLE, POOL_CONNECTIONS, POOL_DISCARDS, SESSIONS_ACTIVE,
 };
 use crate::support::proxy::{Builder, Proxy};
-use crate::support::{Io, PATIENCE, eventually, measured, on_both_drivers, skip};
+use crate::support::{Io, PATIENCE, eventually, measured, on_both_drivers, pattern, skip};
 
 on_both_drivers![
     an_endpoint_that_accepts_and_closes_costs_few_sessions,
@@ -25,6 +25,7 @@ on_both_drivers![
     where_all_close_at_once_their_end_is_passed_on,
     clients_that_leave_without_a_word_eject_nobody,
     an_endpoint_that_takes_and_never_says_anything_is_not_ejected,
+    an_endpoint_that_speaks_first_and_much_or_closes_is_not_ejected,
     an_endpoint_that_accepts_and_closes_fails_few_requests,
     an_endpoint_that_answers_again_is_used_again,
     those_that_are_usable_share_evenly,
@@ -153,6 +154,32 @@ fn an_endpoint_that_takes_and_never_says_anything_is_not_ejected(io: Io) {
         assert_eq!(read_to_end(client).unwrap(), b"");
     }
     assert_eq!(usable(&proxy, &sink), 1);
+}
+
+fn an_endpoint_that_speaks_first_and_much_or_closes_is_not_ejected(io: Io) {
+    // More than is kept of what is said to nobody.
+    let feed = Backend::scripted(|mut stream| {
+        let _ = stream.write_all(pattern(1, 200_000));
+        let _ = read_to_end(stream);
+    });
+    let daytime = Backend::scripted(|mut stream| {
+        let _ = stream.write_all(b"half past nine");
+    });
+    for (mut backend, reason) in [(feed, "unexpected"), (daytime, "dead")] {
+        let proxy = Builder::on(io)
+            .backends(&[backend.address()])
+            .pool(1, 4)
+            .set("AEGIS_EJECT_FAILURES", "1")
+            .start();
+        proxy.wait_for(POOL_DISCARDS, &[("reason", reason)], |discards| discards >= 3);
+        assert_eq!(proxy.metric("aegis_endpoint_ejections_total", &[]), 0, "{reason}");
+        assert_eq!(usable(&proxy, &backend), 1, "{reason}");
+        // One that was away is used again once it has spoken.
+        backend.kill();
+        eventually("it is ejected", PATIENCE, || (usable(&proxy, &backend) == 0).then_some(()));
+        backend.start();
+        eventually("it is usable", PATIENCE, || (usable(&proxy, &backend) == 1).then_some(()));
+    }
 }
 
 fn an_endpoint_that_accepts_and_closes_fails_few_requests(io: Io) {

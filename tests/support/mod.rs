@@ -93,7 +93,7 @@ fn test_name() -> String {
 }
 
 /// Polls until `probe` finds something, and fails the test when it takes longer than `within`.
-/// The only place that sleeps.
+/// Other sleeps are a part of what is tested, such as a pause of a peer's.
 pub fn eventually<T>(what: &str, within: Duration, mut probe: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + within;
     loop {

@@ -1,8 +1,8 @@
 //! The configured backends as a source: IP addresses as they are, names by DNS, again and again.
 //!
 //! Every name is looked up by a task of its own, so a name that hangs holds up no other, and has
-//! one lookup in flight at most. Where keys say where requests go, each backend is one store, known by
-//! its name whatever its address. Names of endpoints are stable: `10.0.0.1:5432` for an address,
+//! one lookup in flight at most. Where keys say where requests go, each backend is one store, known
+//! by its name whatever its address. Names of endpoints are stable: `10.0.0.1:5432` for an address,
 //! `db.example:5432@10.0.0.1` for an address behind a name, however many there are.
 
 use std::future::Future;

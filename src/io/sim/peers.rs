@@ -141,6 +141,10 @@ impl Sim {
     pub(super) fn peer_acts(&mut self, index: usize) {
         let chunk = self.rng.usize(1..8000);
         if self.peers[index].is_over() {
+            if self.peers[index].saw_reset {
+                // What had arrived before a reset can still be read.
+                self.answer_http(index);
+            }
             return;
         }
         self.answer(index);

@@ -725,7 +725,8 @@ impl Client {
         }
     }
 
-    /// How long no byte of the exchange may move.
+    /// How long no byte of the exchange may move. A client that sends nothing of a request is mostly
+    /// given up before that, for its pace: see [`Upload`].
     fn stall_max(&self, limits: &Limits) -> Option<Duration> {
         match self.owing() {
             Party::Backend => limits.request.or(limits.idle),

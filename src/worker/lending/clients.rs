@@ -288,7 +288,7 @@ impl<D: Driver> Engine<D> {
         false
     }
 
-    /// In a drain, how long a client is waited for that has had no answer yet or is to leave.
+    /// In a drain, how long a client is waited for that has not begun to ask or is to leave.
     fn drain_deadline(&self, key: Key) -> Option<Instant> {
         let since = self.drains_since?;
         let client = self.clients.get(key)?;
@@ -300,7 +300,8 @@ impl<D: Driver> Engine<D> {
         // Whoever came while newcomers were still welcome is to be served once.
         let announced = self.config.drain_delay + limits::DRAIN_PATIENCE;
         let is_newcomer = accepted + announced >= since;
-        let waits = client.is_reading() && !client.has_begun() && is_newcomer;
+        let is_silent = client.is_reading() && client.input.is_empty() && !client.has_begun();
+        let waits = is_silent && is_newcomer;
         waits.then(|| accepted.max(since) + limits::DRAIN_PATIENCE)
     }
 

@@ -302,7 +302,9 @@ pub fn stores<'a>(
 
 impl Membership {
     fn new(set: &str, first: i32, count: usize) -> Self {
-        let names = (first..).take(count).map(|ordinal| format!("{set}-{ordinal}")).collect();
+        // The API allows the largest number there is as the first one.
+        let names =
+            (i64::from(first)..).take(count).map(|ordinal| format!("{set}-{ordinal}")).collect();
         Self { set: set.to_owned(), names }
     }
 }
@@ -489,6 +491,7 @@ mod tests {
             ("other", set(json!(null), 5, "others")),
             ("none", set(json!(0), 0, "db")),
             ("many", set(json!(5000), 0, "many")),
+            ("last", set(json!(2), i32::MAX, "last")),
         ];
         let sets: HashMap<_, _> = sets.map(|(name, set)| (name.to_owned(), set)).into();
         let away = json!({"ready": false, "serving": false});
@@ -512,6 +515,12 @@ mod tests {
             found(&["other-5"], None, None),
             Ok(vec!["other-5".to_owned()]),
             "ordinals.start"
+        );
+        let last = ["last-2147483647", "last-2147483648"].map(str::to_owned).to_vec();
+        assert_eq!(
+            found(&["last-2147483647"], None, None),
+            Ok(last),
+            "the last number is the first"
         );
         assert_eq!(found(&["none-0"], None, None), Ok(Vec::new()));
         assert_eq!(found(&["chronos-1"], Some(2), None), Ok(three[..2].to_vec()), "as configured");
