@@ -89,7 +89,9 @@ impl Lending {
         self.steady = !troubled;
         let drain_at = (run.rng.u8(..4) == 0).then(|| run.rng.u32(..2000) * SECOND / 1000);
         let (mut drained, mut turns) = (false, 0);
-        while run.engine.driver().elapsed() < 300 * SECOND {
+        // Sixty clients of three places at a time, each with twenty requests that get nothing but their
+        // time limits, take 1,200 s.
+        while run.engine.driver().elapsed() < 1500 * SECOND {
             if troubled && run.engine.driver().elapsed() < 40 * SECOND {
                 run.disturb();
             }
