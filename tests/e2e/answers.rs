@@ -798,7 +798,7 @@ fn a_slow_upload_is_not_blamed_on_its_backend(io: Io) {
     const SIZE: usize = 20_000;
     let backend = Backend::scripted(|mut stream| {
         while read_head(stream).is_some() {
-            if stream.read_exact(&mut [0; SIZE]).is_err() {
+            if stream.read_exact(&mut vec![0; SIZE]).is_err() {
                 return;
             }
             let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
