@@ -93,7 +93,7 @@ variables! {
         "An endpoint that joins others gets its full share of sessions only after this time.";
     AEGIS_ENDPOINT_WAIT endpoint_wait = "5s",
         "a duration from 0s to 5m",
-        "How long a new session or request waits for an endpoint while there is none at all.";
+        "How long a new session or a request waits for an endpoint while there is none at all.";
     AEGIS_BALANCE balance = "least_conn",
         "least_conn, round_robin, random_two or source_hash",
         "How the endpoint of a new session is chosen.";

@@ -61,7 +61,9 @@ pub fn render(view: &View) -> String {
     let mut text = Encoder::default();
     write_workers(&mut text, view);
     write_durations(&mut text, view);
-    write_requests(&mut text, view);
+    if view.config().pool.mode != PoolMode::Preconnect {
+        write_requests(&mut text, view);
+    }
     write_endpoints(&mut text, view);
     write_identity(&mut text, view);
     if let Ok(process) = ProcessCounts::read() {
@@ -92,7 +94,7 @@ fn write_workers(text: &mut Encoder, view: &View) {
     let name = "aegis_sessions_closed_total";
     text.family(name, Counter, "Sessions ended, by how.");
     for (worker, stats) in &workers {
-        for &reason in CloseReason::ALL {
+        for &reason in CloseReason::ALL.iter().filter(|&&reason| can_close(view.config(), reason)) {
             let labels = [("worker", worker.as_str()), ("reason", reason.name())];
             text.sample(name, &labels, stats.closed(reason));
         }
@@ -197,7 +199,6 @@ fn write_requests(text: &mut Encoder, view: &View) {
 /// What requests can ask for in the protocol that is spoken.
 fn verbs(config: &Config) -> &'static [Verb] {
     match config.protocol {
-        _ if config.pool.mode == PoolMode::Preconnect => &[],
         Protocol::Tcp => &[],
         Protocol::Chronos => {
             &[Verb::Ping, Verb::Get, Verb::Set, Verb::Del, Verb::Compact, Verb::Other]
@@ -208,11 +209,33 @@ fn verbs(config: &Config) -> &'static [Verb] {
     }
 }
 
-/// Whether a request can end so, so that no series is shown that never moves.
+/// Whether a session can end so, so that no series is shown that never moves.
+fn can_close(config: &Config, reason: CloseReason) -> bool {
+    let lends = config.pool.mode != PoolMode::Preconnect;
+    match reason {
+        CloseReason::ConnectFailed
+        | CloseReason::ConnectTimeout
+        | CloseReason::NoEndpoint
+        | CloseReason::ClientLeft => !lends,
+        CloseReason::ClientTimeout | CloseReason::Drained => lends,
+        CloseReason::IdleTimeout => config.idle_timeout.is_some(),
+        // Of requests, clients that were told to leave have such a limit in any case.
+        CloseReason::HalfCloseTimeout => lends || config.half_close_timeout.is_some(),
+        CloseReason::EndpointRemoved => config.backend_drain.is_some(),
+        CloseReason::Finished
+        | CloseReason::ClientReset
+        | CloseReason::BackendReset
+        | CloseReason::DrainDeadline
+        | CloseReason::Overload => true,
+    }
+}
+
+/// Whether a request can end so.
 fn can_end(config: &Config, verb: Verb, outcome: Outcome) -> bool {
     let is_opaque = verb == Verb::Opaque;
     match outcome {
-        Outcome::Opaque => is_opaque,
+        // Any request of HTTP may have a body that becomes ambiguous.
+        Outcome::Opaque => config.protocol == Protocol::Http1,
         Outcome::Refused => config.protocol == Protocol::Chronos && verb == Verb::Other,
         Outcome::Answered | Outcome::Timeout | Outcome::Lost | Outcome::ClientTimeout => !is_opaque,
         Outcome::QueueFull
@@ -517,6 +540,34 @@ mod tests {
         }
         assert!(samples["process_resident_memory_bytes"] > 0.0);
         assert!(samples["process_open_fds"] > 0.0);
+    }
+
+    #[test]
+    fn what_can_never_move_is_not_shown() {
+        let shown = |mode, protocol| {
+            let mut config = config();
+            config.pool.mode = mode;
+            config.protocol = protocol;
+            let text = render(&view(config, vec![endpoint("db:1", "10.0.0.1:1")]));
+            move |part: &str| text.contains(part)
+        };
+        let opaque_session = shown(PoolMode::Preconnect, Protocol::Tcp);
+        let lines = shown(PoolMode::Request, Protocol::Chronos);
+        let http = shown(PoolMode::Session, Protocol::Http1);
+        for (part, expected) in [
+            ("aegis_queue_depth", [false, true, true]),
+            ("aegis_requests_total", [false, true, true]),
+            ("reason=\"connect_failed\"", [true, false, false]),
+            ("reason=\"drained\"", [false, true, true]),
+            ("state=\"lent\"", [false, true, true]),
+            ("state=\"opaque\"", [false, false, true]),
+            ("command=\"post\",outcome=\"opaque\"", [false, false, true]),
+            ("command=\"opaque\",outcome=\"answered\"", [false, false, false]),
+            ("outcome=\"refused\"", [false, true, false]),
+        ] {
+            let found = [&opaque_session, &lines, &http].map(|shown| shown(part));
+            assert_eq!(found, expected, "{part}");
+        }
     }
 
     #[test]

@@ -237,6 +237,11 @@ fn a_body_that_trickles_loses_its_connection_to_those_that_wait(io: Io) {
         let slow = [("command", "post"), ("outcome", "client_timeout")];
         assert_eq!(proxy.metric(REQUESTS, &slow), i as u64 + 1);
     }
+    // One whose chunks become nonsense while it is sent on stays what it was for those who count.
+    let mut nonsense =
+        uploading(&proxy, "POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n4e20\r\n");
+    nonsense.write_all(b"xxxx").unwrap();
+    proxy.wait_for(REQUESTS, &[("command", "post"), ("outcome", "opaque")], |count| count == 1);
     assert_eq!(proxy.metric("aegis_endpoint_ejections_total", &[]), 0);
     assert_eq!(proxy.metric(REQUESTS, &[("outcome", "timeout")]), 0);
 }

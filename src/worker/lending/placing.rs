@@ -348,7 +348,7 @@ impl<D: Driver> Engine<D> {
         let sent = client.request().map_or(0, |request| request.len);
         self.driver.buffers().advance(&mut client.input, sent);
         let timer = client.conn.index();
-        if let Some(request) = client.request() {
+        if let Some(request) = client.uncounted() {
             self.stats.count_request(request.verb, Outcome::Opaque, Duration::ZERO);
         }
         if let Some(entry) = self.table.get_mut(loan.endpoint) {
