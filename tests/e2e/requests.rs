@@ -25,6 +25,7 @@ on_both_drivers![
     an_answer_that_comes_too_late_reaches_nobody,
     a_read_on_a_dead_connection_is_repeated_and_a_write_is_not,
     a_client_that_leaves_takes_its_answer_with_it,
+    a_client_that_left_in_order_keeps_no_connection_for_ever,
     those_that_wait_too_long_or_are_too_many_get_an_error,
     without_a_backend_each_request_gets_an_error,
     a_slow_reader_holds_no_more_than_its_own,
@@ -289,6 +290,23 @@ fn a_client_that_leaves_takes_its_answer_with_it(io: Io) {
         assert_eq!(ask(&client, "GET 0 mine|"), "mine");
         retired(&proxy, "abandoned", round);
     }
+}
+
+fn a_client_that_left_in_order_keeps_no_connection_for_ever(io: Io) {
+    let backend = puppet();
+    let proxy = request_mode(io, &backend)
+        .set("AEGIS_POOL_SIZE", "1")
+        .set("AEGIS_REQUEST_TIMEOUT", "off")
+        .set("AEGIS_HALF_CLOSE_TIMEOUT", "500ms")
+        .start();
+    let (mut gone, patient) = (connect(proxy.address()), connect(proxy.address()));
+    gone.write_all(b"GET 60000 never|\n").unwrap();
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 1);
+    drop(gone);
+    assert_eq!(ask(&patient, "GET 0 mine|"), "mine");
+    retired(&proxy, "abandoned", 1);
+    // Whoever has not ended its direction may wait.
+    assert_eq!(ask(&patient, "GET 1500 late|"), "late");
 }
 
 fn those_that_wait_too_long_or_are_too_many_get_an_error(io: Io) {

@@ -729,10 +729,15 @@ impl Client {
     /// given up before that, for its pace: see [`Upload`].
     fn stall_max(&self, limits: &Limits) -> Option<Duration> {
         match self.owing() {
-            Party::Backend => limits.request.or(limits.idle),
+            Party::Backend => limits.request.or(self.half_close(limits)).or(limits.idle),
             Party::Client if self.is_waiting_for_refused() => Some(REFUSED_REST_MAX),
             Party::Client => Some(limits.idle.unwrap_or(CLIENT_STALL_MAX)),
         }
+    }
+
+    /// The time limit of a client that has ended its direction, and may have left.
+    fn half_close(&self, limits: &Limits) -> Option<Duration> {
+        limits.half_close.filter(|_| self.ended)
     }
 
     /// Whether nothing but the rest of a request is missing that was refused: clients need not send
@@ -746,6 +751,9 @@ impl Client {
         let replied = self.exchange.is_some_and(|exchange| exchange.replied);
         match self.owing() {
             Party::Backend => match limits.request {
+                None if self.half_close(limits).is_some() => {
+                    Due::Close(CloseReason::HalfCloseTimeout)
+                }
                 None => Due::Close(CloseReason::IdleTimeout),
                 Some(_) if self.is_answered() => Due::EndRequest(Discard::Timeout),
                 Some(limit) => Due::GiveUp(Fault::Timeout(limit)),
@@ -916,6 +924,26 @@ mod tests {
         client.on_ended(now);
         let closed = client.on_deadline(&limits, now + 5 * SECOND);
         assert_eq!(closed, Due::Close(CloseReason::HalfCloseTimeout));
+    }
+
+    #[test]
+    fn one_that_may_have_left_does_not_wait_for_ever_for_a_backend_without_a_limit() {
+        const SECOND: Duration = Duration::from_secs(1);
+        let limits = Limits {
+            idle: None,
+            half_close: Some(5 * SECOND),
+            queue: SECOND,
+            endpoint: SECOND,
+            request: None,
+        };
+        let (mut client, _, now) = asked(DOWNLOAD);
+        client.on_backend_sent(DOWNLOAD.len() as u32, now);
+        assert_eq!(client.deadline(&limits), None, "it may want to wait");
+        client.on_ended(now);
+        let closed = client.on_deadline(&limits, now + 5 * SECOND);
+        assert_eq!(closed, Due::Close(CloseReason::HalfCloseTimeout));
+        let both = Limits { request: Some(9 * SECOND), ..limits };
+        assert_eq!(client.deadline(&both), Some(now + 9 * SECOND), "a limit of its own");
     }
 
     /// A client of HTTP that has asked with what it has sent so far.
