@@ -113,6 +113,11 @@ impl Socket {
         }
     }
 
+    /// Bytes that are to be sent, or being sent.
+    fn queued(&self) -> u64 {
+        u64::from(self.queue.bytes() + self.pipe.as_ref().map_or(0, Pipe::bytes))
+    }
+
     fn is_flushed(&self) -> bool {
         self.queue.is_empty() && self.pipe.is_none()
     }
@@ -767,14 +772,12 @@ impl Driver for Epoll {
 
     fn unsent(&self, conn: ConnId) -> u64 {
         let Some(socket) = self.sockets.get(conn) else { return 0 };
-        let piped = socket.pipe.as_ref().map_or(0, Pipe::bytes);
-        u64::from(socket.queue.bytes() + piped) + socket::unsent(&socket.fd)
+        socket.queued() + socket::unsent(&socket.fd)
     }
 
     fn undelivered(&self, conn: ConnId) -> u64 {
         let Some(socket) = self.sockets.get(conn) else { return 0 };
-        let piped = socket.pipe.as_ref().map_or(0, Pipe::bytes);
-        u64::from(socket.queue.bytes() + piped) + socket::unacknowledged(&socket.fd)
+        socket.queued() + socket::unacknowledged(&socket.fd)
     }
 
     fn peer_address(&self, conn: ConnId) -> Option<SocketAddr> {

@@ -32,7 +32,7 @@ use super::probe::Features;
 use super::provided::ProvidedBuffers;
 use super::ring::Ring;
 use super::socket as options;
-use super::splice::{self, Pipe, Pipes};
+use super::splice::{self, Pipes};
 use super::{Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait};
 use crate::fifo;
 use crate::limits;
@@ -410,14 +410,12 @@ impl Driver for Uring {
 
     fn unsent(&self, conn: ConnId) -> u64 {
         let Some(socket) = self.sockets.get(conn) else { return 0 };
-        let piped = socket.pipe.as_ref().map_or(0, Pipe::bytes);
-        u64::from(socket.queue.bytes() + piped) + options::unsent(&socket.fd)
+        socket.queued() + options::unsent(&socket.fd)
     }
 
     fn undelivered(&self, conn: ConnId) -> u64 {
         let Some(socket) = self.sockets.get(conn) else { return 0 };
-        let piped = socket.pipe.as_ref().map_or(0, Pipe::bytes);
-        u64::from(socket.queue.bytes() + piped) + options::unacknowledged(&socket.fd)
+        socket.queued() + options::unacknowledged(&socket.fd)
     }
 
     fn peer_address(&self, conn: ConnId) -> Option<SocketAddr> {

@@ -169,6 +169,11 @@ impl Socket {
         }
     }
 
+    /// Bytes that are to be sent, or being sent.
+    pub(super) fn queued(&self) -> u64 {
+        u64::from(self.queue.bytes() + self.pipe.as_ref().map_or(0, Pipe::bytes))
+    }
+
     /// Nothing is to be sent, nor being sent.
     pub(super) fn is_flushed(&self) -> bool {
         self.queue.is_empty() && self.pipe.is_none()

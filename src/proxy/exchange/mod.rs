@@ -782,6 +782,11 @@ mod tests {
         buffers.push(&mut client.input, buf);
     }
 
+    fn loan(made: Instant) -> Loan {
+        let conn = ConnId::from_parts(1, 0);
+        Loan { conn, endpoint: 0, retire_at: None, made, served: false, unread: false }
+    }
+
     fn client() -> (Client, Buffers, Instant) {
         let now = Instant::now();
         let mut config = Config::from_vars([]).unwrap().requests;
@@ -832,14 +837,7 @@ mod tests {
                 panic!("{line:?} is whole");
             };
             client.begin(request, now);
-            client.loan = Some(Loan {
-                conn: ConnId::from_parts(1, 0),
-                endpoint: 0,
-                retire_at: None,
-                made: Instant::now(),
-                served: false,
-                unread: false,
-            });
+            client.loan = Some(loan(now));
             client.on_asked(now);
             if replied {
                 assert_eq!(client.on_reply(b"O", now), Reply::Partial);
@@ -872,15 +870,7 @@ mod tests {
     #[test]
     fn bytes_of_an_earlier_request_are_not_forgotten_while_a_connection_is_kept() {
         let (mut client, mut buffers, now) = client();
-        let loan = Loan {
-            conn: ConnId::from_parts(1, 0),
-            endpoint: 0,
-            retire_at: None,
-            made: Instant::now(),
-            served: false,
-            unread: false,
-        };
-        client.on_lent(loan);
+        client.on_lent(loan(now));
         for expected in [6, 12] {
             feed(&mut client, &mut buffers, b"GET a\n");
             let Front::Request(request) = client.front(&mut buffers, &mut [0; 16]) else {
@@ -893,7 +883,7 @@ mod tests {
             assert_eq!(client.on_reply(b"answered too early\n", now), Reply::Complete);
             client.finish(&mut buffers, now);
         }
-        client.on_lent(loan);
+        client.on_lent(loan(now));
         assert_eq!(client.unasked(), 0, "of a connection that is gone");
     }
 
@@ -958,14 +948,7 @@ mod tests {
             panic!("it says what it is");
         };
         client.begin(request, now);
-        client.on_lent(Loan {
-            conn: ConnId::from_parts(1, 0),
-            endpoint: 0,
-            made: now,
-            retire_at: None,
-            served: false,
-            unread: false,
-        });
+        client.on_lent(loan(now));
         client.on_asked(now);
         client.on_backend_queued(bytes.len() as u32, now);
         (client, buffers, now)
