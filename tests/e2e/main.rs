@@ -31,6 +31,8 @@ mod pressure;
 mod proxy_protocol;
 mod relay;
 mod requests;
+mod restart;
 mod routing;
 mod transport;
+mod unprivileged;
 mod workers;
