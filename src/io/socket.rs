@@ -195,3 +195,63 @@ pub(super) fn empty_accept_queue(listener: &OwnedFd) -> (Vec<OwnedFd>, bool) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+
+    use super::*;
+
+    fn listener(address: &str, backlog: i32) -> (OwnedFd, SocketAddr) {
+        let address: SocketAddr = address.parse().unwrap();
+        let socket =
+            Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP)).unwrap();
+        socket.bind(&address.into()).unwrap();
+        socket.listen(backlog).unwrap();
+        let address = socket.local_addr().unwrap().as_socket().unwrap();
+        (socket.into(), address)
+    }
+
+    #[test]
+    fn handshakes_under_way_end_though_no_other_begins() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let (listener, address) = listener(address, 16);
+            // So the kernel waits for data, and passes the last packet of a handshake over.
+            let (name, seconds) = (libc::TCP_DEFER_ACCEPT, 30 as libc::c_int);
+            let at = (&raw const seconds).cast();
+            // SAFETY: the kernel reads an int of that length during the call.
+            let code =
+                unsafe { libc::setsockopt(listener.as_raw_fd(), libc::IPPROTO_TCP, name, at, 4) };
+            assert_eq!(code, 0);
+            let mut early = TcpStream::connect(address).unwrap();
+            refuse_handshakes(&listener);
+            let late = TcpStream::connect_timeout(&address, Duration::from_millis(100));
+            assert_eq!(late.unwrap_err().kind(), io::ErrorKind::TimedOut, "{address}");
+            assert!(empty_accept_queue(&listener).0.is_empty(), "{address}");
+
+            early.write_all(b"early").unwrap();
+            let (mut clients, emptied) = empty_accept_queue(&listener);
+            assert!(emptied && clients.len() == 1, "{address}: {clients:?}");
+            let mut client = TcpStream::from(clients.remove(0));
+            client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            let mut bytes = [0; 9];
+            client.read_exact(&mut bytes[..5]).unwrap();
+            early.write_all(b"more").unwrap();
+            client.read_exact(&mut bytes[5..]).unwrap();
+            assert_eq!(&bytes, b"earlymore", "{address}");
+        }
+    }
+
+    #[test]
+    fn a_queue_is_crowded_when_more_than_half_full() {
+        let (listener, address) = listener("127.0.0.1:0", 4);
+        let mut clients = Vec::new();
+        for crowded in [false, false, false, true] {
+            assert_eq!(is_crowded(&listener), crowded, "{} of 4 wait", clients.len());
+            clients.push(TcpStream::connect(address).unwrap());
+        }
+        assert_eq!(empty_accept_queue(&listener).0.len(), 4);
+        assert!(!is_crowded(&listener));
+    }
+}

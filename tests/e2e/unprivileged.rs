@@ -11,7 +11,7 @@ on_both_drivers![all_works_without_any_privilege_and_without_a_warning];
 
 fn all_works_without_any_privilege_and_without_a_warning(io: Io) {
     if !can_drop_privileges() {
-        return skip("all tests run as this user, whose rights are not the tests' to choose");
+        return skip("only root may choose another user for the proxy");
     }
     let backend = Backend::named("up");
     let mut proxy = Builder::on(io)
