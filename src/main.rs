@@ -39,6 +39,7 @@ struct Decisions {
 }
 
 fn decide(config: &Config) -> Result<Decisions, Error> {
+    let nofile = limits::raise_nofile()?;
     let verdict = probe::choose(config.io)?;
     let plan = cores::plan(config.workers, config.pin);
     let users = DescriptorUsers {
@@ -47,7 +48,6 @@ fn decide(config: &Config) -> Result<Decisions, Error> {
         pool_max_idle: config.pool.most(),
         backends: (config.discovery != Discovery::Kubernetes).then(|| config.addresses()),
     };
-    let nofile = limits::raise_nofile()?;
     let capacity = limits::capacity(config.max_sessions, nofile, &users)?;
     Ok(Decisions { plan, verdict, capacity })
 }

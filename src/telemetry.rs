@@ -283,7 +283,7 @@ pub enum WorkerState {
     Starting = 0,
     /// Accepting and forwarding.
     Running = 1,
-    /// No longer accepting; sessions finish.
+    /// Ends once its sessions have.
     Draining = 2,
     /// The thread has ended.
     Stopped = 3,
@@ -307,6 +307,8 @@ pub struct WorkerStats {
     pub handed_over: Counter,
     /// Sessions now open, those still connecting included.
     pub sessions_active: Gauge,
+    /// In a drain, those among them that were open when it began.
+    pub sessions_before_drain: Gauge,
     /// Bytes received from clients.
     pub bytes_to_backend: Counter,
     /// Bytes received from backends.

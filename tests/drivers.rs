@@ -649,10 +649,10 @@ mod checks {
         rig.driver.accept(0);
         rig.turn();
         let early: Vec<_> = (0..5).map(|_| TcpStream::connect(rig.address).unwrap()).collect();
-        rig.driver.refuse_handshakes();
+        assert!(!rig.driver.refuse_handshakes(), "five of a thousand are no crowd");
         let late = TcpStream::connect_timeout(&rig.address, Duration::from_millis(300));
         assert_eq!(late.unwrap_err().kind(), ErrorKind::TimedOut);
-        rig.driver.stop_listening();
+        assert!(rig.driver.stop_listening());
         rig.until("the accept queue", |_, seen| {
             seen.iter().filter(|seen| matches!(seen, Completion::Accepted(_))).count()
                 == early.len()

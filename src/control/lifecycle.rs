@@ -1,11 +1,17 @@
-//! How the process ends: a drain in two stages, each with a deadline.
+//! How the process ends: a drain in three stages, each with a deadline.
 //!
 //! ```text
-//! serving ─SIGTERM─▶ delaying ─drain_delay─▶ finishing ─last session─▶ drained
-//!                       │ not ready,            │ accepts no more
-//!                       │ still accepts         ├─drain_timeout─▶ stopping ─▶ deadline passed
-//!                       └──────second signal────┴───────────────▶ stopping ─▶ stopped
+//! serving ─SIGTERM─▶ delaying ─drain_delay─▶ leaving ─nobody to wait for─▶ finishing ─last session─▶ drained
+//!                       │ not ready,            │ still accepts,             │ accepts no more
+//!                       │ still accepts         │ idle clients leave         ├─drain_timeout─▶ stopping ─▶ deadline passed
+//!                       └──────second signal────┴────────────────────────────┴───────────────▶ stopping ─▶ stopped
 //! ```
+//!
+//! While sessions hold the process up, newcomers are better served than refused: in a pod whose
+//! sidecar alone is restarted there is nowhere else to go until this process has ended. So it listens
+//! until nobody is left, or nearly until the deadline, which includes the time of both stages. Where
+//! clients are told to leave once they have nothing under way, only those are waited for that were
+//! there before.
 //!
 //! SIGTERM and SIGINT mean the same. SIGHUP is ignored: the configuration comes from the
 //! environment, so there is nothing to read again, and the end of a terminal or of a supervisor's
@@ -17,14 +23,26 @@ use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{error, info, warn};
 
 use super::View;
+use crate::config::PoolMode;
+use crate::telemetry::{WorkerState, WorkerStats};
 use crate::worker::mailbox::Order;
 
 /// How long workers may take to end after the order to stop.
 pub const STOP_MAX: Duration = Duration::from_secs(5);
+
+/// So long before the deadline the process accepts no more: what is accepted last has time to be
+/// noticed, for the workers listen for 100 ms longer, and short sessions to end.
+const LAST_CALL: Duration = Duration::from_millis(250);
+
+/// Where all places are taken for so long, nobody else is going to be served by this process.
+const FULL_MAX: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether somebody is to be waited for.
+const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Events that may wait. Signals of one kind that come faster are merged by the kernel anyway.
 const EVENTS_MAX: usize = 4;
@@ -114,13 +132,26 @@ pub async fn run(view: &View, mut events: mpsc::Receiver<Event>) -> Outcome {
         Ok(_) => return ended_unasked(),
     }
 
-    order(view, Order::Drain);
+    let deadline = Instant::now() + config.drain_timeout;
+    order(view, Order::Leave);
     info!(
         sessions = view.sessions_active(),
         timeout_ms = config.drain_timeout.as_millis() as u64,
-        "draining: accepting no more, sessions finish"
+        "draining: sessions finish, still accepting until they have"
     );
-    match timeout(config.drain_timeout, events.recv()).await {
+    let left = timeout(config.drain_timeout.saturating_sub(LAST_CALL), nobody_to_wait_for(view));
+    tokio::select! {
+        biased;
+        event = events.recv() => match event {
+            Some(Event::Terminate(signal)) => return cut(view, events, signal).await,
+            _ => return ended_unasked(),
+        },
+        _ = left => {}
+    }
+
+    order(view, Order::Drain);
+    info!(sessions = view.sessions_active(), "draining: accepting no more, sessions finish");
+    match timeout_at(deadline, events.recv()).await {
         Ok(Some(Event::Terminate(signal))) => cut(view, events, signal).await,
         Ok(_) => {
             info!("drained: every session has finished");
@@ -131,6 +162,28 @@ pub async fn run(view: &View, mut events: mpsc::Receiver<Event>) -> Outcome {
             warn!(sessions_cut, "drain deadline passed: ending the rest");
             stop(view, events, Outcome::DeadlinePassed { sessions_cut }).await
         }
+    }
+}
+
+/// Waits until no session is left for which the process goes on.
+async fn nobody_to_wait_for(view: &View) {
+    let leave = view.config().pool.mode != PoolMode::Preconnect;
+    // Newcomers leave as well, each after its first request.
+    let has_left = |stats: &WorkerStats| {
+        stats.state() == WorkerState::Draining && stats.sessions_before_drain.get() == 0
+    };
+    let mut room_at = Instant::now();
+    loop {
+        let sessions = view.sessions_active();
+        if sessions < view.max_sessions() as u64 {
+            room_at = Instant::now();
+        }
+        let over = sessions == 0 || leave && view.stats().all(has_left);
+        // Those who wait for a place are let in by the next stage.
+        if over || room_at.elapsed() >= FULL_MAX {
+            return;
+        }
+        sleep(LOOK_INTERVAL).await;
     }
 }
 
@@ -181,10 +234,17 @@ mod tests {
         drain_timeout: Duration,
         script: &[(Order, Event)],
     ) -> (Outcome, Order) {
-        let view =
-            testing::view(Config { drain_delay, drain_timeout, ..testing::config() }, Vec::new());
-        view.workers()[0].stats.sessions_active.set(2);
-        view.workers()[1].stats.sessions_active.set(1);
+        let config = Config { drain_delay, drain_timeout, ..testing::config() };
+        life_of(config, [2, 1], script)
+    }
+
+    /// The same with this configuration and so many sessions per worker.
+    fn life_of(config: Config, sessions: [u64; 2], script: &[(Order, Event)]) -> (Outcome, Order) {
+        let view = testing::view(config, Vec::new());
+        for (worker, sessions) in view.workers().iter().zip(sessions) {
+            worker.stats.sessions_active.set(sessions);
+            worker.stats.set_state(WorkerState::Draining);
+        }
         let view = Arc::new(view);
         block_on(async {
             let (sender, events) = mpsc::channel(1);
@@ -207,7 +267,14 @@ mod tests {
     #[test]
     fn sessions_that_finish_in_time_make_a_clean_drain() {
         let script = [(Order::Run, SIGTERM), (Order::Drain, Event::WorkersEnded)];
-        assert_eq!(life(Duration::ZERO, HOUR, &script), (Outcome::Drained, Order::Drain));
+        let config =
+            Config { drain_delay: Duration::ZERO, drain_timeout: HOUR, ..testing::config() };
+        let drained = (Outcome::Drained, Order::Drain);
+        assert_eq!(life_of(config.clone(), [0, 0], &script), drained);
+        // Clients that are told to leave need not all have left: these came later.
+        let mut framed = config;
+        framed.pool.mode = PoolMode::Request;
+        assert_eq!(life_of(framed, [0, 3], &script), drained);
     }
 
     #[test]
@@ -224,8 +291,10 @@ mod tests {
         let end = [(Order::Stop, SIGTERM), (Order::Stop, Event::WorkersEnded)];
         let delaying = [&[(Order::Run, SIGTERM), (Order::Run, SIGTERM)], &end[..]].concat();
         assert_eq!(life(HOUR, HOUR, &delaying), (outcome, Order::Stop));
+        let leaving = [&[(Order::Run, SIGTERM), (Order::Leave, SIGTERM)], &end[..]].concat();
+        assert_eq!(life(Duration::ZERO, HOUR, &leaving), (outcome, Order::Stop));
         let finishing = [&[(Order::Run, SIGTERM), (Order::Drain, SIGTERM)], &end[..]].concat();
-        assert_eq!(life(Duration::ZERO, HOUR, &finishing), (outcome, Order::Stop));
+        assert_eq!(life(Duration::ZERO, LAST_CALL, &finishing), (outcome, Order::Stop));
     }
 
     #[test]

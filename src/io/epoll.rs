@@ -173,6 +173,8 @@ pub struct Epoll {
     /// Where the next client is looked for first.
     accept_from: usize,
     room: usize,
+    /// No handshake begins any more.
+    refusing: bool,
     descriptors: Descriptors,
     sockets: Slab<Socket>,
     buffers: Buffers,
@@ -225,6 +227,7 @@ impl Epoll {
             accept_from: 0,
             listeners: setup.listeners.into_iter().map(Some).collect(),
             room: 0,
+            refusing: false,
             descriptors: Descriptors::new(),
             sockets: Slab::with_capacity(setup.conns_max),
             buffers: Buffers::new(setup.buffers_max)?,
@@ -554,6 +557,9 @@ impl Epoll {
                 match rustix::net::accept_with(listener, flags) {
                     Ok(fd) => {
                         self.room -= 1;
+                        if self.refusing {
+                            socket::welcome(&fd);
+                        }
                         // Each in turn: near the limit there is room for one a turn.
                         self.accept_from = index + 1;
                         match self.register(fd, false) {
@@ -666,16 +672,20 @@ impl Driver for Epoll {
         self.room = if fits { room.min(limits::DESCRIPTORS_RESERVED) } else { 0 };
     }
 
-    fn refuse_handshakes(&mut self) {
+    fn refuse_handshakes(&mut self) -> bool {
+        self.refusing = true;
         self.listeners.iter().flatten().for_each(socket::refuse_handshakes);
+        self.listeners.iter().flatten().any(socket::is_crowded)
     }
 
-    fn stop_listening(&mut self) {
+    fn stop_listening(&mut self) -> bool {
         self.room = 0;
         for index in 0..self.listeners.len() {
             let Some(listener) = self.listeners[index].take() else { continue };
-            self.acceptable[index] = false;
-            for fd in socket::empty_accept_queue(&listener) {
+            let (clients, emptied) = socket::empty_accept_queue(&listener);
+            self.acceptable[index] = !emptied;
+            self.listeners[index] = Some(listener).filter(|_| !emptied);
+            for fd in clients {
                 let registered = rustix::io::ioctl_fionbio(&fd, true).map_err(io::Error::from);
                 let completion = match registered.and_then(|()| self.register(fd, false)) {
                     Ok(conn) => Completion::Accepted(conn),
@@ -684,6 +694,7 @@ impl Driver for Epoll {
                 self.completions.push_back(completion);
             }
         }
+        self.listeners.iter().all(Option::is_none)
     }
 
     fn release(&mut self, conn: ConnId) -> Option<OwnedFd> {

@@ -156,13 +156,15 @@ pub trait Driver {
     /// How many more clients may be accepted from now on; 0 stops accepting.
     fn accept(&mut self, room: usize);
 
-    /// Lets no new handshake begin. Those under way still end in the accept queues.
-    fn refuse_handshakes(&mut self);
+    /// Lets no new handshake begin. Those under way still end in the accept queues. Says whether
+    /// those are so full that some handshakes may have to be repeated.
+    fn refuse_handshakes(&mut self) -> bool;
 
     /// Empties the kernel's accept queues into [`Completion::Accepted`], then closes the
     /// listeners. A while after [`Driver::refuse_handshakes`] no client is accepted by the kernel
-    /// and dropped by this.
-    fn stop_listening(&mut self);
+    /// and dropped by this. Says whether all are closed: one stays open while somebody waits for
+    /// whom there is no descriptor.
+    fn stop_listening(&mut self) -> bool;
 
     /// Gives up a client that has just been accepted, so that another driver of the same kind can
     /// adopt it. `None` if something was asked for it already; then it stays.

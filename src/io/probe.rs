@@ -2,17 +2,25 @@
 #![allow(unsafe_code)]
 
 use std::fmt;
-use std::io::{self, Write};
-use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
-use std::time::Duration;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode};
+use rustix::io::Errno;
+use rustix::net::SocketAddrUnix;
+use socket2::{Domain, Socket, Type};
 
 use super::buffers::Buffers;
 use super::provided::ProvidedBuffers;
 use crate::config::IoChoice;
+
+/// What may pass by itself is tried again for so long. The choice is for the life of the process, and
+/// a start may well wait for that.
+const SHORTAGE_MAX: Duration = Duration::from_secs(1);
+/// The pause before each other try.
+const SHORTAGE_PAUSE: Duration = Duration::from_millis(20);
 
 /// What of `io_uring` may be missing without ruling it out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +70,26 @@ pub struct Denied {
     hint: Hint,
 }
 
+impl Denied {
+    /// Whether the reason may be gone in a moment: something is short, or the machine is slow.
+    fn may_pass(&self) -> bool {
+        matches!(
+            Errno::from_io_error(&self.error),
+            Some(
+                Errno::AGAIN
+                    | Errno::INTR
+                    | Errno::MFILE
+                    | Errno::NFILE
+                    | Errno::NOBUFS
+                    | Errno::NOMEM
+                    | Errno::TIME
+                    | Errno::ADDRINUSE
+                    | Errno::ADDRNOTAVAIL
+            )
+        ) || self.error.kind() == io::ErrorKind::TimedOut
+    }
+}
+
 /// `AEGIS_IO=uring` cannot be had.
 #[derive(Debug, thiserror::Error)]
 #[error(
@@ -88,7 +116,7 @@ pub fn choose(choice: IoChoice) -> Result<Verdict, Unavailable> {
     if choice == IoChoice::Epoll {
         return Ok(Verdict { driver: DriverKind::Epoll, reason: "AEGIS_IO=epoll".into() });
     }
-    match probe_uring() {
+    match patiently(SHORTAGE_MAX, probe_uring) {
         Ok(features) => {
             let mut missing = Vec::new();
             if !features.defer_taskrun {
@@ -134,6 +162,22 @@ pub(super) fn build_ring(features: Features, sq: u32, cq: u32) -> io::Result<IoU
     builder.build(sq)
 }
 
+/// Tries until it works, fails for a reason that stays, or time is up.
+fn patiently<T>(
+    max: Duration,
+    mut attempt: impl FnMut() -> Result<T, Denied>,
+) -> Result<T, Denied> {
+    let begun = Instant::now();
+    loop {
+        match attempt() {
+            Err(denied) if denied.may_pass() && begun.elapsed() < max => {
+                std::thread::sleep(SHORTAGE_PAUSE);
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
 /// Sets a real ring up and moves a byte over it with every operation that cannot be done without.
 fn probe_uring() -> Result<Features, Denied> {
     let mut features = Features { defer_taskrun: true, min_wait: false, no_iowait: false };
@@ -154,30 +198,39 @@ fn probe_uring() -> Result<Features, Denied> {
     let mut provided = ProvidedBuffers::register(&ring)
         .map_err(|error| denied("registering a ring of buffers", error))?;
     provided.refill(&mut buffers, false);
-    receive_once(ring).map_err(|error| denied("a multishot accept and receive", error))?;
+    connect_and_receive(ring)
+        .map_err(|error| denied("a connect and a multishot accept and receive", error))?;
     Ok(features)
 }
 
-/// Accepts a connection and receives a byte from it, both multishot, on loopback.
-fn receive_once(mut ring: IoUring) -> io::Result<()> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let mut client = TcpStream::connect(listener.local_addr()?)?;
-    client.write_all(b"x")?;
+/// Connects, accepts, sends a byte and receives it, accept and receive multishot.
+///
+/// Over a Unix socket, whose name the kernel chooses: the operations are the same for all sockets,
+/// and this one needs neither a free port nor a loopback interface that is up.
+fn connect_and_receive(mut ring: IoUring) -> io::Result<()> {
+    let listener = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    rustix::net::bind(&listener, &SocketAddrUnix::new_unnamed())?;
+    listener.listen(1)?;
+    let client = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    let address = listener.local_addr()?;
+    let at = address.as_ptr().cast();
+    let connect = opcode::Connect::new(Fd(client.as_raw_fd()), at, address.len()).build();
+    run(&mut ring, &connect)?;
     let accept = opcode::AcceptMulti::new(Fd(listener.as_raw_fd())).build();
     let accepted = run(&mut ring, &accept)?;
-    let receive = opcode::RecvMulti::new(Fd(accepted.result()), ProvidedBuffers::GROUP).build();
-    let received = run(&mut ring, &receive)?;
     // SAFETY: the kernel gave this descriptor to us alone.
-    drop(unsafe {
-        <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(accepted.result())
-    });
+    let server = unsafe { OwnedFd::from_raw_fd(accepted.result()) };
+    let byte = b"x";
+    run(&mut ring, &opcode::Send::new(Fd(client.as_raw_fd()), byte.as_ptr(), 1).build())?;
+    let receive = opcode::RecvMulti::new(Fd(server.as_raw_fd()), ProvidedBuffers::GROUP).build();
+    let received = run(&mut ring, &receive)?;
     let multishot = cqueue::more(accepted.flags()) && cqueue::more(received.flags());
     let buffered = cqueue::buffer_select(received.flags()).is_some() && received.result() == 1;
     if multishot && buffered { Ok(()) } else { Err(io::ErrorKind::Unsupported.into()) }
 }
 
 fn run(ring: &mut IoUring, entry: &io_uring::squeue::Entry) -> io::Result<cqueue::Entry> {
-    // SAFETY: the entries name a descriptor and a registered buffer group, no memory.
+    // SAFETY: the kernel copies an address as it takes the entry, and the byte to send is static.
     unsafe { ring.submission().push(entry) }.map_err(io::Error::other)?;
     let second = Timespec::from(Duration::from_secs(1));
     ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&second))?;
@@ -216,4 +269,29 @@ fn filtered() -> bool {
             .lines()
             .any(|line| line.strip_prefix("Seccomp:").is_some_and(|mode| mode.trim() == "2"))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shortage_is_waited_out_and_a_refusal_is_final() {
+        let outcome = |errnos: &[i32], max| {
+            let mut left = errnos.iter();
+            let mut tries = 0;
+            let result = patiently(max, || {
+                tries += 1;
+                left.next().map_or(Ok(()), |&errno| {
+                    Err(denied("a step", io::Error::from_raw_os_error(errno)))
+                })
+            });
+            (result.is_ok(), tries)
+        };
+        let long = Duration::from_secs(3600);
+        assert_eq!(outcome(&[libc::ENFILE, libc::EMFILE, libc::ETIME], long), (true, 4));
+        assert_eq!(outcome(&[libc::ENFILE, libc::EPERM, libc::ENFILE], long), (false, 2));
+        assert_eq!(outcome(&[libc::ENOSYS], long), (false, 1));
+        assert_eq!(outcome(&[libc::ENFILE], Duration::ZERO), (false, 1));
+    }
 }

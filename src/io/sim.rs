@@ -585,17 +585,19 @@ impl Driver for Sim {
         self.room = room.saturating_sub(accepted);
     }
 
-    fn refuse_handshakes(&mut self) {
+    fn refuse_handshakes(&mut self) -> bool {
         self.listening = false;
+        false
     }
 
-    fn stop_listening(&mut self) {
+    fn stop_listening(&mut self) -> bool {
         self.room = 0;
         self.listening = false;
         while !self.backlog.is_empty() {
             self.accept_one();
         }
         self.hearing.tell_all();
+        true
     }
 
     fn release(&mut self, _: ConnId) -> Option<OwnedFd> {

@@ -3,14 +3,16 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Once;
 use std::time::Duration;
 
 use super::Unheard;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::ioctl::{Getter, Opcode, ioctl};
 use rustix::net::SocketFlags;
-use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 
 /// Options of every TCP socket of the data plane.
 #[derive(Debug, Clone, Default)]
@@ -114,32 +116,142 @@ pub(super) fn local_address(socket: &impl AsFd) -> Option<SocketAddr> {
     SockRef::from(socket).local_addr().ok()?.as_socket()
 }
 
+/// A hop limit that no packet of a client reaches: systems begin at 64 or 128.
+const HOP_LIMIT_OUT_OF_REACH: libc::c_int = 255;
+
 /// Drops the packets that would begin a handshake with `listener`, unanswered. Handshakes under way
 /// go on: a client that has seen our answer counts on being served.
+///
+/// The kernel holds what is addressed to a listener against the listener's `IP_MINTTL`, but the last
+/// packet of a handshake is addressed to the request that the first has left behind. It needs no
+/// capability, where a filter attached to the socket does. Clients are accepted with the same limit,
+/// so [`welcome`] has to lift it.
 pub(super) fn refuse_handshakes(listener: &OwnedFd) {
-    // Classic BPF; offsets count from the TCP header.
-    const FLAGS_OFFSET: u32 = 13;
-    const SYN: u32 = 0x02;
-    const ACK: u32 = 0x10;
-    let only_others = [
-        SockFilter::new(0x30 /* BPF_LD | BPF_B | BPF_ABS */, 0, 0, FLAGS_OFFSET),
-        SockFilter::new(0x54 /* BPF_ALU | BPF_AND | BPF_K */, 0, 0, SYN | ACK),
-        SockFilter::new(0x15 /* BPF_JMP | BPF_JEQ | BPF_K */, 0, 1, SYN),
-        SockFilter::new(0x06 /* BPF_RET | BPF_K */, 0, 0, 0),
-        SockFilter::new(0x06 /* BPF_RET | BPF_K */, 0, 0, u32::MAX),
-    ];
-    if let Err(error) = SockRef::from(listener).attach_filter(&only_others) {
-        tracing::warn!(%error, "clients that connect while the listener closes may be reset");
+    static TOLD: Once = Once::new();
+    if let Err(error) = set_hop_limit_min(listener, HOP_LIMIT_OUT_OF_REACH) {
+        TOLD.call_once(|| {
+            tracing::warn!(%error, "clients that connect while the listeners close may be reset");
+        });
     }
 }
 
-/// Takes every client that the kernel has accepted on `listener`.
-pub(super) fn empty_accept_queue(listener: &OwnedFd) -> Vec<OwnedFd> {
+/// Receives from a client that may have been accepted after [`refuse_handshakes`]. What was dropped
+/// of it until now it sends again after 200 ms.
+pub(super) fn welcome(client: &OwnedFd) {
+    // What cannot be lifted was not set.
+    let _ = set_hop_limit_min(client, 0);
+}
+
+/// Drops packets with fewer hops left than that; 0 lets all pass.
+fn set_hop_limit_min(socket: &OwnedFd, min: libc::c_int) -> io::Result<()> {
+    let (level, name) = match SockRef::from(socket).domain()? {
+        Domain::IPV4 => (libc::IPPROTO_IP, libc::IP_MINTTL),
+        Domain::IPV6 => (libc::IPPROTO_IPV6, libc::IPV6_MINHOPCOUNT),
+        // Others have no hops, and no handshakes that take time.
+        _ => return Ok(()),
+    };
+    let len = size_of_val(&min) as libc::socklen_t;
+    // SAFETY: the kernel reads an int of that length during the call.
+    let code =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const min).cast(), len) };
+    if code == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Whether so many clients wait on `listener` that some may take themselves for connected that have
+/// found its queue full: the kernel then drops the last packet of their handshake.
+pub(super) fn is_crowded(listener: &OwnedFd) -> bool {
+    // What `struct tcp_info` says of a listener: how many wait, and how many may.
+    const WAITING: usize = 24;
+    const WAITING_MAX: usize = 28;
+    let mut info = [0_u8; 32];
+    let mut len = info.len() as libc::socklen_t;
+    let (level, name) = (libc::IPPROTO_TCP, libc::TCP_INFO);
+    let at = info.as_mut_ptr().cast();
+    // SAFETY: the kernel writes at most `len` bytes, all of which are ours.
+    let code = unsafe { libc::getsockopt(listener.as_raw_fd(), level, name, at, &raw mut len) };
+    let field =
+        |at: usize| u32::from_ne_bytes([info[at], info[at + 1], info[at + 2], info[at + 3]]);
+    code == 0 && field(WAITING) > field(WAITING_MAX) / 2
+}
+
+/// Takes every client that the kernel has accepted on `listener`. Says whether all were taken: there
+/// may be no descriptors for some.
+pub(super) fn empty_accept_queue(listener: &OwnedFd) -> (Vec<OwnedFd>, bool) {
     let mut clients = Vec::new();
-    if rustix::io::ioctl_fionbio(listener, true).is_ok() {
-        while let Ok(client) = rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
-            clients.push(client);
+    if rustix::io::ioctl_fionbio(listener, true).is_err() {
+        return (clients, true);
+    }
+    loop {
+        match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
+            Ok(client) => {
+                welcome(&client);
+                clients.push(client);
+            }
+            Err(Errno::INTR | Errno::CONNABORTED) => {}
+            Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                return (clients, false);
+            }
+            Err(_) => return (clients, true),
         }
     }
-    clients
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+
+    use super::*;
+
+    fn listener(address: &str, backlog: i32) -> (OwnedFd, SocketAddr) {
+        let address: SocketAddr = address.parse().unwrap();
+        let socket =
+            Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP)).unwrap();
+        socket.bind(&address.into()).unwrap();
+        socket.listen(backlog).unwrap();
+        let address = socket.local_addr().unwrap().as_socket().unwrap();
+        (socket.into(), address)
+    }
+
+    #[test]
+    fn handshakes_under_way_end_though_no_other_begins() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let (listener, address) = listener(address, 16);
+            // So the kernel waits for data, and passes the last packet of a handshake over.
+            let (name, seconds) = (libc::TCP_DEFER_ACCEPT, 30 as libc::c_int);
+            let at = (&raw const seconds).cast();
+            // SAFETY: the kernel reads an int of that length during the call.
+            let code =
+                unsafe { libc::setsockopt(listener.as_raw_fd(), libc::IPPROTO_TCP, name, at, 4) };
+            assert_eq!(code, 0);
+            let mut early = TcpStream::connect(address).unwrap();
+            refuse_handshakes(&listener);
+            let late = TcpStream::connect_timeout(&address, Duration::from_millis(100));
+            assert_eq!(late.unwrap_err().kind(), io::ErrorKind::TimedOut, "{address}");
+            assert!(empty_accept_queue(&listener).0.is_empty(), "{address}");
+
+            early.write_all(b"early").unwrap();
+            let (mut clients, emptied) = empty_accept_queue(&listener);
+            assert!(emptied && clients.len() == 1, "{address}: {clients:?}");
+            let mut client = TcpStream::from(clients.remove(0));
+            client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            let mut bytes = [0; 9];
+            client.read_exact(&mut bytes[..5]).unwrap();
+            early.write_all(b"more").unwrap();
+            client.read_exact(&mut bytes[5..]).unwrap();
+            assert_eq!(&bytes, b"earlymore", "{address}");
+        }
+    }
+
+    #[test]
+    fn a_queue_is_crowded_when_more_than_half_full() {
+        let (listener, address) = listener("127.0.0.1:0", 4);
+        let mut clients = Vec::new();
+        for crowded in [false, false, false, true] {
+            assert_eq!(is_crowded(&listener), crowded, "{} of 4 wait", clients.len());
+            clients.push(TcpStream::connect(address).unwrap());
+        }
+        assert_eq!(empty_accept_queue(&listener).0.len(), 4);
+        assert!(!is_crowded(&listener));
+    }
 }

@@ -33,8 +33,11 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 const FREE_SHORT: usize = 64;
 /// The last free places for sessions are offered to one worker after the other, so long each.
 const ROTATION: Duration = Duration::from_millis(50);
-/// In a drain, handshakes under way may take so long to end before the listeners are closed.
+/// In a drain, handshakes under way may take so long to end before the listeners are closed…
 const HANDSHAKE_MAX: Duration = Duration::from_millis(100);
+/// …and so long where the queues were full: then the kernel drops the last packet of a handshake,
+/// and asks for it again after a second.
+const HANDSHAKE_AGAIN_MAX: Duration = Duration::from_millis(1200);
 /// Complaints about a lasting state are repeated this often.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -158,8 +161,10 @@ pub struct Engine<D> {
     pub(super) ended_lately: usize,
     /// In a drain, the listeners stay open until then.
     listening_until: Option<Instant>,
-    /// When it was told to drain.
+    /// When it was told to let clients leave.
     pub(super) drains_since: Option<Instant>,
+    /// Sessions and clients that were open then, and are.
+    before_drain: usize,
     /// Clients to be served at the end of the turn.
     accepted: Vec<ConnId>,
     /// Clients may have been handed over.
@@ -223,6 +228,7 @@ impl<D: Driver> Engine<D> {
             ended_lately: 0,
             listening_until: None,
             drains_since: None,
+            before_drain: 0,
             // More than that come in the one turn of a drain, which may allocate.
             accepted: Vec::with_capacity(limits::LISTEN_BACKLOG as usize),
             has_mail: false,
@@ -254,7 +260,7 @@ impl<D: Driver> Engine<D> {
 
     /// Whether it was told to end and nothing is left to do.
     pub fn is_finished(&self) -> bool {
-        self.order > Order::Run
+        self.order >= Order::Drain
             && self.listening_until.is_none()
             && self.sessions() == 0
             && self.mailbox.clients() == 0
@@ -462,11 +468,16 @@ impl<D: Driver> Engine<D> {
         let order = self.mailbox.current_order();
         if order > self.order {
             if self.order == Order::Run {
-                self.driver.refuse_handshakes();
-                self.listening_until = Some(self.now + HANDSHAKE_MAX);
                 self.drains_since = Some(self.now);
+                self.before_drain = self.sessions.len() + self.clients.len();
+                self.stats.sessions_before_drain.set(self.before_drain as u64);
                 self.look_after_all_clients();
                 self.stats.set_state(WorkerState::Draining);
+            }
+            if self.order < Order::Drain && order >= Order::Drain {
+                let crowded = self.driver.refuse_handshakes();
+                let most = if crowded { HANDSHAKE_AGAIN_MAX } else { HANDSHAKE_MAX };
+                self.listening_until = Some(self.now + most);
                 self.gate = AcceptGate::default();
             }
             self.order = order;
@@ -483,7 +494,11 @@ impl<D: Driver> Engine<D> {
     fn stop_listening(&mut self) {
         if self.listening_until.take().is_some() {
             self.gate = AcceptGate::default();
-            self.driver.stop_listening();
+            let closed = self.driver.stop_listening();
+            if !closed && self.order < Order::Stop {
+                // Sessions that end leave descriptors for those who wait.
+                self.listening_until = Some(self.now + ACCEPT_RETRY);
+            }
             while let Some(completion) = self.driver.next() {
                 self.on_completion(completion);
             }
@@ -493,8 +508,12 @@ impl<D: Driver> Engine<D> {
 
     /// Lets in as many clients as there is room for in the whole process.
     fn steer_accepting(&mut self) {
-        if self.order > Order::Run && self.listening_until.is_none() {
-            return;
+        if self.order >= Order::Drain {
+            // Nobody comes behind those who wait: all are let in, whatever the limit says.
+            self.gate.retry_at = self.gate.retry_at.filter(|&at| self.now < at);
+            let listens = self.listening_until.is_some() && self.gate.retry_at.is_none();
+            let room = self.slots.saturating_sub(self.sessions());
+            return self.driver.accept(if listens { room } else { 0 });
         }
         let active: usize = (0..self.everyone.len()).map(|worker| self.load_of(worker)).sum();
         let free = self.sessions_max.saturating_sub(active);
@@ -529,7 +548,7 @@ impl<D: Driver> Engine<D> {
 
     fn on_accept_failed(&mut self, error: &io::Error) {
         self.stats.accept_errors.add(1);
-        if self.order == Order::Run || self.listening_until.is_some() {
+        if self.order < Order::Drain || self.listening_until.is_some() {
             self.gate.retry_at = Some(self.now + ACCEPT_RETRY);
         }
         self.complain(format_args!("accepting failed, newcomers wait: {error}"));
@@ -541,6 +560,10 @@ impl<D: Driver> Engine<D> {
         self.stats.session_duration.record(age);
         if age < Duration::from_secs(1) {
             self.ended_lately += 1;
+        }
+        if self.drains_since.is_some_and(|since| age > self.now.saturating_duration_since(since)) {
+            self.before_drain = self.before_drain.saturating_sub(1);
+            self.stats.sessions_before_drain.set(self.before_drain as u64);
         }
         self.on_place_free();
     }
@@ -620,6 +643,6 @@ impl<D: Driver> Engine<D> {
 
     /// Whether connections are worth keeping: there may be a client that needs one.
     pub(super) fn keeps_pools(&self) -> bool {
-        self.order == Order::Run || !self.clients.is_empty()
+        self.order < Order::Drain || !self.clients.is_empty()
     }
 }

@@ -42,7 +42,7 @@ impl<D: Driver> Engine<D> {
         let lighter = others
             .map(|worker| Lighter { worker, sessions: self.load_of(worker) })
             .min_by_key(|lighter| lighter.sessions)?;
-        (lighter.sessions < self.sessions() && self.order == Order::Run).then_some(lighter)
+        (lighter.sessions < self.sessions() && self.order < Order::Drain).then_some(lighter)
     }
 
     /// Hands a client over to `lighter` if that has far fewer sessions; else it comes back.

@@ -3,11 +3,19 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::io::socket::Options;
 use crate::limits::LISTEN_BACKLOG;
+
+/// A port that is in use is tried again for so long: far longer than a kernel takes to close what a
+/// process that was killed has left, and short for a user who waits for the error.
+const IN_USE_MAX: Duration = Duration::from_secs(1);
+/// The pause before each other try.
+const IN_USE_PAUSE: Duration = Duration::from_millis(10);
 
 /// A listening socket could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -45,7 +53,7 @@ pub fn listen(
     let mut listeners =
         Listeners { addresses: Vec::new(), sets: (0..workers).map(|_| Vec::new()).collect() };
     for &address in addresses {
-        match bind_all(address, workers, options) {
+        match bind_patiently(address, workers, options) {
             Ok((bound, sockets)) => {
                 listeners.addresses.push(bound);
                 for (set, socket) in listeners.sets.iter_mut().zip(sockets) {
@@ -65,6 +73,26 @@ pub fn listen(
         return Err(ListenError::NoFamily(addresses.to_vec()));
     }
     Ok(listeners)
+}
+
+/// As [`bind_all`], but gives a predecessor time to let go of the port: what a process had in an
+/// `io_uring` the kernel closes only some time after its end.
+fn bind_patiently(
+    address: SocketAddr,
+    workers: usize,
+    options: &Options,
+) -> io::Result<(SocketAddr, Vec<Socket>)> {
+    let begun = Instant::now();
+    loop {
+        match bind_all(address, workers, options) {
+            Err(error)
+                if error.kind() == io::ErrorKind::AddrInUse && begun.elapsed() < IN_USE_MAX =>
+            {
+                thread::sleep(IN_USE_PAUSE);
+            }
+            outcome => return outcome,
+        }
+    }
 }
 
 fn bind_all(

@@ -2,7 +2,7 @@
 //! wake-up.
 //!
 //! Nothing here blocks. A snapshot that the worker has not picked up yet is replaced by a newer
-//! one, and the order to run, drain or stop only moves forward.
+//! one, and the order to run, leave, drain or stop only moves forward.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -21,10 +21,13 @@ use crate::proxy::endpoints::EndpointSnapshot;
 pub enum Order {
     /// Accept and forward.
     Run = 0,
+    /// Go on accepting and forwarding; clients whose requests are told apart leave with none under
+    /// way.
+    Leave = 1,
     /// Empty the accept queue, stop accepting, end the thread once the last session has finished.
-    Drain = 1,
+    Drain = 2,
     /// End every session now, then the thread.
-    Stop = 2,
+    Stop = 3,
 }
 
 /// The mailbox of one worker.
@@ -69,12 +72,12 @@ impl Mailbox {
     /// The worker takes no more: it has been told to end, or too many wait already. The client
     /// comes back.
     pub fn hand_over(&self, client: OwnedFd) -> Result<(), OwnedFd> {
-        if self.current_order() > Order::Run {
+        if self.current_order() >= Order::Drain {
             return Err(client);
         }
         self.clients.push(client)?;
         // The order may have come in between, and the worker have ended without another look.
-        if self.current_order() > Order::Run
+        if self.current_order() >= Order::Drain
             && let Some(client) = self.clients.pop()
         {
             return Err(client);
@@ -102,7 +105,8 @@ impl Mailbox {
     pub fn current_order(&self) -> Order {
         match self.order.load(Ordering::Acquire) {
             0 => Order::Run,
-            1 => Order::Drain,
+            1 => Order::Leave,
+            2 => Order::Drain,
             _ => Order::Stop,
         }
     }

@@ -467,7 +467,7 @@ impl<D: Driver> Engine<D> {
                 self.recall_loans_of(endpoint);
             }
             let Some(entry) = self.table.get_mut(endpoint) else { continue };
-            let running = self.order == Order::Run && entry.is_present();
+            let running = self.order < Order::Drain && entry.is_present();
             if running && entry.health.take_probe(now) {
                 self.warm(endpoint);
             } else if entry.health.is_probing() {

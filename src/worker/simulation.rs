@@ -107,7 +107,7 @@ impl Run {
     pub(super) fn turn(&mut self) {
         self.engine.turn().expect("the simulator never fails");
         // A drain empties the accept queue, whatever waits in it.
-        let allowed = self.mailbox.current_order() > Order::Run
+        let allowed = self.mailbox.current_order() >= Order::Drain
             || self.engine.sessions() <= self.sessions_max;
         assert!(allowed, "more sessions than AEGIS_MAX_SESSIONS");
         let driver = self.engine.driver();

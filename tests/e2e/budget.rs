@@ -13,7 +13,7 @@ use crate::support::kube_api::{KubeApi, Slice, host_ip};
 use crate::support::metrics::{
     APPLIED_GENERATION, POOL_CONNECTIONS, QUEUE_DEPTH, REQUESTS, SESSIONS_CLOSED,
 };
-use crate::support::proxy::{Builder, Proxy};
+use crate::support::proxy::{Builder, LEAVING, Proxy};
 use crate::support::{Io, PATIENCE, SetOnDrop, eventually, on_both_drivers};
 
 on_both_drivers![
@@ -393,9 +393,7 @@ fn a_drain_serves_who_came_while_it_was_announced(io: Io) {
     proxy.terminate();
     eventually("it says so", PATIENCE, || (proxy.get("/readyz").status == 503).then_some(()));
     let (newcomer, silent) = (connect(proxy.address()), connect(proxy.address()));
-    eventually("the drain begins", PATIENCE, || {
-        proxy.log_events("draining: accepting no more, sessions finish").first().map(drop)
-    });
+    eventually("the drain begins", PATIENCE, || proxy.log_events(LEAVING).first().map(drop));
     assert_eq!(ask(&newcomer, "GET a"), "answer");
     assert_eq!(read_to_end(&newcomer).unwrap(), b"");
     // One that says nothing is not waited for much longer.
@@ -412,9 +410,7 @@ fn half_a_request_does_not_keep_a_draining_worker_busy(io: Io) {
     let mut client = connect(proxy.address());
     client.write_all(b"GET half of a li").unwrap();
     proxy.terminate();
-    eventually("the drain begins", PATIENCE, || {
-        proxy.log_events("draining: accepting no more, sessions finish").first().map(drop)
-    });
+    eventually("the drain begins", PATIENCE, || proxy.log_events(LEAVING).first().map(drop));
     // Longer than those are waited for that have sent nothing.
     thread::sleep(Duration::from_millis(1200));
     let turns = || proxy.metric("aegis_worker_turns_total", &[]);

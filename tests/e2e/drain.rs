@@ -8,15 +8,19 @@ use std::time::{Duration, Instant};
 
 use crate::support::backend::Backend;
 use crate::support::client::{ask, ask_once, connect, try_ask, try_connect, wait_closed};
-use crate::support::proxy::{Builder, Proxy, is_refused};
-use crate::support::{Io, PATIENCE, SetOnDrop, eventually, heavy, on_both_drivers};
+use crate::support::proxy::{Builder, LEAVING, Proxy};
+use crate::support::{Io, PATIENCE, SetOnDrop, eventually, heavy, measured, on_both_drivers};
 
 on_both_drivers![
     a_drain_under_load_cuts_no_session_and_drops_no_client,
+    no_client_that_has_connected_is_reset_by_the_end_of_listening,
     sessions_that_outlast_the_deadline_are_ended_there,
     a_second_signal_ends_everything_at_once,
     without_sessions_a_drain_is_over_at_once,
 ];
+
+/// Drains, each with clients that come as fast as they can.
+const ROUNDS: usize = 12;
 
 /// Waits until `/readyz` says no.
 fn wait_unready(proxy: &Proxy) {
@@ -38,13 +42,14 @@ fn a_drain_under_load_cuts_no_session_and_drops_no_client(io: Io) {
     let address = proxy.address();
     let (finish, newcomers) = (AtomicBool::new(false), AtomicUsize::new(0));
     let keep_alive: Vec<_> = (0..8).map(|_| connect(address)).collect();
+    let (enough, over) = (AtomicBool::new(false), Duration::from_millis(2500));
     thread::scope(|scope| {
-        let _finish = SetOnDrop(&finish);
-        let finish = &finish;
+        let (_finish, _enough) = (SetOnDrop(&finish), SetOnDrop(&enough));
+        let (finish, enough) = (&finish, &enough);
         let stay = |client| scope.spawn(move || stay(client, finish));
         let staying: Vec<_> = keep_alive.iter().map(stay).collect();
         let coming: Vec<_> =
-            (0..4).map(|_| scope.spawn(|| come_until_refused(address, &newcomers))).collect();
+            (0..4).map(|_| scope.spawn(|| come_until(enough, address, 3, &newcomers))).collect();
         eventually("newcomers are served", PATIENCE, || {
             (newcomers.load(Relaxed) > 100).then_some(())
         });
@@ -55,21 +60,66 @@ fn a_drain_under_load_cuts_no_session_and_drops_no_client(io: Io) {
         assert!(told.elapsed() < Duration::from_secs(1), "/readyz took {:?}", told.elapsed());
         assert_eq!(ask_once(address, "still?").unwrap(), "up");
         let served = newcomers.load(Relaxed);
-        // They end when they are refused; whatever else happens to them is an error.
-        for client in coming {
-            client.join().unwrap().unwrap();
-        }
-        assert!(newcomers.load(Relaxed) > served, "nobody was served during the delay");
+        eventually("the delay is over", PATIENCE, || proxy.log_events(LEAVING).first().map(drop));
         assert!(told.elapsed() > Duration::from_millis(1500), "the delay was cut short");
-        assert!(is_refused(address));
+        let later = newcomers.load(Relaxed);
+        assert!(later > served, "nobody was served during the delay");
+        // Nor is anybody refused later, as long as sessions hold the process up.
+        eventually("more are served", PATIENCE, || {
+            (newcomers.load(Relaxed) > later + 100 && told.elapsed() > over).then_some(())
+        });
 
         finish.store(true, Relaxed);
         for client in staying {
             client.join().unwrap().unwrap();
         }
+        enough.store(true, Relaxed);
+        for client in coming {
+            assert!(client.join().unwrap().unwrap() != Came::Refused, "{:?}", told.elapsed());
+        }
     });
     drop(keep_alive);
     proxy.wait_clean(PATIENCE);
+}
+
+fn no_client_that_has_connected_is_reset_by_the_end_of_listening(io: Io) {
+    let _alone = heavy();
+    let backend = Backend::named("up");
+    let (mut clients, mut warnings) = (0, Vec::new());
+    for (round, delay) in ["0s", "200ms"].iter().cycle().take(ROUNDS).enumerate() {
+        // Where requests are told apart, clients are sent away after one.
+        let (protocol, mode, asks) =
+            if round % 3 == 2 { ("chronos", "request", 1) } else { ("tcp", "preconnect", 3) };
+        let listen = if round % 4 < 2 { "127.0.0.1:0" } else { "[::1]:0" };
+        let mut proxy = Builder::on(io)
+            .backends(&[backend.address()])
+            .set("AEGIS_LISTEN", listen)
+            .set("AEGIS_WORKERS", ["1", "3"][round / 4 % 2])
+            .set("AEGIS_DRAIN_DELAY", *delay)
+            .set("AEGIS_DRAIN_TIMEOUT", "1s")
+            .set("AEGIS_PROTOCOL", protocol)
+            .set("AEGIS_POOL_MODE", mode)
+            .start();
+        let (address, served) = (proxy.address(), AtomicUsize::new(0));
+        let never = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let (never, served) = (&never, &served);
+            let come = || scope.spawn(move || come_until(never, address, asks, served));
+            let coming: Vec<_> = (0..12).map(|_| come()).collect();
+            eventually("newcomers are served", PATIENCE, || {
+                (served.load(Relaxed) > 100).then_some(())
+            });
+            proxy.terminate();
+            for client in coming {
+                assert_eq!(client.join().unwrap().unwrap(), Came::Refused);
+            }
+        });
+        proxy.wait_clean(PATIENCE);
+        warnings.extend(proxy.log_warnings());
+        clients += served.load(Relaxed);
+    }
+    measured(&format!("{clients} clients served in {ROUNDS} drains, none of them reset"));
+    assert_eq!(warnings, [""; 0]);
 }
 
 /// A keep-alive client: asks until told to finish, and a hundred times more.
@@ -80,16 +130,32 @@ fn stay(client: &TcpStream, finish: &AtomicBool) -> io::Result<()> {
     (0..100).try_for_each(|_| try_ask(client, "up?").map(drop))
 }
 
-/// Short sessions until the proxy no longer listens.
-fn come_until_refused(address: SocketAddr, served: &AtomicUsize) -> Result<(), String> {
+/// Why somebody comes no more.
+#[derive(Debug, PartialEq)]
+enum Came {
+    Enough,
+    Refused,
+}
+
+/// Short sessions until it is enough, or the proxy no longer listens. Whatever else happens to a
+/// client is an error, above all if it has connected.
+fn come_until(
+    enough: &AtomicBool,
+    address: SocketAddr,
+    asks: u32,
+    served: &AtomicUsize,
+) -> Result<Came, String> {
     let begun = Instant::now();
     while begun.elapsed() < 2 * PATIENCE {
+        if enough.load(Relaxed) {
+            return Ok(Came::Enough);
+        }
         let client = match try_connect(address) {
             Ok(client) => client,
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => return Ok(Came::Refused),
             Err(error) => return Err(format!("connecting: {error}")),
         };
-        for _ in 0..3 {
+        for _ in 0..asks {
             try_ask(&client, "up?").map_err(|error| format!("accepted, then: {error}"))?;
         }
         served.fetch_add(1, Relaxed);
@@ -109,7 +175,7 @@ fn sessions_that_outlast_the_deadline_are_ended_there(io: Io) {
     proxy.terminate();
     let told = Instant::now();
     wait_unready(&proxy);
-    eventually("new clients are refused", PATIENCE, || is_refused(proxy.address()).then_some(()));
+    assert_eq!(ask_once(proxy.address(), "newcomer?").unwrap(), "up");
     for client in &clients {
         wait_closed(client).unwrap();
     }

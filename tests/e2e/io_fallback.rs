@@ -1,5 +1,7 @@
 //! Hosts that deny `io_uring`, as container runtimes do: with a seccomp filter.
 
+use std::time::{Duration, Instant};
+
 use crate::support::backend::Backend;
 use crate::support::client::{connect, expect_echo};
 use crate::support::metrics::IO_DRIVER;
@@ -48,6 +50,41 @@ fn uring_by_name_fails_with_the_reason_where_it_is_denied() {
         assert!(ended.errors.contains("io_uring"), "{}", ended.errors);
         assert!(names_errno(&ended.errors, errno), "errno {errno}: {}", ended.errors);
     }
+}
+
+#[test]
+fn no_port_and_no_internet_socket_is_needed_to_try_io_uring() {
+    if let Some(why) = uring_unavailable() {
+        return skip(&format!("io_uring does not work on this host: {why}"));
+    }
+    // As where no local port is free for a moment, or the loopback interface is down.
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        let ended = Builder::bare()
+            .set("AEGIS_BACKENDS", "127.0.0.2:9")
+            .argument("check")
+            .deny_where(libc::SYS_socket, libc::EADDRNOTAVAIL, (0, family as u64))
+            .run();
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        assert!(ended.output.contains("driver: io_uring ("), "{}", ended.output);
+    }
+}
+
+#[test]
+fn auto_waits_for_descriptors_a_moment_and_then_says_what_it_lacked() {
+    if let Some(why) = uring_unavailable() {
+        return skip(&format!("io_uring does not work on this host: {why}"));
+    }
+    let begun = Instant::now();
+    let ended = Builder::bare()
+        .set("AEGIS_BACKENDS", "127.0.0.2:9")
+        .argument("check")
+        .deny_where(libc::SYS_socket, libc::ENFILE, (0, libc::AF_UNIX as u64))
+        .run();
+    let took = begun.elapsed();
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(ended.output.contains("Too many open files in system"), "{}", ended.output);
+    assert!(took >= Duration::from_secs(1), "it gave up after {took:?}");
+    assert!(took < Duration::from_secs(5), "it went on for {took:?}");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Aegis from outside: the real binary, driven through sockets, signals and HTTP only. One module
-//! a theme, and each test on both drivers where the driver can matter.
+//! a theme, and each test on both drivers where the driver can matter. Where the tests run as root,
+//! proxies run as in a pod: as user 65532, without groups and capabilities.
 //!
 //! `AEGIS_E2E_BINARY` puts another build to the same tests, such as the one in the image.
 //! `KUBEBUILDER_ASSETS` names a folder with etcd and kube-apiserver, to be used instead of a stand-in;
@@ -31,6 +32,8 @@ mod pressure;
 mod proxy_protocol;
 mod relay;
 mod requests;
+mod restart;
 mod routing;
 mod transport;
+mod unprivileged;
 mod workers;

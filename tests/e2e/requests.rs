@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::support::backend::Backend;
 use crate::support::client::{ask, connect, read_line, read_to_end, try_ask};
 use crate::support::metrics::{POOL_CONNECTIONS, POOL_DISCARDS, QUEUE_DEPTH, REQUESTS, RETRIES};
-use crate::support::proxy::{Builder, Proxy, is_refused};
+use crate::support::proxy::{Builder, LEAVING, Proxy};
 use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
 
 on_both_drivers![
@@ -409,7 +409,9 @@ fn a_drain_answers_what_was_asked_and_what_is_asked_still(io: Io) {
     (&waiting).write_all(b"GET 0 second|!\nGET 0 on a new connection|\n").unwrap();
     proxy.wait_for(QUEUE_DEPTH, &[], |depth| depth == 1);
     proxy.terminate();
-    eventually("newcomers are refused", PATIENCE, || is_refused(address).then_some(()));
+    eventually("the drain begins", PATIENCE, || proxy.log_events(LEAVING).first().map(drop));
+    let newcomer = connect(address);
+    (&newcomer).write_all(b"GET 0 newcomer|\n").unwrap();
     (&busy).write_all(b"GET 0 asked in the drain|\n").unwrap();
     for answer in ["first", "asked in the drain"] {
         assert_eq!(read_line(&busy).unwrap(), answer);
@@ -417,6 +419,9 @@ fn a_drain_answers_what_was_asked_and_what_is_asked_still(io: Io) {
     for answer in ["second", "on a new connection"] {
         assert_eq!(read_line(&waiting).unwrap(), answer);
     }
+    // Who came in the drain is served as well, as long as others hold it up.
+    assert_eq!(read_line(&newcomer).unwrap(), "newcomer");
+    assert_eq!(read_to_end(&newcomer).unwrap(), b"");
     // Then both are sent away, though they would stay.
     assert_eq!((read_to_end(&busy).unwrap(), read_to_end(&waiting).unwrap()), (vec![], vec![]));
     proxy.wait_clean(PATIENCE);

@@ -16,6 +16,7 @@ use std::sync::Once;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::proxy::hand_over;
 use super::say;
 pub use gate::Gate;
 pub use stand_in::Faults;
@@ -72,6 +73,7 @@ impl KubeApi {
         };
         let gate = Gate::to(address);
         let folder = TempDir::new().unwrap();
+        hand_over(folder.path());
         let api = Self { server, gate, authority, folder };
         api.write_token(PROXY_TOKEN);
         let user = json!({"tokenFile": api.token_file()});

@@ -2,17 +2,21 @@
 //! admin port and `/proc`.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, Once};
+use std::sync::{Arc, LazyLock, Mutex, Once};
 use std::thread;
 use std::time::Duration;
 
-use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
+use rustix::process::{
+    Pid, Resource, Rlimit, Signal, geteuid, getrlimit, kill_process, prlimit, setrlimit,
+};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule,
@@ -21,7 +25,7 @@ use serde_json::Value;
 use tempfile::NamedTempFile;
 
 use super::metrics::{Labels, Metrics};
-use super::{Io, PATIENCE, client, eventually};
+use super::{Io, PATIENCE, client, eventually, say};
 
 /// How a proxy is to be started.
 #[derive(Clone, Default)]
@@ -31,6 +35,52 @@ pub struct Builder {
     descriptors_max: Option<u64>,
     denied: Option<Denied>,
     hosts: Option<PathBuf>,
+}
+
+/// What it logs when a drain begins, after the delay.
+pub const LEAVING: &str = "draining: sessions finish, still accepting until they have";
+
+/// Whom the proxy runs as in its image, and here where the tests run as root: what works for root
+/// alone does not work in a pod.
+pub const UNPRIVILEGED: u32 = 65532;
+
+/// Whether the tests can, and so do, start proxies as [`UNPRIVILEGED`].
+pub fn can_drop_privileges() -> bool {
+    static CAN: LazyLock<bool> = LazyLock::new(|| {
+        if !geteuid().is_root() {
+            return false;
+        }
+        let closed = closed_to_unprivileged(Path::new(&binary()));
+        if let Some(path) = &closed {
+            let path = path.display();
+            say(&format!(
+                "SKIPPED: without privileges: user {UNPRIVILEGED} may not pass {path}, so the tests \
+                 start proxies as root"
+            ));
+        }
+        closed.is_none()
+    });
+    *CAN
+}
+
+/// Another build, such as the one in the image, can be put to the same tests.
+fn binary() -> String {
+    std::env::var("AEGIS_E2E_BINARY")
+        .unwrap_or_else(|_| env!("CARGO_BIN_EXE_aegis-proxy").to_owned())
+}
+
+/// The first part of the binary's path that its user cannot pass.
+fn closed_to_unprivileged(binary: &Path) -> Option<PathBuf> {
+    let binary = fs::canonicalize(binary).unwrap();
+    let closed = |path: &&Path| fs::metadata(path).unwrap().permissions().mode() & 0o001 == 0;
+    binary.ancestors().find(closed).map(Path::to_owned)
+}
+
+/// Gives a file or a folder to the user whom proxies run as.
+pub fn hand_over(path: &Path) {
+    if can_drop_privileges() {
+        chown(path, Some(UNPRIVILEGED), Some(UNPRIVILEGED)).unwrap();
+    }
 }
 
 /// A system call that is to fail.
@@ -154,23 +204,23 @@ impl Builder {
 
     fn spawn(self) -> Child {
         raise_descriptor_limit();
-        // Another build, such as the one in the image, can be put to the same tests.
-        let binary = std::env::var("AEGIS_E2E_BINARY")
-            .unwrap_or_else(|_| env!("CARGO_BIN_EXE_aegis-proxy").to_owned());
-        let mut command = match self.descriptors_max {
-            None => Command::new(binary),
-            Some(max) => {
-                let mut shell = Command::new("sh");
-                shell.args(["-c", "ulimit -n \"$0\" && exec \"$@\"", &max.to_string(), &binary]);
-                shell
-            }
-        };
+        let mut words: Vec<OsString> = Vec::new();
+        // Each of these runs the words behind it, in its own place.
         if let Some(hosts) = &self.hosts {
-            let program = std::mem::replace(&mut command, Command::new("unshare"));
             let script = "mount --bind \"$0\" /etc/hosts && exec \"$@\"";
-            command.args(["--mount", "sh", "-c", script]).arg(hosts);
-            command.arg(program.get_program()).args(program.get_args());
+            words.extend(["unshare", "--mount", "sh", "-c", script].map(Into::into));
+            words.push(hosts.into());
         }
+        if can_drop_privileges() {
+            words.extend(as_unprivileged());
+        }
+        if let Some(max) = self.descriptors_max {
+            words.extend(["sh", "-c", "ulimit -n \"$0\" && exec \"$@\""].map(Into::into));
+            words.push(max.to_string().into());
+        }
+        words.push(binary().into());
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]);
         command.args(&self.arguments).env_clear().envs(&self.environment);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         if let Some(path) = std::env::var_os("PATH") {
@@ -188,6 +238,14 @@ impl Builder {
     }
 }
 
+/// Runs the words behind it as a pod would: no user of the host, no groups, no capabilities.
+fn as_unprivileged() -> Vec<OsString> {
+    let id = UNPRIVILEGED.to_string();
+    let words = ["setpriv", "--reuid", &id, "--regid", &id, "--clear-groups", "--inh-caps=-all"];
+    let more = ["--bounding-set=-all", "--no-new-privs"];
+    words.into_iter().chain(more).map(Into::into).collect()
+}
+
 /// A hosts file of a proxy's own, which the test may change: see [`Builder::hosts`].
 pub struct Hosts(NamedTempFile);
 
@@ -195,7 +253,11 @@ impl Hosts {
     /// An empty one; `None` where the test may not give a process its own.
     pub fn new() -> Option<Self> {
         let can = Command::new("unshare").args(["--mount", "true"]).stderr(Stdio::null()).status();
-        can.is_ok_and(|status| status.success()).then(|| Self(NamedTempFile::new().unwrap()))
+        can.is_ok_and(|status| status.success()).then(|| {
+            let file = NamedTempFile::new().unwrap();
+            hand_over(file.path());
+            Self(file)
+        })
     }
 
     /// Makes each name stand for its addresses.
@@ -290,6 +352,14 @@ impl Proxy {
         self.log.events(message)
     }
 
+    /// All warnings and errors that it has logged so far.
+    pub fn log_warnings(&self) -> Vec<String> {
+        let lines = self.log.0.lock().unwrap();
+        let levels = ["\"level\":\"WARN\"", "\"level\":\"ERROR\""];
+        let bad = lines.iter().filter(|line| levels.iter().any(|level| line.contains(level)));
+        bad.cloned().collect()
+    }
+
     /// Asks the admin port.
     pub fn get(&self, path: &str) -> Answer {
         self.try_get(path).unwrap_or_else(|error| panic!("GET {path}: {error}"))
@@ -366,10 +436,19 @@ impl Proxy {
         let numbers = open.map(|fd| fd.unwrap().file_name().into_string().unwrap().parse::<u64>());
         let numbers: std::collections::BTreeSet<_> = numbers.map(Result::unwrap).collect();
         // The lowest number that leaves so many free below it.
-        let current =
-            (0..1 << 20).find(|&limit| limit - numbers.range(..limit).count() as u64 == more);
-        let limit = Rlimit { current, maximum: current };
-        prlimit(Some(Pid::from_child(&self.child)), Resource::Nofile, limit).unwrap();
+        let current = (0..1 << 20)
+            .find(|&limit| limit - numbers.range(..limit).count() as u64 == more)
+            .unwrap();
+        if can_drop_privileges() {
+            // Even root may limit only what runs as itself.
+            let mut words = as_unprivileged();
+            words.extend(["prlimit", "--pid", &self.id().to_string()].map(Into::into));
+            words.push(format!("--nofile={current}").into());
+            assert!(Command::new(&words[0]).args(&words[1..]).status().unwrap().success());
+        } else {
+            let limit = Rlimit { current: Some(current), maximum: Some(current) };
+            prlimit(Some(Pid::from_child(&self.child)), Resource::Nofile, limit).unwrap();
+        }
     }
 
     /// The number of the process.
@@ -453,10 +532,4 @@ fn parse_answer(text: &str) -> Option<Answer> {
         Some((name.to_ascii_lowercase(), value.trim().to_owned()))
     };
     Some(Answer { status, headers: lines.filter_map(header).collect(), body: body.to_owned() })
-}
-
-/// Whether a connect finds nobody listening.
-pub fn is_refused(address: SocketAddr) -> bool {
-    TcpStream::connect(address)
-        .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
 }

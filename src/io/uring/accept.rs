@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::socket::Kind;
 use super::{Uring, result};
-use crate::io::{Completion, ConnId, Driver};
+use crate::io::{Completion, ConnId, Driver, socket};
 use crate::limits;
 
 impl Uring {
@@ -56,6 +56,9 @@ impl Uring {
                 // SAFETY: the kernel has just given this descriptor to us alone.
                 let fd = unsafe { OwnedFd::from_raw_fd(fd.cast_signed()) };
                 self.descriptors.on_new(&fd);
+                if self.refusing {
+                    socket::welcome(&fd);
+                }
                 self.adopt(fd).map(Completion::Accepted)
             }
             Err(Errno::CANCELED | Errno::CONNABORTED | Errno::INTR) => None,

@@ -49,6 +49,8 @@ pub struct Uring {
     wake: OwnedFd,
     options: options::Options,
     room: usize,
+    /// No handshake begins any more.
+    refusing: bool,
     descriptors: Descriptors,
     start: Instant,
     now: Instant,
@@ -83,6 +85,7 @@ impl Uring {
             wake: setup.wake,
             options: setup.options,
             room: 0,
+            refusing: false,
             descriptors: Descriptors::new(),
             start: Instant::now(),
             now: Instant::now(),
@@ -292,25 +295,33 @@ impl Driver for Uring {
         self.room = if fits { room } else { 0 };
     }
 
-    fn refuse_handshakes(&mut self) {
-        self.listeners.iter().filter_map(|l| l.fd.as_ref()).for_each(options::refuse_handshakes);
+    fn refuse_handshakes(&mut self) -> bool {
+        self.refusing = true;
+        let open = || self.listeners.iter().filter_map(|listener| listener.fd.as_ref());
+        open().for_each(options::refuse_handshakes);
+        open().any(options::is_crowded)
     }
 
-    fn stop_listening(&mut self) {
+    fn stop_listening(&mut self) -> bool {
         self.room = 0;
         for index in 0..self.listeners.len() {
             let listener = &mut self.listeners[index];
             let Some(fd) = listener.fd.take() else { continue };
-            let armed = listener.armed.is_some();
-            for client in options::empty_accept_queue(&fd) {
+            let (clients, emptied) = options::empty_accept_queue(&fd);
+            if emptied && listener.armed.is_some() {
+                self.cancel(Kind::Accept, ConnId::from_parts(index as u32, 0));
+            } else if !emptied {
+                // Else an accept would come back at once where nobody waits.
+                let _ = rustix::io::ioctl_fionbio(&fd, false);
+                listener.fd = Some(fd);
+            }
+            for client in clients {
                 if let Some(conn) = self.adopt(client) {
                     self.ready.push_back(Completion::Accepted(conn));
                 }
             }
-            if armed {
-                self.cancel(Kind::Accept, ConnId::from_parts(index as u32, 0));
-            }
         }
+        self.listeners.iter().all(|listener| listener.fd.is_none())
     }
 
     fn release(&mut self, conn: ConnId) -> Option<OwnedFd> {

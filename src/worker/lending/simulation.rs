@@ -88,6 +88,7 @@ impl Lending {
         let troubled = run.rng.bool();
         self.steady = !troubled;
         let drain_at = (run.rng.u8(..4) == 0).then(|| run.rng.u32(..2000) * SECOND / 1000);
+        let leave_at = drain_at.map(|at| at.saturating_sub(run.rng.u32(..500) * SECOND / 1000));
         let (mut drained, mut turns) = (false, 0);
         // Sixty clients of three places at a time, each with twenty requests that get nothing but their
         // time limits, take 1,200 s.
@@ -99,9 +100,13 @@ impl Lending {
             check_accounts(&mut run.engine, &mut self.waits_since);
             turns += 1;
             assert!(turns < 100_000, "spins at {:?}", run.engine.driver().elapsed());
-            if !drained && drain_at.is_some_and(|at| run.engine.driver().elapsed() >= at) {
-                drained = true;
+            let elapsed = run.engine.driver().elapsed();
+            if !self.drained && leave_at.is_some_and(|at| elapsed >= at) {
                 self.drained = true;
+                run.order(Order::Leave);
+            }
+            if !drained && drain_at.is_some_and(|at| elapsed >= at) {
+                drained = true;
                 run.order(Order::Drain);
             }
             let outside = run.engine.driver().clients_outside();
