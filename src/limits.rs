@@ -23,6 +23,29 @@ pub const DNS_ANSWERS_TO_LEAVE: u32 = 3;
 /// After an answer in which an address is missing, the next comes no later than this.
 pub const DNS_CONFIRM: Duration = Duration::from_secs(5);
 
+/// Addresses that a name server gives hold at least for `AEGIS_DNS_REFRESH`, and at most for so long
+/// whatever it says: as long as Kubernetes' own names by default, and no longer than people wait who
+/// have moved a database.
+pub const DNS_TTL_MAX: Duration = Duration::from_secs(30);
+
+/// The lookup of a name ends after this, whatever name servers do: as long as three silent ones take
+/// with the times that are usual, 5 s each, twice.
+pub const DNS_LOOKUP_MAX: Duration = Duration::from_secs(30);
+
+/// Name servers that are asked, as many as C libraries do; further ones are not.
+pub const DNS_SERVERS_MAX: usize = 3;
+
+/// Domains of a search list, as many as Kubernetes allows; further ones are not searched.
+pub const DNS_SEARCH_MAX: usize = 32;
+
+/// Queries that one connection to a name server may carry: one of each family of each name that can
+/// be configured.
+pub const DNS_QUERIES_MAX: usize = 2 * ENDPOINTS_MAX;
+
+/// Bytes that are read of `/etc/hosts` and of `/etc/resolv.conf`: far above what people write, and
+/// quickly gone through.
+pub const DNS_FILE_BYTES_MAX: u64 = 1 << 20;
+
 // ---- Buffers -----------------------------------------------------------------------------------
 
 /// Bytes of one buffer. As large as a TLS record, so that bulk is moved in few operations; small

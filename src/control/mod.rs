@@ -29,6 +29,10 @@ use crate::config::{Config, Discovery, Route};
 use crate::telemetry::WorkerStats;
 use crate::worker::mailbox::Mailbox;
 
+/// Threads in which the Kubernetes client looks the name of its API server up. Nothing else waits
+/// for them, and the process ends without them.
+const BLOCKING_THREADS_MAX: usize = 8;
+
 /// The two places where the control plane meets a worker.
 #[derive(Debug, Clone)]
 pub struct WorkerHandle {
@@ -78,7 +82,7 @@ impl Plane {
     pub fn run(self) -> io::Result<Outcome> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
-            .max_blocking_threads(discovery::LOOKUPS_MAX)
+            .max_blocking_threads(BLOCKING_THREADS_MAX)
             .build()?;
         let outcome = runtime.block_on(self.serve());
         // Not a plain drop: that would wait for a name lookup that hangs in the resolver.
@@ -110,7 +114,7 @@ impl Plane {
                 hosts: self.config.backends.clone(),
                 refresh: self.config.dns_refresh,
                 first_answer_max: dns::FIRST_ANSWER_MAX,
-                resolver: dns::SystemResolver,
+                resolver: discovery::resolver::SystemResolver::default(),
                 by_key: self.config.requests.route == Route::Key,
                 status,
             };

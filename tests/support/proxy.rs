@@ -6,7 +6,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, Once};
 use std::thread;
@@ -30,7 +30,7 @@ pub struct Builder {
     arguments: Vec<&'static str>,
     descriptors_max: Option<u64>,
     denied: Option<Denied>,
-    hosts: Option<PathBuf>,
+    mounts: Vec<(PathBuf, &'static str)>,
 }
 
 /// A system call that is to fail.
@@ -104,8 +104,13 @@ impl Builder {
     }
 
     /// Resolves names by this file in place of the system's hosts file.
-    pub fn hosts(mut self, hosts: &Hosts) -> Self {
-        self.hosts = Some(hosts.0.path().to_owned());
+    pub fn hosts(self, hosts: &Hosts) -> Self {
+        self.mount(hosts.0.path(), "/etc/hosts")
+    }
+
+    /// Has one of the system's files be this one. See [`Hosts::new`] for where that can be had.
+    pub fn mount(mut self, file: &Path, at: &'static str) -> Self {
+        self.mounts.push((file.to_owned(), at));
         self
     }
 
@@ -165,10 +170,10 @@ impl Builder {
                 shell
             }
         };
-        if let Some(hosts) = &self.hosts {
+        for (file, at) in &self.mounts {
             let program = std::mem::replace(&mut command, Command::new("unshare"));
-            let script = "mount --bind \"$0\" /etc/hosts && exec \"$@\"";
-            command.args(["--mount", "sh", "-c", script]).arg(hosts);
+            let script = "mount --bind \"$0\" \"$1\" && shift && exec \"$@\"";
+            command.args(["--mount", "sh", "-c", script]).arg(file).arg(at);
             command.arg(program.get_program()).args(program.get_args());
         }
         command.args(&self.arguments).env_clear().envs(&self.environment);

@@ -6,6 +6,7 @@
 
 pub mod dns;
 pub mod kubernetes;
+pub mod resolver;
 pub mod status;
 
 use std::collections::{HashMap, HashSet};
@@ -21,9 +22,6 @@ use tracing::{debug, info, warn};
 use super::WorkerHandle;
 use crate::limits::ENDPOINTS_MAX;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
-
-/// Name lookups at a time; each holds a thread while the system's resolver waits.
-pub const LOOKUPS_MAX: usize = 8;
 
 /// An endpoint that a source wants.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,0 +1,1 @@
+//! Backends that are the proxy itself.
