@@ -14,7 +14,7 @@ mod testing;
 
 use std::convert::Infallible;
 use std::io;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -26,6 +26,7 @@ pub use logging::init_logging;
 pub use view::View;
 
 use crate::config::{Config, Discovery, Route};
+use crate::proxy::listening::Listening;
 use crate::telemetry::WorkerStats;
 use crate::worker::mailbox::Mailbox;
 
@@ -66,6 +67,8 @@ pub struct Plane {
     pub driver: DriverInfo,
     /// Most sessions at a time in the whole process.
     pub max_sessions: usize,
+    /// Where clients connect, with the ports that were bound.
+    pub listening: Vec<SocketAddr>,
     /// Closes once every worker thread has ended: each holds a sender and drops it with its end.
     pub exited: mpsc::Receiver<Infallible>,
     /// The admin listener, from [`admin::bind`].
@@ -93,6 +96,7 @@ impl Plane {
     async fn serve(self) -> io::Result<Outcome> {
         let events = lifecycle::events(self.exited)?;
         let admin = tokio::net::TcpListener::from_std(self.admin)?;
+        let listening = listening(self.listening, admin.local_addr()?);
         let snapshots = watch::Sender::default();
         let status = Arc::new(discovery::status::Status::default());
         let view = Arc::new(View::new(
@@ -105,7 +109,8 @@ impl Plane {
             Arc::clone(&status),
         ));
         tokio::spawn(discovery::log_changes(snapshots.subscribe()));
-        let publisher = discovery::Publisher::new(self.workers, snapshots);
+        let publisher = discovery::Publisher::new(self.workers, snapshots)
+            .leaving_out(listening, Arc::clone(&status));
         if self.config.discovery == Discovery::Kubernetes {
             let source = kubernetes::Kubernetes::new(Arc::clone(&self.config), status);
             tokio::spawn(source.run(publisher));
@@ -123,6 +128,15 @@ impl Plane {
         tokio::spawn(admin::serve(admin, Arc::clone(&view)));
         Ok(lifecycle::run(&view, events).await)
     }
+}
+
+/// All that the process listens on. `[::]` of the admin port means both families.
+fn listening(mut addresses: Vec<SocketAddr>, admin: SocketAddr) -> Listening {
+    addresses.push(admin);
+    if admin.ip() == Ipv6Addr::UNSPECIFIED {
+        addresses.push(SocketAddr::from((Ipv4Addr::UNSPECIFIED, admin.port())));
+    }
+    Listening::new(addresses)
 }
 
 #[cfg(test)]
@@ -182,6 +196,7 @@ mod tests {
             workers,
             driver: testing::driver(),
             max_sessions: 100,
+            listening: Vec::new(),
             exited,
             admin,
         };

@@ -133,14 +133,14 @@ fn names_that_hang_hold_up_no_others_and_no_end() {
     let mut proxy = with(&dns, names.join(",")).start();
     assert_eq!(who(&proxy), "a");
     let begun = started.elapsed();
-    assert!(begun < Duration::from_secs(3), "{begun:?}");
+    assert!(begun < Duration::from_secs(8), "{begun:?}");
     for i in 0..10 {
         let server = [&b, &a][i % 2];
         let changed = Instant::now();
         dns.set_addresses("db.test", 0, &[server.address().ip()]);
         wait_for_endpoints(&proxy, &[server.address()]);
         let noticed = changed.elapsed();
-        assert!(noticed < Duration::from_secs(2), "{noticed:?}");
+        assert!(noticed < Duration::from_secs(5), "{noticed:?}");
     }
     assert!((0..100).all(|i| dns.asked(&format!("hangs{i}.test")) > 0), "all are asked for");
     proxy.terminate();
@@ -148,14 +148,19 @@ fn names_that_hang_hold_up_no_others_and_no_end() {
 }
 
 #[test]
-fn a_family_that_hangs_holds_up_no_start() {
+fn a_family_that_hangs_holds_up_nothing() {
     let Some(dns) = NameServer::start() else { return no_server() };
-    let [a] = servers([("a", four(1))]);
+    let [a, b] = servers([("a", four(1)), ("b", four(2))]);
     dns.set("db.test", addresses(&[four(1)]), Reply::Silence);
     let started = Instant::now();
     let proxy = with(&dns, format!("db.test:{}", a.address().port())).start();
     assert_eq!(who(&proxy), "a");
-    assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(4), "{:?}", started.elapsed());
+    // And no news of the other, though each server may be silent for 10 s.
+    let changed = Instant::now();
+    dns.set("db.test", addresses(&[four(2)]), Reply::Silence);
+    wait_for_endpoints(&proxy, &[b.address()]);
+    assert!(changed.elapsed() < Duration::from_secs(9), "{:?}", changed.elapsed());
 }
 
 #[test]

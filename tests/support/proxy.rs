@@ -31,6 +31,7 @@ pub struct Builder {
     descriptors_max: Option<u64>,
     denied: Option<Denied>,
     mounts: Vec<(PathBuf, &'static str)>,
+    network: Option<&'static str>,
 }
 
 /// A system call that is to fail.
@@ -114,6 +115,13 @@ impl Builder {
         self
     }
 
+    /// Runs it in a network of its own, which this script sets up and no test can reach. See
+    /// [`can_have_network`].
+    pub fn in_network(mut self, script: &'static str) -> Self {
+        self.network = Some(script);
+        self
+    }
+
     /// Starts the proxy and waits until it is ready.
     pub fn start(self) -> Proxy {
         let proxy = self.launch();
@@ -170,6 +178,12 @@ impl Builder {
                 shell
             }
         };
+        if let Some(script) = self.network {
+            let program = std::mem::replace(&mut command, Command::new("unshare"));
+            let script = format!("{script} && exec \"$0\" \"$@\"");
+            command.args(["--net", "sh", "-c", &script]);
+            command.arg(program.get_program()).args(program.get_args());
+        }
         for (file, at) in &self.mounts {
             let program = std::mem::replace(&mut command, Command::new("unshare"));
             let script = "mount --bind \"$0\" \"$1\" && shift && exec \"$@\"";
@@ -191,6 +205,13 @@ impl Builder {
         .join()
         .unwrap()
     }
+}
+
+/// Whether a test may give a process a network of its own, and set it up so.
+pub fn can_have_network(script: &str) -> bool {
+    let mut unshare = Command::new("unshare");
+    let can = unshare.args(["--net", "sh", "-c", script]).stderr(Stdio::null());
+    can.status().is_ok_and(|status| status.success())
 }
 
 /// A hosts file of a proxy's own, which the test may change: see [`Builder::hosts`].

@@ -319,7 +319,7 @@ async fn follow<R: Resolve>(
         let _ = timeout(DNS_LOOKUP_MAX, resolver.resolve(&host.host, &mut origin, &mut tell)).await;
         for family in Family::ALL {
             if answers[family as usize].is_none() {
-                let answer = Answer::Failed(format!("no answer within {DNS_LOOKUP_MAX:?}"));
+                let answer = Answer::Failed(format!("no answer for {family} in time"));
                 let _ = news.send(News { index, family, answer: answer.clone() });
                 answers[family as usize] = Some(answer);
             }
@@ -559,8 +559,12 @@ mod tests {
         assert_eq!(waits(&[&both, &both], HOUR), [soon, HOUR]);
         let turns = waits(&[&one, &other, &one, &other, &one, &other, &one, &other], HOUR);
         assert_eq!(turns.iter().filter(|&&wait| wait == HOUR).count(), 2, "{turns:?}");
+        let mut pace = Pace::default();
         let failed = Answer::Failed(String::new());
-        assert_eq!(waits(&[&other, &failed, &other], HOUR)[1..], [soon, HOUR], "says nothing");
+        for answer in [&other, &failed, &other] {
+            let wait = pace.on_answers(&[answer.clone(), Answer::Absent], HOUR);
+            assert_eq!(wait, HOUR, "it takes nothing away");
+        }
     }
 
     #[test]

@@ -27,7 +27,9 @@ use tracing::instrument::WithSubscriber;
 use tracing::subscriber::NoSubscriber;
 use tracing::{info, warn};
 
-use crate::limits::{DNS_FILE_BYTES_MAX, DNS_QUERIES_MAX, DNS_SEARCH_MAX, DNS_SERVERS_MAX};
+use crate::limits::{
+    DNS_CONFIRM, DNS_FILE_BYTES_MAX, DNS_QUERIES_MAX, DNS_SEARCH_MAX, DNS_SERVERS_MAX,
+};
 
 const HOSTS: &str = "/etc/hosts";
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -90,7 +92,8 @@ pub enum Answer {
 
 /// Looks names up.
 pub trait Resolve: Clone + Send + Sync + 'static {
-    /// Looks `host` up and tells of each family once, as soon as its answer is there.
+    /// Looks `host` up and tells of each family once, as soon as its answer is there; of one that
+    /// has none in time it does not tell.
     ///
     /// `origin` is the full name that the addresses came from so far, if any, and is kept up to date.
     fn resolve(
@@ -224,6 +227,8 @@ struct Servers {
     timeout: Duration,
     ndots: usize,
     search: Vec<String>,
+    /// IPv6 addresses are of no use here, and not to be asked for.
+    no_ipv6: bool,
 }
 
 impl fmt::Debug for Servers {
@@ -256,6 +261,7 @@ impl Servers {
             timeout,
             ndots: parsed.ndots.min(15) as usize,
             search: search.take(DNS_SEARCH_MAX).cloned().collect(),
+            no_ipv6: parsed.no_aaaa,
         }
     }
 
@@ -312,7 +318,14 @@ impl Servers {
                 })
                 .collect();
             let (mut found, mut others) = (false, Vec::new());
-            while let Some((family, outcome)) = queries.next().await {
+            loop {
+                // Where one family is known, the other is not to hold up its next lookup.
+                let next = if found {
+                    timeout(DNS_CONFIRM, queries.next()).await.unwrap_or(None)
+                } else {
+                    queries.next().await
+                };
+                let Some((family, outcome)) = next else { break };
                 match outcome {
                     Ok(answer @ Answer::Found { .. }) => {
                         found = true;
@@ -339,12 +352,17 @@ impl Servers {
             }
         }
         let answer = refused.map_or(Answer::Absent, Answer::Failed);
-        Family::ALL.into_iter().for_each(|family| tell(family, answer.clone()));
+        for family in Family::ALL {
+            tell(family, answer.clone());
+        }
     }
 
     /// Asks one server after the other, each of them as often as there are to be attempts, until one
     /// knows.
     async fn ask(&self, name: Name, family: Family) -> Result<Answer, Failure> {
+        if family == Family::V6 && self.no_ipv6 {
+            return Ok(Answer::Absent);
+        }
         let mut failure = Failure { why: "there is no name server".to_owned(), refused: false };
         let first = if self.rotate { self.next.fetch_add(1, Relaxed) } else { 0 };
         for turn in 0..self.all.len() * self.attempts as usize {
@@ -437,7 +455,7 @@ mod tests {
         assert_eq!(servers.addresses(), usable);
         assert_eq!((servers.timeout, servers.attempts), (Duration::from_secs(1), 5));
         assert!(servers.rotate && servers.ndots == 15);
-        let many: String = (1..9).map(|i| format!("nameserver 10.0.0.{i}\n")).collect();
+        let many = "nameserver 10.0.0.1\n".repeat(9);
         assert_eq!(Servers::new(many.as_bytes()).all.len(), DNS_SERVERS_MAX);
     }
 
