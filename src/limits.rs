@@ -23,6 +23,29 @@ pub const DNS_ANSWERS_TO_LEAVE: u32 = 3;
 /// After an answer in which an address is missing, the next comes no later than this.
 pub const DNS_CONFIRM: Duration = Duration::from_secs(5);
 
+/// Addresses that a name server gives hold at least for `AEGIS_DNS_REFRESH`, and at most for so long
+/// whatever it says: as long as Kubernetes' own names by default, and no longer than people wait who
+/// have moved a database.
+pub const DNS_TTL_MAX: Duration = Duration::from_secs(30);
+
+/// The lookup of a name ends after this, whatever name servers do: as long as three silent ones take
+/// with the times that are usual, 5 s each, twice.
+pub const DNS_LOOKUP_MAX: Duration = Duration::from_secs(30);
+
+/// Name servers that are asked, as many as C libraries do; further ones are not.
+pub const DNS_SERVERS_MAX: usize = 3;
+
+/// Domains of a search list, as many as Kubernetes allows; further ones are not searched.
+pub const DNS_SEARCH_MAX: usize = 32;
+
+/// Queries that one connection to a name server may carry: one of each family of each name that can
+/// be configured.
+pub const DNS_QUERIES_MAX: usize = 2 * ENDPOINTS_MAX;
+
+/// Bytes that are read of `/etc/hosts` and of `/etc/resolv.conf`: far above what people write, and
+/// quickly gone through.
+pub const DNS_FILE_BYTES_MAX: u64 = 1 << 20;
+
 // ---- Buffers -----------------------------------------------------------------------------------
 
 /// Bytes of one buffer. As large as a TLS record, so that bulk is moved in few operations; small
@@ -238,8 +261,12 @@ const DESCRIPTORS_PER_WORKER: u64 = 5 + 2 * PIPES_MAX as u64 + DESCRIPTORS_RESER
 /// Connections to the admin port: a scraper, the kubelet's probes, people.
 pub const ADMIN_CONNECTIONS: usize = 32;
 
-/// The admin listener, the runtime's own epoll, eventfd and signal pipe, and lookups in DNS.
+/// The admin listener, the runtime's own epoll, eventfd and signal pipe, and connections to name
+/// servers for answers that are cut.
 const CONTROL_DESCRIPTORS: u64 = 32;
+
+/// Sockets of one name's lookup: one for each family, while it is asked for.
+const DESCRIPTORS_PER_NAME: u64 = 2;
 
 /// Connections to the Kubernetes API, for the endpoints and for what declares the stores: the watch,
 /// the one that a new client makes while that of the last one is still closing, and for each a lookup
@@ -265,6 +292,8 @@ pub struct DescriptorUsers {
     /// Configured addresses, a name counted as [`ADDRESSES_PER_NAME`]; `None` where the Kubernetes
     /// API names the endpoints.
     pub backends: Option<usize>,
+    /// Configured names, each of which may be looked up at any time.
+    pub names: usize,
 }
 
 impl DescriptorUsers {
@@ -321,7 +350,7 @@ fn descriptors_needed(
         pools: workers * pool_conns,
         workers: workers * (listeners + DESCRIPTORS_PER_WORKER),
         admin: ADMIN_CONNECTIONS as u64,
-        control: CONTROL_DESCRIPTORS + kubernetes,
+        control: CONTROL_DESCRIPTORS + kubernetes + users.names as u64 * DESCRIPTORS_PER_NAME,
         standard: STANDARD_DESCRIPTORS,
         slack: SLACK_DESCRIPTORS,
     }
@@ -437,8 +466,13 @@ pub fn raise_nofile() -> io::Result<u64> {
 mod tests {
     use super::*;
 
-    const USERS: DescriptorUsers =
-        DescriptorUsers { workers: 4, listeners: 2, pool_max_idle: 64, backends: Some(3) };
+    const USERS: DescriptorUsers = DescriptorUsers {
+        workers: 4,
+        listeners: 2,
+        pool_max_idle: 64,
+        backends: Some(3),
+        names: 0,
+    };
     /// 4 × (5 + 2 + 2 × 16 + 16) + 32 + 32 + 3 + 64. All pools together may come to hold 4 × 64 × 6.
     const FIXED: u64 = 220 + 131;
 
@@ -491,6 +525,7 @@ mod tests {
         let users = DescriptorUsers { backends: None, ..USERS };
         let needed = |users| descriptors_needed(0, 0, users).control;
         assert_eq!(needed(&users), needed(&USERS) + 16);
+        assert_eq!(needed(&DescriptorUsers { names: 100, ..USERS }), needed(&USERS) + 200);
     }
 
     #[test]

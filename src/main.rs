@@ -10,6 +10,7 @@ use aegis::config::{Config, Discovery};
 use aegis::control::{DriverInfo, Plane, WorkerHandle, admin, init_logging};
 use aegis::io::probe::{self, Verdict};
 use aegis::limits::{self, Capacity, DescriptorUsers};
+use aegis::proxy::listening::Listening;
 use aegis::worker::cores::{self, Plan};
 use aegis::worker::mailbox::Mailbox;
 use aegis::worker::{self, WorkerSetup, listener};
@@ -47,6 +48,7 @@ fn decide(config: &Config) -> Result<Decisions, Error> {
         listeners: config.listen.len(),
         pool_max_idle: config.pool.most(),
         backends: (config.discovery != Discovery::Kubernetes).then(|| config.addresses()),
+        names: if config.discovery == Discovery::Kubernetes { 0 } else { config.names() },
     };
     let capacity = limits::capacity(config.max_sessions, nofile, &users)?;
     Ok(Decisions { plan, verdict, capacity })
@@ -81,6 +83,7 @@ fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
     let mailboxes: Arc<[_]> =
         (0..workers).map(|_| Mailbox::new().map(Arc::new)).collect::<Result<_, _>>()?;
     let (alive, exited) = tokio::sync::mpsc::channel(1);
+    let listening = Listening::new(listeners.addresses.clone());
     let mut handles = Vec::with_capacity(workers);
     for (index, (core, listeners)) in plan.cores.into_iter().zip(listeners.sets).enumerate() {
         handles.push(WorkerHandle {
@@ -98,6 +101,7 @@ fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
             mailboxes: Arc::clone(&mailboxes),
             stats: Arc::clone(&stats),
             started,
+            listening: listening.clone(),
             exited: alive.clone(),
         })?;
     }
@@ -107,7 +111,9 @@ fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
     }
 
     let driver = DriverInfo { driver: verdict.driver.name(), reason: verdict.reason, kernel };
-    let plane = Plane { config, started, workers: handles, driver, max_sessions, exited, admin };
+    let listening = listeners.addresses;
+    let plane =
+        Plane { config, started, listening, workers: handles, driver, max_sessions, exited, admin };
     let outcome = plane.run()?;
     Ok(if outcome.is_failure() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use aegis::config::{Config, IoChoice};
 use aegis::io::probe::{self, DriverKind, Features};
 use aegis::proxy::endpoints::{Endpoint, EndpointSnapshot};
+use aegis::proxy::listening::Listening;
 use aegis::telemetry::WorkerStats;
 use aegis::worker::mailbox::{Mailbox, Order};
 use aegis::worker::{self, WorkerSetup, listener};
@@ -142,6 +143,7 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
         pool_conns_max: 64,
         mailboxes: Arc::new([Arc::clone(&mailbox)]),
         stats: Arc::new([Arc::clone(&stats)]),
+        listening: Listening::default(),
         started: Instant::now(),
         exited: alive,
     })

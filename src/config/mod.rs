@@ -168,9 +168,13 @@ impl Config {
 
     /// How many addresses the backends may come to stand for, for what is reserved for them.
     pub fn addresses(&self) -> usize {
-        let is_address = |backend: &&HostPort| backend.host.parse::<IpAddr>().is_ok();
-        let addresses = self.backends.iter().filter(is_address).count();
-        addresses + (self.backends.len() - addresses) * limits::ADDRESSES_PER_NAME
+        let names = self.names();
+        self.backends.len() - names + names * limits::ADDRESSES_PER_NAME
+    }
+
+    /// How many of the backends are names.
+    pub fn names(&self) -> usize {
+        self.backends.iter().filter(|backend| backend.host.parse::<IpAddr>().is_err()).count()
     }
 }
 

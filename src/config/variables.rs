@@ -54,7 +54,7 @@ variables! {
         "Where connections go. A name stands for all the addresses it resolves to.";
     AEGIS_DNS_REFRESH dns_refresh = "5s",
         "a duration from 100ms to 1h",
-        "How often names among the backends are resolved again.";
+        "How often names are resolved again; where their TTL is longer, after that, 30s at most.";
     AEGIS_DISCOVERY discovery = "auto",
         "auto, static, dns or kubernetes",
         "Where endpoints come from. auto: Kubernetes if it is named, else backends.";

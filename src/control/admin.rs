@@ -188,12 +188,16 @@ fn backends(view: &View) -> serde_json::Value {
         let address = store.endpoint.map(|at| snapshot.endpoints[at].address);
         json!({"name": *store.name, "address": address, "why": store.why.as_deref()})
     });
+    let left_out = view.discovery().left_out().into_iter().map(|left_out| {
+        json!({"name": left_out.name, "address": left_out.address, "why": left_out.to_string()})
+    });
     let applied: Vec<_> = view.stats().map(|stats| stats.applied_generation.get()).collect();
     json!({
         "generation": snapshot.generation,
         "applied_generations": applied,
         "endpoints": endpoints,
         "stores": stores.collect::<Vec<_>>(),
+        "left_out": left_out.collect::<Vec<_>>(),
     })
 }
 

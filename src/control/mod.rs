@@ -14,7 +14,7 @@ mod testing;
 
 use std::convert::Infallible;
 use std::io;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -26,8 +26,13 @@ pub use logging::init_logging;
 pub use view::View;
 
 use crate::config::{Config, Discovery, Route};
+use crate::proxy::listening::Listening;
 use crate::telemetry::WorkerStats;
 use crate::worker::mailbox::Mailbox;
+
+/// Threads in which the Kubernetes client looks the name of its API server up. Nothing else waits
+/// for them, and the process ends without them.
+const BLOCKING_THREADS_MAX: usize = 8;
 
 /// The two places where the control plane meets a worker.
 #[derive(Debug, Clone)]
@@ -62,6 +67,8 @@ pub struct Plane {
     pub driver: DriverInfo,
     /// Most sessions at a time in the whole process.
     pub max_sessions: usize,
+    /// Where clients connect, with the ports that were bound.
+    pub listening: Vec<SocketAddr>,
     /// Closes once every worker thread has ended: each holds a sender and drops it with its end.
     pub exited: mpsc::Receiver<Infallible>,
     /// The admin listener, from [`admin::bind`].
@@ -78,7 +85,7 @@ impl Plane {
     pub fn run(self) -> io::Result<Outcome> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
-            .max_blocking_threads(discovery::LOOKUPS_MAX)
+            .max_blocking_threads(BLOCKING_THREADS_MAX)
             .build()?;
         let outcome = runtime.block_on(self.serve());
         // Not a plain drop: that would wait for a name lookup that hangs in the resolver.
@@ -89,6 +96,7 @@ impl Plane {
     async fn serve(self) -> io::Result<Outcome> {
         let events = lifecycle::events(self.exited)?;
         let admin = tokio::net::TcpListener::from_std(self.admin)?;
+        let listening = listening(self.listening, admin.local_addr()?);
         let snapshots = watch::Sender::default();
         let status = Arc::new(discovery::status::Status::default());
         let view = Arc::new(View::new(
@@ -101,7 +109,8 @@ impl Plane {
             Arc::clone(&status),
         ));
         tokio::spawn(discovery::log_changes(snapshots.subscribe()));
-        let publisher = discovery::Publisher::new(self.workers, snapshots);
+        let publisher = discovery::Publisher::new(self.workers, snapshots)
+            .leaving_out(listening, Arc::clone(&status));
         if self.config.discovery == Discovery::Kubernetes {
             let source = kubernetes::Kubernetes::new(Arc::clone(&self.config), status);
             tokio::spawn(source.run(publisher));
@@ -110,7 +119,7 @@ impl Plane {
                 hosts: self.config.backends.clone(),
                 refresh: self.config.dns_refresh,
                 first_answer_max: dns::FIRST_ANSWER_MAX,
-                resolver: dns::SystemResolver,
+                resolver: discovery::resolver::SystemResolver::default(),
                 by_key: self.config.requests.route == Route::Key,
                 status,
             };
@@ -119,6 +128,15 @@ impl Plane {
         tokio::spawn(admin::serve(admin, Arc::clone(&view)));
         Ok(lifecycle::run(&view, events).await)
     }
+}
+
+/// All that the process listens on. `[::]` of the admin port means both families.
+fn listening(mut addresses: Vec<SocketAddr>, admin: SocketAddr) -> Listening {
+    addresses.push(admin);
+    if admin.ip() == Ipv6Addr::UNSPECIFIED {
+        addresses.push(SocketAddr::from((Ipv4Addr::UNSPECIFIED, admin.port())));
+    }
+    Listening::new(addresses)
 }
 
 #[cfg(test)]
@@ -178,6 +196,7 @@ mod tests {
             workers,
             driver: testing::driver(),
             max_sessions: 100,
+            listening: Vec::new(),
             exited,
             admin,
         };

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Once;
 use std::time::Duration;
@@ -116,6 +116,21 @@ pub(super) fn local_address(socket: &impl AsFd) -> Option<SocketAddr> {
     SockRef::from(socket).local_addr().ok()?.as_socket()
 }
 
+/// Whether an address is one of this host's: then the kernel gives it to connections to it as their
+/// own too. Nothing is sent.
+pub fn is_local(ip: IpAddr) -> bool {
+    let any: IpAddr = match ip {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let own = || {
+        let socket = UdpSocket::bind((any, 0))?;
+        // Any port will do.
+        socket.connect((ip, 9))?;
+        socket.local_addr()
+    };
+    own().is_ok_and(|own: SocketAddr| own.ip() == ip)
+}
 /// A hop limit that no packet of a client reaches: systems begin at 64 or 128.
 const HOP_LIMIT_OUT_OF_REACH: libc::c_int = 255;
 

@@ -7,6 +7,7 @@ pub mod balance;
 pub mod endpoints;
 pub mod exchange;
 pub mod health;
+pub mod listening;
 pub mod pool;
 pub mod queue;
 pub mod relay;

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,12 +12,13 @@ use super::flush::Flushing;
 use super::mailbox::{Mailbox, Order};
 use super::timers::Timers;
 use crate::config::{Config, Discovery, PoolMode};
-use crate::io::{Chain, Close, Completion, ConnId, Driver, Wait};
+use crate::io::{Chain, Close, Completion, ConnId, Driver, Wait, socket};
 use crate::limits;
 use crate::proxy::Side;
 use crate::proxy::balance::Table;
 use crate::proxy::exchange::{Client, Limits as ClientLimits};
 use crate::proxy::health::HealthConfig;
+use crate::proxy::listening::Listening;
 use crate::proxy::queue::Queue;
 use crate::proxy::session::{Session, Timeouts};
 use crate::slab::{Key, Slab};
@@ -58,6 +60,8 @@ pub struct EngineSetup {
     pub stats: Arc<[Arc<WorkerStats>]>,
     /// When the process started.
     pub started: Instant,
+    /// Where backends cannot be.
+    pub listening: Listening,
     /// How long the worker waits for its core.
     pub core_wait: CoreWait,
     /// Of the random numbers; equal seeds behave alike.
@@ -101,6 +105,10 @@ struct AcceptGate {
     /// A failed accept is tried again from then on.
     retry_at: Option<Instant>,
     complained_at: Option<Instant>,
+}
+
+fn leads_back() -> io::Error {
+    io::Error::other("its address leads back to this proxy itself")
 }
 
 /// For how long an endpoint that left the set is taken to come back.
@@ -175,6 +183,7 @@ pub struct Engine<D> {
     pub(super) index: usize,
     sessions_max: usize,
     started: Instant,
+    listening: Listening,
     upkeep_at: Instant,
     gate: AcceptGate,
 }
@@ -238,6 +247,7 @@ impl<D: Driver> Engine<D> {
             index: setup.index,
             sessions_max: setup.sessions_max,
             started: setup.started,
+            listening: setup.listening,
             upkeep_at: now,
             gate: AcceptGate::default(),
             config,
@@ -369,6 +379,9 @@ impl<D: Driver> Engine<D> {
         match completion {
             Completion::Accepted(conn) => self.accepted.push(conn),
             Completion::AcceptFailed(error) => self.on_accept_failed(&error),
+            Completion::Connected(conn) if self.leads_back(conn) => {
+                self.on_connect_failed(conn, &leads_back());
+            }
             Completion::Connected(conn) => match self.owner(conn) {
                 Owner::Session(session, _) => self.on_session_connected(session, conn),
                 Owner::Warming { endpoint, since } => self.on_warmed(endpoint, conn, since),
@@ -426,6 +439,28 @@ impl<D: Driver> Engine<D> {
             },
             Completion::Woken => self.on_mail(),
         }
+    }
+
+    /// Starts a connection to a backend, unless that would be this process itself. The endpoints that
+    /// discovery finds are looked through for that too; here it is for addresses that have become
+    /// this host's since.
+    pub(super) fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
+        if self.listening.reached_by(*address, socket::is_local).is_some() {
+            return Err(leads_back());
+        }
+        self.driver.connect(address)
+    }
+
+    /// Whether a connection that was just made has this process at both ends: one of its listeners,
+    /// or the connection itself, which the kernel connects to itself where it happens to give it the
+    /// port that it is to connect to and nobody listens there.
+    fn leads_back(&self, conn: ConnId) -> bool {
+        let (Some(from), Some(to)) =
+            (self.driver.local_address(conn), self.driver.peer_address(conn))
+        else {
+            return false;
+        };
+        from == to || self.listening.reached_by(to, |ip| ip == from.ip()).is_some()
     }
 
     fn on_connect_failed(&mut self, conn: ConnId, error: &io::Error) {

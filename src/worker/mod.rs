@@ -16,6 +16,7 @@ use crate::io::probe::DriverKind;
 use crate::io::uring::Uring;
 use crate::io::{Driver, DriverSetup, socket};
 use crate::limits;
+use crate::proxy::listening::Listening;
 use crate::telemetry::{WorkerState, WorkerStats};
 
 pub mod batch;
@@ -60,6 +61,8 @@ pub struct WorkerSetup {
     pub stats: Arc<[Arc<WorkerStats>]>,
     /// When the process started.
     pub started: Instant,
+    /// Where backends cannot be.
+    pub listening: Listening,
     /// Dropped when the thread ends.
     pub exited: tokio::sync::mpsc::Sender<Infallible>,
 }
@@ -136,6 +139,7 @@ fn serve<D: Driver>(driver: D, setup: WorkerSetup, started: &mpsc::Sender<io::Re
             mailboxes: setup.mailboxes,
             stats: setup.stats,
             started: setup.started,
+            listening: setup.listening,
             core_wait: CoreWait::of_this_thread(),
             seed: fastrand::u64(..),
         },

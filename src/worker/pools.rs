@@ -103,7 +103,8 @@ impl<D: Driver> Engine<D> {
         let Some(entry) = self.table.get_mut(endpoint) else { return false };
         entry.pool.on_connecting();
         self.pool_conns += 1;
-        match self.driver.connect(&entry.endpoint.address) {
+        let address = entry.endpoint.address;
+        match self.connect(&address) {
             Ok(conn) => {
                 self.own(conn, Owner::Warming { endpoint, since: self.now });
                 self.timers.set(conn.index(), self.now + self.config.connect_timeout);

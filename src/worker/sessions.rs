@@ -187,7 +187,7 @@ impl<D: Driver> Engine<D> {
             return Ok(());
         }
         self.stats.count_checkout(Checkout::Miss);
-        let backend = self.driver.connect(&address)?;
+        let backend = self.connect(&address)?;
         self.own(backend, Owner::Session(key, Side::Backend));
         self.timers.set(backend.index(), self.now + self.config.connect_timeout);
         if let Some(session) = self.sessions.get_mut(key) {

@@ -13,6 +13,7 @@ use crate::io::Driver;
 use crate::io::sim::{ID_BYTES, Peer, Reachability, Sim, UNTOLD_BUFFERS_MAX};
 use crate::limits;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
+use crate::proxy::listening::Listening;
 use crate::telemetry::{CloseReason, Label, WorkerStats};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -69,6 +70,7 @@ impl Run {
             mailboxes: Arc::new([Arc::clone(&mailbox)]),
             stats: Arc::new([Arc::clone(&stats)]),
             started: Instant::now(),
+            listening: Listening::default(),
             core_wait: CoreWait::none(),
             seed: rng.u64(..),
         };

@@ -20,6 +20,7 @@ pub const QUEUE_DEPTH: &str = "aegis_queue_depth";
 pub const REQUESTS: &str = "aegis_requests_total";
 pub const RETRIES: &str = "aegis_retries_total";
 pub const SESSIONS_ACTIVE: &str = "aegis_sessions_active";
+pub const SESSIONS_OPENED: &str = "aegis_sessions_opened_total";
 pub const SESSIONS_CLOSED: &str = "aegis_sessions_closed_total";
 
 pub const STORE_PRESENT: &str = "aegis_store_present";

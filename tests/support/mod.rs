@@ -3,6 +3,7 @@
 
 pub mod backend;
 pub mod client;
+pub mod dns;
 pub mod kube_api;
 pub mod metrics;
 pub mod proxy;

@@ -34,7 +34,8 @@ pub struct Builder {
     arguments: Vec<&'static str>,
     descriptors_max: Option<u64>,
     denied: Option<Denied>,
-    hosts: Option<PathBuf>,
+    mounts: Vec<(PathBuf, &'static str)>,
+    network: Option<&'static str>,
 }
 
 /// What it logs when a drain begins, after the delay.
@@ -154,8 +155,20 @@ impl Builder {
     }
 
     /// Resolves names by this file in place of the system's hosts file.
-    pub fn hosts(mut self, hosts: &Hosts) -> Self {
-        self.hosts = Some(hosts.0.path().to_owned());
+    pub fn hosts(self, hosts: &Hosts) -> Self {
+        self.mount(hosts.0.path(), "/etc/hosts")
+    }
+
+    /// Has one of the system's files be this one. See [`Hosts::new`] for where that can be had.
+    pub fn mount(mut self, file: &Path, at: &'static str) -> Self {
+        self.mounts.push((file.to_owned(), at));
+        self
+    }
+
+    /// Runs it in a network of its own, which this script sets up and no test can reach. See
+    /// [`can_have_network`].
+    pub fn in_network(mut self, script: &'static str) -> Self {
+        self.network = Some(script);
         self
     }
 
@@ -206,10 +219,14 @@ impl Builder {
         raise_descriptor_limit();
         let mut words: Vec<OsString> = Vec::new();
         // Each of these runs the words behind it, in its own place.
-        if let Some(hosts) = &self.hosts {
-            let script = "mount --bind \"$0\" /etc/hosts && exec \"$@\"";
+        for (file, at) in &self.mounts {
+            let script = "mount --bind \"$0\" \"$1\" && shift && exec \"$@\"";
             words.extend(["unshare", "--mount", "sh", "-c", script].map(Into::into));
-            words.push(hosts.into());
+            words.extend([file.into(), (*at).into()]);
+        }
+        if let Some(script) = self.network {
+            let script = format!("{script} && exec \"$0\" \"$@\"");
+            words.extend(["unshare", "--net", "sh", "-c", &script].map(Into::into));
         }
         if can_drop_privileges() {
             words.extend(as_unprivileged());
@@ -244,6 +261,13 @@ fn as_unprivileged() -> Vec<OsString> {
     let words = ["setpriv", "--reuid", &id, "--regid", &id, "--clear-groups", "--inh-caps=-all"];
     let more = ["--bounding-set=-all", "--no-new-privs"];
     words.into_iter().chain(more).map(Into::into).collect()
+}
+
+/// Whether a test may give a process a network of its own, and set it up so.
+pub fn can_have_network(script: &str) -> bool {
+    let mut unshare = Command::new("unshare");
+    let can = unshare.args(["--net", "sh", "-c", script]).stderr(Stdio::null());
+    can.status().is_ok_and(|status| status.success())
 }
 
 /// A hosts file of a proxy's own, which the test may change: see [`Builder::hosts`].

@@ -1,25 +1,27 @@
 //! The configured backends as a source: IP addresses as they are, names by DNS, again and again.
 //!
 //! Every name is looked up by a task of its own, so a name that hangs holds up no other, and has
-//! one lookup in flight at most. Where keys say where requests go, each backend is one store, known
+//! one lookup in flight at most. Each family has its own last known good addresses: what a name
+//! server fails to say of one takes nothing from the other. Where keys say where requests go, each backend is one store, known
 //! by its name whatever its address. Names of endpoints are stable: `10.0.0.1:5432` for an address,
 //! `db.example:5432@10.0.0.1` for an address behind a name, however many there are.
 
-use std::future::Future;
-use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{info, warn};
 
+use super::resolver::{Answer, Family, Resolve};
 use super::status::{ErrorKind, Status};
 use super::{Declared, Publisher, Wanted};
 use crate::config::HostPort;
-use crate::limits::{DNS_ANSWERS_TO_LEAVE, DNS_CONFIRM};
+use crate::limits::{
+    DNS_ANSWERS_TO_LEAVE, DNS_CONFIRM, DNS_LOOKUP_MAX, DNS_TTL_MAX, ENDPOINTS_MAX,
+};
 
 /// How long start-up waits for names by default while no endpoint is known.
 pub const FIRST_ANSWER_MAX: Duration = Duration::from_secs(5);
@@ -27,31 +29,12 @@ pub const FIRST_ANSWER_MAX: Duration = Duration::from_secs(5);
 /// The wait after a first failed lookup; it doubles up to the refresh interval.
 const RETRY_MIN: Duration = Duration::from_millis(500);
 
-/// Looks names up.
-pub trait Resolve: Clone + Send + Sync + 'static {
-    /// All addresses of a host, in any order.
-    ///
-    /// # Errors
-    /// The lookup failed, or the name does not exist.
-    fn resolve(&self, host: &HostPort) -> impl Future<Output = io::Result<Vec<SocketAddr>>> + Send;
-}
-
-/// The system's resolver: the hosts file, then DNS with its search domains.
-#[derive(Debug, Clone, Copy)]
-pub struct SystemResolver;
-
-impl Resolve for SystemResolver {
-    async fn resolve(&self, host: &HostPort) -> io::Result<Vec<SocketAddr>> {
-        Ok(tokio::net::lookup_host((host.host.as_str(), host.port)).await?.collect())
-    }
-}
-
 /// The configured backends, as a source of endpoints.
 #[derive(Debug)]
 pub struct Backends<R> {
     /// Names and addresses, in the order of the endpoints.
     pub hosts: Vec<HostPort>,
-    /// How often a name is looked up again.
+    /// How soon a name is looked up again at the soonest; later where its addresses hold longer.
     pub refresh: Duration,
     /// How long the first snapshot waits for names while no endpoint is known.
     pub first_answer_max: Duration,
@@ -69,19 +52,17 @@ impl<R: Resolve> Backends<R> {
     /// The first snapshot comes as soon as any endpoint is known; without one, or where keys say where
     /// requests go, when every name has been looked up or `first_answer_max` has passed.
     pub async fn run(self, publisher: Publisher) {
-        let (answers, mut received) = mpsc::channel(1);
+        // Each name has one lookup at a time, which tells of each family once.
+        let (answers, mut received) = mpsc::unbounded_channel();
         let mut lookups = JoinSet::new();
-        let mut known: Vec<Vec<Wanted>> = Vec::with_capacity(self.hosts.len());
-        let mut unanswered = vec![false; self.hosts.len()];
-        // Whether the latest lookup failed, so that what is known may be out of date.
-        let mut stale = vec![false; self.hosts.len()];
+        let mut hosts = Vec::with_capacity(self.hosts.len());
         for (index, host) in self.hosts.iter().cloned().enumerate() {
-            known.push(literal(&host).into_iter().collect());
-            if known[index].is_empty() {
-                unanswered[index] = true;
+            let known = Host::new(&host);
+            if known.is_name {
                 let (resolver, answers) = (self.resolver.clone(), answers.clone());
                 lookups.spawn(follow(index, host, self.refresh, resolver, answers));
             }
+            hosts.push(known);
         }
         if lookups.is_empty() {
             self.status.on_sync();
@@ -92,34 +73,60 @@ impl<R: Resolve> Backends<R> {
         let deadline = Instant::now() + self.first_answer_max;
         let mut begun = false;
         loop {
+            let known = self.wanted(&hosts);
             let some = known.iter().any(|wanted| !wanted.is_empty());
-            begun |= !unanswered.contains(&true) || (some && !self.by_key);
+            let answered = hosts.iter().all(|host| host.is_answered(self.by_key));
+            begun |= answered || (some && !self.by_key);
             if begun && self.by_key {
+                let stale: Vec<_> = hosts.iter().map(Host::is_stale).collect();
                 self.publish_stores(&publisher, &known, &stale);
             } else if begun {
-                publisher.publish(known.iter().flatten().cloned());
+                publisher.publish(known.into_iter().flatten());
             }
-            let answer = if begun {
+            let news = if begun {
                 received.recv().await
-            } else if let Ok(answer) = timeout_at(deadline, received.recv()).await {
-                answer
+            } else if let Ok(news) = timeout_at(deadline, received.recv()).await {
+                news
             } else {
                 warn!("no name is resolved yet: going on without endpoints");
                 begun = true;
                 continue;
             };
-            let Some(Answer { index, wanted }) = answer else { return };
-            unanswered[index] = false;
-            stale[index] = wanted.is_err();
-            match wanted {
-                Ok(wanted) => {
-                    known[index] = wanted;
-                    self.status.on_sync();
-                    self.status.clear_trouble();
-                }
-                Err(why) => self.status.on_error(ErrorKind::Lookup, why),
+            let Some(news) = news else { return };
+            self.take_in(&mut hosts, news);
+            while let Ok(news) = received.try_recv() {
+                self.take_in(&mut hosts, news);
             }
         }
+    }
+
+    fn take_in(&self, hosts: &mut [Host], News { index, family, answer }: News) {
+        if let Answer::Failed(why) = &answer {
+            let name = &self.hosts[index];
+            self.status.on_error(ErrorKind::Lookup, format!("{name} does not resolve: {why}"));
+        } else {
+            self.status.on_sync();
+            self.status.clear_trouble();
+        }
+        if answer == Answer::Absent && hosts[index].is_empty() {
+            let what = format!("{}: the name does not exist", self.hosts[index]);
+            self.status.on_error(ErrorKind::Lookup, what);
+        }
+        hosts[index].families[family as usize].on_answer(answer);
+    }
+
+    /// The endpoints of each host. Where they are too many, those that have the most have fewer, so
+    /// that no name's answer takes the place of all others.
+    fn wanted(&self, hosts: &[Host]) -> Vec<Vec<Wanted>> {
+        let counts: Vec<_> = hosts.iter().map(Host::len).collect();
+        let fits =
+            |most: usize| counts.iter().map(|&n| n.min(most)).sum::<usize>() <= ENDPOINTS_MAX;
+        let most = if fits(usize::MAX) {
+            usize::MAX
+        } else {
+            (1..ENDPOINTS_MAX).rev().find(|&most| fits(most)).unwrap_or(1)
+        };
+        hosts.iter().zip(&self.hosts).map(|(known, host)| known.wanted(host, most)).collect()
     }
 }
 
@@ -193,84 +200,198 @@ fn single(known: &[Wanted]) -> Result<&Wanted, Option<String>> {
     }
 }
 
-/// The end of one lookup of backend `index`.
-struct Answer {
-    index: usize,
-    /// Never empty; a failure, told of here, changes nothing.
-    wanted: Result<Vec<Wanted>, String>,
+/// What is known of one of the configured backends.
+#[derive(Debug)]
+struct Host {
+    /// It is to be looked up.
+    is_name: bool,
+    families: [Known; Family::ALL.len()],
 }
 
-/// Looks `host` up every `refresh`, sooner after failures, until nobody listens.
+/// What is known of a host's addresses of one family.
+#[derive(Debug, Default)]
+struct Known {
+    /// In their order; the last known good ones.
+    addresses: Vec<IpAddr>,
+    is_answered: bool,
+    /// The latest lookup failed, so that the addresses may be out of date.
+    is_stale: bool,
+    /// Answers in a row that there is no address.
+    absent: u32,
+}
+
+impl Known {
+    fn on_answer(&mut self, answer: Answer) {
+        self.is_answered = true;
+        self.is_stale = matches!(answer, Answer::Failed(_));
+        match answer {
+            Answer::Found { mut addresses, .. } => {
+                // Name servers rotate their answers, and a new order is no change.
+                addresses.sort_unstable();
+                addresses.dedup();
+                self.addresses = addresses;
+                self.absent = 0;
+            }
+            Answer::Absent => {
+                self.absent = self.absent.saturating_add(1);
+                if self.absent >= DNS_ANSWERS_TO_LEAVE {
+                    self.addresses.clear();
+                }
+            }
+            Answer::Failed(_) => {}
+        }
+    }
+}
+
+impl Host {
+    fn new(host: &HostPort) -> Self {
+        let mut families = [Known::default(), Known::default()];
+        let literal = host.host.parse::<IpAddr>();
+        let is_name = literal.is_err();
+        if let Ok(address) = literal {
+            families[0].addresses.push(address);
+        }
+        Self { is_name, families }
+    }
+
+    fn len(&self) -> usize {
+        self.families.iter().map(|known| known.addresses.len()).sum()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether it was looked up. Where it is to have one address, IPv4 decides.
+    fn is_answered(&self, has_one: bool) -> bool {
+        let [four, six] = &self.families;
+        let decided = has_one && !four.addresses.is_empty();
+        !self.is_name || decided || (four.is_answered && six.is_answered)
+    }
+
+    fn is_stale(&self) -> bool {
+        self.families.iter().any(|known| known.is_stale && !known.addresses.is_empty())
+    }
+
+    /// Its endpoints, at most so many.
+    fn wanted(&self, host: &HostPort, most: usize) -> Vec<Wanted> {
+        let addresses = self.families.iter().flat_map(|known| &known.addresses).take(most);
+        let wanted = |&ip: &IpAddr| {
+            let address = SocketAddr::new(ip, host.port);
+            let name = if self.is_name {
+                format!("{}:{}@{ip}", host.host, host.port)
+            } else {
+                address.to_string()
+            };
+            Wanted::new(name, address)
+        };
+        addresses.map(wanted).collect()
+    }
+}
+
+/// What a lookup of backend `index` has said of one family.
+#[derive(Debug)]
+struct News {
+    index: usize,
+    family: Family,
+    answer: Answer,
+}
+
+/// Looks `host` up again and again, sooner after failures, until nobody listens.
 async fn follow<R: Resolve>(
     index: usize,
     host: HostPort,
     refresh: Duration,
     resolver: R,
-    answers: mpsc::Sender<Answer>,
+    news: mpsc::UnboundedSender<News>,
 ) {
     let name = format!("{}:{}", host.host, host.port);
+    let mut origin = None;
     let mut failures = 0u32;
     let mut pace = Pace::default();
-    loop {
-        let (wanted, wait) = match lookup(&name, &host, &resolver).await {
-            Ok(wanted) => {
-                if failures > 0 {
-                    info!(backend = name, failures, "name resolves again");
-                }
-                failures = 0;
-                let wait = pace.on_answer(&wanted, refresh);
-                (Ok(wanted), wait)
-            }
-            Err(error) => {
-                if failures == 0 {
-                    warn!(backend = name, %error, "name does not resolve: keeping what is known");
-                }
-                let wait = RETRY_MIN.saturating_mul(1 << failures.min(16)).min(refresh);
-                failures = failures.saturating_add(1);
-                (Err(format!("{name} does not resolve: {error}")), wait)
-            }
+    while !news.is_closed() {
+        let mut answers = [None, None];
+        let mut tell = |family: Family, answer: Answer| {
+            answers[family as usize] = Some(answer.clone());
+            // Nobody listens any more only where this is about to end too.
+            let _ = news.send(News { index, family, answer });
         };
-        if answers.send(Answer { index, wanted }).await.is_err() {
-            return;
+        let _ = timeout(DNS_LOOKUP_MAX, resolver.resolve(&host.host, &mut origin, &mut tell)).await;
+        for family in Family::ALL {
+            if answers[family as usize].is_none() {
+                let answer = Answer::Failed(format!("no answer for {family} in time"));
+                let _ = news.send(News { index, family, answer: answer.clone() });
+                answers[family as usize] = Some(answer);
+            }
         }
-        sleep(wait).await;
+        let answers = answers.map(|answer| answer.unwrap_or(Answer::Absent));
+        let wait = pace.on_answers(&answers, refresh);
+        if let Some(error) = trouble(&answers) {
+            if failures == 0 {
+                warn!(backend = name, error, "name does not resolve: keeping what is known");
+            }
+            let retry = RETRY_MIN.saturating_mul(1 << failures.min(16));
+            failures = failures.saturating_add(1);
+            // Answers that take addresses away are not to come all at once.
+            sleep(if pace.soon > 0 { wait } else { wait.min(retry) }).await;
+        } else {
+            if failures > 0 {
+                info!(backend = name, failures, "name resolves again");
+            }
+            failures = 0;
+            // A fleet that was started at once does not ask at once for ever.
+            sleep(wait.mul_f64(1.0 + fastrand::f64() / 10.0)).await;
+        }
     }
+}
+
+/// What is wrong with a name, if anything is: a family failed, or there is no address at all.
+fn trouble(answers: &[Answer]) -> Option<&str> {
+    let failed = answers.iter().find_map(|answer| match answer {
+        Answer::Failed(why) => Some(why.as_str()),
+        Answer::Found { .. } | Answer::Absent => None,
+    });
+    let absent = answers.iter().all(|answer| *answer == Answer::Absent);
+    failed.or(absent.then_some("it does not exist"))
 }
 
 /// How soon a name is looked up again.
 #[derive(Debug, Default)]
 struct Pace {
-    last: Vec<Wanted>,
+    /// The addresses of each family as they were last told of.
+    last: [Vec<IpAddr>; Family::ALL.len()],
     /// So many more answers are to come soon.
     soon: u32,
 }
 
 impl Pace {
-    /// An address that is missing has left, or only this answer has not named it: the next few tell,
-    /// and come soon. Where each answer has other addresses, that is not the case all the time.
-    fn on_answer(&mut self, wanted: &[Wanted], refresh: Duration) -> Duration {
+    /// Addresses that hold for some time are asked for again after that, within bounds. One that is
+    /// missing has left, or only this answer has not named it: the next few tell, and come soon.
+    /// Where each answer has other addresses, that is not the case all the time.
+    fn on_answers(&mut self, answers: &[Answer; Family::ALL.len()], refresh: Duration) -> Duration {
+        let (mut is_missing, mut wait) = (false, None);
+        for (last, answer) in self.last.iter_mut().zip(answers) {
+            let now = match answer {
+                Answer::Found { addresses, ttl } => {
+                    wait = wait.into_iter().chain(*ttl).min();
+                    addresses.clone()
+                }
+                Answer::Absent => Vec::new(),
+                Answer::Failed(_) => continue,
+            };
+            is_missing |= last.iter().any(|known| !now.contains(known));
+            *last = now;
+        }
         self.soon = match self.soon {
-            0 if self.last.iter().any(|known| !wanted.contains(known)) => DNS_ANSWERS_TO_LEAVE,
+            0 if is_missing => DNS_ANSWERS_TO_LEAVE,
             soon => soon.saturating_sub(1),
         };
-        self.last = wanted.to_vec();
-        if self.soon > 0 { refresh.min(DNS_CONFIRM) } else { refresh }
+        match wait {
+            _ if self.soon > 0 => refresh.min(DNS_CONFIRM),
+            Some(ttl) => ttl.clamp(refresh, refresh.max(DNS_TTL_MAX)),
+            None => refresh,
+        }
     }
-}
-
-async fn lookup<R: Resolve>(name: &str, host: &HostPort, resolver: &R) -> io::Result<Vec<Wanted>> {
-    let mut addresses = resolver.resolve(host).await?;
-    if addresses.is_empty() {
-        return Err(io::Error::new(io::ErrorKind::NotFound, "no address in the answer"));
-    }
-    // Name servers rotate their answers, and a new order is no change.
-    addresses.sort_unstable();
-    Ok(addresses.into_iter().map(|a| Wanted::new(format!("{name}@{}", a.ip()), a)).collect())
-}
-
-fn literal(host: &HostPort) -> Option<Wanted> {
-    let address = SocketAddr::new(host.host.parse::<IpAddr>().ok()?, host.port);
-    Some(Wanted::new(address.to_string(), address))
 }
 
 #[cfg(test)]
@@ -280,6 +401,7 @@ mod tests {
 
     use tokio::sync::watch;
 
+    use super::super::resolver::tell_all;
     use super::*;
     use crate::control::testing::{block_on, workers};
     use crate::proxy::endpoints::EndpointSnapshot;
@@ -295,14 +417,20 @@ mod tests {
     }
 
     impl Resolve for Script {
-        async fn resolve(&self, host: &HostPort) -> io::Result<Vec<SocketAddr>> {
+        async fn resolve(
+            &self,
+            _: &str,
+            _: &mut Option<String>,
+            tell: &mut (dyn FnMut(Family, Answer) + Send),
+        ) {
             let answer = self.0.lock().unwrap().pop_front();
             match answer {
                 Some(Some(ips)) => {
-                    let address = |ip: &str| SocketAddr::new(ip.parse().unwrap(), host.port);
-                    Ok(ips.into_iter().map(address).collect())
+                    tell_all(ips.into_iter().map(|ip| ip.parse().unwrap()).collect(), tell);
                 }
-                Some(None) => Err(io::Error::other("scripted failure")),
+                Some(None) => Family::ALL
+                    .into_iter()
+                    .for_each(|family| tell(family, Answer::Failed("scripted".to_owned()))),
                 None => std::future::pending().await,
             }
         }
@@ -409,14 +537,20 @@ mod tests {
         });
     }
 
+    fn found(ips: &[&str], ttl: Option<u64>) -> Answer {
+        let addresses = ips.iter().map(|ip| ip.parse().unwrap()).collect();
+        Answer::Found { addresses, ttl: ttl.map(Duration::from_secs) }
+    }
+
     #[test]
     fn after_an_answer_that_lacks_an_address_the_next_ones_come_soon() {
         const HOUR: Duration = Duration::from_secs(3600);
-        let (both, one) = (at("db", &["10.0.0.1:1", "10.0.0.2:1"]), at("db", &["10.0.0.1:1"]));
-        let other = at("db", &["10.0.0.3:1"]);
+        let [both, one, other] = [&["10.0.0.1", "10.0.0.2"][..], &["10.0.0.1"], &["10.0.0.3"]]
+            .map(|ips| found(ips, None));
         let mut pace = Pace::default();
-        let mut waits = |answers: &[&Vec<Wanted>], refresh| {
-            answers.iter().map(|wanted| pace.on_answer(wanted, refresh)).collect::<Vec<_>>()
+        let mut waits = |answers: &[&Answer], refresh| {
+            let answers = answers.iter().map(|&four| [four.clone(), Answer::Absent]);
+            answers.map(|answers| pace.on_answers(&answers, refresh)).collect::<Vec<_>>()
         };
         assert_eq!(waits(&[&one, &both, &both], HOUR), [HOUR; 3]);
         let soon = DNS_CONFIRM;
@@ -425,6 +559,76 @@ mod tests {
         assert_eq!(waits(&[&both, &both], HOUR), [soon, HOUR]);
         let turns = waits(&[&one, &other, &one, &other, &one, &other, &one, &other], HOUR);
         assert_eq!(turns.iter().filter(|&&wait| wait == HOUR).count(), 2, "{turns:?}");
+        let mut pace = Pace::default();
+        let failed = Answer::Failed(String::new());
+        for answer in [&other, &failed, &other] {
+            let wait = pace.on_answers(&[answer.clone(), Answer::Absent], HOUR);
+            assert_eq!(wait, HOUR, "it takes nothing away");
+        }
+    }
+
+    #[test]
+    fn addresses_hold_as_long_as_name_servers_say_within_bounds() {
+        let second = Duration::from_secs;
+        let wait = |refresh, four: Option<u64>, six: Option<u64>| {
+            let answers = [found(&["10.0.0.1"], four), found(&["fd00::1"], six)];
+            Pace::default().on_answers(&answers, second(refresh))
+        };
+        assert_eq!(wait(5, Some(10), Some(20)), second(10));
+        assert_eq!(wait(5, Some(20), None), second(20));
+        assert_eq!(wait(5, Some(0), Some(20)), second(5));
+        assert_eq!(wait(5, Some(1 << 31), Some(1 << 31)), DNS_TTL_MAX);
+        assert_eq!(wait(5, None, None), second(5));
+        assert_eq!(wait(600, Some(0), Some(1 << 31)), second(600));
+    }
+
+    #[test]
+    fn a_family_has_its_own_last_known_good_addresses() {
+        let mut host = Host::new(&host("db"));
+        let mut after = |family: Family, answer: &Answer| {
+            host.families[family as usize].on_answer(answer.clone());
+            let addresses = host.families.iter().flat_map(|known| known.addresses.clone());
+            let text: Vec<_> = addresses.map(|ip| ip.to_string()).collect();
+            (text.join(" "), host.is_stale())
+        };
+        let failed = Answer::Failed("timed out".to_owned());
+        let [both, six] = ["10.0.0.1 10.0.0.2 fd00::1", "fd00::1"].map(str::to_owned);
+        after(Family::V6, &found(&["fd00::1"], None));
+        let four = found(&["10.0.0.2", "10.0.0.1", "10.0.0.2"], None);
+        assert_eq!(after(Family::V4, &four), (both.clone(), false));
+        for _ in 0..9 {
+            assert_eq!(after(Family::V4, &failed), (both.clone(), true));
+        }
+        for _ in 1..DNS_ANSWERS_TO_LEAVE {
+            assert_eq!(after(Family::V4, &Answer::Absent), (both.clone(), false));
+            assert_eq!(after(Family::V4, &failed), (both.clone(), true), "no answer");
+        }
+        assert_eq!(after(Family::V4, &Answer::Absent), (six.clone(), false));
+        assert_eq!(after(Family::V4, &failed), (six, false));
+        assert_eq!(after(Family::V4, &four), (both.clone(), false));
+        assert_eq!(after(Family::V4, &Answer::Absent), (both, false), "counted anew");
+    }
+
+    #[test]
+    fn a_huge_answer_does_not_take_the_place_of_others() {
+        let all: Vec<_> =
+            (0..4000u32).map(|i| IpAddr::from((0x0a00_0000 + i).to_be_bytes())).collect();
+        let backends = Backends {
+            hosts: ["huge", "small", "10.0.0.1"].map(host).to_vec(),
+            refresh: Duration::from_secs(1),
+            first_answer_max: Duration::ZERO,
+            resolver: Script::new(&[]),
+            by_key: false,
+            status: Arc::default(),
+        };
+        let mut hosts: Vec<_> = backends.hosts.iter().map(Host::new).collect();
+        hosts[1].families[0].on_answer(found(&["10.1.0.1", "10.1.0.2"], None));
+        for (count, kept) in [(1021, 1021), (1022, 1021), (4000, 1021)] {
+            let addresses = all[..count].to_vec();
+            hosts[0].families[0].on_answer(Answer::Found { addresses, ttl: None });
+            let lens = backends.wanted(&hosts).iter().map(Vec::len).collect::<Vec<_>>();
+            assert_eq!(lens, [kept, 2, 1], "of {count}");
+        }
     }
 
     fn at(name: &str, addresses: &[&str]) -> Vec<Wanted> {
@@ -465,14 +669,5 @@ mod tests {
             "the newer one's"
         );
         assert_eq!(found(&twice, [true, true, true]), [&also("b"), &also("a"), three]);
-    }
-
-    #[test]
-    fn the_system_resolver_knows_localhost() {
-        block_on(async {
-            let addresses = SystemResolver.resolve(&host("localhost")).await.unwrap();
-            assert!(addresses.iter().all(|a| a.ip().is_loopback() && a.port() == 5432));
-            assert!(!addresses.is_empty());
-        });
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod dns;
 pub mod kubernetes;
+pub mod resolver;
 pub mod status;
 
 use std::collections::{HashMap, HashSet};
@@ -16,14 +17,14 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio::time::sleep;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::WorkerHandle;
+use crate::io::socket::is_local;
 use crate::limits::ENDPOINTS_MAX;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
-
-/// Name lookups at a time; each holds a thread while the system's resolver waits.
-pub const LOOKUPS_MAX: usize = 8;
+use crate::proxy::listening::Listening;
+use status::{ErrorKind, LeftOut, Status};
 
 /// An endpoint that a source wants.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,6 +65,10 @@ pub struct Publisher {
     /// How many endpoints the last snapshot had no room for.
     left_out: AtomicUsize,
     known: Mutex<Known>,
+    /// What is no endpoint: the process itself.
+    listening: Listening,
+    /// Where it says which are left out for that.
+    status: Arc<Status>,
 }
 
 /// Every endpoint that the last snapshot names, that a worker still holds, or that left lately.
@@ -110,7 +115,20 @@ impl Publisher {
         workers: Vec<WorkerHandle>,
         snapshots: watch::Sender<Arc<EndpointSnapshot>>,
     ) -> Self {
-        Self { workers, snapshots, left_out: AtomicUsize::new(0), known: Mutex::default() }
+        Self {
+            workers,
+            snapshots,
+            left_out: AtomicUsize::new(0),
+            known: Mutex::default(),
+            listening: Listening::default(),
+            status: Arc::default(),
+        }
+    }
+
+    /// The same, which leaves out whatever leads back to this process, and says so in `status`.
+    #[must_use]
+    pub fn leaving_out(self, listening: Listening, status: Arc<Status>) -> Self {
+        Self { listening, status, ..self }
     }
 
     /// Whether anything was published.
@@ -145,9 +163,10 @@ impl Publisher {
         let known: HashMap<_, _> =
             remembered.0.iter().map(|(e, _)| ((e.address, e.name.as_str()), e)).collect();
         let mut seen = HashSet::new();
+        let mut own = Vec::new();
         let mut endpoints: Vec<_> = wanted
             .into_iter()
-            .filter(|wanted| seen.insert(wanted.address))
+            .filter(|wanted| seen.insert(wanted.address) && !self.is_own(wanted, &mut own))
             .map(|Wanted { name, address, near }| {
                 let endpoint = match known.get(&(address, name.as_str())) {
                     Some(endpoint) => Arc::clone(endpoint),
@@ -160,7 +179,8 @@ impl Publisher {
         let left_out = endpoints.len().saturating_sub(ENDPOINTS_MAX);
         endpoints.truncate(ENDPOINTS_MAX);
         remembered.settle(&endpoints, now);
-        let stores = placed(stores, &endpoints);
+        let stores = placed(stores, &endpoints, &own);
+        self.leave_out(own);
         if last.generation > 0 && same(&last.endpoints, &endpoints) && last.stores == stores {
             return;
         }
@@ -180,6 +200,31 @@ impl Publisher {
         self.snapshots.send_replace(Arc::clone(&snapshot));
         for worker in &self.workers {
             worker.mailbox.deliver(Arc::clone(&snapshot));
+        }
+    }
+}
+
+impl Publisher {
+    /// Whether an endpoint is this process itself; it is taken note of then.
+    fn is_own(&self, wanted: &Wanted, own: &mut Vec<LeftOut>) -> bool {
+        let Some(listener) = self.listening.reached_by(wanted.address, is_local) else {
+            return false;
+        };
+        own.push(LeftOut { name: wanted.name.clone(), address: wanted.address, listener });
+        true
+    }
+
+    /// Says once of each endpoint that it is left out.
+    fn leave_out(&self, own: Vec<LeftOut>) {
+        for left_out in self.status.set_left_out(own) {
+            self.status.count(ErrorKind::Loop);
+            error!(
+                endpoint = left_out.name,
+                address = %left_out.address,
+                listener = %left_out.listener,
+                "left out of service: it is this proxy itself, and would be given its own \
+                 connections as clients: name the server, or choose another port in AEGIS_LISTEN"
+            );
         }
     }
 }
@@ -204,11 +249,14 @@ pub async fn log_changes(mut snapshots: watch::Receiver<Arc<EndpointSnapshot>>) 
 }
 
 /// The stores, with where they are among the endpoints.
-fn placed(stores: &[Declared], endpoints: &[Arc<Endpoint>]) -> Vec<Store> {
+fn placed(stores: &[Declared], endpoints: &[Arc<Endpoint>], own: &[LeftOut]) -> Vec<Store> {
     let at: HashMap<_, _> = endpoints.iter().enumerate().map(|(i, e)| (e.address, i)).collect();
     let place = |store: &Declared| {
         let endpoint = store.address.as_ref().ok().and_then(|address| at.get(address).copied());
-        let why = store.address.as_ref().err().and_then(Option::as_deref);
+        let why = match &store.address {
+            Ok(address) => own.iter().find(|own| own.address == *address).map(ToString::to_string),
+            Err(why) => why.clone(),
+        };
         Store { name: store.name.as_str().into(), endpoint, why: why.map(Into::into) }
     };
     stores.iter().map(place).collect()
@@ -244,6 +292,32 @@ mod tests {
         }
         publisher.publish(wanted(&["10.0.0.2:1", "10.0.0.1:1"]));
         assert_eq!(publisher.snapshots.borrow().generation, 2, "the order is part of the state");
+    }
+
+    #[test]
+    fn what_is_the_proxy_itself_is_left_out_and_told_of_once() {
+        let status = Arc::new(Status::default());
+        let own = Listening::new(["0.0.0.0:1".parse().unwrap()]);
+        let publisher = publisher().leaving_out(own, Arc::clone(&status));
+        let named = |address: &str| Wanted::new("db", address.parse().unwrap());
+        let store = |address: &str| Declared {
+            name: "db".to_owned(),
+            address: Ok(address.parse().unwrap()),
+        };
+        for _ in 0..2 {
+            let both = [named("127.0.0.9:1"), named("127.0.0.9:2")];
+            publisher.publish_stores(both, &[store("127.0.0.9:1"), store("127.0.0.9:2")]);
+        }
+        let latest = Arc::clone(&publisher.snapshots.borrow());
+        assert_eq!(latest.generation, 1);
+        assert_eq!(latest.endpoints[0].address.port(), 2);
+        let why = "db (127.0.0.9:1) is this proxy itself, which listens on 0.0.0.0:1";
+        assert_eq!(latest.stores[0].why.as_deref(), Some(why));
+        assert_eq!((latest.stores[0].endpoint, latest.stores[1].endpoint), (None, Some(0)));
+        assert_eq!(status.trouble().as_deref(), Some(why));
+        assert_eq!(status.errors(ErrorKind::Loop), 1);
+        publisher.publish([named("127.0.0.9:2")]);
+        assert_eq!(status.trouble(), None);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! How discovery fares: written by the source, shown by metrics and probes.
 
+use std::fmt;
+use std::net::SocketAddr;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -28,6 +30,8 @@ pub enum ErrorKind {
     Configuration,
     /// A name does not resolve.
     Lookup,
+    /// An endpoint is this proxy itself.
+    Loop,
 }
 
 impl Label for ErrorKind {
@@ -41,6 +45,7 @@ impl Label for ErrorKind {
         Self::Malformed,
         Self::Configuration,
         Self::Lookup,
+        Self::Loop,
     ];
 
     fn name(self) -> &'static str {
@@ -54,7 +59,26 @@ impl Label for ErrorKind {
             Self::Malformed => "malformed",
             Self::Configuration => "configuration",
             Self::Lookup => "lookup",
+            Self::Loop => "loop",
         }
+    }
+}
+
+/// An endpoint that is not used, since it is this proxy itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Its name.
+    pub name: String,
+    /// Its address.
+    pub address: SocketAddr,
+    /// Where this process listens for what would be sent there.
+    pub listener: SocketAddr,
+}
+
+impl fmt::Display for LeftOut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, address, listener } = self;
+        write!(f, "{name} ({address}) is this proxy itself, which listens on {listener}")
     }
 }
 
@@ -65,6 +89,7 @@ pub struct Status {
     /// Milliseconds since the Unix epoch; 0 before the first.
     last_sync_ms: AtomicU64,
     trouble: Mutex<Option<String>>,
+    left_out: Mutex<Vec<LeftOut>>,
     stores_trouble: Mutex<Option<String>>,
 }
 
@@ -109,8 +134,24 @@ impl Status {
         *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
+    /// These endpoints are left out now. Gives back those that were not before.
+    pub fn set_left_out(&self, now: Vec<LeftOut>) -> Vec<LeftOut> {
+        let mut left_out = self.left_out.lock().unwrap_or_else(PoisonError::into_inner);
+        let news = now.iter().filter(|one| !left_out.contains(one)).cloned().collect();
+        *left_out = now;
+        news
+    }
+
+    /// The endpoints that are left out, since they are this proxy itself.
+    pub fn left_out(&self) -> Vec<LeftOut> {
+        self.left_out.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Why endpoints may be missing.
     pub fn trouble(&self) -> Option<String> {
+        if let Some(left_out) = self.left_out().first() {
+            return Some(left_out.to_string());
+        }
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
