@@ -8,9 +8,9 @@ use std::fmt::{Display, Write};
 use procfs::WithCurrentSystemInfo;
 use procfs::process::{LimitValue, Process};
 
-use super::View;
 use super::discovery::status::ErrorKind;
 use super::view::{EndpointCounts, labels, usable};
+use super::{View, logging};
 use crate::config::{Config, Locality, PoolMode, Protocol};
 use crate::telemetry::{
     Checkout, CloseReason, Discard, Histogram, Label, Outcome, Retry, Spillover, Verb, WorkerStats,
@@ -322,6 +322,14 @@ fn write_identity(text: &mut Encoder, view: &View) {
     let name = "aegis_draining";
     text.family(name, Gauge, "1 once the process was asked to end, else 0.");
     text.sample(name, &[], u8::from(view.draining()));
+
+    let name = "aegis_log_lines_dropped_total";
+    text.family(
+        name,
+        Counter,
+        "Lines of the log that were not read in time or could not be written.",
+    );
+    text.sample(name, &[], logging::lines_dropped());
 
     let name = "aegis_io_driver_info";
     text.family(name, Gauge, "The driver that does the I/O, and why this one.");

@@ -23,6 +23,7 @@ mod integrity;
 mod io_fallback;
 mod kubernetes;
 mod limits;
+mod logging;
 mod membership;
 mod memory;
 mod outage;
