@@ -253,8 +253,8 @@ pub const ADMIN_HELD: usize = 8;
 pub const ADMIN_PIECE_BYTES: usize = 16 * 1024;
 
 /// Descriptors held back for admin connections, so that a probe is answered where there are no
-/// others: what is short is known then, and a restart would not mend it.
-pub const ADMIN_DESCRIPTORS_RESERVED: usize = 2;
+/// others: what is short is known then, and a restart would not mend it. One of them is never used.
+pub const ADMIN_DESCRIPTORS_RESERVED: usize = 4;
 
 /// The admin listener, the runtime's own epoll, eventfd and signal pipe, and lookups in DNS.
 const CONTROL_DESCRIPTORS: u64 = 32;

@@ -81,12 +81,11 @@ pub fn end_with_any_thread() {
         let thread = thread::current();
         let name = thread.name().unwrap_or("unnamed");
         let backtrace = Backtrace::capture();
-        match backtrace.status() {
-            BacktraceStatus::Captured => {
-                complain(format_args!("thread {name} {panic}\n{backtrace}"))
-            }
-            _ => complain(format_args!("thread {name} {panic}")),
-        }
+        let backtrace = match backtrace.status() {
+            BacktraceStatus::Captured => format!("\n{backtrace}"),
+            _ => String::new(),
+        };
+        complain(format_args!("thread {name} {panic}{backtrace}"));
         std::process::abort();
     }));
 }

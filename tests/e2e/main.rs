@@ -9,6 +9,7 @@
 mod support;
 
 mod admin;
+mod admin_attacks;
 mod answers;
 mod budget;
 mod chaos;
