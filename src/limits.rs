@@ -256,7 +256,8 @@ pub const ADMIN_PIECE_BYTES: usize = 16 * 1024;
 /// others: what is short is known then, and a restart would not mend it. One of them is never used.
 pub const ADMIN_DESCRIPTORS_RESERVED: usize = 4;
 
-/// The admin listener, the runtime's own epoll, eventfd and signal pipe, and lookups in DNS.
+/// The admin listener and what is held back for it, the log, the runtime's own epoll, eventfd and signal
+/// pipe, and lookups in DNS.
 const CONTROL_DESCRIPTORS: u64 = 32;
 
 /// Connections to the Kubernetes API, for the endpoints and for what declares the stores: the watch,
