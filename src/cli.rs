@@ -17,13 +17,11 @@ pub enum Command {
     Check,
 }
 
-/// Reads the command line, the program's name first. Prints and exits where it asks for the help
-/// or the version, and where it makes no sense.
-pub fn parse(args: impl IntoIterator<Item = OsString>) -> Command {
-    try_parse(args).unwrap_or_else(|error| error.exit())
-}
-
-fn try_parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::Error> {
+/// Reads the command line, the program's name first.
+///
+/// # Errors
+/// It asks for the help or the version, or makes no sense; the error is what to print.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::Error> {
     let matches = definition().try_get_matches_from(args)?;
     Ok(match matches.subcommand_name() {
         Some(CHECK) => Command::Check,
@@ -62,8 +60,7 @@ mod tests {
     use super::*;
 
     fn parse(args: &[&str]) -> Result<Command, clap::Error> {
-        let args = ["aegis-proxy"].iter().chain(args).map(OsString::from);
-        try_parse(args)
+        super::parse(["aegis-proxy"].iter().chain(args).map(OsString::from))
     }
 
     #[test]

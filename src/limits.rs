@@ -258,11 +258,29 @@ pub const ADDRESSES_PER_NAME: usize = 8;
 /// twice; what the scheduler says about it; both ends of pipes; and those in reserve.
 const DESCRIPTORS_PER_WORKER: u64 = 5 + 2 * PIPES_MAX as u64 + DESCRIPTORS_RESERVED as u64;
 
-/// Connections to the admin port: a scraper, the kubelet's probes, people.
-pub const ADMIN_CONNECTIONS: usize = 32;
+/// Connections to the admin port: a scraper, the kubelet's probes, people. Each is in one room at a
+/// time, and who comes into a full one takes the place of another.
+pub const ADMIN_CONNECTIONS: usize = ADMIN_HEADS + ADMIN_ANSWERS + ADMIN_HELD;
 
-/// The admin listener, the runtime's own epoll, eventfd and signal pipe, and connections to name
-/// servers for answers that are cut.
+/// Admin connections that have not sent a whole head yet. It comes within a round trip.
+pub const ADMIN_HEADS: usize = 12;
+
+/// Admin connections that are being answered. Each answer may hold some [`ADMIN_PIECE_BYTES`].
+pub const ADMIN_ANSWERS: usize = 12;
+
+/// Admin connections held until the start is over. A kubelet has one.
+pub const ADMIN_HELD: usize = 8;
+
+/// Bytes of an admin page that are made at a time, so that none holds up the control thread for more
+/// than a millisecond or two. Twice as many would do as well, half as many cost more writes.
+pub const ADMIN_PIECE_BYTES: usize = 16 * 1024;
+
+/// Descriptors held back for admin connections, so that a probe is answered where there are no
+/// others: what is short is known then, and a restart would not mend it. One of them is never used.
+pub const ADMIN_DESCRIPTORS_RESERVED: usize = 4;
+
+/// The admin listener and what is held back for it, the log, the runtime's own epoll, eventfd and signal
+/// pipe, and connections to name servers for answers that are cut.
 const CONTROL_DESCRIPTORS: u64 = 32;
 
 /// Sockets of one name's lookup: one for each family, while it is asked for.
@@ -275,6 +293,19 @@ const KUBERNETES_DESCRIPTORS: u64 = 2 * 8;
 
 /// Standard input, output and error.
 const STANDARD_DESCRIPTORS: u64 = 3;
+
+// The log.
+
+/// Lines of the log that wait to be written: seconds of any log but `trace`.
+pub const LOG_QUEUE_LINES_MAX: usize = 4096;
+
+/// Bytes of the log that wait to be written. Lines are 200 bytes long, so both bounds are met at
+/// about the same time.
+pub const LOG_QUEUE_BYTES_MAX: usize = 1 << 20;
+
+/// How long the end of the process waits for what it logged last to be written. The log of a pod is
+/// read within milliseconds; nobody waits for a log that nobody reads.
+pub const LOG_FLUSH_MAX: Duration = Duration::from_secs(1);
 
 /// Connections whose close is still under way in the kernel, files that libraries open for a
 /// moment, and what the parent process left open.

@@ -1,13 +1,14 @@
 //! The life of the process, top to bottom.
 
-use std::fmt::Display;
+use std::fmt::{Display, Write as _};
+use std::io::{self, Write as _};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
 use aegis::cli::{self, Command};
 use aegis::config::{Config, Discovery};
-use aegis::control::{DriverInfo, Plane, WorkerHandle, admin, init_logging};
+use aegis::control::{DriverInfo, Plane, WorkerHandle, admin, logging};
 use aegis::io::probe::{self, Verdict};
 use aegis::limits::{self, Capacity, DescriptorUsers};
 use aegis::proxy::listening::Listening;
@@ -15,11 +16,18 @@ use aegis::worker::cores::{self, Plan};
 use aegis::worker::mailbox::Mailbox;
 use aegis::worker::{self, WorkerSetup, listener};
 
+/// The command line is wrong, as with any command.
+const EXIT_USAGE: u8 = 2;
+
 /// The configuration is wrong (`EX_CONFIG` of BSD's sysexits).
 const EXIT_CONFIG: u8 = 78;
 
 fn main() -> ExitCode {
-    let command = cli::parse(std::env::args_os());
+    let command = match cli::parse(std::env::args_os()) {
+        Ok(command) => command,
+        Err(error) if error.use_stderr() => return fail(EXIT_USAGE, error.to_string().trim_end()),
+        Err(asked) => return print(&asked.to_string()),
+    };
     let config = match Config::from_env() {
         Ok(config) => Arc::new(config),
         Err(problems) => return fail(EXIT_CONFIG, problems),
@@ -56,8 +64,8 @@ fn decide(config: &Config) -> Result<Decisions, Error> {
 
 fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
     let started = Instant::now();
-    init_logging(&config);
-    end_with_any_thread();
+    logging::init_logging(&config)?;
+    logging::end_with_any_thread();
     let Decisions { plan, verdict, capacity } = decide(&config)?;
     let max_sessions = capacity.sessions.get();
     let pool_conns_max = capacity.pool_conns;
@@ -115,33 +123,40 @@ fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
     let plane =
         Plane { config, started, listening, workers: handles, driver, max_sessions, exited, admin };
     let outcome = plane.run()?;
+    logging::flush();
     Ok(if outcome.is_failure() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 /// Prints what a start would do, and starts nothing.
 fn check(config: &Config) -> Result<ExitCode, Error> {
+    let mut text = String::new();
     for (name, value) in config.effective() {
-        println!("{name}={value}");
+        writeln!(text, "{name}={value}")?;
     }
-    let Decisions { plan, verdict, capacity } = decide(config)?;
-    println!();
-    println!("workers: {} ({})", plan.cores.len(), plan.reason);
-    println!("sessions at a time: {}", capacity.sessions);
-    println!("pool connections of a worker: {} at most", capacity.pool_conns);
-    println!("driver: {} ({})", verdict.driver.name(), verdict.reason);
-    Ok(ExitCode::SUCCESS)
+    // What is in force is worth knowing above all where it does not fit.
+    let Decisions { plan, verdict, capacity } = decide(config).inspect_err(|_| {
+        print(&text);
+    })?;
+    writeln!(text)?;
+    writeln!(text, "workers: {} ({})", plan.cores.len(), plan.reason)?;
+    writeln!(text, "sessions at a time: {}", capacity.sessions)?;
+    writeln!(text, "pool connections of a worker: {} at most", capacity.pool_conns)?;
+    writeln!(text, "driver: {} ({})", verdict.driver.name(), verdict.reason)?;
+    Ok(print(&text))
 }
 
-/// Lets a panic of any thread end the process with its message: no half-dead proxy.
-fn end_with_any_thread() {
-    let report = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |panic| {
-        report(panic);
-        std::process::abort();
-    }));
+/// Prints what was asked for. A reader that has seen enough and left is no failure.
+fn print(text: &str) -> ExitCode {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            fail(1, format_args!("cannot write to standard output: {error}"))
+        }
+        _ => ExitCode::SUCCESS,
+    }
 }
 
 fn fail(code: u8, error: impl Display) -> ExitCode {
-    eprintln!("aegis-proxy: {error}");
+    logging::complain(format_args!("aegis-proxy: {error}"));
     ExitCode::from(code)
 }

@@ -1,57 +1,70 @@
 //! The admin server: metrics, probes, and a look inside, by HTTP.
 //!
-//! Liveness never depends on backends: a restart would not mend them. One connection carries one
-//! request, for ten seconds at most, so slow clients cannot pile up.
+//! Liveness never depends on backends: a restart would not mend them. Everybody in the cluster can
+//! reach this port, so [`connection`] and [`rooms`] see to it that a probe is always answered.
+
+mod backends;
+mod connection;
+pub(super) mod page;
+mod rooms;
 
 use std::convert::Infallible;
 use std::fmt::Write;
+use std::future::ready;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use hyper_util::server::conn::auto;
+use futures_util::future::BoxFuture;
 use hyper_util::service::TowerToHyperService;
 use rustix::io::Errno;
-use serde_json::json;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
-use tokio::time::{sleep, timeout};
-use tracing::{debug, info, warn};
+use tokio::time::{Instant, timeout};
+use tracing::{info, warn};
 use warp::Filter;
 use warp::filters::BoxedFilter;
-use warp::http::{Response, StatusCode, header};
+use warp::http::StatusCode;
 use warp::reject::{MethodNotAllowed, Rejection};
 
 use super::View;
 use super::metrics;
-use super::view::{EndpointCounts, labels, usable};
-use crate::limits::ADMIN_CONNECTIONS;
-use crate::telemetry::EndpointStats;
+use connection::Visit;
+use page::{Page, page, streamed};
+use rooms::Times;
 
-/// How long one connection may take from accept to close: its request, the answer, and its way
-/// over a slow network. Scrapers give up at ten seconds too, by default.
-const CONNECTION_TIME_MAX: Duration = Duration::from_secs(10);
+/// A head comes within a round trip of the connection. An answer may take its time over a slow
+/// network; scrapers give up at ten seconds too, by default. A start is waited for a little less
+/// than the ten seconds that the charts' startup probe gives it.
+const TIMES: Times = Times {
+    head: Duration::from_secs(1),
+    answer: Duration::from_secs(10),
+    hold: Duration::from_secs(8),
+};
 
-/// The listener's queue of connections not yet accepted.
-const BACKLOG: i32 = 128;
+/// How often a start that is waited for is looked at.
+const START_TICK: Duration = Duration::from_millis(10);
 
-type Page = Response<String>;
+/// The listener's queue of connections not yet accepted. A flood of them is let in, and out again,
+/// at more than ten thousand a second; until then a probe's handshake needs a place.
+const BACKLOG: i32 = 1024;
+
+/// Bytes of an answer that the kernel takes before its reader does, twice that with its own: all
+/// readers together cannot make it hold more than 2 MiB.
+const SEND_BUFFER: usize = 64 * 1024;
 
 /// How a page is made.
-type Render = fn(&View) -> Page;
+type Render = fn(Arc<View>, Visit) -> BoxFuture<'static, Page>;
 
 /// Every page: path, what it is, and how it is made.
 #[rustfmt::skip]
 const PAGES: &[(&str, &str, Render)] = &[
-    ("metrics", "counters and histograms for Prometheus", metrics_page),
-    ("livez", "200 while every worker turns", |view| probe(&view.not_live())),
-    ("readyz", "200 while new sessions are welcome", |view| probe(&view.not_ready())),
-    ("startupz", "200 once workers accept and the first endpoints are applied", |view| probe(&view.not_started())),
-    ("backends", "endpoints, their state and pools, in JSON", |view| json_page(&backends(view))),
-    ("config", "the effective configuration, in JSON", |view| json_page(&config(view))),
+    ("metrics", "counters and histograms for Prometheus", |view, visit| now(&visit, metrics_page(view))),
+    ("livez", "200 while every worker turns", |view, visit| now(&visit, probe(&view.not_live()))),
+    ("readyz", "200 while new sessions are welcome", |view, visit| now(&visit, probe(&view.not_ready()))),
+    ("startupz", "200 once workers accept and the first endpoints are applied; waits for that, 8 s or ?wait=SECONDS", |view, visit| Box::pin(startup_page(view, visit))),
+    ("backends", "endpoints, their state and pools, in JSON; ?limit=100&offset=0&workers=0", |view, visit| now(&visit, backends_page(view, &visit.query))),
+    ("config", "the effective configuration, in JSON", |view, visit| now(&visit, config_page(&view))),
 ];
 
 /// Listens for admin connections. `[::]` means both families, and IPv4 alone where the host has
@@ -88,6 +101,8 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     // A restart must not wait for old connections in TIME_WAIT.
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
+    // Its connections inherit it.
+    socket.set_send_buffer_size(SEND_BUFFER)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
@@ -99,45 +114,32 @@ fn ipv6_is_off(error: &io::Error) -> bool {
 
 /// Answers admin requests for ever.
 pub async fn serve(listener: tokio::net::TcpListener, view: Arc<View>) {
-    serve_within(CONNECTION_TIME_MAX, listener, view).await;
+    serve_within(TIMES, listener, view).await;
 }
 
-async fn serve_within(time_max: Duration, listener: tokio::net::TcpListener, view: Arc<View>) {
+async fn serve_within(times: Times, listener: tokio::net::TcpListener, view: Arc<View>) {
     let service = TowerToHyperService::new(warp::service(pages(&view).recover(rejected)));
-    let mut http = auto::Builder::new(TokioExecutor::new()).http1_only();
-    http.http1().keep_alive(false);
-    let free = Arc::new(Semaphore::new(ADMIN_CONNECTIONS));
-    while let Ok(permit) = Arc::clone(&free).acquire_owned().await {
-        let stream: TcpStream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                // Most likely out of descriptors: give others the time to close some.
-                warn!(%error, "admin cannot accept");
-                sleep(Duration::from_secs(1)).await;
-                continue;
-            }
-        };
-        let (http, service) = (http.clone(), service.clone());
-        tokio::spawn(async move {
-            let connection = http.serve_connection(TokioIo::new(stream), service);
-            match timeout(time_max, connection).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => debug!(%error, "admin connection broke"),
-                Err(_) => debug!("admin connection took too long"),
-            }
-            drop(permit);
-        });
-    }
+    connection::serve(listener, times, service).await;
 }
 
 fn pages(view: &Arc<View>) -> BoxedFilter<(Page,)> {
-    let index = warp::path::end().map(|| text_page(StatusCode::OK, index())).boxed();
-    let pages = PAGES.iter().fold(index, |pages, &(path, _, render)| {
+    let visit = || warp::ext::get::<Visit>();
+    let index = warp::path::end().and(visit()).then(|visit: Visit| now(&visit, index_page()));
+    let pages = PAGES.iter().fold(index.boxed(), |pages, &(path, _, render)| {
         let view = Arc::clone(view);
-        let page = warp::path(path).and(warp::path::end()).map(move || render(&view));
+        let page = warp::path(path)
+            .and(warp::path::end())
+            .and(visit())
+            .then(move |visit| render(Arc::clone(&view), visit));
         pages.or(page).unify().boxed()
     });
     warp::get().or(warp::head()).unify().and(pages).boxed()
+}
+
+/// A page that nothing has to be waited for.
+fn now(visit: &Visit, page: Page) -> BoxFuture<'static, Page> {
+    visit.answer();
+    Box::pin(ready(page))
 }
 
 async fn rejected(rejection: Rejection) -> Result<Page, Infallible> {
@@ -149,8 +151,12 @@ async fn rejected(rejection: Rejection) -> Result<Page, Infallible> {
     Ok(text_page(status, index()))
 }
 
-fn metrics_page(view: &View) -> Page {
-    page(StatusCode::OK, metrics::CONTENT_TYPE, metrics::render(view))
+fn index_page() -> Page {
+    text_page(StatusCode::OK, index())
+}
+
+fn metrics_page(view: Arc<View>) -> Page {
+    streamed(metrics::CONTENT_TYPE, |pieces| metrics::render(view, pieces))
 }
 
 /// The answer of a probe: fine, or one reason a line.
@@ -162,47 +168,49 @@ fn probe(reasons: &[String]) -> Page {
     }
 }
 
-fn backends(view: &View) -> serde_json::Value {
-    let snapshot = view.snapshot();
-    let state = |usable| if usable { "usable" } else { "ejected" };
-    let endpoints = snapshot.endpoints.iter().zip(labels(&snapshot.endpoints));
-    let endpoints: Vec<_> = endpoints
-        .map(|(endpoint, label)| {
-            let worker = |stats: &EndpointStats| {
-                json!({
-                    "state": state(stats.ejected.get() == 0),
-                    "counts": EndpointCounts::read(stats),
-                })
-            };
-            json!({
-                "name": label,
-                "address": endpoint.address,
-                "near": endpoint.is_near(),
-                "state": state(usable(endpoint)),
-                "total": EndpointCounts::total(endpoint),
-                "workers": endpoint.stats.iter().map(worker).collect::<Vec<_>>(),
-            })
-        })
-        .collect();
-    let stores = snapshot.stores.iter().map(|store| {
-        let address = store.endpoint.map(|at| snapshot.endpoints[at].address);
-        json!({"name": *store.name, "address": address, "why": store.why.as_deref()})
-    });
-    let left_out = view.discovery().left_out().into_iter().map(|left_out| {
-        json!({"name": left_out.name, "address": left_out.address, "why": left_out.to_string()})
-    });
-    let applied: Vec<_> = view.stats().map(|stats| stats.applied_generation.get()).collect();
-    json!({
-        "generation": snapshot.generation,
-        "applied_generations": applied,
-        "endpoints": endpoints,
-        "stores": stores.collect::<Vec<_>>(),
-        "left_out": left_out.collect::<Vec<_>>(),
-    })
+/// The probe of the start. Told at once that it is not over, the kubelet would ask again only a
+/// second later, and the application would start so much later.
+async fn startup_page(view: Arc<View>, visit: Visit) -> Page {
+    let Some(wait) = startup_wait(&visit.query) else {
+        visit.answer();
+        return text_page(StatusCode::BAD_REQUEST, "wait is a number of seconds, 0 to 8\n".into());
+    };
+    let until = Instant::now() + wait;
+    loop {
+        let reasons = view.not_started();
+        if reasons.is_empty() || view.draining() || Instant::now() >= until {
+            visit.answer();
+            return probe(&reasons);
+        }
+        visit.hold();
+        visit.cut_if_left();
+        if timeout(START_TICK, visit.recalled()).await.is_ok() {
+            return probe(&reasons);
+        }
+    }
 }
 
-fn config(view: &View) -> serde_json::Value {
-    view.config().effective().into_iter().collect()
+/// How long to wait for the start: `wait=SECONDS`, else as long as can be.
+fn startup_wait(query: &str) -> Option<Duration> {
+    let Some(seconds) = query.strip_prefix("wait=") else {
+        return query.is_empty().then_some(TIMES.hold);
+    };
+    let wait = Duration::from_secs(seconds.parse().ok()?);
+    (wait <= TIMES.hold).then_some(wait)
+}
+
+fn backends_page(view: Arc<View>, query: &str) -> Page {
+    match backends::Query::parse(query) {
+        Ok(query) => {
+            streamed("application/json", move |pieces| backends::write(view, query, pieces))
+        }
+        Err(error) => text_page(StatusCode::BAD_REQUEST, error),
+    }
+}
+
+fn config_page(view: &View) -> Page {
+    let config: serde_json::Value = view.config().effective().into_iter().collect();
+    page(StatusCode::OK, "application/json", format!("{config:#}\n"))
 }
 
 fn index() -> String {
@@ -217,18 +225,6 @@ fn text_page(status: StatusCode, text: String) -> Page {
     page(status, "text/plain; charset=utf-8", text)
 }
 
-fn json_page(value: &serde_json::Value) -> Page {
-    page(StatusCode::OK, "application/json", format!("{value:#}\n"))
-}
-
-fn page(status: StatusCode, content_type: &'static str, body: String) -> Page {
-    let mut page = Response::new(body);
-    *page.status_mut() = status;
-    let headers = page.headers_mut();
-    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
-    page
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Read;
@@ -240,11 +236,11 @@ mod tests {
 
     /// Serves `view` while `client` runs on a thread of its own.
     fn with_admin(view: View, client: impl FnOnce(SocketAddr, &View) + Send + 'static) {
-        with_admin_within(CONNECTION_TIME_MAX, view, client);
+        with_admin_within(TIMES, view, client);
     }
 
     fn with_admin_within(
-        time_max: Duration,
+        times: Times,
         view: View,
         client: impl FnOnce(SocketAddr, &View) + Send + 'static,
     ) {
@@ -253,7 +249,7 @@ mod tests {
         let view = Arc::new(view);
         block_on(async {
             let listener = tokio::net::TcpListener::from_std(listener).unwrap();
-            let server = tokio::spawn(serve_within(time_max, listener, Arc::clone(&view)));
+            let server = tokio::spawn(serve_within(times, listener, Arc::clone(&view)));
             tokio::task::spawn_blocking(move || client(address, &view)).await.unwrap();
             server.abort();
         });
@@ -308,7 +304,7 @@ mod tests {
     fn start_up_is_over_when_every_worker_has_endpoints() {
         with_admin(running(), |address, view| {
             view.workers()[1].stats.applied_generation.set(0);
-            assert_probe(address, "/startupz", 503, "worker 1 has no endpoints yet\n");
+            assert_probe(address, "/startupz?wait=0", 503, "worker 1 has no endpoints yet\n");
             view.workers()[1].stats.applied_generation.set(1);
             assert_probe(address, "/startupz", 200, "ok\n");
         });
@@ -338,7 +334,7 @@ mod tests {
             stats[0].connects.add(2);
             stats[1].connects.add(3);
             stats[1].ejected.set(1);
-            let (head, body) = http(address, "GET", "/backends");
+            let (head, body) = http(address, "GET", "/backends?workers=1");
             assert!(head.contains("application/json"), "{head}");
             let found: serde_json::Value = serde_json::from_str(&body).unwrap();
             let endpoint = &found["endpoints"][0];
@@ -383,7 +379,8 @@ mod tests {
 
     #[test]
     fn a_silent_client_is_sent_away() {
-        with_admin_within(Duration::from_millis(10), running(), |address, _| {
+        let times = Times { head: Duration::from_millis(10), ..TIMES };
+        with_admin_within(times, running(), |address, _| {
             let mut silent = std::net::TcpStream::connect(address).unwrap();
             assert_eq!(silent.read(&mut [0; 1]).unwrap(), 0, "closed by the server");
         });

@@ -1,23 +1,44 @@
 //! Where the log goes: lines of text or JSON on standard error.
+//!
+//! Nobody but the thread of [`writer`] ever writes there: a write can block for ever, or fail.
 
-use std::io::{self, IsTerminal};
+mod writer;
+
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::fmt::Display;
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::sync::OnceLock;
+use std::thread;
 
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{Config, LogFormat};
+use crate::limits::LOG_FLUSH_MAX;
+use writer::LogWriter;
+
+/// The log of the process, once there is one.
+static LOG: OnceLock<LogWriter> = OnceLock::new();
 
 /// Starts logging to standard error. A second call changes nothing.
 ///
 /// A filter that cannot be parsed is replaced by `info` with a warning: it is no reason to refuse
 /// traffic.
-pub fn init_logging(config: &Config) {
+///
+/// # Errors
+/// There is no descriptor, or no thread, for the log.
+pub fn init_logging(config: &Config) -> io::Result<()> {
+    start()?;
     let (filter, problem) = match EnvFilter::try_new(&config.log) {
         Ok(filter) => (filter, None),
         Err(error) => (EnvFilter::new("info"), Some(error)),
     };
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr)
+        .with_writer(|| Lines)
+        // These would be printed to standard error, which can block and fail.
+        .log_internal_errors(false)
         .with_ansi(io::stderr().is_terminal());
     // The only failure is that a subscriber is set already.
     let _ = match config.log_format {
@@ -26,5 +47,73 @@ pub fn init_logging(config: &Config) {
     };
     if let Some(error) = problem {
         tracing::warn!(filter = config.log, %error, "AEGIS_LOG is not a log filter, using `info`");
+    }
+    Ok(())
+}
+
+/// Lines of the log that were dropped: nobody read them, or they could not be written.
+pub fn lines_dropped() -> u64 {
+    LOG.get().map_or(0, LogWriter::dropped)
+}
+
+/// Prints a message to standard error, behind what is logged, and waits until it is written, for
+/// [`LOG_FLUSH_MAX`] at most.
+pub fn complain(message: impl Display) {
+    // Without a thread to write it nothing can be said.
+    if start().is_ok() {
+        // One write each, so that they stay lines.
+        let _ = Lines.write(format!("{message}\n").as_bytes());
+    }
+    flush();
+}
+
+/// Waits until all that was logged is written, for [`LOG_FLUSH_MAX`] at most.
+pub fn flush() {
+    if let Some(log) = LOG.get() {
+        log.flush(LOG_FLUSH_MAX);
+    }
+}
+
+/// Lets a panic of any thread end the process with its message: no half-dead proxy. The usual
+/// message is written by the thread that panics, which would stand still where nobody reads it.
+pub fn end_with_any_thread() {
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = thread::current();
+        let name = thread.name().unwrap_or("unnamed");
+        let backtrace = Backtrace::capture();
+        let backtrace = match backtrace.status() {
+            BacktraceStatus::Captured => format!("\n{backtrace}"),
+            _ => String::new(),
+        };
+        complain(format_args!("thread {name} {panic}{backtrace}"));
+        std::process::abort();
+    }));
+}
+
+fn start() -> io::Result<()> {
+    if LOG.get().is_none() {
+        // A descriptor of its own: the standard library's handle has a lock, which a thread that is
+        // stuck in a write holds.
+        let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
+        let report = |lines| tracing::warn!(lines, "log lines dropped: they were not read in time");
+        // Who comes second drops its own, which has written nothing.
+        let _ = LOG.set(LogWriter::start(stderr, report)?);
+    }
+    Ok(())
+}
+
+/// What the subscriber writes to: one event, and so one line, a write.
+struct Lines;
+
+impl Write for Lines {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if let Some(log) = LOG.get() {
+            log.line(line);
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }

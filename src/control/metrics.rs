@@ -4,13 +4,15 @@
 //! worker, endpoint, direction, and the closed lists of reasons in [`crate::telemetry`].
 
 use std::fmt::{Display, Write};
+use std::sync::Arc;
 
 use procfs::WithCurrentSystemInfo;
 use procfs::process::{LimitValue, Process};
 
-use super::View;
+use super::admin::page::Pieces;
 use super::discovery::status::ErrorKind;
 use super::view::{EndpointCounts, labels, usable};
+use super::{View, logging};
 use crate::config::{Config, Locality, PoolMode, Protocol};
 use crate::telemetry::{
     Checkout, CloseReason, Discard, Histogram, Label, Outcome, Retry, Spillover, Verb, WorkerStats,
@@ -56,29 +58,31 @@ const ENDPOINT_FAMILIES: &[Family<EndpointCounts>] = &[
     ("aegis_pool_target", Gauge, "Warm connections that the pools aim at.", |e| e.pool_target),
 ];
 
-/// All metrics of the process at this moment.
-pub fn render(view: &View) -> String {
-    let mut text = Encoder::default();
-    write_workers(&mut text, view);
-    write_durations(&mut text, view);
+/// Writes all metrics of the process, each as of the moment when it is written.
+pub async fn render(view: Arc<View>, pieces: Pieces) {
+    let mut text = Encoder(pieces);
+    text.0.begin().await;
+    write_workers(&mut text, &view).await;
+    write_durations(&mut text, &view).await;
     if view.config().pool.mode != PoolMode::Preconnect {
-        write_requests(&mut text, view);
+        write_requests(&mut text, &view).await;
     }
-    write_endpoints(&mut text, view);
-    write_identity(&mut text, view);
+    write_endpoints(&mut text, &view).await;
+    write_identity(&mut text, &view);
     if let Ok(process) = ProcessCounts::read() {
         process.write(&mut text);
     }
-    text.0
+    text.0.end().await;
 }
 
-fn write_workers(text: &mut Encoder, view: &View) {
+async fn write_workers(text: &mut Encoder, view: &View) {
     let workers: Vec<_> = view.stats().enumerate().map(|(i, w)| (i.to_string(), w)).collect();
     for (name, kind, help, read) in WORKER_FAMILIES {
         text.family(name, *kind, help);
         for (worker, stats) in &workers {
             text.sample(name, &[("worker", worker)], read(stats));
         }
+        text.0.pause().await;
     }
 
     let name = "aegis_worker_core_wait_seconds_total";
@@ -98,6 +102,7 @@ fn write_workers(text: &mut Encoder, view: &View) {
             let labels = [("worker", worker.as_str()), ("reason", reason.name())];
             text.sample(name, &labels, stats.closed(reason));
         }
+        text.0.pause().await;
     }
 
     let name = "aegis_bytes_total";
@@ -139,26 +144,29 @@ fn write_workers(text: &mut Encoder, view: &View) {
     }
 }
 
-fn write_durations(text: &mut Encoder, view: &View) {
+async fn write_durations(text: &mut Encoder, view: &View) {
     text.histogram(
         "aegis_connect_duration_seconds",
         "From the start of a connect to its success.",
         view.stats().map(|stats| &stats.connect_duration),
     );
+    text.0.pause().await;
     text.histogram(
         "aegis_first_byte_seconds",
         "From a session's first byte towards the backend to the first byte back.",
         view.stats().map(|stats| &stats.first_byte),
     );
+    text.0.pause().await;
     text.histogram(
         "aegis_session_duration_seconds",
         "From accept to close.",
         view.stats().map(|stats| &stats.session_duration),
     );
+    text.0.pause().await;
 }
 
 /// What is counted of requests, where they are told apart.
-fn write_requests(text: &mut Encoder, view: &View) {
+async fn write_requests(text: &mut Encoder, view: &View) {
     let name = "aegis_queue_depth";
     text.family(name, Gauge, "Requests that wait for a backend connection.");
     text.sample(name, &[], view.stats().map(|stats| stats.queue_depth.get()).sum::<u64>());
@@ -186,6 +194,7 @@ fn write_requests(text: &mut Encoder, view: &View) {
             let labels = [("command", verb.name()), ("outcome", outcome.name())];
             text.sample(name, &labels, count);
         }
+        text.0.pause().await;
     }
     let name = "aegis_request_duration_seconds";
     let help = "From the last byte of an answered request to the last of its answer.";
@@ -193,6 +202,7 @@ fn write_requests(text: &mut Encoder, view: &View) {
     for verb in verbs.iter().filter(|&&verb| can_end(view.config(), verb, Outcome::Answered)) {
         let parts = view.stats().map(|stats| stats.request_duration(*verb));
         text.distribution(name, Some(("command", verb.name())), parts);
+        text.0.pause().await;
     }
 }
 
@@ -246,7 +256,7 @@ fn can_end(config: &Config, verb: Verb, outcome: Outcome) -> bool {
     }
 }
 
-fn write_endpoints(text: &mut Encoder, view: &View) {
+async fn write_endpoints(text: &mut Encoder, view: &View) {
     let snapshot = view.snapshot();
     let name = "aegis_discovery_generation";
     text.family(name, Gauge, "Generation of the latest endpoint snapshot, 0 before the first.");
@@ -261,6 +271,7 @@ fn write_endpoints(text: &mut Encoder, view: &View) {
         text.family(name, Gauge, "1 while the store is there to be asked for its keys, else 0.");
         for store in &snapshot.stores {
             text.sample(name, &[("store", &store.name)], u8::from(store.endpoint.is_some()));
+            text.0.pause().await;
         }
     }
 
@@ -280,23 +291,26 @@ fn write_endpoints(text: &mut Encoder, view: &View) {
     }
 
     let labels = labels(&snapshot.endpoints);
-    let totals: Vec<_> = snapshot.endpoints.iter().map(|e| EndpointCounts::total(e)).collect();
+    let labelled = || labels.iter().zip(&snapshot.endpoints);
     for (name, kind, help, read) in ENDPOINT_FAMILIES {
         text.family(name, *kind, help);
-        for (label, counts) in labels.iter().zip(&totals) {
-            text.sample(name, &[("endpoint", label)], read(counts));
+        for (label, endpoint) in labelled() {
+            text.sample(name, &[("endpoint", label)], read(&EndpointCounts::total(endpoint)));
+            text.0.pause().await;
         }
     }
 
     let name = "aegis_endpoint_usable";
     text.family(name, Gauge, "1 while some worker sends sessions to the endpoint, else 0.");
-    for (label, endpoint) in labels.iter().zip(&snapshot.endpoints) {
+    for (label, endpoint) in labelled() {
         text.sample(name, &[("endpoint", label)], u8::from(usable(endpoint)));
+        text.0.pause().await;
     }
 
     let name = "aegis_pool_connections";
     text.family(name, Gauge, "Pooled connections, by what they are doing.");
-    for (label, counts) in labels.iter().zip(&totals) {
+    for (label, endpoint) in labelled() {
+        let counts = EndpointCounts::total(endpoint);
         let config = view.config();
         let lends = config.pool.mode != PoolMode::Preconnect;
         let opaque = counts.sessions_opaque;
@@ -311,6 +325,7 @@ fn write_endpoints(text: &mut Encoder, view: &View) {
         for (state, count, _) in states.into_iter().filter(|(.., can_be)| *can_be) {
             text.sample(name, &[("endpoint", label), ("state", state)], count);
         }
+        text.0.pause().await;
     }
 }
 
@@ -322,6 +337,14 @@ fn write_identity(text: &mut Encoder, view: &View) {
     let name = "aegis_draining";
     text.family(name, Gauge, "1 once the process was asked to end, else 0.");
     text.sample(name, &[], u8::from(view.draining()));
+
+    let name = "aegis_log_lines_dropped_total";
+    text.family(
+        name,
+        Counter,
+        "Lines of the log that were not read in time or could not be written.",
+    );
+    text.sample(name, &[], logging::lines_dropped());
 
     let name = "aegis_io_driver_info";
     text.family(name, Gauge, "The driver that does the I/O, and why this one.");
@@ -381,8 +404,7 @@ impl ProcessCounts {
 }
 
 /// Writes the exposition format. Writing to a `String` cannot fail, hence the ignored results.
-#[derive(Default)]
-struct Encoder(String);
+struct Encoder(Pieces);
 
 impl Encoder {
     /// Begins a family; its samples follow.
@@ -392,26 +414,26 @@ impl Encoder {
             Kind::Gauge => "gauge",
             Kind::Histogram => "histogram",
         };
-        let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
+        let _ = writeln!(self.0.text, "# HELP {name} {help}\n# TYPE {name} {kind}");
     }
 
     fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl Display) {
-        self.0.push_str(name);
+        self.0.text.push_str(name);
         for (i, (label, text)) in labels.iter().enumerate() {
-            let _ = write!(self.0, "{}{label}=\"", if i == 0 { '{' } else { ',' });
+            let _ = write!(self.0.text, "{}{label}=\"", if i == 0 { '{' } else { ',' });
             self.label_value(text);
-            self.0.push('"');
+            self.0.text.push('"');
         }
-        let _ = writeln!(self.0, "{} {value}", if labels.is_empty() { "" } else { "}" });
+        let _ = writeln!(self.0.text, "{} {value}", if labels.is_empty() { "" } else { "}" });
     }
 
     fn label_value(&mut self, text: &str) {
         for c in text.chars() {
             match c {
-                '\\' => self.0.push_str("\\\\"),
-                '"' => self.0.push_str("\\\""),
-                '\n' => self.0.push_str("\\n"),
-                c => self.0.push(c),
+                '\\' => self.0.text.push_str("\\\\"),
+                '"' => self.0.text.push_str("\\\""),
+                '\n' => self.0.text.push_str("\\n"),
+                c => self.0.text.push(c),
             }
         }
     }
@@ -470,7 +492,12 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::control::admin::page::whole;
     use crate::control::testing::{config, endpoint, view};
+
+    fn text_of(view: View) -> String {
+        whole(|pieces| render(Arc::new(view), pieces))
+    }
 
     fn busy_view() -> View {
         let endpoints = vec![
@@ -523,7 +550,7 @@ mod tests {
 
     #[test]
     fn every_sample_belongs_to_a_family_and_says_what_was_counted() {
-        let text = render(&busy_view());
+        let text = text_of(busy_view());
         let samples = parse(&text);
         for (series, value) in [
             ("aegis_sessions_opened_total{worker=\"1\"}", 11.0),
@@ -548,7 +575,7 @@ mod tests {
             let mut config = config();
             config.pool.mode = mode;
             config.protocol = protocol;
-            let text = render(&view(config, vec![endpoint("db:1", "10.0.0.1:1")]));
+            let text = text_of(view(config, vec![endpoint("db:1", "10.0.0.1:1")]));
             move |part: &str| text.contains(part)
         };
         let opaque_session = shown(PoolMode::Preconnect, Protocol::Tcp);
@@ -572,7 +599,7 @@ mod tests {
 
     #[test]
     fn buckets_are_cumulative_and_end_at_the_count() {
-        let text = render(&busy_view());
+        let text = text_of(busy_view());
         let prefix = "aegis_connect_duration_seconds_bucket";
         let counts: Vec<u64> = text
             .lines()
@@ -599,7 +626,7 @@ mod tests {
             eprintln!("promtool is not on the PATH: its check of the metrics did not run");
             return;
         };
-        promtool.stdin.take().unwrap().write_all(render(&busy_view()).as_bytes()).unwrap();
+        promtool.stdin.take().unwrap().write_all(text_of(busy_view()).as_bytes()).unwrap();
         let output = promtool.wait_with_output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }

@@ -22,7 +22,6 @@ use tokio::sync::{mpsc, watch};
 
 use discovery::{dns, kubernetes};
 pub use lifecycle::Outcome;
-pub use logging::init_logging;
 pub use view::View;
 
 use crate::config::{Config, Discovery, Route};

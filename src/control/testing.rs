@@ -121,5 +121,18 @@ pub fn http(address: SocketAddr, method: &str, path: &str) -> (String, String) {
     let mut response = String::new();
     stream.read_to_string(&mut response).unwrap();
     let (head, body) = response.split_once("\r\n\r\n").unwrap();
+    if head.contains("transfer-encoding: chunked") {
+        return (head.to_owned(), dechunked(body));
+    }
     (head.to_owned(), body.to_owned())
+}
+
+fn dechunked(mut chunks: &str) -> String {
+    let mut body = String::new();
+    while let Some((len, rest)) = chunks.split_once("\r\n") {
+        let (chunk, rest) = rest.split_at(usize::from_str_radix(len, 16).unwrap());
+        body += chunk;
+        chunks = rest.strip_prefix("\r\n").unwrap();
+    }
+    body
 }

@@ -10,6 +10,7 @@
 mod support;
 
 mod admin;
+mod admin_attacks;
 mod answers;
 mod budget;
 mod chaos;
@@ -25,6 +26,7 @@ mod integrity;
 mod io_fallback;
 mod kubernetes;
 mod limits;
+mod logging;
 mod loops;
 mod membership;
 mod memory;

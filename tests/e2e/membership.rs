@@ -319,13 +319,15 @@ fn a_name_of_several_servers_is_no_store(io: Io) {
         .set("AEGIS_DNS_REFRESH", "100ms")
         .launch();
     let why = eventually("it says why it does not start", PATIENCE, || {
-        let answer = proxy.get("/startupz");
+        let answer = proxy.get("/startupz?wait=0");
         assert_eq!(answer.status, 503);
         answer.body.contains("has 2 addresses").then_some(answer.body)
     });
     assert!(why.contains("AEGIS_BACKENDS") && why.contains("list the name of each store"), "{why}");
     hosts.set(&[("all.test", &[ip])]);
-    eventually("it starts", PATIENCE, || (proxy.get("/startupz").status == 200).then_some(()));
+    eventually("it starts", PATIENCE, || {
+        (proxy.get("/startupz?wait=0").status == 200).then_some(())
+    });
     assert_eq!(ask(&connect(proxy.address()), "SET key value"), "OK");
 }
 
@@ -540,7 +542,7 @@ fn without_a_membership_nothing_starts(io: Io) {
     let proxy = keyed(io, &api).launch();
     let wait_for = |parts: &[&str]| {
         eventually(&format!("it says {parts:?}"), PATIENCE, || {
-            let answer = proxy.get("/startupz");
+            let answer = proxy.get("/startupz?wait=0");
             assert_eq!(answer.status, 503);
             parts.iter().all(|part| answer.body.contains(part)).then_some(())
         });
@@ -554,17 +556,19 @@ fn without_a_membership_nothing_starts(io: Io) {
         faults.hide(Some("statefulsets"));
         let forbidden = forbidden.launch();
         eventually("it says which permission is missing", PATIENCE, || {
-            let body = forbidden.get("/startupz").body;
+            let body = forbidden.get("/startupz?wait=0").body;
             let parts = ["not allowed to", "statefulsets", "\"apps\"", "Role"];
             parts.iter().all(|part| body.contains(part)).then_some(())
         });
         api.stateful_set("chronos", 1);
         faults.hide(None);
         eventually("it starts once it may read them", PATIENCE, || {
-            (forbidden.get("/startupz").status == 200).then_some(())
+            (forbidden.get("/startupz?wait=0").status == 200).then_some(())
         });
     }
     api.stateful_set("chronos", 2);
-    eventually("it starts", PATIENCE, || (proxy.get("/startupz").status == 200).then_some(()));
+    eventually("it starts", PATIENCE, || {
+        (proxy.get("/startupz?wait=0").status == 200).then_some(())
+    });
     proxy.wait_for(STORE_PRESENT, &[("store", "chronos-1")], |present| present == 0);
 }

@@ -1,0 +1,199 @@
+//! The page that lists the endpoints, a part of them at a time.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use serde::Serialize;
+use std::fmt::Write;
+use std::net::SocketAddr;
+
+use super::page::Pieces;
+use crate::control::View;
+use crate::control::view::{EndpointCounts, labels, usable};
+use crate::limits::ENDPOINTS_MAX;
+use crate::proxy::endpoints::{Endpoint, Store};
+use crate::telemetry::EndpointStats;
+
+/// Endpoints of a page that names no limit: a screen or two of a terminal.
+const LIMIT: usize = 100;
+
+/// What can be asked for.
+pub(super) const PARAMETERS: &str = "limit=1 to 1024 (100 if not given), offset=0 and above, workers=1 for the counts of each worker";
+
+/// Which part of the list is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Query {
+    offset: usize,
+    limit: usize,
+    workers: bool,
+}
+
+impl Query {
+    /// Reads what follows the `?`; the error is what to tell the client.
+    pub(super) fn parse(query: &str) -> Result<Self, String> {
+        let mut this = Self { offset: 0, limit: LIMIT, workers: false };
+        for part in query.split('&').filter(|part| !part.is_empty()) {
+            let (name, value) = part.split_once('=').unwrap_or((part, ""));
+            let number = value.parse::<usize>().ok();
+            match (name, number) {
+                ("offset", Some(offset)) => this.offset = offset,
+                ("limit", Some(limit @ 1..=ENDPOINTS_MAX)) => this.limit = limit,
+                ("workers", Some(workers @ 0..=1)) => this.workers = workers == 1,
+                _ => return Err(format!("cannot read {part:?}; there are: {PARAMETERS}\n")),
+            }
+        }
+        Ok(this)
+    }
+}
+
+#[derive(Serialize)]
+struct EndpointRow<'a> {
+    name: &'a str,
+    address: SocketAddr,
+    near: bool,
+    state: &'static str,
+    total: EndpointCounts,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    workers: Option<Vec<WorkerRow>>,
+}
+
+#[derive(Serialize)]
+struct WorkerRow {
+    state: &'static str,
+    counts: EndpointCounts,
+}
+
+#[derive(Serialize)]
+struct StoreRow<'a> {
+    name: &'a str,
+    address: Option<SocketAddr>,
+    why: Option<&'a str>,
+}
+
+/// An endpoint that is known and not used.
+#[derive(Serialize)]
+struct LeftOutRow<'a> {
+    name: &'a str,
+    address: SocketAddr,
+    why: String,
+}
+
+fn state(usable: bool) -> &'static str {
+    if usable { "usable" } else { "ejected" }
+}
+
+fn endpoint_row<'a>(endpoint: &Endpoint, name: &'a str, of_workers: bool) -> EndpointRow<'a> {
+    let worker = |stats: &EndpointStats| WorkerRow {
+        state: state(stats.ejected.get() == 0),
+        counts: EndpointCounts::read(stats),
+    };
+    EndpointRow {
+        name,
+        address: endpoint.address,
+        near: endpoint.is_near(),
+        state: state(usable(endpoint)),
+        total: EndpointCounts::total(endpoint),
+        workers: of_workers.then(|| endpoint.stats.iter().map(worker).collect()),
+    }
+}
+
+/// Writes the part of the list as JSON, an endpoint a line.
+pub(super) async fn write(view: Arc<View>, query: Query, mut to: Pieces) {
+    to.begin().await;
+    let snapshot = view.snapshot();
+    let (endpoints, stores) = (&snapshot.endpoints, &snapshot.stores);
+    let applied: Vec<_> = view.stats().map(|stats| stats.applied_generation.get()).collect();
+    // Writing to a string cannot fail.
+    let _ = write!(
+        to.text,
+        "{{\"generation\": {}, \"applied_generations\": {applied:?},\n \"offset\": {}, \
+         \"endpoints_total\": {}, \"endpoints\": [",
+        snapshot.generation,
+        query.offset,
+        endpoints.len(),
+    );
+    let part =
+        |len: usize| query.offset.min(len)..query.offset.saturating_add(query.limit).min(len);
+    let range = part(endpoints.len());
+    let labels = labels(endpoints);
+    let mut before = "\n  ";
+    for (endpoint, label) in endpoints[range.clone()].iter().zip(&labels[range]) {
+        let row = endpoint_row(endpoint, label, query.workers);
+        write_row(&mut to.text, &mut before, &row);
+        to.pause().await;
+    }
+    let _ = write!(to.text, "],\n \"stores_total\": {}, \"stores\": [", stores.len());
+    let mut before = "\n  ";
+    for Store { name, endpoint, why } in &stores[part(stores.len())] {
+        let address = endpoint.map(|at| endpoints[at].address);
+        write_row(&mut to.text, &mut before, &StoreRow { name, address, why: why.as_deref() });
+        to.pause().await;
+    }
+    let left_out = view.discovery().left_out();
+    let _ = write!(to.text, "],\n \"left_out_total\": {}, \"left_out\": [", left_out.len());
+    let mut before = "\n  ";
+    for out in &left_out[part(left_out.len())] {
+        let row = LeftOutRow { name: &out.name, address: out.address, why: out.to_string() };
+        write_row(&mut to.text, &mut before, &row);
+        to.pause().await;
+    }
+    to.text.push_str("]}\n");
+    to.end().await;
+}
+
+fn write_row(text: &mut String, before: &mut &str, row: &impl Serialize) {
+    // Strings and numbers can always be written.
+    let row = serde_json::to_string(row).map_or(Cow::Borrowed("null"), Cow::Owned);
+    text.push_str(before);
+    text.push_str(&row);
+    *before = ",\n  ";
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::admin::page::whole;
+    use crate::control::testing::{config, endpoint, view};
+
+    #[test]
+    fn parameters_are_checked() {
+        let query = |offset, limit, workers| Ok(Query { offset, limit, workers });
+        for (text, expected) in [
+            ("", query(0, 100, false)),
+            ("limit=1024&offset=7&workers=1", query(7, 1024, true)),
+            ("&offset=18446744073709551615&", query(usize::MAX, 100, false)),
+            ("workers=0", query(0, 100, false)),
+        ] {
+            assert_eq!(Query::parse(text), expected, "{text}");
+        }
+        for text in
+            ["limit=0", "limit=1025", "offset=-1", "offset", "workers=2", "page=1", "=", "a=b=c"]
+        {
+            let error = Query::parse(text).unwrap_err();
+            assert!(
+                error.starts_with(&format!("cannot read {text:?}; there are: limit=")),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn parts_make_up_the_whole() {
+        let endpoints =
+            (1..=250).map(|i| endpoint(&format!("db-{i}\""), &format!("10.0.0.{i}:1"))).collect();
+        let view = Arc::new(view(config(), endpoints));
+        let page = |query: &str| {
+            let query = Query::parse(query).unwrap();
+            let text = whole(|pieces| write(Arc::clone(&view), query, pieces));
+            let page: serde_json::Value = serde_json::from_str(&text).unwrap();
+            assert_eq!(page["endpoints_total"], 250);
+            let rows = page["endpoints"].as_array().unwrap();
+            rows.iter().map(|row| row["name"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        let parts =
+            [page(""), page("offset=100"), page("offset=200&workers=1"), page("offset=250")];
+        assert_eq!(parts.each_ref().map(Vec::len), [100, 100, 50, 0]);
+        assert_eq!(parts.concat(), page("limit=1024"));
+        assert_eq!(page(&format!("offset={}&limit=1024", usize::MAX)), Vec::<String>::new());
+    }
+}
