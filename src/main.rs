@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use aegis::cli::{self, Command};
 use aegis::config::{Config, Discovery};
-use aegis::control::{DriverInfo, Plane, WorkerHandle, admin, init_logging};
+use aegis::control::{DriverInfo, Outcome, Plane, WorkerHandle, admin, init_logging};
 use aegis::io::probe::{self, Verdict};
 use aegis::limits::{self, Capacity, DescriptorUsers};
 use aegis::worker::cores::{self, Plan};
@@ -109,6 +109,9 @@ fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
     let driver = DriverInfo { driver: verdict.driver.name(), reason: verdict.reason, kernel };
     let plane = Plane { config, started, workers: handles, driver, max_sessions, exited, admin };
     let outcome = plane.run()?;
+    if let Outcome::Misconfigured { reason } = outcome {
+        return Ok(fail(EXIT_CONFIG, reason));
+    }
     Ok(if outcome.is_failure() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 

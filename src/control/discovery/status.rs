@@ -1,9 +1,9 @@
 //! How discovery fares: written by the source, shown by metrics and probes.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::telemetry::Label;
 
@@ -65,7 +65,16 @@ pub struct Status {
     /// Milliseconds since the Unix epoch; 0 before the first.
     last_sync_ms: AtomicU64,
     trouble: Mutex<Option<String>>,
+    left_out: Mutex<Option<String>>,
     stores_trouble: Mutex<Option<String>>,
+    /// What holds the start-up, by who says so.
+    held: Mutex<BTreeMap<&'static str, String>>,
+    /// When the endpoints in use were confirmed, where they are those of a former run.
+    saved: Mutex<Option<SystemTime>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Status {
@@ -88,30 +97,61 @@ impl Status {
 
     /// Why it is not known which stores share the keys, if so. Says whether that is news.
     pub fn set_stores_trouble(&self, what: Option<String>) -> bool {
-        let mut trouble = self.stores_trouble.lock().unwrap_or_else(PoisonError::into_inner);
-        let news = *trouble != what;
-        *trouble = what;
-        news
+        replace(&self.stores_trouble, what)
     }
 
     /// Why it is not known which stores share the keys.
     pub fn stores_trouble(&self) -> Option<String> {
-        self.stores_trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.stores_trouble).clone()
     }
 
     /// There is a reason why endpoints may be missing.
     pub fn set_trouble(&self, what: String) {
-        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(what);
+        *lock(&self.trouble) = Some(what);
     }
 
     /// All is well again.
     pub fn clear_trouble(&self) {
-        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *lock(&self.trouble) = None;
+    }
+
+    /// Why endpoints that the source names are left out, if so. Says whether that is news.
+    pub fn set_left_out(&self, why: Option<String>) -> bool {
+        replace(&self.left_out, why)
     }
 
     /// Why endpoints may be missing.
     pub fn trouble(&self) -> Option<String> {
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.trouble).clone().or_else(|| lock(&self.left_out).clone())
+    }
+
+    /// Why the start-up must not be over, as far as `who` knows: an error of the configuration or of
+    /// rights. Says whether that is news.
+    pub fn hold(&self, who: &'static str, why: Option<String>) -> bool {
+        let mut held = lock(&self.held);
+        let news = held.get(who) != why.as_ref();
+        match why {
+            Some(why) => held.insert(who, why),
+            None => held.remove(who),
+        };
+        news
+    }
+
+    /// Why the start-up must not be over, if so.
+    pub fn held(&self) -> Option<String> {
+        let held = lock(&self.held);
+        (!held.is_empty()).then(|| held.values().cloned().collect::<Vec<_>>().join("; "))
+    }
+
+    /// The endpoints in use are those of a former run, confirmed then, or no longer. Says whether that
+    /// is news.
+    pub fn set_saved(&self, confirmed: Option<SystemTime>) -> bool {
+        replace(&self.saved, confirmed)
+    }
+
+    /// How old the endpoints in use are, where they are those of a former run.
+    pub fn saved_age(&self) -> Option<Duration> {
+        lock(&self.saved).map(|confirmed| confirmed.elapsed().unwrap_or_default())
     }
 
     /// Errors so far.
@@ -123,4 +163,12 @@ impl Status {
     pub fn last_sync_seconds(&self) -> f64 {
         self.last_sync_ms.load(Relaxed) as f64 / 1000.0
     }
+}
+
+/// Puts a value in the place of another; says whether they differ.
+fn replace<T: PartialEq>(place: &Mutex<T>, value: T) -> bool {
+    let mut place = lock(place);
+    let news = *place != value;
+    *place = value;
+    news
 }
