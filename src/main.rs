@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use aegis::cli::{self, Command};
 use aegis::config::{Config, Discovery};
-use aegis::control::{DriverInfo, Plane, WorkerHandle, admin, logging};
+use aegis::control::{DriverInfo, Outcome, Plane, WorkerHandle, admin, logging};
 use aegis::io::probe::{self, Verdict};
 use aegis::limits::{self, Capacity, DescriptorUsers};
 use aegis::proxy::listening::Listening;
@@ -123,6 +123,9 @@ fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
     let plane =
         Plane { config, started, listening, workers: handles, driver, max_sessions, exited, admin };
     let outcome = plane.run()?;
+    if let Outcome::Misconfigured { reason } = outcome {
+        return Ok(fail(EXIT_CONFIG, reason));
+    }
     logging::flush();
     Ok(if outcome.is_failure() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }

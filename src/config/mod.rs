@@ -11,6 +11,7 @@ mod tests;
 
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::time::Duration;
 
 pub use error::{ConfigErrors, Problem};
@@ -36,6 +37,8 @@ pub struct Config {
     pub discovery: Discovery,
     /// What of Kubernetes the endpoints are.
     pub kube: KubeConfig,
+    /// How long the start waits for a source that cannot be reached.
+    pub start_timeout: Duration,
     /// Which endpoints are preferred.
     pub locality: Locality,
     /// The node that this runs on.
@@ -123,6 +126,12 @@ impl Config {
             ),
             (AEGIS_KUBE_STORES.name, or_auto(self.kube.stores)),
             (AEGIS_KUBE_WATCH_TIMEOUT.name, duration_text(&self.kube.watch_timeout)),
+            (
+                AEGIS_KUBE_SNAPSHOT.name,
+                or_word(self.kube.snapshot.as_ref().map(|p| p.display().to_string()), "none"),
+            ),
+            (AEGIS_KUBE_SNAPSHOT_MAX_AGE.name, duration_text(&self.kube.snapshot_age_max)),
+            (AEGIS_START_TIMEOUT.name, duration_text(&self.start_timeout)),
             (AEGIS_LOCALITY.name, self.locality.to_string()),
             (AEGIS_NODE_NAME.name, or_word(self.node_name.clone(), "none")),
             (AEGIS_ZONE.name, or_word(self.zone.clone(), "none")),
@@ -213,8 +222,12 @@ pub struct KubeConfig {
     pub port: Option<KubePort>,
     /// How many stores share the keys; `None` is as many as their `StatefulSet` has replicas.
     pub stores: Option<NonZeroUsize>,
-    /// How long one watch lasts, in whole seconds.
+    /// How long one watch lasts at most, in whole seconds.
     pub watch_timeout: Duration,
+    /// The file that keeps the last endpoints.
+    pub snapshot: Option<PathBuf>,
+    /// Endpoints of that file that were not confirmed for longer are not used.
+    pub snapshot_age_max: Duration,
 }
 
 /// A Service's name, and its namespace if it was given with it.

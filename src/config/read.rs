@@ -6,8 +6,8 @@ use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use super::value::{
-    Parsed, dns_label, duration, list, list_text, log_filter, number, or_word, selector,
-    socket_address,
+    Parsed, absolute_path, dns_label, duration, list, list_text, log_filter, number, or_word,
+    selector, socket_address,
 };
 #[allow(clippy::wildcard_imports)] // The table's constants, one for each field below.
 use super::variables::*;
@@ -160,6 +160,7 @@ impl Reader<'_> {
             discovery: self.discovery(&backends, &kube),
             backends,
             kube,
+            start_timeout: self.duration(&AEGIS_START_TIMEOUT, Duration::ZERO, 300 * SECOND),
             locality: self.word(&AEGIS_LOCALITY),
             node_name: self.place(&AEGIS_NODE_NAME),
             zone: self.place(&AEGIS_ZONE),
@@ -239,6 +240,10 @@ impl Reader<'_> {
                 } else {
                     Err("not whole seconds".to_owned())
                 }
+            }),
+            snapshot: self.read(&AEGIS_KUBE_SNAPSHOT, |text| or_word(text, "none", absolute_path)),
+            snapshot_age_max: self.read(&AEGIS_KUBE_SNAPSHOT_MAX_AGE, |text| {
+                duration(text, &(SECOND..=30 * 24 * 3600 * SECOND))
             }),
         }
     }

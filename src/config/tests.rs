@@ -82,7 +82,9 @@ fn random_text(name: &str, rng: &mut fastrand::Rng) -> String {
         "AEGIS_CONNECT_ATTEMPTS" => rng.u32(1..=8).to_string(),
         "AEGIS_KEEPALIVE" => off_or(rng, 1000, 32_400_000),
         "AEGIS_TCP_USER_TIMEOUT" => off_or(rng, 100, 86_400_000),
-        "AEGIS_DRAIN_DELAY" | "AEGIS_ENDPOINT_WAIT" => duration(rng, 0, 300_000),
+        "AEGIS_DRAIN_DELAY" | "AEGIS_ENDPOINT_WAIT" | "AEGIS_START_TIMEOUT" => {
+            duration(rng, 0, 300_000)
+        }
         "AEGIS_DRAIN_TIMEOUT" => duration(rng, 0, 3_600_000),
         "AEGIS_EJECT_FAILURES" => rng.u32(1..=1000).to_string(),
         "AEGIS_EJECT_TIME" | "AEGIS_QUEUE_TIMEOUT" => duration(rng, 10, 3_600_000),
@@ -94,6 +96,8 @@ fn random_text(name: &str, rng: &mut fastrand::Rng) -> String {
         "AEGIS_KUBE_PORT" => word(rng, &["auto", "chronos", "8080"]),
         "AEGIS_KUBE_STORES" => word(rng, &["auto", "1", "1024"]),
         "AEGIS_KUBE_WATCH_TIMEOUT" => word(rng, &["1s", "5m", "1m 1s"]),
+        "AEGIS_KUBE_SNAPSHOT" => word(rng, &["none", "/run/aegis/endpoints.json"]),
+        "AEGIS_KUBE_SNAPSHOT_MAX_AGE" => duration(rng, 1000, 2_592_000_000),
         "AEGIS_LOCALITY" => word(rng, &["off", "zone", "node"]),
         "AEGIS_NODE_NAME" | "AEGIS_ZONE" => word(rng, &["none", "", "eu-1a"]),
         "AEGIS_BACKEND_DRAIN" => off_or(rng, 0, 86_400_000),

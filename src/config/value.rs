@@ -3,6 +3,7 @@
 use std::fmt::{self, Display};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -132,6 +133,16 @@ pub(super) fn dns_label(text: &str) -> Parsed<String> {
         Ok(text.to_owned())
     } else {
         Err("not a name in Kubernetes: lower-case letters, digits and dashes".to_owned())
+    }
+}
+
+/// A path that does not depend on where the program was started.
+pub(super) fn absolute_path(text: &str) -> Parsed<PathBuf> {
+    let path = PathBuf::from(text);
+    if path.is_absolute() && !text.ends_with('/') {
+        Ok(path)
+    } else {
+        Err("not the absolute path of a file".to_owned())
     }
 }
 

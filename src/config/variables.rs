@@ -73,9 +73,18 @@ variables! {
     AEGIS_KUBE_STORES kube_stores = "auto",
         "auto, or a number from 1 to 1024",
         "Stores that AEGIS_ROUTE=key shares the keys among. auto: their StatefulSet's replicas.";
-    AEGIS_KUBE_WATCH_TIMEOUT kube_watch_timeout = "60s",
+    AEGIS_KUBE_WATCH_TIMEOUT kube_watch_timeout = "5m",
         "a duration of whole seconds from 1s to 5m",
-        "How long one watch lasts; a connection gone silent is given up 5s after that.";
+        "How long one watch lasts at most; a connection gone silent is given up 5s after that.";
+    AEGIS_KUBE_SNAPSHOT kube_snapshot = "none",
+        "none, or an absolute path",
+        "A file of the last endpoints, for a start while the Kubernetes API does not answer.";
+    AEGIS_KUBE_SNAPSHOT_MAX_AGE kube_snapshot_max_age = "1h",
+        "a duration from 1s to 30d",
+        "Endpoints that the API has not confirmed for longer are not taken from that file.";
+    AEGIS_START_TIMEOUT start_timeout = "5s",
+        "a duration from 0s to 5m",
+        "How long a start waits for an API or name server out of reach; wrong settings hold it for ever.";
     AEGIS_LOCALITY locality = "off",
         "off, zone or node",
         "Prefers endpoints of the same zone or node. Needs Kubernetes, and the next two.";

@@ -18,7 +18,9 @@
 //! session must not cut traffic.
 
 use std::convert::Infallible;
-use std::io;
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -43,12 +45,17 @@ const FULL_MAX: Duration = Duration::from_secs(1);
 
 /// How often it is looked whether somebody is to be waited for.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+/// Where the kubelet looks for the reason of a container's end, unless told otherwise.
+const TERMINATION_LOG: &str = "/dev/termination-log";
+
+/// The kubelet reads no more.
+const TERMINATION_LOG_MAX: usize = 4096;
 
 /// Events that may wait. Signals of one kind that come faster are merged by the kernel anyway.
 const EVENTS_MAX: usize = 4;
 
 /// How the process ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// Every session finished within the drain's time.
     Drained,
@@ -66,12 +73,18 @@ pub enum Outcome {
     Stuck,
     /// The workers ended unasked.
     WorkersEnded,
+    /// It was told to end before it had ever started, which it could not, because of an error of the
+    /// configuration or of rights.
+    Misconfigured {
+        /// What the error is.
+        reason: String,
+    },
 }
 
 impl Outcome {
     /// Whether the process should exit with a failure.
-    pub fn is_failure(self) -> bool {
-        matches!(self, Self::Stuck | Self::WorkersEnded)
+    pub fn is_failure(&self) -> bool {
+        matches!(self, Self::Stuck | Self::WorkersEnded | Self::Misconfigured { .. })
     }
 }
 
@@ -118,6 +131,33 @@ pub async fn run(view: &View, mut events: mpsc::Receiver<Event>) -> Outcome {
     let Some(Event::Terminate(signal)) = events.recv().await else {
         return ended_unasked();
     };
+    // What is learned from now on comes too late for anybody who waited for the start.
+    let misconfigured = view.misconfigured();
+    let outcome = drain(view, events, signal).await;
+    match misconfigured {
+        Some(reason) if !outcome.is_failure() => {
+            leave_message(TERMINATION_LOG, &reason);
+            Outcome::Misconfigured { reason }
+        }
+        _ => outcome,
+    }
+}
+
+/// Leaves the reason for the end where the kubelet looks for it, if there is such a place.
+fn leave_message(path: &str, reason: &str) {
+    // A pipe that somebody put there must not keep the process from its end.
+    let options = OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path);
+    if let Ok(mut file) = options {
+        let mut end = reason.len().min(TERMINATION_LOG_MAX);
+        while !reason.is_char_boundary(end) {
+            end -= 1;
+        }
+        // It is in the log as well.
+        let _ = file.write_all(&reason.as_bytes()[..end]);
+    }
+}
+
+async fn drain(view: &View, mut events: mpsc::Receiver<Event>, signal: &str) -> Outcome {
     view.set_draining();
     let config = view.config();
     info!(
@@ -281,7 +321,7 @@ mod tests {
     fn the_deadline_cuts_the_rest() {
         let script = [(Order::Run, SIGTERM), (Order::Stop, Event::WorkersEnded)];
         let outcome = Outcome::DeadlinePassed { sessions_cut: 3 };
-        assert_eq!(life(Duration::ZERO, Duration::ZERO, &script), (outcome, Order::Stop));
+        assert_eq!(life(Duration::ZERO, Duration::ZERO, &script), (outcome.clone(), Order::Stop));
         assert!(!outcome.is_failure());
     }
 
@@ -290,9 +330,9 @@ mod tests {
         let outcome = Outcome::Stopped { sessions_cut: 3 };
         let end = [(Order::Stop, SIGTERM), (Order::Stop, Event::WorkersEnded)];
         let delaying = [&[(Order::Run, SIGTERM), (Order::Run, SIGTERM)], &end[..]].concat();
-        assert_eq!(life(HOUR, HOUR, &delaying), (outcome, Order::Stop));
+        assert_eq!(life(HOUR, HOUR, &delaying), (outcome.clone(), Order::Stop));
         let leaving = [&[(Order::Run, SIGTERM), (Order::Leave, SIGTERM)], &end[..]].concat();
-        assert_eq!(life(Duration::ZERO, HOUR, &leaving), (outcome, Order::Stop));
+        assert_eq!(life(Duration::ZERO, HOUR, &leaving), (outcome.clone(), Order::Stop));
         let finishing = [&[(Order::Run, SIGTERM), (Order::Drain, SIGTERM)], &end[..]].concat();
         assert_eq!(life(Duration::ZERO, LAST_CALL, &finishing), (outcome, Order::Stop));
     }
@@ -304,8 +344,20 @@ mod tests {
             &[(Order::Run, SIGTERM), (Order::Run, Event::WorkersEnded)],
         ] {
             let (outcome, order) = life(HOUR, HOUR, script);
-            assert_eq!((outcome, order), (Outcome::WorkersEnded, Order::Run));
             assert!(outcome.is_failure());
+            assert_eq!((outcome, order), (Outcome::WorkersEnded, Order::Run));
         }
+    }
+
+    #[test]
+    fn a_message_is_left_where_there_is_a_place_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("termination-log");
+        let path = path.to_str().unwrap();
+        leave_message(path, "nobody asked for it");
+        assert!(!std::fs::exists(path).unwrap());
+        std::fs::write(path, "").unwrap();
+        leave_message(path, &"ä".repeat(4000));
+        assert_eq!(std::fs::read_to_string(path).unwrap(), "ä".repeat(2048));
     }
 }

@@ -21,6 +21,11 @@ use writer::LogWriter;
 /// The log of the process, once there is one.
 static LOG: OnceLock<LogWriter> = OnceLock::new();
 
+/// Libraries that tell of troubles which the program tells of itself, once. `AEGIS_LOG` may ask for
+/// them.
+const QUIET: &str =
+    "kube=off,kube_client=off,hyper=off,hyper_util=off,tower=off,tower_http=off,rustls=off";
+
 /// Starts logging to standard error. A second call changes nothing.
 ///
 /// A filter that cannot be parsed is replaced by `info` with a warning: it is no reason to refuse
@@ -30,7 +35,7 @@ static LOG: OnceLock<LogWriter> = OnceLock::new();
 /// There is no descriptor, or no thread, for the log.
 pub fn init_logging(config: &Config) -> io::Result<()> {
     start()?;
-    let (filter, problem) = match EnvFilter::try_new(&config.log) {
+    let (filter, problem) = match EnvFilter::try_new(format!("{QUIET},{}", config.log)) {
         Ok(filter) => (filter, None),
         Err(error) => (EnvFilter::new("info"), Some(error)),
     };

@@ -284,6 +284,16 @@ async fn write_endpoints(text: &mut Encoder, view: &View) {
     );
     text.sample(name, &[], discovery.last_sync_seconds());
 
+    if let Some(age) = discovery.saved_age() {
+        let name = "aegis_discovery_snapshot_age_seconds";
+        text.family(
+            name,
+            Gauge,
+            "How old the endpoints are, while they are those of a former run.",
+        );
+        text.sample(name, &[], age.as_secs());
+    }
+
     let name = "aegis_discovery_errors_total";
     text.family(name, Counter, "What went wrong between discovery and its source.");
     for &kind in ErrorKind::ALL {

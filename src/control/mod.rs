@@ -117,7 +117,7 @@ impl Plane {
             let backends = dns::Backends {
                 hosts: self.config.backends.clone(),
                 refresh: self.config.dns_refresh,
-                first_answer_max: dns::FIRST_ANSWER_MAX,
+                first_answer_max: self.config.start_timeout,
                 resolver: discovery::resolver::SystemResolver::default(),
                 by_key: self.config.requests.route == Route::Key,
                 status,

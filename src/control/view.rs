@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use super::discovery::status::Status;
 use super::{DriverInfo, WorkerHandle};
-use crate::config::Config;
+use crate::config::{Config, Discovery};
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
 use crate::telemetry::{EndpointStats, WorkerState, WorkerStats};
 
@@ -129,10 +129,11 @@ impl View {
     pub fn not_started(&self) -> Vec<String> {
         let mut reasons = self.not_running();
         if self.snapshot().generation == 0 {
-            reasons.push(match self.discovery.stores_trouble() {
-                Some(why) => format!("which stores share the keys is not known: {why}"),
-                None => "discovery has not answered yet".to_owned(),
-            });
+            let stores = self.discovery.stores_trouble();
+            let stores =
+                stores.map(|why| format!("which stores share the keys is not known: {why}"));
+            let reason = self.discovery.held().or(stores).or_else(|| self.discovery.trouble());
+            reasons.push(reason.unwrap_or_else(|| "discovery has not answered yet".to_owned()));
         } else {
             reasons.extend(
                 self.stats()
@@ -142,6 +143,18 @@ impl View {
             );
         }
         reasons
+    }
+
+    /// Why the process can never start as it is configured, as far as is known: what the source of
+    /// endpoints says of the configuration or of rights, where it was not used before.
+    pub fn misconfigured(&self) -> Option<String> {
+        if self.snapshot().generation > 0 {
+            return None;
+        }
+        // Names are no stores only because of what they stand for.
+        let stores = self.discovery.stores_trouble();
+        let stores = stores.filter(|_| self.config.discovery != Discovery::Kubernetes);
+        self.discovery.held().or(stores)
     }
 
     /// Workers that have not begun, or have ended. Those that drain are told of by `draining`.

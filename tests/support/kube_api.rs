@@ -4,13 +4,14 @@
 //! The proxy reaches it through a [`Gate`], which cuts, refuses or falls silent on demand.
 
 mod gate;
+mod odd;
 mod real;
 mod stand_in;
 mod tls;
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Once;
 
 use serde_json::{Value, json};
@@ -19,6 +20,7 @@ use tempfile::TempDir;
 use super::proxy::hand_over;
 use super::say;
 pub use gate::Gate;
+pub use odd::Odd;
 pub use stand_in::Faults;
 use tls::{Authority, base64};
 
@@ -105,11 +107,26 @@ impl KubeApi {
         home.to_str().unwrap().to_owned()
     }
 
+    /// Makes the kubeconfig prove its user like this.
+    pub fn set_user(&self, user: &Value) {
+        fs::write(self.kubeconfig(), self.kubeconfig_of(user)).unwrap();
+    }
+
+    /// Makes the kubeconfig name another server.
+    pub fn set_server(&self, address: SocketAddr) {
+        let user = json!({"tokenFile": self.token_file()});
+        fs::write(self.kubeconfig(), self.kubeconfig_at(address, &user)).unwrap();
+    }
+
     fn kubeconfig_of(&self, user: &Value) -> String {
+        self.kubeconfig_at(self.gate.address(), user)
+    }
+
+    fn kubeconfig_at(&self, address: SocketAddr, user: &Value) -> String {
         json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "test",
             "clusters": [{"name": "test", "cluster": {
-                "server": format!("https://{}", self.gate.address()),
+                "server": format!("https://{address}"),
                 "certificate-authority-data": base64(&self.authority.pem),
             }}],
             "users": [{"name": "proxy", "user": user}],
@@ -119,7 +136,17 @@ impl KubeApi {
         .to_string()
     }
 
-    fn token_file(&self) -> String {
+    /// The proxy's certificate and its key, in PEM.
+    pub fn certificate(&self) -> (&str, &str) {
+        (&self.authority.client_pem, &self.authority.key_pem)
+    }
+
+    /// A folder of its own, gone with it.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub fn token_file(&self) -> String {
         self.folder.path().join("token").to_str().unwrap().to_owned()
     }
 

@@ -8,6 +8,8 @@ pub const BYTES: &str = "aegis_bytes_total";
 pub const CONNECT_RETRIES: &str = "aegis_connect_retries_total";
 pub const DISCOVERY_ENDPOINTS: &str = "aegis_discovery_endpoints";
 pub const DISCOVERY_ERRORS: &str = "aegis_discovery_errors_total";
+pub const DISCOVERY_LAST_SYNC: &str = "aegis_discovery_last_sync_timestamp_seconds";
+pub const DISCOVERY_SNAPSHOT_AGE: &str = "aegis_discovery_snapshot_age_seconds";
 pub const ENDPOINT_CONNECTS: &str = "aegis_endpoint_connects_total";
 pub const ENDPOINT_USABLE: &str = "aegis_endpoint_usable";
 pub const ENDPOINT_SESSIONS: &str = "aegis_endpoint_sessions_active";
@@ -41,6 +43,11 @@ pub struct Sample {
 }
 
 impl Metrics {
+    /// The value of a metric without labels.
+    pub fn value(&self, name: &str) -> Option<f64> {
+        self.0.iter().find(|sample| sample.name == name).map(|sample| sample.value)
+    }
+
     pub fn parse(text: &str) -> Self {
         let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
         Self(lines.map(parse_sample).collect())

@@ -384,6 +384,18 @@ impl Proxy {
         bad.cloned().collect()
     }
 
+    /// All lines of the log so far.
+    pub fn log_lines(&self) -> Vec<String> {
+        self.log.0.lock().unwrap().clone()
+    }
+
+    /// The lines of the log at this level so far.
+    pub fn log_at(&self, level: &str) -> Vec<Value> {
+        let lines = self.log_lines();
+        let events = lines.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        events.filter(|event| event["level"] == level).collect()
+    }
+
     /// Asks the admin port.
     pub fn get(&self, path: &str) -> Answer {
         self.try_get(path).unwrap_or_else(|error| panic!("GET {path}: {error}"))

@@ -23,9 +23,6 @@ use crate::limits::{
     DNS_ANSWERS_TO_LEAVE, DNS_CONFIRM, DNS_LOOKUP_MAX, DNS_TTL_MAX, ENDPOINTS_MAX,
 };
 
-/// How long start-up waits for names by default while no endpoint is known.
-pub const FIRST_ANSWER_MAX: Duration = Duration::from_secs(5);
-
 /// The wait after a first failed lookup; it doubles up to the refresh interval.
 const RETRY_MIN: Duration = Duration::from_millis(500);
 

@@ -136,6 +136,11 @@ impl Publisher {
         self.snapshots.borrow().generation > 0
     }
 
+    /// How many endpoints there are.
+    pub fn endpoints(&self) -> usize {
+        self.snapshots.borrow().endpoints.len()
+    }
+
     /// Publishes the complete, ordered set `wanted` if it differs from the last one; the first is
     /// always published, even if empty.
     ///

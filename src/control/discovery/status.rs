@@ -1,11 +1,11 @@
 //! How discovery fares: written by the source, shown by metrics and probes.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::telemetry::Label;
 
@@ -90,7 +90,16 @@ pub struct Status {
     last_sync_ms: AtomicU64,
     trouble: Mutex<Option<String>>,
     left_out: Mutex<Vec<LeftOut>>,
+    unusable: Mutex<Option<String>>,
     stores_trouble: Mutex<Option<String>>,
+    /// What holds the start-up, by who says so.
+    held: Mutex<BTreeMap<&'static str, String>>,
+    /// When the endpoints in use were confirmed, where they are those of a former run.
+    saved: Mutex<Option<SystemTime>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Status {
@@ -113,30 +122,32 @@ impl Status {
 
     /// Why it is not known which stores share the keys, if so. Says whether that is news.
     pub fn set_stores_trouble(&self, what: Option<String>) -> bool {
-        let mut trouble = self.stores_trouble.lock().unwrap_or_else(PoisonError::into_inner);
-        let news = *trouble != what;
-        *trouble = what;
-        news
+        replace(&self.stores_trouble, what)
     }
 
     /// Why it is not known which stores share the keys.
     pub fn stores_trouble(&self) -> Option<String> {
-        self.stores_trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.stores_trouble).clone()
     }
 
     /// There is a reason why endpoints may be missing.
     pub fn set_trouble(&self, what: String) {
-        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(what);
+        *lock(&self.trouble) = Some(what);
     }
 
     /// All is well again.
     pub fn clear_trouble(&self) {
-        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *lock(&self.trouble) = None;
+    }
+
+    /// Why endpoints that the source names cannot be used, if so. Says whether that is news.
+    pub fn set_unusable(&self, why: Option<String>) -> bool {
+        replace(&self.unusable, why)
     }
 
     /// These endpoints are left out now. Gives back those that were not before.
     pub fn set_left_out(&self, now: Vec<LeftOut>) -> Vec<LeftOut> {
-        let mut left_out = self.left_out.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut left_out = lock(&self.left_out);
         let news = now.iter().filter(|one| !left_out.contains(one)).cloned().collect();
         *left_out = now;
         news
@@ -144,7 +155,7 @@ impl Status {
 
     /// The endpoints that are left out, since they are this proxy itself.
     pub fn left_out(&self) -> Vec<LeftOut> {
-        self.left_out.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.left_out).clone()
     }
 
     /// Why endpoints may be missing.
@@ -152,7 +163,36 @@ impl Status {
         if let Some(left_out) = self.left_out().first() {
             return Some(left_out.to_string());
         }
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.trouble).clone().or_else(|| lock(&self.unusable).clone())
+    }
+
+    /// Why the start-up must not be over, as far as `who` knows: an error of the configuration or of
+    /// rights. Says whether that is news.
+    pub fn hold(&self, who: &'static str, why: Option<String>) -> bool {
+        let mut held = lock(&self.held);
+        let news = held.get(who) != why.as_ref();
+        match why {
+            Some(why) => held.insert(who, why),
+            None => held.remove(who),
+        };
+        news
+    }
+
+    /// Why the start-up must not be over, if so.
+    pub fn held(&self) -> Option<String> {
+        let held = lock(&self.held);
+        (!held.is_empty()).then(|| held.values().cloned().collect::<Vec<_>>().join("; "))
+    }
+
+    /// The endpoints in use are those of a former run, confirmed then, or no longer. Says whether that
+    /// is news.
+    pub fn set_saved(&self, confirmed: Option<SystemTime>) -> bool {
+        replace(&self.saved, confirmed)
+    }
+
+    /// How old the endpoints in use are, where they are those of a former run.
+    pub fn saved_age(&self) -> Option<Duration> {
+        lock(&self.saved).map(|confirmed| confirmed.elapsed().unwrap_or_default())
     }
 
     /// Errors so far.
@@ -164,4 +204,12 @@ impl Status {
     pub fn last_sync_seconds(&self) -> f64 {
         self.last_sync_ms.load(Relaxed) as f64 / 1000.0
     }
+}
+
+/// Puts a value in the place of another; says whether they differ.
+fn replace<T: PartialEq>(place: &Mutex<T>, value: T) -> bool {
+    let mut place = lock(place);
+    let news = *place != value;
+    *place = value;
+    news
 }

@@ -1,5 +1,5 @@
 //! An API server as far as discovery needs one: list, watch, streaming lists, bookmarks, resource
-//! versions, time limits, and errors on demand. The tests that use it run on a real one, too.
+//! versions, time limits, and errors and nonsense on demand. The tests that use it run on a real one, too.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::{Value, json};
 
+use super::odd::{self, Odd};
 use super::tls::Authority;
 use super::{ADMIN_TOKEN, PROXY_TOKEN};
 
-type Tls = StreamOwned<ServerConnection, TcpStream>;
+pub(super) type Tls = StreamOwned<ServerConnection, TcpStream>;
 
 /// What the server is told to do wrong.
 pub struct Faults(Arc<Store>);
@@ -26,8 +27,12 @@ struct Wrong {
     hidden: Option<&'static str>,
     /// An answer for each request of the proxy: its status code.
     answer: Option<u16>,
+    /// What each request of the proxy gets in place of an answer.
+    odd: Option<Odd>,
     /// Streaming lists are not known, as before 1.32.
     of_old: bool,
+    /// They fail once they have begun, as where etcd is too old for them.
+    of_old_etcd: bool,
     /// The proxy's token, where it is not the first one.
     token: Option<String>,
 }
@@ -43,6 +48,10 @@ struct State {
     wrong: Wrong,
     /// Counts what ends all watches.
     cut: u64,
+    /// The proxy's requests so far.
+    requests: u64,
+    /// How long the proxy wanted its watches to last.
+    timeouts: Vec<u64>,
 }
 
 #[derive(Default)]
@@ -66,8 +75,28 @@ impl Faults {
         self.change(|state| state.wrong.answer = status);
     }
 
+    /// Makes the server talk nonsense to the proxy, or no longer.
+    pub fn talk(&self, odd: Option<Odd>) {
+        self.change(|state| state.wrong.odd = odd);
+    }
+
+    /// How many requests of the proxy there were.
+    pub fn requests(&self) -> u64 {
+        self.0.lock().requests
+    }
+
+    /// How many seconds each watch of the proxy was to last.
+    pub fn timeouts(&self) -> Vec<u64> {
+        self.0.lock().timeouts.clone()
+    }
+
     pub fn forget_streaming_lists(&self) {
         self.change(|state| state.wrong.of_old = true);
+    }
+
+    /// Makes streaming lists fail once they have begun.
+    pub fn fail_streaming_lists(&self) {
+        self.change(|state| state.wrong.of_old_etcd = true);
     }
 
     /// Accepts this token of the proxy and no other one.
@@ -154,10 +183,10 @@ impl StandIn {
     }
 }
 
-struct Request {
+pub(super) struct Request {
     method: String,
-    path: String,
-    query: BTreeMap<String, String>,
+    pub(super) path: String,
+    pub(super) query: BTreeMap<String, String>,
     token: String,
     body: Value,
     keep: bool,
@@ -172,6 +201,13 @@ fn serve(stream: TcpStream, config: Arc<ServerConfig>, store: &Store) -> std::io
         if tls.conn.peer_certificates().is_some() {
             // It is signed for nobody else.
             PROXY_TOKEN.clone_into(&mut request.token);
+        }
+        let odd = note(&request, store);
+        if let Some(odd) = odd {
+            let objects: Vec<_> = selected(&store.lock(), &request).cloned().collect();
+            odd::talk(tls, odd, &request, &objects, || store.lock().wrong.odd == Some(odd))?;
+            // Whatever it was, nothing comes after it.
+            return Ok(());
         }
         if let Some((status, message)) = refusal(&request, store) {
             answer(tls, status, &failure(status, &message))?;
@@ -218,6 +254,19 @@ fn read(stream: &mut BufReader<Tls>) -> std::io::Result<Option<Request>> {
     Ok(Some(Request { method, path: path.to_owned(), query, token, body, keep }))
 }
 
+/// Counts a request of the proxy, and says what nonsense it is to get.
+fn note(request: &Request, store: &Store) -> Option<Odd> {
+    if request.token == ADMIN_TOKEN {
+        return None;
+    }
+    let mut state = store.lock();
+    state.requests += 1;
+    let timeout: Option<u64> =
+        request.query.get("timeoutSeconds").and_then(|text| text.parse().ok());
+    state.timeouts.extend(timeout);
+    state.wrong.odd
+}
+
 /// Undoes the percent-encoding.
 fn decode(text: &str) -> String {
     let mut parts = text.split('%');
@@ -249,10 +298,14 @@ fn refusal(request: &Request, store: &Store) -> Option<(u16, String)> {
         let message = "sendInitialEvents: Forbidden: the WatchList feature gate is disabled";
         return Some((422, message.to_owned()));
     }
+    let since = request.query.get("resourceVersion").and_then(|text| text.parse::<u64>().ok());
+    if since.is_some_and(|since| since > state.version) {
+        return Some((504, "Too large resource version".to_owned()));
+    }
     state.wrong.answer.map(|status| (status, format!("told to answer {status}")))
 }
 
-fn failure(code: u16, message: &str) -> Value {
+pub(super) fn failure(code: u16, message: &str) -> Value {
     let details = (code == 429).then(|| json!({"retryAfterSeconds": 1}));
     json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
            "message": message, "reason": "", "code": code, "details": details})
@@ -306,7 +359,7 @@ fn matches(object: &Value, request: &Request) -> bool {
         .all(|(key, value)| object["metadata"]["labels"][key].as_str() == Some(value))
 }
 
-fn answer(stream: &mut Tls, status: u16, body: &Value) -> std::io::Result<()> {
+pub(super) fn answer(stream: &mut Tls, status: u16, body: &Value) -> std::io::Result<()> {
     let body = body.to_string();
     let head = format!(
         "HTTP/1.1 {status} -\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
@@ -323,6 +376,12 @@ fn watch(stream: &mut Tls, request: &Request, store: &Store) -> std::io::Result<
     let head =
         "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n";
     stream.write_all(head.as_bytes())?;
+    if streaming && store.lock().wrong.of_old_etcd {
+        let failed = failure(500, "the storage feature RequestWatchProgress is disabled");
+        chunk(stream, &json!({"type": "ERROR", "object": failed}))?;
+        stream.write_all(b"0\r\n\r\n")?;
+        return stream.flush();
+    }
     let (mut seen, cut, first) = {
         let state = store.lock();
         let since = if streaming { state.version } else { number("resourceVersion").unwrap_or(0) };
@@ -374,7 +433,7 @@ fn watch(stream: &mut Tls, request: &Request, store: &Store) -> std::io::Result<
     }
 }
 
-fn bookmark(request: &Request, version: u64, annotations: Value) -> Value {
+pub(super) fn bookmark(request: &Request, version: u64, annotations: Value) -> Value {
     let (kind, api) = if request.path.ends_with("pods") {
         ("Pod", "v1")
     } else if request.path.ends_with("statefulsets") {
@@ -388,7 +447,7 @@ fn bookmark(request: &Request, version: u64, annotations: Value) -> Value {
     }})
 }
 
-fn chunk(stream: &mut Tls, event: &Value) -> std::io::Result<()> {
+pub(super) fn chunk(stream: &mut Tls, event: &Value) -> std::io::Result<()> {
     let line = format!("{event}\n");
     stream.write_all(format!("{:x}\r\n{line}\r\n", line.len()).as_bytes())
 }

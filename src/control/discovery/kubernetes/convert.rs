@@ -47,8 +47,31 @@ pub struct Said {
     candidates: Vec<Candidate>,
     /// The names of all pods, those that do not serve included, where keys say where requests go.
     pods: Vec<String>,
-    /// Why endpoints are left out though they serve.
-    trouble: Option<String>,
+    /// Why it has no endpoints for this configuration, though it names some.
+    misfit: Option<String>,
+    /// Whether some of them serve.
+    misses_some: bool,
+}
+
+/// How much memory something takes.
+pub trait Weight {
+    /// Bytes, about.
+    fn weight(&self) -> usize;
+}
+
+impl Weight for Said {
+    fn weight(&self) -> usize {
+        let candidate = |c: &Candidate| size_of::<Candidate>() + c.id.len() + c.name.len();
+        let candidates: usize = self.candidates.iter().map(candidate).sum();
+        let pods: usize = self.pods.iter().map(|pod| size_of::<String>() + pod.len()).sum();
+        size_of::<Self>() + candidates + pods + self.misfit.as_ref().map_or(0, String::len)
+    }
+}
+
+impl Weight for Ordinals {
+    fn weight(&self) -> usize {
+        size_of::<Self>() + self.service.as_ref().map_or(0, String::len)
+    }
 }
 
 /// Reads a slice.
@@ -71,13 +94,15 @@ pub fn slice(slice: &EndpointSlice, rules: &Rules) -> Said {
     let port = match choose_port(rules.port.as_ref(), ports) {
         Ok(port) => port,
         Err(why) => {
-            let serving = slice.endpoints.iter().any(is_serving);
-            return Said { candidates: Vec::new(), pods, trouble: serving.then_some(why) };
+            // A slice that names nobody has no ports either.
+            let misfit = (!slice.endpoints.is_empty()).then_some(why);
+            let misses_some = slice.endpoints.iter().any(is_serving);
+            return Said { candidates: Vec::new(), pods, misfit, misses_some };
         }
     };
     let candidates = slice.endpoints.iter().filter(|endpoint| is_serving(endpoint));
     let candidates = candidates.filter_map(|e| candidate(e, port, rules)).collect();
-    Said { candidates, pods, trouble: None }
+    Said { candidates, pods, ..Said::default() }
 }
 
 fn is_serving(endpoint: &Endpoint) -> bool {
@@ -126,8 +151,6 @@ fn pod_serving(pod: &Pod, rules: &Rules) -> Said {
     let ready =
         status.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True");
     let running = status.phase.as_deref() == Some("Running");
-    let ip = status.pod_ip.as_deref().and_then(|ip| ip.parse::<IpAddr>().ok());
-    let (Some(ip), true) = (ip, ready && running) else { return Said::default() };
     let spec = pod.spec.as_ref();
     let containers = spec.map(|spec| &spec.containers[..]).unwrap_or_default();
     let sidecars = spec.and_then(|spec| spec.init_containers.as_deref()).unwrap_or_default();
@@ -138,10 +161,13 @@ fn pod_serving(pod: &Pod, rules: &Rules) -> Said {
         let number = u16::try_from(port.container_port).ok()?;
         tcp.then(|| (port.name.as_deref().unwrap_or(""), number))
     });
+    let serves = ready && running;
     let port = match choose_port(rules.port.as_ref(), ports) {
         Ok(port) => port,
-        Err(why) => return Said { trouble: Some(why), ..Said::default() },
+        Err(why) => return Said { misfit: Some(why), misses_some: serves, ..Said::default() },
     };
+    let ip = status.pod_ip.as_deref().and_then(|ip| ip.parse::<IpAddr>().ok());
+    let (Some(ip), true) = (ip, serves) else { return Said::default() };
     let address = SocketAddr::new(ip, port);
     let node = spec.and_then(|spec| spec.node_name.as_ref());
     let zone = pod.metadata.labels.as_ref().and_then(|labels| labels.get(ZONE_LABEL));
@@ -184,15 +210,28 @@ fn choose_port<'a>(
     }
 }
 
-/// The union of what all objects say: one entry an endpoint, in a stable order. Endpoints that are
-/// going away are there only if no other is.
-pub fn union<'a>(all: impl Iterator<Item = &'a Said>) -> (Vec<Wanted>, Option<String>) {
-    let mut trouble = None;
+/// What all objects say together.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Union {
+    /// One entry for each endpoint, in a stable order. Endpoints that are going away are there only
+    /// if no other is.
+    pub wanted: Vec<Wanted>,
+    /// Why endpoints are left out though they serve.
+    pub left_out: Option<String>,
+    /// Why nobody fits this configuration, though somebody is there.
+    pub misfit: Option<String>,
+}
+
+/// Puts together what all objects say.
+pub fn union<'a>(all: impl Iterator<Item = &'a Said>) -> Union {
+    let (mut left_out, mut misfit, mut fits) = (None, None, false);
     // While it moves between slices, an endpoint is in two of them; with two families, too. The
     // least wins: one that stays before one that goes, IPv4 before IPv6.
     let mut endpoints = BTreeMap::<&str, &Candidate>::new();
     for said in all {
-        trouble = trouble.or(said.trouble.as_ref());
+        misfit = misfit.or(said.misfit.as_ref());
+        left_out = left_out.or(said.misfit.as_ref().filter(|_| said.misses_some));
+        fits |= !said.candidates.is_empty();
         for candidate in &said.candidates {
             let rank = |c: &Candidate| (c.terminating, c.address);
             let known = endpoints.entry(&candidate.id).or_insert(candidate);
@@ -208,7 +247,8 @@ pub fn union<'a>(all: impl Iterator<Item = &'a Said>) -> (Vec<Wanted>, Option<St
         .map(|c| Wanted { name: c.name.clone(), address: c.address, near: c.near })
         .collect();
     wanted.sort_unstable_by(|a, b| (&a.name, a.address).cmp(&(&b.name, b.address)));
-    (wanted, trouble.cloned())
+    let misfit = misfit.filter(|_| !fits).cloned();
+    Union { wanted, left_out: left_out.cloned(), misfit }
 }
 
 /// What is known of a `StatefulSet`: which ordinals its pods have, and its governing Service.
@@ -362,7 +402,7 @@ mod tests {
     /// Name and address of each endpoint.
     fn found(slices: &[EndpointSlice], rules: &Rules) -> Vec<String> {
         let said: Vec<_> = slices.iter().map(|s| slice(s, rules)).collect();
-        let (wanted, _) = union(said.iter());
+        let Union { wanted, .. } = union(said.iter());
         wanted.iter().map(|w| format!("{} {}", w.name, w.address)).collect()
     }
 
@@ -444,9 +484,10 @@ mod tests {
         assert_eq!(found(&slices, &named("1234")), ["a 10.0.0.1:1234", "b 10.0.0.2:1234"]);
         for (rules, part) in [(named("sql"), "\"sql\""), (rules(), "AEGIS_KUBE_PORT")] {
             let said = slice(&slices[0], &rules);
-            let (wanted, trouble) = union([&said].into_iter());
+            let Union { wanted, left_out, misfit } = union([&said].into_iter());
             assert_eq!(wanted.len(), 0);
-            let trouble = trouble.unwrap();
+            assert_eq!(left_out, misfit);
+            let trouble = misfit.unwrap();
             assert!(trouble.contains(part) && trouble.contains("8080 (\"client\")"), "{trouble}");
         }
     }
@@ -470,7 +511,7 @@ mod tests {
         ] {
             let own = |name: &str| own.then(|| name.to_owned());
             let rules = Rules { locality, node: own("n1"), zone: own("z1"), ..rules() };
-            let (wanted, _) = union([&slice(&slice_, &rules)].into_iter());
+            let Union { wanted, .. } = union([&slice(&slice_, &rules)].into_iter());
             let found: Vec<_> = wanted.iter().filter(|w| w.near).map(|w| &w.name[..]).collect();
             assert_eq!(found, near, "{locality:?}");
         }
@@ -591,7 +632,7 @@ mod tests {
         ] {
             let other = pod(&pod_of("other", "Running", "True", false), &named("chronos"));
             let said = pod(&pod_of("a", phase, ready, deleted), &named("chronos"));
-            let (wanted, _) = union([&other, &said].into_iter());
+            let Union { wanted, .. } = union([&other, &said].into_iter());
             assert_eq!(wanted.iter().any(|w| w.name == "a"), expected, "{phase} {ready} {deleted}");
             assert!(wanted.iter().all(|w| w.address.port() == 8080));
         }

@@ -1,64 +1,47 @@
 //! The Kubernetes API as a source: one watch, complete snapshots, and the last known good set
 //! whatever becomes of the API server.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `watch` | lists and watches one kind of object, at a bounded pace |
+//! | `connection` | the way to the server: configuration, credentials, answers within bounds |
+//! | `plugin`, `offload` | what may hang |
+//! | `trouble` | what goes wrong, and what follows |
+//! | `convert` | objects → endpoints |
+//! | `saved` | the last endpoints in a file |
 
-mod client;
+mod connection;
 mod convert;
+mod offload;
+mod plugin;
+mod saved;
+mod trouble;
+mod watch;
 
 use std::collections::HashMap;
-use std::fmt::Debug;
-use std::pin::pin;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
-use futures_util::future::{self, Either};
-use futures_util::{Stream, TryStreamExt};
-use k8s_openapi::NamespaceResourceScope;
+use futures_util::future;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::runtime::watcher::{self, Event};
-use kube::{Api, Client, Resource, ResourceExt};
-use serde::de::DeserializeOwned;
-use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until, timeout_at};
-use tracing::{debug, info, warn};
+use tokio::sync::watch as channel;
+use tracing::{info, warn};
 
 use super::Publisher;
-use super::status::{ErrorKind, Status};
+use super::status::Status;
 use crate::config::{Config, KubeConfig, Locality, Route};
-use convert::{Membership, Ordinals, Rules, Said};
+use convert::{Membership, Ordinals, Rules, Said, Union};
+use offload::Offload;
+use saved::{Identity, Named, Snapshot, Writer};
+use watch::{Known, Location, Source, Subject, Watcher};
 
-/// Changes that come within this time of the first make one snapshot.
-const DEBOUNCE: Duration = Duration::from_millis(3);
-
-/// How long start-up waits for the API before it goes on without endpoints.
-const FIRST_ANSWER_MAX: Duration = Duration::from_secs(5);
-
-/// The wait after a first failure doubles from here…
-const BACKOFF_MIN: Duration = Duration::from_millis(100);
-/// …to here.
-const BACKOFF_MAX: Duration = Duration::from_secs(10);
+/// How long the start waits for the file of endpoints to be read.
+const SNAPSHOT_READ_MAX: Duration = Duration::from_secs(2);
 
 /// The label that ties a slice to its Service.
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
-
-/// A kind of object that says something of endpoints.
-trait Source:
-    Resource<DynamicType = (), Scope = NamespaceResourceScope>
-    + Clone
-    + Debug
-    + DeserializeOwned
-    + Send
-    + 'static
-{
-    /// What is kept of it.
-    type Said: PartialEq + Send;
-
-    /// The selector of those that matter.
-    fn labels(kube: &KubeConfig) -> String;
-
-    fn read(&self, rules: &Rules) -> Self::Said;
-}
 
 impl Source for EndpointSlice {
     type Said = Said;
@@ -100,6 +83,13 @@ impl Source for StatefulSet {
 /// All `StatefulSets` of the namespace, or why they are not known.
 type Sets = Result<HashMap<String, Ordinals>, String>;
 
+/// What may hold the start-up: what becomes of the requests for endpoints and for `StatefulSets`, and
+/// what the answers say of the endpoints and the stores.
+const REQUESTS: &str = "requests";
+const ENDPOINTS: &str = "endpoints";
+const SETS: &str = "sets";
+const STORES: &str = "stores";
+
 /// The Kubernetes API as a source of endpoints.
 #[derive(Debug)]
 pub struct Kubernetes {
@@ -130,37 +120,71 @@ impl Kubernetes {
     /// Keeps the endpoints published, for ever.
     pub async fn run(self, publisher: Publisher) {
         let unread = "the StatefulSets have not been read yet".to_owned();
-        let (sender, sets) = watch::channel::<Sets>(Err(unread));
+        let (sender, sets) = channel::channel::<Sets>(Err(unread));
         let reads_sets = self.rules.by_key && self.config.kube.stores.is_none();
+        let saved = SavedEndpoints::open(&self.config).await;
         let mut stores = Stores { source: &self, sets: sets.clone(), known: None };
-        let mut known = Known::new(Arc::clone(&self.status), |objects, complete| {
-            self.publish(&publisher, &mut stores, objects, complete);
+        let patience = self.config.start_timeout;
+        let mut known = Known::new(Some(patience), |objects, complete| {
+            if complete {
+                self.publish(&publisher, &mut stores, &saved, objects);
+            } else {
+                self.start_without(&publisher, &saved);
+            }
         });
         known.also = reads_sets.then_some(sets);
+        known.explain = Box::new(|trouble| {
+            self.status.set_trouble(trouble.what.clone());
+            if trouble.holds_the_start() && !publisher.has_begun() {
+                self.status.hold(REQUESTS, Some(trouble.what.clone()));
+            }
+            match publisher.endpoints() {
+                0 => "no endpoint is known".to_owned(),
+                count => format!("keeping the endpoints that are known ({count})"),
+            }
+        });
+        known.confirm = Box::new(|| {
+            self.status.on_sync();
+            self.status.clear_trouble();
+            self.status.hold(REQUESTS, None);
+            saved.confirm();
+        });
+        known.locate = Box::new(|location| saved.locate(&self.config, location));
+        known.has_spare = Box::new(|| saved.usable().is_some());
         let endpoints = async {
             if self.config.kube.selector.is_some() {
-                self.follow::<Pod>(known).await;
+                Watcher::<Pod>::new(self.subject(), known).run().await;
             } else {
-                self.follow::<EndpointSlice>(known).await;
+                Watcher::<EndpointSlice>::new(self.subject(), known).run().await;
             }
         };
         if reads_sets {
-            future::join(endpoints, self.follow_sets(&sender)).await;
+            let has_begun = || publisher.has_begun();
+            Box::pin(future::join(endpoints, self.follow_sets(&sender, &has_begun))).await;
         } else {
-            endpoints.await;
+            Box::pin(endpoints).await;
         }
     }
 
+    fn subject(&self) -> Subject<'_> {
+        Subject { kube: &self.config.kube, rules: &self.rules, status: &self.status }
+    }
+
     /// Keeps all `StatefulSets` known.
-    async fn follow_sets(&self, sets: &watch::Sender<Sets>) {
-        // That this watch fares well says nothing of the other one.
-        let mut known = Known::new(Arc::default(), |objects: &HashMap<_, _>, complete| {
-            if complete {
-                sets.send_modify(|sets| *sets = Ok(objects.clone()));
-            }
+    async fn follow_sets(
+        &self,
+        sets: &channel::Sender<Sets>,
+        has_begun: &(dyn Fn() -> bool + Sync),
+    ) {
+        let mut known = Known::new(None, |objects: &HashMap<_, _>, _| {
+            self.status.hold(SETS, None);
+            sets.send_modify(|sets| *sets = Ok(objects.clone()));
         });
+        // That this watch fares well says nothing of the other one.
         known.explain = Box::new(|trouble| {
-            self.status.count(trouble.kind);
+            if trouble.holds_the_start() && !has_begun() {
+                self.status.hold(SETS, Some(trouble.what.clone()));
+            }
             sets.send_if_modified(|sets| {
                 // Once they were read, they stay what they were.
                 let news = sets.as_ref().is_err_and(|why| *why != trouble.what);
@@ -169,152 +193,178 @@ impl Kubernetes {
                 }
                 news
             });
+            match &*sets.borrow() {
+                Ok(sets) => format!("keeping the StatefulSets that are known ({})", sets.len()),
+                Err(_) => "no StatefulSet is known".to_owned(),
+            }
         });
-        self.follow::<StatefulSet>(known).await;
+        Watcher::<StatefulSet>::new(self.subject(), known).run().await;
     }
 
-    /// Publishes what the objects say.
+    /// Publishes what the objects say, unless that shows that the configuration is wrong: then nothing
+    /// is, so that the start-up is not over.
     fn publish(
         &self,
         publisher: &Publisher,
         stores: &mut Stores<'_>,
+        saved: &SavedEndpoints,
         objects: &HashMap<String, Said>,
-        complete: bool,
     ) {
-        let (wanted, trouble) = convert::union(objects.values());
-        if let Some(trouble) = trouble {
-            if self.status.trouble().as_ref() != Some(&trouble) {
-                warn!("endpoints are left out: {trouble}");
-            }
-            self.status.set_trouble(trouble);
+        let Union { wanted, left_out, misfit } = convert::union(objects.values());
+        let wrong = self.absence(objects).or(misfit).filter(|_| !publisher.has_begun());
+        if self.status.hold(ENDPOINTS, wrong.clone())
+            && let Some(why) = &wrong
+        {
+            warn!("the start waits: {why}");
         }
-        if !self.rules.by_key {
-            if !complete {
-                warn!("the Kubernetes API has not answered yet: going on without endpoints");
-            }
-            return publisher.publish(wanted);
+        if wrong.is_some() {
+            self.status.set_unusable(wrong);
+            return;
         }
-        // Without knowing who shares the keys nobody can be served.
-        if let Some(names) = stores.read(objects) {
-            publisher.publish_stores(wanted.iter().cloned(), &convert::declare(names, &wanted));
+        if self.status.set_unusable(left_out.clone())
+            && let Some(why) = left_out
+        {
+            warn!("endpoints are left out: {why}");
         }
-    }
-
-    async fn follow<K: Source>(&self, mut known: Known<'_, K::Said>) {
-        let mut backoff = Backoff::default();
-        let mut streaming = true;
-        loop {
-            let status = Arc::clone(&known.status);
-            let connected = client::connect(self.config.kube.watch_timeout, status).await;
-            let trouble = match connected {
-                Ok((client, own_namespace)) => {
-                    let namespace = self.namespace(&own_namespace);
-                    let watched = (client, &namespace[..]);
-                    self.watch::<K>(watched, &mut known, &mut backoff, &mut streaming).await
-                }
-                Err(error) => client::client(&error, "reach", "", ""),
-            };
-            known.report(&trouble, &backoff);
-            let wait = backoff.next().max(trouble.wait);
-            known.wait_for(sleep(wait)).await;
-        }
-    }
-
-    fn namespace(&self, own: &str) -> String {
-        let kube = &self.config.kube;
-        let named = kube.service.as_ref().and_then(|service| service.namespace.as_ref());
-        named.or(kube.namespace.as_ref()).map_or_else(|| own.to_owned(), Clone::clone)
-    }
-
-    /// Watches until a new client is needed: credentials are read anew then.
-    async fn watch<K: Source>(
-        &self,
-        (client, namespace): (Client, &str),
-        known: &mut Known<'_, K::Said>,
-        backoff: &mut Backoff,
-        streaming: &mut bool,
-    ) -> client::Trouble {
-        let kube = &self.config.kube;
-        let labels = K::labels(kube);
-        let resource = match &K::group(&())[..] {
-            "" => K::plural(&()).into_owned(),
-            group => format!("{}.{group}", K::plural(&())),
+        let stores = if self.rules.by_key {
+            // Without knowing who shares the keys nobody can be served.
+            let Some(names) = stores.read(objects, publisher.has_begun()) else { return };
+            convert::declare(names, &wanted)
+        } else {
+            Vec::new()
         };
-        info!(resource, namespace, labels, "watching the Kubernetes API");
-        loop {
-            let api = Api::<K>::namespaced(client.clone(), namespace);
-            let mut config = watcher::Config::default()
-                .labels(&labels)
-                .timeout(kube.watch_timeout.as_secs() as u32);
-            if *streaming {
-                config = config.streaming_lists();
-            }
-            let mut events = pin!(watcher::watcher(api, config));
-            let trouble = loop {
-                let Err(error) = self.step(&mut events, known, backoff).await else { continue };
-                let trouble = client::explain(&error, &resource, namespace);
-                if *streaming && trouble.no_streaming {
-                    debug!(why = trouble.what, "no streaming lists here: listing");
-                    *streaming = false;
-                    break None;
-                }
-                if trouble.kind == ErrorKind::Unauthorized {
-                    break Some(trouble);
-                }
-                known.report(&trouble, backoff);
-                let wait = backoff.next().max(trouble.wait);
-                known.wait_for(sleep(wait)).await;
-            };
-            if let Some(trouble) = trouble {
-                return trouble;
+        if self.status.set_saved(None) {
+            info!(endpoints = wanted.len(), "the Kubernetes API has answered: its endpoints count");
+        }
+        publisher.publish_stores(wanted.iter().cloned(), &stores);
+        saved.save(Named { endpoints: wanted, stores });
+    }
+
+    /// Why there is no such Service, if so. Each that selects pods has a slice, be it an empty one, so
+    /// to read slices tells.
+    fn absence(&self, objects: &HashMap<String, Said>) -> Option<String> {
+        let service = self.config.kube.service.as_ref().filter(|_| objects.is_empty())?;
+        let name = &service.name;
+        Some(format!(
+            "there is no EndpointSlice of a Service {name:?}: either there is no such Service in \
+             that namespace, or it selects no pods"
+        ))
+    }
+
+    /// The time for a first answer is over: goes on with the endpoints of a former run, or with none.
+    fn start_without(&self, publisher: &Publisher, saved: &SavedEndpoints) {
+        if self.status.held().is_some() {
+            return;
+        }
+        if let Some((named, confirmed)) = saved.usable() {
+            let age = confirmed.elapsed().unwrap_or_default();
+            let endpoints = named.endpoints.len();
+            warn!(
+                endpoints,
+                age_s = age.as_secs(),
+                "the Kubernetes API has not answered: going on with the saved endpoints"
+            );
+            self.status.set_saved(Some(confirmed));
+            publisher.publish_stores(named.endpoints, &named.stores);
+        } else {
+            warn!("the Kubernetes API has not answered: going on without endpoints");
+            publisher.publish([]);
+        }
+    }
+}
+
+/// The endpoints of a former run, and the file for those of this one.
+#[derive(Debug, Default)]
+struct SavedEndpoints {
+    age_max: Duration,
+    /// Where the file is, for messages.
+    path: String,
+    writer: Option<Writer>,
+    read: Mutex<Option<Snapshot>>,
+    identity: Mutex<Option<Identity>>,
+}
+
+impl SavedEndpoints {
+    async fn open(config: &Config) -> Self {
+        let Some(path) = config.kube.snapshot.clone() else { return Self::default() };
+        let shown = path.display().to_string();
+        let file = path.clone();
+        let reading = move || Snapshot::read(&file);
+        let read = Offload::default().run("reading it", SNAPSHOT_READ_MAX, reading).await;
+        let read = read.unwrap_or_else(|trouble| Err(trouble.what)).unwrap_or_else(|why| {
+            warn!("AEGIS_KUBE_SNAPSHOT={shown}: the saved endpoints are of no use: {why}");
+            None
+        });
+        let writer = Writer::start(path)
+            .inspect_err(|error| warn!("AEGIS_KUBE_SNAPSHOT={shown}: no thread for it: {error}"));
+        Self {
+            age_max: config.kube.snapshot_age_max,
+            path: shown,
+            writer: writer.ok(),
+            read: Mutex::new(read),
+            identity: Mutex::default(),
+        }
+    }
+
+    fn locate(&self, config: &Config, Location { server, namespace }: &Location) {
+        let identity = Identity::new(config, server, namespace);
+        if let Some(writer) = &self.writer {
+            writer.identify(identity.clone());
+        }
+        *self.identity.lock().unwrap_or_else(PoisonError::into_inner) = Some(identity);
+    }
+
+    /// The endpoints of a former run, if they are of use, and when they were confirmed last.
+    fn usable(&self) -> Option<(Named, SystemTime)> {
+        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        let identity = self.identity.lock().unwrap_or_else(PoisonError::into_inner);
+        let snapshot = read.as_ref()?;
+        let named = match &*identity {
+            Some(identity) => snapshot.use_for(identity, self.age_max, SystemTime::now()),
+            None => Err("whose they have to be is not known".to_owned()),
+        };
+        match named {
+            Ok(named) => Some((named, snapshot.confirmed())),
+            Err(why) => {
+                warn!(
+                    "AEGIS_KUBE_SNAPSHOT={}: the saved endpoints are of no use: {why}",
+                    self.path
+                );
+                *read = None;
+                None
             }
         }
     }
 
-    /// Takes one event in, and publishes when it is time to.
-    async fn step<K: Source>(
-        &self,
-        events: &mut (impl Stream<Item = watcher::Result<Event<K>>> + Unpin),
-        known: &mut Known<'_, K::Said>,
-        backoff: &mut Backoff,
-    ) -> watcher::Result<()> {
-        let event = known.wait_for(events.try_next()).await?;
-        match event {
-            Some(Event::Init) => known.begin(),
-            Some(Event::InitApply(object)) => {
-                known.list(object.name_any(), object.read(&self.rules));
-            }
-            Some(Event::InitDone) => {
-                backoff.reset();
-                known.end();
-            }
-            Some(Event::Apply(object)) => {
-                backoff.reset();
-                known.set(object.name_any(), object.read(&self.rules));
-            }
-            Some(Event::Delete(object)) => {
-                backoff.reset();
-                known.remove(&object.name_any());
-            }
-            None => {}
+    fn save(&self, named: Named) {
+        if let Some(writer) = &self.writer {
+            writer.save(named);
         }
-        Ok(())
+    }
+
+    fn confirm(&self) {
+        if let Some(writer) = &self.writer {
+            writer.confirm();
+        }
     }
 }
 
 /// Which stores share the keys.
 struct Stores<'a> {
     source: &'a Kubernetes,
-    sets: watch::Receiver<Sets>,
+    sets: channel::Receiver<Sets>,
     known: Option<Membership>,
 }
 
 impl Stores<'_> {
-    /// The names of all of them: the last that were known, if they are not known now.
-    fn read(&mut self, objects: &HashMap<String, Said>) -> Option<&[String]> {
-        let kube = &self.source.config.kube;
+    /// The names of all of them: the last that were known, if they are not known now. Before the start
+    /// is over, it waits for them.
+    fn read(&mut self, objects: &HashMap<String, Said>, begun: bool) -> Option<&[String]> {
+        let (kube, status) = (&self.source.config.kube, &self.source.status);
         let sets = self.sets.borrow_and_update();
         let sets = sets.as_ref().map_err(String::as_str);
+        // Why the StatefulSets are not known is told by who reads them.
+        let answered = sets.is_ok() || kube.stores.is_some();
         let service = kube.service.as_ref().map(|service| service.name.as_str());
         let last = self.known.as_ref().map(|known| known.set.as_str());
         let found = convert::stores(objects.values(), last, kube.stores, sets, service);
@@ -325,140 +375,12 @@ impl Stores<'_> {
             }
             Err(why) => Some(why),
         };
-        if self.source.status.set_stores_trouble(why.clone())
+        status.hold(STORES, why.clone().filter(|_| answered && !begun));
+        if status.set_stores_trouble(why.clone())
             && let Some(why) = why
         {
             warn!("which stores share the keys is not known: {why}");
         }
         self.known.as_ref().map(|known| &known.names[..])
-    }
-}
-
-/// Does something with all that is known: whether any list was complete comes with it.
-type Publish<'a, T> = Box<dyn FnMut(&HashMap<String, T>, bool) + Send + 'a>;
-
-/// What is known of the objects, and when it is to be published.
-struct Known<'a, T> {
-    publish: Publish<'a, T>,
-    /// Is told what goes wrong.
-    explain: Box<dyn Fn(&client::Trouble) + Send + 'a>,
-    /// What else what is published depends on.
-    also: Option<watch::Receiver<Sets>>,
-    status: Arc<Status>,
-    objects: HashMap<String, T>,
-    /// A list that is not complete yet.
-    listed: Option<HashMap<String, T>>,
-    /// Whether any list was complete: before, an empty set is only ignorance.
-    complete: bool,
-    publish_at: Option<Instant>,
-}
-
-impl<'a, T: PartialEq> Known<'a, T> {
-    fn new(
-        status: Arc<Status>,
-        publish: impl FnMut(&HashMap<String, T>, bool) + Send + 'a,
-    ) -> Self {
-        Self {
-            publish: Box::new(publish),
-            explain: Box::new(|_| {}),
-            also: None,
-            status,
-            objects: HashMap::new(),
-            listed: None,
-            complete: false,
-            publish_at: Some(Instant::now() + FIRST_ANSWER_MAX),
-        }
-    }
-
-    fn report(&self, trouble: &client::Trouble, backoff: &Backoff) {
-        // The same trouble again is no news.
-        if backoff.failures == 0 || self.status.trouble().as_ref() != Some(&trouble.what) {
-            warn!(kind = ?trouble.kind, "{}; keeping what is known", trouble.what);
-        }
-        self.status.on_error(trouble.kind, trouble.what.clone());
-        (self.explain)(trouble);
-    }
-
-    fn begin(&mut self) {
-        self.listed = Some(HashMap::new());
-    }
-
-    fn list(&mut self, name: String, said: T) {
-        self.listed.get_or_insert_default().insert(name, said);
-    }
-
-    fn end(&mut self) {
-        self.objects = self.listed.take().unwrap_or_default();
-        if !self.complete {
-            self.complete = true;
-            self.publish_at = None;
-        }
-        self.changed();
-    }
-
-    fn set(&mut self, name: String, said: T) {
-        if self.objects.get(&name) != Some(&said) {
-            self.objects.insert(name, said);
-            self.changed();
-        }
-        self.status.on_sync();
-    }
-
-    fn remove(&mut self, name: &str) {
-        if self.objects.remove(name).is_some() {
-            self.changed();
-        }
-        self.status.on_sync();
-    }
-
-    fn changed(&mut self) {
-        self.publish_at.get_or_insert_with(|| Instant::now() + DEBOUNCE);
-    }
-
-    /// Waits for a future, and publishes meanwhile when it is time to.
-    async fn wait_for<O>(&mut self, future: impl Future<Output = O>) -> O {
-        let mut future = pin!(future);
-        loop {
-            if let Some(at) = self.publish_at {
-                // Events that are there already go first; but a stream that never pauses must not
-                // keep a snapshot back.
-                if Instant::now() < at
-                    && let Ok(output) = timeout_at(at, &mut future).await
-                {
-                    return output;
-                }
-                sleep_until(at).await;
-                self.publish_at = None;
-                (self.publish)(&self.objects, self.complete);
-                continue;
-            }
-            let Some(also) = &mut self.also else { return future.await };
-            let changed = match future::select(&mut future, pin!(also.changed())).await {
-                Either::Left((output, _)) => return output,
-                Either::Right((changed, _)) => changed,
-            };
-            if changed.is_err() {
-                self.also = None;
-            }
-            self.changed();
-        }
-    }
-}
-
-/// Waits after failures: longer each time, and never all sidecars at once.
-#[derive(Debug, Default)]
-struct Backoff {
-    failures: u32,
-}
-
-impl Backoff {
-    fn next(&mut self) -> Duration {
-        let full = BACKOFF_MIN.saturating_mul(1 << self.failures.min(16)).min(BACKOFF_MAX);
-        self.failures = self.failures.saturating_add(1);
-        full.mul_f64(0.5 + fastrand::f64() / 2.0)
-    }
-
-    fn reset(&mut self) {
-        self.failures = 0;
     }
 }

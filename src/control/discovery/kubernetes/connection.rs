@@ -1,0 +1,371 @@
+//! The way to the Kubernetes API: its address, the credentials, and answers within bounds.
+//!
+//! The library finds the configuration and speaks TLS. What it would do on the control thread, or
+//! without a bound, is done here: token files and plugins are read elsewhere, and no answer is
+//! longer, slower or more frequent than it may be.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use futures_util::FutureExt;
+use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use http::{Request, StatusCode};
+use http_body_util::BodyExt;
+use kube::client::{Body, ClientBuilder};
+use kube::core::Status as ApiStatus;
+use kube::{Client, Config, Error};
+use tokio::time::{Instant, timeout};
+
+use super::offload::Offload;
+use super::plugin::{self, Granted, KillOnDrop, Leash};
+use super::trouble::{Trouble, chain};
+use crate::control::discovery::status::ErrorKind;
+
+/// A server that does not answer a handshake in this time is unreachable.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long an answer may take to begin, its connection included. The server waits for 3 s itself
+/// until it is up to date.
+const HEAD_TIME_MAX: Duration = Duration::from_secs(15);
+
+/// How long files may take to be read; they are local, or of no use.
+const READ_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// How long a plugin may take: many ask a server of their own.
+const PLUGIN_TIME_MAX: Duration = Duration::from_secs(10);
+
+/// How old a token that was read from a file may become: the kubelet writes a new one well before
+/// the old one expires.
+const TOKEN_AGE_MAX: Duration = Duration::from_secs(60);
+
+/// Tokens are a few KiB.
+const TOKEN_BYTES_MAX: u64 = 64 << 10;
+
+/// So much of an answer that tells of an error is read, and so much is told.
+const ERROR_BYTES_MAX: usize = 64 << 10;
+const ERROR_CHARS_MAX: usize = 500;
+
+/// Requests at once, and each second after those. A watch that works is one request in minutes.
+const REQUESTS_AT_ONCE: f64 = 4.0;
+const REQUESTS_PER_SECOND: f64 = 2.0;
+
+/// Keeps the pace of requests, whatever the server says.
+#[derive(Debug)]
+pub struct Pace {
+    left: f64,
+    at: Instant,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { left: REQUESTS_AT_ONCE, at: Instant::now() }
+    }
+}
+
+impl Pace {
+    /// Counts a request, and says when it may be sent.
+    pub fn next(&mut self, now: Instant) -> Instant {
+        let grown = now.duration_since(self.at).as_secs_f64() * REQUESTS_PER_SECOND;
+        self.left = (self.left + grown).min(REQUESTS_AT_ONCE) - 1.0;
+        self.at = now;
+        now + Duration::from_secs_f64((-self.left).max(0.0) / REQUESTS_PER_SECOND)
+    }
+}
+
+/// Where the API is, by the pod's own configuration or a kubeconfig.
+#[derive(Debug)]
+pub struct Target {
+    /// The namespace that goes with it.
+    pub namespace: String,
+    /// The server's address.
+    pub server: String,
+    config: Config,
+}
+
+impl Target {
+    /// Finds it.
+    ///
+    /// # Errors
+    /// No configuration is found, or none that can be read in time.
+    pub async fn find(offload: &Offload) -> Result<Self, Trouble> {
+        // It only looks like one that waits: it reads files, and is through at once.
+        let infer = || Config::infer().now_or_never();
+        let found = offload.run("reading the configuration", READ_TIME_MAX, infer).await?;
+        let config = match found {
+            Some(Ok(config)) => config,
+            Some(Err(error)) => return Err(Trouble::client(&Error::InferConfig(error))),
+            None => return Err(Trouble::configuration("the configuration is not at hand")),
+        };
+        let (namespace, server) =
+            (config.default_namespace.clone(), config.cluster_url.to_string());
+        Ok(Self { namespace, server, config })
+    }
+
+    /// Reads the credentials, and makes a client of them. A connection on which nothing comes for
+    /// as long as `silence` is dead.
+    ///
+    /// # Errors
+    /// There are no credentials, or none that can be had in time.
+    pub async fn connect(
+        self,
+        silence: Duration,
+        offload: &Offload,
+    ) -> Result<Connection, Trouble> {
+        let mut config = self.config;
+        config.connect_timeout = Some(CONNECT_TIMEOUT);
+        config.read_timeout = Some(silence);
+        // The library would try 15 times in silence, with waits of up to a quarter of an hour.
+        config.default_retry = false;
+        // It would be read again on the thread that connects; a new client reads it anew.
+        config.root_cert_file = None;
+        let auth = &mut config.auth_info;
+        if auth.auth_provider.as_ref().is_some_and(|p| p.config.contains_key("cmd-path")) {
+            let why = "an auth-provider that runs a command is not supported; exec plugins are";
+            return Err(Trouble::configuration(why));
+        }
+        let mut token = Token::default();
+        let has_password = auth.username.is_some() && auth.password.is_some();
+        if auth.token.is_none() && !has_password && auth.auth_provider.is_none() {
+            if let Some(file) = auth.token_file.take() {
+                token = Token::of_file(PathBuf::from(file), offload).await?;
+            } else if let Some(exec) = auth.exec.take() {
+                let leash = Leash::default();
+                let _killed_at_the_end = KillOnDrop(leash.clone());
+                let run = move || plugin::run(&exec, PLUGIN_TIME_MAX, &leash);
+                let limit = PLUGIN_TIME_MAX + Duration::from_secs(2);
+                let granted = offload.run("the exec plugin", limit, run).await?;
+                // One that fails today may work tomorrow, but nobody else can say why it does not.
+                let granted = granted.map_err(Trouble::configuration)?;
+                token = Token::granted(&granted)?;
+                if let (Some(certificate), Some(key)) =
+                    (granted.client_certificate_data, granted.client_key_data)
+                {
+                    auth.client_certificate_data = Some(BASE64.encode(certificate));
+                    auth.client_key_data = Some(BASE64.encode(key).into());
+                }
+            }
+        }
+        let build = || ClientBuilder::try_from(config);
+        let builder = offload.run("reading the certificates", READ_TIME_MAX, build).await?;
+        let client = builder.map_err(|error| Trouble::client(&error))?.build();
+        Ok(Connection { client, token, made: Instant::now() })
+    }
+}
+
+/// A bearer token.
+#[derive(Debug, Default)]
+struct Token {
+    header: Option<HeaderValue>,
+    file: Option<PathBuf>,
+    /// When it has to be read again; of a plugin's, when it is void.
+    good_until: Option<Instant>,
+}
+
+impl Token {
+    async fn of_file(file: PathBuf, offload: &Offload) -> Result<Self, Trouble> {
+        let path = file.clone();
+        let read =
+            offload.run("reading the token", READ_TIME_MAX, move || read_token(&path)).await?;
+        let header = bearer(&read.map_err(Trouble::configuration)?)?;
+        let good_until = Some(Instant::now() + TOKEN_AGE_MAX);
+        Ok(Self { header: Some(header), file: Some(file), good_until })
+    }
+
+    fn granted(granted: &Granted) -> Result<Self, Trouble> {
+        let header = granted.token.as_deref().map(bearer).transpose()?;
+        // One that is void already is the server's to refuse: the plugin must not run in a circle.
+        let left = |at: SystemTime| at.duration_since(SystemTime::now()).unwrap_or_default();
+        let left = granted.expires().map(|at| left(at).max(TOKEN_AGE_MAX));
+        let good_until = left.and_then(|left| Instant::now().checked_add(left));
+        Ok(Self { header, file: None, good_until })
+    }
+
+    fn is_old(&self) -> bool {
+        self.good_until.is_some_and(|until| Instant::now() >= until)
+    }
+}
+
+fn read_token(path: &Path) -> Result<String, String> {
+    let mut text = String::new();
+    let read = File::open(path).and_then(|f| f.take(TOKEN_BYTES_MAX).read_to_string(&mut text));
+    read.map_err(|error| format!("the token {} cannot be read: {error}", path.display()))?;
+    Ok(text)
+}
+
+fn bearer(token: &str) -> Result<HeaderValue, Trouble> {
+    let mut value = HeaderValue::try_from(format!("Bearer {}", token.trim()))
+        .map_err(|_| Trouble::configuration("the token is no text for a header"))?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+/// A client with its credentials.
+pub struct Connection {
+    client: Client,
+    token: Token,
+    /// When it was made, from files as they were then.
+    pub made: Instant,
+}
+
+impl Connection {
+    /// Whether a new one has to be made.
+    pub fn is_void(&self) -> bool {
+        self.token.is_old() && self.token.file.is_none()
+    }
+
+    /// Sends a request and gives the body of a good answer, which is JSON.
+    ///
+    /// # Errors
+    /// There is none in time, or it is not good. `about` names the resource and its namespace.
+    pub async fn get(
+        &mut self,
+        request: Request<Vec<u8>>,
+        (verb, resource, namespace): (&str, &str, &str),
+        offload: &Offload,
+    ) -> Result<Body, Trouble> {
+        if self.token.is_old()
+            && let Some(file) = self.token.file.clone()
+        {
+            match Token::of_file(file, offload).await {
+                Ok(token) => self.token = token,
+                // The last one may be good for long; the server knows.
+                Err(_) => self.token.good_until = Some(Instant::now() + TOKEN_AGE_MAX),
+            }
+        }
+        let mut request = request.map(Body::from);
+        if let Some(header) = &self.token.header {
+            request.headers_mut().insert(AUTHORIZATION, header.clone());
+        }
+        let answer = timeout(HEAD_TIME_MAX, self.client.send(request)).await;
+        let answer = answer.map_err(|_| Trouble::unreachable("no answer in time"))?;
+        let (head, body) = answer.map_err(|error| Trouble::client(&error))?.into_parts();
+        let header = |name| head.headers.get(name).and_then(|value| value.to_str().ok());
+        if head.status != StatusCode::OK {
+            let wait = header(RETRY_AFTER).and_then(|text| text.parse().ok()).unwrap_or(0);
+            let status = error_of(head.status, body).await;
+            let trouble = Trouble::api(&status, verb, resource, namespace);
+            return Err(trouble.asking_to_wait(Duration::from_secs(wait)));
+        }
+        let media_type = header(CONTENT_TYPE).unwrap_or("no type");
+        if !media_type.starts_with("application/json") {
+            return Err(Trouble::malformed(format!("{media_type:?} in place of JSON")));
+        }
+        Ok(body)
+    }
+}
+
+/// What an answer of this status says, whatever its body is.
+async fn error_of(code: StatusCode, body: Body) -> ApiStatus {
+    let text = timeout(READ_TIME_MAX, read_all(body, ERROR_BYTES_MAX)).await;
+    let text = text.unwrap_or_else(|_| Ok(Vec::new())).unwrap_or_default();
+    let parsed = serde_json::from_slice::<ApiStatus>(&text).unwrap_or_default();
+    let message = if parsed.message.is_empty() {
+        String::from_utf8_lossy(&text).trim().to_owned()
+    } else {
+        parsed.message.clone()
+    };
+    let message = if message.is_empty() { code.to_string() } else { message };
+    let message = message.chars().take(ERROR_CHARS_MAX).collect();
+    // What the head says counts.
+    ApiStatus { code: code.as_u16(), message, ..parsed }
+}
+
+/// Reads a body to its end.
+///
+/// # Errors
+/// It breaks off, or is longer than `max`.
+pub async fn read_all(mut body: Body, max: usize) -> Result<Vec<u8>, Trouble> {
+    let mut bytes = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| broken(&error))?;
+        let data = frame.data_ref().map(|data| &data[..]).unwrap_or_default();
+        if bytes.len() + data.len() > max {
+            return Err(Trouble::malformed(format!("longer than {max} bytes")));
+        }
+        bytes.extend_from_slice(data);
+    }
+    Ok(bytes)
+}
+
+fn broken(error: &Error) -> Trouble {
+    Trouble::new(
+        ErrorKind::Unreachable,
+        format!("the Kubernetes API broke off in an answer: {}", chain(error)),
+    )
+}
+
+/// The lines of a body as they come.
+#[derive(Debug)]
+pub struct Lines {
+    body: Body,
+    buffer: Vec<u8>,
+    /// So much of the buffer has no line feed.
+    searched: usize,
+    max: usize,
+}
+
+impl Lines {
+    /// The lines of this body, of at most so many bytes each.
+    pub fn of(body: Body, max: usize) -> Self {
+        Self { body, buffer: Vec::new(), searched: 0, max }
+    }
+
+    /// The next line; none at the end, where half a line counts for nothing. A future that is dropped
+    /// loses nothing.
+    ///
+    /// # Errors
+    /// The body breaks off, or the line is too long.
+    pub async fn next(&mut self) -> Result<Option<Vec<u8>>, Trouble> {
+        loop {
+            let end = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n');
+            if let Some(end) = end {
+                let rest = self.buffer.split_off(self.searched + end + 1);
+                self.searched = 0;
+                return Ok(Some(std::mem::replace(&mut self.buffer, rest)));
+            }
+            self.searched = self.buffer.len();
+            if self.searched > self.max {
+                return Err(Trouble::malformed(format!("a line of more than {} bytes", self.max)));
+            }
+            let Some(frame) = self.body.frame().await else { return Ok(None) };
+            let frame = frame.map_err(|error| broken(&error))?;
+            self.buffer.extend_from_slice(frame.data_ref().map(|d| &d[..]).unwrap_or_default());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::testing::block_on;
+
+    #[test]
+    fn a_body_comes_in_lines_of_bounded_length() {
+        block_on(async {
+            let mut lines = Lines::of(Body::from(b"one\ntwo\n\nhalf".to_vec()), 10);
+            for line in [&b"one\n"[..], b"two\n", b"\n"] {
+                assert_eq!(lines.next().await.unwrap().as_deref(), Some(line));
+            }
+            assert_eq!(lines.next().await, Ok(None));
+            let mut lines = Lines::of(Body::from(vec![b'x'; 11]), 10);
+            assert_eq!(lines.next().await.unwrap_err().kind, ErrorKind::Malformed);
+            let long = read_all(Body::from(vec![b'x'; 11]), 10).await;
+            assert_eq!(long.unwrap_err().kind, ErrorKind::Malformed);
+        });
+    }
+
+    #[test]
+    fn requests_keep_their_pace() {
+        let mut pace = Pace::default();
+        let begun = pace.at;
+        let last = (0..10).fold(begun, |now, _| pace.next(now));
+        // Four at once, six at two a second.
+        assert_eq!(last, begun + Duration::from_secs(3));
+        let later = last + Duration::from_secs(60);
+        assert_eq!((0..4).map(|_| pace.next(later)).max(), Some(later));
+    }
+}

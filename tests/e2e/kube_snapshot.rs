@@ -1,0 +1,255 @@
+//! The last endpoints in a file: what a start is worth while the Kubernetes API is away.
+
+use std::collections::HashSet;
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+
+use crate::support::backend::Backend;
+use crate::support::client::{ask, ask_once, connect};
+use crate::support::kube_api::{KubeApi, Slice, host_ip};
+use crate::support::metrics::{DISCOVERY_ENDPOINTS, DISCOVERY_SNAPSHOT_AGE, STORE_PRESENT};
+use crate::support::proxy::{Builder, Proxy};
+use crate::support::{Io, PATIENCE, eventually, measured};
+
+fn on(api: &KubeApi, file: &Path) -> Builder {
+    Builder::on(Io::Auto)
+        .set("KUBECONFIG", api.kubeconfig())
+        .set("AEGIS_KUBE_SERVICE", "chronos")
+        .set("AEGIS_KUBE_SNAPSHOT", file.to_str().unwrap())
+        .set("AEGIS_START_TIMEOUT", "1s")
+        .without_pool()
+}
+
+fn announce(api: &KubeApi, name: &str, backend: &Backend) {
+    let address = backend.address();
+    api.slice(name, &Slice::of(address.port()).with(&format!("pod-{name}"), address.ip()));
+}
+
+fn wait_for_endpoints(proxy: &Proxy, count: u64) {
+    proxy.wait_for(DISCOVERY_ENDPOINTS, &[], |found| found == count);
+}
+
+fn read(file: &Path) -> Option<Value> {
+    serde_json::from_slice(&fs::read(file).ok()?).ok()
+}
+
+/// A proxy keeps its endpoints in a file, and ends.
+fn saved(api: &KubeApi, count: usize) -> (PathBuf, Value) {
+    let file = api.folder().join("endpoints.json");
+    let mut proxy = on(api, &file).start();
+    wait_for_endpoints(&proxy, count as u64);
+    let saved = eventually("the endpoints are saved", PATIENCE, || {
+        read(&file).filter(|saved| saved["endpoints"].as_array().unwrap().len() == count)
+    });
+    proxy.terminate();
+    proxy.wait_clean(PATIENCE);
+    (file, saved)
+}
+
+fn wait_for_start(proxy: &Proxy) {
+    eventually("it starts", PATIENCE, || (proxy.get("/startupz").status == 200).then_some(()));
+}
+
+#[test]
+fn a_start_without_an_api_has_the_last_endpoints() {
+    let api = KubeApi::start();
+    let servers = ["a", "b"].map(|name| Backend::named_at(name, host_ip()));
+    announce(&api, "a", &servers[0]);
+    let (file, _) = saved(&api, 1);
+
+    api.gate.close();
+    let begun = Instant::now();
+    let proxy = on(&api, &file).launch();
+    wait_for_endpoints(&proxy, 1);
+    measured(&format!("endpoints {:?} after the start, the API being away", begun.elapsed()));
+    assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
+    wait_for_start(&proxy);
+    assert_eq!(proxy.get("/readyz").status, 200);
+    assert!(proxy.metric(DISCOVERY_SNAPSHOT_AGE, &[]) < 60);
+    let told = "the Kubernetes API has not answered: going on with the saved endpoints";
+    let age = proxy.log_events(told)[0]["age_s"].as_u64();
+    assert!(age.is_some_and(|age| age < 60), "{age:?}");
+
+    announce(&api, "b", &servers[1]);
+    api.delete_slice("a");
+    api.gate.open();
+    proxy.wait_for_absence(DISCOVERY_SNAPSHOT_AGE, &[]);
+    eventually("the API's word counts", PATIENCE, || {
+        (ask_once(proxy.address(), "who").ok()? == "b").then_some(())
+    });
+    eventually("and is saved", PATIENCE, || {
+        (read(&file)?["endpoints"][0]["name"] == "pod-b").then_some(())
+    });
+}
+
+#[test]
+fn they_are_used_at_once_where_nobody_listens() {
+    let api = KubeApi::start();
+    let server = Backend::named_at("a", host_ip());
+    announce(&api, "a", &server);
+    let (file, mut saved) = saved(&api, 1);
+    // Bound once, it is nobody else's soon.
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    saved["of"]["server"] = json!(format!("https://{nobody}/"));
+    fs::write(&file, saved.to_string()).unwrap();
+    api.set_server(nobody);
+    let proxy = on(&api, &file).set("AEGIS_START_TIMEOUT", "5m").launch();
+    wait_for_endpoints(&proxy, 1);
+    assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
+    wait_for_start(&proxy);
+}
+
+#[test]
+fn without_them_a_refusal_is_waited_out() {
+    let api = KubeApi::start();
+    api.set_server(TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
+    let begun = Instant::now();
+    let file = api.folder().join("endpoints.json");
+    let proxy = on(&api, &file).set("AEGIS_START_TIMEOUT", "2s").launch();
+    wait_for_start(&proxy);
+    let took = begun.elapsed();
+    assert!(took >= Duration::from_secs(2), "{took:?}");
+}
+
+#[test]
+fn a_file_that_is_of_no_use_is_told_of_and_left_alone() {
+    let api = KubeApi::start();
+    let server = Backend::named_at("a", host_ip());
+    announce(&api, "a", &server);
+    let (file, good) = saved(&api, 1);
+    api.gate.close();
+    let edited = |edit: &dyn Fn(&mut Value)| {
+        let mut saved = good.clone();
+        edit(&mut saved);
+        saved.to_string()
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
+    let hours = |count: u64| count * 3_600_000;
+    let whole = good.to_string();
+    for (text, why) in [
+        ("<html>".to_owned(), "not a file of endpoints"),
+        (String::new(), "not a file of endpoints"),
+        (whole[..whole.len() / 2].to_owned(), "not a file of endpoints"),
+        ("\0".repeat(5 << 20), "longer than"),
+        (edited(&|saved| saved["version"] = json!(2)), "of format 2"),
+        (edited(&|saved| saved["of"]["service"] = json!("web")), "which is not"),
+        (edited(&|saved| saved["of"]["namespace"] = json!("other")), "which is not"),
+        (edited(&|saved| saved["of"]["by_key"] = json!(true)), "which is not"),
+        (edited(&|saved| saved["confirmed_ms"] = json!(now - hours(2))), "MAX_AGE"),
+        (edited(&|saved| saved["confirmed_ms"] = json!(now + hours(1))), "from the future"),
+    ] {
+        fs::write(&file, &text).unwrap();
+        let mut proxy = on(&api, &file).launch();
+        wait_for_start(&proxy);
+        assert_eq!(proxy.metric(DISCOVERY_ENDPOINTS, &[]), 0, "{why}");
+        let warned = proxy.log_at("WARN");
+        let told = warned.iter().filter(|line| {
+            let message = line["message"].as_str().unwrap();
+            message.contains("AEGIS_KUBE_SNAPSHOT=") && message.contains(why)
+        });
+        assert_eq!(told.count(), 1, "{why}: {warned:#?}");
+        assert_eq!(fs::read_to_string(&file).unwrap(), text);
+        proxy.terminate();
+        proxy.wait_clean(PATIENCE);
+    }
+}
+
+#[test]
+fn a_place_where_nothing_can_be_kept_harms_nobody() {
+    let api = KubeApi::start();
+    let server = Backend::named_at("a", host_ip());
+    announce(&api, "a", &server);
+    let folder = api.folder().join("folder");
+    fs::create_dir(&folder).unwrap();
+    let pipe = api.folder().join("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let nowhere = api.folder().join("nowhere/endpoints.json");
+    for (path, told) in [(&nowhere, true), (&folder, true), (&pipe, false)] {
+        let mut proxy = on(&api, path).start();
+        wait_for_endpoints(&proxy, 1);
+        assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
+        let cannot = |proxy: &Proxy| {
+            let lines = proxy.log_lines().into_iter();
+            lines.filter(|line| line.contains("endpoints cannot be kept there")).count()
+        };
+        if told {
+            eventually("it is told", PATIENCE, || (cannot(&proxy) == 1).then_some(()));
+        }
+        proxy.terminate();
+        proxy.wait_clean(PATIENCE);
+        assert!(cannot(&proxy) <= 1);
+    }
+}
+
+#[test]
+fn a_file_is_written_seldom_and_as_a_whole() {
+    const CHANGES: u16 = 60;
+    let api = KubeApi::start();
+    let server = Backend::named_at("a", host_ip());
+    announce(&api, "a", &server);
+    let file = api.folder().join("endpoints.json");
+    let proxy = on(&api, &file).start();
+    eventually("it is there", PATIENCE, || read(&file));
+    let (begun, mut files) = (Instant::now(), HashSet::new());
+    for change in 0..CHANGES {
+        let slice = Slice::of(server.address().port()).with("pod-a", host_ip());
+        api.slice(
+            "a",
+            &(0..=change % 7).fold(slice, |slice, more| {
+                slice.with(&format!("pod-{more}"), [10, 99, 0, more as u8 + 1].into())
+            }),
+        );
+        // Whoever looks sees a whole file.
+        assert!(read(&file).is_some());
+        files.insert(fs::metadata(&file).unwrap().ino());
+    }
+    let last = 2 + u64::from((CHANGES - 1) % 7);
+    let names = eventually("the last change is saved", PATIENCE, || {
+        files.insert(fs::metadata(&file).unwrap().ino());
+        let count = read(&file)?["endpoints"].as_array()?.len() as u64;
+        (count == last && proxy.metric(DISCOVERY_ENDPOINTS, &[]) == last).then_some(count)
+    });
+    let took = begun.elapsed();
+    measured(&format!("{CHANGES} changes in {took:?}: {} files, {names} names", files.len()));
+    assert!(files.len() as u64 <= took.as_secs() + 2, "{} files in {took:?}", files.len());
+}
+
+#[test]
+fn declared_stores_are_saved_with_them() {
+    let api = KubeApi::start();
+    api.stateful_set("chronos", 2);
+    let store = Backend::chronos_on((host_ip(), 0).into(), &Arc::default());
+    api.slice("a", &Slice::of(store.address().port()).with("chronos-0", host_ip()));
+    let file = api.folder().join("endpoints.json");
+    let by_key = || {
+        on(&api, &file)
+            .set("AEGIS_PROTOCOL", "chronos")
+            .set("AEGIS_POOL_MODE", "request")
+            .set("AEGIS_ROUTE", "key")
+    };
+    let answers = |proxy: &Proxy| {
+        proxy.wait_for(STORE_PRESENT, &[("store", "chronos-0")], |present| present == 1);
+        proxy.wait_for(STORE_PRESENT, &[("store", "chronos-1")], |present| present == 0);
+        let client = connect(proxy.address());
+        (0..20).map(|key| ask(&client, &format!("SET key-{key} value"))).collect::<Vec<_>>()
+    };
+    let mut proxy = by_key().launch();
+    let before = answers(&proxy);
+    assert!(before.iter().any(|answer| answer == "OK"), "{before:?}");
+    assert!(before.iter().any(|answer| answer.contains("chronos-1")), "{before:?}");
+    eventually("it is saved", PATIENCE, || {
+        (read(&file)?["stores"].as_array()?.len() == 2).then_some(())
+    });
+    proxy.terminate();
+    proxy.wait_clean(PATIENCE);
+    api.gate.close();
+    let proxy = by_key().launch();
+    assert_eq!(answers(&proxy), before, "the same store for each key");
+}
