@@ -1,6 +1,7 @@
 //! The life of the process, top to bottom.
 
 use std::fmt::Display;
+use std::io;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
@@ -8,11 +9,12 @@ use std::time::Instant;
 use aegis::cli::{self, Command};
 use aegis::config::{Config, Discovery};
 use aegis::control::{DriverInfo, Plane, WorkerHandle, admin, init_logging};
-use aegis::io::probe::{self, Verdict};
-use aegis::limits::{self, Capacity, DescriptorUsers};
+use aegis::io::probe::{self, Unavailable, Verdict};
+use aegis::limits::{self, Capacity, DescriptorUsers, LimitError};
 use aegis::worker::cores::{self, Plan};
+use aegis::worker::listener::{self, ListenError};
 use aegis::worker::mailbox::Mailbox;
-use aegis::worker::{self, WorkerSetup, listener};
+use aegis::worker::{self, WorkerSetup};
 
 /// The configuration is wrong (`EX_CONFIG` of BSD's sysexits).
 const EXIT_CONFIG: u8 = 78;
@@ -23,10 +25,11 @@ fn main() -> ExitCode {
         Ok(config) => Arc::new(config),
         Err(problems) => return fail(EXIT_CONFIG, problems),
     };
-    match command {
-        Command::Run => run(config).unwrap_or_else(|error| fail(1, error)),
-        Command::Check => check(&config).unwrap_or_else(|error| fail(1, error)),
-    }
+    let outcome = match command {
+        Command::Run => run(config),
+        Command::Check => check(&config),
+    };
+    outcome.unwrap_or_else(|error| fail(exit_code(&error), error))
 }
 
 type Error = Box<dyn std::error::Error>;
@@ -40,7 +43,7 @@ struct Decisions {
 
 fn decide(config: &Config) -> Result<Decisions, Error> {
     let verdict = probe::choose(config.io)?;
-    let plan = cores::plan(config.workers, config.pin);
+    let plan = cores::plan(config.workers, config.pin, &config.resources);
     let users = DescriptorUsers {
         workers: plan.cores.len(),
         listeners: config.listen.len(),
@@ -56,6 +59,9 @@ fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
     let started = Instant::now();
     init_logging(&config);
     end_with_any_thread();
+    for warning in config.warnings() {
+        tracing::warn!("{warning}");
+    }
     let Decisions { plan, verdict, capacity } = decide(&config)?;
     let max_sessions = capacity.sessions.get();
     let pool_conns_max = capacity.pool_conns;
@@ -122,7 +128,15 @@ fn check(config: &Config) -> Result<ExitCode, Error> {
     println!("workers: {} ({})", plan.cores.len(), plan.reason);
     println!("sessions at a time: {}", capacity.sessions);
     println!("pool connections of a worker: {} at most", capacity.pool_conns);
+    println!(
+        "warm connections to an endpoint: {} at least, of all workers; {} at most, of each",
+        config.pool.min_idle,
+        config.pool.most()
+    );
     println!("driver: {} ({})", verdict.driver.name(), verdict.reason);
+    for warning in config.warnings() {
+        println!("warning: {warning}");
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -133,6 +147,27 @@ fn end_with_any_thread() {
         report(panic);
         std::process::abort();
     }));
+}
+
+/// What only somebody who changes the configuration can mend is told from what may be gone at the
+/// next start.
+fn exit_code(error: &Error) -> u8 {
+    let listen = error.downcast_ref().map(ListenError::kind);
+    let kind = listen.or_else(|| error.downcast_ref().map(io::Error::kind));
+    let never_to_be_had = matches!(
+        kind,
+        Some(
+            io::ErrorKind::AddrNotAvailable
+                | io::ErrorKind::InvalidInput
+                | io::ErrorKind::PermissionDenied
+                | io::ErrorKind::Unsupported
+        )
+    );
+    if never_to_be_had || error.is::<Unavailable>() || error.is::<LimitError>() {
+        EXIT_CONFIG
+    } else {
+        1
+    }
 }
 
 fn fail(code: u8, error: impl Display) -> ExitCode {

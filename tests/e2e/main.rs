@@ -32,5 +32,6 @@ mod proxy_protocol;
 mod relay;
 mod requests;
 mod routing;
+mod shares;
 mod transport;
 mod workers;
