@@ -368,7 +368,7 @@ fn a_log_filter_names_levels_and_what_logs() {
         "aegis",
         "aegis::control::discovery=trace,aegis_proxy=off",
         "warn, kube_client=debug,rustls",
-        "info,[request{id=1,kind=a}]=debug",
+        "info,[request{id=1}]=debug",
         "info,somebody::elses=debug",
     ] {
         assert_eq!(problems(&[("AEGIS_LOG", filter)]), [""; 0]);

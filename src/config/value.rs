@@ -159,7 +159,7 @@ pub(super) fn unknown_targets(text: &str) -> impl Iterator<Item = &str> {
 
 /// The targets that a log filter names, and whether each comes with a level.
 fn targets(text: &str) -> impl Iterator<Item = (&str, bool)> {
-    // Fields of spans may hold commas. There are none of our own.
+    // Spans are not looked at: there are none of our own.
     let text = if text.contains('[') { "" } else { text };
     let directives = text.split(',').filter(|directive| !directive.is_empty());
     directives.filter_map(|directive| match directive.split_once('=') {
