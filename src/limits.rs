@@ -230,6 +230,12 @@ pub const LISTEN_ADDRESSES_MAX: usize = 16;
 /// Worker threads: more cores than this are no sidecar's.
 pub const WORKERS_MAX: usize = 256;
 
+/// Worker threads at most where nothing says how many CPUs are for this process. The machine is
+/// shared then: more workers take more cores from others, and each has pools of its own. One worker
+/// serves tens of thousands of requests a second, so four are above what an application beside it
+/// asks for.
+pub const WORKERS_AUTO_MAX: usize = 4;
+
 /// Warm connections per worker and endpoint.
 pub const POOL_IDLE_MAX: usize = 4096;
 

@@ -9,12 +9,13 @@ use std::time::Instant;
 use aegis::cli::{self, Command};
 use aegis::config::{Config, Discovery};
 use aegis::control::{DriverInfo, Outcome, Plane, WorkerHandle, admin, logging};
-use aegis::io::probe::{self, Verdict};
-use aegis::limits::{self, Capacity, DescriptorUsers};
+use aegis::io::probe::{self, Unavailable, Verdict};
+use aegis::limits::{self, Capacity, DescriptorUsers, LimitError};
 use aegis::proxy::listening::Listening;
 use aegis::worker::cores::{self, Plan};
+use aegis::worker::listener::{self, ListenError};
 use aegis::worker::mailbox::Mailbox;
-use aegis::worker::{self, WorkerSetup, listener};
+use aegis::worker::{self, WorkerSetup};
 
 /// The command line is wrong, as with any command.
 const EXIT_USAGE: u8 = 2;
@@ -32,10 +33,11 @@ fn main() -> ExitCode {
         Ok(config) => Arc::new(config),
         Err(problems) => return fail(EXIT_CONFIG, problems),
     };
-    match command {
-        Command::Run => run(config).unwrap_or_else(|error| fail(1, error)),
-        Command::Check => check(&config).unwrap_or_else(|error| fail(1, error)),
-    }
+    let outcome = match command {
+        Command::Run => run(config),
+        Command::Check => check(&config),
+    };
+    outcome.unwrap_or_else(|error| fail(exit_code(&error), error))
 }
 
 type Error = Box<dyn std::error::Error>;
@@ -50,7 +52,7 @@ struct Decisions {
 fn decide(config: &Config) -> Result<Decisions, Error> {
     let nofile = limits::raise_nofile()?;
     let verdict = probe::choose(config.io)?;
-    let plan = cores::plan(config.workers, config.pin);
+    let plan = cores::plan(config.workers, config.pin, &config.resources);
     let users = DescriptorUsers {
         workers: plan.cores.len(),
         listeners: config.listen.len(),
@@ -66,6 +68,9 @@ fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
     let started = Instant::now();
     logging::init_logging(&config)?;
     logging::end_with_any_thread();
+    for warning in config.warnings() {
+        tracing::warn!("{warning}");
+    }
     let Decisions { plan, verdict, capacity } = decide(&config)?;
     let max_sessions = capacity.sessions.get();
     let pool_conns_max = capacity.pool_conns;
@@ -144,7 +149,16 @@ fn check(config: &Config) -> Result<ExitCode, Error> {
     writeln!(text, "workers: {} ({})", plan.cores.len(), plan.reason)?;
     writeln!(text, "sessions at a time: {}", capacity.sessions)?;
     writeln!(text, "pool connections of a worker: {} at most", capacity.pool_conns)?;
+    writeln!(
+        text,
+        "warm connections to an endpoint: {} at least, of all workers; {} at most, of each",
+        config.pool.min_idle,
+        config.pool.most()
+    )?;
     writeln!(text, "driver: {} ({})", verdict.driver.name(), verdict.reason)?;
+    for warning in config.warnings() {
+        writeln!(text, "warning: {warning}")?;
+    }
     Ok(print(&text))
 }
 
@@ -156,6 +170,27 @@ fn print(text: &str) -> ExitCode {
             fail(1, format_args!("cannot write to standard output: {error}"))
         }
         _ => ExitCode::SUCCESS,
+    }
+}
+
+/// What only somebody who changes the configuration can mend is told from what may be gone at the
+/// next start.
+fn exit_code(error: &Error) -> u8 {
+    let listen = error.downcast_ref().map(ListenError::kind);
+    let kind = listen.or_else(|| error.downcast_ref().map(io::Error::kind));
+    let never_to_be_had = matches!(
+        kind,
+        Some(
+            io::ErrorKind::AddrNotAvailable
+                | io::ErrorKind::InvalidInput
+                | io::ErrorKind::PermissionDenied
+                | io::ErrorKind::Unsupported
+        )
+    );
+    if never_to_be_had || error.is::<Unavailable>() || error.is::<LimitError>() {
+        EXIT_CONFIG
+    } else {
+        1
     }
 }
 

@@ -48,8 +48,13 @@ impl Problem {
     pub(super) fn unknown(name: String) -> Self {
         // Without the common prefix, which would make all names look alike.
         let bare = |name: &str| name.trim_start_matches(PREFIX).to_ascii_uppercase();
-        let likeness =
-            |variable: &Variable| strsim::jaro_winkler(&bare(variable.name), &bare(&name));
+        let likeness = |variable: &Variable| {
+            if has_one_word_more(&name, variable.name) {
+                1.0
+            } else {
+                strsim::jaro_winkler(&bare(variable.name), &bare(&name))
+            }
+        };
         let similar = VARIABLES
             .iter()
             .map(|variable| (likeness(variable), variable.name))
@@ -58,6 +63,15 @@ impl Problem {
             .map(|(_, name)| name);
         Self::Unknown { name, similar }
     }
+}
+
+/// Whether `name` is `other` with one more word, not at its end, which says what it is.
+fn has_one_word_more(name: &str, other: &str) -> bool {
+    let words: Vec<_> = name.split('_').collect();
+    (0..words.len() - 1).any(|at| {
+        let rest: Vec<_> = [&words[..at], &words[at + 1..]].concat();
+        rest.join("_") == other
+    })
 }
 
 impl fmt::Display for Problem {

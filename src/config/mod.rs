@@ -3,14 +3,16 @@
 
 mod error;
 mod read;
+mod service_links;
 mod value;
 mod variables;
+mod warnings;
 
 #[cfg(test)]
 mod tests;
 
 use std::net::{IpAddr, SocketAddr};
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -55,6 +57,8 @@ pub struct Config {
     pub workers: Option<NonZeroUsize>,
     /// Whether workers are pinned to cores.
     pub pin: Switch,
+    /// What the container was given.
+    pub resources: Resources,
     /// Which driver does the I/O.
     pub io: IoChoice,
     /// How the endpoint of a new session is chosen.
@@ -107,6 +111,10 @@ impl Config {
             Some(number) => number.to_string(),
             None => "auto".to_owned(),
         };
+        let or_none = |number: Option<NonZeroU64>| match number {
+            Some(number) => number.to_string(),
+            None => "none".to_owned(),
+        };
         let or_word = |text: Option<String>, word: &str| text.unwrap_or_else(|| word.to_owned());
         vec![
             (AEGIS_LISTEN.name, list_text(&self.listen)),
@@ -141,6 +149,10 @@ impl Config {
             (AEGIS_BALANCE.name, self.balance.to_string()),
             (AEGIS_WORKERS.name, or_auto(self.workers)),
             (AEGIS_PIN.name, self.pin.to_string()),
+            (AEGIS_CPU_REQUEST.name, or_none(self.resources.cpu_request_milli)),
+            (AEGIS_CPU_LIMIT.name, or_none(self.resources.cpu_limit_milli)),
+            (AEGIS_MEMORY_REQUEST.name, or_none(self.resources.memory_request_bytes)),
+            (AEGIS_MEMORY_LIMIT.name, or_none(self.resources.memory_limit_bytes)),
             (AEGIS_IO.name, self.io.to_string()),
             (AEGIS_MAX_SESSIONS.name, or_auto(self.max_sessions)),
             (AEGIS_PROTOCOL.name, self.protocol.to_string()),
@@ -305,7 +317,21 @@ pub struct RequestConfig {
     pub repeat_writes: bool,
 }
 
-/// Bounds of a pool, each per worker and endpoint.
+/// What the container was given, as far as the downward API tells.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Resources {
+    /// The CPU request, in thousandths of a CPU.
+    pub cpu_request_milli: Option<NonZeroU64>,
+    /// The CPU limit, in thousandths of a CPU; what the node has where there is none.
+    pub cpu_limit_milli: Option<NonZeroU64>,
+    /// The memory request, in bytes.
+    pub memory_request_bytes: Option<NonZeroU64>,
+    /// The memory limit, in bytes; what the node has where there is none.
+    pub memory_limit_bytes: Option<NonZeroU64>,
+}
+
+/// Bounds of a pool, each per endpoint: the minimum is kept by all workers together, and the others
+/// hold for each worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolConfig {
     /// For how long a client has a connection.

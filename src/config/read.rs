@@ -1,10 +1,11 @@
 //! From the environment to [`RawConfig`] and on to [`Config`], with all problems at once.
 
 use std::ffi::OsString;
-use std::net::{IpAddr, SocketAddr};
-use std::num::NonZeroUsize;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::time::Duration;
 
+use super::service_links;
 use super::value::{
     Parsed, absolute_path, dns_label, duration, list, list_text, log_filter, number, or_word,
     selector, socket_address,
@@ -13,7 +14,7 @@ use super::value::{
 use super::variables::*;
 use super::{
     Config, ConfigErrors, Discovery, HostPort, KubeConfig, PoolConfig, PoolMode, Problem, Protocol,
-    ProxyProtocol, RequestConfig, Route, ServiceName,
+    ProxyProtocol, RequestConfig, Resources, Route, ServiceName,
 };
 use crate::limits;
 
@@ -46,9 +47,14 @@ impl Config {
         vars: impl Iterator<Item = (OsString, OsString)>,
     ) -> Result<Self, ConfigErrors> {
         let (mut known, mut not_unicode, mut unknown) = (Vec::new(), Vec::new(), Vec::new());
-        for (name, value) in vars {
-            let name = name.to_string_lossy().into_owned();
-            if !name.starts_with(PREFIX) {
+        let ours: Vec<_> = vars
+            .map(|(name, value)| (name.to_string_lossy().into_owned(), value))
+            .filter(|(name, _)| name.starts_with(PREFIX))
+            .collect();
+        let texts = ours.iter().map(|(name, value)| (name.clone(), value.to_string_lossy().into()));
+        let of_services = service_links::names(&texts.collect());
+        for (name, value) in ours {
+            if of_services.contains(&name) {
                 continue;
             }
             match VARIABLES.iter().find(|variable| variable.name == name) {
@@ -60,7 +66,6 @@ impl Config {
                         "not Unicode text".to_owned(),
                     )),
                 },
-                None if is_service_link(&name, &value.to_string_lossy()) => {}
                 None => unknown.push(Problem::unknown(name)),
             }
         }
@@ -74,24 +79,6 @@ impl Config {
         reader.problems.extend(unknown);
         if reader.problems.is_empty() { Ok(config) } else { Err(ConfigErrors(reader.problems)) }
     }
-}
-
-/// Whether a variable is one that the kubelet sets for a Service named `aegis` or `aegis-…`.
-fn is_service_link(name: &str, value: &str) -> bool {
-    const PROTOCOLS: [&str; 3] = ["TCP", "UDP", "SCTP"];
-    // AEGIS_PORT_8081_TCP, and the same with _PROTO, _PORT or _ADDR at the end.
-    let is_port = |(_, rest): (&str, &str)| {
-        let mut parts = rest.split('_');
-        parts.next().is_some_and(|port| port.parse::<u16>().is_ok())
-            && parts.next().is_some_and(|protocol| PROTOCOLS.contains(&protocol))
-            && matches!(parts.next(), None | Some("PROTO" | "PORT" | "ADDR"))
-            && parts.next().is_none()
-    };
-    name.ends_with("_SERVICE_HOST")
-        || name.ends_with("_SERVICE_PORT")
-        || name.contains("_SERVICE_PORT_")
-        || name.ends_with("_PORT") && value.contains("://")
-        || name.rsplit_once("_PORT_").is_some_and(is_port)
 }
 
 /// Parses values and collects what is wrong with them.
@@ -151,10 +138,13 @@ impl Reader<'_> {
         let backends: Vec<HostPort> =
             self.read(&AEGIS_BACKENDS, |text| list(text, limits::ENDPOINTS_MAX, str::parse));
         let kube = self.kube();
+        // The downward API says 0 where the container has no request.
+        let workers = self.read(&AEGIS_WORKERS, |text| {
+            or_word(text, "auto", |text| number(text, &(0..=limits::WORKERS_MAX)))
+        });
+        let workers = workers.and_then(NonZeroUsize::new);
         let config = Config {
-            listen: self.read(&AEGIS_LISTEN, |text| {
-                list(text, limits::LISTEN_ADDRESSES_MAX, socket_address)
-            }),
+            listen: self.read(&AEGIS_LISTEN, listen_addresses),
             admin: self.read(&AEGIS_ADMIN, socket_address),
             dns_refresh: self.duration(&AEGIS_DNS_REFRESH, 100 * MILLISECOND, HOUR),
             discovery: self.discovery(&backends, &kube),
@@ -168,12 +158,13 @@ impl Reader<'_> {
             slow_start: self.duration_or_off(&AEGIS_SLOW_START, 100 * MILLISECOND, 600 * SECOND),
             endpoint_wait: self.duration(&AEGIS_ENDPOINT_WAIT, Duration::ZERO, 300 * SECOND),
             balance: self.word(&AEGIS_BALANCE),
-            workers: self.number_or_auto(&AEGIS_WORKERS, limits::WORKERS_MAX),
+            workers,
             pin: self.word(&AEGIS_PIN),
+            resources: self.resources(),
             io: self.word(&AEGIS_IO),
             max_sessions: self.number_or_auto(&AEGIS_MAX_SESSIONS, limits::SESSIONS_MAX),
             protocol: self.word(&AEGIS_PROTOCOL),
-            pool: self.pool(),
+            pool: self.pool(workers),
             requests: self.requests(),
             connect_timeout: self.duration(&AEGIS_CONNECT_TIMEOUT, MILLISECOND, 300 * SECOND),
             connect_attempts: self.number(&AEGIS_CONNECT_ATTEMPTS, 1, 8),
@@ -284,19 +275,35 @@ impl Reader<'_> {
         }
     }
 
-    fn pool(&mut self) -> PoolConfig {
+    fn resources(&mut self) -> Resources {
+        let mut number = |variable| {
+            let parse = |text: &str| or_word(text, "none", |text| number(text, &(0..=u64::MAX)));
+            self.read(variable, parse).and_then(NonZeroU64::new)
+        };
+        Resources {
+            cpu_request_milli: number(&AEGIS_CPU_REQUEST),
+            cpu_limit_milli: number(&AEGIS_CPU_LIMIT),
+            memory_request_bytes: number(&AEGIS_MEMORY_REQUEST),
+            memory_limit_bytes: number(&AEGIS_MEMORY_LIMIT),
+        }
+    }
+
+    fn pool(&mut self, workers: Option<NonZeroUsize>) -> PoolConfig {
         let problems_before = self.problems.len();
         let mut min_idle = self.number(&AEGIS_POOL_MIN_IDLE, 0, limits::POOL_IDLE_MAX);
         let max_idle = self.number(&AEGIS_POOL_MAX_IDLE, 0, limits::POOL_IDLE_MAX);
-        if min_idle > max_idle && self.problems.len() == problems_before {
+        // All workers keep the minimum together, and each may keep the maximum. Where their number is
+        // left open one has to be enough, so that what is right does not depend on the machine.
+        let kept_max = max_idle * workers.map_or(1, NonZeroUsize::get);
+        if min_idle > kept_max && self.problems.len() == problems_before {
             if self.raw.pool_min_idle.is_some() {
                 self.conflict(
                     (&AEGIS_POOL_MIN_IDLE, min_idle.to_string()),
                     (&AEGIS_POOL_MAX_IDLE, max_idle.to_string()),
-                    "the minimum is above the maximum",
+                    "the minimum of all workers together is above what they may keep",
                 );
             }
-            min_idle = max_idle;
+            min_idle = kept_max;
         }
         PoolConfig {
             mode: self.word(&AEGIS_POOL_MODE),
@@ -367,15 +374,30 @@ impl Reader<'_> {
 
     fn check_addresses(&mut self, config: &Config) {
         let listen = || (&AEGIS_LISTEN, list_text(&config.listen));
-        if config.listen.iter().any(|&listen| overlap(listen, config.admin)) {
+        // The admin port's `::` takes connections of both families, and the data port's does not.
+        let both_families = config.admin.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+        let admin_takes_in = |other: SocketAddr| {
+            takes_in(config.admin, other) || both_families && config.admin.port() == other.port()
+        };
+        let shared = |&listen: &SocketAddr| {
+            listen.port() != 0 && (admin_takes_in(listen) || takes_in(listen, config.admin))
+        };
+        if config.listen.iter().any(shared) {
             let admin = (&AEGIS_ADMIN, config.admin.to_string());
             self.conflict(listen(), admin, "both would listen at the same address");
         }
         let is_own = |backend: &&HostPort| {
-            let Ok(ip) = backend.host.parse::<IpAddr>() else { return false };
-            let target = SocketAddr::new(ip, backend.port);
-            let reaches =
-                |&own: &SocketAddr| overlap(own, target) && (own.ip() == ip || ip.is_loopback());
+            let target = match backend.host.parse::<IpAddr>() {
+                // The kernel connects to the loopback address of the family instead.
+                Ok(ip) if ip.is_unspecified() && ip.is_ipv4() => Ipv4Addr::LOCALHOST.into(),
+                Ok(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+                Ok(ip) => ip,
+                Err(_) => return false,
+            };
+            let reaches = |&own: &SocketAddr| {
+                takes_in(own, SocketAddr::new(target, backend.port))
+                    && (own.ip() == target || target.is_loopback())
+            };
             config.listen.iter().any(reaches)
         };
         if let Some(backend) = config.backends.iter().find(is_own) {
@@ -404,11 +426,29 @@ fn parse_text<T>(text: &str, parse: impl Fn(&str) -> Parsed<T>) -> Parsed<T> {
     }
 }
 
-/// Whether sockets at both addresses would get in each other's way.
-fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
-    // `::` takes IPv4 connections too.
-    let covers = |any: SocketAddr, other: SocketAddr| {
-        any.ip().is_unspecified() && (any.is_ipv6() || other.is_ipv4())
-    };
-    a.port() != 0 && a.port() == b.port() && (a.ip() == b.ip() || covers(a, b) || covers(b, a))
+/// Addresses to listen on, of which none takes in another one.
+fn listen_addresses(text: &str) -> Parsed<Vec<SocketAddr>> {
+    let addresses = list(text, limits::LISTEN_ADDRESSES_MAX, socket_address)?;
+    for (at, &one) in addresses.iter().enumerate() {
+        for &other in &addresses[at + 1..] {
+            let overlap = if takes_in(one, other) {
+                Some((one, other))
+            } else if takes_in(other, one) {
+                Some((other, one))
+            } else {
+                None
+            };
+            if let Some((wide, narrow)) = overlap {
+                return Err(format!("{wide} takes in {narrow}: leave one of them out"));
+            }
+        }
+    }
+    Ok(addresses)
+}
+
+/// Whether a socket that listens at the one address leaves none for another socket at the other.
+/// Each is of one family.
+fn takes_in(one: SocketAddr, other: SocketAddr) -> bool {
+    let is_any_of_family = one.ip().is_unspecified() && one.is_ipv4() == other.is_ipv4();
+    one.port() != 0 && one.port() == other.port() && (one.ip() == other.ip() || is_any_of_family)
 }

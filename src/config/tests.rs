@@ -67,7 +67,9 @@ fn random_text(name: &str, rng: &mut fastrand::Rng) -> String {
         }
         "AEGIS_DNS_REFRESH" => duration(rng, 100, 3_600_000),
         "AEGIS_BALANCE" => word(rng, &["least_conn", "round_robin", "random_two", "source_hash"]),
-        "AEGIS_WORKERS" => word(rng, &["auto", "1", "256"]),
+        "AEGIS_WORKERS" => word(rng, &["auto", "0", "1", "256"]),
+        "AEGIS_CPU_REQUEST" | "AEGIS_CPU_LIMIT" => word(rng, &["none", "0", "250", "18000000"]),
+        "AEGIS_MEMORY_REQUEST" | "AEGIS_MEMORY_LIMIT" => word(rng, &["none", "0", "67108864"]),
         "AEGIS_PIN" => word(rng, &["auto", "on", "off", "true", "false"]),
         "AEGIS_IO" => word(rng, &["auto", "uring", "epoll"]),
         "AEGIS_MAX_SESSIONS" => word(rng, &["auto", "1", "1000000"]),
@@ -142,7 +144,7 @@ fn ranges_are_those_that_the_table_tells() {
         ("AEGIS_BACKEND_DRAIN", "0s", "-1s", "1d", "2d"),
         ("AEGIS_SLOW_START", "100ms", "99ms", "10m", "11m"),
         ("AEGIS_ENDPOINT_WAIT", "0s", "-1s", "5m", "6m"),
-        ("AEGIS_WORKERS", "1", "0", "256", "257"),
+        ("AEGIS_WORKERS", "1", "-1", "256", "257"),
         ("AEGIS_MAX_SESSIONS", "1", "0", "1000000", "1000001"),
         ("AEGIS_POOL_MIN_IDLE", "0", "-1", "4096", "4097"),
         ("AEGIS_POOL_MAX_IDLE", "0", "-1", "4096", "4097"),
@@ -211,9 +213,9 @@ fn all_problems_are_told_at_once() {
     assert_eq!(
         errors.to_string(),
         r#"the configuration has 6 problems:
-  AEGIS_WORKERS="many": not a whole number, or far too large. Accepted: auto, or a number from 1 to 256.
+  AEGIS_WORKERS="many": not a whole number, or far too large. Accepted: auto (or 0), or a number from 1 to 256.
   AEGIS_PIN="yes\n\u{1b}[2J": not one of the choices. Accepted: auto, on or off.
-  AEGIS_POOL_MIN_IDLE="9" and AEGIS_POOL_MAX_IDLE="8": the minimum is above the maximum.
+  AEGIS_POOL_MIN_IDLE="9" and AEGIS_POOL_MAX_IDLE="8": the minimum of all workers together is above what they may keep.
   AEGIS_IDLE_TIMEOUT="": empty; unset it to have the default. Accepted: off, or a duration from 10ms to 30d.
   AEGIS_LOG="info=loud": error parsing level filter: expected one of "off", "error", "warn", "info", "debug", "trace", or a number 0-5. Accepted: off, error, warn, info, debug, trace, or directives such as info,aegis::io=debug.
   AEGIS_BACKEND: no such variable. Is AEGIS_BACKENDS meant?"#
@@ -262,6 +264,9 @@ fn unknown_names_come_with_a_near_one_if_there_is_one() {
         ("AEGIS_POOL_MAXIDLE", Some("AEGIS_POOL_MAX_IDLE")),
         ("AEGIS_", None),
         ("AEGIS_XYZZY", None),
+        ("AEGIS_KUBE_SERVICE_PORT", Some("AEGIS_KUBE_PORT")),
+        ("AEGIS_KUBE_SERVICE_NAMESPACE", Some("AEGIS_KUBE_NAMESPACE")),
+        ("AEGIS_POOL_SIZE_MAX", Some("AEGIS_POOL_SIZE")),
     ] {
         let errors = read(&[(name, "1")]).unwrap_err();
         let expected = Problem::Unknown { name: name.to_owned(), similar: near };
@@ -269,33 +274,215 @@ fn unknown_names_come_with_a_near_one_if_there_is_one() {
     }
 }
 
+/// What the kubelet sets for a Service of this name with these ports; the first one has a name.
+fn service_links(service: &str, host: &str, ports: &[(u16, &str)]) -> Vec<(String, String)> {
+    let name = service.to_ascii_uppercase().replace('-', "_");
+    let in_url = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
+    let (first, protocol) = ports[0];
+    let url = |protocol: &str, port| format!("{}://{in_url}:{port}", protocol.to_lowercase());
+    let mut links = vec![
+        (format!("{name}_SERVICE_HOST"), host.to_owned()),
+        (format!("{name}_SERVICE_PORT"), first.to_string()),
+        (format!("{name}_SERVICE_PORT_HTTP_ADMIN"), first.to_string()),
+        (format!("{name}_PORT"), url(protocol, first)),
+    ];
+    for &(port, protocol) in ports {
+        let link = format!("{name}_PORT_{port}_{protocol}");
+        links.push((link.clone(), url(protocol, port)));
+        links.push((format!("{link}_PROTO"), protocol.to_lowercase()));
+        links.push((format!("{link}_PORT"), port.to_string()));
+        links.push((format!("{link}_ADDR"), host.to_owned()));
+    }
+    links
+}
+
+fn problems_beside(
+    links: &[(String, String)],
+    vars: &[(&str, &str)],
+) -> (Option<Config>, Vec<String>) {
+    // Those of the container go over those of Services.
+    let set = vars.iter().map(|&(name, value)| (name.to_owned(), value.to_owned()));
+    let links = links.iter().filter(|(name, _)| vars.iter().all(|(set, _)| set != name)).cloned();
+    match Config::from_vars(links.chain(set)) {
+        Ok(config) => (Some(config), Vec::new()),
+        Err(errors) => (None, errors.problems().iter().map(Problem::to_string).collect()),
+    }
+}
+
 #[test]
-fn variables_of_kubernetes_services_are_ignored() {
-    for service in ["AEGIS", "AEGIS_X", "AEGIS_PORT", "AEGIS_LISTEN"] {
-        for (suffix, value) in [
-            ("SERVICE_HOST", "10.0.0.1"),
-            ("SERVICE_PORT", "8081"),
-            ("SERVICE_PORT_HTTP_ADMIN", "8081"),
-            ("PORT", "tcp://10.0.0.1:8081"),
-            ("PORT_8081_TCP", "tcp://10.0.0.1:8081"),
-            ("PORT_8081_TCP_PROTO", "tcp"),
-            ("PORT_8081_TCP_PORT", "8081"),
-            ("PORT_8081_TCP_ADDR", "10.0.0.1"),
-            ("PORT_53_UDP_ADDR", "10.0.0.1"),
-        ] {
-            let name = format!("{service}_{suffix}");
-            assert_eq!(problems(&[(&name, value)]), [""; 0], "{name}");
+fn a_service_of_any_name_stops_no_start() {
+    let mut services: Vec<_> =
+        ["aegis", "aegis-x", "aegis-port", "aegis-kube-service-host"].map(str::to_owned).into();
+    // And those that give names which are ours, or begin with one.
+    for variable in VARIABLES {
+        let words: Vec<_> = variable.name.split('_').map(str::to_ascii_lowercase).collect();
+        services.extend((1..=words.len()).map(|count| words[..count].join("-")));
+    }
+    for service in services {
+        for host in ["10.0.0.1", "fd00::1"] {
+            for ports in [&[(80, "TCP")][..], &[(53, "UDP"), (53, "TCP"), (9, "SCTP")]] {
+                let links = service_links(&service, host, ports);
+                let (config, problems) = problems_beside(&links, &[]);
+                assert_eq!(config, read(&[]).ok(), "{service}: {problems:?}");
+            }
         }
     }
+}
+
+#[test]
+fn variables_that_only_look_like_those_of_a_service_are_mistakes() {
     for (name, value) in [
+        ("AEGIS_KUBE_SERVICE_PORT", "5432"),
+        ("AEGIS_KUBE_SERVICE_HOST", "10.0.0.1"),
+        ("AEGIS_SERVICE_PORT_HTTP", "80"),
+        ("AEGIS_KUBE_PORT", "tcp://10.0.0.1:80"),
         ("AEGIS_PORT", "8081"),
+        ("AEGIS_PORT", "tcp://10.0.0.1:8081"),
         ("AEGIS_PORT_8081", "tcp://10.0.0.1:8081"),
-        ("AEGIS_PORT_99999_TCP", "x"),
-        ("AEGIS_PORT_8081_TCP_NAME", "x"),
+        ("AEGIS_PORT_8081_TCP", "tcp://10.0.0.1:8081"),
         ("AEGIS_HOST", "10.0.0.1"),
     ] {
-        assert_eq!(problems(&[(name, value)]).len(), 1, "{name}");
+        let problems = problems(&[(name, value)]);
+        assert!(problems.len() == 1 && problems[0].starts_with(name), "{problems:?}");
     }
+    // Also beside a Service of that name, whose variables they replace.
+    let links = service_links("aegis-kube", "10.0.0.1", &[(80, "TCP")]);
+    for (name, value) in [
+        ("AEGIS_KUBE_SERVICE_PORT", "5432"),
+        ("AEGIS_KUBE_SERVICE_PORT_PG", "5432"),
+        ("AEGIS_KUBE_PORT", "tcp://10.0.0.2:80"),
+        ("AEGIS_KUBE_PORT_81_TCP", "tcp://10.0.0.1:80"),
+        ("AEGIS_KUBE_PORT_80_TCP_NAME", "x"),
+    ] {
+        let (_, problems) = problems_beside(&links, &[(name, value)]);
+        assert!(problems.len() == 1 && problems[0].starts_with(name), "{problems:?}");
+    }
+    let (config, problems) = problems_beside(&links, &[("AEGIS_KUBE_PORT", "5432")]);
+    let port = config.and_then(|config| config.kube.port);
+    assert_eq!(port, Some(KubePort::Number(5432)), "{problems:?}");
+}
+
+#[test]
+fn a_log_filter_names_levels_and_what_logs() {
+    for filter in [
+        "off",
+        "WARN",
+        "3",
+        "info,aegis::io=debug",
+        "aegis",
+        "aegis::control::discovery=trace,aegis_proxy=off",
+        "warn, kube_client=debug,rustls",
+        "info,[request{id=1}]=debug",
+        "info,somebody::elses=debug",
+    ] {
+        assert_eq!(problems(&[("AEGIS_LOG", filter)]), [""; 0]);
+    }
+    for (filter, why) in [
+        ("wran", "\"wran\" is not a level"),
+        ("inof,aegis::io=debug", "\"inof\" is not a level"),
+        ("info,debgu", "\"debgu\" is not a level"),
+        ("info, aegis::oi=debug", "there is no module \"aegis::oi\""),
+        ("aegis::oi", "there is no module \"aegis::oi\""),
+        ("info,aegis::io=debgu", "error parsing level filter"),
+    ] {
+        let [problem] = &problems(&[("AEGIS_LOG", filter)])[..] else { panic!("{filter}") };
+        assert!(problem.contains(why), "{problem}");
+    }
+}
+
+#[test]
+fn ports_are_plain_numbers() {
+    for text in
+        ["db:+80", "db:080", "db: 80", "db:80 0", "db:", "db", "[::1]80", "[::1]", "[::1]:+80"]
+    {
+        let [problem] = &problems(&[("AEGIS_BACKENDS", text)])[..] else { panic!("{text}") };
+        assert!(problem.contains("port"), "{problem}");
+    }
+    for text in ["127.0.0.1:+80", "127.0.0.1:080", "127.0.0.1:00", "[::1]:080", "[::1]80"] {
+        for name in ["AEGIS_LISTEN", "AEGIS_ADMIN"] {
+            assert_eq!(problems(&[(name, text)]).len(), 1, "{name}={text}");
+        }
+    }
+    for (name, value) in [("AEGIS_WORKERS", "+2"), ("AEGIS_CONNECT_ATTEMPTS", "+2")] {
+        assert_eq!(problems(&[(name, value)]).len(), 1, "{name}={value}");
+    }
+}
+
+#[test]
+fn what_has_no_effect_is_told_with_the_reason() {
+    let kube = ("AEGIS_KUBE_SERVICE", "db");
+    let chronos = ("AEGIS_PROTOCOL", "chronos");
+    let lent = ("AEGIS_POOL_MODE", "request");
+    for (vars, warned) in [
+        (&[][..], &[][..]),
+        // Defaults may be written out.
+        (&[("AEGIS_POOL_SIZE", "16"), ("AEGIS_KUBE_PORT", "auto")], &[]),
+        (
+            &[("AEGIS_KUBE_PORT", "5432")],
+            &["AEGIS_KUBE_PORT=\"5432\" has no effect: the endpoints"],
+        ),
+        (&[kube, ("AEGIS_KUBE_PORT", "5432")], &[]),
+        (&[kube, ("AEGIS_DISCOVERY", "static")], &["AEGIS_KUBE_SERVICE"]),
+        (
+            &[kube, ("AEGIS_DISCOVERY", "kubernetes"), ("AEGIS_BACKENDS", "db:1")],
+            &["AEGIS_BACKENDS"],
+        ),
+        (&[kube, ("AEGIS_KUBE_STORES", "3")], &["AEGIS_KUBE_STORES"]),
+        (&[kube, chronos, lent, ("AEGIS_ROUTE", "key"), ("AEGIS_KUBE_STORES", "3")], &[]),
+        (&[("AEGIS_DNS_REFRESH", "1s")], &["AEGIS_DNS_REFRESH"]),
+        (&[("AEGIS_DNS_REFRESH", "1s"), ("AEGIS_BACKENDS", "db:1")], &[]),
+        (&[("AEGIS_LOCALITY", "zone")], &["AEGIS_LOCALITY"]),
+        (
+            &[kube, ("AEGIS_LOCALITY", "zone")],
+            &["AEGIS_LOCALITY=\"zone\" has no effect: AEGIS_ZONE"],
+        ),
+        (&[kube, ("AEGIS_LOCALITY", "zone"), ("AEGIS_ZONE", "a")], &[]),
+        (&[kube, ("AEGIS_LOCALITY", "node"), ("AEGIS_ZONE", "a")], &["AEGIS_LOCALITY"]),
+        // Where this runs is a fact, and asks for nothing.
+        (&[("AEGIS_ZONE", "a"), ("AEGIS_NODE_NAME", "n"), ("AEGIS_CPU_REQUEST", "100")], &[]),
+        (&[("AEGIS_BACKEND_DRAIN", "1s")], &["AEGIS_BACKEND_DRAIN"]),
+        (&[("AEGIS_SLOW_START", "1s")], &["AEGIS_SLOW_START"]),
+        (&[kube, ("AEGIS_SLOW_START", "1s")], &[]),
+        (&[kube, ("AEGIS_SLOW_START", "1s"), ("AEGIS_BALANCE", "source_hash")], &["AEGIS_SLOW"]),
+        (&[chronos], &["AEGIS_PROTOCOL"]),
+        (&[chronos, lent], &[]),
+        (&[("AEGIS_POOL_SIZE", "8")], &["AEGIS_POOL_SIZE"]),
+        (&[chronos, lent, ("AEGIS_POOL_SIZE", "8")], &[]),
+        (&[chronos, lent, ("AEGIS_POOL_MAX_IDLE", "8")], &["AEGIS_POOL_MAX_IDLE"]),
+        (&[chronos, lent, ("AEGIS_POOL_MAX_IDLE", "0")], &[]),
+        (
+            &[("AEGIS_QUEUE_MAX", "8"), ("AEGIS_REQUEST_TIMEOUT", "off")],
+            &["AEGIS_QUEUE_MAX", "AEGIS_REQUEST_TIMEOUT"],
+        ),
+        (&[chronos, ("AEGIS_POOL_MODE", "session"), ("AEGIS_REQUEST_TIMEOUT", "off")], &[]),
+        (&[("AEGIS_PROTOCOL", "http1"), lent, ("AEGIS_LINE_MAX", "16")], &["AEGIS_LINE_MAX"]),
+        (
+            &[("AEGIS_POOL_MAX_IDLE", "0"), ("AEGIS_POOL_MAX_LIFETIME", "1m")],
+            &["AEGIS_POOL_MAX_LIFETIME"],
+        ),
+        (
+            &[("AEGIS_LOG", "info,agis=debug")],
+            &["AEGIS_LOG: nothing that is known logs as \"agis\""],
+        ),
+    ] {
+        let warnings = read(vars).unwrap_or_else(|e| panic!("{vars:?}: {e}")).warnings();
+        let fits = warnings.iter().zip(warned).all(|(warning, begin)| warning.starts_with(begin));
+        assert!(fits && warnings.len() == warned.len(), "{vars:?}: {warnings:?}");
+    }
+}
+
+#[test]
+fn the_minimum_is_of_all_workers_and_the_maximum_of_each() {
+    let pool = |vars: &[(&str, &str)]| read(vars).map(|config| config.pool.min_idle).ok();
+    let max = ("AEGIS_POOL_MAX_IDLE", "3");
+    assert_eq!(pool(&[("AEGIS_WORKERS", "4"), ("AEGIS_POOL_MIN_IDLE", "12"), max]), Some(12));
+    assert_eq!(pool(&[("AEGIS_WORKERS", "4"), ("AEGIS_POOL_MIN_IDLE", "13"), max]), None);
+    for auto in ["auto", "0"] {
+        assert_eq!(pool(&[("AEGIS_WORKERS", auto), ("AEGIS_POOL_MIN_IDLE", "3"), max]), Some(3));
+        assert_eq!(pool(&[("AEGIS_WORKERS", auto), ("AEGIS_POOL_MIN_IDLE", "4"), max]), None);
+    }
+    assert_eq!(pool(&[("AEGIS_WORKERS", "2"), max]), Some(4), "the default");
+    assert_eq!(pool(&[max]), Some(3), "gives way");
 }
 
 #[test]
@@ -335,6 +522,25 @@ fn addresses_that_get_in_each_others_way_are_refused() {
         ("127.0.0.1:1,127.0.0.1:2", "[::]:3", "db:5,127.0.0.1:2", false),
         ("0.0.0.0:1", "[::]:3", "127.0.0.1:1", false),
         ("0.0.0.0:1", "[::]:3", "10.0.0.9:1", true),
+        ("127.0.0.1:1", "[::]:3", "0.0.0.0:1", false),
+        ("[::1]:1", "[::]:3", "[::]:1", false),
+        ("127.0.0.1:1", "[::]:3", "[::ffff:127.0.0.1]:1", false),
+        // A data port of IPv6 takes nothing of IPv4, and so is in nobody's way there.
+        ("[::]:1", "[::]:3", "127.0.0.1:1", true),
+        ("[::]:1", "0.0.0.0:1", "127.0.0.1:9", true),
+        ("[::]:1,0.0.0.0:1", "[::]:3", "127.0.0.1:9", true),
+        ("[::]:1,127.0.0.1:1", "[::]:3", "127.0.0.1:9", true),
+        ("0.0.0.0:1,127.0.0.1:1", "[::]:3", "127.0.0.1:9", false),
+        ("127.0.0.1:1,127.0.0.2:2,0.0.0.0:1", "[::]:3", "127.0.0.1:9", false),
+        ("[::1]:1,[::]:1", "[::]:3", "127.0.0.1:9", false),
+        ("127.0.0.1:1,[::ffff:127.0.0.1]:1", "[::]:3", "127.0.0.1:9", false),
+        ("127.0.0.1:1,127.0.0.1:1", "[::]:3", "127.0.0.1:9", false),
+        ("127.0.0.1:0,0.0.0.0:0", "[::]:0", "127.0.0.1:9", true),
+        ("0.0.0.0:1", "127.0.0.1:1", "127.0.0.1:9", false),
+        ("[::1]:1", "[::]:1", "127.0.0.1:9", false),
+        // The same backend twice.
+        ("127.0.0.1:1", "[::]:3", "db:5,DB:5", false),
+        ("127.0.0.1:1", "[::]:3", "10.0.0.9:5,[::ffff:10.0.0.9]:5", false),
     ] {
         let vars = [("AEGIS_LISTEN", listen), ("AEGIS_ADMIN", admin), ("AEGIS_BACKENDS", backends)];
         assert_eq!(problems(&vars).is_empty(), fine, "{vars:?}");
@@ -380,7 +586,9 @@ fn where_endpoints_come_from_follows_from_what_is_set() {
         (&[("AEGIS_KUBE_SERVICE", "a.b"), ("AEGIS_KUBE_NAMESPACE", "c")], "different namespaces"),
         (&[("AEGIS_KUBE_SERVICE", "A")], "not a name in Kubernetes"),
         (&[("AEGIS_KUBE_SELECTOR", "a={}")], "not a label selector"),
-        (&[("AEGIS_KUBE_PORT", "0")], "below 1"),
+        (&[("AEGIS_KUBE_PORT", "0")], "port 0 cannot be connected to"),
+        (&[("AEGIS_KUBE_PORT", "080")], "is not a port"),
+        (&[("AEGIS_KUBE_PORT", "+80")], "not a name in Kubernetes"),
     ] {
         let [problem] = &problems(vars)[..] else { panic!("{vars:?}: {:?}", problems(vars)) };
         assert!(problem.contains(part), "{problem}");

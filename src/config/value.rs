@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 use super::{
     Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, PoolMode, Protocol,
@@ -26,7 +27,10 @@ pub(super) fn number<T: FromStr + PartialOrd + Display>(
     text: &str,
     range: &RangeInclusive<T>,
 ) -> Parsed<T> {
-    let number = text.parse().map_err(|_| "not a whole number, or far too large".to_owned())?;
+    // The parser takes a plus sign as well.
+    let number =
+        Some(text).filter(|text| !text.starts_with('+')).and_then(|text| text.parse().ok());
+    let number = number.ok_or("not a whole number, or far too large")?;
     within(number, range, T::to_string)
 }
 
@@ -85,19 +89,108 @@ pub(super) fn list<T: PartialEq>(
     Ok(items)
 }
 
-/// An address to listen on.
+/// An address to listen on. One of IPv4 that is written as one of IPv6 is meant as the former.
 pub(super) fn socket_address(text: &str) -> Parsed<SocketAddr> {
-    text.parse().map_err(|_| match text.parse::<IpAddr>() {
-        Ok(_) => "the port is missing (IPv6 addresses go in brackets)".to_owned(),
-        Err(_) => "not an IP address and a port".to_owned(),
+    let address: SocketAddr = text.parse().map_err(|_| match text.parse::<IpAddr>() {
+        Ok(_) => "the port is missing (IPv6 addresses go in brackets)",
+        Err(_) => "not an IP address and a port",
+    })?;
+    let (_, digits) = text.rsplit_once(':').unwrap_or_default();
+    if address.port() != 0 || digits != "0" {
+        port(digits)?;
+    }
+    Ok(match address.ip().to_canonical() {
+        ip @ IpAddr::V4(_) => SocketAddr::new(ip, address.port()),
+        // It may have a zone.
+        IpAddr::V6(_) => address,
     })
 }
 
-/// A log filter, returned as it was written.
+/// A port that can be connected to: digits alone, the first of which is not 0, so that nobody has
+/// to know what a reader makes of other spellings.
+fn port(text: &str) -> Parsed<u16> {
+    let is_plain =
+        text.bytes().all(|b| b.is_ascii_digit()) && (!text.starts_with('0') || text == "0");
+    match text.parse() {
+        Ok(0) if is_plain => Err("port 0 cannot be connected to".to_owned()),
+        Ok(port) if is_plain => Ok(port),
+        _ => Err(format!("{text:?} is not a port from 1 to 65535")),
+    }
+}
+
+/// What logs, apart from the program's own modules.
+const LOGGING_LIBRARIES: [&str; 14] = [
+    "h2",
+    "hickory_net",
+    "hickory_proto",
+    "hickory_resolver",
+    "hyper",
+    "hyper_util",
+    "kube_client",
+    "kube_runtime",
+    "mio",
+    "rustls",
+    "tokio",
+    "tower",
+    "tower_http",
+    "warp",
+];
+
+/// A log filter, returned without the spaces in it. Its reader takes each word that is no level for
+/// a target, of which everything is to be logged, and a level that is misspelt is such a word.
 pub(super) fn log_filter(text: &str) -> Parsed<String> {
-    match EnvFilter::try_new(text) {
-        Ok(_) => Ok(text.to_owned()),
-        Err(error) => Err(error.to_string()),
+    let text = text.split(',').map(str::trim).collect::<Vec<_>>().join(",");
+    if let Err(error) = EnvFilter::try_new(&text) {
+        return Err(error.to_string());
+    }
+    for (target, has_level) in targets(&text) {
+        match known_target(target) {
+            Known::No if !has_level => return Err(format!("{target:?} is not a level")),
+            Known::NoModule => return Err(format!("there is no module {target:?}")),
+            Known::No | Known::Yes => {}
+        }
+    }
+    Ok(text)
+}
+
+/// The targets of a log filter of which it is not known that anything is logged under them.
+pub(super) fn unknown_targets(text: &str) -> impl Iterator<Item = &str> {
+    targets(text).map(|(target, _)| target).filter(|target| known_target(target) == Known::No)
+}
+
+/// The targets that a log filter names, and whether each comes with a level.
+fn targets(text: &str) -> impl Iterator<Item = (&str, bool)> {
+    // Spans are not looked at: there are none of our own.
+    let text = if text.contains('[') { "" } else { text };
+    let directives = text.split(',').filter(|directive| !directive.is_empty());
+    directives.filter_map(|directive| match directive.split_once('=') {
+        Some((target, _)) => Some((target, true)),
+        None => LevelFilter::from_str(directive).is_err().then_some((directive, false)),
+    })
+}
+
+#[derive(PartialEq, Eq)]
+enum Known {
+    Yes,
+    No,
+    /// It would be a module of this program.
+    NoModule,
+}
+
+fn known_target(target: &str) -> Known {
+    let mut path = target.split("::");
+    let (root, module) = (path.next().unwrap_or_default(), path.next());
+    match module {
+        Some(module) if root == "aegis" => {
+            // The list of modules is where the compiler has it from.
+            let mut modules = include_str!("../lib.rs").lines();
+            let declares = |line: &str| line == format!("pub mod {module};");
+            if modules.any(declares) { Known::Yes } else { Known::NoModule }
+        }
+        _ if ["aegis", "aegis_proxy"].contains(&root) || LOGGING_LIBRARIES.contains(&root) => {
+            Known::Yes
+        }
+        _ => Known::No,
     }
 }
 
@@ -106,14 +199,16 @@ impl FromStr for HostPort {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (host, port) = text.rsplit_once(':').ok_or("the port is missing")?;
-        let port = match port.parse() {
-            Ok(0) => return Err("port 0 cannot be connected to".to_owned()),
-            Ok(port) => port,
-            Err(_) => return Err(format!("{port:?} is not a port from 1 to 65535")),
-        };
+        if host.starts_with('[') && !host.ends_with(']') {
+            return Err(
+                "the address in brackets has to be followed by a colon and a port".to_owned()
+            );
+        }
+        let port = self::port(port)?;
         let host = match host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
             Some(inner) => match inner.parse::<Ipv6Addr>() {
-                Ok(address) => address.to_string(),
+                // One of IPv4 that is written as one of IPv6 is the former.
+                Ok(address) => address.to_canonical().to_string(),
                 Err(_) => return Err(format!("{inner:?} is not an IPv6 address")),
             },
             None if host.contains(':') => return Err("IPv6 addresses go in brackets".to_owned()),
@@ -182,7 +277,7 @@ impl FromStr for KubePort {
 
     fn from_str(text: &str) -> Result<Self, String> {
         if text.bytes().all(|b| b.is_ascii_digit()) {
-            number(text, &(1..=u16::MAX)).map(Self::Number)
+            port(text).map(Self::Number)
         } else {
             dns_label(text).map(Self::Name)
         }

@@ -107,11 +107,25 @@ variables! {
         "least_conn, round_robin, random_two or source_hash",
         "How the endpoint of a new session is chosen.";
     AEGIS_WORKERS workers = "auto",
-        "auto, or a number from 1 to 256",
-        "Worker threads. auto: one for each core that the container may use.";
+        "auto (or 0), or a number from 1 to 256",
+        "Worker threads. auto: by AEGIS_CPU_REQUEST, else by the CPU quota, else 4 at most.";
     AEGIS_PIN pin = "auto",
         "auto, on or off",
-        "Whether workers are pinned to cores. auto: where the container has CPUs of its own.";
+        "Whether workers are pinned to cores. auto: where the next four prove them to be its own.";
+    // What the downward API says. Where there is no request, it says 0; without a limit it says what
+    // the node has.
+    AEGIS_CPU_REQUEST cpu_request = "none",
+        "none (or 0), or a number of thousandths of a CPU",
+        "The container's CPU request, from the downward API with the divisor 1m.";
+    AEGIS_CPU_LIMIT cpu_limit = "none",
+        "none (or 0), or a number of thousandths of a CPU",
+        "The container's CPU limit, from the downward API with the divisor 1m.";
+    AEGIS_MEMORY_REQUEST memory_request = "none",
+        "none (or 0), or a number of bytes",
+        "The container's memory request, from the downward API.";
+    AEGIS_MEMORY_LIMIT memory_limit = "none",
+        "none (or 0), or a number of bytes",
+        "The container's memory limit, from the downward API.";
     AEGIS_IO io = "auto",
         "auto, uring or epoll",
         "What drives the sockets. auto: io_uring where it works, else epoll.";
@@ -128,8 +142,8 @@ variables! {
         "a number from 1 to 4096",
         "Connections at most, per worker and endpoint, where each is lent for a request.";
     AEGIS_POOL_MIN_IDLE pool_min_idle = "4",
-        "a number from 0 to 4096, not above AEGIS_POOL_MAX_IDLE",
-        "Warm connections kept at least, per worker and endpoint.";
+        "a number from 0 to 4096, not above what AEGIS_POOL_MAX_IDLE allows all workers",
+        "Warm connections kept at least, per endpoint, by all workers together.";
     AEGIS_POOL_MAX_IDLE pool_max_idle = "64",
         "a number from 0 to 4096",
         "Warm connections kept at most, per worker and endpoint. 0 makes none in advance.";

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use super::{DriverInfo, View, WorkerHandle};
 use crate::config::{
     Balance, Config, Discovery, HostPort, IoChoice, KubeConfig, Locality, LogFormat, PoolConfig,
-    PoolMode, Protocol, ProxyProtocol, RequestConfig, Route, Switch,
+    PoolMode, Protocol, ProxyProtocol, RequestConfig, Resources, Route, Switch,
 };
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
 use crate::telemetry::WorkerState;
@@ -47,6 +47,7 @@ pub fn config() -> Config {
         endpoint_wait: Duration::ZERO,
         workers: None,
         pin: Switch::Auto,
+        resources: Resources::default(),
         io: IoChoice::Auto,
         balance: Balance::LeastConn,
         protocol: Protocol::Tcp,

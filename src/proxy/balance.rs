@@ -289,9 +289,10 @@ impl Table {
             let entry = self.entries[index].get_or_insert_with(|| {
                 // Its counters may be of an earlier time, in which it ended up anyhow.
                 endpoint.stats[worker].reset_gauges();
+                let min_idle = endpoint.share_of(worker, pool.min_idle);
                 Entry {
                     endpoint: Arc::clone(endpoint),
-                    pool: Pool::new(pool, now),
+                    pool: Pool::new(&PoolConfig { min_idle, ..pool.clone() }, now),
                     health: Health::default(),
                     sessions: 0,
                     opaque: 0,

@@ -14,6 +14,8 @@ pub struct Endpoint {
     /// Where to connect.
     pub address: SocketAddr,
     near: AtomicBool,
+    /// The first of the workers that keep its minimum of warm connections.
+    first_worker: usize,
     /// Its counters, one block a worker, indexed by worker.
     pub stats: Box<[EndpointStats]>,
 }
@@ -21,8 +23,30 @@ pub struct Endpoint {
 impl Endpoint {
     /// An endpoint with fresh counters for `workers` workers.
     pub fn new(name: impl Into<String>, address: SocketAddr, workers: usize) -> Arc<Self> {
+        Self::numbered(0, name, address, workers)
+    }
+
+    /// The same, of which it is known how many others were there first: so the workers that keep
+    /// warm connections to each are not always the same ones.
+    pub fn numbered(
+        number: usize,
+        name: impl Into<String>,
+        address: SocketAddr,
+        workers: usize,
+    ) -> Arc<Self> {
         let stats = (0..workers).map(|_| EndpointStats::default()).collect();
-        Arc::new(Self { name: name.into(), address, near: AtomicBool::new(false), stats })
+        let (name, near) = (name.into(), AtomicBool::new(false));
+        Arc::new(Self { name, address, near, first_worker: number, stats })
+    }
+
+    /// How many of `count` connections to it, which all workers keep together, are this worker's.
+    /// The endpoint alone says which worker has how many, so none needs to ask the others.
+    pub fn share_of(&self, worker: usize, count: usize) -> usize {
+        let workers = self.stats.len().max(1);
+        // The next endpoint goes on with the worker behind the last one that had one more.
+        let first = self.first_worker.wrapping_mul(count % workers) % workers;
+        let place = (worker + workers - first) % workers;
+        count / workers + usize::from(place < count % workers)
     }
 
     /// Whether it is preferred because it is near.
@@ -63,4 +87,50 @@ pub struct Store {
     pub endpoint: Option<usize>,
     /// Why it is not, where that is more than that it is away.
     pub why: Option<Arc<str>>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What each of `workers` keeps of `count` to each of `endpoints`, and of all of them.
+    fn kept(workers: usize, count: usize, endpoints: usize) -> Vec<usize> {
+        let address = "10.0.0.1:80".parse().unwrap();
+        let endpoints: Vec<_> = (0..endpoints)
+            .map(|number| Endpoint::numbered(number, "db", address, workers))
+            .collect();
+        for endpoint in &endpoints {
+            let shares = (0..workers).map(|worker| endpoint.share_of(worker, count));
+            assert_eq!(shares.sum::<usize>(), count, "{count} of {workers} workers");
+        }
+        (0..workers).map(|w| endpoints.iter().map(|e| e.share_of(w, count)).sum()).collect()
+    }
+
+    #[test]
+    fn workers_keep_so_many_together_whatever_their_number() {
+        assert_eq!(kept(1, 4, 1), [4]);
+        assert_eq!(kept(3, 4, 1), [2, 1, 1]);
+        assert_eq!(kept(3, 0, 1), [0; 3]);
+        assert_eq!(kept(16, 4, 1), [1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        for workers in [1, 2, 3, 5, 16, 64, 256] {
+            for count in [0, 1, 2, 3, 4, 7, 63, 64, 65, 4096] {
+                kept(workers, count, 7);
+            }
+        }
+    }
+
+    #[test]
+    fn the_shares_of_many_endpoints_are_even() {
+        assert_eq!(kept(16, 4, 4), [1; 16], "each worker has one, to one of them");
+        assert_eq!(kept(3, 1, 3), [1; 3]);
+        for workers in [2, 3, 5, 16, 64] {
+            for count in [1, 2, 3, 4, 7, 63] {
+                for endpoints in [2, 3, 10, 1000] {
+                    let kept = kept(workers, count, endpoints);
+                    let (least, most) = (kept.iter().min().unwrap(), kept.iter().max().unwrap());
+                    assert!(most - least <= 1, "{kept:?}");
+                }
+            }
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Listening sockets: one a worker and address, all bound before anything is announced.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -29,6 +29,17 @@ pub enum ListenError {
     /// Anything else.
     #[error("AEGIS_LISTEN: cannot listen on {0}: {1}")]
     Other(SocketAddr, #[source] io::Error),
+}
+
+impl ListenError {
+    /// What kind of failure it is.
+    pub fn kind(&self) -> io::ErrorKind {
+        match self {
+            Self::InUse(_) => io::ErrorKind::AddrInUse,
+            Self::NoFamily(_) => io::ErrorKind::Unsupported,
+            Self::Other(_, error) => error.kind(),
+        }
+    }
 }
 
 /// The listening sockets of all workers.
@@ -134,8 +145,12 @@ fn socket(address: SocketAddr) -> io::Result<Socket> {
 fn lacks_family(address: SocketAddr, error: &io::Error) -> bool {
     match error.raw_os_error() {
         Some(libc::EAFNOSUPPORT | libc::EPROTONOSUPPORT) => true,
-        // Where IPv6 is switched off by sysctl, even ::1 is missing.
-        Some(libc::EADDRNOTAVAIL) => address.is_ipv6(),
+        // Where IPv6 is switched off by sysctl, even ::1 is missing. Else it is some other host's.
+        Some(libc::EADDRNOTAVAIL) => {
+            let loopback = SocketAddr::from((Ipv6Addr::LOCALHOST, 0));
+            let has_loopback = || socket(loopback).and_then(|s| s.bind(&loopback.into())).is_ok();
+            address.is_ipv6() && !has_loopback()
+        }
         _ => false,
     }
 }

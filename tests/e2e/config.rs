@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::TcpListener;
+use std::process::Command;
 
 use crate::support::proxy::{Builder, Ended};
 use crate::support::{Io, skip};
@@ -18,6 +19,8 @@ const VARIABLES: &[&str] = &[
     "AEGIS_BALANCE",
     "AEGIS_CONNECT_ATTEMPTS",
     "AEGIS_CONNECT_TIMEOUT",
+    "AEGIS_CPU_LIMIT",
+    "AEGIS_CPU_REQUEST",
     "AEGIS_DISCOVERY",
     "AEGIS_DNS_REFRESH",
     "AEGIS_DRAIN_DELAY",
@@ -41,6 +44,8 @@ const VARIABLES: &[&str] = &[
     "AEGIS_LOG",
     "AEGIS_LOG_FORMAT",
     "AEGIS_MAX_SESSIONS",
+    "AEGIS_MEMORY_LIMIT",
+    "AEGIS_MEMORY_REQUEST",
     "AEGIS_NODE_NAME",
     "AEGIS_PIN",
     "AEGIS_POOL_IDLE_TIMEOUT",
@@ -132,6 +137,146 @@ fn expect_address_in_use(variable: &str) {
     assert_eq!(ended.code, Some(1), "{ended:?}");
     assert!(ended.errors.contains(&address), "no {address} in {}", ended.errors);
     assert!(ended.errors.to_lowercase().contains("in use"), "{}", ended.errors);
+}
+
+/// What somebody has to change, whatever the next start finds.
+#[test]
+fn every_configuration_that_cannot_work_exits_78() {
+    let uring = || Builder::on(Io::Uring).set("AEGIS_BACKENDS", "127.0.0.2:9");
+    for (builder, parts) in [
+        (usual().set("AEGIS_LISTEN", "203.0.113.1:8081"), &["AEGIS_LISTEN", "203.0.113.1"][..]),
+        (usual().set("AEGIS_ADMIN", "203.0.113.1:8082"), &["AEGIS_ADMIN", "203.0.113.1"]),
+        (
+            usual().set("AEGIS_LISTEN", "127.0.0.1:0,[2001:db8::1]:0"),
+            &["AEGIS_LISTEN", "[2001:db8::1]:0"],
+        ),
+        (usual().set("AEGIS_MAX_SESSIONS", "1000000").descriptors_max(2000), &["RLIMIT_NOFILE"]),
+        (usual().set("AEGIS_WORKERS", "256").descriptors_max(2000), &["RLIMIT_NOFILE"]),
+        (uring().deny(libc::SYS_io_uring_setup, libc::EPERM), &["AEGIS_IO=uring"]),
+        (usual().set("AEGIS_LOG", "wran"), &["AEGIS_LOG", "\"wran\" is not a level"]),
+        (usual().set("AEGIS_LOG", "info,aegis::oi=debug"), &["no module \"aegis::oi\""]),
+        (usual().set("AEGIS_BACKENDS", "db:+80"), &["\"+80\" is not a port"]),
+        (usual().set("AEGIS_BACKENDS", "db:080"), &["\"080\" is not a port"]),
+        (usual().set("AEGIS_BACKENDS", "db:80,DB:80"), &["is there twice"]),
+        (
+            usual().set("AEGIS_BACKENDS", "0.0.0.0:81").set("AEGIS_LISTEN", "127.0.0.1:81"),
+            &["itself"],
+        ),
+        (usual().set("AEGIS_DISCOVERY", "kubernetes"), &["has to be named"]),
+        (usual().set("AEGIS_IDLE_TIMEOUT", ""), &["empty; unset it"]),
+    ] {
+        expect_refused_naming(&builder.run(), parts);
+    }
+}
+
+#[test]
+fn a_port_that_needs_privileges_exits_78_without_them() {
+    let first: u16 = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+        .map_or(1024, |text| text.trim().parse().unwrap());
+    if first == 0 {
+        return skip("every port is free for all on this host");
+    }
+    if !rustix::process::geteuid().is_root() {
+        return skip("only root can start a process as another user");
+    }
+    for variable in ["AEGIS_LISTEN", "AEGIS_ADMIN"] {
+        let output = Command::new("setpriv")
+            .args(["--reuid=65532", "--regid=65532", "--clear-groups", "--inh-caps=-all"])
+            .args(["--bounding-set=-all", env!("CARGO_BIN_EXE_aegis-proxy")])
+            .envs([("AEGIS_LISTEN", "127.0.0.1:0"), ("AEGIS_ADMIN", "127.0.0.1:0")])
+            .env(variable, "127.0.0.1:1")
+            .output()
+            .unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        let code = output.status.code();
+        let ended = Ended { code, output: text(output.stdout), errors: text(output.stderr) };
+        expect_refused_naming(&ended, &[variable, "127.0.0.1:1", "denied"]);
+    }
+}
+
+#[test]
+fn addresses_that_overlap_are_told_as_such() {
+    let (taken, free) = (TcpListener::bind("127.0.0.1:0").unwrap(), "[::]:0");
+    let port = taken.local_addr().unwrap().port();
+    drop(taken);
+    for (listen, admin) in [
+        (format!("0.0.0.0:{port},127.0.0.1:{port}"), free.to_owned()),
+        (format!("127.0.0.1:{port},[::1]:{port},0.0.0.0:{port}"), free.to_owned()),
+        (format!("[::]:{port},[::1]:{port}"), free.to_owned()),
+    ] {
+        let ended = usual().set("AEGIS_LISTEN", listen).set("AEGIS_ADMIN", admin).run();
+        expect_refused_naming(&ended, &["AEGIS_LISTEN", "takes in"]);
+    }
+    for admin in [format!("[::]:{port}"), format!("0.0.0.0:{port}"), format!("127.0.0.1:{port}")] {
+        let listen = format!("127.0.0.1:{port}");
+        let ended = usual().set("AEGIS_LISTEN", listen).set("AEGIS_ADMIN", admin).run();
+        expect_refused_naming(&ended, &["AEGIS_LISTEN", "AEGIS_ADMIN", "the same address"]);
+    }
+    // The data port's `::` is of IPv6 alone.
+    for listen in [format!("[::]:{port},127.0.0.1:{port}"), format!("0.0.0.0:{port},[::]:{port}")] {
+        let proxy = usual().set("AEGIS_LISTEN", listen).launch();
+        assert_eq!(proxy.log_events("listening").len(), 2);
+    }
+}
+
+/// What a pod finds in its environment beside a Service of this name.
+fn beside_service(builder: Builder, name: &str) -> Builder {
+    let url = "tcp://10.0.0.1:80";
+    [
+        ("SERVICE_HOST", "10.0.0.1"),
+        ("SERVICE_PORT", "80"),
+        ("SERVICE_PORT_PG", "80"),
+        ("PORT", url),
+        ("PORT_80_TCP", url),
+        ("PORT_80_TCP_PROTO", "tcp"),
+        ("PORT_80_TCP_PORT", "80"),
+        ("PORT_80_TCP_ADDR", "10.0.0.1"),
+    ]
+    .iter()
+    .fold(builder, |builder, (part, value)| builder.set(&format!("{name}_{part}"), *value))
+}
+
+#[test]
+fn a_service_of_any_name_stops_no_start() {
+    let builder = ["AEGIS", "AEGIS_KUBE", "AEGIS_ADMIN", "AEGIS_POOL", "AEGIS_KUBE_SERVICE"]
+        .iter()
+        .fold(usual(), |builder, name| beside_service(builder, name));
+    let ended = builder.clone().argument("check").run();
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(ended.output.contains("AEGIS_KUBE_PORT=auto\n"), "{}", ended.output);
+    builder.launch();
+    let ended = beside_service(usual(), "AEGIS_KUBE")
+        .set("AEGIS_KUBE_SERVICE", "db")
+        .set("AEGIS_DISCOVERY", "kubernetes")
+        .set("AEGIS_KUBE_PORT", "5432")
+        .argument("check")
+        .run();
+    assert!(ended.output.contains("AEGIS_KUBE_PORT=5432\n"), "{ended:?}");
+}
+
+#[test]
+fn a_mistake_that_looks_like_a_variable_of_a_service_is_told() {
+    for builder in [usual(), beside_service(usual(), "AEGIS_KUBE")] {
+        let ended = builder.set("AEGIS_KUBE_SERVICE_PORT", "5432").run();
+        expect_refused_naming(&ended, &["AEGIS_KUBE_SERVICE_PORT", "Is AEGIS_KUBE_PORT meant?"]);
+    }
+}
+
+#[test]
+fn what_has_no_effect_is_told_by_check_and_in_the_log() {
+    let builder = usual().set("AEGIS_POOL_SIZE", "7").set("AEGIS_KUBE_PORT", "5432");
+    let warnings = [
+        r#"AEGIS_KUBE_PORT="5432" has no effect: the endpoints do not come from Kubernetes"#,
+        "AEGIS_POOL_SIZE=\"7\" has no effect: it is for AEGIS_POOL_MODE=request; elsewhere \
+         AEGIS_POOL_MAX_IDLE says how many",
+    ];
+    let ended = builder.clone().argument("check").run();
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let proxy = builder.launch();
+    for warning in warnings {
+        assert!(ended.output.contains(&format!("warning: {warning}\n")), "{}", ended.output);
+        assert_eq!(proxy.log_events(warning).len(), 1, "{warning}");
+    }
 }
 
 #[test]

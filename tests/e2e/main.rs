@@ -41,6 +41,7 @@ mod relay;
 mod requests;
 mod restart;
 mod routing;
+mod shares;
 mod transport;
 mod unprivileged;
 mod workers;

@@ -136,6 +136,7 @@ fn connections_that_requests_share_outlive_a_rewritten_slice(io: Io) {
         .set("KUBECONFIG", api.kubeconfig())
         .set("AEGIS_KUBE_SERVICE", "chronos")
         .set("AEGIS_WORKERS", "1")
+        .pool(2, 2)
         .set("AEGIS_PROTOCOL", "chronos")
         .set("AEGIS_POOL_MODE", "request")
         .start();

@@ -157,9 +157,11 @@ fn an_endpoint_that_takes_and_never_says_anything_is_not_ejected(io: Io) {
 }
 
 fn an_endpoint_that_speaks_first_and_much_or_closes_is_not_ejected(io: Io) {
-    // More than is kept of what is said to nobody.
+    // More than is kept of what is said to nobody. It is made beforehand: a server that begins to
+    // speak only after a second is taken for one that ends what does not log in.
+    let much = pattern(1, 200_000);
     let feed = Backend::scripted(|mut stream| {
-        let _ = stream.write_all(pattern(1, 200_000));
+        let _ = stream.write_all(much);
         let _ = read_to_end(stream);
     });
     let daytime = Backend::scripted(|mut stream| {

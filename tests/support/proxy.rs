@@ -121,9 +121,11 @@ impl Builder {
         self
     }
 
-    /// The size of the pools, for each worker and endpoint.
+    /// The size of the pools, for each worker and endpoint. The number of workers is to be set
+    /// before: they have the minimum together.
     pub fn pool(self, min_idle: u64, max_idle: u64) -> Self {
-        self.set("AEGIS_POOL_MIN_IDLE", min_idle.to_string())
+        let workers = self.environment.get("AEGIS_WORKERS").map_or(1, |n| n.parse().unwrap());
+        self.set("AEGIS_POOL_MIN_IDLE", (workers * min_idle).to_string())
             .set("AEGIS_POOL_MAX_IDLE", max_idle.to_string())
     }
 

@@ -172,10 +172,11 @@ impl Publisher {
         let mut endpoints: Vec<_> = wanted
             .into_iter()
             .filter(|wanted| seen.insert(wanted.address) && !self.is_own(wanted, &mut own))
-            .map(|Wanted { name, address, near }| {
+            .enumerate()
+            .map(|(number, Wanted { name, address, near })| {
                 let endpoint = match known.get(&(address, name.as_str())) {
                     Some(endpoint) => Arc::clone(endpoint),
-                    None => Endpoint::new(name, address, self.workers.len()),
+                    None => Endpoint::numbered(number, name, address, self.workers.len()),
                 };
                 endpoint.set_near(near);
                 endpoint
