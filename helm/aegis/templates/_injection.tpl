@@ -53,6 +53,16 @@ test.{{ $name }}:
 {{- end }}
 {{- end }}
 
+{{- /* A pod that asked for no release by name and has a sidecar, as by the library chart, is served. */}}
+{{- define "aegis.is-not-served-yet" -}}
+name: is-not-served-yet
+expression: >-
+  "aegis-proxy.io/status" in object.metadata.?labels.orValue({}) ||
+  {{ printf "%s.aegis-proxy.io/inject" (include "aegis.injection-name" .) | toJson }} in object.metadata.?labels.orValue({}) ||
+  object.metadata.?labels[?"aegis-proxy.io/inject"].orValue("enabled") != "enabled" ||
+  !object.spec.?initContainers.orValue([]).exists(c, c.?env.orValue([]).exists(e, e.name == "AEGIS_LISTEN"))
+{{- end }}
+
 {{- /*
 The policies of other releases that act in a namespace of this one's clients. Without a server, as with
 `helm template`, there are none.
