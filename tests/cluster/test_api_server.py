@@ -315,7 +315,7 @@ QUANTITIES = [("cpu-request", value) for value in ["much", "-1", "0", "0m", "257
     ("cpu-limit", "0"), ("cpu-limit", "2x"), ("memory-limit", "9" * 40)]
 DURATIONS = [("queue-timeout", "5"), ("queue-timeout", "1ms"), ("queue-timeout", "61m"), ("queue-timeout", "off"),
              ("request-timeout", "2d"), ("request-timeout", "1s1s"), ("connect-timeout", "0s"), ("connect-timeout", "6m"),
-             ("connect-timeout", "9999999999999999999999s"), ("tcp-user-timeout", "99ms"), ("backend-drain", "soon"),
+             ("connect-timeout", "9999999999999999999999s"), ("tcp-user-timeout", "999ms"), ("backend-drain", "soon"),
              ("request-timeout", ""), ("request-timeout", "$(AEGIS_ADMIN)")]
 REFUSED = [
     *((pod({"service": value}), "aegis-proxy.io/service") for value in SERVICES),
