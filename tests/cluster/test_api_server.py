@@ -217,6 +217,20 @@ def test_a_label_that_does_nothing_is_warned_of(injecting):
         said = warnings(injecting, item)
         assert "the pod starts WITHOUT a sidecar" in said and f"aegis-proxy.io/inject: {value} in the namespace" in said
     assert "WITHOUT" not in warnings(injecting, POD)
+    injecting.kubectl("label", "namespace", "other", "aegis-proxy.io/inject=aegsi")
+    eventually(lambda: "aegis-proxy.io/inject: aegsi in the namespace other" in warnings(injecting, pod(labels={}, namespace="other")),
+               lambda: "no warning")
+    assert "WITHOUT" not in warnings(injecting, pod(labels=chosen("disabled"), namespace="other"))
+    injecting.create({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "any", "namespace": "other"}})
+    assert "aegis" not in injecting.kubectl("delete", "configmap", "any", "--namespace", "other").stderr
+    injecting.kubectl("label", "namespace", "other", "aegis-proxy.io/inject-")
+    late = pod(labels={}, namespace="other")
+    late["metadata"]["name"] = "late"
+    injecting.create(late)
+    labelled = injecting.kubectl("label", "pod", "late", "--namespace", "other", "aegis-proxy.io/inject=enabled").stderr
+    assert "does nothing to a pod that is there already: create it anew" in labelled
+    assert "aegis" not in injecting.kubectl("label", "pod", "late", "--namespace", "other", "app=x").stderr
+    injecting.kubectl("delete", "pod", "late", "--namespace", "other", "--now")
     template_ = {"metadata": {"labels": {"app": "web"}}, "spec": POD["spec"]}
     workload = {"apiVersion": "apps/v1", "kind": "Deployment",
                 "metadata": {"name": "labelled", "namespace": "shop", "labels": chosen("enabled")},
