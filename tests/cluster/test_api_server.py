@@ -628,6 +628,25 @@ def test_enabled_means_one_release(server, releases):
     assert sidecars(dry(server, pod(namespace="other"))) == []
 
 
+def test_a_release_may_be_chosen_by_another_name(server):
+    """As two of one name in different namespaces need; as long as can be, and with dots."""
+    name = "db.v2." + "x" * 47
+    values = {"sidecar": {"backend": {"service": "chronos"}}, "clients": VALUES["clients"],
+              "injection": {"name": name, "default": False}}
+    server.helm("install", "first", CHART, "--namespace", "db", "--values", "-", input=yaml.dump(values))
+    item = pod({"log-level": "off"}, chosen(name))
+    item["metadata"]["annotations"][f"{name}.aegis-proxy.io/log-level"] = "debug"
+    try:
+        eventually(lambda: not refusal(server, item) and sidecars(dry(server, item)), lambda: refusal(server, item))
+        (container,) = sidecars(dry(server, item))
+        assert container == ("aegis-db-v2-" + "x" * 47)[:57]
+        assert env(dry(server, item), container)["AEGIS_LOG"] == "debug"
+        assert sidecars(dry(server, POD)) == []
+    finally:
+        server.helm("uninstall", "first", "--namespace", "db")
+        eventually(lambda: not sidecars(dry(server, item)), lambda: "still injected")
+
+
 def test_an_unclear_enabled_is_refused_and_names_are_not(server, releases):
     """Tools that render without an API server cannot know of the other release."""
     releases("first")
