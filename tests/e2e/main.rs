@@ -37,6 +37,7 @@ mod outage;
 mod pooling;
 mod pressure;
 mod proxy_protocol;
+mod refused_names;
 mod relay;
 mod requests;
 mod restart;
