@@ -28,8 +28,10 @@ lint: ## Check the format and the lints
 ENGINE ?= docker
 IMAGE ?= aegis-proxy:0.1.0
 STORE_IMAGE ?= aegis-demo-store:0.1.0
+# Other bases than those of the Dockerfile, where they are given.
+BASES = $(foreach base,RUST_IMAGE RUNTIME_IMAGE,$(if $($(base)),--build-arg $(base)=$($(base))))
 
 # The revision is not in the Dockerfile: a label that an argument changes is not always built anew.
 image: ## Build the image, and that of the demo's store (ENGINE=podman, IMAGE=registry/name:tag)
-	$(ENGINE) build --label org.opencontainers.image.revision=$$(git rev-parse HEAD) --target proxy --tag $(IMAGE) .
-	$(ENGINE) build --target store --tag $(STORE_IMAGE) .
+	$(ENGINE) build $(BASES) --label org.opencontainers.image.revision=$$(git rev-parse HEAD) --target proxy --tag $(IMAGE) .
+	$(ENGINE) build $(BASES) --target store --tag $(STORE_IMAGE) .
