@@ -26,6 +26,7 @@ mod limits;
 mod membership;
 mod memory;
 mod outage;
+mod platform;
 mod pooling;
 mod pressure;
 mod proxy_protocol;
