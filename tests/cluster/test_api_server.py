@@ -30,8 +30,9 @@ POD = {
 }
 
 
-def pod(annotations=None, labels=None, **spec):
+def pod(annotations=None, labels=None, namespace="shop", **spec):
     item = copy.deepcopy(POD)
+    item["metadata"]["namespace"] = namespace
     item["metadata"]["annotations"] = {f"aegis-proxy.io/{name}": value for name, value in (annotations or {}).items()}
     if labels is not None:
         item["metadata"]["labels"] = labels
@@ -42,28 +43,71 @@ def pod(annotations=None, labels=None, **spec):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     with api_server(ASSETS, tmp_path_factory.mktemp("api-server")) as server:
-        for namespace in ["db", "shop"]:
+        for namespace in ["db", "shop", "stock", "other"]:
             server.kubectl("create", "namespace", namespace)
         # The strictest standard: the sidecar has to do without an exemption.
         server.kubectl("label", "namespace", "shop", "pod-security.kubernetes.io/enforce=restricted")
-        server.kubectl("create", "serviceaccount", "web", "--namespace", "shop")
+        for namespace in ["shop", "stock", "other"]:
+            server.kubectl("create", "serviceaccount", "web", "--namespace", namespace)
+        server.kubectl("create", "serviceaccount", "default", "--namespace", "db", check=False)
         yield server
 
 
-def install(server, verb="install", values=VALUES, release="aegis"):
-    server.helm(verb, release, CHART, "--namespace", "db", "--values", "-", input=yaml.dump(values))
-    # The server takes a moment to put policies into force.
+def chosen(release):
+    return {"aegis-proxy.io/inject": release}
+
+
+def install(server, verb="install", values=VALUES, release="aegis", chart=CHART):
+    result = server.helm(verb, release, chart, "--namespace", "db", "--values", "-", input=yaml.dump(values))
+    in_force(server, release, values)
+    return result
+
+
+def in_force(server, release, values):
+    """The server takes a moment to put policies into force."""
     service = values["sidecar"]["backend"]["service"]
-    probe = pod(None if service else {"service": "chronos"})
-    eventually(lambda: not refusal(server, probe) and (env(dry(server, probe)) or {}).get(
+    namespace = values["clients"][0]["namespace"]
+    probe = pod(None if service else {"service": "chronos"}, chosen(release), namespace)
+    eventually(lambda: not refusal(server, probe) and (env(dry(server, probe), name_of(release)) or {}).get(
         "AEGIS_KUBE_SERVICE") == (service or "chronos"), lambda: f"no injection: {refusal(server, probe)}")
-    eventually(lambda: refusal(server, pod({"service": "chronos", "unknown": ""})), lambda: "no refusal")
+    unknown = pod({"service": "chronos", "unknown": ""}, chosen(release), namespace)
+    eventually(lambda: refusal(server, unknown), lambda: "no refusal")
+
+
+def uninstall(server, release):
+    result = server.helm("uninstall", release, "--namespace", "db", "--wait")
+    for namespace in ["shop", "stock", "other"]:
+        eventually(lambda: sidecar(dry(server, pod(labels=chosen(release), namespace=namespace)), name_of(release)) is None,
+                   lambda: "still injected")
+    return result
+
+
+@pytest.fixture
+def releases(server):
+    """Installs releases, and removes them after the test."""
+    installed = []
+
+    def start(name, **values):
+        clients = values.pop("clients", VALUES["clients"])
+        given = {"clients": clients, "sidecar": {"backend": {"service": name}, **values.pop("sidecar", {})}, **values}
+        installed.append(name)
+        return install(server, values=given, release=name)
+
+    yield start
+    for name in installed:
+        uninstall(server, name)
+
+
+def name_of(release):
+    return release if release.startswith("aegis") else f"aegis-{release}"
 
 
 @pytest.fixture(scope="module")
 def injecting(server):
     install(server)
-    return server
+    yield server
+    if server.helm("status", "aegis", "--namespace", "db", check=False).returncode == 0:
+        uninstall(server, "aegis")
 
 
 def dry(server, item, check=True):
@@ -76,13 +120,25 @@ def refusal(server, item):
     return "" if isinstance(result, dict) else result.stderr
 
 
-def sidecar(item):
-    found = [c for c in item["spec"].get("initContainers", []) if c["name"] == "aegis"]
+def warnings(server, item):
+    """What the server warns of when it creates a pod."""
+    relaxed = [] if server.complete else ["--validate=false"]
+    result = server.kubectl("create", "-f", "-", "--dry-run=server", *relaxed, check=False, input=json.dumps(item))
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+def sidecars(item):
+    return [c["name"] for c in item["spec"].get("initContainers", []) if c["name"].startswith("aegis")]
+
+
+def sidecar(item, name="aegis"):
+    found = [c for c in item["spec"].get("initContainers", []) if c["name"] == name]
     return found[0] if found else None
 
 
-def env(item):
-    container = sidecar(item)
+def env(item, name="aegis"):
+    container = sidecar(item, name)
     return container and {e["name"]: e.get("value") for e in container["env"]}
 
 
@@ -104,8 +160,7 @@ def test_the_commands_of_the_readme(server):
     assert (env(created)["AEGIS_KUBE_SERVICE"], env(created)["AEGIS_KUBE_NAMESPACE"]) == ("chronos", "db")
     for account, may in [("shop:web", True), ("other:web", False)]:
         assert server.may(f"system:serviceaccount:{account}", "watch", "endpointslices.discovery.k8s.io", "db") is may
-    server.helm("uninstall", "aegis", "--namespace", "db")
-    eventually(lambda: sidecar(dry(server, new_pod)) is None, lambda: "still injected")
+    uninstall(server, "aegis")
 
 
 def test_a_labelled_pod_is_really_injected_under_the_restricted_standard(injecting):
@@ -120,8 +175,7 @@ def test_a_labelled_pod_is_really_injected_under_the_restricted_standard(injecti
             value = {**value, "successThreshold": 1, "httpGet": {**value["httpGet"], "scheme": "HTTP"}}
         assert container[key] == value, key
     assert set(container) - set(expected) == {"terminationMessagePath"}
-    (volume,) = created["spec"]["volumes"]
-    assert volume["name"] == "aegis-token"
+    assert [volume["name"] for volume in created["spec"]["volumes"]] == ["aegis-token", "aegis-state"]
     injecting.kubectl("delete", "pod", "web", "--namespace", "shop", "--now")
 
 
@@ -133,22 +187,196 @@ def test_a_second_admission_changes_nothing(injecting):
 
 
 def test_an_unlabelled_pod_is_untouched(injecting):
-    for labels in [{}, {"aegis-proxy.io/inject": "disabled"}]:
-        created = dry(injecting, pod(labels=labels))
+    for labels in [{}, chosen("disabled")]:
+        item = pod(labels=labels)
+        created = dry(injecting, item)
         assert sidecar(created) is None and "volumes" not in created["spec"]
+        assert (created["metadata"].get("labels") or {}) == labels
+        assert "aegis" not in warnings(injecting, item)
+
+
+def test_a_release_acts_in_its_clients_namespaces_only(injecting):
+    """Not even a pod that cannot have the sidecar is refused elsewhere."""
+    for labels in [chosen("enabled"), chosen("aegis"), {"aegis.aegis-proxy.io/inject": "enabled"}]:
+        item = pod({"servcie": "UPPER"}, labels, namespace="other", containers=containers(name="aegis"), hostNetwork=True)
+        created = dry(injecting, item)
+        assert not created["spec"].get("initContainers") and created["metadata"]["labels"] == labels
+    injecting.kubectl("label", "namespace", "other", "aegis-proxy.io/inject=aegis")
+    assert sidecar(dry(injecting, pod(labels={}, namespace="other"))) is None
+    injecting.kubectl("label", "namespace", "other", "aegis-proxy.io/inject-")
+
+
+def test_a_label_that_does_nothing_is_warned_of(injecting):
+    for item, value in [(pod(labels=chosen("aegsi")), "aegsi"), (pod(labels=chosen("true")), "true"),
+                        (pod(namespace="other"), "enabled")]:
+        said = warnings(injecting, item)
+        assert "the pod starts WITHOUT a sidecar" in said and f"aegis-proxy.io/inject: {value} in the namespace" in said
+    assert "WITHOUT" not in warnings(injecting, POD)
+    by_hand = pod(labels=chosen("by-hand"), initContainers=[sidecar(dry(injecting, POD))],
+                  volumes=dry(injecting, POD)["spec"]["volumes"])
+    assert "WITHOUT" not in warnings(injecting, by_hand)
+    rows = injecting.get("configmaps", "--all-namespaces", "--selector", "aegis-proxy.io/inject")["items"]
+    assert [(row["metadata"]["labels"]["aegis-proxy.io/inject"], row["data"]["namespaces"]) for row in rows] == [("aegis", "shop")]
+
+
+def test_a_namespace_chooses_for_its_pods_and_a_pod_chooses_otherwise(injecting):
+    injecting.kubectl("label", "namespace", "shop", "aegis-proxy.io/inject=aegis")
+    eventually(lambda: sidecar(dry(injecting, pod(labels={}))), lambda: "not injected")
+    item = pod(labels={})
+    del item["metadata"]["labels"]
+    assert sidecar(dry(injecting, item)), "a pod without any label"
+    assert sidecar(dry(injecting, pod(labels={"app": "web"})))["name"] == "aegis"
+    assert "set it to tcp" in refusal(injecting, pod({"protocol": "redis"}, labels={}))
+    for value in ["disabled", "another"]:
+        assert sidecar(dry(injecting, pod(labels=chosen(value)))) is None
+    # Pods that cannot have it go without where it was not they who chose.
+    injecting.kubectl("label", "namespace", "shop", "pod-security.kubernetes.io/enforce-")
+    host = pod(labels={}, hostNetwork=True)
+    eventually(lambda: not refusal(injecting, host), lambda: refusal(injecting, host))
+    assert sidecar(dry(injecting, host)) is None
+    injecting.kubectl("label", "namespace", "shop", "aegis-proxy.io/inject-", "pod-security.kubernetes.io/enforce=restricted")
+    eventually(lambda: not sidecar(dry(injecting, pod(labels={}))), lambda: "still injected")
+
+
+def test_a_pod_that_brings_its_sidecar_along_is_its_own_affair(injecting):
+    """As by the library chart or the component, whatever its annotations say."""
+    once = dry(injecting, POD)
+    brought = pod({"servcie": "x", "protocol": "redis"}, initContainers=once["spec"]["initContainers"], volumes=once["spec"]["volumes"])
+    assert refusal(injecting, brought) == ""
+    assert dry(injecting, brought)["spec"]["initContainers"] == once["spec"]["initContainers"]
+
+
+def test_a_pod_with_any_sidecar_gets_no_other_unless_it_names_the_release(server, releases):
+    releases("first")
+    once = dry(server, POD)
+    container = {**sidecar(once, "aegis-first"), "name": "aegis",
+                 "volumeMounts": [{"name": "own", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount"}]}
+    brought = {"initContainers": [container], "volumes": [{**once["spec"]["volumes"][0], "name": "own"}]}
+    assert sidecars(dry(server, pod(**brought))) == ["aegis"]
+    assert "8081 or 8082, too is aegis" in refusal(server, pod(labels=chosen("first"), **brought))
+
+
+def test_releases_inject_side_by_side(server, releases):
+    """Each its own pods, or the same."""
+    releases("first")
+    # It has no backend for pods that do not name one, and other ports.
+    releases("second", sidecar={"backend": {"service": "second"}, "listenPort": 9081, "adminPort": 9082},
+             podMonitor={"enabled": False})
+    for release in ["first", "second"]:
+        created = dry(server, pod(labels=chosen(release)))
+        assert sidecars(created) == [name_of(release)]
+        assert env(created, name_of(release))["AEGIS_KUBE_SERVICE"] == release
+        set_labels = {key for key in created["metadata"]["labels"] if key.endswith("/status")}
+        assert set_labels == {"aegis-proxy.io/status", f"{release}.aegis-proxy.io/status"}
+    # The first one took the label before.
+    assert sidecars(dry(server, POD)) == ["aegis-first"]
+    both = pod({"log-level": "warn"}, {**chosen("first"), "second.aegis-proxy.io/inject": "enabled"})
+    both["metadata"]["annotations"] |= {"second.aegis-proxy.io/service": "mine", "second.aegis-proxy.io/log-level": "debug"}
+    created = dry(server, both)
+    assert sorted(sidecars(created)) == ["aegis-first", "aegis-second"]
+    got = {name: [env(created, name)[f"AEGIS_{key}"] for key in ["KUBE_SERVICE", "LOG", "LISTEN"]] for name in sidecars(created)}
+    assert got == {"aegis-first": ["first", "warn", "127.0.0.1:8081,[::1]:8081"],
+                   "aegis-second": ["mine", "debug", "127.0.0.1:9081,[::1]:9081"]}
+    ports = {sidecar(created, name)["ports"][0]["name"] for name in got}
+    assert ports == {"aegis-admin", "aegis-9082"}, "Prometheus tells them apart by these names"
+    volumes = [volume["name"] for volume in created["spec"]["volumes"]]
+    assert len(set(volumes)) == 4
+    assert dry(server, {**created, "metadata": {key: created["metadata"][key] for key in ["name", "namespace", "labels", "annotations"]}}
+               )["spec"] == created["spec"], "a second admission changes nothing"
+    wrong = copy.deepcopy(both)
+    wrong["metadata"]["annotations"]["second.aegis-proxy.io/servcie"] = "x"
+    assert "second.aegis-proxy.io/servcie: remove it" in refusal(server, wrong)
+    # What one of them refuses is nothing to the other's pods.
+    assert refusal(server, pod(labels=chosen("first"), containers=containers(ports=[{"containerPort": 9082}]))) == ""
+    assert "9081 or 9082" in refusal(server, pod(labels=chosen("second"), containers=containers(ports=[{"containerPort": 9082}])))
+
+
+def test_two_releases_with_the_same_ports_do_not_meet_in_a_pod(server, releases):
+    releases("first")
+    releases("second")
+    said = refusal(server, pod(labels={**chosen("first"), "second.aegis-proxy.io/inject": "enabled"}))
+    assert "change it there, or set sidecar.listenPort and sidecar.adminPort of the release" in said
+
+
+def test_a_second_release_leaves_the_pods_of_the_first_alone(server, releases):
+    """It has no backend, other rules and acts in more namespaces."""
+    releases("first")
+    before = dry(server, POD)
+    clients = [{"namespace": namespace, "serviceAccount": "*"} for namespace in ["shop", "stock", "db"]]
+    values = {"sidecar": {"backend": {"service": ""}, "route": "key", "name": "aegis"}, "clients": clients}
+    server.helm("install", "second", CHART, "--namespace", "db", "--values", "-", input=yaml.dump(values))
+    unknown = pod({"service": "a", "x": ""}, chosen("second"))
+    eventually(lambda: refusal(server, unknown), lambda: "not in force")
+    try:
+        assert dry(server, POD)["spec"] == before["spec"]
+        for item in [pod(labels=chosen("first"), annotations={"pool-mode": "session"}), pod(labels={}),
+                     pod(labels={"app": "x"}, containers=containers(name="aegis"))]:
+            assert refusal(server, item) == ""
+        assert sidecars(dry(server, pod(labels=chosen("first")))) == ["aegis-first"]
+        assert "no backend: set the annotation" in refusal(server, pod(labels=chosen("second")))
+    finally:
+        uninstall(server, "second")
+
+
+def test_enabled_means_one_release(server, releases):
+    releases("first")
+    given = ["--namespace", "db", "--set", "sidecar.backend.service=x", "--set", "clients[0].namespace=shop,clients[0].serviceAccount=web"]
+    refused = server.helm("install", "second", CHART, *given, "--set", "injection.default=true", check=False)
+    assert "the release first takes the pods with the label aegis-proxy.io/inject: enabled" in refused.stderr
+    refused = server.helm("install", "second", CHART, *given, "--set", "injection.name=first", check=False)
+    assert "another release called first injects into the same namespaces: set injection.name" in refused.stderr
+    # In other namespaces it may.
+    releases("third", clients=[{"namespace": "stock", "serviceAccount": "web"}], injection={"default": True})
+    assert sidecars(dry(server, pod(namespace="stock"))) == ["aegis-third"]
+    assert sidecars(dry(server, POD)) == ["aegis-first"]
+    releases("fourth", clients=[{"namespace": "other", "serviceAccount": "web"}], injection={"default": False})
+    assert sidecars(dry(server, pod(namespace="other"))) == []
+
+
+def test_an_image_is_refused_where_the_release_says_so(server, releases):
+    releases("first", injection={"imageOverride": False})
+    assert "an unknown annotation is aegis-proxy.io/image" in refusal(server, pod({"image": "x"}))
+
+
+def listed(server, *selector):
+    rows = server.get("pods", "--namespace", "shop", "--selector", ",".join(selector))["items"]
+    return sorted(row["metadata"]["name"] for row in rows)
+
+
+def test_pods_without_or_with_an_old_sidecar_are_found(server, releases):
+    """The commands of docs/KUBERNETES.md."""
+    def create(name, **options):
+        item = pod(**options)
+        item["metadata"]["name"] = name
+        server.create(item)
+
+    create("too-early")
+    releases("first")
+    create("old")
+    create("none", labels={"app": "web"})
+    install(server, "upgrade", {**VALUES, "sidecar": {"backend": {"service": "first"}, "image": {"tag": "9.9.9"}}}, "first")
+    eventually(lambda: sidecar(dry(server, POD), "aegis-first")["image"] == "aegis-proxy:9.9.9", lambda: "not upgraded")
+    create("new")
+    assert listed(server, "aegis-proxy.io/inject", "!aegis-proxy.io/status") == ["too-early"]
+    config = server.get("configmap", "first-injection", "--namespace", "db")["data"]["config"]
+    assert listed(server, "first.aegis-proxy.io/status", f"first.aegis-proxy.io/config!={config}") == ["old"]
+    table = server.kubectl("get", "pods", "--namespace", "shop", "-L", "aegis-proxy.io/inject,aegis-proxy.io/status,first.aegis-proxy.io/version").stdout
+    rows = {row.split()[0]: row.split()[-2:] for row in table.splitlines()[1:]}
+    assert (rows["old"], rows["new"]) == (["injected", "0.1.0"], ["injected", "9.9.9"])
+    server.kubectl("delete", "pods", "--now", "--namespace", "shop", "too-early", "old", "none", "new")
 
 
 def test_the_sidecar_comes_before_what_is_there(injecting):
     other = {**POD["spec"]["containers"][0], "name": "migrate"}
     created = dry(injecting, pod(initContainers=[other], volumes=[{"name": "mine", "emptyDir": {}}]))
     assert [c["name"] for c in created["spec"]["initContainers"]] == ["aegis", "migrate"]
-    assert [v["name"] for v in created["spec"]["volumes"]] == ["mine", "aegis-token"]
+    assert [v["name"] for v in created["spec"]["volumes"]] == ["mine", "aegis-token", "aegis-state"]
 
 
 def test_the_pod_may_mount_its_own_token_as_well(injecting):
     created = dry(injecting, pod(automountServiceAccountToken=True))
     mounts = sidecar(created)["volumeMounts"]
-    assert [mount["name"] for mount in mounts] == ["aegis-token"], mounts
+    assert [mount["name"] for mount in mounts] == ["aegis-token", "aegis-state"], mounts
 
 
 def test_a_pod_overrides_by_annotation(injecting):
@@ -165,24 +393,107 @@ def test_a_pod_overrides_by_annotation(injecting):
     assert "cpu" not in sidecar(dry(injecting, POD))["resources"]["limits"]
 
 
-@pytest.mark.parametrize("item, message", [
-    (pod({"servcie": "x"}), "unknown annotation aegis-proxy.io/servcie: remove it"),
-    (pod({"cpu-request": "much"}), "quantities must match"),
+def test_a_pod_chooses_everything_by_annotation(injecting):
+    created = dry(injecting, pod({
+        "service": "other", "namespace": "data", "port": "5432", "route": "key", "log-level": "info,aegis::io=debug",
+        "queue-timeout": "1s", "request-timeout": "off", "connect-timeout": "3ms", "tcp-user-timeout": "4s",
+        "backend-drain": "5s", "image": "registry.example:5000/aegis-proxy:0.2.0@sha256:" + "a" * 64}))
+    chosen_ = {name: env(created)[f"AEGIS_{name}"] for name in [
+        "KUBE_SERVICE", "KUBE_NAMESPACE", "KUBE_PORT", "ROUTE", "LOG", "QUEUE_TIMEOUT", "REQUEST_TIMEOUT",
+        "CONNECT_TIMEOUT", "TCP_USER_TIMEOUT", "BACKEND_DRAIN"]}
+    assert list(chosen_.values()) == ["other", "data", "5432", "key", "info,aegis::io=debug", "1s", "off", "3ms", "4s", "5s"]
+    assert sidecar(created)["image"].startswith("registry.example:5000/aegis-proxy:0.2.0@")
+    assert created["metadata"]["labels"]["aegis.aegis-proxy.io/version"] == "0.2.0"
+    # What nobody chose is the program's own default, and a limit that is not there is not asked for.
+    assert not {"AEGIS_TCP_USER_TIMEOUT", "AEGIS_BACKEND_DRAIN", "AEGIS_CPU_LIMIT"} & set(env(dry(injecting, POD)))
+
+
+def test_the_cores_of_a_pod_reach_its_sidecar(injecting):
+    created = dry(injecting, pod({"cpu-request": "2500m", "cpu-limit": "2500m"}))
+    sources = {e["name"]: e["valueFrom"]["resourceFieldRef"] for e in sidecar(created)["env"]
+               if "resourceFieldRef" in e.get("valueFrom", {})}
+    assert sources == {
+        "AEGIS_WORKERS": {"resource": "requests.cpu", "divisor": "1"},
+        "AEGIS_CPU_REQUEST": {"resource": "requests.cpu", "divisor": "1m"},
+        "AEGIS_CPU_LIMIT": {"resource": "limits.cpu", "divisor": "1m"},
+        "AEGIS_MEMORY_REQUEST": {"resource": "requests.memory", "divisor": "1"},
+        "AEGIS_MEMORY_LIMIT": {"resource": "limits.memory", "divisor": "1"}}
+
+
+def containers(**more):
+    return [{**POD["spec"]["containers"][0], **more}]
+
+
+SERVICES = ["UPPER", "a,b", "../../x", "a" * 300, "$(AEGIS_ADMIN)", "none", "a.b", ".", "-a", "a-", "a b", "a\n", "é"]
+QUANTITIES = [("cpu-request", value) for value in ["much", "-1", "0", "0m", "257", "1e9", "", "1 ", "100mm", "NaN"]] + [
+    ("memory-request", "64m"), ("memory-request", "-64Mi"), ("memory-limit", "256"), ("memory-limit", "2MB"),
+    ("cpu-limit", "0"), ("cpu-limit", "2x"), ("memory-limit", "9" * 40)]
+DURATIONS = [("queue-timeout", "5"), ("queue-timeout", "1ms"), ("queue-timeout", "61m"), ("queue-timeout", "off"),
+             ("request-timeout", "2d"), ("request-timeout", "1s1s"), ("connect-timeout", "0s"), ("connect-timeout", "6m"),
+             ("connect-timeout", "9999999999999999999999s"), ("tcp-user-timeout", "99ms"), ("backend-drain", "soon"),
+             ("request-timeout", ""), ("request-timeout", "$(AEGIS_ADMIN)")]
+REFUSED = [
+    *((pod({"service": value}), "aegis-proxy.io/service") for value in SERVICES),
+    (pod({"service": ""}), "set the annotation aegis-proxy.io/service to the name of a Service"),
+    *((pod({"namespace": value}), "aegis-proxy.io/namespace") for value in ["", "DB", "auto", "a.b", "a" * 64, "$(X)"]),
+    *((pod({"port": value}), "to a number from 1 to 65535") for value in ["", "0", "65536", "99999999999999999999", "-1", "A", "a b"]),
+    *((pod({name: value}), f"the annotation aegis-proxy.io/{name}") for name, value in QUANTITIES),
+    *((pod({name: value}), f"the annotation aegis-proxy.io/{name}") for name, value in DURATIONS),
+    (pod({"cpu-request": "2", "cpu-limit": "1"}), "so that the limit is at least the request"),
+    (pod({"memory-request": "1Gi"}), "so that the limit is at least the request"),
+    (pod({"route": "hash"}), "set it to balance or key"),
+    (pod({"route": "key", "protocol": "http1"}), "or set aegis-proxy.io/route to balance"),
+    (pod({"log-level": "wran"}), "set it to off, error, warn, info, debug or trace"),
+    (pod({"image": " "}), "set it to an image, such as aegis-proxy:0.1.0"),
+    (pod({"image": "$(X)"}), "set it to an image"),
+    (pod({"servcie": "x"}), "an unknown annotation is aegis-proxy.io/servcie: remove it. There are service, namespace"),
     (pod({"protocol": "redis"}), "aegis-proxy.io/protocol is redis: set it to tcp, chronos or http1"),
+    (pod({"protocol": "a\nb"}), "aegis-proxy.io/protocol: set it to tcp, chronos or http1"),
     (pod({"pool-mode": "all"}), "aegis-proxy.io/pool-mode is all: set it to preconnect, session or request"),
     (pod({"protocol": "tcp", "pool-mode": "session"}), "set the annotation aegis-proxy.io/pool-mode to preconnect"),
-], ids=["unknown", "quantity", "protocol", "pool-mode", "lending"])
-def test_what_cannot_work_is_refused_with_what_to_change(injecting, item, message):
-    assert message in refusal(injecting, item)
+    (pod(containers=containers(ports=[{"containerPort": 8081}])), "8081 or 8082, too is web: change it there, or set sidecar.listenPort"),
+    (pod(containers=containers(ports=[{"containerPort": 8082}])), "too is web: change it there"),
+    (pod(initContainers=[{**containers()[0], "name": "init", "ports": [{"containerPort": 8081}]}]), "too is init: change it there"),
+    (pod(namespace="stock", containers=containers(ports=[{"containerPort": 8082, "hostPort": 8082}])), "too is web: change it there"),
+    (pod(containers=containers(name="aegis")), "a container of the pod is called aegis, as the sidecar is: rename it"),
+    (pod(initContainers=[{**containers()[0], "name": "aegis"}]), "a container of the pod is called aegis, as the sidecar is: rename it"),
+    (pod(volumes=[{"name": "aegis-token", "emptyDir": {}}]), "a volume of the pod is called aegis-token or"),
+    (pod(volumes=[{"name": "aegis-state", "emptyDir": {}}]), "or aegis-state, as the sidecar's are: rename it"),
+    (pod(namespace="stock", hostNetwork=True), "set hostNetwork to false"),
+]
 
 
-def test_a_pod_on_the_nodes_network_is_refused(injecting):
-    item = pod(hostNetwork=True)
-    item["metadata"]["namespace"], item["spec"]["serviceAccountName"] = "db", "default"
-    injecting.kubectl("create", "serviceaccount", "default", "--namespace", "db", check=False)
-    assert "set hostNetwork to false" in refusal(injecting, item)
-    del item["metadata"]["labels"]
-    assert sidecar(dry(injecting, item)) is None
+@pytest.fixture(scope="module")
+def two_namespaces(injecting):
+    """Also in a namespace that lets pods have more."""
+    install(injecting, "upgrade", {**VALUES, "clients": [*VALUES["clients"], {"namespace": "stock", "serviceAccount": "web"}]})
+    eventually(lambda: sidecar(dry(injecting, pod(namespace="stock"))), lambda: "not injected")
+    yield injecting
+    install(injecting, "upgrade")
+
+
+def test_what_cannot_work_is_refused_with_what_to_change(two_namespaces):
+    wrong = []
+    for item, message in REFUSED:
+        said = refusal(two_namespaces, item)
+        if message not in said or "aegis: " not in said:
+            wrong.append((message, item["metadata"]["annotations"], said))
+    assert not wrong
+
+
+def test_what_works_is_not_refused(two_namespaces):
+    fine = [
+        pod({"service": "a" * 63}), pod({"service": "9a"}), pod({"port": "web"}), pod({"port": "65535"}), pod({"port": "auto"}),
+        pod({"cpu-request": "0.5"}), pod({"cpu-request": "1"}), pod({"memory-request": "1e8", "memory-limit": "1G"}),
+        pod({"backend-drain": "off"}), pod({"queue-timeout": "1h"}), pod({"log-level": "off"}),
+        # Others' annotations, the application's own ports and a port of the node's.
+        pod({}, containers=containers(ports=[{"containerPort": 8080}, {"containerPort": 8082, "protocol": "UDP"}])),
+        pod(namespace="stock", containers=containers(ports=[{"containerPort": 80, "hostPort": 8082}])),
+        pod(containers=containers(name="aegis-app"), volumes=[{"name": "aegis", "emptyDir": {}}]),
+    ]
+    fine[0]["metadata"]["annotations"] |= {"second.aegis-proxy.io/servcie": "x", "example.org/aegis": "y"}
+    assert [refusal(two_namespaces, item) for item in fine] == [""] * len(fine)
+    assert all(sidecars(dry(two_namespaces, item)) for item in fine)
 
 
 def test_clients_may_watch_endpoints_and_nothing_else(injecting):
@@ -199,7 +510,10 @@ def test_clients_may_watch_endpoints_and_nothing_else(injecting):
 
 
 def test_the_test_pod_of_the_chart_is_injected_too(injecting):
-    hooks = list(yaml.safe_load_all(injecting.helm("get", "hooks", "aegis", "--namespace", "db").stdout))
+    """Also where a selector leaves no namespace, for it is in none of the clients'."""
+    install(injecting, "upgrade", {**VALUES, "injection": {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "shop"}}}})
+    hooks = [hook for hook in yaml.safe_load_all(injecting.helm("get", "hooks", "aegis", "--namespace", "db").stdout)
+             if hook["metadata"]["annotations"]["helm.sh/hook"] == "test"]
     for hook in sorted(hooks, key=lambda item: item["kind"] == "Pod"):
         hook["metadata"].setdefault("namespace", "db")
         injecting.create(hook)
@@ -208,6 +522,18 @@ def test_the_test_pod_of_the_chart_is_injected_too(injecting):
     assert injecting.may(account, "watch", "endpointslices.discovery.k8s.io", "db")
     for hook in hooks:
         injecting.kubectl("delete", "--now", hook["kind"], "aegis-test", "--namespace", "db")
+    assert sidecar(dry(injecting, pod(namespace="db", serviceAccountName="default"))) is None, "no other pod is there"
+    install(injecting, "upgrade")
+
+
+def test_a_selector_of_namespaces_leaves_some_out(injecting):
+    clients = [{"namespace": namespace, "serviceAccount": "web"} for namespace in ["shop", "stock"]]
+    injecting.kubectl("label", "namespace", "shop", "team=a")
+    install(injecting, "upgrade", {**VALUES, "clients": clients, "injection": {"namespaceSelector": {"matchLabels": {"team": "a"}}}})
+    assert sidecar(dry(injecting, pod(namespace="stock"))) is None
+    assert sidecar(dry(injecting, POD))
+    install(injecting, "upgrade")
+    injecting.kubectl("label", "namespace", "shop", "team-")
 
 
 def test_a_release_without_a_service_asks_for_the_annotation(injecting):
@@ -230,12 +556,15 @@ def test_an_upgrade_is_in_force_and_an_uninstall_leaves_nothing(injecting):
     install(injecting, "upgrade", {**VALUES, "sidecar": {"backend": {"service": "newer"}}})
     # Once more, unchanged, as a second run of a pipeline does.
     install(injecting, "upgrade", {**VALUES, "sidecar": {"backend": {"service": "newer"}}})
-    injecting.helm("uninstall", "aegis", "--namespace", "db", "--wait")
+    said = uninstall(injecting, "aegis").stderr
+    assert "the release aegis injects no more" in said and "start WITHOUT its sidecar" in said, said
     kinds = ("mutatingadmissionpolicies,mutatingadmissionpolicybindings,validatingadmissionpolicies,"
              "validatingadmissionpolicybindings,roles,rolebindings,configmaps,services,pods,serviceaccounts,secrets")
     left = injecting.get(kinds, "--all-namespaces", "--selector", "app.kubernetes.io/instance=aegis")["items"]
     assert left == []
-    eventually(lambda: sidecar(dry(injecting, POD)) is None, lambda: "still injected")
+    # One policy stays, which says it again to whoever creates a pod that asks for a sidecar.
+    assert "the pod starts WITHOUT a sidecar" in warnings(injecting, POD)
+    assert "WITHOUT" not in warnings(injecting, pod(labels={}))
 
 
 def test_everything_else_of_the_chart_is_accepted(server):
@@ -265,18 +594,3 @@ def test_the_demo_is_accepted(server):
     server.create({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "by-hand", "namespace": "aegis-demo"},
                    "spec": template_["spec"]}, "--dry-run=server")
     server.kubectl("delete", "--wait=false", "-k", demo)
-
-
-def test_a_pod_gets_the_sidecars_of_two_releases_that_name_them_differently(server):
-    install(server, release="first")
-    server.helm("install", "second", CHART, "--namespace", "db", "--values", "-",
-                input=yaml.dump({**VALUES, "sidecar": {"name": "aegis2", "listenPort": 9081, "adminPort": 9082,
-                                                       "backend": {"service": "second"}}}))
-
-    def both():
-        names = [c["name"] for c in dry(server, POD)["spec"]["initContainers"]]
-        return sorted(names) == ["aegis", "aegis2"]
-
-    eventually(both, lambda: json.dumps(dry(server, POD)["spec"].get("initContainers")))
-    for release in ["first", "second"]:
-        server.helm("uninstall", release, "--namespace", "db")

@@ -53,6 +53,10 @@ MATRIX = {
     "http": {**CLIENTS, **sidecar(protocol="http1", pool={"mode": "session"}, requestTimeout="off")},
     "any-bytes": {**CLIENTS, **sidecar(protocol="tcp")},
     "io_uring": {**CLIENTS, **sidecar(seccomp={"type": "Localhost"}), "seccomp": {"operator": True}},
+    "chosen": {**CLIENTS, **sidecar(workers=3, tcpUserTimeout="5s", backendDrain="off", startTimeout="9s",
+                                    resources={"requests": {"cpu": 2}, "limits": {"cpu": "2.5"}})},
+    "by-name-only": {**CLIENTS, **BACKEND, "injection": {"name": "db.v2", "default": False, "imageOverride": False,
+                                                         "namespaceSelector": {"matchLabels": {"team": "a"}}}},
     "no-injection": {**CLIENTS, **BACKEND, "injection": {"enabled": False}},
 }
 
@@ -62,11 +66,14 @@ MATRIX = {
 def test_what_is_rendered_is_valid(values, injects):
     objects = template(CHART, *injects, values=values)
     validate(objects)
-    policies = [kind for kind in kinds(objects) if "Policy" in kind]
     off = not injects or values.get("injection") == {"enabled": False}
-    assert policies == ([] if off else [
-        "MutatingAdmissionPolicy", "MutatingAdmissionPolicyBinding",
-        "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"])
+    names = {(item["kind"], item["metadata"]["name"]) for item in objects if "Policy" in item["kind"]}
+    own = "shop.db.aegis-proxy.io"
+    bindings = [own, f"also.{own}", f"namespace.{own}", f"test.{own}"]
+    assert names == (set() if off else {
+        ("MutatingAdmissionPolicy", own), *(("MutatingAdmissionPolicyBinding", name) for name in bindings),
+        *(("ValidatingAdmissionPolicy", name) for name in [own, "warnings.aegis-proxy.io"]),
+        *(("ValidatingAdmissionPolicyBinding", name) for name in [*bindings, "warnings.aegis-proxy.io"])})
     bindings = {item["metadata"]["name"] for item in objects if item["kind"] == "RoleBinding"}
     backend = values.get("sidecar", {}).get("backend", {})
     watches = "addresses" not in backend
@@ -108,6 +115,34 @@ REFUSALS = {
                                   "empty pool.mode, or set protocol to chronos or http1"),
     "keys without keys": (sidecar(protocol="http1", route="key"), "set route to balance, or protocol to chronos"),
     "keys for a whole session": (sidecar(pool={"mode": "session"}, route="key"), "or pool.mode to request"),
+    "service in capitals": (sidecar(backend={"service": "UPPER"}), "/backend/service"),
+    "two services": (sidecar(backend={"service": "a,b"}), "/backend/service"),
+    "path for a service": (sidecar(backend={"service": "../../x"}), "/backend/service"),
+    "too long a service": (sidecar(backend={"service": "a" * 300}), "/backend/service"),
+    "service that the kubelet would expand": (sidecar(backend={"service": "$(AEGIS_ADMIN)"}), "/backend/service"),
+    "service that means none": (sidecar(backend={"service": "none"}), "/backend/service"),
+    "service with its namespace": (sidecar(backend={"service": "a.b"}), "/backend/service"),
+    "namespace in capitals": (sidecar(backend={"service": "a", "namespace": "DB"}), "/backend/namespace"),
+    "no such port": (sidecar(backend={"service": "a", "port": 65536}), "/backend/port"),
+    "no such port as text": (sidecar(backend={"service": "a", "port": "65536"}), "set it to a port's name, or a number"),
+    "selector that the kubelet would expand": (sidecar(backend={"service": "", "selector": "a=$(B)"}), "/backend/selector"),
+    "backend without a port": (sidecar(backend={"service": "", "addresses": "db"}), "/backend/addresses"),
+    "wrong level": (sidecar(log="wran"), "/log"),
+    "queue without time": (sidecar(queue={"timeout": "1ms"}), "queue.timeout is 1ms: set it to a duration from 10ms to 1h"),
+    "too long a wait": (sidecar(requestTimeout="2d"), "requestTimeout is 2d: set it to off, or a duration from 10ms to 1d"),
+    "no time to connect": (sidecar(connectTimeout="0s"), "connectTimeout is 0s: set it to a duration from 1ms to 5m"),
+    "drain for ever": (sidecar(drain={"timeout": "1d"}), "drain.timeout is 1d: set it to a duration from 0s to 1h"),
+    "no quantity": (sidecar(resources={"requests": {"cpu": "much"}}), "/resources/requests/cpu"),
+    "cores below zero": (sidecar(resources={"requests": {"cpu": -1}}), "/resources/requests/cpu"),
+    "no cores": (sidecar(resources={"requests": {"cpu": "0m"}}), "resources.requests.cpu is 0m: set it to more than 0"),
+    "no request for workers": (sidecar(resources={"requests": {"cpu": None}}), "resources.requests.cpu is not set"),
+    "too many cores": (sidecar(resources={"requests": {"cpu": 257}}), "set it to 256 at most"),
+    "thousandths of a byte": (sidecar(resources={"limits": {"memory": "256m"}}), "/resources/limits/memory"),
+    "no memory": (sidecar(resources={"limits": {"memory": "256"}}), "resources.limits.memory is 256: set it to 8Mi at least"),
+    "limit below the request": (sidecar(resources={"requests": {"memory": "1Gi"}}), "set the limit to at least the request"),
+    "no workers": (sidecar(workers=0), "/workers"),
+    "image with a space": (sidecar(image={"repository": "a b"}), "/image/repository"),
+    "name that pods cannot choose": ({"injection": {"name": "enabled"}}, "cannot choose a release by the name enabled"),
     "no such locality": (sidecar(locality="rack"), "'off', 'zone', 'node'"),
     "privileged port": (sidecar(listenPort=80), "want 1,024"),
     "not a variable of Aegis": (sidecar(env={"PATH": "/"}), "AEGIS_"),
@@ -134,16 +169,16 @@ def test_the_library_refuses_a_sidecar_without_backend():
 
 def library(values):
     spec = one(template(USER_CHART, values={"sidecar": values}), "Deployment")["spec"]["template"]["spec"]
-    return spec["initContainers"][0], spec["volumes"][0]
+    return spec["initContainers"][0], spec["volumes"]
 
 
 def test_the_library_renders_what_the_component_patches_in():
     """manifests/component/sidecar.yaml is made from the library chart: UPDATE=1 makes it anew."""
-    container, volume = library({"backend": {"service": "store"}})
+    container, volumes = library({"backend": {"service": "store"}})
     labels = {"aegis-proxy.io/inject": "enabled"}
     patch = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "any"},
              "spec": {"template": {"metadata": {"labels": labels},
-                                   "spec": {"initContainers": [container], "volumes": [volume]}}}}
+                                   "spec": {"initContainers": [container], "volumes": volumes}}}}
     file = ROOT / "manifests/component/sidecar.yaml"
     golden(file, "# Made from helm/aegis-sidecar by its test.\n" + yaml.dump(patch, sort_keys=False))
 
@@ -156,14 +191,14 @@ def golden(file, text):
 
 def test_the_sidecar_needs_no_exemption_from_the_restricted_standard():
     for values in [{}, {"seccomp": {"type": "Localhost"}}]:
-        container, volume = library({"backend": {"service": "db"}, **values})
+        container, volumes = library({"backend": {"service": "db"}, **values})
         context = container["securityContext"]
         assert context.pop("seccompProfile") in [
             {"type": "RuntimeDefault"}, {"type": "Localhost", "localhostProfile": "profiles/aegis.json"}]
         assert context == {
             "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]},
             "readOnlyRootFilesystem": True, "runAsNonRoot": True, "runAsUser": 65532, "runAsGroup": 65532}
-        assert set(volume) == {"name", "projected"}
+        assert [set(volume) - {"name"} for volume in volumes] == [{"projected"}, {"emptyDir"}]
         assert container["restartPolicy"] == "Always"
         assert "lifecycle" not in container
 
@@ -177,24 +212,70 @@ def test_readiness_is_by_request():
     assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
 
 
+def place(fieldRef=None, resourceFieldRef=None):
+    """Where a variable's value comes from."""
+    return fieldRef["fieldPath"] if fieldRef else f"{resourceFieldRef['resource']} in {resourceFieldRef['divisor']}"
+
+
 def test_every_value_reaches_the_environment():
     container, _ = library({
         "backend": {"selector": "app=db", "namespace": "data", "port": 5432}, "locality": "zone",
         "listenPort": 5000, "adminPort": 5001,
         "protocol": "chronos", "pool": {"mode": "request", "size": 3}, "queue": {"max": 1000000, "timeout": "6s"},
-        "requestTimeout": "off", "route": "key", "stores": 3,
+        "requestTimeout": "off", "connectTimeout": "2s", "route": "key", "stores": 3,
+        "tcpUserTimeout": "11s", "backendDrain": "12s", "startTimeout": "13s", "log": "warn", "workers": 2,
+        "resources": {"limits": {"cpu": 2}},
         "drain": {"delay": "2s", "timeout": "3s"}, "env": {"AEGIS_MAX_SESSIONS": "50"}})
-    env = {item["name"]: item.get("value") or item["valueFrom"]["fieldRef"]["fieldPath"] for item in container["env"]}
+    env = {item["name"]: item.get("value") or place(**item["valueFrom"]) for item in container["env"]}
     assert env == {
         "AEGIS_LISTEN": "127.0.0.1:5000,[::1]:5000", "AEGIS_ADMIN": "[::]:5001",
         "AEGIS_DISCOVERY": "kubernetes", "AEGIS_KUBE_SELECTOR": "app=db", "AEGIS_KUBE_NAMESPACE": "data",
-        "AEGIS_KUBE_PORT": "5432",
+        "AEGIS_KUBE_PORT": "5432", "AEGIS_KUBE_SNAPSHOT": "/run/aegis/endpoints.json",
         "AEGIS_PROTOCOL": "chronos", "AEGIS_POOL_MODE": "request", "AEGIS_POOL_SIZE": "3",
         "AEGIS_QUEUE_MAX": "1000000", "AEGIS_QUEUE_TIMEOUT": "6s", "AEGIS_REQUEST_TIMEOUT": "off", "AEGIS_ROUTE": "key",
         "AEGIS_KUBE_STORES": "3",
         "AEGIS_LOCALITY": "zone", "AEGIS_NODE_NAME": "spec.nodeName",
         "AEGIS_ZONE": "metadata.labels['topology.kubernetes.io/zone']",
+        "AEGIS_CONNECT_TIMEOUT": "2s", "AEGIS_TCP_USER_TIMEOUT": "11s", "AEGIS_BACKEND_DRAIN": "12s",
+        "AEGIS_START_TIMEOUT": "13s", "AEGIS_LOG": "warn", "AEGIS_WORKERS": "2",
+        "AEGIS_CPU_REQUEST": "requests.cpu in 1m", "AEGIS_MEMORY_REQUEST": "requests.memory in 1",
+        "AEGIS_CPU_LIMIT": "limits.cpu in 1m", "AEGIS_MEMORY_LIMIT": "limits.memory in 1",
         "AEGIS_DRAIN_DELAY": "2s", "AEGIS_DRAIN_TIMEOUT": "3s", "AEGIS_MAX_SESSIONS": "50"}
+
+
+def test_workers_follow_the_request_of_cpu():
+    """A container without a limit has all cores of its node: no guide to how many workers it needs."""
+    container, _ = library({"backend": {"service": "db"}})
+    env = {item["name"]: place(**item["valueFrom"]) for item in container["env"] if "valueFrom" in item}
+    assert env["AEGIS_WORKERS"] == "requests.cpu in 1"
+    # Without a limit this would be the node's CPU, so it must not be asked for.
+    assert "AEGIS_CPU_LIMIT" not in env
+
+
+def test_the_last_endpoints_outlive_a_restart_of_the_container():
+    container, volumes = library({"backend": {"service": "db"}})
+    (mount,) = [mount for mount in container["volumeMounts"] if mount["mountPath"] == "/run/aegis"]
+    assert {"name": mount["name"], "emptyDir": {}} in volumes
+    container, volumes = library({"backend": {"addresses": "db:1"}})
+    assert "AEGIS_KUBE_SNAPSHOT" not in str(container) and "emptyDir" not in str(volumes)
+
+
+def test_the_start_is_asked_for_once_and_waited_for():
+    """A probe that fails is asked again a second later, which every start would pay."""
+    container, _ = library({"backend": {"service": "db"}})
+    probe = container["startupProbe"]
+    assert (probe["periodSeconds"], probe["timeoutSeconds"]) == (1, 10)
+    assert probe["timeoutSeconds"] * probe["failureThreshold"] >= 60
+    assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
+def test_durations_have_the_programs_bounds():
+    bounds = re.findall(r"^\| `(AEGIS_\w+)` .*\(((?:off, or )?a duration from \w+ to \w+)\) \|", (ROOT / "README.md").read_text(), re.M)
+    named = (ROOT / "helm/aegis-sidecar/templates/_sidecar.tpl").read_text()
+    charts = re.findall(r"^\S+: {variable: (\w+), min: (\w+), max: (\w+)(, orOff: true)?}", named, re.M)
+    assert len(charts) == 7
+    for variable, least, most, off in charts:
+        assert dict(bounds)[variable] == f"{'off, or ' if off else ''}a duration from {least} to {most}", variable
 
 
 @pytest.mark.parametrize("route, stores, reads", [("key", "auto", True), ("key", 3, False), ("balance", "auto", False)])
@@ -221,9 +302,12 @@ def test_numbers_that_the_charts_repeat_are_the_programs():
     rows = re.findall(r"^\| `(AEGIS_\w+)` \| `(.*?)` \|", (ROOT / "README.md").read_text(), re.M)
     defaults = dict(rows)
     assert len(rows) > 40
-    other = {name: value for name, value in environment({}).items() if value != defaults[name]}
+    computed = ["AEGIS_CPU_REQUEST", "AEGIS_MEMORY_REQUEST", "AEGIS_MEMORY_LIMIT"]
+    given = {name: value for name, value in environment({}).items() if name not in computed}
+    other = {name: value for name, value in given.items() if value != defaults.get(name)}
     assert other == {
         "AEGIS_DISCOVERY": "kubernetes", "AEGIS_KUBE_SERVICE": "db", "AEGIS_KUBE_NAMESPACE": None,
+        "AEGIS_KUBE_SNAPSHOT": "/run/aegis/endpoints.json", "AEGIS_WORKERS": None,
         "AEGIS_PROTOCOL": "chronos", "AEGIS_POOL_MODE": "request", "AEGIS_DRAIN_DELAY": "0s"}
 
 
@@ -234,35 +318,37 @@ def cel_to_json(text):
 
 
 @pytest.mark.parametrize("values", [{}, {"readiness": True, "locality": "zone"}, {"seccomp": {"type": "Localhost"}},
-                                    {"env": {"AEGIS_LOG": 'a"b\\c'}, "resources": {"requests": {"cpu": 1}}},
+                                    {"env": {"AEGIS_NODE_NAME": 'a"b\\c'}, "resources": {"requests": {"cpu": 1}}},
+                                    {"workers": "auto", "resources": {"limits": {"cpu": 4}}},
                                     {"route": "key"}, {"protocol": "tcp"}, {"pool": {"mode": "session"}}])
 def test_the_policy_injects_what_the_library_renders(values):
     values = {"backend": {"service": "db", "namespace": "data"}, **values}
-    policy = one(template(CHART, *INJECTS, values={"sidecar": values}), "MutatingAdmissionPolicy")
+    objects = template(CHART, *INJECTS, values={"sidecar": values}, release="aegis")
+    policy = one(objects, "MutatingAdmissionPolicy")
     expression = policy["spec"]["mutations"][0]["jsonPatch"]["expression"]
     # Without annotations each look-up gives its default.
-    look_up = r'variables\.annotations\[\?"[^"]+"\]\.orValue\((.*?)\)'
-    chosen = {v["name"]: re.sub(look_up, r"\1", v["expression"]) for v in policy["spec"]["variables"]}
+    chosen = {v["name"]: re.sub(r".*\.orValue\((.*)\)", r"\1", v["expression"]) for v in policy["spec"]["variables"]}
     if "?" in chosen["poolMode"]:
         assert chosen["poolMode"] == 'variables.protocol == "tcp" ? "preconnect" : "request"'
         chosen["poolMode"] = '"preconnect"' if chosen["protocol"] == '"tcp"' else '"request"'
-    expression = re.sub(look_up, r"\1", expression)
-    expression = re.sub(r"variables\.(protocol|poolMode)", lambda found: chosen[found[1]], expression)
+    # What is not chosen is not added.
+    expression = re.sub(r'\(variables\.\w+ == "" \? \[\] : \[.*?\}\]\) \+', "", expression)
+    expression = re.sub(r"variables\.(\w+)", lambda found: chosen[found[1]], expression)
     values_of = re.findall(r'value: (Object\.spec\.\w+\{.*?\})\s+\}\]', expression, re.S)
     injected = [cel_to_json(value) for value in values_of]
-    container, volume = library(values)
+    container, volumes = library(values)
     amounts = container["resources"]
     for kind in ["requests", "limits"]:
         for name, amount in amounts.setdefault(kind, {}).items():
             amounts[kind][name] = str(amount)
-    assert injected == [container, volume]
+    assert injected == [container, *volumes]
 
 
 def test_the_golden_policy():
     """The look-ups, as the API server gets them."""
-    policy = one(template(CHART, *INJECTS, values=BACKEND), "MutatingAdmissionPolicy")
+    policy = one(template(CHART, *INJECTS, values=BACKEND, release="aegis"), "MutatingAdmissionPolicy")
     variables = [f"{v['name']}: {v['expression']}" for v in policy["spec"]["variables"]]
-    look_ups = re.findall(r'\S+ variables\.(?:annotations\[[^]]*\](?:\.orValue\([^)]*\))?|protocol|poolMode)',
+    look_ups = re.findall(r'\S+ variables\.\w+',
                           policy["spec"]["mutations"][0]["jsonPatch"]["expression"])
     golden(HERE / "golden/look-ups.txt", "\n".join(variables + look_ups) + "\n")
 

@@ -6,7 +6,7 @@ What a pod needs for Aegis, from the values of this chart: to include in your ow
   volumes:
     {{- include "aegis-sidecar.volume" .Values.sidecar | nindent 8 }}
 
-Each gives a list of one item. The sidecar comes first, so that it serves those that follow it.
+Each gives a list. The sidecar comes first, so that it serves those that follow it.
 */}}
 {{- define "aegis-sidecar.container" -}}
 {{- include "aegis-sidecar.check" . -}}
@@ -14,27 +14,43 @@ Each gives a list of one item. The sidecar comes first, so that it serves those 
 {{- end }}
 
 {{- define "aegis-sidecar.volume" -}}
-{{- list (include "aegis-sidecar.volume-spec" . | fromYaml) | toYaml }}
+{{- include "aegis-sidecar.volume-specs" . }}
+{{- end }}
+
+{{- define "aegis-sidecar.name" -}}
+{{ .name | default "aegis" }}
+{{- end }}
+
+{{- /* Names of ports are few letters, and two sidecars of a pod must not share one: Prometheus goes by them. */}}
+{{- define "aegis-sidecar.admin-port-name" -}}
+{{ eq (int .adminPort) 8082 | ternary "aegis-admin" (printf "aegis-%d" (int .adminPort)) }}
+{{- end }}
+
+{{- /* The folder of the last endpoints, which outlives a restart of the container. */}}
+{{- define "aegis-sidecar.state-folder" -}}
+{{ if not .backend.addresses }}/run/aegis{{ end }}
 {{- end }}
 
 {{- define "aegis-sidecar.container-spec" -}}
-name: {{ .name }}
-image: {{ printf "%s:%s" .image.repository .image.tag | toJson }}
+name: {{ include "aegis-sidecar.name" . }}
+image: {{ .image.name | default (printf "%s:%s" .image.repository .image.tag) | toJson }}
 imagePullPolicy: {{ .image.pullPolicy }}
 restartPolicy: Always
 env:
   {{- include "aegis-sidecar.env" . | nindent 2 }}
 ports:
-  - name: aegis-admin
+  - name: {{ include "aegis-sidecar.admin-port-name" . }}
     containerPort: {{ .adminPort }}
     protocol: TCP
 startupProbe:
-  {{- include "aegis-sidecar.probe" (list . "startupz" 1 60) | nindent 2 }}
+  # The answer is held until the sidecar is ready: a probe that fails is asked again a second later, so
+  # one that answers at once would add that second to each start.
+  {{- include "aegis-sidecar.probe" (list . "startupz" 1 10 10) | nindent 2 }}
 livenessProbe:
-  {{- include "aegis-sidecar.probe" (list . "livez" 10 3) | nindent 2 }}
+  {{- include "aegis-sidecar.probe" (list . "livez" 10 3 2) | nindent 2 }}
 {{- if .readiness }}
 readinessProbe:
-  {{- include "aegis-sidecar.probe" (list . "readyz" 5 2) | nindent 2 }}
+  {{- include "aegis-sidecar.probe" (list . "readyz" 5 2 2) | nindent 2 }}
 {{- end }}
 resources: {{ toJson .resources }}
 securityContext:
@@ -54,9 +70,13 @@ securityContext:
 terminationMessagePolicy: FallbackToLogsOnError
 volumeMounts:
   # Mounted here, the token is there also where the pod does not mount one by itself.
-  - name: {{ .name }}-token
+  - name: {{ include "aegis-sidecar.name" . }}-token
     mountPath: /var/run/secrets/kubernetes.io/serviceaccount
     readOnly: true
+  {{- with include "aegis-sidecar.state-folder" . }}
+  - name: {{ include "aegis-sidecar.name" $ }}-state
+    mountPath: {{ . }}
+  {{- end }}
 {{- end }}
 
 {{- define "aegis-sidecar.probe" -}}
@@ -66,7 +86,7 @@ httpGet:
   port: {{ $values.adminPort }}
 periodSeconds: {{ index . 2 }}
 failureThreshold: {{ index . 3 }}
-timeoutSeconds: 2
+timeoutSeconds: {{ index . 4 }}
 {{- end }}
 
 {{- /* The variables that the values stand for; `.env` adds others. */}}
@@ -85,22 +105,27 @@ timeoutSeconds: 2
 - {name: AEGIS_KUBE_SERVICE, value: {{ toJson .service }}}
 {{- end }}
 {{- if .namespace }}
-- {name: AEGIS_KUBE_NAMESPACE, value: {{ .namespace }}}
+- {name: AEGIS_KUBE_NAMESPACE, value: {{ toJson .namespace }}}
 {{- else }}
 - {name: AEGIS_KUBE_NAMESPACE, valueFrom: {fieldRef: {apiVersion: v1, fieldPath: metadata.namespace}}}
 {{- end }}
-{{- if .port }}
-- {name: AEGIS_KUBE_PORT, value: {{ toString .port | toJson }}}
-{{- end }}
+- {name: AEGIS_KUBE_PORT, value: {{ .port | default "auto" | toString | toJson }}}
+- {name: AEGIS_KUBE_SNAPSHOT, value: {{ include "aegis-sidecar.state-folder" $ }}/endpoints.json}
 {{- end }}
 {{- end }}
 - {name: AEGIS_PROTOCOL, value: {{ toJson .protocol }}}
 - {name: AEGIS_POOL_MODE, value: {{ include "aegis-sidecar.pool-mode" . | toJson }}}
 - {name: AEGIS_POOL_SIZE, value: {{ int .pool.size | toString | toJson }}}
 - {name: AEGIS_QUEUE_MAX, value: {{ int .queue.max | toString | toJson }}}
-- {name: AEGIS_QUEUE_TIMEOUT, value: {{ .queue.timeout }}}
+- {name: AEGIS_QUEUE_TIMEOUT, value: {{ toJson .queue.timeout }}}
 - {name: AEGIS_REQUEST_TIMEOUT, value: {{ toJson .requestTimeout }}}
-- {name: AEGIS_ROUTE, value: {{ .route }}}
+- {name: AEGIS_CONNECT_TIMEOUT, value: {{ toJson .connectTimeout }}}
+{{- range $name, $variable := include "aegis-sidecar.optional" . | fromYaml }}
+{{- with get $ $name }}
+- {name: {{ $variable }}, value: {{ toJson . }}}
+{{- end }}
+{{- end }}
+- {name: AEGIS_ROUTE, value: {{ toJson .route }}}
 {{- if ne (toString .stores) "auto" }}
 - {name: AEGIS_KUBE_STORES, value: {{ int .stores | toString | toJson }}}
 {{- end }}
@@ -114,22 +139,57 @@ timeoutSeconds: 2
 {{- end }}
 - {name: AEGIS_DRAIN_DELAY, value: {{ .drain.delay }}}
 - {name: AEGIS_DRAIN_TIMEOUT, value: {{ .drain.timeout }}}
+- {name: AEGIS_LOG, value: {{ toJson .log }}}
+{{- if .workers }}
+- {name: AEGIS_WORKERS, value: {{ .workers | toString | toJson }}}
+{{- else }}
+- {name: AEGIS_WORKERS, valueFrom: {resourceFieldRef: {resource: requests.cpu, divisor: "1"}}}
+{{- end }}
+{{- /* Without a limit the kubelet would fill in what the node has. */}}
+{{- range $kind := list "requests" "limits" }}
+{{- range $name := list "cpu" "memory" }}
+{{- if hasKey (get $.resources $kind | default dict) $name }}
+- {{ include "aegis-sidecar.amount" (list $kind $name) }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- range $name, $value := .env }}
 - {name: {{ $name }}, value: {{ toJson $value }}}
 {{- end }}
+{{- end }}
+
+{{- /* What tells the program how much CPU or memory its container has. */}}
+{{- define "aegis-sidecar.amount" -}}
+{{- $kind := index . 0 -}}
+{{- $name := index . 1 -}}
+{{- $variable := printf "AEGIS_%s_%s" (upper $name) (trimSuffix "s" $kind | upper) -}}
+{{- $divisor := eq $name "cpu" | ternary "1m" "1" -}}
+{name: {{ $variable }}, valueFrom: {resourceFieldRef: {resource: {{ $kind }}.{{ $name }}, divisor: {{ toJson $divisor }}}}}
+{{- end }}
+
+{{- /* The values that are the program's own choice where they are empty. */}}
+{{- define "aegis-sidecar.optional" -}}
+backendDrain: AEGIS_BACKEND_DRAIN
+startTimeout: AEGIS_START_TIMEOUT
+tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- end }}
 
 {{- define "aegis-sidecar.pool-mode" -}}
 {{ .pool.mode | default (eq .protocol "tcp" | ternary "preconnect" "request") }}
 {{- end }}
 
-{{- define "aegis-sidecar.volume-spec" -}}
-name: {{ .name }}-token
-projected:
-  sources:
-    - serviceAccountToken: {path: token, expirationSeconds: 3607}
-    - configMap: {name: kube-root-ca.crt, items: [{key: ca.crt, path: ca.crt}]}
-    - downwardAPI: {items: [{path: namespace, fieldRef: {apiVersion: v1, fieldPath: metadata.namespace}}]}
+{{- define "aegis-sidecar.volume-specs" -}}
+- name: {{ include "aegis-sidecar.name" . }}-token
+  projected:
+    sources:
+      - serviceAccountToken: {path: token, expirationSeconds: 3607}
+      - configMap: {name: kube-root-ca.crt, items: [{key: ca.crt, path: ca.crt}]}
+      - downwardAPI: {items: [{path: namespace, fieldRef: {apiVersion: v1, fieldPath: metadata.namespace}}]}
+{{- if include "aegis-sidecar.state-folder" . }}
+# No limit of its size: the kubelet evicts the pod of a volume that is over one.
+- name: {{ include "aegis-sidecar.name" . }}-state
+  emptyDir: {}
+{{- end }}
 {{- end }}
 
 {{- /* Refuses what no schema can refuse with a message that helps. */}}
@@ -146,6 +206,20 @@ projected:
 {{- if contains " and " $kinds }}
 {{- fail (printf "aegis-sidecar: %s are set: keep one of them" $kinds) }}
 {{- end }}
+{{- range $name, $bounds := include "aegis-sidecar.durations" . | fromYaml }}
+{{- $value := $ }}
+{{- range splitList "." $name }}{{ $value = get $value . }}{{ end }}
+{{- if and $value (ne $value "off") }}
+{{- $ms := include "aegis-sidecar.milliseconds" $value | int64 }}
+{{- if or (lt $ms (include "aegis-sidecar.milliseconds" $bounds.min | int64)) (gt $ms (include "aegis-sidecar.milliseconds" $bounds.max | int64)) }}
+{{- fail (printf "aegis-sidecar: %s is %s: set it to %s" $name $value (include "aegis-sidecar.accepted" $bounds)) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- if and (regexMatch "^[0-9]+$" (toString .backend.port)) (or (eq (int64 .backend.port) 0) (gt (int64 .backend.port) 65535)) }}
+{{- fail (printf "aegis-sidecar: backend.port is %v: set it to a port's name, or a number from 1 to 65535" .backend.port) }}
+{{- end }}
+{{- include "aegis-sidecar.check-resources" . }}
 {{- if eq (int .listenPort) (int .adminPort) }}
 {{- fail (printf "aegis-sidecar: listenPort and adminPort are both %v: change one of them" .adminPort) }}
 {{- end }}
@@ -173,4 +247,57 @@ projected:
 {{- if get $.backend . }}{{ $kinds = append $kinds (printf "backend.%s" .) }}{{ end }}
 {{- end }}
 {{- join " and " $kinds }}
+{{- end }}
+
+{{- define "aegis-sidecar.check-resources" -}}
+{{- $requests := .resources.requests | default dict }}
+{{- $limits := .resources.limits | default dict }}
+{{- if not (or .workers (hasKey $requests "cpu") (hasKey $limits "cpu")) }}
+{{- fail "aegis-sidecar: resources.requests.cpu is not set, and there are as many workers as it has cores: set it, or workers" }}
+{{- end }}
+{{- range $kind, $amounts := dict "requests" $requests "limits" $limits }}
+{{- range $name, $amount := $amounts }}
+{{- $number := include "aegis-sidecar.number" $amount | float64 }}
+{{- if le $number 0.0 }}
+{{- fail (printf "aegis-sidecar: resources.%s.%s is %v: set it to more than 0" $kind $name $amount) }}
+{{- end }}
+{{- if and (eq $name "cpu") (gt $number 256.0) }}
+{{- fail (printf "aegis-sidecar: resources.%s.cpu is %v: set it to 256 at most" $kind $amount) }}
+{{- end }}
+{{- $least := eq $kind "limits" | ternary "8Mi" "1Mi" }}
+{{- if and (eq $name "memory") (lt $number (include "aegis-sidecar.number" $least | float64)) }}
+{{- fail (printf "aegis-sidecar: resources.%s.memory is %v: set it to %s at least" $kind $amount $least) }}
+{{- end }}
+{{- if and (eq $kind "limits") (hasKey $requests $name) (lt $number (include "aegis-sidecar.number" (get $requests $name) | float64)) }}
+{{- fail (printf "aegis-sidecar: resources.limits.%s is %v and resources.requests.%s is %v: set the limit to at least the request" $name $amount $name (get $requests $name)) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* The bounds of the program's durations, by the values that set them. */}}
+{{- define "aegis-sidecar.durations" -}}
+queue.timeout: {variable: AEGIS_QUEUE_TIMEOUT, min: 10ms, max: 1h}
+requestTimeout: {variable: AEGIS_REQUEST_TIMEOUT, min: 10ms, max: 1d, orOff: true}
+connectTimeout: {variable: AEGIS_CONNECT_TIMEOUT, min: 1ms, max: 5m}
+tcpUserTimeout: {variable: AEGIS_TCP_USER_TIMEOUT, min: 100ms, max: 1d, orOff: true}
+backendDrain: {variable: AEGIS_BACKEND_DRAIN, min: 0s, max: 1d, orOff: true}
+drain.delay: {variable: AEGIS_DRAIN_DELAY, min: 0s, max: 5m}
+drain.timeout: {variable: AEGIS_DRAIN_TIMEOUT, min: 0s, max: 1h}
+{{- end }}
+
+{{- define "aegis-sidecar.accepted" -}}
+{{ if .orOff }}off, or {{ end }}a duration from {{ .min }} to {{ .max }}
+{{- end }}
+
+{{- define "aegis-sidecar.milliseconds" -}}
+{{- $units := dict "ms" 1 "s" 1000 "m" 60000 "h" 3600000 "d" 86400000 -}}
+{{ mul (regexFind "^[0-9]+" . | int64) (get $units (regexFind "[a-z]+$" .)) }}
+{{- end }}
+
+{{- /* A quantity of Kubernetes as a number. */}}
+{{- define "aegis-sidecar.number" -}}
+{{- $units := dict "" 1.0 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 -}}
+{{- $text := kindIs "string" . | ternary . (printf "%v" (. | float64)) -}}
+{{ if regexMatch "[eE]" $text }}{{ float64 $text }}{{ else }}{{ mulf (regexFind "^[0-9.]+" $text | float64) (get $units (regexFind "[A-Za-z]*$" $text)) }}{{ end }}
 {{- end }}

@@ -15,10 +15,17 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{ .Values.sidecar.backend.namespace | default .Release.Namespace }}
 {{- end }}
 
-{{- /* The sidecar's values, with the backend's namespace in place. */}}
+{{- /* A pod may have the sidecars of several releases. */}}
+{{- define "aegis.sidecar-name" -}}
+{{- $name := include "aegis.injection-name" . | replace "." "-" -}}
+{{ hasPrefix "aegis" $name | ternary $name (printf "aegis-%s" $name) | trunc 57 | trimAll "-" }}
+{{- end }}
+
+{{- /* The sidecar's values, with its name and the backend's namespace in place. */}}
 {{- define "aegis.sidecar" -}}
 {{- $values := deepCopy .Values.sidecar -}}
 {{- $_ := set $values.backend "namespace" (include "aegis.backend-namespace" .) -}}
+{{- $_ := set $values "name" ($values.name | default (include "aegis.sidecar-name" .)) -}}
 {{- toYaml $values }}
 {{- end }}
 
@@ -39,4 +46,16 @@ admissionregistration.k8s.io/v1beta1
 {{- $namespaces := list -}}
 {{- range .Values.clients }}{{ $namespaces = append $namespaces .namespace }}{{ end -}}
 {{- $namespaces | default (list .Release.Namespace) | uniq | sortAlpha | toYaml }}
+{{- end }}
+
+{{- /*
+The labels of the pods with this release's sidecar: one that the injection sets, or else the one that
+people set for the library chart and the component.
+*/}}
+{{- define "aegis.sidecar-pods" -}}
+{{- if include "aegis.injection-api" . -}}
+{{ dict (printf "%s.aegis-proxy.io/status" (include "aegis.injection-name" .)) "injected" | toJson }}
+{{- else -}}
+{{ dict "aegis-proxy.io/inject" (eq (toString .Values.injection.default) "false" | ternary (include "aegis.injection-name" .) "enabled") | toJson }}
+{{- end }}
 {{- end }}
