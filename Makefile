@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster fuzz bench lint image
+.PHONY: help demo test test-cluster faults fuzz bench lint image
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ fuzz: ## Edit inputs of the scanners at random for SECONDS=60
 
 test-cluster: ## Test the image, the charts, the manifests and the monitoring
 	tests/cluster/run
+
+faults: ## Measure what clients see of the platform's faults, into docs/PLATFORM-FAULTS.md
+	tests/platform-faults
 
 bench: ## Run the benchmarks (QUICK=1: check that they work)
 	cargo bench --bench micro $(if $(QUICK),-- --sample-count 1 --sample-size 1)

@@ -170,6 +170,16 @@ def test_the_readmes_cluster_finds_every_key_in_two_stores():
         assert len(used) == 2 and "0" not in used
 
 
+def test_every_fault_of_the_platform_has_a_test_and_its_figures():
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in
+            (ROOT / "docs/PLATFORM-FAULTS.md").read_text().splitlines() if line.endswith("` |")]
+    tests = re.findall(r"#\[test\]\nfn (\w+)", (ROOT / "tests/e2e/platform.rs").read_text())
+    assert len(rows) >= 8
+    assert sorted(row[3].strip("`") for row in rows) == sorted(tests)
+    for fault, happens, measured, test in rows:
+        assert fault and happens and re.search(r"\d", measured), test
+
+
 def opens(policy, port, peer):
     """Whether a policy lets this peer, by its namespace, connect to this port of TCP."""
     for rule in policy["spec"]["ingress"]:

@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::fs::chown;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
@@ -16,7 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, geteuid, kill_process};
 use socket2::{SockFilter, SockRef};
 use tempfile::TempDir;
 
@@ -216,6 +217,10 @@ fn the_api_server_is_down_at_the_start() {
     let mut builder = discovering(charted(), &api).set("AEGIS_ENDPOINT_WAIT", "100ms");
     let keeps = knows("AEGIS_KUBE_SNAPSHOT");
     if keeps {
+        if geteuid().is_root() {
+            // The proxy does not run as root.
+            chown(folder.path(), Some(65532), Some(65532)).unwrap();
+        }
         let file = folder.path().join("endpoints.json");
         builder = builder.set("AEGIS_KUBE_SNAPSHOT", file.to_str().unwrap());
     }
@@ -291,15 +296,20 @@ impl Plain {
     fn launch(settings: &[(&str, &str)], errors: Stdio, resolver: Option<&str>) -> Self {
         let binary = std::env::var("AEGIS_E2E_BINARY")
             .unwrap_or_else(|_| env!("CARGO_BIN_EXE_aegis-proxy").to_owned());
-        let mut command = match resolver {
-            None => Command::new(&binary),
-            Some(file) => {
-                let mut command = Command::new("unshare");
-                let script = "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
-                command.args(["--mount", "sh", "-c", script, file, &binary]);
-                command
-            }
-        };
+        // Each of these runs the words behind it, in its own place.
+        let mut words = Vec::new();
+        if let Some(file) = resolver {
+            let script = "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
+            words.extend(["unshare", "--mount", "sh", "-c", script, file]);
+        }
+        if geteuid().is_root() {
+            // As in a pod.
+            words.extend(["setpriv", "--reuid", "65532", "--regid", "65532", "--clear-groups"]);
+            words.extend(["--inh-caps=-all", "--bounding-set=-all"]);
+        }
+        words.push(&binary);
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]);
         let (address, admin) = (free_address(), free_address());
         let settings: HashMap<_, _> = settings.iter().copied().collect();
         command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
