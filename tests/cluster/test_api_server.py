@@ -77,8 +77,8 @@ def in_force(server, release, values):
 def uninstall(server, release):
     result = server.helm("uninstall", release, "--namespace", "db", "--wait")
     for namespace in ["shop", "stock", "other"]:
-        eventually(lambda: sidecar(dry(server, pod(labels=chosen(release), namespace=namespace)), name_of(release)) is None,
-                   lambda: "still injected")
+        item = pod(labels=chosen(release), namespace=namespace)
+        eventually(lambda: not refusal(server, item) and not sidecars(dry(server, item)), lambda: "still in force")
     return result
 
 
@@ -86,6 +86,9 @@ def uninstall(server, release):
 def releases(server):
     """Installs releases, and removes them after the test."""
     installed = []
+    # That of the tests above.
+    if server.helm("status", "aegis", "--namespace", "db", check=False).returncode == 0:
+        uninstall(server, "aegis")
 
     def start(name, **values):
         clients = values.pop("clients", VALUES["clients"])
@@ -165,8 +168,10 @@ def test_the_commands_of_the_readme(server):
 
 def test_a_labelled_pod_is_really_injected_under_the_restricted_standard(injecting):
     created = injecting.create(POD)
-    assert created == injecting.get("pod", "web", "--namespace", "shop")
-    rendered = template(CHART, values={"sidecar": VALUES["sidecar"]}, namespace="db")
+    stored = injecting.get("pod", "web", "--namespace", "shop")
+    injecting.kubectl("delete", "pod", "web", "--namespace", "shop", "--now")
+    assert created == stored
+    rendered = template(CHART, values={"sidecar": VALUES["sidecar"]}, namespace="db", release="aegis")
     expected = next(item for item in rendered if item["kind"] == "Pod")["spec"]["initContainers"][0]
     container = sidecar(created)
     for key, value in expected.items():
@@ -176,7 +181,6 @@ def test_a_labelled_pod_is_really_injected_under_the_restricted_standard(injecti
         assert container[key] == value, key
     assert set(container) - set(expected) == {"terminationMessagePath"}
     assert [volume["name"] for volume in created["spec"]["volumes"]] == ["aegis-token", "aegis-state"]
-    injecting.kubectl("delete", "pod", "web", "--namespace", "shop", "--now")
 
 
 def test_a_second_admission_changes_nothing(injecting):
@@ -244,126 +248,6 @@ def test_a_pod_that_brings_its_sidecar_along_is_its_own_affair(injecting):
     brought = pod({"servcie": "x", "protocol": "redis"}, initContainers=once["spec"]["initContainers"], volumes=once["spec"]["volumes"])
     assert refusal(injecting, brought) == ""
     assert dry(injecting, brought)["spec"]["initContainers"] == once["spec"]["initContainers"]
-
-
-def test_a_pod_with_any_sidecar_gets_no_other_unless_it_names_the_release(server, releases):
-    releases("first")
-    once = dry(server, POD)
-    container = {**sidecar(once, "aegis-first"), "name": "aegis",
-                 "volumeMounts": [{"name": "own", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount"}]}
-    brought = {"initContainers": [container], "volumes": [{**once["spec"]["volumes"][0], "name": "own"}]}
-    assert sidecars(dry(server, pod(**brought))) == ["aegis"]
-    assert "8081 or 8082, too is aegis" in refusal(server, pod(labels=chosen("first"), **brought))
-
-
-def test_releases_inject_side_by_side(server, releases):
-    """Each its own pods, or the same."""
-    releases("first")
-    # It has no backend for pods that do not name one, and other ports.
-    releases("second", sidecar={"backend": {"service": "second"}, "listenPort": 9081, "adminPort": 9082},
-             podMonitor={"enabled": False})
-    for release in ["first", "second"]:
-        created = dry(server, pod(labels=chosen(release)))
-        assert sidecars(created) == [name_of(release)]
-        assert env(created, name_of(release))["AEGIS_KUBE_SERVICE"] == release
-        set_labels = {key for key in created["metadata"]["labels"] if key.endswith("/status")}
-        assert set_labels == {"aegis-proxy.io/status", f"{release}.aegis-proxy.io/status"}
-    # The first one took the label before.
-    assert sidecars(dry(server, POD)) == ["aegis-first"]
-    both = pod({"log-level": "warn"}, {**chosen("first"), "second.aegis-proxy.io/inject": "enabled"})
-    both["metadata"]["annotations"] |= {"second.aegis-proxy.io/service": "mine", "second.aegis-proxy.io/log-level": "debug"}
-    created = dry(server, both)
-    assert sorted(sidecars(created)) == ["aegis-first", "aegis-second"]
-    got = {name: [env(created, name)[f"AEGIS_{key}"] for key in ["KUBE_SERVICE", "LOG", "LISTEN"]] for name in sidecars(created)}
-    assert got == {"aegis-first": ["first", "warn", "127.0.0.1:8081,[::1]:8081"],
-                   "aegis-second": ["mine", "debug", "127.0.0.1:9081,[::1]:9081"]}
-    ports = {sidecar(created, name)["ports"][0]["name"] for name in got}
-    assert ports == {"aegis-admin", "aegis-9082"}, "Prometheus tells them apart by these names"
-    volumes = [volume["name"] for volume in created["spec"]["volumes"]]
-    assert len(set(volumes)) == 4
-    assert dry(server, {**created, "metadata": {key: created["metadata"][key] for key in ["name", "namespace", "labels", "annotations"]}}
-               )["spec"] == created["spec"], "a second admission changes nothing"
-    wrong = copy.deepcopy(both)
-    wrong["metadata"]["annotations"]["second.aegis-proxy.io/servcie"] = "x"
-    assert "second.aegis-proxy.io/servcie: remove it" in refusal(server, wrong)
-    # What one of them refuses is nothing to the other's pods.
-    assert refusal(server, pod(labels=chosen("first"), containers=containers(ports=[{"containerPort": 9082}]))) == ""
-    assert "9081 or 9082" in refusal(server, pod(labels=chosen("second"), containers=containers(ports=[{"containerPort": 9082}])))
-
-
-def test_two_releases_with_the_same_ports_do_not_meet_in_a_pod(server, releases):
-    releases("first")
-    releases("second")
-    said = refusal(server, pod(labels={**chosen("first"), "second.aegis-proxy.io/inject": "enabled"}))
-    assert "change it there, or set sidecar.listenPort and sidecar.adminPort of the release" in said
-
-
-def test_a_second_release_leaves_the_pods_of_the_first_alone(server, releases):
-    """It has no backend, other rules and acts in more namespaces."""
-    releases("first")
-    before = dry(server, POD)
-    clients = [{"namespace": namespace, "serviceAccount": "*"} for namespace in ["shop", "stock", "db"]]
-    values = {"sidecar": {"backend": {"service": ""}, "route": "key", "name": "aegis"}, "clients": clients}
-    server.helm("install", "second", CHART, "--namespace", "db", "--values", "-", input=yaml.dump(values))
-    unknown = pod({"service": "a", "x": ""}, chosen("second"))
-    eventually(lambda: refusal(server, unknown), lambda: "not in force")
-    try:
-        assert dry(server, POD)["spec"] == before["spec"]
-        for item in [pod(labels=chosen("first"), annotations={"pool-mode": "session"}), pod(labels={}),
-                     pod(labels={"app": "x"}, containers=containers(name="aegis"))]:
-            assert refusal(server, item) == ""
-        assert sidecars(dry(server, pod(labels=chosen("first")))) == ["aegis-first"]
-        assert "no backend: set the annotation" in refusal(server, pod(labels=chosen("second")))
-    finally:
-        uninstall(server, "second")
-
-
-def test_enabled_means_one_release(server, releases):
-    releases("first")
-    given = ["--namespace", "db", "--set", "sidecar.backend.service=x", "--set", "clients[0].namespace=shop,clients[0].serviceAccount=web"]
-    refused = server.helm("install", "second", CHART, *given, "--set", "injection.default=true", check=False)
-    assert "the release first takes the pods with the label aegis-proxy.io/inject: enabled" in refused.stderr
-    refused = server.helm("install", "second", CHART, *given, "--set", "injection.name=first", check=False)
-    assert "another release called first injects into the same namespaces: set injection.name" in refused.stderr
-    # In other namespaces it may.
-    releases("third", clients=[{"namespace": "stock", "serviceAccount": "web"}], injection={"default": True})
-    assert sidecars(dry(server, pod(namespace="stock"))) == ["aegis-third"]
-    assert sidecars(dry(server, POD)) == ["aegis-first"]
-    releases("fourth", clients=[{"namespace": "other", "serviceAccount": "web"}], injection={"default": False})
-    assert sidecars(dry(server, pod(namespace="other"))) == []
-
-
-def test_an_image_is_refused_where_the_release_says_so(server, releases):
-    releases("first", injection={"imageOverride": False})
-    assert "an unknown annotation is aegis-proxy.io/image" in refusal(server, pod({"image": "x"}))
-
-
-def listed(server, *selector):
-    rows = server.get("pods", "--namespace", "shop", "--selector", ",".join(selector))["items"]
-    return sorted(row["metadata"]["name"] for row in rows)
-
-
-def test_pods_without_or_with_an_old_sidecar_are_found(server, releases):
-    """The commands of docs/KUBERNETES.md."""
-    def create(name, **options):
-        item = pod(**options)
-        item["metadata"]["name"] = name
-        server.create(item)
-
-    create("too-early")
-    releases("first")
-    create("old")
-    create("none", labels={"app": "web"})
-    install(server, "upgrade", {**VALUES, "sidecar": {"backend": {"service": "first"}, "image": {"tag": "9.9.9"}}}, "first")
-    eventually(lambda: sidecar(dry(server, POD), "aegis-first")["image"] == "aegis-proxy:9.9.9", lambda: "not upgraded")
-    create("new")
-    assert listed(server, "aegis-proxy.io/inject", "!aegis-proxy.io/status") == ["too-early"]
-    config = server.get("configmap", "first-injection", "--namespace", "db")["data"]["config"]
-    assert listed(server, "first.aegis-proxy.io/status", f"first.aegis-proxy.io/config!={config}") == ["old"]
-    table = server.kubectl("get", "pods", "--namespace", "shop", "-L", "aegis-proxy.io/inject,aegis-proxy.io/status,first.aegis-proxy.io/version").stdout
-    rows = {row.split()[0]: row.split()[-2:] for row in table.splitlines()[1:]}
-    assert (rows["old"], rows["new"]) == (["injected", "0.1.0"], ["injected", "9.9.9"])
-    server.kubectl("delete", "pods", "--now", "--namespace", "shop", "too-early", "old", "none", "new")
 
 
 def test_the_sidecar_comes_before_what_is_there(injecting):
@@ -445,7 +329,7 @@ REFUSED = [
     (pod({"route": "key", "protocol": "http1"}), "or set aegis-proxy.io/route to balance"),
     (pod({"log-level": "wran"}), "set it to off, error, warn, info, debug or trace"),
     (pod({"image": " "}), "set it to an image, such as aegis-proxy:0.1.0"),
-    (pod({"image": "$(X)"}), "set it to an image"),
+    *((pod({"image": value}), "set it to an image") for value in ["", "$(X)", "UPPER", "a:b:c", "a//b", "a:" + "b" * 129, "a" * 513]),
     (pod({"servcie": "x"}), "an unknown annotation is aegis-proxy.io/servcie: remove it. There are service, namespace"),
     (pod({"protocol": "redis"}), "aegis-proxy.io/protocol is redis: set it to tcp, chronos or http1"),
     (pod({"protocol": "a\nb"}), "aegis-proxy.io/protocol: set it to tcp, chronos or http1"),
@@ -468,8 +352,7 @@ def two_namespaces(injecting):
     """Also in a namespace that lets pods have more."""
     install(injecting, "upgrade", {**VALUES, "clients": [*VALUES["clients"], {"namespace": "stock", "serviceAccount": "web"}]})
     eventually(lambda: sidecar(dry(injecting, pod(namespace="stock"))), lambda: "not injected")
-    yield injecting
-    install(injecting, "upgrade")
+    return injecting
 
 
 def test_what_cannot_work_is_refused_with_what_to_change(two_namespaces):
@@ -494,6 +377,32 @@ def test_what_works_is_not_refused(two_namespaces):
     fine[0]["metadata"]["annotations"] |= {"second.aegis-proxy.io/servcie": "x", "example.org/aegis": "y"}
     assert [refusal(two_namespaces, item) for item in fine] == [""] * len(fine)
     assert all(sidecars(dry(two_namespaces, item)) for item in fine)
+
+
+def test_no_amount_is_refused_without_help(two_namespaces):
+    """Whatever a pod asks for, either it is created or Aegis says what to change."""
+    odd = ["1n", "1u", "0.1m", "+1", "1.", ".5", "1e-3", "1E3", "1Ei", "0x10", "\u0661", "1Ki", "64Mi ", "1e400", "-0", "1e-400",
+           "100000000.5", "1.5Gi", "1e8", "0.0001", "999999999999999999999999"]
+    unhelpful = []
+    for name in ["cpu-request", "cpu-limit", "memory-request", "memory-limit"]:
+        for value in odd:
+            said = refusal(two_namespaces, pod({name: value}))
+            if said and "aegis: the" not in said:
+                unhelpful.append((name, value, said))
+    assert not unhelpful
+
+
+def test_large_pods_are_no_burden(two_namespaces):
+    """An expression that costs too much is refused without help, and so is the pod."""
+    item = pod(containers=[container for n in range(200) for container in containers(
+        name=f"web-{n}", ports=[{"containerPort": 10000 + port} for port in range(20)],
+        env=[{"name": f"V{v}", "value": "x"} for v in range(20)])])
+    item["metadata"]["annotations"] |= {f"example.org/{n}": "x" * 20 for n in range(3000)}
+    assert refusal(two_namespaces, item) == ""
+    item["metadata"]["annotations"] |= {"aegis-proxy.io/service": "x" * 150_000}
+    assert "the annotation aegis-proxy.io/service: set it to the name of a Service" in refusal(two_namespaces, item)
+    item["metadata"]["annotations"] = {f"aegis-proxy.io/{n}": "x" for n in range(3000)}
+    assert "an unknown annotation: remove it. There are service" in refusal(two_namespaces, item)
 
 
 def test_clients_may_watch_endpoints_and_nothing_else(injecting):
@@ -594,3 +503,129 @@ def test_the_demo_is_accepted(server):
     server.create({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "by-hand", "namespace": "aegis-demo"},
                    "spec": template_["spec"]}, "--dry-run=server")
     server.kubectl("delete", "--wait=false", "-k", demo)
+
+
+def test_a_pod_with_any_sidecar_gets_no_other_unless_it_names_the_release(server, releases):
+    releases("first")
+    once = dry(server, POD)
+    container = {**sidecar(once, "aegis-first"), "name": "aegis",
+                 "volumeMounts": [{"name": "own", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount"}]}
+    brought = {"initContainers": [container], "volumes": [{**once["spec"]["volumes"][0], "name": "own"}]}
+    assert sidecars(dry(server, pod(**brought))) == ["aegis"]
+    assert "8081 or 8082, too is aegis" in refusal(server, pod(labels=chosen("first"), **brought))
+
+
+def test_releases_inject_side_by_side(server, releases):
+    """Each its own pods, or the same."""
+    releases("first")
+    # It has no backend for pods that do not name one, and other ports.
+    releases("second", sidecar={"backend": {"service": "second"}, "listenPort": 9081, "adminPort": 9082},
+             podMonitor={"enabled": False})
+    for release in ["first", "second"]:
+        created = dry(server, pod(labels=chosen(release)))
+        assert sidecars(created) == [name_of(release)]
+        assert env(created, name_of(release))["AEGIS_KUBE_SERVICE"] == release
+        set_labels = {key for key in created["metadata"]["labels"] if key.endswith("/status")}
+        assert set_labels == {"aegis-proxy.io/status", f"{release}.aegis-proxy.io/status"}
+    # The first one took the label before, and it stays so.
+    for release in ["second", "first"]:
+        server.helm("upgrade", release, CHART, "--namespace", "db", "--reuse-values")
+        assert sidecars(dry(server, POD)) == ["aegis-first"]
+    # Twice chosen is chosen.
+    twice = dry(server, pod(labels={**chosen("first"), "first.aegis-proxy.io/inject": "enabled"}))
+    assert sidecars(twice) == ["aegis-first"] and len(twice["spec"]["volumes"]) == 2
+    assert sidecars(dry(server, pod(labels={"first.aegis-proxy.io/inject": "disabled"}))) == []
+    both = pod({"log-level": "warn"}, {**chosen("first"), "second.aegis-proxy.io/inject": "enabled"})
+    both["metadata"]["annotations"] |= {"second.aegis-proxy.io/service": "mine", "second.aegis-proxy.io/log-level": "debug"}
+    created = dry(server, both)
+    assert sorted(sidecars(created)) == ["aegis-first", "aegis-second"]
+    got = {name: [env(created, name)[f"AEGIS_{key}"] for key in ["KUBE_SERVICE", "LOG", "LISTEN"]] for name in sidecars(created)}
+    assert got == {"aegis-first": ["first", "warn", "127.0.0.1:8081,[::1]:8081"],
+                   "aegis-second": ["mine", "debug", "127.0.0.1:9081,[::1]:9081"]}
+    ports = {sidecar(created, name)["ports"][0]["name"] for name in got}
+    assert ports == {"aegis-admin", "aegis-9082"}, "Prometheus tells them apart by these names"
+    volumes = [volume["name"] for volume in created["spec"]["volumes"]]
+    assert len(set(volumes)) == 4
+    assert dry(server, {**created, "metadata": {key: created["metadata"][key] for key in ["name", "namespace", "labels", "annotations"]}}
+               )["spec"] == created["spec"], "a second admission changes nothing"
+    wrong = copy.deepcopy(both)
+    wrong["metadata"]["annotations"]["second.aegis-proxy.io/servcie"] = "x"
+    assert "second.aegis-proxy.io/servcie: remove it" in refusal(server, wrong)
+    # What one of them refuses is nothing to the other's pods.
+    assert refusal(server, pod(labels=chosen("first"), containers=containers(ports=[{"containerPort": 9082}]))) == ""
+    assert "9081 or 9082" in refusal(server, pod(labels=chosen("second"), containers=containers(ports=[{"containerPort": 9082}])))
+
+
+def test_two_releases_with_the_same_ports_do_not_meet_in_a_pod(server, releases):
+    releases("first")
+    releases("second")
+    said = refusal(server, pod(labels={**chosen("first"), "second.aegis-proxy.io/inject": "enabled"}))
+    assert "change it there, or set sidecar.listenPort and sidecar.adminPort of the release" in said
+
+
+def test_a_second_release_leaves_the_pods_of_the_first_alone(server, releases):
+    """It has no backend, other rules and acts in more namespaces."""
+    releases("first")
+    before = dry(server, POD)
+    clients = [{"namespace": namespace, "serviceAccount": "*"} for namespace in ["shop", "stock", "db"]]
+    values = {"sidecar": {"backend": {"service": ""}, "route": "key", "name": "aegis"}, "clients": clients}
+    server.helm("install", "second", CHART, "--namespace", "db", "--values", "-", input=yaml.dump(values))
+    unknown = pod({"service": "a", "x": ""}, chosen("second"))
+    eventually(lambda: refusal(server, unknown), lambda: "not in force")
+    try:
+        assert dry(server, POD)["spec"] == before["spec"]
+        for item in [pod(labels=chosen("first"), annotations={"pool-mode": "session"}), pod(labels={}),
+                     pod(labels={"app": "x"}, containers=containers(name="aegis"))]:
+            assert refusal(server, item) == ""
+        assert sidecars(dry(server, pod(labels=chosen("first")))) == ["aegis-first"]
+        assert "no backend: set the annotation" in refusal(server, pod(labels=chosen("second")))
+    finally:
+        uninstall(server, "second")
+
+
+def test_enabled_means_one_release(server, releases):
+    releases("first")
+    given = ["--namespace", "db", "--set", "sidecar.backend.service=x", "--set", "clients[0].namespace=shop,clients[0].serviceAccount=web"]
+    refused = server.helm("install", "second", CHART, *given, "--set", "injection.default=true", check=False)
+    assert "the release first takes the pods with the label aegis-proxy.io/inject: enabled" in refused.stderr
+    refused = server.helm("install", "second", CHART, *given, "--set", "injection.name=first", check=False)
+    assert "another release called first injects into the same namespaces: set injection.name" in refused.stderr
+    # In other namespaces it may.
+    releases("third", clients=[{"namespace": "stock", "serviceAccount": "web"}], injection={"default": True})
+    assert sidecars(dry(server, pod(namespace="stock"))) == ["aegis-third"]
+    assert sidecars(dry(server, POD)) == ["aegis-first"]
+    releases("fourth", clients=[{"namespace": "other", "serviceAccount": "web"}], injection={"default": False})
+    assert sidecars(dry(server, pod(namespace="other"))) == []
+
+
+def test_an_image_is_refused_where_the_release_says_so(server, releases):
+    releases("first", injection={"imageOverride": False})
+    assert "an unknown annotation is aegis-proxy.io/image" in refusal(server, pod({"image": "x"}))
+
+
+def listed(server, *selector):
+    rows = server.get("pods", "--namespace", "shop", "--selector", ",".join(selector))["items"]
+    return sorted(row["metadata"]["name"] for row in rows)
+
+
+def test_pods_without_or_with_an_old_sidecar_are_found(server, releases):
+    """The commands of docs/KUBERNETES.md."""
+    def create(name, **options):
+        item = pod(**options)
+        item["metadata"]["name"] = name
+        server.create(item)
+
+    create("too-early")
+    releases("first")
+    create("old")
+    create("none", labels={"app": "web"})
+    install(server, "upgrade", {**VALUES, "sidecar": {"backend": {"service": "first"}, "image": {"tag": "9.9.9"}}}, "first")
+    eventually(lambda: sidecar(dry(server, POD), "aegis-first")["image"] == "aegis-proxy:9.9.9", lambda: "not upgraded")
+    create("new")
+    assert listed(server, "aegis-proxy.io/inject", "!aegis-proxy.io/status") == ["too-early"]
+    config = server.get("configmap", "first-injection", "--namespace", "db")["data"]["config"]
+    assert listed(server, "first.aegis-proxy.io/status", f"first.aegis-proxy.io/config!={config}") == ["old"]
+    table = server.kubectl("get", "pods", "--namespace", "shop", "-L", "aegis-proxy.io/inject,aegis-proxy.io/status,first.aegis-proxy.io/version").stdout
+    rows = {row.split()[0]: row.split()[-2:] for row in table.splitlines()[1:]}
+    assert (rows["old"], rows["new"]) == (["injected", "0.1.0"], ["injected", "9.9.9"])
+    server.kubectl("delete", "pods", "--now", "--namespace", "shop", "too-early", "old", "none", "new")

@@ -141,6 +141,7 @@ REFUSALS = {
     "no memory": (sidecar(resources={"limits": {"memory": "256"}}), "resources.limits.memory is 256: set it to 8Mi at least"),
     "limit below the request": (sidecar(resources={"requests": {"memory": "1Gi"}}), "set the limit to at least the request"),
     "no workers": (sidecar(workers=0), "/workers"),
+    "image in capitals": (sidecar(image={"repository": "UPPER"}), "/image/repository"),
     "image with a space": (sidecar(image={"repository": "a b"}), "/image/repository"),
     "name that pods cannot choose": ({"injection": {"name": "enabled"}}, "cannot choose a release by the name enabled"),
     "no such locality": (sidecar(locality="rack"), "'off', 'zone', 'node'"),
@@ -368,6 +369,19 @@ def test_the_notes_say_what_to_do_next():
     assert "--set 'clients[0].namespace=shop" in text
     assert "epoll" in text
     assert "epoll on most nodes" not in notes(values=sidecar(seccomp={"type": "Localhost"}))
+
+
+@pytest.mark.parametrize("arguments, labels", [
+    (INJECTS, {"shop.aegis-proxy.io/status": "injected"}), ([], {"aegis-proxy.io/inject": "enabled"})], ids=["injecting", "by-hand"])
+def test_a_monitor_scrapes_its_own_releases_sidecars(arguments, labels):
+    values = {**CLIENTS, **sidecar(adminPort=9082)}
+    monitor = one(template(CHART, *arguments, values={**values, "podMonitor": {"enabled": True}}), "PodMonitor")
+    assert monitor["spec"]["selector"]["matchLabels"] == labels
+    assert monitor["spec"]["podMetricsEndpoints"][0]["port"] == "aegis-9082"
+    service = one(template(CHART, *arguments, values={**values, "serviceMonitor": {"enabled": True}}), "Service")
+    assert service["spec"]["selector"] == labels
+    container, _ = library({"backend": {"service": "db"}, "adminPort": 9082})
+    assert container["ports"][0]["name"] == "aegis-9082"
 
 
 def test_thresholds_and_labels_reach_the_rule():

@@ -53,6 +53,11 @@ test.{{ $name }}:
 {{- end }}
 {{- end }}
 
+{{- /* Of a static pod the API server has a mirror only: changed, it would be none. */}}
+{{- define "aegis.is-no-mirror" -}}
+{name: is-no-mirror, expression: '!("kubernetes.io/config.mirror" in object.metadata.?annotations.orValue({}))'}
+{{- end }}
+
 {{- /* A pod that asked for no release by name and has a sidecar, as by the library chart, is served. */}}
 {{- define "aegis.is-not-served-yet" -}}
 name: is-not-served-yet
@@ -123,7 +128,7 @@ it is chosen or set. `amount`: a quantity, and where it belongs.
 {{- if not $sidecar.backend.selector }}
 - {annotation: service, variable: service, value: backend.service, default: {{ toJson $sidecar.backend.service }}}
 {{- end }}
-- {annotation: namespace, variable: namespace, value: backend.namespace, default: {{ toJson $sidecar.backend.namespace }}}
+- {annotation: namespace, variable: backendNamespace, value: backend.namespace, default: {{ toJson $sidecar.backend.namespace }}}
 - {annotation: port, variable: port, value: backend.port, default: {{ $sidecar.backend.port | default "auto" | toString | toJson }}}
 {{- end }}
 - {annotation: protocol, variable: protocol, value: protocol, default: {{ $sidecar.protocol }}}
@@ -190,7 +195,7 @@ does not. `first`: what the API server would refuse by itself, with less help.
 {{- $release := include "aegis.injection-name" . }}
 {{- $ports := printf "[%d, %d]" (int $sidecar.listenPort) (int $sidecar.adminPort) }}
 {{- $known := include "aegis.annotations" . | fromYamlArray }}
-{{- $unknown := printf `variables.annotations.map(a, a.startsWith("aegis-proxy.io/") ? [a, a.substring(15)] : a.startsWith("%s.aegis-proxy.io/") ? [a, a.substring(%d)] : []).filter(a, a.size() == 2 && !(a[1] in %s))` $release (add (len $release) 16) (toJson $known) }}
+{{- $unknown := printf `variables.annotations.filter(a, a.startsWith("aegis-proxy.io/") && !(a.substring(15) in %s) || a.startsWith("%s.aegis-proxy.io/") && !(a.substring(%d) in %s))` (toJson $known) $release (add (len $release) 16) (toJson $known) }}
 - expression: "!object.spec.?hostNetwork.orValue(false)"
   what: with hostNetwork the proxy's loopback would be the whole node's
   change: set hostNetwork to false, or remove the label aegis-proxy.io/inject
@@ -213,7 +218,7 @@ does not. `first`: what the API server would refuse by itself, with less help.
   change: change it there, or set sidecar.listenPort and sidecar.adminPort of the release {{ .Release.Name }}
 - expression: {{ printf "%s.size() == 0" $unknown | toJson }}
   what: an unknown annotation
-  is: {{ printf `%s.map(a, a[0]).join(", ")` $unknown | toJson }}
+  is: {{ printf `%s.join(", ")` $unknown | toJson }}
   change: "remove it. There are {{ initial $known | join ", " }} and {{ last $known }}"
 {{- $annotation := "the annotation aegis-proxy.io/" }}
 {{- $name := `matches("^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")` }}
@@ -269,7 +274,9 @@ does not. `first`: what the API server would refuse by itself, with less help.
   is: {{ $x }}
   change: set it to off, error, warn, info, debug or trace
 {{- else if eq .annotation "image" }}
-- expression: {{ $x }}.size() <= 512 && {{ $x }}.matches("^[A-Za-z0-9][A-Za-z0-9._:/@-]*$")
+{{- $part := "[a-z0-9]+([._-]+[a-z0-9]+)*" }}
+- expression: >-
+    {{ $x }}.size() <= 512 && {{ $x }}.matches("^([A-Za-z0-9.-]+(:[0-9]+)?/)?{{ $part }}(/{{ $part }})*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$")
   first: true
   what: {{ $annotation }}image
   is: {{ $x }}
@@ -278,7 +285,7 @@ does not. `first`: what the API server would refuse by itself, with less help.
 {{- $least := eq (index .amount 0) "limits" | ternary "8Mi" "1Mi" }}
 {{- $bounds := eq (index .amount 1) "cpu" | ternary "isGreaterThan(quantity(\"0\"))" (printf "compareTo(quantity(%q)) >= 0" $least) }}
 {{- $most := eq (index .amount 1) "cpu" | ternary "256" "1Ti" }}
-- expression: {{ $x }} == "" || {{ $x }}.size() <= 32 && isQuantity({{ $x }}) && quantity({{ $x }}).{{ $bounds }} && quantity({{ $x }}).compareTo(quantity("{{ $most }}")) <= 0
+- expression: {{ if eq .default "" }}{{ $x }} == "" || {{ end }}{{ $x }}.size() <= 32 && isQuantity({{ $x }}) && quantity({{ $x }}).{{ $bounds }} && quantity({{ $x }}).compareTo(quantity("{{ $most }}")) <= 0
   first: true
   what: {{ $annotation }}{{ .annotation }}
   is: {{ $x }}
