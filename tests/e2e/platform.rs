@@ -157,11 +157,6 @@ fn discovering(builder: Builder, api: &KubeApi) -> Builder {
     builder.set("KUBECONFIG", api.kubeconfig()).set("AEGIS_KUBE_SERVICE", "chronos")
 }
 
-/// Whether this build knows the variable.
-fn knows(variable: &str) -> bool {
-    Builder::bare().argument("--help").run().output.contains(variable)
-}
-
 fn store() -> Backend {
     Backend::chronos_on(SocketAddr::new(host_ip(), 0), &Memory::default())
 }
@@ -214,22 +209,17 @@ fn the_api_server_is_down_at_the_start() {
     let store = store();
     announce(&api, "a", store.address());
     let folder = TempDir::new().unwrap();
-    let mut builder = discovering(charted(), &api).set("AEGIS_ENDPOINT_WAIT", "100ms");
-    let keeps = knows("AEGIS_KUBE_SNAPSHOT");
-    if keeps {
-        if geteuid().is_root() {
-            // The proxy does not run as root.
-            chown(folder.path(), Some(65532), Some(65532)).unwrap();
-        }
-        let file = folder.path().join("endpoints.json");
-        builder = builder.set("AEGIS_KUBE_SNAPSHOT", file.to_str().unwrap());
+    if geteuid().is_root() {
+        // The proxy does not run as root.
+        chown(folder.path(), Some(65532), Some(65532)).unwrap();
     }
+    let file = folder.path().join("endpoints.json");
+    let builder = discovering(charted(), &api)
+        .set("AEGIS_KUBE_SNAPSHOT", file.to_str().unwrap())
+        .set("AEGIS_ENDPOINT_WAIT", "100ms");
     let mut proxy = builder.clone().start();
     wait_for_endpoints(&proxy, 1);
-    if keeps {
-        let kept = || std::fs::read_dir(folder.path()).unwrap().next().map(drop);
-        eventually("the snapshot is written", PATIENCE, kept);
-    }
+    eventually("the endpoints are kept", PATIENCE, || file.exists().then_some(()));
     proxy.terminate();
     proxy.wait_clean(PATIENCE);
     api.gate.close();
@@ -252,7 +242,7 @@ fn the_api_server_is_down_at_the_start() {
             Span(back.elapsed())
         ),
     });
-    assert!(!keeps || served.is_some(), "nobody served by the last snapshot");
+    assert!(served.is_some(), "nobody served by what was last known");
 }
 
 /// An API server without its etcd answers, and every answer is an error.
@@ -805,7 +795,8 @@ fn a_restart_in_place_under_sessions() {
     let _alone = heavy();
     let seen = restart(Builder::on(Io::Epoll), Signal::TERM);
     measured(&format!("newcomers, with a drain of 5 s and idle sessions: {seen}"));
-    assert!(seen.failing_for() < Duration::from_secs(10), "{seen}");
+    // Not for as long as the idle sessions may stay.
+    assert!(seen.failing_for() < Duration::from_secs(3), "{seen}");
 }
 
 #[test]
