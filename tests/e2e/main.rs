@@ -25,6 +25,7 @@ mod kubernetes;
 mod limits;
 mod membership;
 mod memory;
+mod names;
 mod outage;
 mod platform;
 mod pooling;

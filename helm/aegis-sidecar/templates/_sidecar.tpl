@@ -43,9 +43,9 @@ ports:
     containerPort: {{ .adminPort }}
     protocol: TCP
 startupProbe:
-  # The answer is held until the sidecar is ready: a probe that fails is asked again a second later, so
-  # one that answers at once would add that second to each start.
-  {{- include "aegis-sidecar.probe" (list . "startupz" 1 10 10) | nindent 2 }}
+  # The answer is held until the sidecar is ready, 8 s at most: a probe that fails is asked again a
+  # second later, which would be a second more of each start. So these are about a minute.
+  {{- include "aegis-sidecar.probe" (list . "startupz" 1 8 10) | nindent 2 }}
 livenessProbe:
   {{- include "aegis-sidecar.probe" (list . "livez" 10 3 2) | nindent 2 }}
 {{- if .readiness }}
@@ -275,12 +275,12 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- end }}
 {{- end }}
 
-{{- /* The bounds of the program's durations, by the values that set them. */}}
+{{- /* The program's bounds of durations, by the values that set them. */}}
 {{- define "aegis-sidecar.durations" -}}
 queue.timeout: {variable: AEGIS_QUEUE_TIMEOUT, min: 10ms, max: 1h}
 requestTimeout: {variable: AEGIS_REQUEST_TIMEOUT, min: 10ms, max: 1d, orOff: true}
 connectTimeout: {variable: AEGIS_CONNECT_TIMEOUT, min: 1ms, max: 5m}
-tcpUserTimeout: {variable: AEGIS_TCP_USER_TIMEOUT, min: 100ms, max: 1d, orOff: true}
+tcpUserTimeout: {variable: AEGIS_TCP_USER_TIMEOUT, min: 1s, max: 1d, orOff: true}
 backendDrain: {variable: AEGIS_BACKEND_DRAIN, min: 0s, max: 1d, orOff: true}
 drain.delay: {variable: AEGIS_DRAIN_DELAY, min: 0s, max: 5m}
 drain.timeout: {variable: AEGIS_DRAIN_TIMEOUT, min: 0s, max: 1h}

@@ -15,10 +15,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{ .Values.sidecar.backend.namespace | default .Release.Namespace }}
 {{- end }}
 
-{{- /* A pod may have the sidecars of several releases. */}}
+{{- /* A pod may have the sidecars of several releases: `aegis` is that of the one that `enabled` means. */}}
 {{- define "aegis.sidecar-name" -}}
-{{- $name := include "aegis.injection-name" . | replace "." "-" -}}
-{{ hasPrefix "aegis" $name | ternary $name (printf "aegis-%s" $name) | trunc 57 | trimAll "-" }}
+{{- if include "aegis.takes-enabled" . -}}
+aegis
+{{- else -}}
+aegis-{{ include "aegis.injection-name" . | replace "." "-" | trunc 51 | trimSuffix "-" }}
+{{- end }}
 {{- end }}
 
 {{- /* The sidecar's values, with its name and the backend's namespace in place. */}}

@@ -188,7 +188,7 @@ ms >= {{ include "aegis-sidecar.milliseconds" $bounds.min }} && ms <= {{ include
 
 {{- /*
 What has to hold of a pod that gets the sidecar: "WHAT is IS: CHANGE" or "WHAT: CHANGE" is said where it
-does not. `first`: what the API server would refuse by itself, with less help.
+does not; `verb` in place of "is". `first`: what the API server would refuse by itself, with less help.
 */}}
 {{- define "aegis.rules" -}}
 {{- $sidecar := include "aegis.sidecar" . | fromYaml }}
@@ -217,7 +217,8 @@ does not. `first`: what the API server would refuse by itself, with less help.
     c.?env.orValue([]).exists(e, e.name == "AEGIS_LISTEN" && {{ $ports }}.exists(p, e.?value.orValue("").endsWith(":" + string(p))))).map(c, c.name).join(", ")
   change: change it there, or set sidecar.listenPort and sidecar.adminPort of the release {{ .Release.Name }}
 - expression: {{ printf "%s.size() == 0" $unknown | toJson }}
-  what: an unknown annotation
+  what: unknown annotation
+  verb: ""
   is: {{ printf `%s.join(", ")` $unknown | toJson }}
   change: "remove it. There are {{ initial $known | join ", " }} and {{ last $known }}"
 {{- $annotation := "the annotation aegis-proxy.io/" }}
