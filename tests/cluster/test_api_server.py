@@ -11,7 +11,7 @@ import yaml
 
 from api_server import api_server
 from containers import eventually
-from tools import CHART, ROOT, kustomize, template
+from tools import CHART, INJECTS, ROOT, kustomize, template
 
 ASSETS = os.environ.get("KUBEBUILDER_ASSETS")
 pytestmark = pytest.mark.skipif(not ASSETS, reason="KUBEBUILDER_ASSETS is not set: nothing was tried at a real API server")
@@ -217,6 +217,27 @@ def test_a_label_that_does_nothing_is_warned_of(injecting):
         said = warnings(injecting, item)
         assert "the pod starts WITHOUT a sidecar" in said and f"aegis-proxy.io/inject: {value} in the namespace" in said
     assert "WITHOUT" not in warnings(injecting, POD)
+    injecting.kubectl("label", "namespace", "other", "aegis-proxy.io/inject=aegsi")
+    eventually(lambda: "aegis-proxy.io/inject: aegsi in the namespace other" in warnings(injecting, pod(labels={}, namespace="other")),
+               lambda: "no warning")
+    assert "WITHOUT" not in warnings(injecting, pod(labels=chosen("disabled"), namespace="other"))
+    injecting.create({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "any", "namespace": "other"}})
+    assert "aegis" not in injecting.kubectl("delete", "configmap", "any", "--namespace", "other").stderr
+    injecting.kubectl("label", "namespace", "other", "aegis-proxy.io/inject-")
+    late = pod(labels={}, namespace="other")
+    late["metadata"]["name"] = "late"
+    injecting.create(late)
+    labelled = injecting.kubectl("label", "pod", "late", "--namespace", "other", "aegis-proxy.io/inject=enabled").stderr
+    assert "does nothing to a pod that is there already: create it anew" in labelled
+    assert "aegis" not in injecting.kubectl("label", "pod", "late", "--namespace", "other", "app=x").stderr
+    injecting.kubectl("delete", "pod", "late", "--namespace", "other", "--now")
+    template_ = {"metadata": {"labels": {"app": "web"}}, "spec": POD["spec"]}
+    workload = {"apiVersion": "apps/v1", "kind": "Deployment",
+                "metadata": {"name": "labelled", "namespace": "shop", "labels": chosen("enabled")},
+                "spec": {"selector": {"matchLabels": {"app": "web"}}, "template": template_}}
+    assert "does nothing here: set it in spec.template.metadata.labels" in warnings(injecting, workload)
+    template_["metadata"]["labels"] |= chosen("enabled")
+    assert "aegis" not in warnings(injecting, workload)
     by_hand = pod(labels=chosen("by-hand"), initContainers=[sidecar(dry(injecting, POD))],
                   volumes=dry(injecting, POD)["spec"]["volumes"])
     assert "WITHOUT" not in warnings(injecting, by_hand)
@@ -605,6 +626,44 @@ def test_enabled_means_one_release(server, releases):
     assert env(dry(server, POD))["AEGIS_KUBE_SERVICE"] == "first"
     releases("fourth", clients=[{"namespace": "other", "serviceAccount": "web"}], injection={"default": False})
     assert sidecars(dry(server, pod(namespace="other"))) == []
+
+
+def test_a_release_may_be_chosen_by_another_name(server):
+    """As two of one name in different namespaces need; as long as can be, and with dots."""
+    name = "db.v2." + "x" * 47
+    values = {"sidecar": {"backend": {"service": "chronos"}}, "clients": VALUES["clients"],
+              "injection": {"name": name, "default": False}}
+    server.helm("install", "first", CHART, "--namespace", "db", "--values", "-", input=yaml.dump(values))
+    item = pod({"log-level": "off"}, chosen(name))
+    item["metadata"]["annotations"][f"{name}.aegis-proxy.io/log-level"] = "debug"
+    try:
+        eventually(lambda: not refusal(server, item) and sidecars(dry(server, item)), lambda: refusal(server, item))
+        (container,) = sidecars(dry(server, item))
+        assert container == ("aegis-db-v2-" + "x" * 47)[:57]
+        assert env(dry(server, item), container)["AEGIS_LOG"] == "debug"
+        assert sidecars(dry(server, POD)) == []
+    finally:
+        server.helm("uninstall", "first", "--namespace", "db")
+        eventually(lambda: not sidecars(dry(server, item)), lambda: "still injected")
+
+
+def test_an_unclear_enabled_is_refused_and_names_are_not(server, releases):
+    """Tools that render without an API server cannot know of the other release."""
+    releases("first")
+    values = {"sidecar": {"backend": {"service": "second"}}, "clients": VALUES["clients"]}
+    objects = [item for item in template(CHART, *INJECTS, values=values, release="second") if "Policy" in item["kind"]]
+    own = [item for item in objects if "second" in item["metadata"]["name"]]
+    for item in own:
+        server.create(item)
+    try:
+        eventually(lambda: "means several releases here" in refusal(server, POD), lambda: refusal(server, POD))
+        assert "name one of them in the label, or set injection.default to false for the others" in refusal(server, POD)
+        for release in ["first", "second"]:
+            assert env(dry(server, pod(labels=chosen(release))))["AEGIS_KUBE_SERVICE"] == release
+    finally:
+        for item in own:
+            server.kubectl("delete", item["kind"], item["metadata"]["name"])
+        eventually(lambda: not refusal(server, POD), lambda: refusal(server, POD))
 
 
 def test_an_image_is_refused_where_the_release_says_so(server, releases):

@@ -73,7 +73,8 @@ def test_what_is_rendered_is_valid(values, injects):
     assert names == (set() if off else {
         ("MutatingAdmissionPolicy", own), *(("MutatingAdmissionPolicyBinding", name) for name in bindings),
         *(("ValidatingAdmissionPolicy", name) for name in [own, "warnings.aegis-proxy.io"]),
-        *(("ValidatingAdmissionPolicyBinding", name) for name in [*bindings, "warnings.aegis-proxy.io"])})
+        *(("ValidatingAdmissionPolicyBinding", name) for name in [
+            *bindings, "warnings.aegis-proxy.io", "namespace.warnings.aegis-proxy.io"])})
     bindings = {item["metadata"]["name"] for item in objects if item["kind"] == "RoleBinding"}
     backend = values.get("sidecar", {}).get("backend", {})
     watches = "addresses" not in backend

@@ -195,10 +195,20 @@ does not; `verb` in place of "is". `first`: what the API server would refuse by 
 {{- $release := include "aegis.injection-name" . }}
 {{- $ports := printf "[%d, %d]" (int $sidecar.listenPort) (int $sidecar.adminPort) }}
 {{- $known := include "aegis.annotations" . | fromYamlArray }}
+{{- $ours := printf "%s.aegis-proxy.io" $release }}
+{{- $strangers := printf `object.metadata.?labels.orValue({}).filter(l, l.endsWith(".aegis-proxy.io/status") && l != "%s/status" && !(l.replace("/status", "/inject") in object.metadata.labels))` $ours }}
 {{- $unknown := printf `variables.annotations.filter(a, a.startsWith("aegis-proxy.io/") && !(a.substring(15) in %s) || a.startsWith("%s.aegis-proxy.io/") && !(a.substring(%d) in %s))` (toJson $known) $release (add (len $release) 16) (toJson $known) }}
 - expression: "!object.spec.?hostNetwork.orValue(false)"
   what: with hostNetwork the proxy's loopback would be the whole node's
   change: set hostNetwork to false, or remove the label aegis-proxy.io/inject
+- expression: >-
+    object.metadata.?labels[?"aegis-proxy.io/inject"].orValue("enabled") != "enabled" ||
+    {{ printf "%s/inject" $ours | toJson }} in object.metadata.?labels.orValue({}) || {{ $strangers }}.size() == 0
+  what: "the label aegis-proxy.io/inject: enabled means several releases here, {{ $release }} and"
+  verb: ""
+  is: >-
+    {{ $strangers }}.map(l, l.replace(".aegis-proxy.io/status", "")).join(", ")
+  change: name one of them in the label, or set injection.default to false for the others
 - expression: >-
     !variables.others.exists(c, c.name == {{ toJson $sidecar.name }}) &&
     (variables.injected || !object.spec.?initContainers.orValue([]).exists(c, c.name == {{ toJson $sidecar.name }}))
