@@ -493,7 +493,8 @@ fn the_log_collector_is_stuck() {
     reading.store(false, Relaxed);
     // What it waits for comes with the line that fills the pipe. The thread ends with the reader.
     thread::spawn(move || fill.write_all(&[b'\n'; 1 << 20]));
-    let reader = collector.join().unwrap();
+    // Kept open, and never read again.
+    let _unread = collector.join().unwrap();
     eventually("the pipe is full", PATIENCE, || {
         let mut writable = [PollFd::new(&full, PollFlags::OUT)];
         (poll(&mut writable, Some(&Timespec::default())).unwrap() == 0).then_some(())
