@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, geteuid, kill_process};
-use socket2::{SockFilter, SockRef};
+use socket2::{Domain, SockFilter, SockRef, Socket, Type};
 use tempfile::TempDir;
 
 use crate::support::backend::{Backend, Memory};
@@ -226,14 +226,14 @@ fn the_api_server_is_down_at_the_start() {
 
     let begun = Instant::now();
     let proxy = builder.launch();
-    let serves = || short(proxy.address())().then(|| begun.elapsed());
+    let ask = || short(proxy.address())().then(|| begun.elapsed());
     let mut served = None;
     while served.is_none() && begun.elapsed() < AWAY {
-        served = serves();
+        served = ask();
     }
     api.gate.open();
     let back = Instant::now();
-    eventually("clients are served", PATIENCE, serves);
+    eventually("clients are served", PATIENCE, ask);
     measured(&match served {
         Some(took) => format!("served {} after the start, by what was last known", Span(took)),
         None => format!(
@@ -471,7 +471,7 @@ fn the_log_collector_is_stuck() {
     let (mut reader, writer) = io::pipe().unwrap();
     // Two pages: of a single one that a line has begun, the rest would take others.
     rustix::pipe::fcntl_setpipe_size(&writer, 8192).unwrap();
-    let (full, mut fill) = (writer.try_clone().unwrap(), writer.try_clone().unwrap());
+    let (pipe, mut other) = (writer.try_clone().unwrap(), writer.try_clone().unwrap());
     let settings = [
         ("AEGIS_BACKENDS", &*store.address().to_string()),
         ("AEGIS_PROTOCOL", "chronos"),
@@ -484,7 +484,7 @@ fn the_log_collector_is_stuck() {
         move || {
             let mut lines = [0; 512];
             while reading.load(Relaxed) {
-                reader.read(&mut lines).unwrap();
+                assert!(reader.read(&mut lines).unwrap() > 0, "the proxy ended");
             }
             reader
         }
@@ -492,11 +492,11 @@ fn the_log_collector_is_stuck() {
     let mut proxy = Plain::launch(&settings, writer.into(), None);
     reading.store(false, Relaxed);
     // What it waits for comes with the line that fills the pipe. The thread ends with the reader.
-    thread::spawn(move || fill.write_all(&[b'\n'; 1 << 20]));
+    thread::spawn(move || other.write_all(&vec![b'\n'; 1 << 20]));
     // Kept open, and never read again.
     let _unread = collector.join().unwrap();
     eventually("the pipe is full", PATIENCE, || {
-        let mut writable = [PollFd::new(&full, PollFlags::OUT)];
+        let mut writable = [PollFd::new(&pipe, PollFlags::OUT)];
         (poll(&mut writable, Some(&Timespec::default())).unwrap() == 0).then_some(())
     });
     store.kill();
@@ -549,10 +549,15 @@ fn the_prober_is_attacked() {
                 stream.peek(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
             });
             while open.len() < SILENT {
+                let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+                // Not the kubelet's address.
+                socket.bind(&SocketAddr::from(([127, 0, 0, 3], 0)).into()).unwrap();
                 let limit = Duration::from_millis(100);
-                let Ok(stream) = TcpStream::connect_timeout(&proxy.admin, limit) else { break };
-                stream.set_nonblocking(true).unwrap();
-                open.push(stream);
+                if socket.connect_timeout(&proxy.admin.into(), limit).is_err() {
+                    break;
+                }
+                socket.set_nonblocking(true).unwrap();
+                open.push(TcpStream::from(socket));
             }
             thread::sleep(Duration::from_millis(10));
         }
