@@ -287,6 +287,14 @@ def test_no_duration_passes_that_the_program_refuses():
         assert program[1] <= milliseconds(least) < milliseconds(most) <= program[2], variable
 
 
+def test_clients_may_watch_each_namespace_that_they_may_choose():
+    objects = template(CHART, values={**CLIENTS, **BACKEND, "backendNamespaces": ["db", "data"]})
+    for kind in ["Role", "RoleBinding"]:
+        found = [item["metadata"]["namespace"] for item in objects
+                 if item["kind"] == kind and item["metadata"]["name"] == "shop-endpoints"]
+        assert found == ["db", "data"], kind
+
+
 @pytest.mark.parametrize("route, stores, reads", [("key", "auto", True), ("key", 3, False), ("balance", "auto", False)])
 def test_stateful_sets_may_be_read_where_they_tell_the_stores(route, stores, reads):
     role = one(template(CHART, values={**CLIENTS, **sidecar(route=route, stores=stores)}), "Role")
