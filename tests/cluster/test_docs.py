@@ -243,6 +243,9 @@ def test_egress_reaches_dns_the_api_server_and_the_backend():
     assert server == {"ports": [{"protocol": "TCP", "port": 443}, {"protocol": "TCP", "port": 6443}], "to": api}
     assert pods == {"to": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "data"}}, "podSelector": store_pods}],
                     "ports": [{"protocol": "TCP", "port": 5432}]}
+    objects = template(CHART, values={**SHOP, "backendNamespaces": ["other", "db"], "networkPolicy": {"enabled": True, "egress": {"enabled": True}}})
+    (other,) = [item for item in objects if item["kind"] == "NetworkPolicy"]
+    assert [to["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] for to in other["spec"]["egress"][2]["to"]] == ["db", "other"]
     addresses = {"backend": {"addresses": "db-0.example:5432, [2001:db8::1]:5433,db-1.example:5432"}}
     (policy,) = policies(addresses, egress={"enabled": True})
     assert policy["spec"]["egress"][1:] == [{"ports": [{"protocol": "TCP", "port": 5432}, {"protocol": "TCP", "port": 5433}]}]
