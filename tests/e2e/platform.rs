@@ -30,10 +30,10 @@ use crate::support::{Io, PATIENCE, SetOnDrop, eventually, heavy, measured, skip}
 
 /// How long a client waits for anything. Far above what clients may see, and far below what a
 /// test may take where they hang.
-const LIMIT: Duration = Duration::from_secs(8);
+const LIMIT: Duration = Duration::from_secs(15);
 const CLIENTS: usize = 4;
 /// How long a fault lasts that clients should not notice.
-const DOWN: Duration = Duration::from_secs(3);
+const DOWN: Duration = Duration::from_secs(2);
 
 /// What the clients saw while a fault lasted.
 #[derive(Default)]
@@ -532,7 +532,7 @@ fn the_log_collector_is_stuck() {
 #[test]
 fn the_prober_is_attacked() {
     const SILENT: usize = 300;
-    const LASTS: Duration = Duration::from_secs(4);
+    const LASTS: Duration = Duration::from_secs(3);
     let _alone = heavy();
     let store = store();
     let settings = [
@@ -627,6 +627,9 @@ impl Host {
     }
 }
 
+/// How long a session or a request may wait for a node that is gone: `AEGIS_TCP_USER_TIMEOUT` is 5 s.
+const GIVEN_UP: Duration = Duration::from_secs(12);
+
 /// A node is gone without a word; its pod leaves the slices two seconds later.
 fn black_hole(builder: Builder, staying_clients: bool) -> Option<Seen> {
     let _alone = heavy();
@@ -671,7 +674,7 @@ fn black_hole(builder: Builder, staying_clients: bool) -> Option<Seen> {
 fn a_node_is_a_black_hole_for_requests() {
     let Some(seen) = black_hole(charted(), true) else { return };
     measured(&seen.to_string());
-    assert!(seen.longest() < LIMIT, "a GET hung for {:?}", seen.longest());
+    assert!(seen.longest() < GIVEN_UP, "a GET hung for {:?}", seen.longest());
     assert_eq!(seen.failed(), 0, "a GET can be placed again");
 }
 
@@ -679,14 +682,14 @@ fn a_node_is_a_black_hole_for_requests() {
 fn a_node_is_a_black_hole_for_short_sessions() {
     let Some(seen) = black_hole(Builder::on(Io::Epoll), false) else { return };
     measured(&seen.to_string());
-    assert!(seen.longest() < LIMIT, "a session hung for {:?}", seen.longest());
+    assert!(seen.longest() < GIVEN_UP, "a session hung for {:?}", seen.longest());
 }
 
 #[test]
 fn a_node_is_a_black_hole_for_long_sessions() {
     let Some(seen) = black_hole(Builder::on(Io::Epoll), true) else { return };
     measured(&seen.to_string());
-    assert!(seen.longest() < LIMIT, "a session hung for {:?}", seen.longest());
+    assert!(seen.longest() < GIVEN_UP, "a session hung for {:?}", seen.longest());
 }
 
 /// Replaces each of three stores. `notice` is how long one goes on serving once its slice says
