@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster fuzz bench lint image
+.PHONY: help demo test test-cluster faults fuzz bench lint image
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ fuzz: ## Edit inputs of the scanners at random for SECONDS=60
 test-cluster: ## Test the image, the charts, the manifests and the monitoring
 	tests/cluster/run
 
+faults: ## Measure what clients see of the platform's faults, into docs/PLATFORM-FAULTS.md
+	tests/platform-faults
+
 bench: ## Run the benchmarks (QUICK=1: check that they work)
 	cargo bench --bench micro $(if $(QUICK),-- --sample-count 1 --sample-size 1)
 	cargo bench --bench compare -- $(if $(QUICK),--quick)
@@ -28,8 +31,10 @@ lint: ## Check the format and the lints
 ENGINE ?= docker
 IMAGE ?= aegis-proxy:0.1.0
 STORE_IMAGE ?= aegis-demo-store:0.1.0
+# Other bases than those of the Dockerfile, where they are given.
+BASES = $(foreach base,RUST_IMAGE RUNTIME_IMAGE,$(if $($(base)),--build-arg $(base)=$($(base))))
 
 # The revision is not in the Dockerfile: a label that an argument changes is not always built anew.
 image: ## Build the image, and that of the demo's store (ENGINE=podman, IMAGE=registry/name:tag)
-	$(ENGINE) build --label org.opencontainers.image.revision=$$(git rev-parse HEAD) --target proxy --tag $(IMAGE) .
-	$(ENGINE) build --target store --tag $(STORE_IMAGE) .
+	$(ENGINE) build $(BASES) --label org.opencontainers.image.revision=$$(git rev-parse HEAD) --target proxy --tag $(IMAGE) .
+	$(ENGINE) build $(BASES) --target store --tag $(STORE_IMAGE) .

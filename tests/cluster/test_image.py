@@ -1,5 +1,6 @@
 """The image from the real Dockerfile, and containers of it under a real runtime."""
 
+import math
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import socket
 import struct
 import subprocess
 import threading
+from fractions import Fraction
 
 import pytest
 import yaml
@@ -211,11 +213,30 @@ EXAMPLES = {"metadata.namespace": "shop", "spec.nodeName": "node-1",
             "metadata.labels['topology.kubernetes.io/zone']": "zone-1"}
 
 
+def amount(quantity, divisor):
+    """What the downward API makes of a quantity: so many of the divisor, rounded up."""
+    units = {"": 1, "m": Fraction(1, 1000), "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
+
+    def number(text):
+        digits, unit = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", str(text)).groups()
+        return Fraction(digits) * units[unit]
+    return str(math.ceil(number(quantity) / number(divisor)))
+
+
 def charted(values):
     """The environment that the library chart gives to a sidecar."""
     spec = one(template(USER_CHART, values={"sidecar": values}), "Deployment")["spec"]["template"]["spec"]
-    return {item["name"]: item["value"] if "value" in item else EXAMPLES[item["valueFrom"]["fieldRef"]["fieldPath"]]
-            for item in spec["initContainers"][0]["env"]}
+    container = spec["initContainers"][0]
+
+    def value(item):
+        if "value" in item:
+            return item["value"]
+        if field := item["valueFrom"].get("fieldRef"):
+            return EXAMPLES[field["fieldPath"]]
+        resource = item["valueFrom"]["resourceFieldRef"]
+        kind, name = resource["resource"].split(".")
+        return amount(container["resources"][kind][name], resource["divisor"])
+    return {item["name"]: value(item) for item in container["env"]}
 
 
 @pytest.mark.parametrize("by", ["addresses", "service"])
@@ -226,7 +247,8 @@ def test_a_charted_sidecar_runs_while_everything_refuses_it(by, tmp_path):
     (tmp_path / "namespace").write_text("shop")
     tmp_path.chmod(0o755)
     # What the kubelet adds.
-    mount = ["--volume", f"{tmp_path}:/var/run/secrets/kubernetes.io/serviceaccount:ro"]
+    mount = ["--volume", f"{tmp_path}:/var/run/secrets/kubernetes.io/serviceaccount:ro",
+             "--tmpfs", "/run/aegis:rw,mode=1777"]
     closed = str(free_port())
     kubelet = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": closed}
     backend = {"addresses": f"127.0.0.1:{closed}"} if by == "addresses" else {"service": "chronos"}

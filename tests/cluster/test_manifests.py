@@ -3,6 +3,7 @@
 import json
 import os
 
+import pytest
 import yaml
 
 from tools import ROOT, kustomize, one, run, validate
@@ -36,20 +37,74 @@ def test_the_component_adds_the_sidecar_where_the_label_is_and_nowhere_else():
     assert "initContainers" not in by_name(objects, "StatefulSet", "store")["spec"]["template"]["spec"]
 
 
-def test_the_component_comes_before_other_init_containers(tmp_path):
-    workload = {"metadata": {"name": "any", "labels": {"aegis-proxy.io/inject": "enabled"}}, "spec": {"template": {
-        "spec": {"initContainers": [{"name": "migrate", "image": "migrate"}], "containers": [{"name": "a", "image": "a"}]}}}}
-    kinds = [("apps/v1", "Deployment"), ("apps/v1", "StatefulSet"), ("apps/v1", "DaemonSet"), ("batch/v1", "Job")]
-    for version, kind in kinds:
-        name = kind.lower()
-        (tmp_path / f"{name}.yaml").write_text(yaml.dump({"apiVersion": version, "kind": kind, **workload}))
-    resources = [f"{kind.lower()}.yaml" for _, kind in kinds]
-    component = str(ROOT / "manifests/component")
+def test_the_component_adds_the_sidecar_to_every_kind_of_workload(tmp_path):
+    """Before other init containers, and at the place where the kind has its pod's template."""
+    labels = {"aegis-proxy.io/inject": "enabled"}
+    pod = {"metadata": {"labels": {"app": "a"}},
+           "spec": {"initContainers": [{"name": "migrate", "image": "migrate"}], "containers": [{"name": "a", "image": "a"}],
+                    "restartPolicy": "Always"}}
+    job_pod = {**pod, "spec": {**pod["spec"], "restartPolicy": "Never"}}
+    selector = {"selector": {"matchLabels": {"app": "a"}}}
+    workloads = [
+        ("apps/v1", "Deployment", {**selector, "template": pod}),
+        ("apps/v1", "StatefulSet", {**selector, "serviceName": "a", "template": pod}),
+        ("apps/v1", "DaemonSet", {**selector, "template": pod}),
+        ("apps/v1", "ReplicaSet", {**selector, "template": pod}),
+        ("v1", "ReplicationController", {"selector": {"app": "a"}, "template": pod}),
+        ("batch/v1", "Job", {"template": job_pod}),
+        ("batch/v1", "CronJob", {"schedule": "@hourly", "jobTemplate": {"spec": {"template": job_pod}}}),
+    ]
+    for version, kind, spec in workloads:
+        item = {"apiVersion": version, "kind": kind, "metadata": {"name": "any", "labels": labels}, "spec": spec}
+        (tmp_path / f"{kind}.yaml").write_text(yaml.dump(item))
+    component = os.path.relpath(ROOT / "manifests/component", tmp_path.resolve())
     (tmp_path / "kustomization.yaml").write_text(
-        yaml.dump({"resources": resources, "components": [os.path.relpath(component, tmp_path.resolve())]}))
-    for item in kustomize(tmp_path):
-        names = [container["name"] for container in item["spec"]["template"]["spec"]["initContainers"]]
-        assert names == ["aegis", "migrate"], item["kind"]
+        yaml.dump({"resources": [f"{kind}.yaml" for _, kind, _ in workloads], "components": [component]}))
+    objects = kustomize(tmp_path)
+    validate(objects)
+    (reference,) = yaml.safe_load((ROOT / "manifests/component/sidecar.yaml").read_text())["spec"]["template"]["spec"]["initContainers"]
+    assert len(objects) == len(workloads)
+    for item in objects:
+        spec = item["spec"]["jobTemplate"]["spec"] if item["kind"] == "CronJob" else item["spec"]
+        template = spec["template"]
+        assert template["metadata"]["labels"] == {**labels, "app": "a"}, item["kind"]
+        assert [container["name"] for container in template["spec"]["initContainers"]] == ["aegis", "migrate"], item["kind"]
+        assert template["spec"]["initContainers"][0] == reference, item["kind"]
+
+
+def test_the_component_patches_the_same_into_cron_jobs():
+    """manifests/component/cronjob.yaml is made from sidecar.yaml: UPDATE=1 makes it anew."""
+    patch = yaml.safe_load((ROOT / "manifests/component/sidecar.yaml").read_text())
+    deeper = {"apiVersion": "batch/v1", "kind": "CronJob", "metadata": patch["metadata"],
+              "spec": {"jobTemplate": {"spec": patch["spec"]}}}
+    file = ROOT / "manifests/component/cronjob.yaml"
+    text = "# Made from sidecar.yaml by its test.\n" + yaml.dump(deeper, sort_keys=False)
+    if os.environ.get("UPDATE"):
+        file.write_text(text)
+    assert file.read_text() == text, f"{file} differs: UPDATE=1 make test-cluster writes it"
+
+
+def test_the_store_serves_on_while_the_sidecars_hear_of_its_end():
+    spec = by_name(kustomize(DEMO), "StatefulSet", "store")["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    # The image has no shell: the kubelet sleeps.
+    seconds = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert 3 <= seconds < spec.get("terminationGracePeriodSeconds", 30)
+
+
+@pytest.mark.parametrize("given", [{}, {"RUST_IMAGE": "registry.example/rust:1.95"},
+                                   {"RUST_IMAGE": "rust:1", "RUNTIME_IMAGE": "registry.example/empty:1"}])
+def test_images_are_built_on_the_bases_that_are_given(given, tmp_path):
+    engine = tmp_path / "engine"
+    engine.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/builds\n')
+    engine.chmod(0o755)
+    run("make", "image", f"ENGINE={engine}", *[f"{name}={value}" for name, value in given.items()], cwd=ROOT)
+    builds = (tmp_path / "builds").read_text().splitlines()
+    assert len(builds) == 2
+    for build in builds:
+        words = build.split()
+        passed = [words[at + 1] for at, word in enumerate(words) if word == "--build-arg"]
+        assert passed == [f"{name}={value}" for name, value in given.items()]
 
 
 def test_compose_names_files_that_exist_and_publishes_on_loopback_only():

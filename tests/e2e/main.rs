@@ -34,6 +34,7 @@ mod loops;
 mod membership;
 mod memory;
 mod outage;
+mod platform;
 mod pooling;
 mod pressure;
 mod proxy_protocol;

@@ -1,0 +1,817 @@
+//! What clients see of the platform's faults, and for how long: the figures of
+//! `docs/PLATFORM-FAULTS.md`, into which `make faults` writes what these tests measure.
+//!
+//! Each fault meets the settings of the charts, as far as the fault can tell them apart, on epoll,
+//! the driver of most pods.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::fmt;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::fs::chown;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, Signal, geteuid, kill_process};
+use socket2::{Domain, SockFilter, SockRef, Socket, Type};
+use tempfile::TempDir;
+
+use crate::support::backend::{Backend, Memory};
+use crate::support::client::{read_line, try_ask};
+use crate::support::kube_api::{KubeApi, Slice, host_ip};
+use crate::support::metrics::{DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, POOL_CONNECTIONS};
+use crate::support::proxy::{Builder, Proxy};
+use crate::support::{Io, PATIENCE, SetOnDrop, eventually, heavy, measured, skip};
+
+/// How long a client waits for anything. Far above what clients may see, and far below what a
+/// test may take where they hang.
+const LIMIT: Duration = Duration::from_secs(15);
+const CLIENTS: usize = 4;
+/// How long a fault lasts that clients should not notice.
+const DOWN: Duration = Duration::from_secs(2);
+
+/// What the clients saw while a fault lasted.
+#[derive(Default)]
+struct Seen {
+    attempts: Vec<Attempt>,
+}
+
+struct Attempt {
+    begun: Instant,
+    ended: Instant,
+    answered: bool,
+}
+
+impl Seen {
+    fn failed(&self) -> usize {
+        self.attempts.iter().filter(|attempt| !attempt.answered).count()
+    }
+
+    /// How long the attempt that took longest took, answered or not.
+    fn longest(&self) -> Duration {
+        self.attempts.iter().map(|attempt| attempt.ended - attempt.begun).max().unwrap_or_default()
+    }
+
+    /// From the first failure's beginning to the last one's end.
+    fn failing_for(&self) -> Duration {
+        let failures = || self.attempts.iter().filter(|attempt| !attempt.answered);
+        let first = failures().map(|attempt| attempt.begun).min();
+        let last = failures().map(|attempt| attempt.ended).max();
+        first.zip(last).map_or(Duration::ZERO, |(first, last)| last - first)
+    }
+}
+
+/// Such as "412 asked, 3 failed within 120 ms; the longest wait was 4 ms".
+impl fmt::Display for Seen {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{} asked, ", self.attempts.len())?;
+        match self.failed() {
+            0 => write!(f, "none failed")?,
+            failed => write!(f, "{failed} failed within {}", Span(self.failing_for()))?,
+        }
+        write!(f, "; the longest wait was {}", Span(self.longest()))
+    }
+}
+
+/// A duration for people.
+struct Span(Duration);
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self.0.as_millis() {
+            0 => write!(f, "less than 1 ms"),
+            millis @ 1..1000 => write!(f, "{millis} ms"),
+            _ => write!(f, "{:.1} s", self.0.as_secs_f64()),
+        }
+    }
+}
+
+/// Connects as a client that has patience for [`LIMIT`] alone.
+fn dial(address: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&address, LIMIT)?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    stream.set_write_timeout(Some(LIMIT))?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// Asks, and takes an error of the proxy's for the failure that it is to a client.
+fn answered(stream: &TcpStream) -> bool {
+    try_ask(stream, "GET k").is_ok_and(|reply| !reply.starts_with("ERR"))
+}
+
+/// A client with a session for each request.
+fn short(address: SocketAddr) -> impl Fn() -> bool {
+    move || dial(address).is_ok_and(|stream| answered(&stream))
+}
+
+/// A client that stays connected, and connects again where it has lost its connection.
+fn staying(address: SocketAddr) -> impl Fn() -> bool {
+    let held = Cell::new(None);
+    move || {
+        let Some(stream) = held.take().or_else(|| dial(address).ok()) else { return false };
+        let answered = answered(&stream);
+        held.set(answered.then_some(stream));
+        answered
+    }
+}
+
+/// Runs clients, each of which asks again and again, until the fault is over.
+fn watch<C: Fn() -> bool, T>(
+    client: impl Fn() -> C + Sync,
+    fault: impl FnOnce() -> T,
+) -> (Seen, T) {
+    let stop = AtomicBool::new(false);
+    let ask = || {
+        let (client, mut attempts) = (client(), Vec::new());
+        while !stop.load(Relaxed) {
+            let begun = Instant::now();
+            let answered = client();
+            attempts.push(Attempt { begun, ended: Instant::now(), answered });
+            // A client's own work. Without it failures that come at once would be all that is seen.
+            thread::sleep(Duration::from_millis(2));
+        }
+        attempts
+    };
+    thread::scope(|scope| {
+        let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(ask)).collect();
+        let stopping = SetOnDrop(&stop);
+        let result = fault();
+        drop(stopping);
+        let attempts = clients.into_iter().flat_map(|client| client.join().unwrap()).collect();
+        (Seen { attempts }, result)
+    })
+}
+
+/// The settings of the charts.
+fn charted() -> Builder {
+    Builder::on(Io::Epoll).set("AEGIS_PROTOCOL", "chronos").set("AEGIS_POOL_MODE", "request")
+}
+
+fn discovering(builder: Builder, api: &KubeApi) -> Builder {
+    builder.set("KUBECONFIG", api.kubeconfig()).set("AEGIS_KUBE_SERVICE", "chronos")
+}
+
+fn store() -> Backend {
+    Backend::chronos_on(SocketAddr::new(host_ip(), 0), &Memory::default())
+}
+
+fn announce(api: &KubeApi, name: &str, address: SocketAddr) {
+    api.slice(name, &Slice::of(address.port()).with(&format!("pod-{name}"), address.ip()));
+}
+
+fn wait_for_endpoints(proxy: &Proxy, count: u64) {
+    proxy.wait_for(DISCOVERY_ENDPOINTS, &[], |found| found == count);
+}
+
+/// An address that nobody listens at, for those who have to know it before they start.
+fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+#[test]
+fn the_api_server_is_down() {
+    let _alone = heavy();
+    let mut api = KubeApi::start();
+    let stores = [store(), store()];
+    announce(&api, "a", stores[0].address());
+    let proxy = discovering(charted(), &api).start();
+    wait_for_endpoints(&proxy, 1);
+    let (seen, back) = watch(
+        || staying(proxy.address()),
+        || {
+            api.kill();
+            thread::sleep(DOWN);
+            proxy.wait_for(DISCOVERY_ERRORS, &[("kind", "unreachable")], |errors| errors >= 2);
+            api.restart();
+            let back = Instant::now();
+            announce(&api, "b", stores[1].address());
+            wait_for_endpoints(&proxy, 2);
+            back.elapsed()
+        },
+    );
+    measured(&format!("{seen}; the next change was known {} after it was back", Span(back)));
+    assert_eq!(seen.failed(), 0);
+    assert!(back < Duration::from_secs(15), "{back:?}");
+}
+
+#[test]
+fn the_api_server_is_down_at_the_start() {
+    /// For how long it stays away where nobody is served meanwhile.
+    const AWAY: Duration = Duration::from_secs(6);
+    let _alone = heavy();
+    let api = KubeApi::start();
+    let store = store();
+    announce(&api, "a", store.address());
+    let folder = TempDir::new().unwrap();
+    if geteuid().is_root() {
+        // The proxy does not run as root.
+        chown(folder.path(), Some(65532), Some(65532)).unwrap();
+    }
+    let file = folder.path().join("endpoints.json");
+    let builder = discovering(charted(), &api)
+        .set("AEGIS_KUBE_SNAPSHOT", file.to_str().unwrap())
+        .set("AEGIS_ENDPOINT_WAIT", "100ms");
+    let mut proxy = builder.clone().start();
+    wait_for_endpoints(&proxy, 1);
+    eventually("the endpoints are kept", PATIENCE, || file.exists().then_some(()));
+    proxy.terminate();
+    proxy.wait_clean(PATIENCE);
+    api.gate.close();
+
+    let begun = Instant::now();
+    let proxy = builder.launch();
+    let ask = || short(proxy.address())().then(|| begun.elapsed());
+    let mut served = None;
+    while served.is_none() && begun.elapsed() < AWAY {
+        served = ask();
+    }
+    api.gate.open();
+    let back = Instant::now();
+    eventually("clients are served", PATIENCE, ask);
+    measured(&match served {
+        Some(took) => format!("served {} after the start, by what was last known", Span(took)),
+        None => format!(
+            "nobody served while it was down ({}), and for {} after it was back",
+            Span(AWAY),
+            Span(back.elapsed())
+        ),
+    });
+    assert!(served.is_some(), "nobody served by what was last known");
+}
+
+/// An API server without its etcd answers, and every answer is an error.
+#[test]
+fn etcd_is_down() {
+    let _alone = heavy();
+    let api = KubeApi::start();
+    let Some(faults) = api.faults() else {
+        return skip("a real API server cannot be parted from its etcd here");
+    };
+    let stores = [store(), store()];
+    announce(&api, "a", stores[0].address());
+    let proxy = discovering(charted(), &api).start();
+    wait_for_endpoints(&proxy, 1);
+    let (seen, back) = watch(
+        || staying(proxy.address()),
+        || {
+            faults.answer(Some(500));
+            thread::sleep(DOWN);
+            proxy.wait_for(DISCOVERY_ERRORS, &[("kind", "refused")], |errors| errors >= 2);
+            faults.answer(None);
+            let back = Instant::now();
+            announce(&api, "b", stores[1].address());
+            wait_for_endpoints(&proxy, 2);
+            back.elapsed()
+        },
+    );
+    measured(&format!("{seen}; the next change was known {} after it was back", Span(back)));
+    assert_eq!(seen.failed(), 0);
+    assert!(back < Duration::from_secs(15), "{back:?}");
+}
+
+/// A proxy whose standard error, or whose name server, is the test's own.
+struct Plain {
+    child: Child,
+    address: SocketAddr,
+    admin: SocketAddr,
+}
+
+impl Plain {
+    fn launch(settings: &[(&str, &str)], errors: Stdio, resolver: Option<&str>) -> Self {
+        let binary = std::env::var("AEGIS_E2E_BINARY")
+            .unwrap_or_else(|_| env!("CARGO_BIN_EXE_aegis-proxy").to_owned());
+        // Each of these runs the words behind it, in its own place.
+        let mut words = Vec::new();
+        if let Some(file) = resolver {
+            let script = "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
+            words.extend(["unshare", "--mount", "sh", "-c", script, file]);
+        }
+        if geteuid().is_root() {
+            // As in a pod.
+            words.extend(["setpriv", "--reuid", "65532", "--regid", "65532", "--clear-groups"]);
+            words.extend(["--inh-caps=-all", "--bounding-set=-all"]);
+        }
+        words.push(&binary);
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]);
+        let (address, admin) = (free_address(), free_address());
+        let settings: HashMap<_, _> = settings.iter().copied().collect();
+        command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        command.env("AEGIS_IO", "epoll").env("AEGIS_WORKERS", "2").env("AEGIS_PIN", "off");
+        command.env("AEGIS_LISTEN", address.to_string()).env("AEGIS_ADMIN", admin.to_string());
+        command.env("AEGIS_DRAIN_DELAY", "0s").envs(settings);
+        let child = command.stdin(Stdio::null()).stderr(errors).spawn().unwrap();
+        let mut proxy = Self { child, address, admin };
+        eventually("the proxy is ready", PATIENCE, || {
+            let ended = proxy.child.try_wait().unwrap();
+            assert!(ended.is_none(), "the proxy ended: {ended:?}");
+            (proxy.probe("/readyz").ok()? == 200).then_some(())
+        });
+        proxy
+    }
+
+    /// Asks as the kubelet does, with the charts' time limit.
+    fn probe(&self, path: &str) -> io::Result<u16> {
+        probe(self.admin, path)
+    }
+
+    /// How long it takes to end when it is told to, unless that takes longer than `within`.
+    fn terminate(&mut self, within: Duration) -> Option<Duration> {
+        kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
+        let told = Instant::now();
+        while told.elapsed() < within {
+            if self.child.try_wait().unwrap().is_some() {
+                return Some(told.elapsed());
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        None
+    }
+}
+
+impl Drop for Plain {
+    fn drop(&mut self) {
+        // Both fail where it has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The status that the admin port answers within the two seconds that the charts' probes give it.
+fn probe(admin: SocketAddr, path: &str) -> io::Result<u16> {
+    const PROBE: Duration = Duration::from_secs(2);
+    let mut stream = TcpStream::connect_timeout(&admin, PROBE)?;
+    stream.set_read_timeout(Some(PROBE))?;
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: aegis\r\n\r\n")?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    let status = text.split(' ').nth(1).and_then(|status| status.parse().ok());
+    status.ok_or_else(|| io::Error::other(format!("not HTTP: {text:?}")))
+}
+
+/// How an end that was waited for went.
+fn ended(took: Option<Duration>, within: Duration) -> String {
+    match took {
+        Some(took) => format!("SIGTERM ended the proxy in {}", Span(took)),
+        None => format!("SIGTERM did not end the proxy within {}", Span(within)),
+    }
+}
+
+/// Answers each question for an IPv4 address with one, or nobody while it is down.
+struct NameServer {
+    address: Mutex<Ipv4Addr>,
+    down: AtomicBool,
+}
+
+impl NameServer {
+    const IP: Ipv4Addr = Ipv4Addr::new(127, 0, 53, 1);
+
+    fn start(address: Ipv4Addr) -> io::Result<Arc<Self>> {
+        let socket = UdpSocket::bind((Self::IP, 53))?;
+        let server = Arc::new(Self { address: address.into(), down: false.into() });
+        let shared = server.clone();
+        // It lives as long as the test program.
+        thread::spawn(move || {
+            let mut query = [0; 512];
+            while let Ok((len, client)) = socket.recv_from(&mut query) {
+                if !shared.down.load(Relaxed) {
+                    let _ = socket.send_to(&shared.answer(&query[..len]), client);
+                }
+            }
+        });
+        Ok(server)
+    }
+
+    fn answer(&self, query: &[u8]) -> Vec<u8> {
+        let name = query[12..].iter().position(|byte| *byte == 0).unwrap();
+        let question = &query[12..12 + name + 5];
+        let is_ipv4 = question[name + 1..] == [0, 1, 0, 1];
+        let mut answer =
+            [&query[..2], &[0x81, 0x80, 0, 1, 0, u8::from(is_ipv4), 0, 0, 0, 0]].concat();
+        answer.extend(question);
+        if is_ipv4 {
+            // The name asked for, an IPv4 address, for one second.
+            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 1, 0, 4]);
+            answer.extend(self.address.lock().unwrap().octets());
+        }
+        answer
+    }
+}
+
+#[test]
+fn the_name_server_is_down() {
+    const END: Duration = Duration::from_secs(5);
+    let _alone = heavy();
+    let can = Command::new("unshare").args(["--mount", "true"]).stderr(Stdio::null()).status();
+    let local = |last| Ipv4Addr::new(127, 0, 53, last);
+    let server = match NameServer::start(local(2)) {
+        Ok(server) if can.is_ok_and(|status| status.success()) => server,
+        _ => return skip("the test may not give a process a name server of its own"),
+    };
+    let first = Backend::chronos_on((local(2), 0).into(), &Memory::default());
+    let port = first.address().port();
+    let _second = Backend::chronos_on((local(3), port).into(), &Memory::default());
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("resolv.conf");
+    std::fs::write(&file, format!("nameserver {}\n", NameServer::IP)).unwrap();
+    let settings = [
+        ("AEGIS_BACKENDS", &*format!("store.test:{port}")),
+        ("AEGIS_DNS_REFRESH", "500ms"),
+        ("AEGIS_PROTOCOL", "chronos"),
+        ("AEGIS_POOL_MODE", "request"),
+    ];
+    let mut proxy = Plain::launch(&settings, Stdio::null(), file.to_str());
+    let (seen, back) = watch(
+        || staying(proxy.address),
+        || {
+            server.down.store(true, Relaxed);
+            thread::sleep(DOWN);
+            *server.address.lock().unwrap() = local(3);
+            server.down.store(false, Relaxed);
+            let back = Instant::now();
+            eventually("the new address is known", PATIENCE, || {
+                backends(proxy.admin).ok()?.contains("127.0.53.3").then(|| back.elapsed())
+            })
+        },
+    );
+    server.down.store(true, Relaxed);
+    // Long enough for a question to be under way that nobody answers.
+    thread::sleep(Duration::from_secs(1));
+    let took = proxy.terminate(END);
+    measured(&format!(
+        "{seen}; the next change was known {} after it was back; {} while it was down",
+        Span(back),
+        ended(took, END)
+    ));
+    assert_eq!(seen.failed(), 0);
+    assert!(took.is_some());
+}
+
+fn backends(admin: SocketAddr) -> io::Result<String> {
+    let mut stream = dial(admin)?;
+    write!(stream, "GET /backends HTTP/1.0\r\nHost: aegis\r\n\r\n")?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// Whoever reads the log stops doing so, and the pipe is full. The store ends, which the workers
+/// would log, and comes back.
+#[test]
+fn the_log_collector_is_stuck() {
+    const END: Duration = Duration::from_secs(5);
+    let _alone = heavy();
+    let mut store = store();
+    let (mut reader, writer) = io::pipe().unwrap();
+    // Two pages: of a single one that a line has begun, the rest would take others.
+    rustix::pipe::fcntl_setpipe_size(&writer, 8192).unwrap();
+    let (pipe, mut other) = (writer.try_clone().unwrap(), writer.try_clone().unwrap());
+    let settings = [
+        ("AEGIS_BACKENDS", &*store.address().to_string()),
+        ("AEGIS_PROTOCOL", "chronos"),
+        ("AEGIS_POOL_MODE", "request"),
+        ("AEGIS_LOG", "debug"),
+    ];
+    let reading = Arc::new(AtomicBool::new(true));
+    let collector = thread::spawn({
+        let reading = reading.clone();
+        move || {
+            let mut lines = [0; 512];
+            while reading.load(Relaxed) {
+                assert!(reader.read(&mut lines).unwrap() > 0, "the proxy ended");
+            }
+            reader
+        }
+    });
+    let mut proxy = Plain::launch(&settings, writer.into(), None);
+    reading.store(false, Relaxed);
+    // What it waits for comes with the line that fills the pipe. The thread ends with the reader.
+    thread::spawn(move || other.write_all(&vec![b'\n'; 1 << 20]));
+    // Kept open, and never read again.
+    let _unread = collector.join().unwrap();
+    eventually("the pipe is full", PATIENCE, || {
+        let mut writable = [PollFd::new(&pipe, PollFlags::OUT)];
+        (poll(&mut writable, Some(&Timespec::default())).unwrap() == 0).then_some(())
+    });
+    store.kill();
+    // What fails now is the store's fault.
+    drop(watch(|| staying(proxy.address), || thread::sleep(Duration::from_secs(1))));
+    store.start();
+    let recovers = Instant::now();
+    let recovered = loop {
+        if short(proxy.address)() {
+            break Some(recovers.elapsed());
+        }
+        if recovers.elapsed() > LIMIT {
+            break None;
+        }
+    };
+    let (seen, live) = watch(
+        || staying(proxy.address),
+        || {
+            thread::sleep(Duration::from_secs(1));
+            proxy.probe("/livez")
+        },
+    );
+    let took = proxy.terminate(END);
+    let live = if live.is_ok_and(|status| status == 200) { "answers" } else { "does not answer" };
+    measured(&format!("{seen}; /livez {live}; {}", ended(took, END)));
+    assert!(recovered.is_some(), "nobody served though the store is back");
+    assert_eq!((seen.failed(), live), (0, "answers"));
+    assert!(took.is_some());
+}
+
+/// A neighbour opens connections to the admin port, says nothing on them, and opens new ones for
+/// those that it loses.
+#[test]
+fn the_prober_is_attacked() {
+    const SILENT: usize = 300;
+    const LASTS: Duration = Duration::from_secs(3);
+    let _alone = heavy();
+    let store = store();
+    let settings = [
+        ("AEGIS_BACKENDS", &*store.address().to_string()),
+        ("AEGIS_PROTOCOL", "chronos"),
+        ("AEGIS_POOL_MODE", "request"),
+    ];
+    let proxy = Plain::launch(&settings, Stdio::null(), None);
+    let stop = AtomicBool::new(false);
+    let attack = || {
+        let mut open = Vec::new();
+        while !stop.load(Relaxed) {
+            open.retain(|stream: &TcpStream| {
+                stream.peek(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+            });
+            while open.len() < SILENT {
+                let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+                // Not the kubelet's address.
+                socket.bind(&SocketAddr::from(([127, 0, 0, 3], 0)).into()).unwrap();
+                let limit = Duration::from_millis(100);
+                if socket.connect_timeout(&proxy.admin.into(), limit).is_err() {
+                    break;
+                }
+                socket.set_nonblocking(true).unwrap();
+                open.push(TcpStream::from(socket));
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    };
+    let (seen, (probes, failed, longest)) = thread::scope(|scope| {
+        let _stop = SetOnDrop(&stop);
+        scope.spawn(attack);
+        watch(
+            || staying(proxy.address),
+            || {
+                let (mut probes, mut failed, mut longest) = (0, 0, Duration::ZERO);
+                let begun = Instant::now();
+                while begun.elapsed() < LASTS {
+                    let asked = Instant::now();
+                    let outcome = proxy.probe("/livez");
+                    longest = longest.max(asked.elapsed());
+                    probes += 1;
+                    failed += usize::from(!outcome.is_ok_and(|status| status == 200));
+                    thread::sleep(Duration::from_millis(100));
+                }
+                (probes, failed, longest)
+            },
+        )
+    });
+    measured(&format!(
+        "{failed} of {probes} liveness probes failed, the longest took {}; clients: {seen}",
+        Span(longest)
+    ));
+    assert_eq!(seen.failed(), 0);
+    // The kubelet restarts the sidecar after three in a row.
+    assert!(failed * 10 <= probes, "{failed} of {probes} probes failed");
+}
+
+/// A store whose host can vanish: the kernel drops what arrives there, and acknowledges nothing.
+struct Host {
+    address: SocketAddr,
+    listener: TcpListener,
+    streams: Arc<Mutex<Vec<TcpStream>>>,
+}
+
+impl Host {
+    fn start() -> Self {
+        let listener = TcpListener::bind((host_ip(), 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let (accepting, streams) = (listener.try_clone().unwrap(), Arc::<Mutex<Vec<_>>>::default());
+        let shared = streams.clone();
+        // Its threads live as long as the test program.
+        thread::spawn(move || {
+            for mut stream in accepting.incoming().map_while(Result::ok) {
+                stream.set_nodelay(true).unwrap();
+                shared.lock().unwrap().push(stream.try_clone().unwrap());
+                thread::spawn(move || {
+                    while read_line(&stream).is_ok() && stream.write_all(b"v\n").is_ok() {}
+                    let _ = stream.shutdown(Shutdown::Both);
+                });
+            }
+        });
+        Self { address, listener, streams }
+    }
+
+    /// False where the test has no right to it.
+    fn vanish(&self) -> bool {
+        let nothing = [SockFilter::new(0x06 /* BPF_RET | BPF_K */, 0, 0, 0)];
+        let streams = self.streams.lock().unwrap();
+        SockRef::from(&self.listener).attach_filter(&nothing).is_ok()
+            && streams.iter().all(|stream| SockRef::from(stream).attach_filter(&nothing).is_ok())
+    }
+}
+
+/// How long a session or a request may wait for a node that is gone: `AEGIS_TCP_USER_TIMEOUT` is 5 s.
+const GIVEN_UP: Duration = Duration::from_secs(12);
+
+/// A node is gone without a word; its pod leaves the slices two seconds later.
+fn black_hole(builder: Builder, staying_clients: bool) -> Option<Seen> {
+    let _alone = heavy();
+    let api = KubeApi::start();
+    let (good, bad) = (store(), Host::start());
+    announce(&api, "good", good.address());
+    announce(&api, "bad", bad.address);
+    let proxy = discovering(builder, &api).set("AEGIS_BALANCE", "round_robin").start();
+    wait_for_endpoints(&proxy, 2);
+    let client: &(dyn Fn() -> Box<dyn Fn() -> bool> + Sync) = if staying_clients {
+        &|| Box::new(staying(proxy.address()))
+    } else {
+        &|| Box::new(short(proxy.address()))
+    };
+    // Short sessions take warm connections, and would use up all of them before the fault.
+    let mut vanished = true;
+    if !staying_clients {
+        proxy.wait_for(POOL_CONNECTIONS, &[("state", "idle")], |idle| idle >= 16);
+        vanished = bad.vanish();
+    }
+    let (seen, ()) = watch(client, || {
+        if staying_clients {
+            eventually("connections to both", PATIENCE, || {
+                (!bad.streams.lock().unwrap().is_empty()).then_some(())
+            });
+            thread::sleep(Duration::from_millis(300));
+            vanished = bad.vanish();
+        }
+        thread::sleep(Duration::from_secs(2));
+        api.delete_slice("bad");
+        wait_for_endpoints(&proxy, 1);
+        thread::sleep(Duration::from_secs(2));
+    });
+    if !vanished {
+        skip("a socket filter needs CAP_NET_ADMIN");
+        return None;
+    }
+    Some(seen)
+}
+
+#[test]
+fn a_node_is_a_black_hole_for_requests() {
+    let Some(seen) = black_hole(charted(), true) else { return };
+    measured(&seen.to_string());
+    assert!(seen.longest() < GIVEN_UP, "a GET hung for {:?}", seen.longest());
+    assert_eq!(seen.failed(), 0, "a GET can be placed again");
+}
+
+#[test]
+fn a_node_is_a_black_hole_for_short_sessions() {
+    let Some(seen) = black_hole(Builder::on(Io::Epoll), false) else { return };
+    measured(&seen.to_string());
+    assert!(seen.longest() < GIVEN_UP, "a session hung for {:?}", seen.longest());
+}
+
+#[test]
+fn a_node_is_a_black_hole_for_long_sessions() {
+    let Some(seen) = black_hole(Builder::on(Io::Epoll), true) else { return };
+    measured(&seen.to_string());
+    assert!(seen.longest() < GIVEN_UP, "a session hung for {:?}", seen.longest());
+}
+
+/// Replaces each of three stores. `notice` is how long one goes on serving once its slice says
+/// that it terminates: what a preStop hook gives; without one it ends before the slice says so.
+fn rolling_update(notice: Option<Duration>) -> Seen {
+    /// From a pod's end to the news of it.
+    const NEWS: Duration = Duration::from_millis(100);
+    let api = KubeApi::start();
+    let memory = Memory::default();
+    let at = || Backend::chronos_on(SocketAddr::new(host_ip(), 0), &memory);
+    let mut stores: Vec<_> = (0..3).map(|_| at()).collect();
+    for (number, store) in stores.iter().enumerate() {
+        announce(&api, &format!("s{number}"), store.address());
+    }
+    let proxy = discovering(charted(), &api).start();
+    wait_for_endpoints(&proxy, 3);
+    let (seen, ()) = watch(
+        || writing(proxy.address()),
+        || {
+            thread::sleep(Duration::from_millis(300));
+            for (number, store) in stores.iter_mut().enumerate() {
+                let (name, address) = (format!("s{number}"), store.address());
+                let pod = format!("pod-s{number}");
+                let news = Slice::of(address.port()).terminating(&pod, address.ip());
+                if let Some(notice) = notice {
+                    thread::sleep(NEWS);
+                    api.slice(&name, &news);
+                    wait_for_endpoints(&proxy, 2);
+                    thread::sleep(notice);
+                    store.kill();
+                } else {
+                    store.kill();
+                    thread::sleep(NEWS);
+                    api.slice(&name, &news);
+                    wait_for_endpoints(&proxy, 2);
+                }
+                *store = at();
+                announce(&api, &name, store.address());
+                wait_for_endpoints(&proxy, 3);
+            }
+            thread::sleep(Duration::from_millis(300));
+        },
+    );
+    seen
+}
+
+/// A client whose requests must not be repeated.
+fn writing(address: SocketAddr) -> impl Fn() -> bool {
+    let held = Cell::new(None);
+    move || {
+        let Some(stream) = held.take().or_else(|| dial(address).ok()) else { return false };
+        let answered = try_ask(&stream, "SET k v").is_ok_and(|reply| reply == "OK");
+        held.set(answered.then_some(stream));
+        answered
+    }
+}
+
+#[test]
+fn a_rolling_update_of_the_stores_without_a_pre_stop_hook() {
+    let _alone = heavy();
+    let seen = rolling_update(None);
+    measured(&format!("writes: {seen}"));
+    // Those that were under way may fail: each client has one for each store that ends.
+    assert!(seen.failed() <= 3 * CLIENTS, "{} failed", seen.failed());
+}
+
+#[test]
+fn a_rolling_update_of_the_stores_with_a_pre_stop_hook() {
+    let _alone = heavy();
+    let seen = rolling_update(Some(Duration::from_millis(500)));
+    measured(&format!("writes: {seen}"));
+    assert_eq!(seen.failed(), 0);
+}
+
+/// Restarts a proxy at its address, as the kubelet does with a container that has ended, but at
+/// once, while the application keeps idle sessions. Gives for how long newcomers were not served.
+fn restart(builder: Builder, signal: Signal) -> Seen {
+    let store = store();
+    let address = free_address();
+    let builder = builder
+        .backends(&[store.address()])
+        .set("AEGIS_LISTEN", address.to_string())
+        .set("AEGIS_DRAIN_TIMEOUT", "5s");
+    let mut proxy = builder.clone().start();
+    let idle: Vec<_> = (0..8).map(|_| dial(address).unwrap()).collect();
+    assert!(idle.iter().all(answered));
+    let (seen, proxy) = watch(
+        || short(address),
+        || {
+            thread::sleep(Duration::from_millis(200));
+            kill_process(Pid::from_raw(proxy.id().cast_signed()).unwrap(), signal).unwrap();
+            proxy.wait(2 * PATIENCE);
+            let again = builder.start();
+            thread::sleep(Duration::from_millis(200));
+            again
+        },
+    );
+    drop((proxy, idle));
+    seen
+}
+
+#[test]
+fn a_restart_in_place_under_requests() {
+    let _alone = heavy();
+    let seen = restart(charted(), Signal::TERM);
+    measured(&format!("newcomers: {seen}"));
+    assert!(seen.failing_for() < Duration::from_secs(3), "{seen}");
+}
+
+#[test]
+fn a_restart_in_place_under_sessions() {
+    let _alone = heavy();
+    let seen = restart(Builder::on(Io::Epoll), Signal::TERM);
+    measured(&format!("newcomers, with a drain of 5 s and idle sessions: {seen}"));
+    // Not for as long as the idle sessions may stay.
+    assert!(seen.failing_for() < Duration::from_secs(3), "{seen}");
+}
+
+#[test]
+fn a_crash_in_place() {
+    let _alone = heavy();
+    let seen = restart(charted(), Signal::KILL);
+    measured(&format!("newcomers: {seen}"));
+    assert!(seen.failing_for() < Duration::from_secs(3), "{seen}");
+}
