@@ -83,7 +83,7 @@ fn random_text(name: &str, rng: &mut fastrand::Rng) -> String {
         "AEGIS_CONNECT_TIMEOUT" => duration(rng, 1, 300_000),
         "AEGIS_CONNECT_ATTEMPTS" => rng.u32(1..=8).to_string(),
         "AEGIS_KEEPALIVE" => off_or(rng, 1000, 32_400_000),
-        "AEGIS_TCP_USER_TIMEOUT" => off_or(rng, 100, 86_400_000),
+        "AEGIS_TCP_USER_TIMEOUT" => off_or(rng, 1000, 86_400_000),
         "AEGIS_DRAIN_DELAY" | "AEGIS_ENDPOINT_WAIT" | "AEGIS_START_TIMEOUT" => {
             duration(rng, 0, 300_000)
         }
@@ -159,7 +159,7 @@ fn ranges_are_those_that_the_table_tells() {
         ("AEGIS_CONNECT_ATTEMPTS", "1", "0", "8", "9"),
         ("AEGIS_IDLE_TIMEOUT", "10ms", "0s", "30d", "31d"),
         ("AEGIS_HALF_CLOSE_TIMEOUT", "10ms", "0s", "30d", "31d"),
-        ("AEGIS_TCP_USER_TIMEOUT", "100ms", "99ms", "1d", "2d"),
+        ("AEGIS_TCP_USER_TIMEOUT", "1s", "999ms", "1d", "2d"),
         ("AEGIS_KEEPALIVE", "1s", "999ms", "9h", "10h"),
         ("AEGIS_DRAIN_DELAY", "0s", "-1s", "5m", "6m"),
         ("AEGIS_DRAIN_TIMEOUT", "0s", "-1s", "1h", "2h"),

@@ -9,6 +9,7 @@ pub mod exchange;
 pub mod health;
 pub mod listening;
 pub mod pool;
+pub mod pulse;
 pub mod queue;
 pub mod relay;
 pub mod route;

@@ -5,6 +5,7 @@ pub mod backend;
 pub mod client;
 pub mod dns;
 pub mod kube_api;
+pub mod link;
 pub mod metrics;
 pub mod proxy;
 
