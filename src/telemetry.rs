@@ -153,6 +153,10 @@ labels! {
         ClientReset = "client_reset",
         /// The backend reset its connection, or it broke.
         BackendReset = "backend_reset",
+        /// The backend acknowledged nothing for `AEGIS_TCP_USER_TIMEOUT`.
+        BackendSilent = "backend_silent",
+        /// The client acknowledged nothing for a multiple of that.
+        ClientSilent = "client_silent",
         /// No endpoint accepted a connection within the attempts allowed.
         ConnectFailed = "connect_failed",
         /// The last attempt to connect to an endpoint ran into its time limit.
@@ -238,6 +242,8 @@ labels! {
         Ended = "ended",
         /// It broke.
         Broken = "broken",
+        /// The backend acknowledged nothing on it.
+        Silent = "silent",
     }
 }
 
@@ -272,6 +278,8 @@ labels! {
         Abandoned = "abandoned",
         /// The protocol ends it here, or it cannot be told where the answer ended.
         Spent = "spent",
+        /// The backend acknowledges nothing, on it or on another one that was made as early.
+        Silent = "silent",
     }
 }
 

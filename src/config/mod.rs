@@ -72,7 +72,7 @@ pub struct Config {
     pub idle_timeout: Option<Duration>,
     /// Ends sessions with one direction ended on which no byte moved for this long.
     pub half_close_timeout: Option<Duration>,
-    /// `TCP_USER_TIMEOUT` of all sockets: how long sent bytes may stay unacknowledged.
+    /// For how long a peer may acknowledge nothing, be it bytes or a probe, until it is given up.
     pub tcp_user_timeout: Option<Duration>,
     /// Keep-alive probes start after this idle time.
     pub keepalive: Option<Duration>,

@@ -182,7 +182,7 @@ impl Reader<'_> {
                 10 * MILLISECOND,
                 30 * DAY,
             ),
-            tcp_user_timeout: self.duration_or_off(&AEGIS_TCP_USER_TIMEOUT, 100 * MILLISECOND, DAY),
+            tcp_user_timeout: self.duration_or_off(&AEGIS_TCP_USER_TIMEOUT, SECOND, DAY),
             // The kernel takes whole seconds, at most 32767.
             keepalive: self.duration_or_off(&AEGIS_KEEPALIVE, SECOND, 9 * HOUR),
             proxy_protocol: self.word(&AEGIS_PROXY_PROTOCOL),

@@ -160,9 +160,9 @@ variables! {
     AEGIS_HALF_CLOSE_TIMEOUT half_close_timeout = "60s",
         "off, or a duration from 10ms to 30d",
         "Ends sessions with one direction ended on which no byte moved for this long.";
-    AEGIS_TCP_USER_TIMEOUT tcp_user_timeout = "off",
-        "off, or a duration from 100ms to 1d",
-        "Breaks connections whose peer takes no bytes for this long, be it dead or only slow.";
+    AEGIS_TCP_USER_TIMEOUT tcp_user_timeout = "5s",
+        "off, or a duration from 1s to 1d",
+        "Gives up connections whose peer acknowledges nothing for this long. One that is slow does.";
     AEGIS_KEEPALIVE keepalive = "60s",
         "off, or a duration from 1s to 9h",
         "TCP keep-alive probes start after this idle time.";

@@ -221,6 +221,7 @@ fn can_close(config: &Config, reason: CloseReason) -> bool {
         CloseReason::IdleTimeout => config.idle_timeout.is_some(),
         // Of requests, clients that were told to leave have such a limit in any case.
         CloseReason::HalfCloseTimeout => lends || config.half_close_timeout.is_some(),
+        CloseReason::BackendSilent | CloseReason::ClientSilent => config.tcp_user_timeout.is_some(),
         CloseReason::EndpointRemoved => config.backend_drain.is_some(),
         CloseReason::Finished
         | CloseReason::ClientReset

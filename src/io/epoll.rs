@@ -26,7 +26,7 @@ use socket2::{SockRef, Type};
 use super::buffers::{Buf, Buffers, Chain};
 use super::descriptors::Descriptors;
 use super::splice::{self, Bulk, Pipe, Pipes};
-use super::{Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait, socket};
+use super::{Acks, Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait, socket};
 use crate::fifo;
 use crate::limits;
 use crate::slab::Slab;
@@ -778,6 +778,16 @@ impl Driver for Epoll {
     fn undelivered(&self, conn: ConnId) -> u64 {
         let Some(socket) = self.sockets.get(conn) else { return 0 };
         socket.queued() + socket::unacknowledged(&socket.fd)
+    }
+
+    fn acks(&self, conn: ConnId) -> Option<Acks> {
+        socket::acks(&self.sockets.get(conn)?.fd)
+    }
+
+    fn ask(&mut self, conn: ConnId, silence: Option<Duration>) {
+        if let Some(socket) = self.sockets.get(conn) {
+            self.options.ask(&socket.fd, silence);
+        }
     }
 
     fn peer_address(&self, conn: ConnId) -> Option<SocketAddr> {

@@ -93,6 +93,22 @@ pub enum Unheard {
     End,
 }
 
+/// What the kernel knows of a peer's acknowledgements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Acks {
+    /// Something is on its way to the peer that it has not acknowledged: bytes, an end, or a probe.
+    pub awaited: bool,
+    /// There are bytes that it does not have, if only for want of room there.
+    pub pending: bool,
+    /// How long ago anything came from it, if only an acknowledgement.
+    pub last: Duration,
+    /// How long ago anything was sent to it, be it once more.
+    pub sent: Duration,
+    /// How many bytes it has acknowledged so far, where it has room for those on their way: then
+    /// nothing but more of them shows that they arrive. What it repeats itself shows nothing.
+    pub progress: Option<u64>,
+}
+
 /// How to close a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Close {
@@ -208,6 +224,13 @@ pub trait Driver {
     /// Bytes on their way to the peer, queued here or in the kernel, of which it has not
     /// acknowledged that it has them. None of a connection that is broken. It costs a system call.
     fn undelivered(&self, conn: ConnId) -> u64;
+
+    /// What the peer has acknowledged. It costs a system call. `None` of a connection that is broken.
+    fn acks(&self, conn: ConnId) -> Option<Acks>;
+
+    /// Has the kernel ask the peer whether it is there, each second once it has been silent for so
+    /// long, and send what it does not acknowledge again more often than usual. `None`: as usual.
+    fn ask(&mut self, conn: ConnId, silence: Option<Duration>);
 
     /// The peer's address.
     fn peer_address(&self, conn: ConnId) -> Option<SocketAddr>;

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::buffers::{Buf, Buffers, Chain};
-use super::{Close, Completion, ConnId, Driver, Unheard, Wait};
+use super::{Acks, Close, Completion, ConnId, Driver, Unheard, Wait};
 use crate::limits::{BUFFER_SIZE, BUFFERS_LENT_MIN};
 use crate::slab::Slab;
 
@@ -35,6 +35,8 @@ const SOCKET_BYTES: usize = 48 * 1024;
 const SEND_BYTES: usize = 32 * 1024;
 /// What was sent is to be told within this time.
 const UNDONE_MAX: Duration = Duration::from_millis(2);
+/// For so long everybody who is not asked has been idle.
+const IDLE: Duration = Duration::from_secs(60);
 /// For so long a process may be stopped, as one is whose CPU quota is used up.
 const STOP: Duration = Duration::from_millis(100);
 
@@ -73,6 +75,8 @@ struct Socket {
     stepping: bool,
     /// A receive waits for a buffer.
     starved: bool,
+    /// The kernel asks the peer whether it is there.
+    asked: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -99,6 +103,8 @@ pub enum Reachability {
     Refusing,
     /// It never answers.
     Silent,
+    /// Its host is gone without a word, and so is what was connected to it: see [`Sim::reach`].
+    Gone,
 }
 
 /// What peers speak.
@@ -192,6 +198,41 @@ impl Sim {
         self.schedule(delay, Step::ClientArrives(peer));
     }
 
+    /// How an endpoint answers from now on.
+    pub fn reach(&mut self, endpoint: usize, how: Reachability) {
+        self.endpoints[endpoint] = how;
+        if how != Reachability::Gone {
+            return;
+        }
+        for peer in &mut self.peers {
+            if peer.endpoint == Some(endpoint as u16) && peer.swallowed.is_none() {
+                peer.swallowed = Some(self.elapsed);
+                peer.unacked_since = (!peer.wire.is_empty()).then_some(self.elapsed);
+            }
+        }
+    }
+
+    /// A connection of which somebody waits for longer than `limit` that its peer acknowledges what it
+    /// was sent, which that never will. To be asked after each turn.
+    pub fn hanging(&self, limit: Duration) -> Option<String> {
+        (0..self.sockets.slots()).find_map(|slot| {
+            let socket = self.sockets.get(self.sockets.key_at(slot)?)?;
+            let peer = &self.peers[socket.peer];
+            let since = peer.unacked_since?;
+            let is_read = socket.taken == peer.sent;
+            let is_waited_for = match socket.joined {
+                // One that takes nothing of what had come is not waiting.
+                Some(client) => self.sockets.get(client).is_some_and(|client| {
+                    client.queue.is_empty() && self.peers[client.peer].wire.is_empty()
+                }),
+                None => self.speech != Speech::Bytes,
+            };
+            let waits = self.elapsed.saturating_sub(since);
+            (is_read && is_waited_for && waits > limit)
+                .then(|| format!("{} is gone, and was waited for {waits:?}", peer.id))
+        })
+    }
+
     /// Raises the wake-up event, as writing to the descriptor would.
     pub fn wake(&mut self) {
         self.woken = true;
@@ -238,7 +279,7 @@ impl Sim {
         let sink = self.sockets.get(source.joined?)?;
         let (from, to) = (&self.peers[source.peer], &self.peers[sink.peer]);
         let is_flushed = sink.queue.is_empty() && sink.untold == 0;
-        if sink.broken || to.reset || !is_flushed || self.hearing.has(conn) {
+        if sink.broken || to.reset || to.is_swallowed() || !is_flushed || self.hearing.has(conn) {
             return None;
         }
         let unread = !source.ended && (from.sent > source.taken || from.ended || from.reset);
@@ -284,6 +325,7 @@ impl Sim {
             shut: false,
             stepping: false,
             starved: false,
+            asked: false,
         };
         let conn = self.sockets.insert(socket).ok()?;
         self.peers[peer].conn = Some(conn);
@@ -462,6 +504,9 @@ impl Sim {
                 let rest = len - (peer.wire.len() - before);
                 peer.wire.extend(&part[..part.len().min(rest)]);
             }
+            if peer.is_swallowed() {
+                peer.unacked_since.get_or_insert(self.elapsed);
+            }
             self.buffers.advance(&mut socket.queue, len as u32);
             socket.untold += len as u32;
             socket.taken_at = self.elapsed;
@@ -619,7 +664,8 @@ impl Driver for Sim {
             return Err(io::ErrorKind::QuotaExceeded.into());
         };
         let reachability = self.endpoints[usize::from(address.port())];
-        if reachability != Reachability::Silent {
+        self.peers[peer].endpoint = Some(address.port());
+        if !matches!(reachability, Reachability::Silent | Reachability::Gone) {
             let accepted = reachability == Reachability::Up;
             let step = Step::ConnectEnds(conn.index() as u32, conn.generation(), accepted);
             self.soon(2_000, step);
@@ -694,6 +740,37 @@ impl Driver for Sim {
         let Some(socket) = self.sockets.get(conn) else { return 0 };
         let peer = &self.peers[socket.peer];
         if peer.reset { 0 } else { u64::from(socket.queue.bytes()) + peer.wire.len() as u64 }
+    }
+
+    fn acks(&self, conn: ConnId) -> Option<Acks> {
+        let socket = self.sockets.get(conn)?;
+        let peer = &self.peers[socket.peer];
+        let pending = !peer.wire.is_empty() || !socket.queue.is_empty();
+        let Some(since) = peer.swallowed else {
+            // Others acknowledge at once, and have just done it where they are asked.
+            let last = if socket.asked { Duration::ZERO } else { IDLE };
+            return Some(Acks {
+                awaited: false,
+                pending,
+                last,
+                sent: Duration::ZERO,
+                progress: None,
+            });
+        };
+        let awaited = !peer.wire.is_empty() || peer.wire_ends || socket.asked;
+        Some(Acks {
+            awaited,
+            pending,
+            last: self.elapsed.saturating_sub(since),
+            sent: Duration::ZERO,
+            progress: None,
+        })
+    }
+
+    fn ask(&mut self, conn: ConnId, silence: Option<Duration>) {
+        if let Some(socket) = self.sockets.get_mut(conn) {
+            socket.asked = silence.is_some();
+        }
     }
 
     fn peer_address(&self, _: ConnId) -> Option<SocketAddr> {

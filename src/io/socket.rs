@@ -3,10 +3,10 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 
-use super::Unheard;
+use super::{Acks, Unheard};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::ioctl::{Getter, Opcode, ioctl};
 use rustix::net::SocketFlags;
@@ -17,8 +17,6 @@ use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, TcpKeepalive, Type}
 pub struct Options {
     /// Idle time before keep-alive probes start; off when `None`.
     pub keepalive: Option<Duration>,
-    /// `TCP_USER_TIMEOUT`; the kernel's default when `None`.
-    pub user_timeout: Option<Duration>,
 }
 
 impl Options {
@@ -32,16 +30,7 @@ impl Options {
         // Urgent data is passed on as ordinary bytes, at its place in the stream.
         socket.set_out_of_band_inline(true)?;
         if let Some(idle) = self.keepalive {
-            // The kernel counts in whole seconds and refuses 0.
-            let second = Duration::from_secs(1);
-            let probes = TcpKeepalive::new()
-                .with_time(idle.max(second))
-                .with_interval((idle / 4).max(second))
-                .with_retries(4);
-            socket.set_tcp_keepalive(&probes)?;
-        }
-        if let Some(timeout) = self.user_timeout {
-            socket.set_tcp_user_timeout(Some(timeout))?;
+            socket.set_tcp_keepalive(&usual_probes(idle))?;
         }
         Ok(())
     }
@@ -52,6 +41,100 @@ pub(super) fn outgoing(address: &SocketAddr, kind: Type, options: &Options) -> i
     let socket = Socket::new(Domain::for_address(*address), kind, Some(Protocol::TCP))?;
     options.apply(&socket)?;
     Ok(socket)
+}
+
+/// The kernel counts in whole seconds and refuses 0.
+const SECOND: Duration = Duration::from_secs(1);
+
+fn usual_probes(idle: Duration) -> TcpKeepalive {
+    let interval = (idle / 4).max(SECOND);
+    TcpKeepalive::new().with_time(idle.max(SECOND)).with_interval(interval).with_retries(4)
+}
+
+impl Options {
+    /// Asks a peer whether it is there, each second once it has been silent for so long; or as these
+    /// options say.
+    pub(super) fn ask(&self, socket: &impl AsFd, silence: Option<Duration>) {
+        let socket = SockRef::from(socket);
+        let probes = match (silence, self.keepalive) {
+            (Some(silence), _) => {
+                send_again_steadily(&*socket);
+                // The user gives up long before so many.
+                let probes = TcpKeepalive::new().with_interval(SECOND).with_retries(127);
+                Some(probes.with_time(silence.max(SECOND)))
+            }
+            (None, Some(idle)) => Some(usual_probes(idle)),
+            (None, None) => None,
+        };
+        // What fails here is a connection that is broken, which is told by itself.
+        let _ = match probes {
+            Some(probes) => socket.set_tcp_keepalive(&probes),
+            None => socket.set_keepalive(false),
+        };
+    }
+}
+
+/// Has the kernel send again what is not acknowledged without waiting twice as long each time, half a
+/// dozen times where little is on its way: so a few seconds are enough to tell a link that loses
+/// packets from one that loses all. (A smaller `TCP_RTO_MAX_MS` would do more, but at twice its value
+/// the kernel itself gives up a peer without room.)
+fn send_again_steadily(socket: &impl AsFd) {
+    let on: libc::c_int = 1;
+    // SAFETY: the option's value is an int, and the kernel reads no more than that.
+    unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_THIN_LINEAR_TIMEOUTS,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        );
+    }
+}
+
+/// What the peer has acknowledged, as `TCP_INFO` tells.
+pub(super) fn acks(socket: &impl AsFd) -> Option<Acks> {
+    /// The beginning of `struct tcp_info`, up to the last member that is read. Linux before 5.4 lacks
+    /// that, and gets no answer.
+    type Info = [u32; 58];
+    const PROBES_BYTE: usize = 3;
+    const UNACKED: usize = 6;
+    const LAST_DATA_SENT: usize = 11;
+    const LAST_ACK_RECV: usize = 14;
+    const BYTES_ACKED: [usize; 2] = [30, 31];
+    const NOTSENT_BYTES: usize = 36;
+    const SND_WND: usize = 57;
+    let mut info: Info = [0; 58];
+    let mut len = size_of::<Info>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes, which is how many there are.
+    let outcome = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut len,
+        )
+    };
+    if outcome != 0 || len as usize != size_of::<Info>() {
+        return None;
+    }
+    let probes = info[0].to_ne_bytes()[PROBES_BYTE];
+    let (unacked, has_room) = (info[UNACKED] > 0, info[SND_WND] > 0);
+    // What finds no room is answered all the same, be it bytes or a probe. Until it is sent again the
+    // peer has nothing to acknowledge, whatever the kernel still counts as on its way.
+    let answered = info[LAST_ACK_RECV] <= info[LAST_DATA_SENT];
+    let [first, second] = BYTES_ACKED.map(|at| info[at].to_ne_bytes());
+    let mut acked = [0; 8];
+    acked[..4].copy_from_slice(&first);
+    acked[4..].copy_from_slice(&second);
+    Some(Acks {
+        awaited: probes > 0 || unacked && !answered,
+        pending: unacked || info[NOTSENT_BYTES] > 0,
+        last: Duration::from_millis(info[LAST_ACK_RECV].into()),
+        sent: Duration::from_millis(info[LAST_DATA_SENT].into()),
+        progress: (unacked && has_room).then_some(u64::from_ne_bytes(acked)),
+    })
 }
 
 /// Makes the coming close a reset.

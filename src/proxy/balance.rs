@@ -38,6 +38,8 @@ pub struct Entry {
     ramp: Ramp,
     /// Turns that it has had, and those that went by while it could have none.
     turns: u64,
+    /// When it last took a connection or answered.
+    alive_at: Option<Instant>,
 }
 
 /// How far an endpoint that joined others is on the way to its full share.
@@ -76,6 +78,16 @@ impl Entry {
             }
             ramp => ramp,
         };
+    }
+
+    /// It took a connection or answered: what goes to it arrives, and what comes from it as well.
+    pub fn on_alive(&mut self, at: Instant) {
+        self.alive_at = self.alive_at.max(Some(at));
+    }
+
+    /// When it last did that.
+    pub fn alive_at(&self) -> Option<Instant> {
+        self.alive_at
     }
 
     fn percent(&self) -> u32 {
@@ -301,6 +313,7 @@ impl Table {
                     gone: false,
                     ramp: if joins { Ramp::Cold } else { Ramp::Full },
                     turns: 0,
+                    alive_at: None,
                 }
             });
             (entry.present, entry.gone) = (true, false);

@@ -8,6 +8,7 @@ pub mod endpoints;
 pub mod exchange;
 pub mod health;
 pub mod pool;
+pub mod pulse;
 pub mod queue;
 pub mod relay;
 pub mod route;

@@ -248,6 +248,12 @@ impl Pool {
         }
     }
 
+    /// Takes a warm connection out that was made before this moment, to be closed.
+    pub fn evict_made_before(&mut self, at: Instant) -> Option<ConnId> {
+        let old = self.idle.iter().position(|idle| idle.made < at)?;
+        self.idle.remove(old).map(|idle| idle.conn)
+    }
+
     /// How many more connections there may be.
     pub fn room(&self) -> usize {
         match self.config.mode {

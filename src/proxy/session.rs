@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use super::Side;
 use super::health::AT_ONCE;
+use super::pulse::Pulse;
 use super::relay::{Flow, Relay};
 use crate::io::{Chain, Close, ConnId};
 use crate::limits::{CONNECT_ATTEMPTS_MAX, FLUSH_STALL_MAX};
@@ -113,6 +114,8 @@ enum State {
 struct Failure {
     /// The side that broke first.
     side: Side,
+    /// It did not break, but acknowledges nothing.
+    silent: bool,
     /// Bytes on their way to the other one at the latest look.
     left: u64,
     /// The time of the latest look.
@@ -121,9 +124,11 @@ struct Failure {
 
 impl Failure {
     fn reason(&self) -> CloseReason {
-        match self.side {
-            Side::Client => CloseReason::ClientReset,
-            Side::Backend => CloseReason::BackendReset,
+        match (self.side, self.silent) {
+            (Side::Client, false) => CloseReason::ClientReset,
+            (Side::Client, true) => CloseReason::ClientSilent,
+            (Side::Backend, false) => CloseReason::BackendReset,
+            (Side::Backend, true) => CloseReason::BackendSilent,
         }
     }
 }
@@ -174,6 +179,8 @@ pub struct Session {
     greeted: bool,
     /// The backend has shown that it is well, or nothing is to be made of it.
     heard: bool,
+    client_pulse: Pulse,
+    backend_pulse: Pulse,
     /// Marks the load estimator's window in which the session was last counted as active.
     pub window: u32,
 }
@@ -199,6 +206,8 @@ impl Session {
             prefaced: false,
             greeted: false,
             heard: false,
+            client_pulse: Pulse::default(),
+            backend_pulse: Pulse::default(),
             window: 0,
         }
     }
@@ -272,6 +281,15 @@ impl Session {
         self.warm_since = None;
         self.prefaced = false;
         self.heard = false;
+        self.backend_pulse = Pulse::default();
+    }
+
+    /// What is known of whether a side acknowledges what it is sent.
+    pub fn pulse(&mut self, side: Side) -> &mut Pulse {
+        match side {
+            Side::Client => &mut self.client_pulse,
+            Side::Backend => &mut self.backend_pulse,
+        }
     }
 
     /// The connection of one side; a backend's only once there is one.
@@ -347,6 +365,9 @@ impl Session {
         self.active = now;
         self.connected = now;
         self.prefaced = preface > 0;
+        if preface > 0 {
+            self.backend_pulse.on_asked();
+        }
         self.to_backend.on_received(preface, u32::MAX);
     }
 
@@ -374,8 +395,18 @@ impl Session {
             return Action::Discard;
         }
         self.active = now;
-        if self.first_byte == FirstByte::Unasked && from == Side::Client {
-            self.first_byte = FirstByte::Asked(now);
+        match from {
+            Side::Client => {
+                self.client_pulse.on_heard();
+                self.backend_pulse.on_asked();
+                if self.first_byte == FirstByte::Unasked {
+                    self.first_byte = FirstByte::Asked(now);
+                }
+            }
+            Side::Backend => {
+                self.backend_pulse.on_heard();
+                self.client_pulse.on_sent();
+            }
         }
         match self.relay(from).on_received(bytes, limit) {
             Flow::Pause => Action::Pause(from),
@@ -411,6 +442,10 @@ impl Session {
         }
         self.active = now;
         self.relay(from).on_ended();
+        match from {
+            Side::Client => self.backend_pulse.on_asked(),
+            Side::Backend => self.client_pulse.on_sent(),
+        }
         // A broken side ends too; the other must see the break, not an ordinary end.
         let shutdown = if self.failure.is_some() || self.relay(from).is_broken() {
             Action::None
@@ -423,21 +458,27 @@ impl Session {
     /// A side broke while receiving from it: nothing more comes, nothing can be sent.
     pub fn on_receive_failed(&mut self, from: Side, now: Instant) -> Action {
         self.relay(from).on_ended();
-        self.on_broken(from, now)
+        self.on_broken(from, false, now)
+    }
+
+    /// A side acknowledges nothing any more: nothing that it sends will come, and it takes nothing.
+    pub fn on_silent(&mut self, side: Side, now: Instant) -> Action {
+        self.relay(side).on_ended();
+        self.on_broken(side, true, now)
     }
 
     /// A side broke while sending to it. What it sent before may still be on its way here, so it
     /// is read to its end.
     pub fn on_send_failed(&mut self, to: Side, now: Instant) -> Action {
-        self.on_broken(to, now)
+        self.on_broken(to, false, now)
     }
 
-    fn on_broken(&mut self, side: Side, now: Instant) -> Action {
+    fn on_broken(&mut self, side: Side, silent: bool, now: Instant) -> Action {
         if self.state == State::Connecting {
             return Action::Close(CloseReason::ClientReset);
         }
         self.active = now;
-        self.failure.get_or_insert(Failure { side, left: 0, looked: now });
+        self.failure.get_or_insert(Failure { side, silent, left: 0, looked: now });
         let other = side.other();
         let paused = self.relay(other).is_paused();
         self.relay(other).on_broken();
@@ -552,6 +593,8 @@ pub fn how_to_close(reason: CloseReason) -> Close {
         | CloseReason::ClientLeft => Close::Graceful,
         CloseReason::ClientReset
         | CloseReason::BackendReset
+        | CloseReason::BackendSilent
+        | CloseReason::ClientSilent
         | CloseReason::ClientTimeout
         | CloseReason::ConnectFailed
         | CloseReason::ConnectTimeout

@@ -17,6 +17,7 @@ use crate::proxy::Side;
 use crate::proxy::balance::Table;
 use crate::proxy::exchange::{Client, Limits as ClientLimits};
 use crate::proxy::health::HealthConfig;
+use crate::proxy::pulse::Patience;
 use crate::proxy::queue::Queue;
 use crate::proxy::session::{Session, Timeouts};
 use crate::slab::{Key, Slab};
@@ -24,8 +25,6 @@ use crate::telemetry::{CloseReason, Retry, WorkerState, WorkerStats};
 
 /// An idle worker still turns this often, which is its sign of life.
 const TURN_MAX: Duration = Duration::from_millis(500);
-/// Pools and health are looked over this often.
-const UPKEEP_INTERVAL: Duration = Duration::from_millis(100);
 /// After a failed accept, the next is tried when a session ends, or after this.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// With fewer free places than this a worker, each takes one client a turn: the others may be
@@ -152,6 +151,10 @@ pub struct Engine<D> {
     pub(super) pool_conns_max: usize,
     /// Endpoints whose pool may want connections.
     pub(super) short_pools: Vec<u16>,
+    /// How long peers may acknowledge nothing.
+    pub(super) patience: Option<Patience>,
+    /// The slot of the connection that was looked at last for that.
+    pub(super) looked_at: usize,
     pub(super) batcher: Batcher,
     core_wait: CoreWait,
     /// Sessions shorter than a second that ended within about a second.
@@ -218,6 +221,8 @@ impl<D: Driver> Engine<D> {
             pool_conns: 0,
             pool_conns_max: setup.pool_conns_max.min(limits::POOL_CONNS_MAX),
             short_pools: Vec::with_capacity(limits::ENDPOINTS_MAX),
+            patience: config.tcp_user_timeout.map(|limit| Patience { limit }),
+            looked_at: 0,
             batcher: Batcher::new(now, setup.core_wait.total()),
             core_wait: setup.core_wait,
             ended_lately: 0,
@@ -288,7 +293,7 @@ impl<D: Driver> Engine<D> {
         self.serve_clients();
         self.refill_short_pools();
         if self.now >= self.upkeep_at {
-            self.upkeep_at = self.now + UPKEEP_INTERVAL;
+            self.upkeep_at = self.now + limits::UPKEEP_INTERVAL;
             self.upkeep();
             self.forget_ended();
             self.driver.buffers().release_idle();

@@ -129,10 +129,7 @@ mod tests {
 
     #[test]
     fn accepted_sockets_inherit_the_options() {
-        let options = Options {
-            keepalive: Some(std::time::Duration::from_secs(7)),
-            user_timeout: Some(std::time::Duration::from_secs(9)),
-        };
+        let options = Options { keepalive: Some(std::time::Duration::from_secs(7)) };
         let any = "127.0.0.1:0".parse().unwrap();
         let mut listeners = listen(&[any], 1, &options).unwrap();
         let _client = std::net::TcpStream::connect(listeners.addresses[0]).unwrap();
@@ -140,6 +137,5 @@ mod tests {
         let (accepted, _) = listener.accept().unwrap();
         assert!(accepted.tcp_nodelay().unwrap() && accepted.keepalive().unwrap());
         assert_eq!(accepted.tcp_keepalive_time().unwrap(), options.keepalive.unwrap());
-        assert_eq!(accepted.tcp_user_timeout().unwrap(), options.user_timeout);
     }
 }

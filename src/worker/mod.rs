@@ -29,6 +29,7 @@ pub mod listener;
 pub mod mailbox;
 mod pools;
 mod sessions;
+mod silence;
 #[cfg(test)]
 mod simulation;
 pub mod timers;
@@ -75,7 +76,7 @@ pub struct WorkerError {
 
 /// The socket options that the configuration asks for.
 pub fn socket_options(config: &Config) -> socket::Options {
-    socket::Options { keepalive: config.keepalive, user_timeout: config.tcp_user_timeout }
+    socket::Options { keepalive: config.keepalive }
 }
 
 /// Starts a worker's thread and returns once its driver is set up. It accepts from the first

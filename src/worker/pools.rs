@@ -8,6 +8,7 @@ use super::mailbox::Order;
 use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
 use crate::limits;
 use crate::proxy::Side;
+use crate::proxy::balance::Entry;
 use crate::proxy::health::{AT_ONCE, PROBE_SETTLED};
 use crate::proxy::session::{Session, Verdict};
 use crate::slab::Key;
@@ -95,7 +96,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Starts a connection for the pool. Says whether it is under way.
-    fn warm(&mut self, endpoint: u16) -> bool {
+    pub(super) fn warm(&mut self, endpoint: u16) -> bool {
         if !self.lends() && self.driver.is_short_of_descriptors() {
             // Those in reserve are for clients that are here already.
             return false;
@@ -258,6 +259,14 @@ impl<D: Driver> Engine<D> {
         }
     }
 
+    /// Closes the warm connections of an endpoint that were made before this moment.
+    pub(super) fn evict_made_before(&mut self, endpoint: u16, at: Instant) {
+        let old = |entry: &mut Entry| entry.pool.evict_made_before(at);
+        while let Some(conn) = self.table.get_mut(endpoint).and_then(old) {
+            self.discard(conn, Discard::Silent);
+        }
+    }
+
     /// Closes the warm connections of endpoints that have left for good. Those of one that may come
     /// back stay for a little, unless nobody needs them.
     pub(super) fn evict_removed(&mut self) {
@@ -275,7 +284,9 @@ impl<D: Driver> Engine<D> {
 
     /// A connect to the endpoint succeeded, which proves little.
     pub(super) fn on_endpoint_connected(&mut self, endpoint: u16) {
+        let now = self.now;
         if let Some(entry) = self.table.get_mut(endpoint) {
+            entry.on_alive(now);
             entry.stats().connects.add(1);
         }
     }
@@ -293,7 +304,9 @@ impl<D: Driver> Engine<D> {
 
     /// A byte came from the endpoint on a connection made at `made`.
     pub(super) fn on_endpoint_answered(&mut self, endpoint: u16, made: Instant) {
+        let now = self.now;
         if let Some(entry) = self.table.get_mut(endpoint) {
+            entry.on_alive(now);
             entry.pool.on_proven(made);
         }
         self.on_endpoint_well(endpoint, made);
@@ -374,7 +387,7 @@ impl<D: Driver> Engine<D> {
 
     /// Gives a session on which nothing has moved another backend, if it may have one. From one that
     /// has failed it goes to another endpoint only: what all do may be what is wanted.
-    fn move_session(&mut self, key: Key, failed: bool) -> bool {
+    pub(super) fn move_session(&mut self, key: Key, failed: bool) -> bool {
         let Some(session) = self.sessions.get_mut(key) else { return false };
         let tried = *session.tried();
         if tried.attempts() >= self.config.connect_attempts
@@ -451,6 +464,7 @@ impl<D: Driver> Engine<D> {
     pub(super) fn upkeep(&mut self) {
         let now = self.now;
         self.look_after_queue();
+        self.look_for_silence();
         self.evict_removed();
         for endpoint in self.table.indices() {
             while let Some((conn, why)) =

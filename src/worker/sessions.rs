@@ -79,6 +79,8 @@ impl<D: Driver> Engine<D> {
             let Some(endpoint) = chosen else {
                 return if self.table.is_empty() && tried.attempts() == 0 && !self.waited(key) {
                     self.await_endpoint(key);
+                } else if self.table.is_empty() {
+                    self.close_session(key, CloseReason::NoEndpoint);
                 } else {
                     self.close_session(key, otherwise);
                 };

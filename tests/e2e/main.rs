@@ -10,6 +10,7 @@ mod support;
 
 mod admin;
 mod answers;
+mod black_holes;
 mod budget;
 mod chaos;
 mod config;
@@ -25,6 +26,7 @@ mod kubernetes;
 mod limits;
 mod membership;
 mod memory;
+mod no_endpoint;
 mod outage;
 mod pooling;
 mod pressure;

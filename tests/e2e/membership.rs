@@ -523,7 +523,7 @@ fn pods_that_are_counted_are_the_stores_without_a_stateful_set(io: Io) {
     proxy.wait_for(STORE_PRESENT, &[], |present| present == 0);
     for (keys, name) in before.iter().zip(&stores.names) {
         let answer = ask(&client, &format!("GET {}", keys[0]));
-        assert_eq!(answer, format!("ERR store {name} is not available"));
+        assert_eq!(answer, format!("ERR store {name} is not available: no endpoint is known"));
     }
     for (i, server) in servers.iter().enumerate() {
         api.pod(&stores.names[i], &labels, server.address());

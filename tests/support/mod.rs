@@ -4,6 +4,7 @@
 pub mod backend;
 pub mod client;
 pub mod kube_api;
+pub mod link;
 pub mod metrics;
 pub mod proxy;
 

@@ -1,6 +1,7 @@
 //! The far ends of connections: what they plan, what they do, and the wires to them.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use super::http::Http;
 use super::lines::Lines;
@@ -66,6 +67,12 @@ pub struct Peer {
     pub(super) delivering: bool,
     pub(super) read: usize,
     pause_us: u64,
+    /// The endpoint that it is of, if it is a backend.
+    pub(super) endpoint: Option<u16>,
+    /// Its host has been gone without a word since then.
+    pub(super) swallowed: Option<Duration>,
+    /// Since when it has not acknowledged what it was sent, and never will.
+    pub(super) unacked_since: Option<Duration>,
     pub(super) conn: Option<ConnId>,
 }
 
@@ -73,6 +80,11 @@ impl Peer {
     /// Whether it says what it says in messages.
     fn speaks(&self) -> bool {
         self.lines.is_some() || self.http.is_some()
+    }
+
+    /// Whether its host is gone without a word.
+    pub fn is_swallowed(&self) -> bool {
+        self.swallowed.is_some()
     }
 
     fn is_over(&self) -> bool {
@@ -132,6 +144,9 @@ impl Sim {
             wire_ends: false,
             delivering: false,
             read: 0,
+            endpoint: None,
+            swallowed: None,
+            unacked_since: None,
             conn: None,
         });
         self.peers.len() - 1
@@ -140,6 +155,9 @@ impl Sim {
     /// A peer sends, reads, ends or resets, as it planned.
     pub(super) fn peer_acts(&mut self, index: usize) {
         let chunk = self.rng.usize(1..8000);
+        if self.peers[index].is_swallowed() {
+            return;
+        }
         if self.peers[index].is_over() {
             if self.peers[index].saw_reset {
                 // What had arrived before a reset can still be read.
@@ -201,7 +219,8 @@ impl Sim {
         let peer = &mut self.peers[index];
         let has_room = peer.received.len() - peer.read < SOCKET_BYTES;
         let end_is_due = peer.wire_ends && !peer.saw_end && peer.wire.is_empty();
-        if !peer.delivering && !peer.reset && (end_is_due || (has_room && !peer.wire.is_empty())) {
+        let is_there = !peer.reset && !peer.is_swallowed();
+        if !peer.delivering && is_there && (end_is_due || (has_room && !peer.wire.is_empty())) {
             peer.delivering = true;
             self.soon(50, Step::Deliver(index));
         }
@@ -211,7 +230,7 @@ impl Sim {
     pub(super) fn deliver(&mut self, index: usize) {
         let peer = &mut self.peers[index];
         peer.delivering = false;
-        if peer.reset || peer.saw_reset {
+        if peer.reset || peer.saw_reset || peer.is_swallowed() {
             return;
         }
         let room = SOCKET_BYTES.saturating_sub(peer.received.len() - peer.read);

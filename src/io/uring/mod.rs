@@ -18,7 +18,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use io_uring::types::Fd;
 use io_uring::{cqueue, opcode, squeue};
@@ -33,7 +33,7 @@ use super::provided::ProvidedBuffers;
 use super::ring::Ring;
 use super::socket as options;
 use super::splice::{self, Pipes};
-use super::{Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait};
+use super::{Acks, Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait};
 use crate::fifo;
 use crate::limits;
 use crate::slab::Slab;
@@ -416,6 +416,16 @@ impl Driver for Uring {
     fn undelivered(&self, conn: ConnId) -> u64 {
         let Some(socket) = self.sockets.get(conn) else { return 0 };
         socket.queued() + options::unacknowledged(&socket.fd)
+    }
+
+    fn acks(&self, conn: ConnId) -> Option<Acks> {
+        options::acks(&self.sockets.get(conn)?.fd)
+    }
+
+    fn ask(&mut self, conn: ConnId, silence: Option<Duration>) {
+        if let Some(socket) = self.sockets.get(conn) {
+            self.options.ask(&socket.fd, silence);
+        }
     }
 
     fn peer_address(&self, conn: ConnId) -> Option<SocketAddr> {

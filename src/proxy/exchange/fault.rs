@@ -18,6 +18,8 @@ pub enum Fault {
     QueueFull,
     /// No connection became free in this time.
     QueueTimeout(Duration),
+    /// There is no endpoint at all, and the request cannot wait for one.
+    NoneKnown,
     /// There was no endpoint at all for this time.
     NoEndpoint(Duration),
     /// There were endpoints, and no connection to any of them could be made in this time.
@@ -33,13 +35,18 @@ pub enum Fault {
 }
 
 impl Fault {
+    /// Whether it is told of the store that holds the key, if one does.
+    pub fn is_of_a_store(self) -> bool {
+        matches!(self, Self::Unreachable | Self::NoneKnown | Self::QueueTimeout(_))
+    }
+
     /// How the request counts.
     pub fn outcome(self) -> Outcome {
         match self {
             Self::Blank | Self::TooLong(_) => Outcome::Refused,
             Self::QueueFull => Outcome::QueueFull,
             Self::QueueTimeout(_) => Outcome::QueueTimeout,
-            Self::NoEndpoint(_) => Outcome::NoEndpoint,
+            Self::NoneKnown | Self::NoEndpoint(_) => Outcome::NoEndpoint,
             Self::NoneReachable(_) | Self::Unreachable => Outcome::Unreachable,
             Self::Timeout(_) => Outcome::Timeout,
             Self::Lost => Outcome::Lost,
@@ -55,6 +62,7 @@ impl fmt::Display for Fault {
             Self::TooLong(max) => write!(f, "request longer than {max} bytes"),
             Self::QueueFull => f.write_str("too many requests wait for a connection"),
             Self::QueueTimeout(limit) => write!(f, "no backend connection was free in {limit:?}"),
+            Self::NoneKnown => f.write_str("no endpoint is known"),
             Self::NoEndpoint(limit) => {
                 write!(f, "no endpoint is known, and none came in {limit:?}")
             }

@@ -32,6 +32,7 @@ pub use framing::Framing;
 pub use sweep::Sweep;
 pub use upload::Upload;
 
+use super::pulse::Pulse;
 use super::route::StableHash;
 use super::session::Tried;
 use crate::io::buffers::Buffers;
@@ -213,6 +214,10 @@ pub struct Client {
     pub window: u32,
     /// Its pace with a request that is sent on as it comes.
     pub upload: Upload,
+    /// Whether it acknowledges what it is sent.
+    pub pulse: Pulse,
+    /// Likewise of the backend whose connection it holds.
+    pub backend_pulse: Pulse,
     framing: Framing,
     /// Bytes of the input that were looked at.
     scanned: u32,
@@ -249,6 +254,8 @@ impl Client {
             sweep: None,
             window: 0,
             upload: Upload::new(now),
+            pulse: Pulse::default(),
+            backend_pulse: Pulse::default(),
             framing,
             scanned: 0,
             state: State::Reading,
@@ -388,6 +395,7 @@ impl Client {
 
     /// Bytes arrived from it.
     pub fn on_active(&mut self, now: Instant) {
+        self.pulse.on_heard();
         // One that is to leave does not stay by sending.
         if self.state != State::Leaving {
             self.active = now;
@@ -403,11 +411,13 @@ impl Client {
     /// Bytes were queued for it.
     pub fn on_queued(&mut self, bytes: u32) {
         self.unsent += bytes;
+        self.pulse.on_sent();
     }
 
     /// Bytes were queued for its backend.
     pub fn on_backend_queued(&mut self, bytes: u32, now: Instant) {
         self.unasked += bytes;
+        self.backend_pulse.on_asked();
         if let Some(exchange) = &mut self.exchange {
             exchange.queued += u64::from(bytes);
             exchange.moved = now;
@@ -537,6 +547,7 @@ impl Client {
         self.backend_receiving = true;
         self.broken = false;
         self.unasked = 0;
+        self.backend_pulse = Pulse::default();
     }
 
     /// The request is sent on the connection that the client holds. Returns how long it waited.
@@ -556,6 +567,7 @@ impl Client {
     /// Bytes arrived from its backend while an answer was expected.
     pub fn on_reply(&mut self, bytes: &[u8], now: Instant) -> Reply {
         self.active = now;
+        self.backend_pulse.on_heard();
         if let Some(exchange) = &mut self.exchange {
             exchange.replied = true;
             exchange.moved = now;

@@ -167,7 +167,7 @@ impl<D: Driver> Engine<D> {
         let Some(client) = self.clients.get_mut(key) else { return };
         if let Some(sweep) = &mut client.sweep {
             match store {
-                Some(store) if matches!(fault, Fault::Unreachable | Fault::QueueTimeout(_)) => {
+                Some(store) if fault.is_of_a_store() => {
                     sweep.on_away(&store);
                 }
                 _ => sweep.on_failed(fault),
@@ -193,12 +193,15 @@ impl<D: Driver> Engine<D> {
 
     pub(in crate::worker) fn tell(&mut self, key: Key, fault: Fault) {
         // That no connection came in time is mostly the same, found out more slowly.
-        if matches!(fault, Fault::Unreachable | Fault::QueueTimeout(_))
+        if fault.is_of_a_store()
             && let Some(store) = self.store_of(key)
         {
             let (name, why) = (Arc::clone(&store.name), store.why.clone());
-            let late = (fault != Fault::Unreachable).then(|| fault.to_string());
-            let why = late.as_deref().or(why.as_deref());
+            let said = (fault != Fault::Unreachable).then(|| fault.to_string());
+            let why = match fault {
+                Fault::QueueTimeout(_) => said.as_deref().or(why.as_deref()),
+                _ => why.as_deref().or(said.as_deref()),
+            };
             return self.say(key, |space| write_away(&name, why, space));
         }
         let protocol = self.config.protocol;

@@ -53,6 +53,9 @@ impl<D: Driver> Engine<D> {
         }
         let Some(loan) = client.loan.take() else { return };
         self.loans -= 1;
+        if client.backend_pulse.take_asked() {
+            self.driver.ask(loan.conn, None);
+        }
         if !client.backend_receiving {
             self.driver.receive(loan.conn, true);
         }

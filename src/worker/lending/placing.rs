@@ -49,6 +49,7 @@ impl<D: Driver> Engine<D> {
             Destination::Endpoint(endpoint) => self.place_at(key, endpoint),
             Destination::Any => self.place_anywhere(key),
             // It has no other home, and may be away for long.
+            Destination::Away if self.table.is_empty() => self.give_up(key, Fault::NoneKnown),
             Destination::Away => self.give_up(key, Fault::Unreachable),
         }
     }
@@ -181,7 +182,8 @@ impl<D: Driver> Engine<D> {
     /// A request joins a line; `endpoint` is asked for one connection more.
     pub(in crate::worker) fn wait(&mut self, key: Key, line: Line, endpoint: Option<u16>) {
         if self.queue.is_full() {
-            return self.give_up(key, Fault::QueueFull);
+            let nowhere = self.table.is_empty();
+            return self.give_up(key, if nowhere { Fault::NoneKnown } else { Fault::QueueFull });
         }
         let Some(client) = self.clients.get_mut(key) else { return };
         client.on_waiting();

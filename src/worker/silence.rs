@@ -1,0 +1,170 @@
+//! Peers that acknowledge nothing: found, and given up.
+//!
+//! A part of all connections is looked at with each upkeep, so that a look never holds up the worker;
+//! see [`Pulse`] for which of them cost a system call. Silence of a few packets may be a lossy link.
+//! So connects are made to an endpoint whose connection is silent: where they succeed, it has more
+//! time; where they fail, it is ejected before the limit, as ever.
+
+use std::io;
+use std::time::Instant;
+
+use super::engine::{Engine, Owned, Owner};
+use crate::io::{ConnId, Driver, Unheard};
+use crate::limits;
+use crate::proxy::Side;
+use crate::proxy::pulse::Patience;
+use crate::telemetry::{CloseReason, Discard, Retry};
+
+impl<D: Driver> Engine<D> {
+    /// Looks at the next part of the connections, all of which have their turn between two looks.
+    pub(super) fn look_for_silence(&mut self) {
+        let Some(patience) = self.patience else { return };
+        let turns = patience.look_after().as_millis() / limits::UPKEEP_INTERVAL.as_millis();
+        let part = self.owners.len().div_ceil((turns as usize).max(1));
+        let mut looks = 0;
+        for _ in 0..part {
+            if looks == limits::SILENCE_LOOKS_MAX {
+                return;
+            }
+            self.looked_at =
+                if self.looked_at == 0 { self.owners.len() } else { self.looked_at } - 1;
+            looks += usize::from(self.look_at(self.looked_at, &patience));
+        }
+    }
+
+    /// Looks at one connection, if that is due. Says whether that cost a system call.
+    fn look_at(&mut self, slot: usize, patience: &Patience) -> bool {
+        let Owned { conn, ref owner } = self.owners[slot];
+        let (pulse, endpoint, may_ask, waits) = match *owner {
+            Owner::Session(key, side) => match self.sessions.get_mut(key) {
+                // One that is broken is waited for no longer.
+                Some(session)
+                    if session.is_open() && session.survivor().is_none_or(|s| s == side) =>
+                {
+                    let endpoint = session.endpoint().filter(|_| side == Side::Backend);
+                    (session.pulse(side), endpoint, side == Side::Backend, false)
+                }
+                _ => return false,
+            },
+            Owner::Client(key) => match self.clients.get_mut(key) {
+                Some(client) => (&mut client.pulse, None, false, false),
+                None => return false,
+            },
+            Owner::Lent(key) => match self.clients.get_mut(key) {
+                Some(client) => {
+                    let endpoint = client.loan.map(|loan| loan.endpoint);
+                    let waits = client.is_exchanging();
+                    (&mut client.backend_pulse, endpoint, true, waits)
+                }
+                None => return false,
+            },
+            // Idle ones are asked nothing, and what is flushed or made has a limit of its own.
+            Owner::Warm { .. } | Owner::Warming { .. } | Owner::Flushing(_) | Owner::None => {
+                return false;
+            }
+        };
+        let entry = endpoint.and_then(|endpoint| self.table.get_mut(endpoint));
+        let suspect = entry.as_ref().is_some_and(|e| e.is_gone() || !e.health.is_usable());
+        let watched = suspect || waits;
+        if !pulse.is_due(watched) {
+            return false;
+        }
+        let Some(acks) = self.driver.acks(conn) else { return true };
+        // A request is to be answered soon; sessions may be silent for hours, and there are many.
+        let ask_after = if watched { patience.look_after() } else { patience.limit };
+        let look = pulse.look(acks, watched, may_ask.then_some(ask_after), self.now);
+        if let Some(on) = look.ask {
+            self.driver.ask(conn, on.then_some(ask_after));
+        }
+        let alive = entry.and_then(|entry| entry.alive_at());
+        let Some(since) = look.silent_since else { return true };
+        match endpoint {
+            Some(endpoint) => {
+                if patience.is_suspicious(since, self.now) && alive.is_none_or(|at| at <= since) {
+                    self.call_witnesses(endpoint);
+                }
+                if patience.is_over(since, alive, self.now) {
+                    self.on_backend_silent(conn, endpoint, since);
+                }
+            }
+            // There is nothing else to tell by that it is there.
+            None if patience.is_over(since, Some(self.now), self.now) => {
+                self.on_client_silent(conn);
+            }
+            None => {}
+        }
+        true
+    }
+
+    /// Connects to an endpoint, to see whether it is there at all.
+    fn call_witnesses(&mut self, endpoint: u16) {
+        let Some(entry) = self.table.get_mut(endpoint) else { return };
+        if !entry.is_present() || !entry.health.is_usable() {
+            return;
+        }
+        let under_way = entry.pool.connecting();
+        let most = limits::SILENCE_WITNESSES.saturating_sub(under_way).min(entry.pool.room());
+        for _ in 0..most {
+            // Like probes, also where no connections are kept.
+            if !self.warm(endpoint) {
+                return;
+            }
+        }
+    }
+
+    /// A backend's connection is given up: its peer has acknowledged nothing since then.
+    fn on_backend_silent(&mut self, conn: ConnId, endpoint: u16, since: Instant) {
+        let session = match self.peek_owner(conn) {
+            Some(&Owner::Session(key, _)) => self.sessions.get(key),
+            _ => None,
+        };
+        let has_ended = session.is_some_and(|session| session.has_ended(Side::Backend));
+        if !has_ended && self.driver.unheard(conn) != Unheard::Nothing {
+            // It waits for whoever is to have what came before, and nobody waits for it.
+            return;
+        }
+        // Another one does as well where neither side has said anything, its end included.
+        let is_fresh = session.is_some_and(|s| s.is_untouched() && !s.has_client_left());
+        self.on_endpoint_silent(endpoint, since);
+        match self.peek_owner(conn) {
+            Some(&Owner::Session(key, _)) => {
+                if is_fresh && self.move_session(key, true) {
+                    return;
+                }
+                self.apply(key, |session, now| session.on_silent(Side::Backend, now));
+                self.arm_deadline(key);
+            }
+            Some(&Owner::Lent(key)) => self.lose(key, Discard::Silent, Retry::Silent),
+            _ => {}
+        }
+    }
+
+    /// What was made before an endpoint fell silent shares the fate of the connection that showed it.
+    fn on_endpoint_silent(&mut self, endpoint: u16, since: Instant) {
+        let now = self.now;
+        self.evict_made_before(endpoint, since);
+        self.drop_idle_loans_of(endpoint);
+        let Some(entry) = self.table.get_mut(endpoint) else { return };
+        if entry.is_present() && entry.alive_at().is_none_or(|at| at <= since) {
+            entry.pool.on_emptied(now, &mut self.rng);
+            self.on_endpoint_failure(endpoint, &acknowledges_nothing());
+        }
+        self.mark_short(endpoint);
+    }
+
+    fn on_client_silent(&mut self, conn: ConnId) {
+        match self.peek_owner(conn) {
+            Some(&Owner::Session(key, side)) => {
+                self.apply(key, |session, now| session.on_silent(side, now));
+                self.arm_deadline(key);
+            }
+            Some(&Owner::Client(key)) => self.close_client(key, CloseReason::ClientSilent),
+            _ => {}
+        }
+    }
+}
+
+/// What an endpoint is ejected for that is gone without a word.
+fn acknowledges_nothing() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "it acknowledges nothing")
+}
