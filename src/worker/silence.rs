@@ -105,7 +105,8 @@ impl<D: Driver> Engine<D> {
         let under_way = entry.pool.connecting();
         let most = limits::SILENCE_WITNESSES.saturating_sub(under_way).min(entry.pool.room());
         for _ in 0..most {
-            if !self.has_room_for(endpoint) || !self.warm(endpoint) {
+            // Like probes, also where no connections are kept.
+            if !self.warm(endpoint) {
                 return;
             }
         }
