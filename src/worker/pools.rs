@@ -60,7 +60,7 @@ impl<D: Driver> Engine<D> {
 
     /// Whether one more connection to an endpoint may be made. If requests wait for it, or others
     /// have more than their share, the one goes for it that has been idle for longest.
-    pub(super) fn has_room_for(&mut self, endpoint: u16) -> bool {
+    fn has_room_for(&mut self, endpoint: u16) -> bool {
         let waited_for = self.table.get_mut(endpoint).is_some_and(|e| e.pool.wanted() > 0);
         // What comes with clients goes with them, so it is for what they need.
         let most = if waited_for { self.pool_budget() } else { self.pool_conns_max };
