@@ -84,7 +84,7 @@ variables! {
         "Endpoints that the API has not confirmed for longer are not taken from that file.";
     AEGIS_START_TIMEOUT start_timeout = "5s",
         "a duration from 0s to 5m",
-        "How long a start waits for an API or name server out of reach; wrong settings hold it for ever.";
+        "How long a start waits for an API or name server out of reach; wrong settings hold it forever.";
     AEGIS_LOCALITY locality = "off",
         "off, zone or node",
         "Prefers endpoints of the same zone or node. Needs Kubernetes, and the next two.";
