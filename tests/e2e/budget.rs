@@ -298,6 +298,7 @@ fn a_client_that_is_to_leave_does_not_stay_by_sending(io: Io) {
 
 fn without_endpoints_a_request_waits_for_one_and_is_told_so(io: Io) {
     let api = KubeApi::start();
+    api.slice("a", &Slice::of(1));
     let proxy = |wait: &str| {
         let proxy = Builder::on(io)
             .set("KUBECONFIG", api.kubeconfig())

@@ -40,7 +40,7 @@ fn servers<const N: usize>(named: [(&'static str, IpAddr); N]) -> [Backend; N] {
 }
 
 fn endpoints(proxy: &Proxy) -> Vec<String> {
-    let backends = proxy.get("/backends").json();
+    let backends = proxy.get("/backends?limit=1024").json();
     let endpoints = backends["endpoints"].as_array().unwrap().iter();
     endpoints.map(|endpoint| endpoint["address"].as_str().unwrap().to_owned()).collect()
 }

@@ -503,6 +503,7 @@ fn what_a_client_sent_before_it_had_a_backend_arrives_in_order(io: Io) {
             let _ = stream.write_all(&bytes);
         }
     });
+    api.slice("a", &Slice::of(1));
     let proxy = on_kubernetes(io, &api).without_pool().set("AEGIS_ENDPOINT_WAIT", "60s").launch();
     let sizes = [1, 16 * KB, 100 * KB, 3 * MB];
     let clients: Vec<_> = sizes

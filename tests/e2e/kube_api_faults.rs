@@ -178,7 +178,7 @@ fn a_list_that_never_ends_is_no_sync() {
     faults.talk(Some(Odd::BookmarksOnly));
     let proxy = on(&api).set("AEGIS_START_TIMEOUT", "2s").launch();
     eventually("the start is over", PATIENCE, || {
-        (proxy.get("/startupz").status == 200).then_some(())
+        (proxy.get("/startupz?wait=0").status == 200).then_some(())
     });
     assert!(proxy.metrics().value(DISCOVERY_LAST_SYNC) <= Some(0.0));
 }
@@ -300,7 +300,7 @@ fn a_plugin_that_hangs_is_killed_and_tried_again() {
     );
     let proxy = on(&api).launch();
     let why = eventually("it is told", PATIENCE, || {
-        let why = proxy.get("/startupz").body;
+        let why = proxy.get("/startupz?wait=0").body;
         why.contains("takes longer than").then_some(why)
     });
     assert!(why.contains("the exec plugin"), "{why}");
@@ -321,7 +321,7 @@ fn files_that_hang_keep_nobody_from_the_end() {
         assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
         let mut proxy = on(&api).launch();
         eventually("it says what it waits for", PATIENCE, || {
-            let answer = proxy.get("/startupz");
+            let answer = proxy.get("/startupz?wait=0");
             assert_eq!((answer.status, proxy.get("/livez").status), (503, 200), "{hung}");
             answer.body.contains("takes longer than").then_some(())
         });

@@ -27,13 +27,13 @@ fn announce(api: &KubeApi, backend: &Backend) {
 /// Waits until the start-up is held for this reason, and far longer than it may wait for an API.
 fn wait_until_held(proxy: &Proxy, parts: &[&str]) -> String {
     let why = eventually(&format!("it says {parts:?}"), PATIENCE, || {
-        let answer = proxy.get("/startupz");
+        let answer = proxy.get("/startupz?wait=0");
         assert_eq!(answer.status, 503);
         parts.iter().all(|part| answer.body.contains(part)).then_some(answer.body)
     });
     let begun = Instant::now();
     eventually("it is held for long", PATIENCE, || {
-        assert_eq!(proxy.get("/startupz").status, 503);
+        assert_eq!(proxy.get("/startupz?wait=0").status, 503);
         (begun.elapsed() > 3 * START_TIMEOUT).then_some(())
     });
     let warned = proxy.log_at("WARN");
@@ -57,7 +57,9 @@ fn end(mut proxy: Proxy, why: &str) {
 }
 
 fn wait_for_start(proxy: &Proxy) {
-    eventually("it starts", PATIENCE, || (proxy.get("/startupz").status == 200).then_some(()));
+    eventually("it starts", PATIENCE, || {
+        (proxy.get("/startupz?wait=0").status == 200).then_some(())
+    });
 }
 
 #[test]
@@ -102,7 +104,7 @@ fn a_service_that_does_not_exist_holds_the_start() {
     // Once it has started, a Service may go.
     api.delete_slice("a");
     mended.wait_for(DISCOVERY_ENDPOINTS, &[], |count| count == 0);
-    assert_eq!(mended.get("/startupz").status, 200);
+    assert_eq!(mended.get("/startupz?wait=0").status, 200);
 }
 
 #[test]
@@ -165,7 +167,7 @@ fn an_api_out_of_reach_does_not_hold_the_start() {
     api.revoke();
     api.gate.open();
     eventually("it is told", PATIENCE, || proxy.get("/readyz").body.contains("Role").then_some(()));
-    assert_eq!(proxy.get("/startupz").status, 200);
+    assert_eq!(proxy.get("/startupz?wait=0").status, 200);
     proxy.terminate();
     proxy.wait_clean(PATIENCE);
 }

@@ -315,7 +315,7 @@ fn an_api_that_is_gone_at_the_start_is_waited_for(io: Io) {
     });
     assert_eq!(proxy.get("/livez").status, 200);
     eventually("the start-up is over in a bounded time", PATIENCE, || {
-        (proxy.get("/startupz").status == 200).then_some(())
+        (proxy.get("/startupz?wait=0").status == 200).then_some(())
     });
     api.gate.open();
     wait_for_endpoints(&proxy, 1);

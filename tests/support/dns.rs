@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tempfile::NamedTempFile;
 
-use super::proxy::Hosts;
+use super::proxy::{Hosts, hand_over};
 
 /// What an answer by UDP may hold; longer ones are cut and had by TCP.
 const UDP_MAX: usize = 512;
@@ -75,7 +75,9 @@ impl NameServer {
                 thread::spawn(move || serve_tcp(stream, &state));
             }
         });
-        let this = Self { ip, state, resolv_conf: NamedTempFile::new().unwrap() };
+        let resolv_conf = NamedTempFile::new().unwrap();
+        hand_over(resolv_conf.path());
+        let this = Self { ip, state, resolv_conf };
         this.configure("");
         Some(this)
     }
