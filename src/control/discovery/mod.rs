@@ -22,8 +22,8 @@ use tracing::{debug, error, info, warn};
 use super::WorkerHandle;
 use crate::io::socket::is_local;
 use crate::limits::ENDPOINTS_MAX;
+use crate::listening::Listening;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
-use crate::proxy::listening::Listening;
 use status::{ErrorKind, LeftOut, Status};
 
 /// An endpoint that a source wants.
