@@ -16,6 +16,7 @@
 //! | [`cli`] | the command line: run, check, help |
 //! | [`config`] | environment → `RawConfig` → checked `Config` |
 //! | [`limits`] | every bound: unit, derivation, reason |
+//! | [`listening`] | which addresses lead back to this process |
 //! | [`telemetry`] | counters and histograms of one worker, aligned to cache lines |
 //! | [`slab`] | fixed-capacity slots with generations |
 //! | [`proxy`] | decides: sessions, relays, requests, pools, balancing, health; no I/O, no clock, no unsafe |
@@ -30,6 +31,7 @@ pub mod control;
 pub mod fifo;
 pub mod io;
 pub mod limits;
+pub mod listening;
 pub mod proxy;
 pub mod slab;
 pub mod telemetry;

@@ -241,7 +241,20 @@ pub const CONNECT_ATTEMPTS_MAX: usize = 8;
 /// passed on, but not understood. Servers take between 8 and 64 KiB.
 pub const HTTP1_HEAD_MAX: usize = 64 * 1024;
 
-// What can be configured.
+// ---- The log ------------------------------------------------------------------------------------
+
+/// Lines of the log that wait to be written: seconds of any log but `trace`.
+pub const LOG_QUEUE_LINES_MAX: usize = 4096;
+
+/// Bytes of the log that wait to be written. Lines are 200 bytes long, so both bounds are met at
+/// about the same time.
+pub const LOG_QUEUE_BYTES_MAX: usize = 1 << 20;
+
+/// How long the end of the process waits for what it logged last to be written. The log of a pod is
+/// read within milliseconds; nobody waits for a log that nobody reads.
+pub const LOG_FLUSH_MAX: Duration = Duration::from_secs(1);
+
+// ---- What can be configured ---------------------------------------------------------------------
 
 /// Addresses in `AEGIS_LISTEN`: each is a listening socket in every worker.
 pub const LISTEN_ADDRESSES_MAX: usize = 16;
@@ -261,7 +274,7 @@ pub const POOL_IDLE_MAX: usize = 4096;
 /// Sessions that can be asked for: about what one local address can hold towards many endpoints.
 pub const SESSIONS_MAX: usize = 1_000_000;
 
-// Descriptors: how many are needed, and how many sessions fit.
+// ---- Descriptors: how many are needed, and how many sessions fit --------------------------------
 
 /// Most sessions where the number is left to the program. Memory is the reason: the kernel's
 /// socket buffers and ours are paid for each session, and a sidecar's memory limit should not
@@ -318,19 +331,6 @@ const KUBERNETES_DESCRIPTORS: u64 = 2 * 8;
 
 /// Standard input, output and error.
 const STANDARD_DESCRIPTORS: u64 = 3;
-
-// The log.
-
-/// Lines of the log that wait to be written: seconds of any log but `trace`.
-pub const LOG_QUEUE_LINES_MAX: usize = 4096;
-
-/// Bytes of the log that wait to be written. Lines are 200 bytes long, so both bounds are met at
-/// about the same time.
-pub const LOG_QUEUE_BYTES_MAX: usize = 1 << 20;
-
-/// How long the end of the process waits for what it logged last to be written. The log of a pod is
-/// read within milliseconds; nobody waits for a log that nobody reads.
-pub const LOG_FLUSH_MAX: Duration = Duration::from_secs(1);
 
 /// Connections whose close is still under way in the kernel, files that libraries open for a
 /// moment, and what the parent process left open.

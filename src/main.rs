@@ -11,7 +11,7 @@ use aegis::config::{Config, Discovery};
 use aegis::control::{DriverInfo, Outcome, Plane, WorkerHandle, admin, logging};
 use aegis::io::probe::{self, Unavailable, Verdict};
 use aegis::limits::{self, Capacity, DescriptorUsers, LimitError};
-use aegis::proxy::listening::Listening;
+use aegis::listening::Listening;
 use aegis::worker::cores::{self, Plan};
 use aegis::worker::listener::{self, ListenError};
 use aegis::worker::mailbox::Mailbox;

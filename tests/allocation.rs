@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use aegis::config::{Config, IoChoice};
 use aegis::io::probe::{self, DriverKind, Features};
+use aegis::listening::Listening;
 use aegis::proxy::endpoints::{Endpoint, EndpointSnapshot};
-use aegis::proxy::listening::Listening;
 use aegis::telemetry::WorkerStats;
 use aegis::worker::mailbox::{Mailbox, Order};
 use aegis::worker::{self, WorkerSetup, listener};

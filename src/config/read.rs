@@ -1,7 +1,7 @@
 //! From the environment to [`RawConfig`] and on to [`Config`], with all problems at once.
 
 use std::ffi::OsString;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use super::{
     ProxyProtocol, RequestConfig, Resources, Route, ServiceName,
 };
 use crate::limits;
+use crate::listening::Listening;
 
 const MILLISECOND: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
@@ -386,19 +387,12 @@ impl Reader<'_> {
             let admin = (&AEGIS_ADMIN, config.admin.to_string());
             self.conflict(listen(), admin, "both would listen at the same address");
         }
+        let own = Listening::new(config.listen.iter().copied());
         let is_own = |backend: &&HostPort| {
-            let target = match backend.host.parse::<IpAddr>() {
-                // The kernel connects to the loopback address of the family instead.
-                Ok(ip) if ip.is_unspecified() && ip.is_ipv4() => Ipv4Addr::LOCALHOST.into(),
-                Ok(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-                Ok(ip) => ip,
-                Err(_) => return false,
-            };
-            let reaches = |&own: &SocketAddr| {
-                takes_in(own, SocketAddr::new(target, backend.port))
-                    && (own.ip() == target || target.is_loopback())
-            };
-            config.listen.iter().any(reaches)
+            let Ok(ip) = backend.host.parse::<IpAddr>() else { return false };
+            let target = SocketAddr::new(ip, backend.port);
+            // Which other addresses are the host's own may have changed by the time of a connect.
+            own.reached_by(target, |_| false).is_some()
         };
         if let Some(backend) = config.backends.iter().find(is_own) {
             let backend = (&AEGIS_BACKENDS, backend.to_string());

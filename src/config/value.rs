@@ -119,7 +119,7 @@ fn port(text: &str) -> Parsed<u16> {
 }
 
 /// What logs, apart from the program's own modules.
-const LOGGING_LIBRARIES: [&str; 14] = [
+const LOGGING_LIBRARIES: [&str; 13] = [
     "h2",
     "hickory_net",
     "hickory_proto",
@@ -127,7 +127,6 @@ const LOGGING_LIBRARIES: [&str; 14] = [
     "hyper",
     "hyper_util",
     "kube_client",
-    "kube_runtime",
     "mio",
     "rustls",
     "tokio",

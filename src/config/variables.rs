@@ -185,7 +185,7 @@ variables! {
         "Ends sessions with one direction ended on which no byte moved for this long.";
     AEGIS_TCP_USER_TIMEOUT tcp_user_timeout = "5s",
         "off, or a duration from 1s to 1d",
-        "Gives up connections whose peer acknowledges nothing for this long. One that is slow does.";
+        "Gives up connections whose peer acknowledges nothing for this long; slow ones acknowledge.";
     AEGIS_KEEPALIVE keepalive = "60s",
         "off, or a duration from 1s to 9h",
         "TCP keep-alive probes start after this idle time.";

@@ -45,6 +45,7 @@ const FULL_MAX: Duration = Duration::from_secs(1);
 
 /// How often it is looked whether somebody is to be waited for.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+
 /// Where the kubelet looks for the reason of a container's end, unless told otherwise.
 const TERMINATION_LOG: &str = "/dev/termination-log";
 

@@ -25,7 +25,7 @@ pub use lifecycle::Outcome;
 pub use view::View;
 
 use crate::config::{Config, Discovery, Route};
-use crate::proxy::listening::Listening;
+use crate::listening::Listening;
 use crate::telemetry::WorkerStats;
 use crate::worker::mailbox::Mailbox;
 

@@ -7,7 +7,6 @@ pub mod balance;
 pub mod endpoints;
 pub mod exchange;
 pub mod health;
-pub mod listening;
 pub mod pool;
 pub mod pulse;
 pub mod queue;

@@ -16,7 +16,7 @@ use crate::io::probe::DriverKind;
 use crate::io::uring::Uring;
 use crate::io::{Driver, DriverSetup, socket};
 use crate::limits;
-use crate::proxy::listening::Listening;
+use crate::listening::Listening;
 use crate::telemetry::{WorkerState, WorkerStats};
 
 pub mod batch;

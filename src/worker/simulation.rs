@@ -12,8 +12,8 @@ use crate::config::Config;
 use crate::io::Driver;
 use crate::io::sim::{ID_BYTES, Peer, Reachability, Sim, UNTOLD_BUFFERS_MAX};
 use crate::limits;
+use crate::listening::Listening;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
-use crate::proxy::listening::Listening;
 use crate::telemetry::{CloseReason, Label, WorkerStats};
 
 const SECOND: Duration = Duration::from_secs(1);

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 
 use crate::support::backend::Backend;
-use crate::support::client::{ask, connect, wait_closed};
+use crate::support::client::{ask, connect};
 use crate::support::kube_api::host_ip;
 use crate::support::metrics::{DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, SESSIONS_OPENED};
 use crate::support::proxy::{Builder, Hosts, Proxy, can_have_network};
@@ -11,6 +11,7 @@ use crate::support::{Io, PATIENCE, eventually, on_both_drivers, skip};
 
 on_both_drivers![
     a_backend_that_is_the_proxy_itself_is_left_out,
+    nothing_but_the_proxy_itself_holds_the_start,
     a_name_that_comes_to_be_the_proxy_itself_is_left_out,
     a_server_beside_the_proxy_is_none_of_it,
     no_connection_is_its_own_backend,
@@ -55,24 +56,24 @@ fn assert_left_out(proxy: &Proxy, address: &str) {
 }
 
 fn a_backend_that_is_the_proxy_itself_is_left_out(io: Io) {
-    let own = host_ip().to_string();
     let [loopback, any, both] = ["127.0.0.1:PORT", "0.0.0.0:PORT", "127.0.0.1:PORT,[::1]:PORT"];
-    for (listen, backend, address) in [
-        (both, "localhost", "127.0.0.1"),
-        (loopback, "0.0.0.0", "0.0.0.0"),
-        (loopback, "[::ffff:127.0.0.1]", "[::ffff:127.0.0.1]"),
-        (both, "[::]", "[::]"),
-        (any, &own, &own),
-    ] {
+    let launch = |listen, host: &str, address: String, hosts: Option<&Hosts>| {
         let port = free_port(Ipv4Addr::UNSPECIFIED.into());
-        let proxy = listening(io, listen, port)
-            .set("AEGIS_BACKENDS", format!("{backend}:{port}"))
-            .set("AEGIS_ENDPOINT_WAIT", "500ms")
-            .launch();
+        let proxy = listening(io, listen, port).set("AEGIS_BACKENDS", format!("{host}:{port}"));
+        let proxy = hosts.into_iter().fold(proxy, Builder::hosts).launch();
         assert_left_out(&proxy, &format!("{address}:{port}"));
-        let client = connect(SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
-        wait_closed(&client).unwrap();
-        assert_eq!(proxy.metric(SESSIONS_OPENED, &[]), 1, "{listen}, {backend}");
+        assert_eq!(proxy.metric(SESSIONS_OPENED, &[]), 0, "{listen}, {address}");
+    };
+    let own = host_ip().to_string();
+    launch(both, "localhost", "127.0.0.1".to_owned(), None);
+    launch(any, &own, own.clone(), None);
+    // Where these are plain in the configuration, they are refused.
+    if let Some(hosts) = Hosts::new() {
+        for (listen, ip) in [(loopback, "0.0.0.0"), (loopback, "::ffff:127.0.0.1"), (both, "::")] {
+            hosts.set(&[("db.test", &[ip.parse().unwrap()])]);
+            let address = if ip.contains(':') { format!("[{ip}]") } else { ip.to_owned() };
+            launch(listen, "db.test", address, Some(&hosts));
+        }
     }
     // The admin port is no backend either.
     let port = free_port(Ipv4Addr::UNSPECIFIED.into());
@@ -81,6 +82,39 @@ fn a_backend_that_is_the_proxy_itself_is_left_out(io: Io) {
         .set("AEGIS_BACKENDS", format!("127.0.0.1:{port}"))
         .launch();
     assert_left_out(&proxy, &format!("127.0.0.1:{port}"));
+}
+
+fn nothing_but_the_proxy_itself_holds_the_start(io: Io) {
+    let Some(hosts) = Hosts::new() else { return skip("no mount namespace is allowed") };
+    let server = Backend::named("a");
+    let port = server.address().port();
+    hosts.set(&[("db.test", &[Ipv4Addr::LOCALHOST.into()])]);
+    let launch = || {
+        let proxy = listening(io, "127.0.0.1:PORT", port)
+            .hosts(&hosts)
+            .set("AEGIS_BACKENDS", format!("db.test:{port}"))
+            .set("AEGIS_DNS_REFRESH", "100ms")
+            .set("AEGIS_START_TIMEOUT", "0s")
+            .launch();
+        assert_left_out(&proxy, &format!("127.0.0.1:{port}"));
+        let start = proxy.get("/startupz?wait=0");
+        let parts = ["no endpoint is left: db.test:", "is this proxy itself"];
+        assert!(parts.iter().all(|part| start.body.contains(part)), "{}", start.body);
+        assert_eq!((start.status, proxy.get("/livez").status), (503, 200));
+        (proxy, start.body)
+    };
+    let (mut held, why) = launch();
+    held.terminate();
+    assert_eq!(held.wait(PATIENCE).code(), Some(78));
+    eventually("its last line is the reason", PATIENCE, || {
+        let last = format!("aegis-proxy: {}", why.trim());
+        (held.log_lines().last()? == &last).then_some(())
+    });
+
+    let (mended, _) = launch();
+    hosts.set(&[("db.test", &[Ipv4Addr::LOCALHOST.into(), server.address().ip()])]);
+    eventually("it starts", PATIENCE, || (mended.get("/startupz").status == 200).then_some(()));
+    assert_eq!(ask(&connect(mended.address()), "who"), "a");
 }
 
 fn a_name_that_comes_to_be_the_proxy_itself_is_left_out(io: Io) {

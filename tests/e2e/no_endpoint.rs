@@ -1,7 +1,7 @@
 //! What clients are told where nothing but an endpoint is missing.
 
 use crate::support::client::{ask, connect};
-use crate::support::kube_api::KubeApi;
+use crate::support::kube_api::{KubeApi, Slice};
 use crate::support::proxy::Builder;
 use crate::support::{Io, on_both_drivers};
 
@@ -10,6 +10,8 @@ on_both_drivers!(a_request_that_may_not_wait_is_told_that_no_endpoint_is_known);
 /// That the queue is full is true, and not why.
 fn a_request_that_may_not_wait_is_told_that_no_endpoint_is_known(io: Io) {
     let api = KubeApi::start();
+    // A Service without slices would hold the start.
+    api.slice("a", &Slice::of(1));
     let proxy = Builder::on(io)
         .set("KUBECONFIG", api.kubeconfig())
         .set("AEGIS_KUBE_SERVICE", "chronos")

@@ -22,8 +22,8 @@ use tracing::{debug, error, info, warn};
 use super::WorkerHandle;
 use crate::io::socket::is_local;
 use crate::limits::ENDPOINTS_MAX;
+use crate::listening::Listening;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
-use crate::proxy::listening::Listening;
 use status::{ErrorKind, LeftOut, Status};
 
 /// An endpoint that a source wants.
@@ -52,6 +52,9 @@ pub struct Declared {
     /// Where it is now; or else why it is nowhere, if more is known than that it is away.
     pub address: Result<SocketAddr, Option<String>>,
 }
+
+/// What may hold the start-up here: that no endpoint is left beside the process itself.
+const LOOP: &str = "loop";
 
 /// An endpoint that has left and of which nothing lives any more is remembered for so long, so that
 /// its counters go on where they were if it comes back.
@@ -141,8 +144,9 @@ impl Publisher {
         self.snapshots.borrow().endpoints.len()
     }
 
-    /// Publishes the complete, ordered set `wanted` if it differs from the last one; the first is
-    /// always published, even if empty.
+    /// Publishes the complete, ordered set `wanted` if it differs from the last one. The first is
+    /// published even if it is empty, except where that is because each endpoint is this process
+    /// itself: then the configuration is wrong, and the start-up is held.
     ///
     /// An address that comes twice counts once, under the first name. Endpoints beyond
     /// [`ENDPOINTS_MAX`] are left out with a warning. An endpoint is known by its name and address:
@@ -186,7 +190,13 @@ impl Publisher {
         endpoints.truncate(ENDPOINTS_MAX);
         remembered.settle(&endpoints, now);
         let stores = placed(stores, &endpoints, &own);
+        let only_own = own.first().filter(|_| endpoints.is_empty() && !self.has_begun());
+        self.status.hold(LOOP, only_own.map(|own| format!("no endpoint is left: {own}")));
+        let is_held = only_own.is_some();
         self.leave_out(own);
+        if is_held {
+            return;
+        }
         if last.generation > 0 && same(&last.endpoints, &endpoints) && last.stores == stores {
             return;
         }
@@ -324,6 +334,22 @@ mod tests {
         assert_eq!(status.errors(ErrorKind::Loop), 1);
         publisher.publish([named("127.0.0.9:2")]);
         assert_eq!(status.trouble(), None);
+        publisher.publish([named("127.0.0.9:1")]);
+        let latest = Arc::clone(&publisher.snapshots.borrow());
+        assert!(latest.endpoints.is_empty() && status.held().is_none(), "the start is over");
+    }
+
+    #[test]
+    fn the_start_is_held_while_there_is_nothing_but_the_proxy_itself() {
+        let status = Arc::new(Status::default());
+        let own = Listening::new(["127.0.0.1:1".parse().unwrap()]);
+        let publisher = publisher().leaving_out(own, Arc::clone(&status));
+        publisher.publish(wanted(&["127.0.0.1:1", "0.0.0.0:1"]));
+        let why = "no endpoint is left: 127.0.0.1:1 (127.0.0.1:1) is this proxy itself, which \
+                   listens on 127.0.0.1:1";
+        assert_eq!((status.held().as_deref(), publisher.has_begun()), (Some(why), false));
+        publisher.publish(wanted(&["127.0.0.1:1", "127.0.0.1:2"]));
+        assert_eq!((status.held(), publisher.endpoints()), (None, 1));
     }
 
     #[test]

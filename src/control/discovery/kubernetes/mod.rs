@@ -31,7 +31,7 @@ use tracing::{info, warn};
 
 use super::Publisher;
 use super::status::Status;
-use crate::config::{Config, KubeConfig, Locality, Route};
+use crate::config::{Config, KubeConfig, Route};
 use convert::{Membership, Ordinals, Rules, Said, Union};
 use offload::Offload;
 use saved::{Identity, Named, Snapshot, Writer};
@@ -102,15 +102,6 @@ impl Kubernetes {
     /// The source that the configuration describes.
     pub fn new(config: Arc<Config>, status: Arc<Status>) -> Self {
         let (node, zone) = (config.node_name.clone(), config.zone.clone());
-        match config.locality {
-            Locality::Node if node.is_none() => {
-                warn!("AEGIS_LOCALITY=node has no effect: AEGIS_NODE_NAME is not set");
-            }
-            Locality::Zone if zone.is_none() => {
-                warn!("AEGIS_LOCALITY=zone has no effect: AEGIS_ZONE is not set");
-            }
-            _ => {}
-        }
         let (port, locality) = (config.kube.port.clone(), config.locality);
         let by_key = config.requests.route == Route::Key;
         let rules = Rules { port, locality, node, zone, by_key };
