@@ -257,9 +257,10 @@ def test_a_namespace_chooses_for_its_pods_and_a_pod_chooses_otherwise(injecting)
         assert sidecar(dry(injecting, pod(labels=chosen(value)))) is None
     # Pods that cannot have it go without where it was not they who chose.
     injecting.kubectl("label", "namespace", "shop", "pod-security.kubernetes.io/enforce-")
-    host = pod(labels={}, hostNetwork=True)
-    eventually(lambda: not refusal(injecting, host), lambda: refusal(injecting, host))
-    assert sidecar(dry(injecting, host)) is None
+    for unfit in [{"hostNetwork": True}, WINDOWS, {"nodeSelector": {"kubernetes.io/os": "windows"}}]:
+        item = pod(labels={}, **unfit)
+        eventually(lambda: not refusal(injecting, item), lambda: refusal(injecting, item))
+        assert sidecar(dry(injecting, item)) is None
     injecting.kubectl("label", "namespace", "shop", "aegis-proxy.io/inject-", "pod-security.kubernetes.io/enforce=restricted")
     eventually(lambda: not sidecar(dry(injecting, pod(labels={}))), lambda: "still injected")
 
@@ -330,6 +331,8 @@ def containers(**more):
     return [{**POD["spec"]["containers"][0], **more}]
 
 
+# Of what the sidecar sets there, the API server allows nothing.
+WINDOWS = {"os": {"name": "windows"}, "containers": [{"name": "web", "image": "web"}]}
 SERVICES = ["UPPER", "a,b", "../../x", "a" * 300, "$(AEGIS_ADMIN)", "none", "a.b", ".", "-a", "a-", "a b", "a\n", "é"]
 QUANTITIES = [("cpu-request", value) for value in ["much", "-1", "0", "0m", "257", "1e9", "", "1 ", "100mm", "NaN"]] + [
     ("memory-request", "64m"), ("memory-request", "-64Mi"), ("memory-limit", "256"), ("memory-limit", "2MB"),
@@ -342,7 +345,7 @@ REFUSED = [
     *((pod({"service": value}), "aegis-proxy.io/service") for value in SERVICES),
     (pod({"service": ""}), "set the annotation aegis-proxy.io/service to the name of a Service"),
     *((pod({"namespace": value}), "aegis-proxy.io/namespace") for value in ["", "DB", "auto", "a.b", "a" * 64, "$(X)"]),
-    *((pod({"port": value}), "to a number from 1 to 65535") for value in ["", "0", "65536", "99999999999999999999", "-1", "A", "a b"]),
+    *((pod({"port": value}), "to a number from 1 to 65535") for value in ["", "0", "65536", "99999999999999999999", "-1", "A", "a b", "1-2"]),
     *((pod({name: value}), f"the annotation aegis-proxy.io/{name}") for name, value in QUANTITIES),
     *((pod({name: value}), f"the annotation aegis-proxy.io/{name}") for name, value in DURATIONS),
     (pod({"cpu-request": "2", "cpu-limit": "1"}), "so that the limit is at least the request"),
@@ -366,6 +369,8 @@ REFUSED = [
     (pod(volumes=[{"name": "aegis-token", "emptyDir": {}}]), "a volume of the pod is called aegis-token or"),
     (pod(volumes=[{"name": "aegis-state", "emptyDir": {}}]), "or aegis-state, as the sidecar's are: rename it"),
     (pod(namespace="stock", hostNetwork=True), "set hostNetwork to false"),
+    (pod(namespace="stock", **WINDOWS), "the pod is for Windows, and the sidecar is a program for Linux: remove the label"),
+    (pod(namespace="stock", nodeSelector={"kubernetes.io/os": "windows"}), "the pod is for Windows"),
 ]
 
 
@@ -411,6 +416,8 @@ def test_no_amount_is_refused_without_help(two_namespaces):
             said = refusal(two_namespaces, pod({name: value}))
             if said and "aegis: the" not in said:
                 unhelpful.append((name, value, said))
+            if "WITHOUT" in said:
+                unhelpful.append((name, value, "is refused, and starts in no way"))
     assert not unhelpful
 
 

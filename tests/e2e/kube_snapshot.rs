@@ -183,6 +183,11 @@ fn a_place_where_nothing_can_be_kept_harms_nobody() {
         };
         if told {
             eventually("it is told", PATIENCE, || (cannot(&proxy) == 1).then_some(()));
+        } else {
+            let warned = proxy.log_at("WARN");
+            let late = "of no use: reading it takes longer than 2s";
+            let said = |line: &&Value| line["message"].as_str().unwrap().ends_with(late);
+            assert_eq!(warned.iter().filter(said).count(), 1, "{warned:#?}");
         }
         proxy.terminate();
         proxy.wait_clean(PATIENCE);

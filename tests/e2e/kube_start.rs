@@ -152,6 +152,15 @@ fn no_way_to_the_api_holds_the_start() {
 }
 
 #[test]
+fn a_proxy_on_the_way_holds_the_start() {
+    let api = KubeApi::start();
+    let proxy = on(&api).set("HTTPS_PROXY", "http://me:secret@127.0.0.1:1").launch();
+    let why = wait_until_held(&proxy, &["proxies are not supported", "unset HTTPS_PROXY"]);
+    assert!(!proxy.log_lines().iter().any(|line| line.contains("secret")));
+    end(proxy, &why);
+}
+
+#[test]
 fn an_api_out_of_reach_does_not_hold_the_start() {
     let api = KubeApi::start();
     let server = Backend::named_at("a", host_ip());

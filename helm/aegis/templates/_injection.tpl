@@ -58,6 +58,15 @@ test.{{ $name }}:
 {name: is-no-mirror, expression: '!("kubernetes.io/config.mirror" in object.metadata.?annotations.orValue({}))'}
 {{- end }}
 
+{{- /* Pods that no sidecar can serve: on the node's network its loopback is everybody's, and it is a program for Linux. */}}
+{{- define "aegis.on-windows" -}}
+object.spec.?os.?name.orValue("") == "windows" || object.spec.?nodeSelector[?"kubernetes.io/os"].orValue("") == "windows"
+{{- end }}
+
+{{- define "aegis.cannot-have-it" -}}
+(object.spec.?hostNetwork.orValue(false) || {{ include "aegis.on-windows" . }})
+{{- end }}
+
 {{- /* A pod that asked for no release by name and has a sidecar, as by the library chart, is served. */}}
 {{- define "aegis.is-not-served-yet" -}}
 name: is-not-served-yet
@@ -201,6 +210,9 @@ does not; `verb` in place of "is". `first`: what the API server would refuse by 
 - expression: "!object.spec.?hostNetwork.orValue(false)"
   what: with hostNetwork the proxy's loopback would be the whole node's
   change: set hostNetwork to false, or remove the label aegis-proxy.io/inject
+- expression: '!({{ include "aegis.on-windows" . }})'
+  what: the pod is for Windows, and the sidecar is a program for Linux
+  change: remove the label aegis-proxy.io/inject
 - expression: >-
     object.metadata.?labels[?"aegis-proxy.io/inject"].orValue("enabled") != "enabled" ||
     {{ printf "%s/inject" $ours | toJson }} in object.metadata.?labels.orValue({}) || {{ $strangers }}.size() == 0
@@ -250,7 +262,7 @@ does not; `verb` in place of "is". `first`: what the API server would refuse by 
   is: {{ $x }}
   change: set it to the name of the Service's namespace
 {{- else if eq .annotation "port" }}
-- expression: {{ $x }}.size() <= 63 && {{ $x }}.{{ $name }} && ({{ $x }}.matches("[a-z]") || {{ $x }}.size() <= 5 && int({{ $x }}) >= 1 && int({{ $x }}) <= 65535)
+- expression: {{ $x }}.size() <= 63 && {{ $x }}.{{ $name }} && ({{ $x }}.matches("[a-z]") || {{ $x }}.matches("^[0-9]{1,5}$") && int({{ $x }}) >= 1 && int({{ $x }}) <= 65535)
   what: {{ $annotation }}port
   is: {{ $x }}
   change: set it to the name of the Service's port, or to a number from 1 to 65535

@@ -282,7 +282,9 @@ impl SavedEndpoints {
         let file = path.clone();
         let reading = move || Snapshot::read(&file);
         let read = Offload::default().run("reading it", SNAPSHOT_READ_MAX, reading).await;
-        let read = read.unwrap_or_else(|trouble| Err(trouble.what)).unwrap_or_else(|why| {
+        // It has nothing to do with the way to the API, of which the trouble would tell.
+        let late = || Err(format!("reading it takes longer than {SNAPSHOT_READ_MAX:?}"));
+        let read = read.unwrap_or_else(|_| late()).unwrap_or_else(|why| {
             warn!("AEGIS_KUBE_SNAPSHOT={shown}: the saved endpoints are of no use: {why}");
             None
         });

@@ -70,6 +70,14 @@ impl Trouble {
             Error::InferConfig(_) | Error::RustlsTls(_) | Error::Auth(_) | Error::TlsRequired => {
                 Self::configuration(chain(error))
             }
+            // Its address may hold a password.
+            Error::ProxyProtocolDisabled { .. } | Error::ProxyProtocolUnsupported { .. } => {
+                Self::new(
+                    ErrorKind::Configuration,
+                    "no way to the Kubernetes API: proxies are not supported: unset HTTPS_PROXY, or \
+                 proxy-url in the kubeconfig",
+                )
+            }
             _ => Self::transport(error),
         }
     }

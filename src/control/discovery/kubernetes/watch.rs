@@ -385,7 +385,7 @@ impl<'a, K: Source> Watcher<'a, K> {
         }
         // What a whole fleet is asked to wait must not end for all of it at once.
         let asked = trouble.wait.mul_f64(1.0 + fastrand::f64() / 4.0);
-        let wait = self.backoff.next().max(asked);
+        let wait = self.backoff.next(trouble.kind).max(asked);
         debug!(?wait, "asking the Kubernetes API again");
         self.known.wait_for(sleep(wait)).await;
     }
@@ -607,21 +607,33 @@ fn jittered(timeout: Duration) -> u32 {
     (seconds.ceil() as u32).max(1)
 }
 
+/// This long or up to a half less, so that not all sidecars ask at once.
+fn jitter(full: Duration) -> Duration {
+    full.mul_f64(0.5 + fastrand::f64() / 2.0)
+}
+
 /// Waits after failures: longer each time, and never all sidecars at once.
 #[derive(Debug, Default)]
 struct Backoff {
     failures: u32,
+    /// Whether the server has said that the place is too old.
+    expired: bool,
 }
 
 impl Backoff {
-    fn next(&mut self) -> Duration {
+    fn next(&mut self, kind: ErrorKind) -> Duration {
+        if kind == ErrorKind::Expired && !std::mem::replace(&mut self.expired, true) {
+            // A server that is back from a restart says so of each place: it is well then, and what it
+            // knows is needed. If it says so again, that is trouble like any other.
+            return jitter(BACKOFF_MIN);
+        }
         let full = BACKOFF_MIN.saturating_mul(1 << self.failures.min(16)).min(BACKOFF_MAX);
         self.failures = self.failures.saturating_add(1);
-        full.mul_f64(0.5 + fastrand::f64() / 2.0)
+        jitter(full)
     }
 
     fn reset(&mut self) {
-        self.failures = 0;
+        *self = Self::default();
     }
 }
 
@@ -639,5 +651,23 @@ impl Health {
 
     fn rises(&mut self) -> bool {
         !std::mem::take(&mut self.told).is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_that_is_too_old_is_no_reason_to_wait_unless_each_is() {
+        let mut backoff = Backoff::default();
+        for _ in 0..8 {
+            backoff.next(ErrorKind::Unreachable);
+        }
+        assert!(backoff.next(ErrorKind::Expired) <= BACKOFF_MIN);
+        assert!(backoff.next(ErrorKind::Expired) >= BACKOFF_MAX / 2);
+        backoff.reset();
+        let waits = [(); 9].map(|()| backoff.next(ErrorKind::Expired));
+        assert!(waits[1] <= BACKOFF_MIN && waits[8] >= BACKOFF_MAX / 2, "{waits:?}");
     }
 }
