@@ -7,15 +7,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use aegis::cli::{self, Command};
-use aegis::config::{Config, Discovery};
+use aegis::config::{Config, Discovery, IoChoice};
 use aegis::control::{DriverInfo, Outcome, Plane, WorkerHandle, admin, logging};
-use aegis::io::probe::{self, Unavailable, Verdict};
+use aegis::io::probe::{self, DriverKind, Unavailable, Verdict};
 use aegis::limits::{self, Capacity, DescriptorUsers, LimitError};
 use aegis::listening::Listening;
 use aegis::worker::cores::{self, Plan};
 use aegis::worker::listener::{self, ListenError};
 use aegis::worker::mailbox::Mailbox;
-use aegis::worker::{self, WorkerSetup};
+use aegis::worker::{self, Prepared, WorkerError, WorkerSetup};
 
 /// The command line is wrong, as with any command.
 const EXIT_USAGE: u8 = 2;
@@ -72,6 +72,7 @@ fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
         tracing::warn!("{warning}");
     }
     let Decisions { plan, verdict, capacity } = decide(&config)?;
+    let (prepared, verdict) = prepare(&plan, verdict, config.io)?;
     let max_sessions = capacity.sessions.get();
     let pool_conns_max = capacity.pool_conns;
     let workers = plan.cores.len();
@@ -98,16 +99,14 @@ fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
     let (alive, exited) = tokio::sync::mpsc::channel(1);
     let listening = Listening::new(listeners.addresses.clone());
     let mut handles = Vec::with_capacity(workers);
-    for (index, (core, listeners)) in plan.cores.into_iter().zip(listeners.sets).enumerate() {
+    for (index, (worker, listeners)) in prepared.into_iter().zip(listeners.sets).enumerate() {
         handles.push(WorkerHandle {
             mailbox: Arc::clone(&mailboxes[index]),
             stats: Arc::clone(&stats[index]),
         });
-        worker::spawn(WorkerSetup {
+        worker.start(WorkerSetup {
             index,
-            core,
             listeners,
-            driver: verdict.driver,
             config: Arc::clone(&config),
             sessions_max: max_sessions,
             pool_conns_max,
@@ -133,6 +132,27 @@ fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
     }
     logging::flush();
     Ok(if outcome.is_failure() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Prepares the workers on the driver that was chosen, or all on epoll where it may be that and the
+/// kernel does not give each a ring.
+fn prepare(
+    plan: &Plan,
+    verdict: Verdict,
+    choice: IoChoice,
+) -> Result<(Vec<Prepared>, Verdict), WorkerError> {
+    let all = |driver| -> Result<Vec<_>, _> {
+        let cores = plan.cores.iter().enumerate();
+        cores.map(|(index, &core)| worker::prepare(index, core, driver)).collect()
+    };
+    match all(verdict.driver) {
+        Err(error) if choice == IoChoice::Auto && verdict.driver != DriverKind::Epoll => {
+            let reason = format!("io_uring cannot be used: {error}");
+            let verdict = Verdict { driver: DriverKind::Epoll, reason };
+            Ok((all(verdict.driver)?, verdict))
+        }
+        outcome => Ok((outcome?, verdict)),
+    }
 }
 
 /// Prints what a start would do, and starts nothing.

@@ -49,7 +49,7 @@ macro_rules! on_each_driver {
             match probe::choose(IoChoice::Uring).map(|verdict| verdict.driver) {
                 Ok(DriverKind::Uring(features)) => {
                     let (setup, address) = prepare();
-                    let driver = Uring::new(setup, features).unwrap();
+                    let driver = Uring::new(setup, probe::set_up(features).unwrap()).unwrap();
                     checks::$name(Rig { driver, address, seen: Vec::new() });
                 }
                 Ok(DriverKind::Epoll) => unreachable!("io_uring was demanded"),

@@ -14,6 +14,7 @@ use socket2::{Domain, Socket, Type};
 
 use super::buffers::Buffers;
 use super::provided::ProvidedBuffers;
+use super::uring::Rings;
 use crate::config::IoChoice;
 
 /// What may pass by itself is tried again for so long. The choice is for the life of the process, and
@@ -162,6 +163,17 @@ pub(super) fn build_ring(features: Features, sq: u32, cq: u32) -> io::Result<IoU
     builder.build(sq)
 }
 
+/// Sets up what a worker's driver needs of the kernel, on the worker's own thread. A probe needs less,
+/// and what a predecessor has had is free only some time after its end.
+///
+/// # Errors
+/// The kernel denies it.
+pub fn set_up(features: Features) -> Result<Rings, Denied> {
+    patiently(SHORTAGE_MAX, || {
+        Rings::new(features).map_err(|error| denied("setting up a worker's ring", error))
+    })
+}
+
 /// Tries until it works, fails for a reason that stays, or time is up.
 fn patiently<T>(
     max: Duration,
@@ -251,7 +263,12 @@ fn denied(step: &'static str, error: io::Error) -> Denied {
         Some(libc::ENOSYS) if filtered() => Some("a seccomp profile hides it".to_owned()),
         Some(libc::ENOSYS) => Some("the kernel is built without it".to_owned()),
         Some(libc::EINVAL) => Some("the kernel is older than 6.0".to_owned()),
-        Some(libc::ENOMEM) => Some("RLIMIT_MEMLOCK or memory is short".to_owned()),
+        // From kernel 6.14 on.
+        Some(libc::ENOMEM) => Some(
+            "memory is short, or RLIMIT_MEMLOCK, which is for the rings of all processes of this \
+             user on the node"
+                .to_owned(),
+        ),
         _ => None,
     };
     Denied { step, error, hint: Hint(hint) }

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use crate::config::Config;
 use crate::io::epoll::Epoll;
-use crate::io::probe::DriverKind;
+use crate::io::probe::{self, DriverKind};
 use crate::io::uring::Uring;
 use crate::io::{Driver, DriverSetup, socket};
 use crate::limits;
@@ -44,12 +44,8 @@ use mailbox::Mailbox;
 pub struct WorkerSetup {
     /// Its number, from 0.
     pub index: usize,
-    /// The core to run on; `None` leaves that to the kernel.
-    pub core: Option<core_affinity::CoreId>,
     /// Its listening sockets.
     pub listeners: Vec<OwnedFd>,
-    /// The driver to use.
-    pub driver: DriverKind,
     /// The configuration.
     pub config: Arc<Config>,
     /// Sessions at a time in the whole process.
@@ -82,38 +78,84 @@ pub fn socket_options(config: &Config) -> socket::Options {
     socket::Options { keepalive: config.keepalive }
 }
 
-/// Starts a worker's thread and returns once its driver is set up. It accepts from the first
-/// snapshot of endpoints on.
-///
-/// # Errors
-/// The thread or its driver cannot be set up.
-pub fn spawn(setup: WorkerSetup) -> Result<(), WorkerError> {
-    let index = setup.index;
-    let failed = |error| WorkerError { index, error };
-    let (started, outcome) = mpsc::channel();
-    thread::Builder::new()
-        .name(format!("worker-{index}"))
-        .spawn(move || run(setup, &started))
-        .map_err(failed)?;
-    // A thread that ends without a word has panicked, which the panic hook reports.
-    outcome.recv().unwrap_or_else(|_| Err(io::Error::other("it panicked"))).map_err(failed)
+/// A worker's thread that has what the kernel may deny, and waits for the rest. Dropped, it ends.
+#[derive(Debug)]
+pub struct Prepared {
+    index: usize,
+    setup: mpsc::Sender<WorkerSetup>,
+    outcome: mpsc::Receiver<io::Result<()>>,
 }
 
-fn run(mut setup: WorkerSetup, started: &mpsc::Sender<io::Result<()>>) {
-    if let Some(core) = setup.core
+/// Starts a worker's thread on its core, or on any, and returns once it has what its driver needs of
+/// the kernel.
+///
+/// # Errors
+/// The thread or its ring cannot be set up.
+pub fn prepare(
+    index: usize,
+    core: Option<core_affinity::CoreId>,
+    driver: DriverKind,
+) -> Result<Prepared, WorkerError> {
+    let (setup, received) = mpsc::channel();
+    let (done, outcome) = mpsc::channel();
+    let prepared = Prepared { index, setup, outcome };
+    thread::Builder::new()
+        .name(format!("worker-{index}"))
+        .spawn(move || run(index, core, driver, &received, &done))
+        .map_err(|error| WorkerError { index, error })?;
+    prepared.outcome()?;
+    Ok(prepared)
+}
+
+impl Prepared {
+    /// Goes on with the rest, and returns once the worker's driver is set up. It accepts from the first
+    /// snapshot of endpoints on.
+    ///
+    /// # Errors
+    /// The driver cannot be set up.
+    pub fn start(self, setup: WorkerSetup) -> Result<(), WorkerError> {
+        // If nobody takes it the thread has panicked.
+        let _ = self.setup.send(setup);
+        self.outcome()
+    }
+
+    fn outcome(&self) -> Result<(), WorkerError> {
+        // A thread that ends without a word has panicked, which the panic hook reports.
+        let outcome = self.outcome.recv().unwrap_or_else(|_| Err(io::Error::other("it panicked")));
+        outcome.map_err(|error| WorkerError { index: self.index, error })
+    }
+}
+
+fn run(
+    index: usize,
+    core: Option<core_affinity::CoreId>,
+    driver: DriverKind,
+    setup: &mpsc::Receiver<WorkerSetup>,
+    done: &mpsc::Sender<io::Result<()>>,
+) {
+    if let Some(core) = core
         && !core_affinity::set_for_current(core)
     {
-        tracing::warn!(worker = setup.index, core = core.id, "cannot be pinned to its core");
+        tracing::warn!(worker = index, core = core.id, "cannot be pinned to its core");
     }
-    let outcome = driver_setup(&mut setup).and_then(|driver| match setup.driver {
-        DriverKind::Uring(features) => {
-            Uring::new(driver, features).map(|driver| serve(driver, setup, started))
-        }
-        DriverKind::Epoll => Epoll::new(driver).map(|driver| serve(driver, setup, started)),
+    let rings = match driver {
+        DriverKind::Uring(features) => probe::set_up(features).map(Some),
+        DriverKind::Epoll => Ok(None),
+    };
+    let (rings, prepared) = match rings {
+        Ok(rings) => (rings, Ok(())),
+        Err(denied) => (None, Err(io::Error::other(denied))),
+    };
+    // Nobody listens any more only if the process is ending.
+    let _ = done.send(prepared);
+    // Nothing comes where this was denied, or another worker's was.
+    let Ok(mut setup) = setup.recv() else { return };
+    let outcome = driver_setup(&mut setup).and_then(|driver| match rings {
+        Some(rings) => Uring::new(driver, rings).map(|driver| serve(driver, setup, done)),
+        None => Epoll::new(driver).map(|driver| serve(driver, setup, done)),
     });
     if let Err(error) = outcome {
-        // Nobody listens any more only if the process is ending.
-        let _ = started.send(Err(error));
+        let _ = done.send(Err(error));
     }
 }
 

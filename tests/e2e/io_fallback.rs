@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::support::backend::Backend;
 use crate::support::client::{connect, expect_echo};
 use crate::support::metrics::IO_DRIVER;
-use crate::support::proxy::{Builder, Proxy};
+use crate::support::proxy::{Builder, Proxy, can_drop_privileges};
 use crate::support::{Io, skip, uring_unavailable};
 
 const SETUP: i64 = libc::SYS_io_uring_setup;
@@ -39,6 +39,31 @@ fn auto_works_where_any_part_of_io_uring_is_denied() {
             echoes(&proxy);
         }
     }
+}
+
+/// The kernel charges rings to a user's locked memory, which many sidecars of a node share: there may be
+/// enough for the probe and for the first worker, and not for the next.
+#[test]
+fn auto_runs_on_epoll_where_there_is_no_memory_for_every_ring() {
+    if !can_drop_privileges() {
+        return skip("rings are not charged to whoever has all privileges");
+    }
+    for kib in [64, 256] {
+        let backend = Backend::echo();
+        let proxy =
+            Builder::on(Io::Auto).backends(&[backend.address()]).memory_locked_max(kib).start();
+        if proxy.log_field("io driver", "driver") == "io_uring" {
+            return skip("this kernel does not charge rings");
+        }
+        let reason = proxy.log_field("io driver", "reason");
+        assert!(reason.contains("RLIMIT_MEMLOCK"), "{kib} KiB: {reason}");
+        assert_eq!(proxy.metric(IO_DRIVER, &[("driver", "epoll")]), 1);
+        echoes(&proxy);
+    }
+    let ended =
+        Builder::on(Io::Uring).set("AEGIS_BACKENDS", "127.0.0.2:9").memory_locked_max(64).run();
+    assert_eq!(ended.code, Some(1), "there may be memory at the next start: {ended:?}");
+    assert!(ended.errors.contains("RLIMIT_MEMLOCK"), "{}", ended.errors);
 }
 
 #[test]

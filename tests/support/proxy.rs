@@ -33,6 +33,7 @@ pub struct Builder {
     environment: BTreeMap<String, String>,
     arguments: Vec<&'static str>,
     descriptors_max: Option<u64>,
+    memory_locked: Option<u32>,
     denied: Option<Denied>,
     mounts: Vec<(PathBuf, &'static str)>,
     network: Option<&'static str>,
@@ -144,6 +145,13 @@ impl Builder {
         self
     }
 
+    /// Limits how many KiB the kernel may lock for the process, and runs it as a user of its own, for
+    /// that is for all of a user's. Only where tests can drop privileges.
+    pub fn memory_locked_max(mut self, kib: u32) -> Self {
+        self.memory_locked = Some(kib);
+        self
+    }
+
     /// Makes a system call fail, as the seccomp profiles of container runtimes do.
     pub fn deny(mut self, syscall: i64, errno: i32) -> Self {
         self.denied = Some(Denied { syscall, errno, argument: None });
@@ -231,11 +239,16 @@ impl Builder {
             words.extend(["unshare", "--net", "sh", "-c", &script].map(Into::into));
         }
         if can_drop_privileges() {
-            words.extend(as_unprivileged());
+            let alone = self.memory_locked.is_some();
+            words.extend(as_unprivileged(UNPRIVILEGED - u32::from(alone)));
         }
         if let Some(max) = self.descriptors_max {
             words.extend(["sh", "-c", "ulimit -n \"$0\" && exec \"$@\""].map(Into::into));
             words.push(max.to_string().into());
+        }
+        if let Some(kib) = self.memory_locked {
+            words.extend(["sh", "-c", "ulimit -l \"$0\" && exec \"$@\""].map(Into::into));
+            words.push(kib.to_string().into());
         }
         words.push(binary().into());
         let mut command = Command::new(&words[0]);
@@ -258,8 +271,8 @@ impl Builder {
 }
 
 /// Runs the words behind it as a pod would: no user of the host, no groups, no capabilities.
-fn as_unprivileged() -> Vec<OsString> {
-    let id = UNPRIVILEGED.to_string();
+fn as_unprivileged(id: u32) -> Vec<OsString> {
+    let id = id.to_string();
     let words = ["setpriv", "--reuid", &id, "--regid", &id, "--clear-groups", "--inh-caps=-all"];
     let more = ["--bounding-set=-all", "--no-new-privs"];
     words.into_iter().chain(more).map(Into::into).collect()
@@ -479,7 +492,7 @@ impl Proxy {
             .unwrap();
         if can_drop_privileges() {
             // Even root may limit only what runs as itself.
-            let mut words = as_unprivileged();
+            let mut words = as_unprivileged(UNPRIVILEGED);
             words.extend(["prlimit", "--pid", &self.id().to_string()].map(Into::into));
             words.push(format!("--nofile={current}").into());
             assert!(Command::new(&words[0]).args(&words[1..]).status().unwrap().success());

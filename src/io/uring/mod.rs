@@ -66,14 +66,32 @@ pub struct Uring {
     buffer_waits: u64,
 }
 
-impl Uring {
-    /// Sets the ring up. To be called on the worker's own thread, which alone may use it.
+/// What the kernel keeps for a driver, and may have no memory for.
+pub struct Rings {
+    // Dropped first, as in the driver.
+    ring: Ring,
+    provided: ProvidedBuffers,
+}
+
+impl Rings {
+    /// Sets them up. To be called on the worker's own thread, which alone may use them.
     ///
     /// # Errors
-    /// The kernel denies the ring or one of its parts.
-    pub fn new(setup: DriverSetup, features: Features) -> io::Result<Self> {
+    /// The kernel denies them.
+    pub(super) fn new(features: Features) -> io::Result<Self> {
         let ring = Ring::new(features)?;
         let provided = ProvidedBuffers::register(ring.uring())?;
+        Ok(Self { ring, provided })
+    }
+}
+
+impl Uring {
+    /// Sets the driver up on these rings. To be called on the thread that made them.
+    ///
+    /// # Errors
+    /// The buffers cannot be mapped, or the kernel denies something.
+    pub fn new(setup: DriverSetup, rings: Rings) -> io::Result<Self> {
+        let Rings { ring, provided } = rings;
         let mut driver = Self {
             provided,
             sockets: Slab::with_capacity(setup.conns_max),
