@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use aegis::cli::{self, Command};
 use aegis::config::{Config, Discovery, IoChoice};
-use aegis::control::{DriverInfo, Outcome, Plane, WorkerHandle, admin, logging};
+use aegis::control::{DriverInfo, Outcome, Plane, Runtime, WorkerHandle, admin, logging};
 use aegis::io::probe::{self, DriverKind, Unavailable, Verdict};
 use aegis::limits::{self, Capacity, DescriptorUsers, LimitError};
 use aegis::listening::Listening;
@@ -66,6 +66,7 @@ fn decide(config: &Config) -> Result<Decisions, Error> {
 
 fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
     let started = Instant::now();
+    let runtime = Runtime::new()?;
     logging::init_logging(&config)?;
     logging::end_with_any_thread();
     for warning in config.warnings() {
@@ -126,7 +127,7 @@ fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
     let listening = listeners.addresses;
     let plane =
         Plane { config, started, listening, workers: handles, driver, max_sessions, exited, admin };
-    let outcome = plane.run()?;
+    let outcome = plane.run(runtime)?;
     if let Outcome::Misconfigured { reason } = outcome {
         return Ok(fail(EXIT_CONFIG, reason));
     }

@@ -133,11 +133,9 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
     let mailbox = Arc::new(Mailbox::new().unwrap());
     let stats: Arc<WorkerStats> = Arc::default();
     let (alive, mut exited) = tokio::sync::mpsc::channel(1);
-    worker::spawn(WorkerSetup {
+    let setup = WorkerSetup {
         index: 0,
-        core: None,
         listeners: listeners.sets.remove(0),
-        driver,
         config,
         sessions_max: 1000,
         pool_conns_max: 64,
@@ -146,8 +144,8 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
         listening: Listening::default(),
         started: Instant::now(),
         exited: alive,
-    })
-    .unwrap();
+    };
+    worker::prepare(0, None, driver).unwrap().start(setup).unwrap();
     let endpoint = Endpoint::new("echo", echo_server(), 1);
     mailbox.deliver(Arc::new(EndpointSnapshot {
         generation: 1,

@@ -23,7 +23,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{error, info, warn};
@@ -98,15 +98,33 @@ pub enum Event {
     WorkersEnded,
 }
 
-/// Takes over the signals and watches the workers' end; to be called in a runtime.
-///
-/// # Errors
-/// A signal handler cannot be set.
-pub fn events(mut exited: mpsc::Receiver<Infallible>) -> io::Result<mpsc::Receiver<Event>> {
+/// The signals, taken over: one that comes from then on is kept until it is looked for.
+#[derive(Debug)]
+pub struct Signals {
+    terminate: Vec<(Signal, &'static str)>,
+    hangup: Signal,
+}
+
+impl Signals {
+    /// Takes over the signals; to be called in a runtime.
+    ///
+    /// # Errors
+    /// A signal handler cannot be set.
+    pub fn take_over() -> io::Result<Self> {
+        let terminate = [(SignalKind::terminate(), "SIGTERM"), (SignalKind::interrupt(), "SIGINT")];
+        let terminate = terminate.into_iter().map(|(kind, name)| Ok((signal(kind)?, name)));
+        Ok(Self {
+            terminate: terminate.collect::<io::Result<_>>()?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+}
+
+/// Watches the signals and the workers' end; to be called in a runtime.
+pub fn events(signals: Signals, mut exited: mpsc::Receiver<Infallible>) -> mpsc::Receiver<Event> {
     let (events, receiver) = mpsc::channel(EVENTS_MAX);
-    for (kind, name) in [(SignalKind::terminate(), "SIGTERM"), (SignalKind::interrupt(), "SIGINT")]
-    {
-        let mut signals = signal(kind)?;
+    let Signals { terminate, mut hangup } = signals;
+    for (mut signals, name) in terminate {
         let events = events.clone();
         tokio::spawn(async move {
             while signals.recv().await.is_some() {
@@ -114,9 +132,8 @@ pub fn events(mut exited: mpsc::Receiver<Infallible>) -> io::Result<mpsc::Receiv
             }
         });
     }
-    let mut hangups = signal(SignalKind::hangup())?;
     tokio::spawn(async move {
-        while hangups.recv().await.is_some() {
+        while hangup.recv().await.is_some() {
             info!("SIGHUP ignored: there is no configuration to read again");
         }
     });
@@ -124,7 +141,7 @@ pub fn events(mut exited: mpsc::Receiver<Infallible>) -> io::Result<mpsc::Receiv
         let None = exited.recv().await;
         let _ = events.send(Event::WorkersEnded).await;
     });
-    Ok(receiver)
+    receiver
 }
 
 /// Waits for the order to end, then drains; returns once all workers have ended or are stuck.

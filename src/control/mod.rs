@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, watch};
 
 use discovery::{dns, kubernetes};
 pub use lifecycle::Outcome;
+use lifecycle::Signals;
 pub use view::View;
 
 use crate::config::{Config, Discovery, Route};
@@ -53,6 +54,35 @@ pub struct DriverInfo {
     pub kernel: String,
 }
 
+/// Where the control plane runs: on the thread that made it.
+///
+/// It takes the signals over and is to be made before all else. As the first process of a container
+/// this one is not ended by a signal that it does not handle: it would be lost, and the end of the
+/// pod would wait for the whole grace period.
+#[derive(Debug)]
+pub struct Runtime {
+    tokio: tokio::runtime::Runtime,
+    signals: Signals,
+}
+
+impl Runtime {
+    /// One that keeps the signals that come from now on.
+    ///
+    /// # Errors
+    /// There is no descriptor for it, or a signal handler cannot be set.
+    pub fn new() -> io::Result<Self> {
+        let tokio = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(BLOCKING_THREADS_MAX)
+            .build()?;
+        let signals = {
+            let _inside = tokio.enter();
+            Signals::take_over()?
+        };
+        Ok(Self { tokio, signals })
+    }
+}
+
 /// All that the control plane needs to run.
 #[derive(Debug)]
 pub struct Plane {
@@ -79,21 +109,17 @@ impl Plane {
     /// worker has ended, or was told to end and did not within [`lifecycle::STOP_MAX`].
     ///
     /// # Errors
-    /// The runtime, the signal handlers or the admin listener cannot be set up. Workers may still
-    /// be running then.
-    pub fn run(self) -> io::Result<Outcome> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .max_blocking_threads(BLOCKING_THREADS_MAX)
-            .build()?;
-        let outcome = runtime.block_on(self.serve());
+    /// The admin listener cannot be set up. Workers may still be running then.
+    pub fn run(self, runtime: Runtime) -> io::Result<Outcome> {
+        let Runtime { tokio, signals } = runtime;
+        let outcome = tokio.block_on(self.serve(signals));
         // Not a plain drop: that would wait for a name lookup that hangs in the resolver.
-        runtime.shutdown_background();
+        tokio.shutdown_background();
         outcome
     }
 
-    async fn serve(self) -> io::Result<Outcome> {
-        let events = lifecycle::events(self.exited)?;
+    async fn serve(self, signals: Signals) -> io::Result<Outcome> {
+        let events = lifecycle::events(signals, self.exited);
         let admin = tokio::net::TcpListener::from_std(self.admin)?;
         let listening = listening(self.listening, admin.local_addr()?);
         let snapshots = watch::Sender::default();
@@ -199,7 +225,7 @@ mod tests {
             exited,
             admin,
         };
-        assert_eq!(plane.run().unwrap(), Outcome::Drained);
+        assert_eq!(plane.run(Runtime::new().unwrap()).unwrap(), Outcome::Drained);
         client.join().unwrap();
     }
 }

@@ -163,6 +163,25 @@ fn a_family_that_hangs_holds_up_nothing() {
     assert!(changed.elapsed() < Duration::from_secs(9), "{:?}", changed.elapsed());
 }
 
+/// Nobody is at the first name server's address.
+#[test]
+fn a_silent_name_server_is_not_waited_for_at_each_name() {
+    let Some(dns) = NameServer::start() else { return no_server() };
+    let [a] = servers([("a", four(1))]);
+    let search: Vec<_> = (0..31).map(|i| format!("s{i}.test")).collect();
+    dns.write_resolv_conf(&format!(
+        "nameserver 127.98.0.1\nnameserver {}\nsearch {}\noptions ndots:5 timeout:1 attempts:1\n",
+        dns.ip(),
+        search.join(" "),
+    ));
+    dns.set_addresses("db.test", 0, &[four(1)]);
+    let started = Instant::now();
+    let proxy = with(&dns, format!("db.test:{}", a.address().port())).launch();
+    wait_for_endpoints(&proxy, &[a.address()]);
+    let taken = started.elapsed();
+    assert!(taken < Duration::from_secs(10), "{taken:?}, where 32 names take a second each");
+}
+
 #[test]
 fn the_search_list_names_one_host() {
     let Some(dns) = NameServer::start() else { return no_server() };

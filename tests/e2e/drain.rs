@@ -214,3 +214,24 @@ fn without_sessions_a_drain_is_over_at_once(io: Io) {
     proxy.terminate();
     proxy.wait_clean(Duration::from_secs(5));
 }
+
+/// The first process of a container is not ended by a signal that it does not handle, so one that
+/// comes before that is lost. Here it comes while the start tries again to have `io_uring`.
+#[test]
+fn a_signal_that_comes_during_the_start_is_not_lost() {
+    let mut proxy = Builder::on(Io::Auto)
+        .set("AEGIS_BACKENDS", "127.0.0.2:9")
+        .set("AEGIS_DRAIN_DELAY", "0s")
+        .deny(libc::SYS_io_uring_setup, libc::EAGAIN)
+        .begin();
+    let status = format!("/proc/{}/status", proxy.id());
+    eventually("SIGTERM is handled", PATIENCE, || {
+        let status = std::fs::read_to_string(&status).unwrap();
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+        let caught = u64::from_str_radix(caught.trim(), 16).unwrap();
+        (caught & 1 << (libc::SIGTERM - 1) != 0).then_some(())
+    });
+    assert_eq!(proxy.log_lines(), [""; 0], "the start has come no further");
+    proxy.terminate();
+    proxy.wait_clean(Duration::from_secs(5));
+}

@@ -193,6 +193,18 @@ impl Builder {
 
     /// Starts the proxy and waits until it listens.
     pub fn launch(self) -> Proxy {
+        let mut proxy = self.begin();
+        (proxy.address, proxy.admin) = eventually("the proxy listens", PATIENCE, || {
+            let ended = proxy.child.try_wait().unwrap();
+            assert!(ended.is_none(), "the proxy ended: {ended:?}");
+            let address = |message| proxy.log.field(message, "address")?.parse().ok();
+            Some((address("listening")?, address("admin listening")?))
+        });
+        proxy
+    }
+
+    /// Starts the proxy and waits for nothing: where it listens is not known.
+    pub fn begin(self) -> Proxy {
         let mut child = self.spawn();
         let log = Log::default();
         let (lines, errors) = (log.clone(), child.stderr.take().unwrap());
@@ -202,14 +214,7 @@ impl Builder {
             }
         });
         let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
-        let mut proxy = Proxy { child, log, address: unknown, admin: unknown };
-        (proxy.address, proxy.admin) = eventually("the proxy listens", PATIENCE, || {
-            let ended = proxy.child.try_wait().unwrap();
-            assert!(ended.is_none(), "the proxy ended: {ended:?}");
-            let address = |message| proxy.log.field(message, "address")?.parse().ok();
-            Some((address("listening")?, address("admin listening")?))
-        });
-        proxy
+        Proxy { child, log, address: unknown, admin: unknown }
     }
 
     /// Runs the program until it ends by itself.

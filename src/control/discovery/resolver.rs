@@ -39,6 +39,11 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// blocks no longer than any page of the program's own.
 const FILES_AGE_MAX: Duration = Duration::from_millis(100);
 
+/// For how long a name server that said nothing is asked last. Each name of the search list that
+/// waited for it again would take its whole time: with six of them, as on GKE, and the usual five
+/// seconds, no lookup would end in time.
+const SILENT_FOR: Duration = Duration::from_secs(30);
+
 /// A family of addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
@@ -217,9 +222,29 @@ impl Resolve for SystemResolver {
     }
 }
 
+/// One name server.
+struct Server {
+    ip: IpAddr,
+    resolver: TokioResolver,
+    /// When it last said nothing to a query, if it has said nothing since.
+    silent_at: Mutex<Option<Instant>>,
+}
+
+impl Server {
+    fn is_silent(&self) -> bool {
+        let silent_at = *self.silent_at.lock().unwrap_or_else(PoisonError::into_inner);
+        silent_at.is_some_and(|at| at.elapsed() < SILENT_FOR)
+    }
+
+    fn set_silent(&self, is_silent: bool) {
+        let now = is_silent.then(Instant::now);
+        *self.silent_at.lock().unwrap_or_else(PoisonError::into_inner) = now;
+    }
+}
+
 /// The name servers, and how they are to be asked.
 struct Servers {
-    all: Vec<(IpAddr, TokioResolver)>,
+    all: Vec<Server>,
     /// The first to be asked.
     next: AtomicUsize,
     rotate: bool,
@@ -251,7 +276,10 @@ impl Servers {
         let timeout = Duration::from_secs(parsed.timeout.clamp(1, 30).into());
         let usable = |ip: &IpAddr| !ip.is_unspecified() && !ip.is_multicast();
         let addresses = parsed.nameservers.iter().map(IpAddr::from).filter(usable);
-        let server = |ip| Some((ip, ask_only(ip, timeout, &parsed)?));
+        let server = |ip| {
+            let resolver = ask_only(ip, timeout, &parsed)?;
+            Some(Server { ip, resolver, silent_at: Mutex::default() })
+        };
         let search = parsed.get_last_search_or_domain().filter(|domain| *domain != ".");
         Self {
             all: addresses.take(DNS_SERVERS_MAX).filter_map(server).collect(),
@@ -266,7 +294,7 @@ impl Servers {
     }
 
     fn addresses(&self) -> Vec<IpAddr> {
-        self.all.iter().map(|(ip, _)| *ip).collect()
+        self.all.iter().map(|server| server.ip).collect()
     }
 
     /// The full names that `host` may stand for, in the order in which they are tried.
@@ -357,6 +385,15 @@ impl Servers {
         }
     }
 
+    /// The servers in the order in which they are to be asked.
+    fn in_order(&self) -> Vec<&Server> {
+        let first = if self.rotate { self.next.fetch_add(1, Relaxed) } else { 0 };
+        let len = self.all.len();
+        let mut servers: Vec<_> = (0..len).map(|at| &self.all[(first + at) % len]).collect();
+        servers.sort_by_cached_key(|server| server.is_silent());
+        servers
+    }
+
     /// Asks one server after the other, each of them as often as there are to be attempts, until one
     /// knows.
     async fn ask(&self, name: Name, family: Family) -> Result<Answer, Failure> {
@@ -364,14 +401,16 @@ impl Servers {
             return Ok(Answer::Absent);
         }
         let mut failure = Failure { why: "there is no name server".to_owned(), refused: false };
-        let first = if self.rotate { self.next.fetch_add(1, Relaxed) } else { 0 };
-        for turn in 0..self.all.len() * self.attempts as usize {
-            let (ip, server) = &self.all[(first + turn) % self.all.len()];
+        let servers = self.in_order();
+        for turn in 0..servers.len() * self.attempts as usize {
+            let server = servers[turn % servers.len()];
             let asked = Instant::now();
             // What the library would log of single packets is up to whoever sends them.
-            let query = server.lookup(name.clone(), family.records());
+            let query = server.resolver.lookup(name.clone(), family.records());
             let query = query.with_subscriber(NoSubscriber::default());
-            let error = match timeout(self.timeout, query).await {
+            let outcome = timeout(self.timeout, query).await;
+            server.set_silent(matches!(outcome, Err(_) | Ok(Err(NetError::Timeout))));
+            let error = match outcome {
                 Ok(Ok(lookup)) => {
                     let ttl = lookup.valid_until().saturating_duration_since(asked.into_std());
                     let records = lookup.answers().iter();
@@ -394,7 +433,7 @@ impl Servers {
                 other => other.to_string(),
             };
             failure.refused |= matches!(error, NetError::Dns(_));
-            failure.why = format!("name server {ip}, {family}: {why}");
+            failure.why = format!("name server {}, {family}: {why}", server.ip);
         }
         Err(failure)
     }
