@@ -79,7 +79,9 @@ pub struct WorkerError {
 
 /// The socket options that the configuration asks for.
 pub fn socket_options(config: &Config) -> socket::Options {
-    socket::Options { keepalive: config.keepalive }
+    let limit = config.tcp_user_timeout.unwrap_or_default();
+    let silence_max = limit * limits::SILENCE_WITNESSED_FACTOR;
+    socket::Options { keepalive: config.keepalive, silence_max }
 }
 
 /// Starts a worker's thread and returns once its driver is set up. It accepts from the first
