@@ -239,6 +239,8 @@ fn a_backend_that_reads_nothing_for_long_is_left_alone(io: Io) {
         let server = Backend::scripted_at(Link::here(), move |mut stream| {
             SockRef::from(stream).set_recv_buffer_size(window).unwrap();
             thread::sleep(Duration::from_secs(pause));
+            // The proxy's kernel takes its time to find out that there is room again.
+            stream.set_read_timeout(Some(Duration::from_secs(90))).unwrap();
             let took = read_expected(stream, pattern(1, LEN), 64 << 10);
             let _ = stream.write_all(format!("{took:?}\n").as_bytes());
         });
@@ -248,7 +250,6 @@ fn a_backend_that_reads_nothing_for_long_is_left_alone(io: Io) {
             .without_pool()
             .start();
         let mut session = connect(proxy.address());
-        // The kernels take their time to find out that there is room again.
         session.set_read_timeout(Some(Duration::from_secs(90))).unwrap();
         session.set_write_timeout(Some(Duration::from_secs(90))).unwrap();
         session.write_all(pattern(1, LEN)).unwrap();
