@@ -182,7 +182,8 @@ pub const SILENCE_LOOKS_MAX: usize = 128;
 pub const SILENCE_WITNESSES: usize = 3;
 
 /// A connection whose peer acknowledges nothing, while its host does otherwise, may be given up after
-/// so many times `AEGIS_TCP_USER_TIMEOUT`: with 15 s, after a dozen losses in a row.
+/// so many times `AEGIS_TCP_USER_TIMEOUT`: with 15 s, after nine losses in a
+/// row, or ten.
 pub const SILENCE_WITNESSED_FACTOR: u32 = 3;
 
 /// Sessions that one worker may hold, those included of which only something is left to deliver.

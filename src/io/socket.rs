@@ -19,6 +19,8 @@ use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 pub struct Options {
     /// Idle time before keep-alive probes start; off when `None`.
     pub keepalive: Option<Duration>,
+    /// A peer that is asked may leave that unanswered for so long before the kernel gives it up.
+    pub silence_max: Duration,
 }
 
 impl Options {
@@ -47,6 +49,9 @@ pub(super) fn outgoing(address: &SocketAddr, kind: Type, options: &Options) -> i
 
 /// The kernel counts in whole seconds and refuses 0.
 const SECOND: Duration = Duration::from_secs(1);
+/// It refuses more than these.
+const KEEPALIVE_TIME_MAX: Duration = Duration::from_secs(32_767);
+const KEEPALIVE_PROBES_MAX: u32 = 127;
 
 fn usual_probes(idle: Duration) -> TcpKeepalive {
     let interval = (idle / 4).max(SECOND);
@@ -54,16 +59,19 @@ fn usual_probes(idle: Duration) -> TcpKeepalive {
 }
 
 impl Options {
-    /// Asks a peer whether it is there, each second once it has been silent for so long; or as these
-    /// options say.
+    /// Asks a peer whether it is there, each second once it has been silent for so long, or more rarely
+    /// where it has longer than so many probes take; or as these options say.
     pub(super) fn ask(&self, socket: &impl AsFd, silence: Option<Duration>) {
         let socket = SockRef::from(socket);
         let probes = match (silence, self.keepalive) {
             (Some(silence), _) => {
                 send_again_steadily(&*socket);
-                // The user gives up long before so many.
-                let probes = TcpKeepalive::new().with_interval(SECOND).with_retries(127);
-                Some(probes.with_time(silence.max(SECOND)))
+                let interval = self.silence_max.div_f64(KEEPALIVE_PROBES_MAX.into());
+                let probes = TcpKeepalive::new()
+                    .with_time(silence.clamp(SECOND, KEEPALIVE_TIME_MAX))
+                    .with_interval(interval + SECOND)
+                    .with_retries(KEEPALIVE_PROBES_MAX);
+                Some(probes)
             }
             (None, Some(idle)) => Some(usual_probes(idle)),
             (None, None) => None,
@@ -338,6 +346,25 @@ mod tests {
             early.write_all(b"more").unwrap();
             client.read_exact(&mut bytes[5..]).unwrap();
             assert_eq!(&bytes, b"earlymore", "{address}");
+        }
+    }
+
+    #[test]
+    fn who_is_asked_has_as_long_to_answer_as_the_options_say() {
+        let (_listener, address) = listener("127.0.0.1:0", 1);
+        let client = TcpStream::connect(address).unwrap();
+        let socket = SockRef::from(&client);
+        let day = Duration::from_secs(86_400);
+        for (silence, silence_max) in [(SECOND, SECOND), (SECOND, 15 * SECOND), (day, 3 * day)] {
+            Options { keepalive: None, silence_max }.ask(&client, Some(silence));
+            assert!(socket.keepalive().unwrap());
+            assert_eq!(socket.tcp_keepalive_time().unwrap(), silence.min(KEEPALIVE_TIME_MAX));
+            let interval = socket.tcp_keepalive_interval().unwrap();
+            let most = interval * socket.tcp_keepalive_retries().unwrap();
+            assert!(most >= silence_max, "{most:?} of {silence_max:?}");
+            assert!(silence_max > 60 * SECOND || interval == SECOND, "{interval:?}");
+            Options::default().ask(&client, None);
+            assert!(!socket.keepalive().unwrap());
         }
     }
 

@@ -172,7 +172,8 @@ mod tests {
 
     #[test]
     fn accepted_sockets_inherit_the_options() {
-        let options = Options { keepalive: Some(std::time::Duration::from_secs(7)) };
+        let keepalive = Some(std::time::Duration::from_secs(7));
+        let options = Options { keepalive, ..Options::default() };
         let any = "127.0.0.1:0".parse().unwrap();
         let mut listeners = listen(&[any], 1, &options).unwrap();
         let _client = std::net::TcpStream::connect(listeners.addresses[0]).unwrap();

@@ -75,7 +75,9 @@ pub struct WorkerError {
 
 /// The socket options that the configuration asks for.
 pub fn socket_options(config: &Config) -> socket::Options {
-    socket::Options { keepalive: config.keepalive }
+    let limit = config.tcp_user_timeout.unwrap_or_default();
+    let silence_max = limit * limits::SILENCE_WITNESSED_FACTOR;
+    socket::Options { keepalive: config.keepalive, silence_max }
 }
 
 /// A worker's thread that has what the kernel may deny, and waits for the rest. Dropped, it ends.

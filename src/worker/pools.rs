@@ -131,13 +131,13 @@ impl<D: Driver> Engine<D> {
             self.on_readmitted(endpoint);
         }
         let Some(entry) = self.table.get_mut(endpoint) else { return };
-        let useful = !entry.is_gone() && keeps;
+        let (useful, usable) = (!entry.is_gone() && keeps, entry.health.is_usable());
         if kept && useful {
             self.own(conn, Owner::Warm { endpoint, greeting: Chain::default() });
             // Watched while idle: its end shows at once.
             self.driver.receive(conn, true);
-            // A probe is for nobody who can have another one.
-            if self.lends() && (!probes || self.is_needed(endpoint)) {
+            // One to an endpoint in doubt is for nobody who can have another one.
+            if self.lends() && (usable || self.is_needed(endpoint)) {
                 self.free(endpoint);
             }
         } else {

@@ -99,11 +99,15 @@ impl<D: Driver> Engine<D> {
     /// Connects to an endpoint, to see whether it is there at all.
     fn call_witnesses(&mut self, endpoint: u16) {
         let Some(entry) = self.table.get_mut(endpoint) else { return };
-        if !entry.is_present() || !entry.health.is_usable() {
+        if !entry.is_present() {
             return;
         }
         let under_way = entry.pool.connecting();
-        let most = limits::SILENCE_WITNESSES.saturating_sub(under_way).min(entry.pool.room());
+        let mut most = limits::SILENCE_WITNESSES.saturating_sub(under_way).min(entry.pool.room());
+        if !entry.health.is_usable() {
+            // The network may be back before time is up, whatever the first ones met.
+            most = most.min(1);
+        }
         for _ in 0..most {
             // Like probes, also where no connections are kept.
             if !self.warm(endpoint) {

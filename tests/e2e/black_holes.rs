@@ -24,7 +24,8 @@ on_both_drivers!(
     a_write_that_its_host_may_have_is_not_sent_again,
     sessions_that_connect_to_a_host_that_is_gone_pay_for_it_once,
     a_backend_that_reads_nothing_for_long_is_left_alone,
-    a_link_that_loses_a_third_of_all_packets_is_left_alone,
+    a_link_that_loses_a_third_of_all_round_trips_is_left_alone,
+    a_pause_of_the_network_cuts_no_session,
     a_client_that_is_gone_does_not_hold_its_backend,
 );
 
@@ -238,6 +239,8 @@ fn a_backend_that_reads_nothing_for_long_is_left_alone(io: Io) {
         let server = Backend::scripted_at(Link::here(), move |mut stream| {
             SockRef::from(stream).set_recv_buffer_size(window).unwrap();
             thread::sleep(Duration::from_secs(pause));
+            // The proxy's kernel takes its time to find out that there is room again.
+            stream.set_read_timeout(Some(Duration::from_secs(90))).unwrap();
             let took = read_expected(stream, pattern(1, LEN), 64 << 10);
             let _ = stream.write_all(format!("{took:?}\n").as_bytes());
         });
@@ -247,7 +250,6 @@ fn a_backend_that_reads_nothing_for_long_is_left_alone(io: Io) {
             .without_pool()
             .start();
         let mut session = connect(proxy.address());
-        // The kernels take their time to find out that there is room again.
         session.set_read_timeout(Some(Duration::from_secs(90))).unwrap();
         session.set_write_timeout(Some(Duration::from_secs(90))).unwrap();
         session.write_all(pattern(1, LEN)).unwrap();
@@ -257,7 +259,7 @@ fn a_backend_that_reads_nothing_for_long_is_left_alone(io: Io) {
     }
 }
 
-fn a_link_that_loses_a_third_of_all_packets_is_left_alone(io: Io) {
+fn a_link_that_loses_a_third_of_all_round_trips_is_left_alone(io: Io) {
     const SESSIONS: usize = 8;
     const QUESTIONS: usize = 8;
     let Some(link) = Link::new() else { return };
@@ -270,8 +272,12 @@ fn a_link_that_loses_a_third_of_all_packets_is_left_alone(io: Io) {
     let sessions: Vec<_> = (0..SESSIONS).map(|_| connect(proxy.address())).collect();
     for session in &sessions {
         assert_eq!(ask(session, "hello"), "far");
+        // The server's kernel waits twice as long for each loss in a row, whatever the proxy does.
+        session.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
     }
-    let lossy = Fate::Lossy(30, Duration::from_millis(100));
+    // With 30 % in each direction every second round trip is lost, and nine in a row often enough to
+    // fail one such test of thirty: more than 15 s, in which kernels send again as rarely as that.
+    let lossy = Fate::Lossy(18, Duration::from_millis(100));
     link.set(0, lossy, lossy);
     let since = Instant::now();
     thread::scope(|scope| {
@@ -280,6 +286,33 @@ fn a_link_that_loses_a_third_of_all_packets_is_left_alone(io: Io) {
         }
     });
     measured(&format!("{QUESTIONS} answers of each took {:.1?}", since.elapsed()));
+    assert_eq!(proxy.metric("aegis_sessions_closed_total", BACKEND_SILENT), 0);
+}
+
+fn a_pause_of_the_network_cuts_no_session(io: Io) {
+    let Some(link) = Link::new() else { return };
+    let server = Backend::named_on("far", Link::here());
+    let proxy =
+        Builder::on(io).backends(&[link.behind(0, server.address())]).without_pool().start();
+    let sessions = [(); 4].map(|()| connect(proxy.address()));
+    for session in &sessions {
+        assert_eq!(ask(session, "hello"), "far");
+    }
+    link.set(0, Fate::Vanish, Fate::Vanish);
+    let took = thread::scope(|scope| {
+        let asked = sessions.each_ref().map(|session| {
+            scope.spawn(|| {
+                assert_eq!(ask(session, "again"), "far");
+                Instant::now()
+            })
+        });
+        // Kernels send again after 3 s, and then after 6: later than the time limit.
+        thread::sleep(Duration::from_millis(3600));
+        link.set(0, Fate::Arrive, Fate::Arrive);
+        let over = Instant::now();
+        asked.map(|answered| answered.join().unwrap().saturating_duration_since(over))
+    });
+    measured(&format!("answered {took:.1?} after it"));
     assert_eq!(proxy.metric("aegis_sessions_closed_total", BACKEND_SILENT), 0);
 }
 
