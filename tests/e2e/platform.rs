@@ -647,7 +647,7 @@ fn black_hole(builder: Builder, staying_clients: bool) -> Option<Seen> {
     // Short sessions take warm connections, and would use up all of them before the fault.
     let mut vanished = true;
     if !staying_clients {
-        proxy.wait_for(POOL_CONNECTIONS, &[("state", "idle")], |idle| idle >= 16);
+        proxy.wait_for(POOL_CONNECTIONS, &[("state", "idle")], |idle| idle >= 8);
         vanished = bad.vanish();
     }
     let (seen, ()) = watch(client, || {
