@@ -84,7 +84,7 @@ def test_the_default_profile_means_epoll_and_the_shipped_one_io_uring(driver):
 
 def test_io_uring_by_name_is_refused_with_the_reason_under_the_default_profile():
     with container(IMAGE, env={"AEGIS_IO": "uring"}) as proxy:
-        assert proxy.exit_code() == 1
+        assert proxy.exit_code() == 78
         assert denial() in proxy.logs() and "AEGIS_IO=auto" in proxy.logs()
 
 
@@ -95,7 +95,7 @@ def test_a_stop_lets_sessions_finish_and_ends_with_success(driver):
         ask(client, b"before")
         stop = threading.Thread(target=podman, args=("stop", "--time", "30", proxy.running.id))
         stop.start()
-        eventually(lambda: "draining: accepting no more" in proxy.logs(), proxy.logs)
+        eventually(lambda: "draining: sessions finish" in proxy.logs(), proxy.logs)
         assert ask(client, b"during the drain") == b"during the drain"
         client.close()
         stop.join()
@@ -166,7 +166,7 @@ def test_the_demo_store_answers_the_request_of_the_chart_through_the_proxy(scrip
     env = {**script_env, **{item["name"]: item["value"] for item in request["env"]}}
     # As the charts have it, and as an unknown protocol.
     for protocol in ["chronos", "tcp"]:
-        settings = charted({"backend": {"addresses": "any"}, "protocol": protocol})
+        settings = charted({"backend": {"addresses": "any:1"}, "protocol": protocol})
         modes = {name: settings[name] for name in ["AEGIS_PROTOCOL", "AEGIS_POOL_MODE"]}
         with store() as backend, aegis(env={"AEGIS_BACKENDS": backend, **modes}) as proxy:
             shell, option, script = request["command"]
