@@ -89,24 +89,40 @@ impl Options {
 /// packets from one that loses all. (A smaller `TCP_RTO_MAX_MS` would do more, but at twice its value
 /// the kernel itself gives up a peer without room.)
 fn send_again_steadily(socket: &impl AsFd) {
-    let on: libc::c_int = 1;
-    // SAFETY: the option's value is an int, and the kernel reads no more than that.
-    unsafe {
-        libc::setsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_THIN_LINEAR_TIMEOUTS,
-            (&raw const on).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
-        );
-    }
+    // Where it fails the connection is broken, which is told by itself.
+    let _ = set_int(socket, libc::IPPROTO_TCP, libc::TCP_THIN_LINEAR_TIMEOUTS, 1);
+}
+
+/// Sets an option whose value is an int.
+fn set_int(
+    socket: &impl AsFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    let fd = socket.as_fd().as_raw_fd();
+    let len = size_of_val(&value) as libc::socklen_t;
+    // SAFETY: the kernel reads an int of that length during the call.
+    let code = unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), len) };
+    if code == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The beginning of `struct tcp_info`, up to the last member that is read here.
+type TcpInfo = [u32; 58];
+
+/// What the kernel tells of a socket in `TCP_INFO`, and how many bytes of it: older ones tell less.
+fn tcp_info(socket: &impl AsFd) -> io::Result<(TcpInfo, usize)> {
+    let fd = socket.as_fd().as_raw_fd();
+    let mut info: TcpInfo = [0; 58];
+    let mut len = size_of::<TcpInfo>() as libc::socklen_t;
+    let (level, name, at) = (libc::IPPROTO_TCP, libc::TCP_INFO, (&raw mut info).cast());
+    // SAFETY: the kernel writes at most `len` bytes, which is how many there are.
+    let code = unsafe { libc::getsockopt(fd, level, name, at, &raw mut len) };
+    if code == 0 { Ok((info, len as usize)) } else { Err(io::Error::last_os_error()) }
 }
 
 /// What the peer has acknowledged, as `TCP_INFO` tells.
 pub(super) fn acks(socket: &impl AsFd) -> Option<Acks> {
-    /// The beginning of `struct tcp_info`, up to the last member that is read. Linux before 5.4 lacks
-    /// that, and gets no answer.
-    type Info = [u32; 58];
     const PROBES_BYTE: usize = 3;
     const UNACKED: usize = 6;
     const LAST_DATA_SENT: usize = 11;
@@ -114,19 +130,9 @@ pub(super) fn acks(socket: &impl AsFd) -> Option<Acks> {
     const BYTES_ACKED: [usize; 2] = [30, 31];
     const NOTSENT_BYTES: usize = 36;
     const SND_WND: usize = 57;
-    let mut info: Info = [0; 58];
-    let mut len = size_of::<Info>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` bytes, which is how many there are.
-    let outcome = unsafe {
-        libc::getsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            (&raw mut info).cast(),
-            &raw mut len,
-        )
-    };
-    if outcome != 0 || len as usize != size_of::<Info>() {
+    let (info, len) = tcp_info(socket).ok()?;
+    if len != size_of::<TcpInfo>() {
+        // Linux before 5.4 lacks the last one.
         return None;
     }
     let probes = info[0].to_ne_bytes()[PROBES_BYTE];
@@ -222,6 +228,7 @@ pub fn is_local(ip: IpAddr) -> bool {
     };
     own().is_ok_and(|own: SocketAddr| own.ip() == ip)
 }
+
 /// A hop limit that no packet of a client reaches: systems begin at 64 or 128.
 const HOP_LIMIT_OUT_OF_REACH: libc::c_int = 255;
 
@@ -256,28 +263,16 @@ fn set_hop_limit_min(socket: &OwnedFd, min: libc::c_int) -> io::Result<()> {
         // Others have no hops, and no handshakes that take time.
         _ => return Ok(()),
     };
-    let len = size_of_val(&min) as libc::socklen_t;
-    // SAFETY: the kernel reads an int of that length during the call.
-    let code =
-        unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const min).cast(), len) };
-    if code == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    set_int(socket, level, name, min)
 }
 
 /// Whether so many clients wait on `listener` that some may take themselves for connected that have
 /// found its queue full: the kernel then drops the last packet of their handshake.
 pub(super) fn is_crowded(listener: &OwnedFd) -> bool {
     // What `struct tcp_info` says of a listener: how many wait, and how many may.
-    const WAITING: usize = 24;
-    const WAITING_MAX: usize = 28;
-    let mut info = [0_u8; 32];
-    let mut len = info.len() as libc::socklen_t;
-    let (level, name) = (libc::IPPROTO_TCP, libc::TCP_INFO);
-    let at = info.as_mut_ptr().cast();
-    // SAFETY: the kernel writes at most `len` bytes, all of which are ours.
-    let code = unsafe { libc::getsockopt(listener.as_raw_fd(), level, name, at, &raw mut len) };
-    let field =
-        |at: usize| u32::from_ne_bytes([info[at], info[at + 1], info[at + 2], info[at + 3]]);
-    code == 0 && field(WAITING) > field(WAITING_MAX) / 2
+    const WAITING: usize = 6;
+    const WAITING_MAX: usize = 7;
+    tcp_info(listener).is_ok_and(|(info, _)| info[WAITING] > info[WAITING_MAX] / 2)
 }
 
 /// Takes every client that the kernel has accepted on `listener`. Says whether all were taken: there
@@ -324,12 +319,7 @@ mod tests {
         for address in ["127.0.0.1:0", "[::1]:0"] {
             let (listener, address) = listener(address, 16);
             // So the kernel waits for data, and passes the last packet of a handshake over.
-            let (name, seconds) = (libc::TCP_DEFER_ACCEPT, 30 as libc::c_int);
-            let at = (&raw const seconds).cast();
-            // SAFETY: the kernel reads an int of that length during the call.
-            let code =
-                unsafe { libc::setsockopt(listener.as_raw_fd(), libc::IPPROTO_TCP, name, at, 4) };
-            assert_eq!(code, 0);
+            set_int(&listener, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, 30).unwrap();
             let mut early = TcpStream::connect(address).unwrap();
             refuse_handshakes(&listener);
             let late = TcpStream::connect_timeout(&address, Duration::from_millis(100));
