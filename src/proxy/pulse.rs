@@ -61,8 +61,8 @@ pub struct Pulse {
     asked: bool,
     /// Since when it has left something unacknowledged, at the latest, and how far it was then.
     silent_since: Option<(Instant, Option<u64>)>,
-    /// How far it was at the latest look.
-    progress: Option<u64>,
+    /// How far it was at the latest look, and at which one it was there first.
+    progress: Option<(u64, Instant)>,
 }
 
 /// What a look has found.
@@ -128,11 +128,15 @@ impl Pulse {
         // What the peer repeats may come behind what was sent, and is no answer to it.
         let undecided = before.is_some_and(|(_, progress)| progress.is_some());
         let began = before.map_or(now, |(since, _)| since);
-        let stands = acks.progress.is_some() && acks.progress == self.progress;
-        let sent_in_vain = stands && acks.sent < SILENCE_LOOK_MAX;
+        let stood = self.progress.filter(|(progress, _)| acks.progress == Some(*progress));
+        // What was sent before there was room shows nothing: a kernel that found none for long sends
+        // again as rarely, however much there is by now.
+        let sent_in_vain = stood.is_some_and(|(_, since)| {
+            acks.sent < SILENCE_LOOK_MAX && now.checked_sub(acks.sent).is_some_and(|at| at > since)
+        });
         let silent = acks.awaited || undecided || sent_in_vain;
         self.silent_since = silent.then_some((began, acks.progress));
-        self.progress = acks.progress;
+        self.progress = acks.progress.map(|at| stood.unwrap_or((at, now)));
         let quiet = ask_after.is_some_and(|after| acks.last >= after);
         let waits = self.expects || watched;
         // What is asked has been quiet: if it is not any more, it has answered.
@@ -202,12 +206,16 @@ mod tests {
         let one_way = |second| Acks { progress: Some(7), ..awaited(second % 2 == 0, second % 2) };
         assert_eq!(given_up_after(None, one_way), Some(7), "it sends, and gets nothing");
         // What it sends again always comes behind what it is sent again.
-        let behind = |_| Acks { sent: SECOND, progress: Some(7), ..awaited(false, 0) };
+        let behind = |_| Acks { sent: SECOND / 2, progress: Some(7), ..awaited(false, 0) };
         assert_eq!(given_up_after(None, behind), Some(7));
         // A window has opened, and nothing was sent again yet.
         let opened =
             |second: u32| Acks { progress: Some(7), pending: true, ..awaited(false, second) };
         assert_eq!(given_up_after(None, opened), None);
+        // The same, just after a last try that found none.
+        let sent = |second| SECOND / 10 + (second - 1) * SECOND;
+        let tried = |second| Acks { sent: sent(second), ..opened(second) };
+        assert_eq!(given_up_after(None, tried), None);
         let slow =
             |second: u32| Acks { progress: Some(u64::from(second) / 4), ..awaited(true, second) };
         assert_eq!(given_up_after(None, slow), None);
