@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use aegis::config::PoolConfig;
 use aegis::io::buffers::Buffers;
 use aegis::io::{Chain, ConnId};
+use aegis::metrics::{Counter, Histogram};
+use aegis::protocol::http1::{Method, RequestScanner, ResponseScanner};
+use aegis::protocol::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
 use aegis::proxy::pool::Pool;
 use aegis::slab::Slab;
-use aegis::telemetry::{Counter, Histogram};
-use aegis::wire::http1::{Method, RequestScanner, ResponseScanner};
-use aegis::wire::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
 use aegis::worker::timers::Timers;
 use divan::{Bencher, black_box};
 

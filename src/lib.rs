@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Two planes meet in two places only: a [`worker::mailbox::Mailbox`] a worker, and the counters
-//! in [`telemetry`], which a worker alone writes and the others read. Through the mailbox a worker
+//! in [`metrics`], which a worker alone writes and the others read. Through the mailbox a worker
 //! with many sessions hands a new client over to one with few. Dependencies point inward:
 //!
 //! | module | what it is |
@@ -17,10 +17,11 @@
 //! | [`config`] | environment → `RawConfig` → checked `Config` |
 //! | [`limits`] | every bound: unit, derivation, reason |
 //! | [`listening`] | which addresses lead back to this process |
-//! | [`telemetry`] | counters and histograms of one worker, aligned to cache lines |
+//! | [`startup`] | decided before anything is bound: cores, listeners |
+//! | [`metrics`] | counters and histograms of one worker, aligned to cache lines |
 //! | [`slab`] | fixed-capacity slots with generations |
 //! | [`proxy`] | decides: sessions, relays, requests, pools, balancing, health; no I/O, no clock, no unsafe |
-//! | [`wire`] | where messages end: Chronos, HTTP/1; the PROXY protocol's header |
+//! | [`protocol`] | where messages end: Chronos, HTTP/1; the PROXY protocol's header |
 //! | [`io`] | does: the io_uring and epoll drivers and the seeded simulator; the only unsafe code |
 //! | [`worker`] | one core: binds `proxy` to `io`, turn by turn |
 //! | [`control`] | the tokio side: discovery, admin HTTP, lifecycle |
@@ -32,8 +33,9 @@ pub mod fifo;
 pub mod io;
 pub mod limits;
 pub mod listening;
+pub mod metrics;
+pub mod protocol;
 pub mod proxy;
 pub mod slab;
-pub mod telemetry;
-pub mod wire;
+pub mod startup;
 pub mod worker;

@@ -58,7 +58,7 @@ pub const RELAY_BUFFERS_MAX: u32 = 8;
 
 /// Buffers that a request may hold that is not whole yet, while buffers are short: a line may lie in
 /// two, an HTTP head in more. As many a session are reserved.
-pub const PARTIAL_BUFFERS_LEAN_MAX: u32 = 2;
+pub const PARTIAL_BUFFERS_SHORT_MAX: u32 = 2;
 
 /// Buffers lent to the kernel at a time for whichever socket receives next: at least, …
 pub const BUFFERS_LENT_MIN: usize = 32;

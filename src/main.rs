@@ -12,8 +12,8 @@ use aegis::control::{DriverInfo, Outcome, Plane, Runtime, WorkerHandle, admin, l
 use aegis::io::probe::{self, DriverKind, Unavailable, Verdict};
 use aegis::limits::{self, Capacity, DescriptorUsers, LimitError};
 use aegis::listening::Listening;
-use aegis::worker::cores::{self, Plan};
-use aegis::worker::listener::{self, ListenError};
+use aegis::startup::cores::{self, Plan};
+use aegis::startup::listeners::{self, ListenError};
 use aegis::worker::mailbox::Mailbox;
 use aegis::worker::{self, Prepared, WorkerError, WorkerSetup};
 
@@ -91,7 +91,7 @@ fn run(config: Arc<Config>) -> Result<ExitCode, Error> {
 
     // Everything is bound before anything is announced or served.
     let options = worker::socket_options(&config);
-    let listeners = listener::listen(&config.listen, workers, &options)?;
+    let listeners = listeners::listen(&config.listen, workers, &options)?;
     let admin = admin::bind(config.admin)?;
 
     let stats: Arc<[_]> = (0..workers).map(|_| Arc::default()).collect();

@@ -15,10 +15,11 @@ use std::time::{Duration, Instant};
 use aegis::config::{Config, IoChoice};
 use aegis::io::probe::{self, DriverKind, Features};
 use aegis::listening::Listening;
+use aegis::metrics::WorkerStats;
 use aegis::proxy::endpoints::{Endpoint, EndpointSnapshot};
-use aegis::telemetry::WorkerStats;
-use aegis::worker::mailbox::{Mailbox, Order};
-use aegis::worker::{self, WorkerSetup, listener};
+use aegis::startup::listeners;
+use aegis::worker::mailbox::{Command, Mailbox};
+use aegis::worker::{self, WorkerSetup};
 
 const CLIENTS: usize = 20;
 const WARM_UP: usize = 500;
@@ -129,7 +130,7 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
     let mode = config.pool.mode;
     let any = "127.0.0.1:0".parse().unwrap();
     let options = worker::socket_options(&config);
-    let mut listeners = listener::listen(&[any], 1, &options).unwrap();
+    let mut listeners = listeners::listen(&[any], 1, &options).unwrap();
     let mailbox = Arc::new(Mailbox::new().unwrap());
     let stats: Arc<WorkerStats> = Arc::default();
     let (alive, mut exited) = tokio::sync::mpsc::channel(1);
@@ -170,7 +171,7 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
     assert_eq!(allocations, 0, "the worker allocated while it forwarded");
 
     drop(clients);
-    mailbox.order(Order::Stop);
+    mailbox.command(Command::Stop);
     assert!(exited.blocking_recv().is_none());
 }
 

@@ -12,7 +12,7 @@ use aegis::io::socket::Options;
 use aegis::io::uring::Uring;
 use aegis::io::{Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait};
 use aegis::limits::{BUFFER_RING_ENTRIES, BUFFER_SIZE, PIPES_MAX};
-use aegis::worker::listener;
+use aegis::startup::listeners;
 use aegis::worker::mailbox::Mailbox;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -26,7 +26,7 @@ struct Rig<D> {
 
 fn prepare() -> (DriverSetup, SocketAddr) {
     let any = "127.0.0.1:0".parse().unwrap();
-    let mut listeners = listener::listen(&[any], 1, &Options::default()).unwrap();
+    let mut listeners = listeners::listen(&[any], 1, &Options::default()).unwrap();
     let wake = Mailbox::new().unwrap().wake_fd().try_clone_to_owned().unwrap();
     let setup = DriverSetup {
         listeners: listeners.sets.remove(0),

@@ -30,8 +30,8 @@ use tracing::{error, info, warn};
 
 use super::View;
 use crate::config::PoolMode;
-use crate::telemetry::{WorkerState, WorkerStats};
-use crate::worker::mailbox::Order;
+use crate::metrics::{WorkerState, WorkerStats};
+use crate::worker::mailbox::Command;
 
 /// How long workers may take to end after the order to stop.
 pub const STOP_MAX: Duration = Duration::from_secs(5);
@@ -191,7 +191,7 @@ async fn drain(view: &View, mut events: mpsc::Receiver<Event>, signal: &str) -> 
     }
 
     let deadline = Instant::now() + config.drain_timeout;
-    order(view, Order::Leave);
+    command(view, Command::Leave);
     info!(
         sessions = view.sessions_active(),
         timeout_ms = config.drain_timeout.as_millis() as u64,
@@ -207,7 +207,7 @@ async fn drain(view: &View, mut events: mpsc::Receiver<Event>, signal: &str) -> 
         _ = left => {}
     }
 
-    order(view, Order::Drain);
+    command(view, Command::Drain);
     info!(sessions = view.sessions_active(), "draining: accepting no more, sessions finish");
     match timeout_at(deadline, events.recv()).await {
         Ok(Some(Event::Terminate(signal))) => cut(view, events, signal).await,
@@ -253,7 +253,7 @@ async fn cut(view: &View, events: mpsc::Receiver<Event>, signal: &str) -> Outcom
 
 /// Orders the workers to stop; `outcome` once they have.
 async fn stop(view: &View, mut events: mpsc::Receiver<Event>, outcome: Outcome) -> Outcome {
-    order(view, Order::Stop);
+    command(view, Command::Stop);
     let ended = async { while let Some(Event::Terminate(_)) = events.recv().await {} };
     if timeout(STOP_MAX, ended).await.is_ok() {
         info!(?outcome, "stopped: every worker has ended");
@@ -269,9 +269,9 @@ fn ended_unasked() -> Outcome {
     Outcome::WorkersEnded
 }
 
-fn order(view: &View, order: Order) {
+fn command(view: &View, command: Command) {
     for worker in view.workers() {
-        worker.mailbox.order(order);
+        worker.mailbox.command(command);
     }
 }
 
@@ -290,14 +290,18 @@ mod tests {
     fn life(
         drain_delay: Duration,
         drain_timeout: Duration,
-        script: &[(Order, Event)],
-    ) -> (Outcome, Order) {
+        script: &[(Command, Event)],
+    ) -> (Outcome, Command) {
         let config = Config { drain_delay, drain_timeout, ..testing::config() };
         life_of(config, [2, 1], script)
     }
 
     /// The same with this configuration and so many sessions per worker.
-    fn life_of(config: Config, sessions: [u64; 2], script: &[(Order, Event)]) -> (Outcome, Order) {
+    fn life_of(
+        config: Config,
+        sessions: [u64; 2],
+        script: &[(Command, Event)],
+    ) -> (Outcome, Command) {
         let view = testing::view(config, Vec::new());
         for (worker, sessions) in view.workers().iter().zip(sessions) {
             worker.stats.sessions_active.set(sessions);
@@ -310,13 +314,13 @@ mod tests {
                 let view = Arc::clone(&view);
                 async move { run(&view, events).await }
             });
-            for &(order, event) in script {
-                while view.workers().iter().any(|w| w.mailbox.current_order() != order) {
+            for &(command, event) in script {
+                while view.workers().iter().any(|w| w.mailbox.current_command() != command) {
                     tokio::task::yield_now().await;
                 }
                 sender.send(event).await.unwrap();
             }
-            (running.await.unwrap(), view.workers()[1].mailbox.current_order())
+            (running.await.unwrap(), view.workers()[1].mailbox.current_command())
         })
     }
 
@@ -324,10 +328,10 @@ mod tests {
 
     #[test]
     fn sessions_that_finish_in_time_make_a_clean_drain() {
-        let script = [(Order::Run, SIGTERM), (Order::Drain, Event::WorkersEnded)];
+        let script = [(Command::Run, SIGTERM), (Command::Drain, Event::WorkersEnded)];
         let config =
             Config { drain_delay: Duration::ZERO, drain_timeout: HOUR, ..testing::config() };
-        let drained = (Outcome::Drained, Order::Drain);
+        let drained = (Outcome::Drained, Command::Drain);
         assert_eq!(life_of(config.clone(), [0, 0], &script), drained);
         // Clients that are told to leave need not all have left: these came later.
         let mut framed = config;
@@ -337,33 +341,33 @@ mod tests {
 
     #[test]
     fn the_deadline_cuts_the_rest() {
-        let script = [(Order::Run, SIGTERM), (Order::Stop, Event::WorkersEnded)];
+        let script = [(Command::Run, SIGTERM), (Command::Stop, Event::WorkersEnded)];
         let outcome = Outcome::DeadlinePassed { sessions_cut: 3 };
-        assert_eq!(life(Duration::ZERO, Duration::ZERO, &script), (outcome.clone(), Order::Stop));
+        assert_eq!(life(Duration::ZERO, Duration::ZERO, &script), (outcome.clone(), Command::Stop));
         assert!(!outcome.is_failure());
     }
 
     #[test]
     fn a_second_signal_ends_at_once_at_any_stage_and_a_third_changes_nothing() {
         let outcome = Outcome::Stopped { sessions_cut: 3 };
-        let end = [(Order::Stop, SIGTERM), (Order::Stop, Event::WorkersEnded)];
-        let delaying = [&[(Order::Run, SIGTERM), (Order::Run, SIGTERM)], &end[..]].concat();
-        assert_eq!(life(HOUR, HOUR, &delaying), (outcome.clone(), Order::Stop));
-        let leaving = [&[(Order::Run, SIGTERM), (Order::Leave, SIGTERM)], &end[..]].concat();
-        assert_eq!(life(Duration::ZERO, HOUR, &leaving), (outcome.clone(), Order::Stop));
-        let finishing = [&[(Order::Run, SIGTERM), (Order::Drain, SIGTERM)], &end[..]].concat();
-        assert_eq!(life(Duration::ZERO, LAST_CALL, &finishing), (outcome, Order::Stop));
+        let end = [(Command::Stop, SIGTERM), (Command::Stop, Event::WorkersEnded)];
+        let delaying = [&[(Command::Run, SIGTERM), (Command::Run, SIGTERM)], &end[..]].concat();
+        assert_eq!(life(HOUR, HOUR, &delaying), (outcome.clone(), Command::Stop));
+        let leaving = [&[(Command::Run, SIGTERM), (Command::Leave, SIGTERM)], &end[..]].concat();
+        assert_eq!(life(Duration::ZERO, HOUR, &leaving), (outcome.clone(), Command::Stop));
+        let finishing = [&[(Command::Run, SIGTERM), (Command::Drain, SIGTERM)], &end[..]].concat();
+        assert_eq!(life(Duration::ZERO, LAST_CALL, &finishing), (outcome, Command::Stop));
     }
 
     #[test]
     fn workers_that_end_unasked_are_a_failure() {
         for script in [
-            &[(Order::Run, Event::WorkersEnded)][..],
-            &[(Order::Run, SIGTERM), (Order::Run, Event::WorkersEnded)],
+            &[(Command::Run, Event::WorkersEnded)][..],
+            &[(Command::Run, SIGTERM), (Command::Run, Event::WorkersEnded)],
         ] {
-            let (outcome, order) = life(HOUR, HOUR, script);
+            let (outcome, command) = life(HOUR, HOUR, script);
             assert!(outcome.is_failure());
-            assert_eq!((outcome, order), (Outcome::WorkersEnded, Order::Run));
+            assert_eq!((outcome, command), (Outcome::WorkersEnded, Command::Run));
         }
     }
 

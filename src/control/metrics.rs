@@ -1,7 +1,7 @@
 //! The counters as Prometheus text, format 0.0.4.
 //!
 //! A scrape only reads memory that workers write anyway, and `/proc/self`. Labels are bounded:
-//! worker, endpoint, direction, and the closed lists of reasons in [`crate::telemetry`].
+//! worker, endpoint, direction, and the closed lists of reasons in [`crate::metrics`].
 
 use std::fmt::{Display, Write};
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use super::discovery::status::ErrorKind;
 use super::view::{EndpointCounts, labels, usable};
 use super::{View, logging};
 use crate::config::{Config, Locality, PoolMode, Protocol};
-use crate::telemetry::{
+use crate::metrics::{
     Checkout, CloseReason, Discard, Histogram, Label, Outcome, Retry, Spillover, Verb, WorkerStats,
 };
 

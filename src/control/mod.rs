@@ -27,7 +27,7 @@ pub use view::View;
 
 use crate::config::{Config, Discovery, Route};
 use crate::listening::Listening;
-use crate::telemetry::WorkerStats;
+use crate::metrics::WorkerStats;
 use crate::worker::mailbox::Mailbox;
 
 /// Threads in which the Kubernetes client looks the name of its API server up. Nothing else waits
@@ -174,13 +174,13 @@ mod tests {
 
     use super::*;
     use crate::config::Config;
-    use crate::telemetry::WorkerState;
-    use crate::worker::mailbox::Order;
+    use crate::metrics::WorkerState;
+    use crate::worker::mailbox::Command;
 
     /// A worker that applies snapshots and ends once it is told to drain.
     fn work(worker: &WorkerHandle) {
         worker.stats.set_state(WorkerState::Running);
-        while worker.mailbox.current_order() == Order::Run {
+        while worker.mailbox.current_command() == Command::Run {
             let mut fds = [PollFd::from_borrowed_fd(worker.mailbox.wake_fd(), PollFlags::IN)];
             // A signal may interrupt it: the loop asks again.
             let _ = poll(&mut fds, None);

@@ -13,8 +13,8 @@ use crate::config::{
     Balance, Config, Discovery, HostPort, IoChoice, KubeConfig, Locality, LogFormat, PoolConfig,
     PoolMode, Protocol, ProxyProtocol, RequestConfig, Resources, Route, Switch,
 };
+use crate::metrics::WorkerState;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
-use crate::telemetry::WorkerState;
 use crate::worker::mailbox::Mailbox;
 
 pub fn block_on<T>(future: impl Future<Output = T>) -> T {

@@ -11,8 +11,8 @@ use tokio::sync::watch;
 use super::discovery::status::Status;
 use super::{DriverInfo, WorkerHandle};
 use crate::config::{Config, Discovery};
+use crate::metrics::{EndpointStats, WorkerState, WorkerStats};
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
-use crate::telemetry::{EndpointStats, WorkerState, WorkerStats};
 
 /// A worker that did not turn for this long is stuck: an idle one turns once a second.
 pub const HEARTBEAT_AGE_MAX: Duration = Duration::from_secs(10);

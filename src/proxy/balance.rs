@@ -7,14 +7,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::endpoints::{Endpoint, EndpointSnapshot};
-use super::exchange::Loan;
 use super::health::Health;
 use super::pool::{Pool, Taken};
+use super::request::BackendConn;
 use super::route::{self, StableHash};
 use super::session::Tried;
 use crate::config::{Balance, PoolConfig};
 use crate::limits::ENDPOINTS_MAX;
-use crate::telemetry::{EndpointStats, Spillover};
+use crate::metrics::{EndpointStats, Spillover};
 
 /// One endpoint of one worker.
 #[derive(Debug)]
@@ -126,32 +126,32 @@ impl Entry {
     }
 
     /// Lends an idle connection, if there is one. `index` is the entry's own.
-    pub fn lend(&mut self, index: u16) -> Option<Loan> {
-        let Taken { conn, made, retire_at, served, unread } = self.pool.lend()?;
+    pub fn acquire(&mut self, index: u16) -> Option<BackendConn> {
+        let Taken { conn, made, retire_at, served, unread } = self.pool.acquire()?;
         self.stats().pool_idle.set(self.pool.idle() as u64);
         self.count_sessions(self.sessions + 1);
-        Some(Loan { conn, endpoint: index, retire_at, made, served, unread })
+        Some(BackendConn { conn, endpoint: index, retire_at, made, served, unread })
     }
 
     /// A lent connection comes back. Says whether it is kept, which it can be only if it is
     /// `useful`; else it is to be closed.
     #[must_use = "a connection that is not kept is to be closed"]
-    pub fn take_back(&mut self, loan: &Loan, useful: bool, now: Instant) -> bool {
+    pub fn release(&mut self, backend: &BackendConn, useful: bool, now: Instant) -> bool {
         self.count_sessions(self.sessions - 1);
         if useful && !self.gone {
-            let &Loan { conn, made, retire_at, served, unread, .. } = loan;
-            let kept = self.pool.take_back(Taken { conn, made, retire_at, served, unread }, now);
+            let &BackendConn { conn, made, retire_at, served, unread, .. } = backend;
+            let kept = self.pool.release(Taken { conn, made, retire_at, served, unread }, now);
             self.stats().pool_idle.set(self.pool.idle() as u64);
             return kept;
         }
-        self.pool.on_lent_closed();
+        self.pool.on_discarded();
         false
     }
 
     /// A lent connection was closed.
-    pub fn on_lent_closed(&mut self) {
+    pub fn on_discarded(&mut self) {
         self.count_sessions(self.sessions - 1);
-        self.pool.on_lent_closed();
+        self.pool.on_discarded();
     }
 
     /// A lent connection is not coming back before its client ends; it keeps its place till then.
@@ -164,7 +164,7 @@ impl Entry {
     pub fn on_opaque_closed(&mut self) {
         self.opaque -= 1;
         self.stats().sessions_opaque.set(u64::from(self.opaque));
-        self.on_lent_closed();
+        self.on_discarded();
     }
 
     fn count_sessions(&mut self, sessions: u32) {
@@ -184,7 +184,7 @@ impl Entry {
 
     fn is_unused(&self) -> bool {
         self.sessions == 0
-            && self.pool.lent() == 0
+            && self.pool.in_use() == 0
             && self.pool.idle() == 0
             && self.pool.connecting() == 0
     }
@@ -390,7 +390,7 @@ impl Table {
         self.present.iter().filter(|&&index| endpoint.is_none_or(|one| one == index)).any(
             |&index| {
                 let entry = self.entries[usize::from(index)].as_ref();
-                entry.is_some_and(|entry| entry.pool.idle() + entry.pool.lent() > 0)
+                entry.is_some_and(|entry| entry.pool.idle() + entry.pool.in_use() > 0)
             },
         )
     }

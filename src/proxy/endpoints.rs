@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use crate::telemetry::EndpointStats;
+use crate::metrics::EndpointStats;
 
 /// One backend address, shared by all workers.
 #[derive(Debug)]

@@ -5,12 +5,12 @@
 
 pub mod balance;
 pub mod endpoints;
-pub mod exchange;
 pub mod health;
 pub mod pool;
 pub mod pulse;
 pub mod queue;
 pub mod relay;
+pub mod request;
 pub mod route;
 pub mod session;
 

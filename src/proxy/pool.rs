@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use crate::config::{PoolConfig, PoolMode};
 use crate::io::ConnId;
 use crate::limits::{self, POOL_CONNECTING_MAX};
-use crate::telemetry::Discard;
+use crate::metrics::Discard;
 
 /// The wait after a failed connect doubles from here…
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
@@ -104,7 +104,7 @@ pub struct Pool {
     config: PoolConfig,
     idle: VecDeque<Idle>,
     connecting: usize,
-    lent: usize,
+    in_use: usize,
     /// Connections that requests wait for and that are still to be made.
     wanted: usize,
     target: usize,
@@ -135,7 +135,7 @@ impl Pool {
         Self {
             idle: VecDeque::with_capacity(config.most()),
             connecting: 0,
-            lent: 0,
+            in_use: 0,
             wanted: 0,
             target: config.min_idle,
             failures: 0,
@@ -208,23 +208,23 @@ impl Pool {
         self.next_checkout(now).map(|at| self.idle[at].conn)
     }
 
-    /// The connection that [`Pool::lend`] would lend.
+    /// The connection that [`Pool::acquire`] would lend.
     pub fn latest_conn(&self) -> Option<ConnId> {
         self.idle.back().map(|idle| idle.conn)
     }
 
     /// Lends the connection that came back last; it is to come back or to be reported as closed.
-    pub fn lend(&mut self) -> Option<Taken> {
+    pub fn acquire(&mut self) -> Option<Taken> {
         let Idle { conn, made, retire_at, served, unread, .. } = self.idle.pop_back()?;
-        self.lent += 1;
+        self.in_use += 1;
         self.on_session_served();
         Some(Taken { conn, made, retire_at, served, unread })
     }
 
     /// A lent connection comes back. Says whether it is kept.
     #[must_use = "a connection that is not kept is to be closed"]
-    pub fn take_back(&mut self, taken: Taken, now: Instant) -> bool {
-        self.lent -= 1;
+    pub fn release(&mut self, taken: Taken, now: Instant) -> bool {
+        self.in_use -= 1;
         let Taken { conn, made, retire_at, served, unread } = taken;
         if !self.keeps_one_more() || retire_at.is_some_and(|at| at <= now) {
             return false;
@@ -234,8 +234,8 @@ impl Pool {
     }
 
     /// A lent connection was closed.
-    pub fn on_lent_closed(&mut self) {
-        self.lent -= 1;
+    pub fn on_discarded(&mut self) {
+        self.in_use -= 1;
     }
 
     /// Whether there is room for a further idle connection. Where requests share connections, all
@@ -244,7 +244,7 @@ impl Pool {
         let idle = self.idle.len();
         match self.config.mode {
             PoolMode::Preconnect | PoolMode::Session => idle < self.config.most(),
-            PoolMode::Request => idle + self.lent < self.config.most(),
+            PoolMode::Request => idle + self.in_use < self.config.most(),
         }
     }
 
@@ -258,7 +258,7 @@ impl Pool {
     pub fn room(&self) -> usize {
         match self.config.mode {
             PoolMode::Request => {
-                self.config.size.saturating_sub(self.idle.len() + self.connecting + self.lent)
+                self.config.size.saturating_sub(self.idle.len() + self.connecting + self.in_use)
             }
             PoolMode::Preconnect | PoolMode::Session => usize::MAX,
         }
@@ -296,7 +296,7 @@ impl Pool {
         let warm = self.idle.len() + self.connecting;
         let kept = self.target().min(share);
         if self.config.mode != PoolMode::Preconnect {
-            let kept = kept.saturating_sub(self.lent + warm);
+            let kept = kept.saturating_sub(self.in_use + warm);
             let kept = kept.min(self.paced(now));
             return self.wanted.max(kept).min(parallel).min(self.room());
         }
@@ -497,8 +497,8 @@ impl Pool {
     }
 
     /// Connections that are lent.
-    pub fn lent(&self) -> usize {
-        self.lent
+    pub fn in_use(&self) -> usize {
+        self.in_use
     }
 
     /// How many warm connections it aims at.
@@ -776,16 +776,16 @@ mod tests {
             pool.on_connecting();
             assert!(pool.on_connected(conn(number), false, now, &mut rng));
         }
-        let last = pool.lend().unwrap();
-        assert_eq!((last.conn, pool.lent(), pool.room()), (conn(2), 1, 1));
-        let first = pool.lend().unwrap();
+        let last = pool.acquire().unwrap();
+        assert_eq!((last.conn, pool.in_use(), pool.room()), (conn(2), 1, 1));
+        let first = pool.acquire().unwrap();
         assert_eq!(first.conn, conn(1));
-        assert_eq!(pool.shortage(ALL, now), 0, "the minimum counts those that are lent");
-        assert!(pool.take_back(last, now));
-        assert_eq!(pool.lend(), Some(last));
-        pool.on_lent_closed();
-        assert!(!pool.take_back(last, now + 200 * SECOND), "too old");
-        assert_eq!((pool.lent(), pool.idle(), pool.room()), (0, 1, 3));
+        assert_eq!(pool.shortage(ALL, now), 0, "the minimum counts those in use");
+        assert!(pool.release(last, now));
+        assert_eq!(pool.acquire(), Some(last));
+        pool.on_discarded();
+        assert!(!pool.release(last, now + 200 * SECOND), "too old");
+        assert_eq!((pool.in_use(), pool.idle(), pool.room()), (0, 1, 3));
     }
 
     #[test]
@@ -798,11 +798,11 @@ mod tests {
             pool.on_connecting();
             assert!(pool.on_connected(conn(number), false, now, &mut rng), "four requests wait");
         }
-        let lent: Vec<_> = std::iter::from_fn(|| pool.lend()).collect();
+        let in_use: Vec<_> = std::iter::from_fn(|| pool.acquire()).collect();
         pool.on_connecting();
         assert!(!pool.on_connected(conn(4), false, now, &mut rng), "a probe is one too many");
-        for taken in lent {
-            assert!(pool.take_back(taken, now), "others may wait");
+        for taken in in_use {
+            assert!(pool.release(taken, now), "others may wait");
         }
         assert_eq!((pool.idle(), pool.room()), (4, 0));
     }
@@ -814,8 +814,8 @@ mod tests {
         let mut rng = fastrand::Rng::with_seed(1);
         pool.on_connecting();
         assert!(pool.on_connected(conn(0), false, now, &mut rng));
-        let taken = pool.lend().unwrap();
-        assert!(pool.take_back(Taken { served: true, ..taken }, now));
+        let taken = pool.acquire().unwrap();
+        assert!(pool.release(Taken { served: true, ..taken }, now));
         assert!(!pool.on_died(taken.conn, now, &mut rng));
         pool.want(1);
         assert!(pool.shortage(ALL, now) > 0, "it is well");

@@ -28,7 +28,7 @@ use super::pulse::Pulse;
 use super::relay::{Flow, Relay};
 use crate::io::{Chain, Close, ConnId};
 use crate::limits::{CONNECT_ATTEMPTS_MAX, FLUSH_STALL_MAX};
-use crate::telemetry::CloseReason;
+use crate::metrics::CloseReason;
 
 /// What the worker has to do for a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

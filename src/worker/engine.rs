@@ -9,21 +9,21 @@ use std::time::{Duration, Instant};
 use super::batch::{Batcher, Plan};
 use super::contention::CoreWait;
 use super::flush::Flushing;
-use super::mailbox::{Mailbox, Order};
+use super::mailbox::{Command, Mailbox};
 use super::timers::Timers;
 use crate::config::{Config, Discovery, PoolMode};
 use crate::io::{Chain, Close, Completion, ConnId, Driver, Wait, socket};
 use crate::limits;
 use crate::listening::Listening;
+use crate::metrics::{CloseReason, Retry, WorkerState, WorkerStats};
 use crate::proxy::Side;
 use crate::proxy::balance::Table;
-use crate::proxy::exchange::{Client, Limits as ClientLimits};
 use crate::proxy::health::HealthConfig;
 use crate::proxy::pulse::Patience;
 use crate::proxy::queue::Queue;
+use crate::proxy::request::{Client, Limits as ClientLimits};
 use crate::proxy::session::{Session, Timeouts};
 use crate::slab::{Key, Slab};
-use crate::telemetry::{CloseReason, Retry, WorkerState, WorkerStats};
 
 /// An idle worker still turns this often, which is its sign of life.
 const TURN_MAX: Duration = Duration::from_millis(500);
@@ -80,7 +80,7 @@ pub(super) enum Owner {
     /// A client's whose requests are told apart.
     Client(Key),
     /// In the hands of such a client.
-    Lent(Key),
+    InUse(Key),
     /// Warm in a pool, with what the backend has sent unasked.
     Warm { endpoint: u16, greeting: Chain },
     /// Nobody's, and to be closed once its peer has what was sent to it.
@@ -142,11 +142,11 @@ pub struct Engine<D> {
     /// Clients to be looked at before the turn ends.
     pub(super) due: VecDeque<Key>,
     /// Clients whose connection is to be given back before the turn ends.
-    pub(super) returning: Vec<Key>,
+    pub(super) releasing: Vec<Key>,
     /// Connections that are closed once their peers have what was sent to them.
     pub(super) flushing: usize,
     /// Connections that clients hold.
-    pub(super) loans: u32,
+    pub(super) conns_in_use: u32,
     /// Endpoints that may have connections for requests that wait.
     pub(super) freed: Vec<u16>,
     /// For a request that lies in several buffers.
@@ -156,7 +156,7 @@ pub struct Engine<D> {
     pub(super) timers: Timers,
     pub(super) rng: fastrand::Rng,
     pub(super) now: Instant,
-    pub(super) order: Order,
+    pub(super) command: Command,
     /// Pool connections, warm or being made, of all endpoints.
     pub(super) pool_conns: usize,
     pub(super) pool_conns_max: usize,
@@ -198,9 +198,9 @@ impl<D: Driver> Engine<D> {
         let now = driver.now();
         let conns_max = limits::conns_max(setup.sessions_max);
         let config = setup.config;
-        let lends = config.pool.mode != PoolMode::Preconnect;
+        let reuses_conns = config.pool.mode != PoolMode::Preconnect;
         let slots = limits::sessions_of_worker_max(setup.sessions_max);
-        let clients_max = if lends { slots } else { 0 };
+        let clients_max = if reuses_conns { slots } else { 0 };
         Self {
             clients: Slab::with_capacity(clients_max),
             slots,
@@ -213,9 +213,9 @@ impl<D: Driver> Engine<D> {
             },
             queue: Queue::new(config.requests.queue_max, clients_max),
             due: VecDeque::with_capacity(clients_max),
-            returning: Vec::with_capacity(clients_max),
+            releasing: Vec::with_capacity(clients_max),
             flushing: 0,
-            loans: 0,
+            conns_in_use: 0,
             freed: Vec::with_capacity(limits::ENDPOINTS_MAX),
             scratch: vec![0; config.requests.line_max].into(),
             timeouts: Timeouts { idle: config.idle_timeout, half_close: config.half_close_timeout },
@@ -231,7 +231,7 @@ impl<D: Driver> Engine<D> {
             timers: Timers::new(conns_max, now),
             rng: fastrand::Rng::with_seed(setup.seed),
             now,
-            order: Order::Run,
+            command: Command::Run,
             pool_conns: 0,
             pool_conns_max: setup.pool_conns_max.min(limits::POOL_CONNS_MAX),
             short_pools: Vec::with_capacity(limits::ENDPOINTS_MAX),
@@ -275,7 +275,7 @@ impl<D: Driver> Engine<D> {
 
     /// Whether it was told to end and nothing is left to do.
     pub fn is_finished(&self) -> bool {
-        self.order >= Order::Drain
+        self.command >= Command::Drain
             && self.listening_until.is_none()
             && self.sessions() == 0
             && self.mailbox.clients() == 0
@@ -343,7 +343,7 @@ impl<D: Driver> Engine<D> {
             self.stats.sessions_opened.add(1);
             self.stats.count_close(CloseReason::Overload);
             self.driver.close(client, Close::Reset);
-        } else if self.lends() {
+        } else if self.reuses_conns() {
             self.on_client(client);
         } else {
             self.on_accepted(client);
@@ -358,7 +358,8 @@ impl<D: Driver> Engine<D> {
         }
         let Plan { events, batch, contended } = self.batcher.plan(self.now);
         // Few connections for many clients bring few answers at a time.
-        let events = if self.lends() { events.min((self.loans / 2).max(1)) } else { events };
+        let events =
+            if self.reuses_conns() { events.min((self.conns_in_use / 2).max(1)) } else { events };
         let mut most = if self.gate.waits_for_turn || self.gate.full { ROTATION } else { TURN_MAX };
         let due = [
             self.timers.next(),
@@ -396,7 +397,7 @@ impl<D: Driver> Engine<D> {
             Completion::Received(conn, buf) => match self.peek_owner(conn) {
                 Some(&Owner::Session(session, side)) => self.on_received(session, side, buf),
                 Some(&Owner::Client(client)) => self.on_client_received(client, buf),
-                Some(&Owner::Lent(client)) => self.on_reply(client, buf),
+                Some(&Owner::InUse(client)) => self.on_reply(client, buf),
                 Some(Owner::Warm { .. }) => self.on_greeting(conn, buf),
                 _ => self.driver.buffers().give(buf),
             },
@@ -408,7 +409,7 @@ impl<D: Driver> Engine<D> {
             Completion::Ended(conn) => match self.peek_owner(conn) {
                 Some(&Owner::Session(session, side)) => self.on_ended(session, side),
                 Some(&Owner::Client(client)) => self.on_client_ended(client),
-                Some(&Owner::Lent(client)) => self.on_lent_died(client, Retry::Ended),
+                Some(&Owner::InUse(client)) => self.on_backend_died(client, Retry::Ended),
                 Some(&Owner::Warm { endpoint, .. }) => self.on_warm_died(endpoint, conn),
                 _ => {}
             },
@@ -421,7 +422,7 @@ impl<D: Driver> Engine<D> {
                     self.arm_deadline(session);
                 }
                 Some(&Owner::Client(client)) => self.on_client_broken(client, Side::Client),
-                Some(&Owner::Lent(client)) => self.on_client_broken(client, Side::Backend),
+                Some(&Owner::InUse(client)) => self.on_client_broken(client, Side::Backend),
                 Some(&Owner::Warm { endpoint, .. }) => self.on_warm_died(endpoint, conn),
                 Some(Owner::Flushing(_)) => self.end_flush(conn),
                 _ => {}
@@ -429,7 +430,7 @@ impl<D: Driver> Engine<D> {
             Completion::Sent(conn, bytes) => match self.peek_owner(conn) {
                 Some(&Owner::Session(session, side)) => self.on_sent(session, side, bytes),
                 Some(&Owner::Client(client)) => self.on_client_sent(client, bytes),
-                Some(&Owner::Lent(client)) => self.on_lent_sent(client, bytes),
+                Some(&Owner::InUse(client)) => self.on_backend_sent(client, bytes),
                 _ => {}
             },
             Completion::SendFailed(conn) => match self.peek_owner(conn) {
@@ -438,7 +439,7 @@ impl<D: Driver> Engine<D> {
                     self.arm_deadline(session);
                 }
                 Some(&Owner::Client(client)) => self.on_client_broken(client, Side::Client),
-                Some(&Owner::Lent(client)) => self.on_lent_broken(client),
+                Some(&Owner::InUse(client)) => self.on_backend_broken(client),
                 Some(Owner::Flushing(_)) => self.end_flush(conn),
                 _ => {}
             },
@@ -485,7 +486,7 @@ impl<D: Driver> Engine<D> {
             }
             Owner::Client(client) => self.on_client_deadline(client),
             Owner::Flushing(flushing) => self.on_flush_timer(conn, flushing),
-            Owner::Lent(_) | Owner::Warm { .. } | Owner::None => {}
+            Owner::InUse(_) | Owner::Warm { .. } | Owner::None => {}
         }
     }
 
@@ -505,23 +506,23 @@ impl<D: Driver> Engine<D> {
             }
             self.place_waiting_again();
         }
-        let order = self.mailbox.current_order();
-        if order > self.order {
-            if self.order == Order::Run {
+        let command = self.mailbox.current_command();
+        if command > self.command {
+            if self.command == Command::Run {
                 self.drains_since = Some(self.now);
                 self.before_drain = self.sessions.len() + self.clients.len();
                 self.stats.sessions_before_drain.set(self.before_drain as u64);
                 self.look_after_all_clients();
                 self.stats.set_state(WorkerState::Draining);
             }
-            if self.order < Order::Drain && order >= Order::Drain {
+            if self.command < Command::Drain && command >= Command::Drain {
                 let crowded = self.driver.refuse_handshakes();
                 let most = if crowded { HANDSHAKE_AGAIN_MAX } else { HANDSHAKE_MAX };
                 self.listening_until = Some(self.now + most);
                 self.gate = AcceptGate::default();
             }
-            self.order = order;
-            if order == Order::Stop {
+            self.command = command;
+            if command == Command::Stop {
                 self.stop_listening();
                 self.close_all_sessions(CloseReason::DrainDeadline);
                 self.close_all_clients(CloseReason::DrainDeadline);
@@ -535,7 +536,7 @@ impl<D: Driver> Engine<D> {
         if self.listening_until.take().is_some() {
             self.gate = AcceptGate::default();
             let closed = self.driver.stop_listening();
-            if !closed && self.order < Order::Stop {
+            if !closed && self.command < Command::Stop {
                 // Sessions that end leave descriptors for those who wait.
                 self.listening_until = Some(self.now + ACCEPT_RETRY);
             }
@@ -548,7 +549,7 @@ impl<D: Driver> Engine<D> {
 
     /// Lets in as many clients as there is room for in the whole process.
     fn steer_accepting(&mut self) {
-        if self.order >= Order::Drain {
+        if self.command >= Command::Drain {
             // Nobody comes behind those who wait: all are let in, whatever the limit says.
             self.gate.retry_at = self.gate.retry_at.filter(|&at| self.now < at);
             let listens = self.listening_until.is_some() && self.gate.retry_at.is_none();
@@ -588,7 +589,7 @@ impl<D: Driver> Engine<D> {
 
     fn on_accept_failed(&mut self, error: &io::Error) {
         self.stats.accept_errors.add(1);
-        if self.order < Order::Drain || self.listening_until.is_some() {
+        if self.command < Command::Drain || self.listening_until.is_some() {
             self.gate.retry_at = Some(self.now + ACCEPT_RETRY);
         }
         self.complain(format_args!("accepting failed, newcomers wait: {error}"));
@@ -630,9 +631,9 @@ impl<D: Driver> Engine<D> {
         stats.buffer_waits.add(self.driver.buffer_waits() - stats.buffer_waits.get());
         let failures = self.driver.splice_failures() - stats.splice_failures.get();
         stats.splice_failures.add(failures);
-        let lent = self.driver.buffers_lent();
+        let in_use = self.driver.buffers_lent();
         let buffers = self.driver.buffers();
-        stats.buffers_in_use.set(u64::from(buffers.capacity() - buffers.free() - lent));
+        stats.buffers_in_use.set(u64::from(buffers.capacity() - buffers.free() - in_use));
     }
 
     /// Bytes that one direction of a session may have in flight now.
@@ -641,7 +642,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Whether buffers are short.
-    pub(super) fn is_lean(&mut self) -> bool {
+    pub(super) fn is_short_of_buffers(&mut self) -> bool {
         limits::buffers_are_short(self.driver.buffers().spare())
     }
 
@@ -683,6 +684,6 @@ impl<D: Driver> Engine<D> {
 
     /// Whether connections are worth keeping: there may be a client that needs one.
     pub(super) fn keeps_pools(&self) -> bool {
-        self.order < Order::Drain || !self.clients.is_empty()
+        self.command < Command::Drain || !self.clients.is_empty()
     }
 }

@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use super::engine::{Engine, Owner};
-use super::mailbox::Order;
+use super::mailbox::Command;
 use crate::io::{Close, ConnId, Driver};
 use crate::limits;
 
@@ -47,7 +47,7 @@ impl<D: Driver> Engine<D> {
     /// calls this has taken its timer away.
     pub(super) fn reset_behind(&mut self, conn: ConnId) {
         let left = self.driver.undelivered(conn);
-        if left == 0 || self.order == Order::Stop {
+        if left == 0 || self.command == Command::Stop {
             self.owner(conn);
             return self.driver.close(conn, Close::Reset);
         }

@@ -8,7 +8,7 @@
 //! goes away by itself.
 
 use super::engine::Engine;
-use super::mailbox::Order;
+use super::mailbox::Command;
 use crate::io::{ConnId, Driver};
 
 /// A difference of one sixteenth is left as it is, for handing over wakes the other worker up.
@@ -42,7 +42,7 @@ impl<D: Driver> Engine<D> {
         let lighter = others
             .map(|worker| Lighter { worker, sessions: self.load_of(worker) })
             .min_by_key(|lighter| lighter.sessions)?;
-        (lighter.sessions < self.sessions() && self.order < Order::Drain).then_some(lighter)
+        (lighter.sessions < self.sessions() && self.command < Command::Drain).then_some(lighter)
     }
 
     /// Hands a client over to `lighter` if that has far fewer sessions; else it comes back.

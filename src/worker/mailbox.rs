@@ -18,7 +18,7 @@ use crate::proxy::endpoints::EndpointSnapshot;
 /// What a worker is told to do. Orders only move forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
-pub enum Order {
+pub enum Command {
     /// Accept and forward.
     Run = 0,
     /// Go on accepting and forwarding; clients whose requests are told apart leave with none under
@@ -35,7 +35,7 @@ pub enum Order {
 pub struct Mailbox {
     snapshot: ArrayQueue<Arc<EndpointSnapshot>>,
     clients: ArrayQueue<OwnedFd>,
-    order: AtomicU8,
+    command: AtomicU8,
     wake: OwnedFd,
 }
 
@@ -49,7 +49,7 @@ impl Mailbox {
         Ok(Self {
             snapshot: ArrayQueue::new(1),
             clients: ArrayQueue::new(limits::HANDED_OVER_MAX),
-            order: AtomicU8::new(Order::Run as u8),
+            command: AtomicU8::new(Command::Run as u8),
             wake,
         })
     }
@@ -61,8 +61,8 @@ impl Mailbox {
     }
 
     /// Gives an order and wakes the worker. An order below the current one changes nothing.
-    pub fn order(&self, order: Order) {
-        self.order.fetch_max(order as u8, Ordering::Release);
+    pub fn command(&self, command: Command) {
+        self.command.fetch_max(command as u8, Ordering::Release);
         self.wake();
     }
 
@@ -72,12 +72,12 @@ impl Mailbox {
     /// The worker takes no more: it has been told to end, or too many wait already. The client
     /// comes back.
     pub fn hand_over(&self, client: OwnedFd) -> Result<(), OwnedFd> {
-        if self.current_order() >= Order::Drain {
+        if self.current_command() >= Command::Drain {
             return Err(client);
         }
         self.clients.push(client)?;
         // The order may have come in between, and the worker have ended without another look.
-        if self.current_order() >= Order::Drain
+        if self.current_command() >= Command::Drain
             && let Some(client) = self.clients.pop()
         {
             return Err(client);
@@ -102,12 +102,12 @@ impl Mailbox {
     }
 
     /// The order in force. For the worker.
-    pub fn current_order(&self) -> Order {
-        match self.order.load(Ordering::Acquire) {
-            0 => Order::Run,
-            1 => Order::Leave,
-            2 => Order::Drain,
-            _ => Order::Stop,
+    pub fn current_command(&self) -> Command {
+        match self.command.load(Ordering::Acquire) {
+            0 => Command::Run,
+            1 => Command::Leave,
+            2 => Command::Drain,
+            _ => Command::Stop,
         }
     }
 
@@ -145,8 +145,8 @@ mod tests {
         }
         assert_eq!(mailbox.take_snapshot().map(|s| s.generation), Some(3));
         assert!(mailbox.take_snapshot().is_none());
-        mailbox.order(Order::Stop);
-        mailbox.order(Order::Drain);
-        assert_eq!(mailbox.current_order(), Order::Stop);
+        mailbox.command(Command::Stop);
+        mailbox.command(Command::Drain);
+        assert_eq!(mailbox.current_command(), Command::Stop);
     }
 }

@@ -17,18 +17,16 @@ use crate::io::uring::Uring;
 use crate::io::{Driver, DriverSetup, socket};
 use crate::limits;
 use crate::listening::Listening;
-use crate::telemetry::{WorkerState, WorkerStats};
+use crate::metrics::{WorkerState, WorkerStats};
 
 pub mod batch;
 pub mod contention;
-pub mod cores;
 pub mod engine;
 mod flush;
 mod handover;
-mod lending;
-pub mod listener;
 pub mod mailbox;
 mod pools;
+mod requests;
 mod sessions;
 mod silence;
 #[cfg(test)]

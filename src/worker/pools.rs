@@ -4,15 +4,15 @@ use std::io;
 use std::time::Instant;
 
 use super::engine::{Engine, Owner};
-use super::mailbox::Order;
+use super::mailbox::Command;
 use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
 use crate::limits;
+use crate::metrics::{CloseReason, Discard, Retry};
 use crate::proxy::Side;
 use crate::proxy::balance::Entry;
 use crate::proxy::health::{AT_ONCE, PROBE_SETTLED};
 use crate::proxy::session::{Session, Verdict};
 use crate::slab::Key;
-use crate::telemetry::{CloseReason, Discard, Retry};
 
 impl<D: Driver> Engine<D> {
     /// Remembers that an endpoint's pool may want connections.
@@ -50,7 +50,7 @@ impl<D: Driver> Engine<D> {
     }
 
     fn pool_budget_used(&self) -> usize {
-        self.pool_conns + self.loans as usize
+        self.pool_conns + self.conns_in_use as usize
     }
 
     /// How many connections each endpoint may keep without need, so that there are some for all.
@@ -97,7 +97,7 @@ impl<D: Driver> Engine<D> {
 
     /// Starts a connection for the pool. Says whether it is under way.
     pub(super) fn warm(&mut self, endpoint: u16) -> bool {
-        if !self.lends() && self.driver.is_short_of_descriptors() {
+        if !self.reuses_conns() && self.driver.is_short_of_descriptors() {
             // Those in reserve are for clients that are here already.
             return false;
         }
@@ -137,7 +137,7 @@ impl<D: Driver> Engine<D> {
             // Watched while idle: its end shows at once.
             self.driver.receive(conn, true);
             // One to an endpoint in doubt is for nobody who can have another one.
-            if self.lends() && (usable || self.is_needed(endpoint)) {
+            if self.reuses_conns() && (usable || self.is_needed(endpoint)) {
                 self.free(endpoint);
             }
         } else {
@@ -176,7 +176,7 @@ impl<D: Driver> Engine<D> {
         let Owner::Warm { endpoint, mut greeting } = self.owner(conn) else {
             return self.driver.buffers().give(buf);
         };
-        if self.lends() {
+        if self.reuses_conns() {
             // It would pass for the answer to the next request.
             self.driver.buffers().give(buf);
             return self.forget_warm(endpoint, conn, Discard::Unexpected);
@@ -188,7 +188,7 @@ impl<D: Driver> Engine<D> {
             }
         }
         self.driver.buffers().push(&mut greeting, buf);
-        if greeting.buffers() > limits::POOL_GREETING_BUFFERS_MAX || self.is_lean() {
+        if greeting.buffers() > limits::POOL_GREETING_BUFFERS_MAX || self.is_short_of_buffers() {
             self.driver.buffers().clear(&mut greeting);
             self.forget_warm(endpoint, conn, Discard::Unexpected);
             return;
@@ -218,7 +218,7 @@ impl<D: Driver> Engine<D> {
     pub(super) fn prove_latest(&mut self, endpoint: u16) {
         while let Some(entry) = self.table.get_mut(endpoint)
             && let Some(conn) = entry.pool.latest_conn()
-            && let Some(why) = why_not_lent(self.driver.unheard(conn))
+            && let Some(why) = why_not_acquired(self.driver.unheard(conn))
         {
             self.forget_warm(endpoint, conn, why);
             if !self.queue.is_empty() {
@@ -428,7 +428,7 @@ impl<D: Driver> Engine<D> {
     /// so none that was made before now. Its host was restarted, or its address has moved.
     fn on_forgotten(&mut self, endpoint: u16) {
         self.empty_pool(endpoint, Discard::Dead);
-        self.drop_idle_loans_of(endpoint);
+        self.discard_idle_in_use_of(endpoint);
         self.on_failed_at_once(endpoint);
         self.mark_short(endpoint);
     }
@@ -436,15 +436,15 @@ impl<D: Driver> Engine<D> {
     /// A client's connection was lost: what that says about its endpoint.
     pub(super) fn judge_lost(&mut self, key: Key, why: Retry) {
         let Some(client) = self.clients.get(key) else { return };
-        let Some(loan) = client.loan else { return };
+        let Some(backend) = client.backend else { return };
         if !client.is_asked() || client.has_reply() {
             return;
         }
-        let fresh = self.now.saturating_duration_since(loan.made) < AT_ONCE && !loan.served;
+        let fresh = self.now.saturating_duration_since(backend.made) < AT_ONCE && !backend.served;
         if fresh {
-            self.on_failed_at_once(loan.endpoint);
+            self.on_failed_at_once(backend.endpoint);
         } else if why == Retry::Broken {
-            self.on_forgotten(loan.endpoint);
+            self.on_forgotten(backend.endpoint);
         }
     }
 
@@ -479,10 +479,10 @@ impl<D: Driver> Engine<D> {
             }
             if self.config.backend_drain.is_some_and(|drain| entry.is_overdue(drain, now)) {
                 self.close_sessions_on(endpoint);
-                self.recall_loans_of(endpoint);
+                self.reclaim_from(endpoint);
             }
             let Some(entry) = self.table.get_mut(endpoint) else { continue };
-            let running = self.order < Order::Drain && entry.is_present();
+            let running = self.command < Command::Drain && entry.is_present();
             if running && entry.health.take_probe(now) {
                 self.warm(endpoint);
             } else if entry.health.is_probing() {
@@ -534,7 +534,7 @@ impl<D: Driver> Engine<D> {
 }
 
 /// Why a connection must not be lent, by what is unheard of it.
-pub(super) fn why_not_lent(unheard: Unheard) -> Option<Discard> {
+pub(super) fn why_not_acquired(unheard: Unheard) -> Option<Discard> {
     match unheard {
         Unheard::Nothing => None,
         Unheard::Bytes => Some(Discard::Unexpected),

@@ -8,11 +8,11 @@ use super::engine::{Engine, Owner};
 use super::pools::is_local;
 use crate::config::{Balance, Locality, PoolMode, ProxyProtocol};
 use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
+use crate::metrics::{Checkout, CloseReason};
+use crate::protocol::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
 use crate::proxy::Side;
 use crate::proxy::session::{Action, Ending, Session, Tried};
 use crate::slab::Key;
-use crate::telemetry::{Checkout, CloseReason};
-use crate::wire::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
 
 /// All buffers are taken.
 struct NoBuffer;
@@ -466,8 +466,8 @@ mod tests {
 
     use crate::config::{Config, PoolMode, Protocol};
     use crate::io::sim::Speech;
-    use crate::telemetry::CloseReason;
-    use crate::worker::mailbox::Order;
+    use crate::metrics::CloseReason;
+    use crate::worker::mailbox::Command;
     use crate::worker::simulation::Run;
 
     #[test]
@@ -495,7 +495,7 @@ mod tests {
             }
             let outside = run.engine.driver().clients_outside();
             assert!(outside > SLOTS, "{outside}");
-            run.order(Order::Drain);
+            run.command(Command::Drain);
             while run.engine.driver().elapsed() < Duration::from_secs(1) {
                 run.turn();
                 assert!(run.engine.sessions() <= SLOTS);

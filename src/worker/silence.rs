@@ -11,9 +11,9 @@ use std::time::Instant;
 use super::engine::{Engine, Owned, Owner};
 use crate::io::{ConnId, Driver, Unheard};
 use crate::limits;
+use crate::metrics::{CloseReason, Discard, Retry};
 use crate::proxy::Side;
 use crate::proxy::pulse::Patience;
-use crate::telemetry::{CloseReason, Discard, Retry};
 
 impl<D: Driver> Engine<D> {
     /// Looks at the next part of the connections, all of which have their turn between two looks.
@@ -50,9 +50,9 @@ impl<D: Driver> Engine<D> {
                 Some(client) => (&mut client.pulse, None, false, false),
                 None => return false,
             },
-            Owner::Lent(key) => match self.clients.get_mut(key) {
+            Owner::InUse(key) => match self.clients.get_mut(key) {
                 Some(client) => {
-                    let endpoint = client.loan.map(|loan| loan.endpoint);
+                    let endpoint = client.backend.map(|backend| backend.endpoint);
                     let waits = client.is_exchanging();
                     (&mut client.backend_pulse, endpoint, true, waits)
                 }
@@ -138,7 +138,7 @@ impl<D: Driver> Engine<D> {
                 self.apply(key, |session, now| session.on_silent(Side::Backend, now));
                 self.arm_deadline(key);
             }
-            Some(&Owner::Lent(key)) => self.lose(key, Discard::Silent, Retry::Silent),
+            Some(&Owner::InUse(key)) => self.lose(key, Discard::Silent, Retry::Silent),
             _ => {}
         }
     }
@@ -147,7 +147,7 @@ impl<D: Driver> Engine<D> {
     fn on_endpoint_silent(&mut self, endpoint: u16, since: Instant) {
         let now = self.now;
         self.evict_made_before(endpoint, since);
-        self.drop_idle_loans_of(endpoint);
+        self.discard_idle_in_use_of(endpoint);
         let Some(entry) = self.table.get_mut(endpoint) else { return };
         if entry.is_present() && entry.alive_at().is_none_or(|at| at <= since) {
             entry.pool.on_emptied(now, &mut self.rng);

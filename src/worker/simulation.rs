@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 
 use super::contention::CoreWait;
 use super::engine::{Engine, EngineSetup};
-use super::mailbox::{Mailbox, Order};
+use super::mailbox::{Command, Mailbox};
 use crate::config::Config;
 use crate::io::Driver;
 use crate::io::sim::{ID_BYTES, Peer, Reachability, Sim, UNTOLD_BUFFERS_MAX};
 use crate::limits;
 use crate::listening::Listening;
+use crate::metrics::{CloseReason, Label, WorkerStats};
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
-use crate::telemetry::{CloseReason, Label, WorkerStats};
 
 const SECOND: Duration = Duration::from_secs(1);
 /// As long as anybody may wait for a peer that acknowledges nothing, where its host is there again in
@@ -104,15 +104,15 @@ impl Run {
         self.engine.driver().wake();
     }
 
-    pub(super) fn order(&mut self, order: Order) {
-        self.mailbox.order(order);
+    pub(super) fn command(&mut self, command: Command) {
+        self.mailbox.command(command);
         self.engine.driver().wake();
     }
 
     pub(super) fn turn(&mut self) {
         self.engine.turn().expect("the simulator never fails");
         // A drain empties the accept queue, whatever waits in it.
-        let allowed = self.mailbox.current_order() >= Order::Drain
+        let allowed = self.mailbox.current_command() >= Command::Drain
             || self.engine.sessions() <= self.sessions_max;
         assert!(allowed, "more sessions than AEGIS_MAX_SESSIONS");
         let driver = self.engine.driver();
@@ -158,7 +158,7 @@ impl Run {
             assert!(turns < 200_000, "spins at {:?}", self.engine.driver().elapsed());
             if !drained && drain_at.is_some_and(|at| self.engine.driver().elapsed() >= at) {
                 drained = true;
-                self.order(Order::Drain);
+                self.command(Command::Drain);
             }
             let outside = self.engine.driver().clients_outside();
             if self.engine.sessions() == 0 && (outside == 0 || drained) {
@@ -171,7 +171,7 @@ impl Run {
     pub(super) fn stop(&mut self) {
         self.deliver(Vec::new());
         self.turn();
-        self.order(Order::Stop);
+        self.command(Command::Stop);
         for _ in 0..100 {
             self.turn();
         }

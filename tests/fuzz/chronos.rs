@@ -1,6 +1,6 @@
 //! Lines of Chronos against a reader that has all of them at once.
 
-use aegis::wire::chronos::{Command, LineEnd, Reply, Request, RequestScanner, reply};
+use aegis::protocol::chronos::{Command, LineEnd, Reply, Request, RequestScanner, reply};
 use fastrand::Rng;
 
 use crate::driver;

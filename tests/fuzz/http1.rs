@@ -1,6 +1,6 @@
 //! Messages of HTTP/1 against a parser that has all of them at once and works line by line.
 
-use aegis::wire::http1::{Method, RequestScanner, ResponseScanner, Scan};
+use aegis::protocol::http1::{Method, RequestScanner, ResponseScanner, Scan};
 use fastrand::Rng;
 
 use crate::driver;

@@ -11,8 +11,8 @@ use super::page::Pieces;
 use crate::control::View;
 use crate::control::view::{EndpointCounts, labels, usable};
 use crate::limits::ENDPOINTS_MAX;
+use crate::metrics::EndpointStats;
 use crate::proxy::endpoints::{Endpoint, Store};
-use crate::telemetry::EndpointStats;
 
 /// Endpoints of a page that names no limit: a screen or two of a terminal.
 const LIMIT: usize = 100;

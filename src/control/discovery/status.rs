@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::telemetry::Label;
+use crate::metrics::Label;
 
 /// What went wrong between discovery and its source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

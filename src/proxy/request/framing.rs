@@ -1,14 +1,14 @@
 //! The protocol of a client: where its requests end, and the answers to them.
 
-use super::{Fault, Front, Reply, Request};
+use super::{ErrorReply, Front, Reply, Request};
 use crate::config::{Protocol, RequestConfig};
 use crate::io::Chain;
 use crate::io::buffers::Buffers;
 use crate::limits::BUFFER_SIZE;
+use crate::metrics::Verb;
+use crate::protocol::chronos::{self, Command, LineEnd};
+use crate::protocol::http1::{self, Method, Scan};
 use crate::proxy::route::StableHash;
-use crate::telemetry::Verb;
-use crate::wire::chronos::{self, Command, LineEnd};
-use crate::wire::http1::{self, Method, Scan};
 
 /// Tells the requests of one client apart, and their answers.
 #[allow(clippy::large_enum_variant, reason = "of a worker's clients all are the same variant")]
@@ -73,7 +73,7 @@ impl Framing {
                         }
                         Front::Partial
                     }
-                    Some((len, false)) => Front::Refused(len, Fault::TooLong(*line_max)),
+                    Some((len, false)) => Front::Refused(len, ErrorReply::TooLong(*line_max)),
                     Some((len, true)) => {
                         let line = buffers.front(input, len as usize, scratch);
                         understand(line, len, *repeat_writes)
@@ -224,7 +224,7 @@ fn scan<T>(
 
 fn understand(line: &[u8], len: u32, repeat_writes: bool) -> Front {
     let Some(request) = chronos::Request::parse(line) else {
-        return Front::Refused(len, Fault::Blank);
+        return Front::Refused(len, ErrorReply::Blank);
     };
     let verb = match request.command {
         Command::Ping => Verb::Ping,

@@ -6,17 +6,17 @@ use crate::config::PoolMode;
 use crate::fifo;
 use crate::io::{Buf, Close, ConnId, Driver, Unheard};
 use crate::limits;
+use crate::metrics::{CloseReason, Discard, Outcome, Retry, Verb};
 use crate::proxy::Side;
-use crate::proxy::exchange::{Client, Due, Fault, Framing, Front};
 use crate::proxy::queue::Line;
+use crate::proxy::request::{Client, Due, ErrorReply, Framing, Front};
 use crate::proxy::session::how_to_close;
 use crate::slab::Key;
-use crate::telemetry::{CloseReason, Discard, Outcome, Retry, Verb};
 use crate::worker::engine::{Engine, Owner};
 
 impl<D: Driver> Engine<D> {
     /// Whether used connections are lent.
-    pub(in crate::worker) fn lends(&self) -> bool {
+    pub(in crate::worker) fn reuses_conns(&self) -> bool {
         self.config.pool.mode != PoolMode::Preconnect
     }
 
@@ -47,22 +47,22 @@ impl<D: Driver> Engine<D> {
     /// Lends what is free to those that have waited longest, then looks after the clients to which
     /// something has happened.
     pub(in crate::worker) fn serve_clients(&mut self) {
-        self.return_loans();
-        self.lend_freed();
+        self.release_backends();
+        self.serve_freed();
         while let Some(key) = fifo::pop(&mut self.due) {
             if let Some(client) = self.clients.get_mut(key) {
                 client.due = false;
                 self.serve(key);
             }
-            self.lend_freed();
+            self.serve_freed();
         }
         self.trim_pools();
         self.stats.queue_depth.set(self.queue.len() as u64);
     }
 
-    fn return_loans(&mut self) {
-        while let Some(key) = self.returning.pop() {
-            self.return_loan(key);
+    fn release_backends(&mut self) {
+        while let Some(key) = self.releasing.pop() {
+            self.release_backend(key);
         }
     }
 
@@ -87,7 +87,7 @@ impl<D: Driver> Engine<D> {
             }
             if client.is_passed_on() {
                 self.end_exchange(key);
-                self.return_loans();
+                self.release_backends();
                 continue;
             }
             if !client.is_reading() || client.unsent() > limit {
@@ -95,16 +95,18 @@ impl<D: Driver> Engine<D> {
             }
             match client.front(self.driver.buffers(), &mut self.scratch) {
                 Front::Partial => {
-                    if client.input.buffers() > limits::PARTIAL_BUFFERS_LEAN_MAX && self.is_lean() {
+                    if client.input.buffers() > limits::PARTIAL_BUFFERS_SHORT_MAX
+                        && self.is_short_of_buffers()
+                    {
                         // Many that begin large heads and never end them would stall everybody.
                         return self.close_client(key, CloseReason::Overload);
                     }
                     break;
                 }
-                Front::Refused(len, fault) => {
+                Front::Refused(len, error) => {
                     self.driver.buffers().advance(&mut client.input, len);
-                    self.stats.count_request(Verb::Other, fault.outcome(), Duration::ZERO);
-                    self.tell(key, fault);
+                    self.stats.count_request(Verb::Other, error.outcome(), Duration::ZERO);
+                    self.tell(key, error);
                 }
                 Front::Request(request) => client.begin(request, self.now),
                 Front::Opaque => client.begin_opaque(self.now),
@@ -152,7 +154,7 @@ impl<D: Driver> Engine<D> {
 
     /// The rest of a request that was answered is not passed on any more.
     fn end_request(&mut self, key: Key, why: Discard) {
-        self.drop_loan(key, why);
+        self.discard_backend(key, why);
         let Some(client) = self.clients.get_mut(key) else { return };
         client.on_rest_dropped();
         if client.has_ended() {
@@ -163,7 +165,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// The backend that a client holds took bytes of its request.
-    pub(in crate::worker) fn on_lent_sent(&mut self, key: Key, bytes: u32) {
+    pub(in crate::worker) fn on_backend_sent(&mut self, key: Key, bytes: u32) {
         let Some(client) = self.clients.get_mut(key) else { return };
         client.on_backend_sent(bytes, self.now);
         if client.is_streaming() {
@@ -181,10 +183,10 @@ impl<D: Driver> Engine<D> {
         client.on_sent(bytes, self.now);
         if !client.backend_receiving
             && client.unsent() <= limit / 2
-            && let Some(loan) = client.loan
+            && let Some(backend) = client.backend
         {
             client.backend_receiving = true;
-            self.driver.receive(loan.conn, true);
+            self.driver.receive(backend.conn, true);
         }
         let reads = client.is_reading() && !client.input.is_empty();
         if client.is_finished() || reads || self.drains_since.is_some() {
@@ -207,9 +209,9 @@ impl<D: Driver> Engine<D> {
         client.timer = None;
         match client.on_deadline(&self.client_limits, self.now) {
             Due::Nothing => {}
-            Due::GiveUp(fault) => {
-                let fault = self.why_it_waited(key, fault);
-                return self.give_up(key, fault);
+            Due::GiveUp(error) => {
+                let error = self.why_it_waited(key, error);
+                return self.give_up(key, error);
             }
             Due::EndRequest(why) => return self.end_request(key, why),
             Due::Close(reason) => return self.close_client(key, reason),
@@ -225,32 +227,32 @@ impl<D: Driver> Engine<D> {
     }
 
     /// What a request lacked that has waited for a connection for as long as it may.
-    fn why_it_waited(&mut self, key: Key, fault: Fault) -> Fault {
-        let Fault::QueueTimeout(limit) = fault else { return fault };
+    fn why_it_waited(&mut self, key: Key, error: ErrorReply) -> ErrorReply {
+        let ErrorReply::QueueTimeout(limit) = error else { return error };
         match self.queue.line_of(key) {
             Some(Line::Endpoint(endpoint)) if !self.table.is_connected(Some(endpoint)) => {
                 if self.is_bound_to_source() {
-                    Fault::NoneReachable(limit)
+                    ErrorReply::NoneReachable(limit)
                 } else {
-                    Fault::Unreachable
+                    ErrorReply::Unreachable
                 }
             }
-            Some(Line::Any) if !self.table.is_connected(None) => Fault::NoneReachable(limit),
-            _ => fault,
+            Some(Line::Any) if !self.table.is_connected(None) => ErrorReply::NoneReachable(limit),
+            _ => error,
         }
     }
 
     /// Ends a request that holds a connection while its client takes too long to send it.
     fn look_after_upload(&mut self, key: Key) {
         let Some(client) = self.clients.get_mut(key) else { return };
-        let Some(loan) = client.loan.filter(|_| is_late(client, self.now)) else { return };
+        let Some(backend) = client.backend.filter(|_| is_late(client, self.now)) else { return };
         let waiting =
-            self.queue.waiting(Line::Any) + self.queue.waiting(Line::Endpoint(loan.endpoint));
+            self.queue.waiting(Line::Any) + self.queue.waiting(Line::Endpoint(backend.endpoint));
         if let Some(limit) = client.upload.on_deadline(waiting > 0, self.now) {
             if client.has_part() {
                 return self.close_client(key, CloseReason::ClientTimeout);
             }
-            self.give_up(key, Fault::Unfinished(limit));
+            self.give_up(key, ErrorReply::Unfinished(limit));
         }
     }
 
@@ -335,9 +337,12 @@ impl<D: Driver> Engine<D> {
         };
         if client.is_exchanging() {
             let slow_backend = outcome == Outcome::Timeout;
-            self.drop_loan(key, if slow_backend { Discard::Timeout } else { Discard::Abandoned });
+            self.discard_backend(
+                key,
+                if slow_backend { Discard::Timeout } else { Discard::Abandoned },
+            );
         } else {
-            self.return_loan(key);
+            self.release_backend(key);
         }
         if let Some(request) = self.clients.get(key).and_then(Client::uncounted) {
             self.stats.count_request(request.verb, outcome, Duration::ZERO);
@@ -373,13 +378,13 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Takes the connections of an endpoint that left the set long enough ago from their clients.
-    pub(in crate::worker) fn recall_loans_of(&mut self, endpoint: u16) {
+    pub(in crate::worker) fn reclaim_from(&mut self, endpoint: u16) {
         for slot in 0..self.clients.slots() {
             if let Some(key) = self.clients.key_at(slot)
                 && self
                     .clients
                     .get(key)
-                    .and_then(|c| c.loan)
+                    .and_then(|c| c.backend)
                     .is_some_and(|l| l.endpoint == endpoint)
             {
                 self.lose(key, Discard::Endpoint, Retry::Ended);
@@ -388,14 +393,14 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Takes the connections of an endpoint from the clients that have no request on them.
-    pub(in crate::worker) fn drop_idle_loans_of(&mut self, endpoint: u16) {
+    pub(in crate::worker) fn discard_idle_in_use_of(&mut self, endpoint: u16) {
         for slot in 0..self.clients.slots() {
             if let Some(key) = self.clients.key_at(slot)
                 && let Some(client) = self.clients.get(key)
-                && client.loan.is_some_and(|loan| loan.endpoint == endpoint)
+                && client.backend.is_some_and(|backend| backend.endpoint == endpoint)
                 && client.is_reading()
             {
-                self.drop_loan(key, Discard::Dead);
+                self.discard_backend(key, Discard::Dead);
             }
         }
     }
@@ -433,7 +438,7 @@ impl<D: Driver> Engine<D> {
     pub(in crate::worker) fn on_client_broken(&mut self, key: Key, side: Side) {
         match side {
             Side::Client => self.close_client(key, CloseReason::ClientReset),
-            Side::Backend => self.on_lent_died(key, Retry::Broken),
+            Side::Backend => self.on_backend_died(key, Retry::Broken),
         }
     }
 }

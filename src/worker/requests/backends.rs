@@ -1,24 +1,24 @@
 //! The connections in clients' hands: given back, dropped, lost.
 
 use crate::io::{Close, ConnId, Driver};
-use crate::proxy::exchange::{Fault, Lost};
+use crate::metrics::{Discard, Outcome, Retry};
+use crate::proxy::request::{ErrorReply, Lost};
 use crate::slab::Key;
-use crate::telemetry::{Discard, Outcome, Retry};
 use crate::worker::engine::{Engine, Owner};
 
 impl<D: Driver> Engine<D> {
     /// Nothing more can be sent on a connection that a client holds.
-    pub(in crate::worker) fn on_lent_broken(&mut self, key: Key) {
+    pub(in crate::worker) fn on_backend_broken(&mut self, key: Key) {
         let Some(client) = self.clients.get_mut(key) else { return };
         if client.on_backend_broken() {
             // Read on: what the backend sent before is the client's, up to the end that will come.
             return self.mark_due(key);
         }
-        self.on_lent_died(key, Retry::Broken);
+        self.on_backend_died(key, Retry::Broken);
     }
 
     /// A connection that a client holds ended or broke.
-    pub(in crate::worker) fn on_lent_died(&mut self, key: Key, why: Retry) {
+    pub(in crate::worker) fn on_backend_died(&mut self, key: Key, why: Retry) {
         let Some(client) = self.clients.get(key) else { return };
         let spent = client.framing().ends_with_connection() && !client.is_broken();
         let why = if client.is_broken() { Retry::Broken } else { why };
@@ -28,7 +28,7 @@ impl<D: Driver> Engine<D> {
     }
 
     pub(in crate::worker) fn lose(&mut self, key: Key, discard: Discard, why: Retry) {
-        self.drop_loan(key, discard);
+        self.discard_backend(key, discard);
         let attempts = self.config.connect_attempts;
         let in_order = why == Retry::Ended && discard != Discard::Endpoint;
         let Some(client) = self.clients.get_mut(key) else { return };
@@ -39,67 +39,67 @@ impl<D: Driver> Engine<D> {
                 self.stats.count_retry(why);
                 self.mark_due(key);
             }
-            Lost::Fail => self.give_up(key, Fault::Lost),
+            Lost::Fail => self.give_up(key, ErrorReply::Lost),
             Lost::CutOff => self.cut_off(key, Outcome::Lost),
         }
     }
 
     /// A client gives its connection back, silent as it is.
-    pub(in crate::worker) fn return_loan(&mut self, key: Key) {
+    pub(in crate::worker) fn release_backend(&mut self, key: Key) {
         let Some(client) = self.clients.get_mut(key) else { return };
         if client.unasked() > 0 {
             // Answered before it was asked.
-            return self.drop_loan(key, Discard::Unexpected);
+            return self.discard_backend(key, Discard::Unexpected);
         }
-        let Some(loan) = client.loan.take() else { return };
-        self.loans -= 1;
+        let Some(backend) = client.backend.take() else { return };
+        self.conns_in_use -= 1;
         if client.backend_pulse.take_asked() {
-            self.driver.ask(loan.conn, None);
+            self.driver.ask(backend.conn, None);
         }
         if !client.backend_receiving {
-            self.driver.receive(loan.conn, true);
+            self.driver.receive(backend.conn, true);
         }
         // Whether there is room for it is seen once those that wait have had theirs.
         let useful = self.keeps_pools();
-        let Some(entry) = self.table.get_mut(loan.endpoint) else { return };
-        if entry.take_back(&loan, useful, self.now) {
+        let Some(entry) = self.table.get_mut(backend.endpoint) else { return };
+        if entry.release(&backend, useful, self.now) {
             self.pool_conns += 1;
             let greeting = crate::io::Chain::default();
-            self.own(loan.conn, Owner::Warm { endpoint: loan.endpoint, greeting });
-            self.free(loan.endpoint);
+            self.own(backend.conn, Owner::Warm { endpoint: backend.endpoint, greeting });
+            self.free(backend.endpoint);
         } else {
-            let aged = loan.retire_at.is_some_and(|at| at <= self.now);
+            let aged = backend.retire_at.is_some_and(|at| at <= self.now);
             let why = if aged { Discard::Lifetime } else { Discard::Surplus };
             // The backend may have answered before it has read all of the request.
-            let how = match self.driver.undelivered(loan.conn) {
+            let how = match self.driver.undelivered(backend.conn) {
                 0 => Close::Reset,
                 _ => Close::Graceful,
             };
-            self.retire(loan.conn, loan.endpoint, why, how);
+            self.retire(backend.conn, backend.endpoint, why, how);
         }
     }
 
     /// A client's connection is of no more use.
-    pub(in crate::worker) fn drop_loan(&mut self, key: Key, why: Discard) {
-        let loan = self.clients.get(key).and_then(|client| client.loan);
-        let how = match loan.filter(|loan| loan.unread) {
+    pub(in crate::worker) fn discard_backend(&mut self, key: Key, why: Discard) {
+        let backend = self.clients.get(key).and_then(|client| client.backend);
+        let how = match backend.filter(|backend| backend.unread) {
             // What it reads there still is the upload of somebody who has been answered.
-            Some(loan) if self.driver.unsent(loan.conn) > 0 => Close::Graceful,
+            Some(backend) if self.driver.unsent(backend.conn) > 0 => Close::Graceful,
             // So that a backend does not go on with what nobody waits for.
             _ => Close::Reset,
         };
-        self.close_loan(key, why, how);
+        self.close_backend(key, why, how);
     }
 
     /// Closes a client's connection.
-    pub(in crate::worker) fn close_loan(&mut self, key: Key, why: Discard, how: Close) {
-        let loan = self.clients.get_mut(key).and_then(|client| client.loan.take());
-        let Some(loan) = loan else { return };
-        self.loans -= 1;
-        if let Some(entry) = self.table.get_mut(loan.endpoint) {
-            entry.on_lent_closed();
+    pub(in crate::worker) fn close_backend(&mut self, key: Key, why: Discard, how: Close) {
+        let backend = self.clients.get_mut(key).and_then(|client| client.backend.take());
+        let Some(backend) = backend else { return };
+        self.conns_in_use -= 1;
+        if let Some(entry) = self.table.get_mut(backend.endpoint) {
+            entry.on_discarded();
         }
-        self.retire(loan.conn, loan.endpoint, why, how);
+        self.retire(backend.conn, backend.endpoint, why, how);
     }
 
     /// Closes a connection that was lent.

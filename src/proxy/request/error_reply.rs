@@ -5,11 +5,11 @@ use std::io::Write;
 use std::time::Duration;
 
 use crate::config::Protocol;
-use crate::telemetry::Outcome;
+use crate::metrics::Outcome;
 
 /// What a client is told in place of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
+pub enum ErrorReply {
     /// The line holds nothing but white space.
     Blank,
     /// The line is longer than this many bytes.
@@ -34,7 +34,7 @@ pub enum Fault {
     Unfinished(Duration),
 }
 
-impl Fault {
+impl ErrorReply {
     /// Whether it is told of the store that holds the key, if one does.
     pub fn is_of_a_store(self) -> bool {
         matches!(self, Self::Unreachable | Self::NoneKnown | Self::QueueTimeout(_))
@@ -55,7 +55,7 @@ impl Fault {
     }
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for ErrorReply {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Blank => f.write_str("empty request"),
@@ -95,23 +95,23 @@ pub fn write_away(name: &str, why: Option<&str>, mut space: &mut [u8]) -> usize 
 }
 
 /// Writes a fault as the protocol says it. Returns its length.
-pub fn write_fault(protocol: Protocol, fault: Fault, mut space: &mut [u8]) -> usize {
+pub fn write_error_reply(protocol: Protocol, error: ErrorReply, mut space: &mut [u8]) -> usize {
     let before = space.len();
     // It is far shorter than a buffer.
     let _ = match protocol {
-        Protocol::Tcp | Protocol::Chronos => writeln!(space, "ERR {fault}"),
+        Protocol::Tcp | Protocol::Chronos => writeln!(space, "ERR {error}"),
         Protocol::Http1 => {
-            let status = match fault {
-                Fault::Timeout(_) => "504 Gateway Timeout",
-                Fault::Lost => "502 Bad Gateway",
-                Fault::Unfinished(_) => "408 Request Timeout",
+            let status = match error {
+                ErrorReply::Timeout(_) => "504 Gateway Timeout",
+                ErrorReply::Lost => "502 Bad Gateway",
+                ErrorReply::Unfinished(_) => "408 Request Timeout",
                 _ => "503 Service Unavailable",
             };
             // Without a body, so that it is right as an answer to HEAD too.
             write!(
                 space,
                 "HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\
-                 Proxy-Status: aegis-proxy; details=\"{fault}\"\r\n\r\n"
+                 Proxy-Status: aegis-proxy; details=\"{error}\"\r\n\r\n"
             )
         }
     };

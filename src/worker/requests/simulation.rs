@@ -7,12 +7,12 @@ use crate::config::{Balance, Config, PoolMode, Protocol, Route};
 use crate::io::sim::lines::{Asked, LINE_MAX, UNASKED, answer};
 use crate::io::sim::{Peer, Sim, Speech};
 use crate::limits;
+use crate::metrics::CloseReason;
 use crate::proxy::queue::Line;
 use crate::proxy::route::{StableHash, owner};
 use crate::proxy::session::Session;
-use crate::telemetry::CloseReason;
 use crate::worker::engine::Engine;
-use crate::worker::mailbox::Order;
+use crate::worker::mailbox::Command;
 use crate::worker::simulation::{Run, run_seeds};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -103,11 +103,11 @@ impl Lending {
             let elapsed = run.engine.driver().elapsed();
             if !self.drained && leave_at.is_some_and(|at| elapsed >= at) {
                 self.drained = true;
-                run.order(Order::Leave);
+                run.command(Command::Leave);
             }
             if !drained && drain_at.is_some_and(|at| elapsed >= at) {
                 drained = true;
-                run.order(Order::Drain);
+                run.command(Command::Drain);
             }
             let outside = run.engine.driver().clients_outside();
             if run.engine.sessions() == 0 && (outside == 0 || drained) {
@@ -235,13 +235,13 @@ fn is_answer(asked: &Asked, text: &str) -> bool {
 /// Everything adds up, at the end of any turn.
 fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<u16, Duration>) {
     let elapsed = engine.driver().elapsed();
-    let mut lent: HashMap<u16, usize> = HashMap::new();
+    let mut in_use: HashMap<u16, usize> = HashMap::new();
     let mut waiting = 0;
     for slot in 0..engine.clients.slots() {
         let Some(key) = engine.clients.key_at(slot) else { continue };
         let Some(client) = engine.clients.get(key) else { continue };
-        if let Some(loan) = client.loan {
-            *lent.entry(loan.endpoint).or_default() += 1;
+        if let Some(backend) = client.backend {
+            *in_use.entry(backend.endpoint).or_default() += 1;
         }
         waiting += usize::from(client.is_waiting());
         assert!(!client.is_ready() || client.due, "a request is forgotten");
@@ -251,7 +251,7 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<u16, Durat
     }
     assert_eq!(engine.queue.len(), waiting, "places in the queue");
     assert!(engine.queue.len() <= engine.config.requests.queue_max, "the queue is too long");
-    assert!(engine.returning.is_empty() && engine.freed.len() <= engine.table.indices().count());
+    assert!(engine.releasing.is_empty() && engine.freed.len() <= engine.table.indices().count());
     let mut opaque: HashMap<u16, usize> = HashMap::new();
     for slot in 0..engine.sessions.slots() {
         let session = engine.sessions.key_at(slot).and_then(|key| engine.sessions.get(key));
@@ -263,11 +263,11 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<u16, Durat
     let (mut conns, is_request) = (0, engine.config.pool.mode == PoolMode::Request);
     for index in engine.table.indices() {
         let Some(entry) = engine.table.get_mut(index) else { continue };
-        let lent = lent.remove(&index).unwrap_or(0);
+        let in_use = in_use.remove(&index).unwrap_or(0);
         let pool = &entry.pool;
-        let sessions = lent + opaque.remove(&index).unwrap_or(0);
+        let sessions = in_use + opaque.remove(&index).unwrap_or(0);
         assert_eq!(
-            (pool.lent(), entry.sessions as usize),
+            (pool.in_use(), entry.sessions as usize),
             (sessions, sessions),
             "loans of {index}"
         );
@@ -286,7 +286,7 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<u16, Durat
             assert!(all <= engine.config.pool.size + 1, "{all} connections");
         }
     }
-    assert!(lent.is_empty(), "loans of no endpoint: {lent:?}");
+    assert!(in_use.is_empty(), "in use of no endpoint: {in_use:?}");
     assert_eq!(engine.pool_conns, conns, "connections of all pools");
 }
 

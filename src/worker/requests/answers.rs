@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use crate::config::{PoolMode, Protocol};
 use crate::io::{Buf, Close, Driver};
-use crate::proxy::exchange::{Fault, Reply, write_away, write_fault};
+use crate::metrics::{CloseReason, Discard, Outcome, Retry};
+use crate::proxy::request::{ErrorReply, Reply, write_away, write_error_reply};
 use crate::slab::Key;
-use crate::telemetry::{CloseReason, Discard, Outcome, Retry};
 use crate::worker::engine::Engine;
 
 impl<D: Driver> Engine<D> {
@@ -18,12 +18,12 @@ impl<D: Driver> Engine<D> {
             self.driver.buffers().give(buf);
             return self.lose(key, Discard::Unexpected, Retry::Broken);
         };
-        let loan = client.loan.as_mut().map(|loan| {
-            loan.served = true;
-            *loan
+        let backend = client.backend.as_mut().map(|backend| {
+            backend.served = true;
+            *backend
         });
-        if let Some(loan) = loan {
-            self.on_endpoint_answered(loan.endpoint, loan.made);
+        if let Some(backend) = backend {
+            self.on_endpoint_answered(backend.endpoint, backend.made);
         }
         let Some(client) = self.clients.get_mut(key) else {
             return self.driver.buffers().give(buf);
@@ -33,8 +33,8 @@ impl<D: Driver> Engine<D> {
         if let Reply::Surplus(count) = reply {
             buffers.set_len(&mut buf, count);
         }
-        if let Some(sweep) = &mut client.sweep {
-            sweep.on_reply(buffers.bytes(&buf));
+        if let Some(broadcast) = &mut client.broadcast {
+            broadcast.on_reply(buffers.bytes(&buf));
             buffers.give(buf);
         } else {
             self.stats.bytes_to_client.add(u64::from(buf.len()));
@@ -50,16 +50,16 @@ impl<D: Driver> Engine<D> {
                 // A slow client holds its backend up rather than the worker's buffers.
                 if client.unsent() >= limit
                     && client.backend_receiving
-                    && let Some(loan) = client.loan
+                    && let Some(backend) = client.backend
                 {
                     client.backend_receiving = false;
-                    self.driver.receive(loan.conn, false);
+                    self.driver.receive(backend.conn, false);
                 }
                 self.arm_client(key);
             }
             Reply::Complete => self.on_answer_complete(key),
             Reply::Surplus(_) => {
-                self.drop_loan(key, Discard::Unexpected);
+                self.discard_backend(key, Discard::Unexpected);
                 self.on_answer_complete(key);
             }
         }
@@ -81,20 +81,20 @@ impl<D: Driver> Engine<D> {
         let Some(client) = self.clients.get_mut(key) else { return };
         let (keeps_alive, is_cut) = (client.keeps_alive(), client.is_cut());
         if client.is_answered()
-            && let Some(loan) = &mut client.loan
+            && let Some(backend) = &mut client.backend
         {
-            loan.unread = true;
+            backend.unread = true;
         }
         if client.is_broken() {
-            self.drop_loan(key, Discard::Dead);
+            self.discard_backend(key, Discard::Dead);
         } else if client.is_passed_on() && !keeps_alive {
             // It may still have to read the end of it.
-            self.close_loan(key, Discard::Spent, Close::Graceful);
+            self.close_backend(key, Discard::Spent, Close::Graceful);
         } else if !keeps_alive {
-            self.drop_loan(key, Discard::Spent);
-        } else if self.config.pool.mode == PoolMode::Request || self.is_loan_obsolete(key) {
+            self.discard_backend(key, Discard::Spent);
+        } else if self.config.pool.mode == PoolMode::Request || self.is_backend_obsolete(key) {
             // At the end of the turn, when it is known that nothing came behind.
-            self.returning.push(key);
+            self.releasing.push(key);
         }
         if is_cut {
             return self.cut_off(key, Outcome::Answered);
@@ -102,17 +102,17 @@ impl<D: Driver> Engine<D> {
         self.on_answered(key, keeps_alive);
     }
 
-    pub(in crate::worker) fn is_loan_obsolete(&mut self, key: Key) -> bool {
-        let loan = self.clients.get(key).and_then(|client| client.loan);
-        let entry = loan.and_then(|loan| self.table.get_mut(loan.endpoint));
-        let aged = loan.and_then(|loan| loan.retire_at).is_some_and(|at| at <= self.now);
+    pub(in crate::worker) fn is_backend_obsolete(&mut self, key: Key) -> bool {
+        let backend = self.clients.get(key).and_then(|client| client.backend);
+        let entry = backend.and_then(|backend| self.table.get_mut(backend.endpoint));
+        let aged = backend.and_then(|backend| backend.retire_at).is_some_and(|at| at <= self.now);
         aged || entry.is_some_and(|entry| entry.is_gone())
     }
 
     pub(in crate::worker) fn on_answered(&mut self, key: Key, keeps_alive: bool) {
         let Some(client) = self.clients.get_mut(key) else { return };
-        if let Some(sweep) = &mut client.sweep {
-            sweep.on_answered();
+        if let Some(broadcast) = &mut client.broadcast {
+            broadcast.on_answered();
             return self.next_store(key);
         }
         self.finish(key, Outcome::Answered);
@@ -132,14 +132,14 @@ impl<D: Driver> Engine<D> {
     /// Goes on with the next store of a request to all of them, or answers it.
     pub(in crate::worker) fn next_store(&mut self, key: Key) {
         let Some(client) = self.clients.get_mut(key) else { return };
-        let Some(sweep) = &mut client.sweep else { return };
-        if self.table.store(sweep.store + 1).is_some() {
-            sweep.store += 1;
+        let Some(broadcast) = &mut client.broadcast else { return };
+        if self.table.store(broadcast.store + 1).is_some() {
+            broadcast.store += 1;
             client.on_next_store(self.now);
             return self.mark_due(key);
         }
-        if let Some(sweep) = client.sweep.take() {
-            self.say(key, |space| sweep.write_answer(space));
+        if let Some(broadcast) = client.broadcast.take() {
+            self.say(key, |space| broadcast.write_answer(space));
         }
         self.finish(key, Outcome::Answered);
     }
@@ -154,31 +154,31 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A request gets an error in place of an answer.
-    pub(in crate::worker) fn give_up(&mut self, key: Key, fault: Fault) {
+    pub(in crate::worker) fn give_up(&mut self, key: Key, error: ErrorReply) {
         self.queue.leave(key);
         let Some(client) = self.clients.get_mut(key) else { return };
         let cut_off = client.has_part();
         if client.is_asked() {
-            let slow_client = matches!(fault, Fault::Unfinished(_));
+            let slow_client = matches!(error, ErrorReply::Unfinished(_));
             let why = if slow_client { Discard::Abandoned } else { Discard::Timeout };
-            self.drop_loan(key, why);
+            self.discard_backend(key, why);
         }
         let store = self.store_of(key).map(|store| Arc::clone(&store.name));
         let Some(client) = self.clients.get_mut(key) else { return };
-        if let Some(sweep) = &mut client.sweep {
+        if let Some(broadcast) = &mut client.broadcast {
             match store {
-                Some(store) if fault.is_of_a_store() => {
-                    sweep.on_away(&store);
+                Some(store) if error.is_of_a_store() => {
+                    broadcast.on_away(&store);
                 }
-                _ => sweep.on_failed(fault),
+                _ => broadcast.on_failed(error),
             }
             return self.next_store(key);
         }
         if cut_off {
-            return self.cut_off(key, fault.outcome());
+            return self.cut_off(key, error.outcome());
         }
-        self.tell(key, fault);
-        self.finish(key, fault.outcome());
+        self.tell(key, error);
+        self.finish(key, error.outcome());
         // A fault of HTTP says that the connection ends with it.
         if self.config.protocol == Protocol::Http1 {
             self.say_goodbye(key);
@@ -191,21 +191,21 @@ impl<D: Driver> Engine<D> {
         self.close_client(key, CloseReason::BackendReset);
     }
 
-    pub(in crate::worker) fn tell(&mut self, key: Key, fault: Fault) {
+    pub(in crate::worker) fn tell(&mut self, key: Key, error: ErrorReply) {
         // That no connection came in time is mostly the same, found out more slowly.
-        if fault.is_of_a_store()
+        if error.is_of_a_store()
             && let Some(store) = self.store_of(key)
         {
             let (name, why) = (Arc::clone(&store.name), store.why.clone());
-            let said = (fault != Fault::Unreachable).then(|| fault.to_string());
-            let why = match fault {
-                Fault::QueueTimeout(_) => said.as_deref().or(why.as_deref()),
+            let said = (error != ErrorReply::Unreachable).then(|| error.to_string());
+            let why = match error {
+                ErrorReply::QueueTimeout(_) => said.as_deref().or(why.as_deref()),
                 _ => why.as_deref().or(said.as_deref()),
             };
             return self.say(key, |space| write_away(&name, why, space));
         }
         let protocol = self.config.protocol;
-        self.say(key, |space| write_fault(protocol, fault, space));
+        self.say(key, |space| write_error_reply(protocol, error, space));
     }
 
     /// Sends a client words of our own.

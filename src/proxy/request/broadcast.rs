@@ -2,11 +2,11 @@
 
 use std::io::{self, Write};
 
-use super::Fault;
+use super::ErrorReply;
 
 /// A request that goes to every store, one after the other, so that one at a time is stalled.
 #[derive(Debug)]
-pub struct Sweep {
+pub struct Broadcast {
     /// The number of the store that is asked now.
     pub store: u16,
     stores: u32,
@@ -19,7 +19,7 @@ pub struct Sweep {
     first_failure: Option<([u8; Self::ANSWER_MAX], usize)>,
 }
 
-impl Sweep {
+impl Broadcast {
     /// As much of an answer as is passed on.
     const ANSWER_MAX: usize = 128;
 
@@ -61,11 +61,11 @@ impl Sweep {
     }
 
     /// The present store has failed.
-    pub fn on_failed(&mut self, fault: Fault) {
+    pub fn on_failed(&mut self, error: ErrorReply) {
         self.len = 0;
         let mut text = [0; Self::ANSWER_MAX];
         let mut space = &mut text[..];
-        let _ = write!(space, "ERR {fault}");
+        let _ = write!(space, "ERR {error}");
         let len = Self::ANSWER_MAX - space.len();
         self.on_reply(&text[..len]);
         self.on_answered();
@@ -95,7 +95,7 @@ impl Sweep {
     }
 }
 
-impl Sweep {
+impl Broadcast {
     fn write(&self, space: &mut impl Write) -> io::Result<()> {
         if self.failed == 0 {
             return writeln!(space, "OK_COMPACTED");
@@ -115,7 +115,7 @@ impl Sweep {
     }
 }
 
-impl Default for Sweep {
+impl Default for Broadcast {
     fn default() -> Self {
         Self::new()
     }
@@ -127,35 +127,35 @@ mod tests {
 
     #[test]
     fn a_sweep_has_one_answer() {
-        let text = |sweep: &Sweep| {
+        let text = |broadcast: &Broadcast| {
             let mut space = [0; 512];
-            let len = sweep.write_answer(&mut space);
+            let len = broadcast.write_answer(&mut space);
             String::from_utf8(space[..len].to_vec()).unwrap()
         };
-        let mut sweep = Sweep::new();
-        sweep.on_reply(b"OK_COMP");
-        sweep.on_reply(b"ACTED\n");
-        sweep.on_answered();
-        assert_eq!(text(&sweep), "OK_COMPACTED\n");
-        sweep.on_reply(b"ERR_COMPACT disk full\n");
-        sweep.on_answered();
-        sweep.on_failed(Fault::Lost);
+        let mut broadcast = Broadcast::new();
+        broadcast.on_reply(b"OK_COMP");
+        broadcast.on_reply(b"ACTED\n");
+        broadcast.on_answered();
+        assert_eq!(text(&broadcast), "OK_COMPACTED\n");
+        broadcast.on_reply(b"ERR_COMPACT disk full\n");
+        broadcast.on_answered();
+        broadcast.on_failed(ErrorReply::Lost);
         assert_eq!(
-            text(&sweep),
+            text(&broadcast),
             "ERR_COMPACT 2 of 3 stores failed, the first with: ERR_COMPACT disk full\n"
         );
-        sweep.on_away("store-3");
-        sweep.on_away("store-4");
+        broadcast.on_away("store-3");
+        broadcast.on_away("store-4");
         assert_eq!(
-            text(&sweep),
+            text(&broadcast),
             "ERR_COMPACT 4 of 5 stores failed, not available: store-3, store-4, the first other \
              with: ERR_COMPACT disk full\n"
         );
-        let mut sweep = Sweep::new();
-        (0..1000).for_each(|i| sweep.on_away(&format!("a-store-with-a-name-{i}")));
+        let mut broadcast = Broadcast::new();
+        (0..1000).for_each(|i| broadcast.on_away(&format!("a-store-with-a-name-{i}")));
         let answer = {
             let mut space = [0; 16384];
-            let len = sweep.write_answer(&mut space);
+            let len = broadcast.write_answer(&mut space);
             String::from_utf8(space[..len].to_vec()).unwrap()
         };
         assert!(answer.ends_with(" more\n") && answer.len() < 6000, "{answer}");

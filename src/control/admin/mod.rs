@@ -232,7 +232,7 @@ mod tests {
 
     use super::*;
     use crate::control::testing::{self, block_on, endpoint, http, view};
-    use crate::telemetry::WorkerState;
+    use crate::metrics::WorkerState;
 
     /// Serves `view` while `client` runs on a thread of its own.
     fn with_admin(view: View, client: impl FnOnce(SocketAddr, &View) + Send + 'static) {

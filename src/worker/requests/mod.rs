@@ -5,10 +5,10 @@
 //! one that is lent is open and silent, whatever a busy kernel has not told yet.
 
 mod answers;
+mod backends;
 mod clients;
 #[cfg(test)]
 mod http_simulation;
-mod loans;
 mod placing;
 #[cfg(test)]
 mod simulation;

@@ -6,15 +6,15 @@ use std::time::Duration;
 use crate::config::{Balance, Locality, Route};
 use crate::io::Driver;
 use crate::limits;
+use crate::metrics::{Checkout, CloseReason, Discard, Outcome, Spillover, Verb};
 use crate::proxy::Side;
 use crate::proxy::balance::{Having, Store};
-use crate::proxy::exchange::{Client, Fault, Request, Upload};
 use crate::proxy::queue::Line;
+use crate::proxy::request::{Client, ErrorReply, Request, Upload};
 use crate::proxy::session::{Session, Tried};
 use crate::slab::Key;
-use crate::telemetry::{Checkout, CloseReason, Discard, Outcome, Spillover, Verb};
 use crate::worker::engine::{Engine, Owner};
-use crate::worker::pools::why_not_lent;
+use crate::worker::pools::why_not_acquired;
 
 /// Where a request has to go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,10 +32,10 @@ impl<D: Driver> Engine<D> {
     pub(in crate::worker) fn place(&mut self, key: Key) {
         let Some(client) = self.clients.get(key) else { return };
         let Some(request) = client.request() else { return };
-        if client.loan.is_some() {
+        if client.backend.is_some() {
             match self.why_not_used(key) {
-                None => return self.use_loan(key),
-                Some(why) => self.drop_loan(key, why),
+                None => return self.use_backend(key),
+                Some(why) => self.discard_backend(key, why),
             }
         }
         let destination = self.destination(key, &request);
@@ -49,18 +49,18 @@ impl<D: Driver> Engine<D> {
             Destination::Endpoint(endpoint) => self.place_at(key, endpoint),
             Destination::Any => self.place_anywhere(key),
             // It has no other home, and may be away for long.
-            Destination::Away if self.table.is_empty() => self.give_up(key, Fault::NoneKnown),
-            Destination::Away => self.give_up(key, Fault::Unreachable),
+            Destination::Away if self.table.is_empty() => self.give_up(key, ErrorReply::NoneKnown),
+            Destination::Away => self.give_up(key, ErrorReply::Unreachable),
         }
     }
 
     /// Why a client must not ask again on the connection that it holds, if it must not.
     fn why_not_used(&mut self, key: Key) -> Option<Discard> {
         let client = self.clients.get(key)?;
-        let loan = client.loan?;
+        let backend = client.backend?;
         // Answered before it was asked.
         let early = client.unasked() > 0;
-        why_not_lent(self.driver.unheard(loan.conn)).or(early.then_some(Discard::Unexpected))
+        why_not_acquired(self.driver.unheard(backend.conn)).or(early.then_some(Discard::Unexpected))
     }
 
     /// Where a request has to go.
@@ -86,7 +86,7 @@ impl<D: Driver> Engine<D> {
     fn store_for(&mut self, key: Key, request: &Request) -> Option<u16> {
         if request.verb == Verb::Compact {
             let client = self.clients.get_mut(key)?;
-            return Some(client.sweep.get_or_insert_with(Box::default).store);
+            return Some(client.broadcast.get_or_insert_with(Box::default).store);
         }
         request.key.map(|hash| self.table.owner(hash).unwrap_or(u16::MAX))
     }
@@ -94,8 +94,8 @@ impl<D: Driver> Engine<D> {
     /// The store that a client's request is for.
     pub(in crate::worker) fn store_of(&self, key: Key) -> Option<&Store> {
         let client = self.clients.get(key)?;
-        let number = match &client.sweep {
-            Some(sweep) => sweep.store,
+        let number = match &client.broadcast {
+            Some(broadcast) => broadcast.store,
             None => self.table.owner(client.request()?.key?)?,
         };
         self.table.store(number)
@@ -110,7 +110,7 @@ impl<D: Driver> Engine<D> {
     fn await_an_endpoint(&mut self, key: Key) {
         let Some(client) = self.clients.get_mut(key) else { return };
         if client.on_no_endpoint(&self.client_limits, self.now) <= self.now {
-            return self.give_up(key, Fault::NoEndpoint(self.client_limits.endpoint));
+            return self.give_up(key, ErrorReply::NoEndpoint(self.client_limits.endpoint));
         }
         self.wait(key, Line::Any, None);
     }
@@ -125,17 +125,17 @@ impl<D: Driver> Engine<D> {
         let nobody_waits = self.queue.waiting(line) == 0;
         // An endpoint may have left the set since a request to all of them began.
         let entry = self.table.get_mut(endpoint).filter(|entry| entry.is_present());
-        let Some(entry) = entry else { return self.give_up(key, Fault::Unreachable) };
+        let Some(entry) = entry else { return self.give_up(key, ErrorReply::Unreachable) };
         if !entry.health.is_usable() && entry.pool.idle() == 0 && entry.pool.backs_off(self.now) {
             // It has just been tried, and another store would give a wrong answer.
-            return self.give_up(key, Fault::Unreachable);
+            return self.give_up(key, ErrorReply::Unreachable);
         }
         if nobody_waits {
             self.prove_latest(endpoint);
             let idle = self.table.get_mut(endpoint).map_or(0, |entry| entry.pool.idle());
             if idle > 0 {
                 self.stats.count_checkout(Checkout::Hit);
-                return self.lend(key, endpoint);
+                return self.acquire(key, endpoint);
             }
         }
         self.wait(key, line, Some(endpoint));
@@ -167,7 +167,7 @@ impl<D: Driver> Engine<D> {
                 if near && far {
                     self.stats.count_spillover(Spillover::Few);
                 }
-                self.lend(key, endpoint);
+                self.acquire(key, endpoint);
             }
             Some((endpoint, having)) => {
                 self.wait(key, Line::Any, (having == Having::Room).then_some(endpoint));
@@ -183,7 +183,8 @@ impl<D: Driver> Engine<D> {
     pub(in crate::worker) fn wait(&mut self, key: Key, line: Line, endpoint: Option<u16>) {
         if self.queue.is_full() {
             let nowhere = self.table.is_empty();
-            return self.give_up(key, if nowhere { Fault::NoneKnown } else { Fault::QueueFull });
+            return self
+                .give_up(key, if nowhere { ErrorReply::NoneKnown } else { ErrorReply::QueueFull });
         }
         let Some(client) = self.clients.get_mut(key) else { return };
         client.on_waiting();
@@ -231,7 +232,7 @@ impl<D: Driver> Engine<D> {
         }
         let usable = self.table.get_mut(endpoint).is_some_and(|e| e.health.is_usable());
         while !usable && let Some(key) = self.queue.serve(Line::Endpoint(endpoint)) {
-            self.give_up(key, Fault::Unreachable);
+            self.give_up(key, ErrorReply::Unreachable);
         }
     }
 
@@ -242,7 +243,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    pub(in crate::worker) fn lend_freed(&mut self) {
+    pub(in crate::worker) fn serve_freed(&mut self) {
         while let Some(endpoint) = self.freed.pop() {
             let own = Line::Endpoint(endpoint);
             while self.queue.waiting(own) + self.queue.waiting(Line::Any) > 0 {
@@ -253,26 +254,26 @@ impl<D: Driver> Engine<D> {
                 }
                 let Some(key) = self.queue.serve_either(own, Line::Any) else { break };
                 self.stats.count_checkout(Checkout::Miss);
-                self.lend(key, endpoint);
+                self.acquire(key, endpoint);
             }
         }
     }
 
     /// Lends a client an idle connection of an endpoint, which has one that is proved to be open and
     /// silent.
-    pub(in crate::worker) fn lend(&mut self, key: Key, endpoint: u16) {
+    pub(in crate::worker) fn acquire(&mut self, key: Key, endpoint: u16) {
         let Some(entry) = self.table.get_mut(endpoint) else { return };
-        let Some(loan) = entry.lend(endpoint) else { return };
+        let Some(backend) = entry.acquire(endpoint) else { return };
         self.pool_conns -= 1;
-        self.loans += 1;
-        self.own(loan.conn, Owner::Lent(key));
+        self.conns_in_use += 1;
+        self.own(backend.conn, Owner::InUse(key));
         if let Some(client) = self.clients.get_mut(key) {
-            client.on_lent(loan);
+            client.on_acquired(backend);
         }
-        self.use_loan(key);
+        self.use_backend(key);
     }
 
-    pub(in crate::worker) fn use_loan(&mut self, key: Key) {
+    pub(in crate::worker) fn use_backend(&mut self, key: Key) {
         if self.clients.get(key).is_some_and(Client::is_opaque) {
             self.turn_opaque(key);
         } else {
@@ -283,16 +284,16 @@ impl<D: Driver> Engine<D> {
     /// Sends a client's request on the connection that it holds.
     pub(in crate::worker) fn ask(&mut self, key: Key) {
         let Some(client) = self.clients.get_mut(key) else { return };
-        let (Some(request), Some(loan)) = (client.request(), client.loan) else { return };
+        let (Some(request), Some(backend)) = (client.request(), client.backend) else { return };
         client.upload = Upload::new(self.now);
         self.stats.queue_wait.record(client.on_asked(self.now));
-        if request.repeatable || client.sweep.is_some() {
+        if request.repeatable || client.broadcast.is_some() {
             // Its bytes stay where they are, to be sent again.
             let Some(buf) = self.driver.buffers().duplicate(&client.input, request.len) else {
                 return self.close_client(key, CloseReason::Overload);
             };
             client.on_backend_queued(buf.len(), self.now);
-            self.driver.send(loan.conn, buf);
+            self.driver.send(backend.conn, buf);
         } else {
             client.on_sent_on();
             self.send_on(key, request.len);
@@ -303,7 +304,7 @@ impl<D: Driver> Engine<D> {
     /// Sends the first `len` bytes of a client's input to its backend.
     pub(in crate::worker) fn send_on(&mut self, key: Key, mut len: u32) {
         let Some(client) = self.clients.get_mut(key) else { return };
-        let Some(loan) = client.loan else { return };
+        let Some(backend) = client.backend else { return };
         while len > 0 {
             let Some(buf) = self.driver.buffers().take_front(&mut client.input, len) else {
                 return self.close_client(key, CloseReason::Overload);
@@ -311,7 +312,7 @@ impl<D: Driver> Engine<D> {
             len -= buf.len();
             client.on_backend_queued(buf.len(), self.now);
             client.upload.on_held_up(client.unasked() >= limits::BUFFER_SIZE as u32, self.now);
-            self.driver.send(loan.conn, buf);
+            self.driver.send(backend.conn, buf);
         }
     }
 
@@ -341,11 +342,12 @@ impl<D: Driver> Engine<D> {
             return self.close_client(key, CloseReason::Overload);
         }
         self.queue.leave(key);
-        let Some(loan) = self.clients.get_mut(key).and_then(|client| client.loan.take()) else {
+        let Some(backend) = self.clients.get_mut(key).and_then(|client| client.backend.take())
+        else {
             return;
         };
         let Some(mut client) = self.clients.remove(key) else { return };
-        self.loans -= 1;
+        self.conns_in_use -= 1;
         // What was kept of a request that was sent is not to be sent again.
         let sent = client.request().map_or(0, |request| request.len);
         self.driver.buffers().advance(&mut client.input, sent);
@@ -353,13 +355,13 @@ impl<D: Driver> Engine<D> {
         if let Some(request) = client.uncounted() {
             self.stats.count_request(request.verb, Outcome::Opaque, Duration::ZERO);
         }
-        if let Some(entry) = self.table.get_mut(loan.endpoint) {
+        if let Some(entry) = self.table.get_mut(backend.endpoint) {
             entry.on_turned_opaque();
         }
         self.timers.clear(timer);
         let mut session = Session::new(client.conn, self.now);
-        session.on_trying(loan.endpoint, Some(loan.conn));
-        session.on_connected(loan.conn, client.unasked(), self.now);
+        session.on_trying(backend.endpoint, Some(backend.conn));
+        session.on_connected(backend.conn, client.unasked(), self.now);
         // What cannot be understood may be what the backend ends it for.
         session.vouch();
         session.on_received(Side::Backend, client.unsent(), u32::MAX, self.now);
@@ -367,15 +369,15 @@ impl<D: Driver> Engine<D> {
             unreachable!("there was a free slot")
         };
         self.own(client.conn, Owner::Session(session, Side::Client));
-        self.own(loan.conn, Owner::Session(session, Side::Backend));
+        self.own(backend.conn, Owner::Session(session, Side::Backend));
         self.arm_deadline(session);
         self.driver.receive(client.conn, true);
-        self.driver.receive(loan.conn, true);
+        self.driver.receive(backend.conn, true);
         while let Some(buf) = self.driver.buffers().pop(&mut client.input) {
             // It was counted when it came.
             self.pass_on(session, Side::Client, buf);
         }
-        self.driver.join(client.conn, loan.conn);
+        self.driver.join(client.conn, backend.conn);
         if client.is_broken() {
             // The driver has told it, and tells it once.
             self.apply(session, |session, now| session.on_send_failed(Side::Backend, now));

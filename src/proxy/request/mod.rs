@@ -20,16 +20,16 @@
 //! Where it is not certain what a message is, the client gets a connection of its own, both become
 //! an ordinary session of opaque bytes, and the connection serves nobody else.
 
-mod fault;
+mod broadcast;
+mod error_reply;
 mod framing;
-mod sweep;
 mod upload;
 
 use std::time::{Duration, Instant};
 
-pub use fault::{Fault, write_away, write_fault};
+pub use broadcast::Broadcast;
+pub use error_reply::{ErrorReply, write_away, write_error_reply};
 pub use framing::Framing;
-pub use sweep::Sweep;
 pub use upload::Upload;
 
 use super::pulse::Pulse;
@@ -38,7 +38,7 @@ use super::session::Tried;
 use crate::io::buffers::Buffers;
 use crate::io::{Chain, ConnId};
 use crate::limits::{BUFFER_SIZE, CLIENT_STALL_MAX, LINGER_MAX, REFUSED_REST_MAX};
-use crate::telemetry::{CloseReason, Discard, Verb};
+use crate::metrics::{CloseReason, Discard, Verb};
 
 /// What is at the front of a client's input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,7 +46,7 @@ pub enum Front {
     /// Nothing, or a request that goes on.
     Partial,
     /// So many bytes that no backend may see: they are answered with an error.
-    Refused(u32, Fault),
+    Refused(u32, ErrorReply),
     /// A request, or as much of it as says what it is.
     Request(Request),
     /// Bytes that can be read in more than one way.
@@ -70,7 +70,7 @@ pub struct Request {
 
 /// A backend connection in a client's hands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Loan {
+pub struct BackendConn {
     /// The connection.
     pub conn: ConnId,
     /// The endpoint that it goes to.
@@ -136,7 +136,7 @@ pub enum Due {
     /// Nothing yet.
     Nothing,
     /// The request is to be given up.
-    GiveUp(Fault),
+    GiveUp(ErrorReply),
     /// The answer has come, and the rest of the request is not waited for any longer.
     EndRequest(Discard),
     /// The client is to be closed.
@@ -199,7 +199,7 @@ pub struct Client {
     /// What it has sent and what is not done with.
     pub input: Chain,
     /// The connection that it holds, if any.
-    pub loan: Option<Loan>,
+    pub backend: Option<BackendConn>,
     /// Set while it is in the list of those to be looked at.
     pub due: bool,
     /// Whether it is received from.
@@ -209,7 +209,7 @@ pub struct Client {
     /// When its timer fires.
     pub timer: Option<Instant>,
     /// Answers that a request to all stores has brought so far.
-    pub sweep: Option<Box<Sweep>>,
+    pub broadcast: Option<Box<Broadcast>>,
     /// Marks the load estimator's window in which it was last counted as active.
     pub window: u32,
     /// Its pace with a request that is sent on as it comes.
@@ -246,12 +246,12 @@ impl Client {
         Self {
             conn,
             input: Chain::default(),
-            loan: None,
+            backend: None,
             due: false,
             receiving: false,
             backend_receiving: true,
             timer: None,
-            sweep: None,
+            broadcast: None,
             window: 0,
             upload: Upload::new(now),
             pulse: Pulse::default(),
@@ -542,8 +542,8 @@ impl Client {
     }
 
     /// It was lent a connection, on which nothing is on its way.
-    pub fn on_lent(&mut self, loan: Loan) {
-        self.loan = Some(loan);
+    pub fn on_acquired(&mut self, backend: BackendConn) {
+        self.backend = Some(backend);
         self.backend_receiving = true;
         self.broken = false;
         self.unasked = 0;
@@ -558,8 +558,8 @@ impl Client {
         exchange.moved = now;
         exchange.queued = 0;
         exchange.cut = false;
-        if let Some(loan) = self.loan {
-            exchange.tried.push(loan.endpoint);
+        if let Some(backend) = self.backend {
+            exchange.tried.push(backend.endpoint);
         }
         now.saturating_duration_since(exchange.wanting)
     }
@@ -579,7 +579,7 @@ impl Client {
     /// request is still to be passed on.
     pub fn on_answer_complete(&mut self) -> bool {
         let rest = self.is_streaming() || (self.is_long() && self.unasked > 0);
-        if rest && self.loan.is_some() && !self.broken {
+        if rest && self.backend.is_some() && !self.broken {
             self.state = State::Answered;
             return false;
         }
@@ -628,7 +628,7 @@ impl Client {
     /// Its backend's connection ended, in order or not. `attempts_max` bounds how often a request
     /// is sent.
     pub fn on_lost(&mut self, in_order: bool, attempts_max: u32, now: Instant) -> Lost {
-        self.loan = None;
+        self.backend = None;
         let Some(exchange) = &mut self.exchange else { return Lost::Idle };
         match self.state {
             State::Asked => {}
@@ -638,7 +638,7 @@ impl Client {
             }
             _ => return Lost::Idle,
         }
-        if exchange.replied && self.sweep.is_none() {
+        if exchange.replied && self.broadcast.is_none() {
             let complete = in_order && !self.broken && self.framing.ends_with_connection();
             return if complete { Lost::Answered } else { Lost::CutOff };
         }
@@ -658,7 +658,7 @@ impl Client {
 
     /// Whether the client has a part of the answer to its request.
     pub fn has_part(&self) -> bool {
-        self.sweep.is_none() && self.exchange.is_some_and(|exchange| exchange.replied)
+        self.broadcast.is_none() && self.exchange.is_some_and(|exchange| exchange.replied)
     }
 
     /// The request goes to the next store of several: once more ready to be sent.
@@ -675,7 +675,7 @@ impl Client {
     /// counted before.
     pub fn finish(&mut self, buffers: &mut Buffers, now: Instant) -> Option<(Request, Duration)> {
         self.state = State::Reading;
-        self.sweep = None;
+        self.broadcast = None;
         let Exchange { request, since, counted, .. } = self.exchange.take()?;
         buffers.advance(&mut self.input, request.len);
         (!counted).then(|| (request, now.saturating_duration_since(since)))
@@ -709,9 +709,9 @@ impl Client {
         }
         match self.state {
             State::Ready | State::Waiting if self.awaits_endpoint => {
-                Due::GiveUp(Fault::NoEndpoint(limits.endpoint))
+                Due::GiveUp(ErrorReply::NoEndpoint(limits.endpoint))
             }
-            State::Ready | State::Waiting => Due::GiveUp(Fault::QueueTimeout(limits.queue)),
+            State::Ready | State::Waiting => Due::GiveUp(ErrorReply::QueueTimeout(limits.queue)),
             State::Asked | State::Answered => self.on_stalled(limits),
             State::Leaving => Due::Close(CloseReason::HalfCloseTimeout),
             State::Reading if self.ended && limits.half_close.is_some() => {
@@ -768,11 +768,11 @@ impl Client {
                 }
                 None => Due::Close(CloseReason::IdleTimeout),
                 Some(_) if self.is_answered() => Due::EndRequest(Discard::Timeout),
-                Some(limit) => Due::GiveUp(Fault::Timeout(limit)),
+                Some(limit) => Due::GiveUp(ErrorReply::Timeout(limit)),
             },
             Party::Client if self.is_waiting_for_refused() => Due::EndRequest(Discard::Abandoned),
             Party::Client if !replied => {
-                Due::GiveUp(Fault::Unfinished(limits.idle.unwrap_or(CLIENT_STALL_MAX)))
+                Due::GiveUp(ErrorReply::Unfinished(limits.idle.unwrap_or(CLIENT_STALL_MAX)))
             }
             Party::Client => Due::Close(match limits.idle {
                 Some(_) => CloseReason::IdleTimeout,
@@ -794,9 +794,9 @@ mod tests {
         buffers.push(&mut client.input, buf);
     }
 
-    fn loan(made: Instant) -> Loan {
+    fn backend(made: Instant) -> BackendConn {
         let conn = ConnId::from_parts(1, 0);
-        Loan { conn, endpoint: 0, retire_at: None, made, served: false, unread: false }
+        BackendConn { conn, endpoint: 0, retire_at: None, made, served: false, unread: false }
     }
 
     fn client() -> (Client, Buffers, Instant) {
@@ -817,9 +817,9 @@ mod tests {
             feed(&mut client, &mut buffers, &[*byte]);
             match client.front(&mut buffers, &mut scratch) {
                 Front::Partial => {}
-                Front::Refused(len, fault) => {
+                Front::Refused(len, error) => {
                     buffers.advance(&mut client.input, len);
-                    found.push(format!("{fault}"));
+                    found.push(format!("{error}"));
                 }
                 Front::Opaque => panic!("lines are never opaque"),
                 Front::Request(request) => {
@@ -849,7 +849,7 @@ mod tests {
                 panic!("{line:?} is whole");
             };
             client.begin(request, now);
-            client.loan = Some(loan(now));
+            client.backend = Some(backend(now));
             client.on_asked(now);
             if replied {
                 assert_eq!(client.on_reply(b"O", now), Reply::Partial);
@@ -882,7 +882,7 @@ mod tests {
     #[test]
     fn bytes_of_an_earlier_request_are_not_forgotten_while_a_connection_is_kept() {
         let (mut client, mut buffers, now) = client();
-        client.on_lent(loan(now));
+        client.on_acquired(backend(now));
         for expected in [6, 12] {
             feed(&mut client, &mut buffers, b"GET a\n");
             let Front::Request(request) = client.front(&mut buffers, &mut [0; 16]) else {
@@ -895,7 +895,7 @@ mod tests {
             assert_eq!(client.on_reply(b"answered too early\n", now), Reply::Complete);
             client.finish(&mut buffers, now);
         }
-        client.on_lent(loan(now));
+        client.on_acquired(backend(now));
         assert_eq!(client.unasked(), 0, "of a connection that is gone");
     }
 
@@ -919,7 +919,7 @@ mod tests {
         client.on_waiting();
         assert_eq!(client.on_deadline(&limits, now), Due::Nothing);
         let given_up = client.on_deadline(&limits, now + SECOND);
-        assert_eq!(given_up, Due::GiveUp(Fault::QueueTimeout(SECOND)));
+        assert_eq!(given_up, Due::GiveUp(ErrorReply::QueueTimeout(SECOND)));
         assert_eq!(client.on_asked(now + SECOND), SECOND);
         assert_eq!(client.deadline(&limits), Some(now + 4 * SECOND));
         client.finish(&mut buffers, now);
@@ -960,7 +960,7 @@ mod tests {
             panic!("it says what it is");
         };
         client.begin(request, now);
-        client.on_lent(loan(now));
+        client.on_acquired(backend(now));
         client.on_asked(now);
         client.on_backend_queued(bytes.len() as u32, now);
         (client, buffers, now)
@@ -979,7 +979,7 @@ mod tests {
             endpoint: SECOND,
             request: Some(3 * SECOND),
         };
-        let timeout = Due::GiveUp(Fault::Timeout(3 * SECOND));
+        let timeout = Due::GiveUp(ErrorReply::Timeout(3 * SECOND));
         for (bytes, then) in [(UPLOAD, CLIENT_STALL_MAX), (DOWNLOAD, 3 * SECOND)] {
             let (mut client, _, now) = asked(bytes);
             assert_eq!(client.on_deadline(&limits, now + 3 * SECOND), timeout, "it takes nothing");
@@ -988,7 +988,7 @@ mod tests {
         }
         let (mut client, _, now) = asked(UPLOAD);
         client.on_backend_sent(UPLOAD.len() as u32, now);
-        let unfinished = Due::GiveUp(Fault::Unfinished(CLIENT_STALL_MAX));
+        let unfinished = Due::GiveUp(ErrorReply::Unfinished(CLIENT_STALL_MAX));
         assert_eq!(client.on_deadline(&limits, now + CLIENT_STALL_MAX), unfinished);
         // Within an answer.
         let (mut client, _, now) = asked(DOWNLOAD);
