@@ -21,7 +21,7 @@
 //! | [`metrics`] | counters and histograms of one worker, aligned to cache lines |
 //! | [`slab`] | fixed-capacity slots with generations |
 //! | [`proxy`] | decides: sessions, relays, requests, pools, balancing, health; no I/O, no clock, no unsafe |
-//! | [`protocol`] | where messages end: Chronos, HTTP/1; the PROXY protocol's header |
+//! | [`protocol`] | all that is known of a protocol: TCP, Chronos, HTTP/1; the PROXY protocol's header |
 //! | [`io`] | does: the io_uring and epoll drivers and the seeded simulator; the only unsafe code |
 //! | [`worker`] | one core: binds `proxy` to `io`, turn by turn |
 //! | [`control`] | the tokio side: discovery, admin HTTP, lifecycle |

@@ -7,6 +7,8 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+use crate::protocol::Verb;
+
 /// A value that only ever grows. One thread writes it, any thread reads it.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
@@ -176,34 +178,6 @@ labels! {
         DrainDeadline = "drain_deadline",
         /// A bound of `limits` was met that leaves no other way out.
         Overload = "overload",
-    }
-}
-
-labels! {
-    /// What a request asks for, as far as its protocol tells.
-    pub enum Verb {
-        /// `PING` of Chronos.
-        Ping = "ping",
-        /// `GET` of Chronos or HTTP.
-        Get = "get",
-        /// `SET` of Chronos.
-        Set = "set",
-        /// `DEL` of Chronos.
-        Del = "del",
-        /// `COMPACT` of Chronos.
-        Compact = "compact",
-        /// `HEAD` of HTTP.
-        Head = "head",
-        /// `POST` of HTTP.
-        Post = "post",
-        /// `PUT` of HTTP.
-        Put = "put",
-        /// `DELETE` of HTTP.
-        Delete = "delete",
-        /// Bytes that no request can be found in, or more than one.
-        Opaque = "opaque",
-        /// Any other.
-        Other = "other",
     }
 }
 
@@ -398,20 +372,20 @@ impl WorkerStats {
 
     /// Counts the end of a request. What the backend answered also counts by how long it took.
     pub fn count_request(&self, verb: Verb, outcome: Outcome, took: Duration) {
-        self.requests[verb as usize][outcome as usize].add(1);
+        self.requests[verb.index()][outcome as usize].add(1);
         if outcome == Outcome::Answered {
-            self.request_durations[verb as usize].record(took);
+            self.request_durations[verb.index()].record(took);
         }
     }
 
     /// Requests of this kind that ended so.
     pub fn requests(&self, verb: Verb, outcome: Outcome) -> u64 {
-        self.requests[verb as usize][outcome as usize].get()
+        self.requests[verb.index()][outcome as usize].get()
     }
 
     /// How long answered requests of this kind took, from their last byte to the answer's last.
     pub fn request_duration(&self, verb: Verb) -> &Histogram {
-        &self.request_durations[verb as usize]
+        &self.request_durations[verb.index()]
     }
 
     /// Counts a request that is sent again.

@@ -20,6 +20,7 @@ pub use error::{ConfigErrors, Problem};
 pub use variables::{PREFIX, RawConfig, VARIABLES, Variable};
 
 use crate::limits;
+pub use crate::protocol::ProtocolName as Protocol;
 use value::{duration_text, list_text};
 #[allow(clippy::wildcard_imports)] // The constants of the table.
 use variables::*;
@@ -267,17 +268,6 @@ pub struct HostPort {
     pub host: String,
     /// The TCP port, never 0.
     pub port: u16,
-}
-
-/// What clients and backends speak.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Protocol {
-    /// Anything.
-    Tcp,
-    /// The text lines of Chronos.
-    Chronos,
-    /// HTTP/1.0 and HTTP/1.1.
-    Http1,
 }
 
 /// For how long a client has a backend connection.

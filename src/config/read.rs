@@ -343,7 +343,7 @@ impl Reader<'_> {
     fn check_pooling(&mut self, config: &Config) {
         let mode = || (&AEGIS_POOL_MODE, config.pool.mode.to_string());
         let lends = config.pool.mode != PoolMode::Preconnect;
-        if lends && config.protocol == Protocol::Tcp {
+        if lends && !config.protocol.facts().is_framed {
             let protocol = (&AEGIS_PROTOCOL, config.protocol.to_string());
             let why = "of unknown bytes nobody can tell when an answer is over, so a used \
                        connection could bring one client the answer to another";
@@ -366,9 +366,11 @@ impl Reader<'_> {
                     "keys of one client may belong to several endpoints",
                 );
             }
-            if config.protocol != Protocol::Chronos {
+            if !config.protocol.facts().has_keys {
                 let protocol = (&AEGIS_PROTOCOL, config.protocol.to_string());
-                self.conflict(route(), protocol, "only the requests of chronos have keys");
+                let with_keys = Protocol::words_where(|facts| facts.has_keys);
+                let why = format!("only the requests of {with_keys} have keys");
+                self.conflict(route(), protocol, &why);
             }
         }
     }

@@ -11,8 +11,8 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
 use super::{
-    Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, PoolMode, Protocol,
-    ProxyProtocol, Route, ServiceName, Switch,
+    Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, PoolMode, ProxyProtocol,
+    Route, ServiceName, Switch,
 };
 
 /// A value, or why the text is none.
@@ -355,7 +355,6 @@ words! {
         "kubernetes" => Kubernetes,
     }
     Locality { "off" => Off, "zone" => Zone, "node" => Node, }
-    Protocol { "tcp" => Tcp, "chronos" => Chronos, "http1" => Http1, }
     PoolMode { "preconnect" => Preconnect, "session" => Session, "request" => Request, }
     Route { "balance" => Balance, "key" => Key, }
     Switch { "auto" => Auto, "on" => On, "off" => Off, }

@@ -3,6 +3,8 @@
 
 use serde::Deserialize;
 
+use crate::protocol::ProtocolName;
+
 /// What all names of variables start with.
 pub const PREFIX: &str = "AEGIS_";
 
@@ -22,7 +24,7 @@ pub struct Variable {
 
 /// Declares the variables: constant and name, field of [`RawConfig`], default, accepted, purpose.
 macro_rules! variables {
-    ($($name:ident $field:ident = $default:literal, $accepts:literal, $what:literal;)+) => {
+    ($($name:ident $field:ident = $default:literal, $accepts:expr, $what:literal;)+) => {
         /// The environment as found: the text of each variable, without the prefix `AEGIS_`.
         #[derive(Debug, Default, Deserialize)]
         pub struct RawConfig {
@@ -133,7 +135,7 @@ variables! {
         "auto, or a number from 1 to 1000000",
         "Sessions at a time in the whole process. auto: what RLIMIT_NOFILE allows, 10000 at most.";
     AEGIS_PROTOCOL protocol = "tcp",
-        "tcp, chronos or http1",
+        ProtocolName::WORDS,
         "What clients and backends speak. tcp: anything, passed on as it is.";
     AEGIS_POOL_MODE pool_mode = "preconnect",
         "preconnect, session or request; tcp allows preconnect only",

@@ -18,7 +18,9 @@ impl Config {
         let kube: Vec<_> =
             VARIABLES.iter().filter(|variable| variable.name.starts_with("AEGIS_KUBE_")).collect();
         let mut warnings = Vec::new();
-        for (variables, has_effect, why) in self.rules(&kube) {
+        let readers = Protocol::words_where(|facts| !facts.variables.is_empty());
+        let not_read = format!("requests of {readers} are not told apart here");
+        for (variables, has_effect, why) in self.rules(&kube, &not_read) {
             let idle = set.iter().filter(|(name, _)| variables.iter().any(|v| v.name == *name));
             if !has_effect {
                 let text =
@@ -32,11 +34,13 @@ impl Config {
         warnings
     }
 
-    fn rules<'a>(&self, kube: &'a [&'a Variable]) -> Vec<Rule<'a>> {
+    fn rules<'a>(&self, kube: &'a [&'a Variable], not_read: &'a str) -> Vec<Rule<'a>> {
         let kubernetes = self.discovery == Discovery::Kubernetes;
         let mode = self.pool.mode;
         let is_shared = mode != PoolMode::Preconnect;
-        let is_chronos = is_shared && self.protocol == Protocol::Chronos;
+        let is_read = |variable: &Variable| {
+            is_shared && self.protocol.facts().variables.contains(&variable.name)
+        };
         let by_key = self.requests.route == Route::Key;
         let keeps_idle = mode == PoolMode::Request || self.pool.max_idle > 0;
         let ramps = self.balance != Balance::SourceHash;
@@ -76,11 +80,8 @@ impl Config {
                 is_shared,
                 "with AEGIS_POOL_MODE=preconnect requests are not told apart",
             ),
-            (
-                &[&AEGIS_LINE_MAX, &AEGIS_REPEAT_WRITES],
-                is_chronos,
-                "requests of chronos are not told apart here",
-            ),
+            (&[&AEGIS_LINE_MAX], is_read(&AEGIS_LINE_MAX), not_read),
+            (&[&AEGIS_REPEAT_WRITES], is_read(&AEGIS_REPEAT_WRITES), not_read),
             (
                 &[&AEGIS_POOL_SIZE],
                 mode == PoolMode::Request,

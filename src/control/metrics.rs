@@ -13,10 +13,11 @@ use super::admin::page::Pieces;
 use super::discovery::status::ErrorKind;
 use super::view::{EndpointCounts, labels, usable};
 use super::{View, logging};
-use crate::config::{Config, Locality, PoolMode, Protocol};
+use crate::config::{Config, Locality, PoolMode};
 use crate::metrics::{
-    Checkout, CloseReason, Discard, Histogram, Label, Outcome, Retry, Spillover, Verb, WorkerStats,
+    Checkout, CloseReason, Discard, Histogram, Label, Outcome, Retry, Spillover, WorkerStats,
 };
+use crate::protocol::{Facts, Verb};
 
 /// The `Content-Type` of the format.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -183,15 +184,13 @@ async fn write_requests(text: &mut Encoder, view: &View) {
         text.sample(name, &[("reason", reason.name())], count);
     }
 
-    let verbs = verbs(view.config());
+    let protocol = view.config().protocol.facts();
     let name = "aegis_requests_total";
     text.family(name, Counter, "Requests ended, by what they asked for and how they ended.");
-    for verb in verbs {
-        for &outcome in
-            Outcome::ALL.iter().filter(|&&outcome| can_end(view.config(), *verb, outcome))
-        {
-            let count: u64 = view.stats().map(|stats| stats.requests(*verb, outcome)).sum();
-            let labels = [("command", verb.name()), ("outcome", outcome.name())];
+    for verb in protocol.verbs() {
+        for &outcome in Outcome::ALL.iter().filter(|&&outcome| can_end(protocol, verb, outcome)) {
+            let count: u64 = view.stats().map(|stats| stats.requests(verb, outcome)).sum();
+            let labels = [("command", protocol.label(verb)), ("outcome", outcome.name())];
             text.sample(name, &labels, count);
         }
         text.0.pause().await;
@@ -199,23 +198,10 @@ async fn write_requests(text: &mut Encoder, view: &View) {
     let name = "aegis_request_duration_seconds";
     let help = "From the last byte of an answered request to the last of its answer.";
     text.family(name, Kind::Histogram, help);
-    for verb in verbs.iter().filter(|&&verb| can_end(view.config(), verb, Outcome::Answered)) {
-        let parts = view.stats().map(|stats| stats.request_duration(*verb));
-        text.distribution(name, Some(("command", verb.name())), parts);
+    for verb in protocol.verbs().filter(|&verb| can_end(protocol, verb, Outcome::Answered)) {
+        let parts = view.stats().map(|stats| stats.request_duration(verb));
+        text.distribution(name, Some(("command", protocol.label(verb))), parts);
         text.0.pause().await;
-    }
-}
-
-/// What requests can ask for in the protocol that is spoken.
-fn verbs(config: &Config) -> &'static [Verb] {
-    match config.protocol {
-        Protocol::Tcp => &[],
-        Protocol::Chronos => {
-            &[Verb::Ping, Verb::Get, Verb::Set, Verb::Del, Verb::Compact, Verb::Other]
-        }
-        Protocol::Http1 => {
-            &[Verb::Get, Verb::Head, Verb::Post, Verb::Put, Verb::Delete, Verb::Other, Verb::Opaque]
-        }
     }
 }
 
@@ -242,12 +228,12 @@ fn can_close(config: &Config, reason: CloseReason) -> bool {
 }
 
 /// Whether a request can end so.
-fn can_end(config: &Config, verb: Verb, outcome: Outcome) -> bool {
-    let is_opaque = verb == Verb::Opaque;
+fn can_end(protocol: &Facts, verb: Verb, outcome: Outcome) -> bool {
+    let is_opaque = verb == Verb::OPAQUE;
     match outcome {
-        // Any request of HTTP may have a body that becomes ambiguous.
-        Outcome::Opaque => config.protocol == Protocol::Http1,
-        Outcome::Refused => config.protocol == Protocol::Chronos && verb == Verb::Other,
+        // Any request may have a body that becomes ambiguous.
+        Outcome::Opaque => protocol.can_be_opaque,
+        Outcome::Refused => protocol.can_refuse && verb == Verb::OTHER,
         Outcome::Answered | Outcome::Timeout | Outcome::Lost | Outcome::ClientTimeout => !is_opaque,
         Outcome::QueueFull
         | Outcome::QueueTimeout
@@ -331,7 +317,7 @@ async fn write_endpoints(text: &mut Encoder, view: &View) {
             ("idle", counts.pool_idle, true),
             ("connecting", counts.pool_connecting, true),
             ("lent", lent, lends),
-            ("opaque", opaque, lends && config.protocol == Protocol::Http1),
+            ("opaque", opaque, lends && config.protocol.facts().can_be_opaque),
         ];
         for (state, count, _) in states.into_iter().filter(|(.., can_be)| *can_be) {
             text.sample(name, &[("endpoint", label), ("state", state)], count);
@@ -497,6 +483,7 @@ impl Encoder {
 
 #[cfg(test)]
 mod tests {
+    use crate::config::Protocol;
     use std::collections::{HashMap, HashSet};
     use std::io::Write as _;
     use std::process::{Command, Stdio};

@@ -21,7 +21,7 @@ use crate::proxy::balance::Table;
 use crate::proxy::health::HealthConfig;
 use crate::proxy::pulse::Patience;
 use crate::proxy::queue::Queue;
-use crate::proxy::request::{Client, Limits as ClientLimits};
+use crate::proxy::request::{Client, Framing, Limits as ClientLimits};
 use crate::proxy::session::{Session, Timeouts};
 use crate::slab::{Key, Slab};
 
@@ -274,7 +274,7 @@ impl<D: Driver> Engine<D> {
                 queue: Queue::new(config.requests.queue_max, clients_max),
                 due: VecDeque::with_capacity(clients_max),
                 releasing: Vec::with_capacity(clients_max),
-                scratch: vec![0; config.requests.line_max].into(),
+                scratch: vec![0; Framing::scratch_len(config.protocol, &config.requests)].into(),
             },
             pools: Pools {
                 table: Table::new(config.balance, setup.index),

@@ -9,7 +9,7 @@ use super::pools::is_local;
 use crate::config::{Balance, Locality, PoolMode, ProxyProtocol};
 use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
 use crate::metrics::{Checkout, CloseReason};
-use crate::protocol::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
+use crate::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
 use crate::proxy::Side;
 use crate::proxy::session::{Action, Ending, Session, Tried};
 use crate::slab::Key;

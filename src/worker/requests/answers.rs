@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::config::{PoolMode, Protocol};
+use crate::config::PoolMode;
 use crate::io::{Buf, Close, Driver};
 use crate::metrics::{CloseReason, Discard, Outcome, Retry};
 use crate::proxy::request::{ErrorReply, Reply, write_away, write_error_reply};
@@ -181,8 +181,7 @@ impl<D: Driver> Engine<D> {
         }
         self.tell(key, error);
         self.finish(key, error.outcome());
-        // A fault of HTTP says that the connection ends with it.
-        if self.cx.config.protocol == Protocol::Http1 {
+        if self.cx.config.protocol.facts().ends_after_error {
             self.say_goodbye(key);
         }
     }
@@ -194,6 +193,7 @@ impl<D: Driver> Engine<D> {
     }
 
     pub(in crate::worker) fn tell(&mut self, key: Key, error: ErrorReply) {
+        let protocol = self.cx.config.protocol;
         // That no connection came in time is mostly the same, found out more slowly.
         if error.is_of_a_store()
             && let Some(store) = self.store_of(key)
@@ -204,9 +204,8 @@ impl<D: Driver> Engine<D> {
                 ErrorReply::QueueTimeout(_) => said.as_deref().or(why.as_deref()),
                 _ => why.as_deref().or(said.as_deref()),
             };
-            return self.say(key, |space| write_away(&name, why, space));
+            return self.say(key, |space| write_away(protocol, error, &name, why, space));
         }
-        let protocol = self.cx.config.protocol;
         self.say(key, |space| write_error_reply(protocol, error, space));
     }
 

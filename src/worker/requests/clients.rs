@@ -6,7 +6,8 @@ use crate::config::PoolMode;
 use crate::fifo;
 use crate::io::{Buf, Close, ConnId, Driver, Unheard};
 use crate::limits;
-use crate::metrics::{CloseReason, Discard, Outcome, Retry, Verb};
+use crate::metrics::{CloseReason, Discard, Outcome, Retry};
+use crate::protocol::Verb;
 use crate::proxy::Side;
 use crate::proxy::queue::Line;
 use crate::proxy::request::{Client, Due, ErrorReply, Framing, Front};
@@ -105,7 +106,7 @@ impl<D: Driver> Engine<D> {
                 }
                 Front::Refused(len, error) => {
                     self.cx.driver.buffers().advance(&mut client.input, len);
-                    self.cx.stats.count_request(Verb::Other, error.outcome(), Duration::ZERO);
+                    self.cx.stats.count_request(Verb::OTHER, error.outcome(), Duration::ZERO);
                     self.tell(key, error);
                 }
                 Front::Request(request) => client.begin(request, self.cx.now),
