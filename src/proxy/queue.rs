@@ -5,6 +5,7 @@
 //! are linked through one table by the client's slot: joining, serving and leaving from the middle
 //! take constant time and allocate nothing once a slot was used.
 
+use super::request::Client;
 use crate::slab::Key;
 
 const NONE: u32 = u32::MAX;
@@ -43,7 +44,7 @@ struct Link {
     /// How many had joined any line before.
     turn: u64,
     /// The key of who waits, and its line; `None` while the slot does not wait.
-    waits: Option<(Key, Line)>,
+    waits: Option<(Key<Client>, Line)>,
 }
 
 const UNLINKED: Link = Link { next: NONE, previous: NONE, turn: 0, waits: None };
@@ -85,13 +86,13 @@ impl Queue {
     }
 
     /// The line in which a client waits, if it does.
-    pub fn line_of(&self, client: Key) -> Option<Line> {
+    pub fn line_of(&self, client: Key<Client>) -> Option<Line> {
         let (who, line) = self.links.get(client.index())?.waits?;
         (who == client).then_some(line)
     }
 
     /// A client's request joins the end of a line. It must not wait already.
-    pub fn join(&mut self, line: Line, client: Key) {
+    pub fn join(&mut self, line: Line, client: Key<Client>) {
         let slot = client.index() as u32;
         if self.links.len() <= client.index() {
             self.links.resize(client.index() + 1, UNLINKED);
@@ -118,14 +119,14 @@ impl Queue {
     }
 
     /// Takes the client at the head of a line.
-    pub fn serve(&mut self, line: Line) -> Option<Key> {
+    pub fn serve(&mut self, line: Line) -> Option<Key<Client>> {
         let (client, _) = self.head(line)?.waits?;
         self.leave(client);
         Some(client)
     }
 
     /// Takes the client that has waited longest at the head of one of two lines.
-    pub fn serve_either(&mut self, one: Line, two: Line) -> Option<Key> {
+    pub fn serve_either(&mut self, one: Line, two: Line) -> Option<Key<Client>> {
         let is_earlier = match (self.head(one), self.head(two)) {
             (Some(one), Some(two)) => one.turn < two.turn,
             (one, _) => one.is_some(),
@@ -134,14 +135,14 @@ impl Queue {
     }
 
     /// Takes all clients, in the order in which they came.
-    pub fn serve_all(&mut self) -> Vec<Key> {
+    pub fn serve_all(&mut self) -> Vec<Key<Client>> {
         if self.is_empty() {
             return Vec::new();
         }
         let mut waiting: Vec<_> =
             self.links.iter().filter_map(|link| Some((link.turn, link.waits?.0))).collect();
         waiting.sort_unstable_by_key(|(turn, _)| *turn);
-        let clients: Vec<Key> = waiting.into_iter().map(|(_, client)| client).collect();
+        let clients: Vec<Key<Client>> = waiting.into_iter().map(|(_, client)| client).collect();
         for client in &clients {
             self.leave(*client);
         }
@@ -153,7 +154,7 @@ impl Queue {
     }
 
     /// A client waits no longer, if it did.
-    pub fn leave(&mut self, client: Key) {
+    pub fn leave(&mut self, client: Key<Client>) {
         let Some(&Link { next, previous, waits: Some((who, line)), .. }) =
             self.links.get(client.index())
         else {
@@ -188,7 +189,7 @@ mod tests {
         const LINES: [Line; 3] = [Line::Any, Line::Endpoint(0), Line::Endpoint(1)];
         let mut rng = fastrand::Rng::with_seed(3);
         let mut queue = Queue::new(1000, 40);
-        let mut model: [VecDeque<Key>; 3] = Default::default();
+        let mut model: [VecDeque<Key<Client>>; 3] = Default::default();
         for round in 0..50_000u32 {
             let line = rng.usize(..3);
             let client = Key::from_parts(rng.u32(..40), round);

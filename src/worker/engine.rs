@@ -74,13 +74,13 @@ pub(super) enum Owner {
     #[default]
     None,
     /// A session's, connected or being connected.
-    Session(Key, Side),
+    Session(Key<Session>, Side),
     /// Being made for a pool, or to probe an endpoint.
     Warming { endpoint: u16, since: Instant },
     /// A client's whose requests are told apart.
-    Client(Key),
+    Client(Key<Client>),
     /// In the hands of such a client.
-    InUse(Key),
+    InUse(Key<Client>),
     /// Warm in a pool, with what the backend has sent unasked.
     Warm { endpoint: u16, greeting: Chain },
     /// Nobody's, and to be closed once its peer has what was sent to it.
@@ -180,9 +180,9 @@ pub(super) struct Requests {
     pub limits: ClientLimits,
     pub queue: Queue,
     /// Clients to be looked at before the turn ends.
-    pub due: VecDeque<Key>,
+    pub due: VecDeque<Key<Client>>,
     /// Clients whose connection is to be released before the turn ends.
-    pub releasing: Vec<Key>,
+    pub releasing: Vec<Key<Client>>,
     /// For a request that lies in several buffers.
     pub scratch: Box<[u8]>,
 }

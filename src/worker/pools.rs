@@ -11,6 +11,7 @@ use crate::metrics::{CloseReason, Discard, Retry};
 use crate::proxy::Side;
 use crate::proxy::balance::Entry;
 use crate::proxy::health::{AT_ONCE, PROBE_SETTLED};
+use crate::proxy::request::Client;
 use crate::proxy::session::{Session, Verdict};
 use crate::slab::Key;
 
@@ -295,7 +296,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// The first byte of a session came from its backend.
-    pub(super) fn on_session_answered(&mut self, key: Key) {
+    pub(super) fn on_session_answered(&mut self, key: Key<Session>) {
         let Some(session) = self.sessions.get(key) else { return };
         let (endpoint, made) = (session.endpoint(), session.made());
         let Some(endpoint) = endpoint else { return };
@@ -374,7 +375,7 @@ impl<D: Driver> Engine<D> {
 
     /// The backend of a session ended or broke its connection. Says whether the session has got
     /// another one; then it has not been touched by this.
-    pub(super) fn on_backend_gone(&mut self, key: Key, broken: bool) -> bool {
+    pub(super) fn on_backend_gone(&mut self, key: Key<Session>, broken: bool) -> bool {
         let Some(session) = self.sessions.get_mut(key) else { return false };
         let untouched = session.is_untouched();
         let (verdict, endpoint) = (session.judge(broken, self.cx.now), session.endpoint());
@@ -390,7 +391,7 @@ impl<D: Driver> Engine<D> {
 
     /// Gives a session on which nothing has moved another backend, if it may have one. From one that
     /// has failed it goes to another endpoint only: what all do may be what is wanted.
-    pub(super) fn move_session(&mut self, key: Key, failed: bool) -> bool {
+    pub(super) fn move_session(&mut self, key: Key<Session>, failed: bool) -> bool {
         let Some(session) = self.sessions.get_mut(key) else { return false };
         let tried = *session.tried();
         if tried.attempts() >= self.cx.config.connect_attempts
@@ -436,7 +437,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A client's connection was lost: what that says about its endpoint.
-    pub(super) fn judge_lost(&mut self, key: Key, why: Retry) {
+    pub(super) fn judge_lost(&mut self, key: Key<Client>, why: Retry) {
         let Some(client) = self.requests.clients.get(key) else { return };
         let Some(backend) = client.backend else { return };
         if !client.is_asked() || client.has_reply() {
