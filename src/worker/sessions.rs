@@ -1,5 +1,6 @@
 //! A worker's sessions: what happens to them, and doing what they answer.
 
+use crate::proxy::endpoints::EndpointId;
 use std::io;
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -155,7 +156,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Ends the sessions on an endpoint that left the set long enough ago.
-    pub(super) fn close_sessions_on(&mut self, endpoint: u16) {
+    pub(super) fn close_sessions_on(&mut self, endpoint: EndpointId) {
         for slot in 0..self.sessions.slots() {
             if let Some(key) = self.sessions.key_at(slot)
                 && self.sessions.get(key).is_some_and(|s| s.endpoint() == Some(endpoint))
@@ -165,7 +166,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn try_endpoint(&mut self, key: Key<Session>, endpoint: u16) -> io::Result<()> {
+    fn try_endpoint(&mut self, key: Key<Session>, endpoint: EndpointId) -> io::Result<()> {
         let gone = || io::Error::from(io::ErrorKind::NotFound);
         self.prove_oldest(endpoint);
         let entry = self.pools.table.get_mut(endpoint).ok_or_else(gone)?;
@@ -247,7 +248,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A session no longer counts as one of its endpoint's.
-    pub(super) fn release(&mut self, endpoint: Option<u16>) {
+    pub(super) fn release(&mut self, endpoint: Option<EndpointId>) {
         let Some(endpoint) = endpoint else { return };
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         if self.cx.config.pool.mode != PoolMode::Preconnect {

@@ -2,6 +2,7 @@
 
 use crate::io::{Close, ConnId, Driver};
 use crate::metrics::{Discard, Outcome, Retry};
+use crate::proxy::endpoints::EndpointId;
 use crate::proxy::request::{Client, ErrorReply, Lost};
 use crate::slab::Key;
 use crate::worker::engine::{Engine, Owner};
@@ -103,7 +104,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Closes a connection that was lent.
-    fn retire(&mut self, conn: ConnId, endpoint: u16, why: Discard, how: Close) {
+    fn retire(&mut self, conn: ConnId, endpoint: EndpointId, why: Discard, how: Close) {
         self.owner(conn);
         self.cx.stats.count_discard(why);
         self.cx.driver.close(conn, how);
@@ -112,7 +113,7 @@ impl<D: Driver> Engine<D> {
 
     /// A lent connection was closed: another one may be made in its place. Those that wait may have
     /// counted on it.
-    pub(in crate::worker) fn on_place_in_pool_free(&mut self, endpoint: u16) {
+    pub(in crate::worker) fn on_place_in_pool_free(&mut self, endpoint: EndpointId) {
         if !self.requests.queue.is_empty() {
             self.want(endpoint, 1);
         }
