@@ -20,7 +20,7 @@ fn main() {
 
 #[divan::bench]
 fn slab_insert_and_remove(bencher: Bencher) {
-    let mut slab = Slab::with_capacity(10_000);
+    let mut slab: Slab<_> = Slab::with_capacity(10_000);
     let _kept: Vec<_> = (0..5_000).map(|i| slab.insert(i)).collect();
     bencher.bench_local(|| slab.insert(black_box(7)).map(|key| slab.remove(key)));
 }

@@ -1,5 +1,6 @@
 //! The turn of a worker: wait for events, handle each, then see to commands, timers and pools.
 
+use crate::proxy::endpoints::EndpointId;
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
@@ -74,15 +75,15 @@ pub(super) enum Owner {
     #[default]
     None,
     /// A session's, connected or being connected.
-    Session(Key, Side),
+    Session(Key<Session>, Side),
     /// Being made for a pool, or to probe an endpoint.
-    Warming { endpoint: u16, since: Instant },
+    Warming { endpoint: EndpointId, since: Instant },
     /// A client's whose requests are told apart.
-    Client(Key),
+    Client(Key<Client>),
     /// In the hands of such a client.
-    InUse(Key),
+    InUse(Key<Client>),
     /// Warm in a pool, with what the backend has sent unasked.
-    Warm { endpoint: u16, greeting: Chain },
+    Warm { endpoint: EndpointId, greeting: Chain },
     /// Nobody's, and to be closed once its peer has what was sent to it.
     Flushing(Flushing),
 }
@@ -180,9 +181,9 @@ pub(super) struct Requests {
     pub limits: ClientLimits,
     pub queue: Queue,
     /// Clients to be looked at before the turn ends.
-    pub due: VecDeque<Key>,
+    pub due: VecDeque<Key<Client>>,
     /// Clients whose connection is to be released before the turn ends.
-    pub releasing: Vec<Key>,
+    pub releasing: Vec<Key<Client>>,
     /// For a request that lies in several buffers.
     pub scratch: Box<[u8]>,
 }
@@ -196,9 +197,9 @@ pub(super) struct Pools {
     /// Connections that clients hold.
     pub in_use: u32,
     /// Endpoints whose pool may want connections.
-    pub short: Vec<u16>,
+    pub short: Vec<EndpointId>,
     /// Endpoints that may have connections for requests that wait.
-    pub freed: Vec<u16>,
+    pub freed: Vec<EndpointId>,
     pub health: HealthConfig,
     /// For so long an endpoint that left the set is taken to come back.
     pub linger: Duration,

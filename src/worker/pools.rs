@@ -1,5 +1,6 @@
 //! A worker's endpoints: keeping their pools filled, and their health.
 
+use crate::proxy::endpoints::EndpointId;
 use std::io;
 use std::time::Instant;
 
@@ -11,12 +12,13 @@ use crate::metrics::{CloseReason, Discard, Retry};
 use crate::proxy::Side;
 use crate::proxy::balance::Entry;
 use crate::proxy::health::{AT_ONCE, PROBE_SETTLED};
+use crate::proxy::request::Client;
 use crate::proxy::session::{Session, Verdict};
 use crate::slab::Key;
 
 impl<D: Driver> Engine<D> {
     /// Remembers that an endpoint's pool may want connections.
-    pub(super) fn mark_short(&mut self, endpoint: u16) {
+    pub(super) fn mark_short(&mut self, endpoint: EndpointId) {
         if !self.pools.short.contains(&endpoint) {
             self.pools.short.push(endpoint);
         }
@@ -28,7 +30,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn refill(&mut self, endpoint: u16) {
+    fn refill(&mut self, endpoint: EndpointId) {
         let (now, keeps, share) = (self.cx.now, self.keeps_pools(), self.pool_share());
         let needed = self.is_needed(endpoint);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
@@ -60,7 +62,7 @@ impl<D: Driver> Engine<D> {
 
     /// Whether one more connection to an endpoint may be made. If requests wait for it, or others
     /// have more than their share, the one goes for it that has been idle for longest.
-    fn has_room_for(&mut self, endpoint: u16) -> bool {
+    fn has_room_for(&mut self, endpoint: EndpointId) -> bool {
         let waited_for = self.pools.table.get_mut(endpoint).is_some_and(|e| e.pool.wanted() > 0);
         // What comes with clients goes with them, so it is for what they need.
         let most = if waited_for { self.pool_budget() } else { self.pools.conns_max };
@@ -86,7 +88,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn give_up_oldest(&mut self, endpoint: u16) -> bool {
+    fn give_up_oldest(&mut self, endpoint: EndpointId) -> bool {
         let oldest = self.pools.table.get_mut(endpoint).and_then(|entry| entry.pool.evict());
         if let Some(conn) = oldest {
             self.discard(conn, Discard::Surplus);
@@ -96,7 +98,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Starts a connection for the pool. Says whether it is under way.
-    pub(super) fn warm(&mut self, endpoint: u16) -> bool {
+    pub(super) fn warm(&mut self, endpoint: EndpointId) -> bool {
         if !self.reuses_conns() && self.cx.driver.is_short_of_descriptors() {
             // Those in reserve are for clients that are here already.
             return false;
@@ -118,7 +120,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    pub(super) fn on_warmed(&mut self, endpoint: u16, conn: ConnId, since: Instant) {
+    pub(super) fn on_warmed(&mut self, endpoint: EndpointId, conn: ConnId, since: Instant) {
         self.cx.timers.clear(conn.index());
         self.cx.stats.connect_duration.record(self.cx.now.saturating_duration_since(since));
         self.on_endpoint_connected(endpoint);
@@ -147,13 +149,18 @@ impl<D: Driver> Engine<D> {
         self.mark_short(endpoint);
     }
 
-    pub(super) fn on_warming_failed(&mut self, endpoint: u16, conn: ConnId, error: &io::Error) {
+    pub(super) fn on_warming_failed(
+        &mut self,
+        endpoint: EndpointId,
+        conn: ConnId,
+        error: &io::Error,
+    ) {
         self.cx.timers.clear(conn.index());
         self.cx.driver.close(conn, Close::Reset);
         self.pool_failed(endpoint, error);
     }
 
-    fn pool_failed(&mut self, endpoint: u16, error: &io::Error) {
+    fn pool_failed(&mut self, endpoint: EndpointId, error: &io::Error) {
         self.pools.conns -= 1;
         let now = self.cx.now;
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
@@ -197,13 +204,13 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A warm connection ended or broke while it was idle.
-    pub(super) fn on_warm_died(&mut self, endpoint: u16, conn: ConnId) {
+    pub(super) fn on_warm_died(&mut self, endpoint: EndpointId, conn: ConnId) {
         self.forget_warm(endpoint, conn, Discard::Dead);
     }
 
     /// Discards the warm connections whose end nobody has heard yet, up to the first one that is
     /// open: the next to be taken is proved to be so, at the moment when it changes hands.
-    pub(super) fn prove_oldest(&mut self, endpoint: u16) {
+    pub(super) fn prove_oldest(&mut self, endpoint: EndpointId) {
         while let Some(entry) = self.pools.table.get_mut(endpoint)
             && let Some(conn) = entry.pool.oldest_conn(self.cx.now)
             // Bytes are a greeting.
@@ -215,7 +222,7 @@ impl<D: Driver> Engine<D> {
 
     /// Likewise for those that are lent: the next one is open and silent, or there is none. What
     /// the kernel had told by the end of a turn need not be all that there was to tell.
-    pub(super) fn prove_latest(&mut self, endpoint: u16) {
+    pub(super) fn prove_latest(&mut self, endpoint: EndpointId) {
         while let Some(entry) = self.pools.table.get_mut(endpoint)
             && let Some(conn) = entry.pool.latest_conn()
             && let Some(why) = why_not_acquired(self.cx.driver.unheard(conn))
@@ -228,7 +235,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn forget_warm(&mut self, endpoint: u16, conn: ConnId, why: Discard) {
+    fn forget_warm(&mut self, endpoint: EndpointId, conn: ConnId, why: Discard) {
         let now = self.cx.now;
         // One that has said something is well, whatever becomes of the connection.
         let is_silent = why == Discard::Dead
@@ -254,7 +261,7 @@ impl<D: Driver> Engine<D> {
         self.cx.driver.close(conn, Close::Graceful);
     }
 
-    fn evict(&mut self, endpoint: u16, why: Discard) {
+    fn evict(&mut self, endpoint: EndpointId, why: Discard) {
         while let Some(conn) =
             self.pools.table.get_mut(endpoint).and_then(|entry| entry.pool.evict())
         {
@@ -263,7 +270,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Closes the warm connections of an endpoint that were made before this moment.
-    pub(super) fn evict_made_before(&mut self, endpoint: u16, at: Instant) {
+    pub(super) fn evict_made_before(&mut self, endpoint: EndpointId, at: Instant) {
         let old = |entry: &mut Entry| entry.pool.evict_made_before(at);
         while let Some(conn) = self.pools.table.get_mut(endpoint).and_then(old) {
             self.discard(conn, Discard::Silent);
@@ -286,7 +293,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A connect to the endpoint succeeded, which proves little.
-    pub(super) fn on_endpoint_connected(&mut self, endpoint: u16) {
+    pub(super) fn on_endpoint_connected(&mut self, endpoint: EndpointId) {
         let now = self.cx.now;
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.on_alive(now);
@@ -295,7 +302,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// The first byte of a session came from its backend.
-    pub(super) fn on_session_answered(&mut self, key: Key) {
+    pub(super) fn on_session_answered(&mut self, key: Key<Session>) {
         let Some(session) = self.sessions.get(key) else { return };
         let (endpoint, made) = (session.endpoint(), session.made());
         let Some(endpoint) = endpoint else { return };
@@ -306,7 +313,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A byte came from the endpoint on a connection made at `made`.
-    pub(super) fn on_endpoint_answered(&mut self, endpoint: u16, made: Instant) {
+    pub(super) fn on_endpoint_answered(&mut self, endpoint: EndpointId, made: Instant) {
         let now = self.cx.now;
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.on_alive(now);
@@ -316,7 +323,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// The same without the pool's pace: what greets may end each connection that is kept warm.
-    fn on_endpoint_well(&mut self, endpoint: u16, made: Instant) {
+    fn on_endpoint_well(&mut self, endpoint: EndpointId, made: Instant) {
         let now = self.cx.now;
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         if entry.health.is_sound() {
@@ -329,7 +336,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn on_readmitted(&mut self, endpoint: u16) {
+    fn on_readmitted(&mut self, endpoint: EndpointId) {
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         entry.stats().ejected.set(0);
         tracing::info!(endpoint = entry.endpoint.name, "usable again");
@@ -338,7 +345,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A connect to the endpoint failed.
-    pub(super) fn on_endpoint_unreachable(&mut self, endpoint: u16, error: &io::Error) {
+    pub(super) fn on_endpoint_unreachable(&mut self, endpoint: EndpointId, error: &io::Error) {
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.stats().connect_failures.add(1);
         }
@@ -346,7 +353,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// The endpoint has failed: a connect to it, or what it had accepted ended at once.
-    pub(super) fn on_endpoint_failure(&mut self, endpoint: u16, error: &io::Error) {
+    pub(super) fn on_endpoint_failure(&mut self, endpoint: EndpointId, error: &io::Error) {
         let (now, health) = (self.cx.now, self.pools.health);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         let ejected = entry.health.on_failure(&health, now, &mut self.cx.rng);
@@ -364,7 +371,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Closes all warm connections of an endpoint, which get replaced little by little.
-    fn empty_pool(&mut self, endpoint: u16, why: Discard) {
+    fn empty_pool(&mut self, endpoint: EndpointId, why: Discard) {
         let now = self.cx.now;
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.pool.on_emptied(now, &mut self.cx.rng);
@@ -374,7 +381,7 @@ impl<D: Driver> Engine<D> {
 
     /// The backend of a session ended or broke its connection. Says whether the session has got
     /// another one; then it has not been touched by this.
-    pub(super) fn on_backend_gone(&mut self, key: Key, broken: bool) -> bool {
+    pub(super) fn on_backend_gone(&mut self, key: Key<Session>, broken: bool) -> bool {
         let Some(session) = self.sessions.get_mut(key) else { return false };
         let untouched = session.is_untouched();
         let (verdict, endpoint) = (session.judge(broken, self.cx.now), session.endpoint());
@@ -390,7 +397,7 @@ impl<D: Driver> Engine<D> {
 
     /// Gives a session on which nothing has moved another backend, if it may have one. From one that
     /// has failed it goes to another endpoint only: what all do may be what is wanted.
-    pub(super) fn move_session(&mut self, key: Key, failed: bool) -> bool {
+    pub(super) fn move_session(&mut self, key: Key<Session>, failed: bool) -> bool {
         let Some(session) = self.sessions.get_mut(key) else { return false };
         let tried = *session.tried();
         if tried.attempts() >= self.cx.config.connect_attempts
@@ -418,7 +425,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// An endpoint ended a fresh connection at once, without a byte on it.
-    fn on_failed_at_once(&mut self, endpoint: u16) {
+    fn on_failed_at_once(&mut self, endpoint: EndpointId) {
         let now = self.cx.now;
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.pool.on_failed(now, &mut self.cx.rng);
@@ -428,7 +435,7 @@ impl<D: Driver> Engine<D> {
 
     /// An endpoint has reset a warm connection at its first use: it does not know it any more, and
     /// so none that was made before now. Its host was restarted, or its address has moved.
-    fn on_forgotten(&mut self, endpoint: u16) {
+    fn on_forgotten(&mut self, endpoint: EndpointId) {
         self.empty_pool(endpoint, Discard::Dead);
         self.discard_idle_in_use_of(endpoint);
         self.on_failed_at_once(endpoint);
@@ -436,7 +443,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A client's connection was lost: what that says about its endpoint.
-    pub(super) fn judge_lost(&mut self, key: Key, why: Retry) {
+    pub(super) fn judge_lost(&mut self, key: Key<Client>, why: Retry) {
         let Some(client) = self.requests.clients.get(key) else { return };
         let Some(backend) = client.backend else { return };
         if !client.is_asked() || client.has_reply() {
@@ -500,7 +507,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Re-admits an endpoint whose probe has stayed open for a while.
-    fn look_at_probe(&mut self, endpoint: u16) {
+    fn look_at_probe(&mut self, endpoint: EndpointId) {
         let (now, health) = (self.cx.now, self.pools.health);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         if entry.pool.has_settled(PROBE_SETTLED, now) {
@@ -515,7 +522,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A probe is kept even where no warm connections are; then it has served its purpose.
-    fn drop_surplus_of(&mut self, endpoint: u16) {
+    fn drop_surplus_of(&mut self, endpoint: EndpointId) {
         let most = self.cx.config.pool.most();
         while let Some(entry) = self.pools.table.get_mut(endpoint)
             && entry.health.is_usable()
@@ -525,7 +532,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn publish_pool(&mut self, endpoint: u16) {
+    fn publish_pool(&mut self, endpoint: EndpointId) {
         let now = self.cx.now;
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         let (pool, stats) = (&entry.pool, entry.stats());

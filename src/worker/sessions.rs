@@ -1,5 +1,6 @@
 //! A worker's sessions: what happens to them, and doing what they answer.
 
+use crate::proxy::endpoints::EndpointId;
 use std::io;
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -33,7 +34,7 @@ impl<D: Driver> Engine<D> {
 
     /// Receives from a client that has no backend: it may leave. What it sends meanwhile is kept, and
     /// that is at most a buffer: a receive that was stopped once brings one at a time.
-    pub(super) fn listen_to_early(&mut self, key: Key) {
+    pub(super) fn listen_to_early(&mut self, key: Key<Session>) {
         if let Some(session) = self.sessions.get(key)
             && !session.is_open()
             && session.early.is_empty()
@@ -46,7 +47,7 @@ impl<D: Driver> Engine<D> {
 
     /// Finds the session a backend: a warm connection, or one made for it. Closes it for
     /// `otherwise` when there is no endpoint left to try.
-    pub(super) fn dispatch(&mut self, key: Key, mut otherwise: CloseReason) {
+    pub(super) fn dispatch(&mut self, key: Key<Session>, mut otherwise: CloseReason) {
         loop {
             let Some(session) = self.sessions.get(key) else { return };
             let (client, tried) = (session.conn(Side::Client), *session.tried());
@@ -106,13 +107,13 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Whether a session has waited for an endpoint for as long as it may.
-    fn waited(&self, key: Key) -> bool {
+    fn waited(&self, key: Key<Session>) -> bool {
         let age = self.sessions.get(key).map(|session| session.age(self.cx.now));
         age.is_none_or(|age| age >= self.cx.config.endpoint_wait)
     }
 
     /// There is no endpoint at all: the session waits until one comes, or its time is up.
-    fn await_endpoint(&mut self, key: Key) {
+    fn await_endpoint(&mut self, key: Key<Session>) {
         if let Some(session) = self.sessions.get(key)
             && let Some(client) = session.conn(Side::Client)
         {
@@ -142,7 +143,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A client that waits for an endpoint has said something, so it has not left.
-    fn dispatch_heard(&mut self, key: Key) {
+    fn dispatch_heard(&mut self, key: Key<Session>) {
         if !self.pools.table.is_empty()
             && let Some(session) = self.sessions.get(key)
             && session.awaits_endpoint()
@@ -155,7 +156,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Ends the sessions on an endpoint that left the set long enough ago.
-    pub(super) fn close_sessions_on(&mut self, endpoint: u16) {
+    pub(super) fn close_sessions_on(&mut self, endpoint: EndpointId) {
         for slot in 0..self.sessions.slots() {
             if let Some(key) = self.sessions.key_at(slot)
                 && self.sessions.get(key).is_some_and(|s| s.endpoint() == Some(endpoint))
@@ -165,7 +166,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn try_endpoint(&mut self, key: Key, endpoint: u16) -> io::Result<()> {
+    fn try_endpoint(&mut self, key: Key<Session>, endpoint: EndpointId) -> io::Result<()> {
         let gone = || io::Error::from(io::ErrorKind::NotFound);
         self.prove_oldest(endpoint);
         let entry = self.pools.table.get_mut(endpoint).ok_or_else(gone)?;
@@ -200,7 +201,7 @@ impl<D: Driver> Engine<D> {
         Ok(())
     }
 
-    pub(super) fn on_session_connected(&mut self, key: Key, backend: ConnId) {
+    pub(super) fn on_session_connected(&mut self, key: Key<Session>, backend: ConnId) {
         self.cx.timers.clear(backend.index());
         let Some(session) = self.sessions.get(key) else { return };
         if let Some(since) = session.connecting_since() {
@@ -216,7 +217,12 @@ impl<D: Driver> Engine<D> {
         self.open(key, backend, Chain::default());
     }
 
-    pub(super) fn on_session_connect_failed(&mut self, key: Key, conn: ConnId, error: &io::Error) {
+    pub(super) fn on_session_connect_failed(
+        &mut self,
+        key: Key<Session>,
+        conn: ConnId,
+        error: &io::Error,
+    ) {
         self.cx.timers.clear(conn.index());
         self.cx.driver.close(conn, Close::Reset);
         if let Some(endpoint) = self.sessions.get(key).and_then(Session::endpoint)
@@ -234,7 +240,7 @@ impl<D: Driver> Engine<D> {
         );
     }
 
-    pub(super) fn leave_endpoint(&mut self, key: Key) {
+    pub(super) fn leave_endpoint(&mut self, key: Key<Session>) {
         let Some(session) = self.sessions.get_mut(key) else { return };
         let endpoint = session.endpoint();
         session.on_connect_failed();
@@ -242,7 +248,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A session no longer counts as one of its endpoint's.
-    pub(super) fn release(&mut self, endpoint: Option<u16>) {
+    pub(super) fn release(&mut self, endpoint: Option<EndpointId>) {
         let Some(endpoint) = endpoint else { return };
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         if self.cx.config.pool.mode != PoolMode::Preconnect {
@@ -258,7 +264,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Lets bytes flow between the session's client and `backend`.
-    fn open(&mut self, key: Key, backend: ConnId, mut greeting: Chain) {
+    fn open(&mut self, key: Key<Session>, backend: ConnId, mut greeting: Chain) {
         let Some(client) = self.sessions.get(key).and_then(|s| s.conn(Side::Client)) else {
             return;
         };
@@ -317,13 +323,13 @@ impl<D: Driver> Engine<D> {
         Ok(Some(buf))
     }
 
-    pub(super) fn on_received(&mut self, key: Key, from: Side, buf: Buf) {
+    pub(super) fn on_received(&mut self, key: Key<Session>, from: Side, buf: Buf) {
         self.count_received(key, from, buf.len());
         self.pass_on(key, from, buf);
     }
 
     /// Sends bytes that one side of a session has sent to the other.
-    pub(super) fn pass_on(&mut self, key: Key, from: Side, buf: Buf) {
+    pub(super) fn pass_on(&mut self, key: Key<Session>, from: Side, buf: Buf) {
         let limit = self.in_flight_limit();
         let Some(session) = self.sessions.get_mut(key) else {
             return self.cx.driver.buffers().give(buf);
@@ -344,12 +350,12 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Bytes came that the driver sends on by itself, which also bounds them.
-    pub(super) fn on_spliced(&mut self, key: Key, from: Side, bytes: u32) {
+    pub(super) fn on_spliced(&mut self, key: Key<Session>, from: Side, bytes: u32) {
         self.count_received(key, from, bytes);
         self.apply(key, |session, now| session.on_received(from, bytes, u32::MAX, now));
     }
 
-    fn count_received(&mut self, key: Key, from: Side, bytes: u32) {
+    fn count_received(&mut self, key: Key<Session>, from: Side, bytes: u32) {
         let Some(session) = self.sessions.get_mut(key) else { return };
         self.load.batcher.on_active(&mut session.window);
         match from {
@@ -366,12 +372,12 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    pub(super) fn on_sent(&mut self, key: Key, to: Side, bytes: u32) {
+    pub(super) fn on_sent(&mut self, key: Key<Session>, to: Side, bytes: u32) {
         let limit = self.in_flight_limit();
         self.apply(key, |session, now| session.on_sent(to, bytes, limit, now));
     }
 
-    pub(super) fn on_ended(&mut self, key: Key, from: Side) {
+    pub(super) fn on_ended(&mut self, key: Key<Session>, from: Side) {
         if from == Side::Backend && self.on_backend_gone(key, false) {
             return;
         }
@@ -381,7 +387,7 @@ impl<D: Driver> Engine<D> {
 
     /// Sets the session's timer: it has been opened, one direction of it has ended, or activity
     /// has moved the deadline at which the timer fired.
-    pub(super) fn arm_deadline(&mut self, key: Key) {
+    pub(super) fn arm_deadline(&mut self, key: Key<Session>) {
         if let Some(session) = self.sessions.get(key)
             && let (Some(client), Some(deadline)) =
                 (session.conn(Side::Client), session.deadline(&self.timeouts))
@@ -390,7 +396,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    pub(super) fn on_session_deadline(&mut self, key: Key) {
+    pub(super) fn on_session_deadline(&mut self, key: Key<Session>) {
         if self.sessions.get(key).is_some_and(Session::awaits_endpoint) {
             // The timer may have fired for a moment too early: it is set again then.
             return self.dispatch(key, CloseReason::NoEndpoint);
@@ -404,14 +410,18 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Tells a session what happened and does what it answers.
-    pub(super) fn apply(&mut self, key: Key, event: impl FnOnce(&mut Session, Instant) -> Action) {
+    pub(super) fn apply(
+        &mut self,
+        key: Key<Session>,
+        event: impl FnOnce(&mut Session, Instant) -> Action,
+    ) {
         if let Some(session) = self.sessions.get_mut(key) {
             let action = event(session, self.cx.now);
             self.act(key, action);
         }
     }
 
-    fn act(&mut self, key: Key, action: Action) {
+    fn act(&mut self, key: Key<Session>, action: Action) {
         let Some(session) = self.sessions.get(key) else { return };
         match action {
             Action::None | Action::Discard => {}
@@ -429,7 +439,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    pub(super) fn close_session(&mut self, key: Key, reason: CloseReason) {
+    pub(super) fn close_session(&mut self, key: Key<Session>, reason: CloseReason) {
         let Some(mut session) = self.sessions.remove(key) else { return };
         self.cx.driver.buffers().clear(&mut session.early);
         self.judge_closed(&mut session);

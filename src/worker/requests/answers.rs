@@ -5,13 +5,13 @@ use std::sync::Arc;
 use crate::config::PoolMode;
 use crate::io::{Buf, Close, Driver};
 use crate::metrics::{CloseReason, Discard, Outcome, Retry};
-use crate::proxy::request::{ErrorReply, Reply, write_away, write_error_reply};
+use crate::proxy::request::{Client, ErrorReply, Reply, write_away, write_error_reply};
 use crate::slab::Key;
 use crate::worker::engine::Engine;
 
 impl<D: Driver> Engine<D> {
     /// A backend sent bytes on a connection that a client holds.
-    pub(in crate::worker) fn on_reply(&mut self, key: Key, mut buf: Buf) {
+    pub(in crate::worker) fn on_reply(&mut self, key: Key<Client>, mut buf: Buf) {
         let limit = self.in_flight_limit();
         let Some(client) = self.requests.clients.get_mut(key).filter(|client| client.is_asked())
         else {
@@ -66,7 +66,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn on_answer_complete(&mut self, key: Key) {
+    fn on_answer_complete(&mut self, key: Key<Client>) {
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         if client.on_answer_complete() {
             return self.end_exchange(key);
@@ -78,7 +78,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// The answer has come, and the request was passed on as far as it can be.
-    pub(in crate::worker) fn end_exchange(&mut self, key: Key) {
+    pub(in crate::worker) fn end_exchange(&mut self, key: Key<Client>) {
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         let (keeps_alive, is_cut) = (client.keeps_alive(), client.is_cut());
         if client.is_answered()
@@ -103,7 +103,7 @@ impl<D: Driver> Engine<D> {
         self.on_answered(key, keeps_alive);
     }
 
-    pub(in crate::worker) fn is_backend_obsolete(&mut self, key: Key) -> bool {
+    pub(in crate::worker) fn is_backend_obsolete(&mut self, key: Key<Client>) -> bool {
         let backend = self.requests.clients.get(key).and_then(|client| client.backend);
         let entry = backend.and_then(|backend| self.pools.table.get_mut(backend.endpoint));
         let aged =
@@ -111,7 +111,7 @@ impl<D: Driver> Engine<D> {
         aged || entry.is_some_and(|entry| entry.is_gone())
     }
 
-    pub(in crate::worker) fn on_answered(&mut self, key: Key, keeps_alive: bool) {
+    pub(in crate::worker) fn on_answered(&mut self, key: Key<Client>, keeps_alive: bool) {
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         if let Some(broadcast) = &mut client.broadcast {
             broadcast.on_answered();
@@ -124,7 +124,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Ends our direction to a client behind all that it is told, and waits for it to leave.
-    pub(in crate::worker) fn say_goodbye(&mut self, key: Key) {
+    pub(in crate::worker) fn say_goodbye(&mut self, key: Key<Client>) {
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         client.on_leaving(self.cx.now);
         self.cx.driver.shutdown(client.conn);
@@ -132,7 +132,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Goes on with the next store of a request to all of them, or answers it.
-    pub(in crate::worker) fn next_store(&mut self, key: Key) {
+    pub(in crate::worker) fn next_store(&mut self, key: Key<Client>) {
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         let Some(broadcast) = &mut client.broadcast else { return };
         if self.pools.table.store(broadcast.store + 1).is_some() {
@@ -147,7 +147,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A request is over.
-    pub(in crate::worker) fn finish(&mut self, key: Key, outcome: Outcome) {
+    pub(in crate::worker) fn finish(&mut self, key: Key<Client>, outcome: Outcome) {
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         if let Some((request, took)) = client.finish(self.cx.driver.buffers(), self.cx.now) {
             self.cx.stats.count_request(request.verb, outcome, took);
@@ -156,7 +156,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A request gets an error in place of an answer.
-    pub(in crate::worker) fn give_up(&mut self, key: Key, error: ErrorReply) {
+    pub(in crate::worker) fn give_up(&mut self, key: Key<Client>, error: ErrorReply) {
         self.requests.queue.leave(key);
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         let cut_off = client.has_part();
@@ -187,12 +187,12 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A client that has a part of an answer gets no more of it.
-    pub(in crate::worker) fn cut_off(&mut self, key: Key, outcome: Outcome) {
+    pub(in crate::worker) fn cut_off(&mut self, key: Key<Client>, outcome: Outcome) {
         self.finish(key, outcome);
         self.close_client(key, CloseReason::BackendReset);
     }
 
-    pub(in crate::worker) fn tell(&mut self, key: Key, error: ErrorReply) {
+    pub(in crate::worker) fn tell(&mut self, key: Key<Client>, error: ErrorReply) {
         let protocol = self.cx.config.protocol;
         // That no connection came in time is mostly the same, found out more slowly.
         if error.is_of_a_store()
@@ -210,7 +210,11 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Sends a client words of our own.
-    pub(in crate::worker) fn say(&mut self, key: Key, write: impl FnOnce(&mut [u8]) -> usize) {
+    pub(in crate::worker) fn say(
+        &mut self,
+        key: Key<Client>,
+        write: impl FnOnce(&mut [u8]) -> usize,
+    ) {
         let buffers = self.cx.driver.buffers();
         let Some(mut buf) = buffers.take() else {
             return self.close_client(key, CloseReason::Overload);

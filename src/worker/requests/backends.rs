@@ -2,13 +2,14 @@
 
 use crate::io::{Close, ConnId, Driver};
 use crate::metrics::{Discard, Outcome, Retry};
-use crate::proxy::request::{ErrorReply, Lost};
+use crate::proxy::endpoints::EndpointId;
+use crate::proxy::request::{Client, ErrorReply, Lost};
 use crate::slab::Key;
 use crate::worker::engine::{Engine, Owner};
 
 impl<D: Driver> Engine<D> {
     /// Nothing more can be sent on a connection that a client holds.
-    pub(in crate::worker) fn on_backend_broken(&mut self, key: Key) {
+    pub(in crate::worker) fn on_backend_broken(&mut self, key: Key<Client>) {
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         if client.on_backend_broken() {
             // Read on: what the backend sent before is the client's, up to the end that will come.
@@ -18,7 +19,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A connection that a client holds ended or broke.
-    pub(in crate::worker) fn on_backend_died(&mut self, key: Key, why: Retry) {
+    pub(in crate::worker) fn on_backend_died(&mut self, key: Key<Client>, why: Retry) {
         let Some(client) = self.requests.clients.get(key) else { return };
         let spent = client.framing().ends_with_connection() && !client.is_broken();
         let why = if client.is_broken() { Retry::Broken } else { why };
@@ -27,7 +28,7 @@ impl<D: Driver> Engine<D> {
         self.lose(key, discard, why);
     }
 
-    pub(in crate::worker) fn lose(&mut self, key: Key, discard: Discard, why: Retry) {
+    pub(in crate::worker) fn lose(&mut self, key: Key<Client>, discard: Discard, why: Retry) {
         self.discard_backend(key, discard);
         let attempts = self.cx.config.connect_attempts;
         let in_order = why == Retry::Ended && discard != Discard::Endpoint;
@@ -45,7 +46,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A client gives its connection back, silent as it is.
-    pub(in crate::worker) fn release_backend(&mut self, key: Key) {
+    pub(in crate::worker) fn release_backend(&mut self, key: Key<Client>) {
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         if client.unasked() > 0 {
             // Answered before it was asked.
@@ -80,7 +81,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A client's connection is of no more use.
-    pub(in crate::worker) fn discard_backend(&mut self, key: Key, why: Discard) {
+    pub(in crate::worker) fn discard_backend(&mut self, key: Key<Client>, why: Discard) {
         let backend = self.requests.clients.get(key).and_then(|client| client.backend);
         let how = match backend.filter(|backend| backend.unread) {
             // What it reads there still is the upload of somebody who has been answered.
@@ -92,7 +93,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Closes a client's connection.
-    pub(in crate::worker) fn close_backend(&mut self, key: Key, why: Discard, how: Close) {
+    pub(in crate::worker) fn close_backend(&mut self, key: Key<Client>, why: Discard, how: Close) {
         let backend = self.requests.clients.get_mut(key).and_then(|client| client.backend.take());
         let Some(backend) = backend else { return };
         self.pools.in_use -= 1;
@@ -103,7 +104,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Closes a connection that was lent.
-    fn retire(&mut self, conn: ConnId, endpoint: u16, why: Discard, how: Close) {
+    fn retire(&mut self, conn: ConnId, endpoint: EndpointId, why: Discard, how: Close) {
         self.owner(conn);
         self.cx.stats.count_discard(why);
         self.cx.driver.close(conn, how);
@@ -112,7 +113,7 @@ impl<D: Driver> Engine<D> {
 
     /// A lent connection was closed: another one may be made in its place. Those that wait may have
     /// counted on it.
-    pub(in crate::worker) fn on_place_in_pool_free(&mut self, endpoint: u16) {
+    pub(in crate::worker) fn on_place_in_pool_free(&mut self, endpoint: EndpointId) {
         if !self.requests.queue.is_empty() {
             self.want(endpoint, 1);
         }

@@ -1,5 +1,6 @@
 //! The clients: what they send, what they take, and when they are done with.
 
+use crate::proxy::endpoints::EndpointId;
 use std::time::{Duration, Instant};
 
 use crate::config::PoolMode;
@@ -36,7 +37,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Has a client looked at when the turn's events have been handled.
-    pub(in crate::worker) fn mark_due(&mut self, key: Key) {
+    pub(in crate::worker) fn mark_due(&mut self, key: Key<Client>) {
         if let Some(client) = self.requests.clients.get_mut(key)
             && !client.due
         {
@@ -67,7 +68,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    pub(in crate::worker) fn serve(&mut self, key: Key) {
+    pub(in crate::worker) fn serve(&mut self, key: Key<Client>) {
         let limit = self.in_flight_limit();
         while let Some(client) = self.requests.clients.get_mut(key) {
             if client.is_ready() {
@@ -117,7 +118,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Receives from a client as long as what it sends can be held, and closes one that is done.
-    pub(in crate::worker) fn settle(&mut self, key: Key, limit: u32) {
+    pub(in crate::worker) fn settle(&mut self, key: Key<Client>, limit: u32) {
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         if client.is_finished() {
             return self.close_client(key, CloseReason::Finished);
@@ -141,7 +142,7 @@ impl<D: Driver> Engine<D> {
         self.arm_client(key);
     }
 
-    pub(in crate::worker) fn on_client_received(&mut self, key: Key, buf: Buf) {
+    pub(in crate::worker) fn on_client_received(&mut self, key: Key<Client>, buf: Buf) {
         let Some(client) = self.requests.clients.get_mut(key) else {
             return self.cx.driver.buffers().give(buf);
         };
@@ -154,7 +155,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// The rest of a request that was answered is not passed on any more.
-    fn end_request(&mut self, key: Key, why: Discard) {
+    fn end_request(&mut self, key: Key<Client>, why: Discard) {
         self.discard_backend(key, why);
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         client.on_rest_dropped();
@@ -166,7 +167,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// The backend that a client holds took bytes of its request.
-    pub(in crate::worker) fn on_backend_sent(&mut self, key: Key, bytes: u32) {
+    pub(in crate::worker) fn on_backend_sent(&mut self, key: Key<Client>, bytes: u32) {
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         client.on_backend_sent(bytes, self.cx.now);
         if client.is_streaming() {
@@ -178,7 +179,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    pub(in crate::worker) fn on_client_sent(&mut self, key: Key, bytes: u32) {
+    pub(in crate::worker) fn on_client_sent(&mut self, key: Key<Client>, bytes: u32) {
         let limit = self.in_flight_limit();
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         client.on_sent(bytes, self.cx.now);
@@ -198,14 +199,14 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    pub(in crate::worker) fn on_client_ended(&mut self, key: Key) {
+    pub(in crate::worker) fn on_client_ended(&mut self, key: Key<Client>) {
         if let Some(client) = self.requests.clients.get_mut(key) {
             client.on_ended(self.cx.now);
             self.mark_due(key);
         }
     }
 
-    pub(in crate::worker) fn on_client_deadline(&mut self, key: Key) {
+    pub(in crate::worker) fn on_client_deadline(&mut self, key: Key<Client>) {
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         client.timer = None;
         match client.on_deadline(&self.requests.limits, self.cx.now) {
@@ -228,7 +229,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// What a request lacked that has waited for a connection for as long as it may.
-    fn why_it_waited(&mut self, key: Key, error: ErrorReply) -> ErrorReply {
+    fn why_it_waited(&mut self, key: Key<Client>, error: ErrorReply) -> ErrorReply {
         let ErrorReply::QueueTimeout(limit) = error else { return error };
         match self.requests.queue.line_of(key) {
             Some(Line::Endpoint(endpoint)) if !self.pools.table.is_connected(Some(endpoint)) => {
@@ -246,7 +247,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Ends a request that holds a connection while its client takes too long to send it.
-    fn look_after_upload(&mut self, key: Key) {
+    fn look_after_upload(&mut self, key: Key<Client>) {
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         let Some(backend) = client.backend.filter(|_| is_late(client, self.cx.now)) else { return };
         let waiting = self.requests.queue.waiting(Line::Any)
@@ -273,7 +274,7 @@ impl<D: Driver> Engine<D> {
     /// It is closed at once, which it sees as the ordinary end. A request that is in its socket by
     /// then is served first; who sends one later sees the end, or a reset, in place of an answer, as
     /// at any server that closes an idle connection.
-    fn leaves_for_drain(&mut self, key: Key) -> bool {
+    fn leaves_for_drain(&mut self, key: Key<Client>) -> bool {
         let Some(client) = self.requests.clients.get(key) else { return true };
         if !client.is_reading() || !client.input.is_empty() {
             return false;
@@ -294,7 +295,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// In a drain, how long a client is waited for that has not begun to ask or is to leave.
-    fn drain_deadline(&self, key: Key) -> Option<Instant> {
+    fn drain_deadline(&self, key: Key<Client>) -> Option<Instant> {
         let since = self.acceptor.drains_since?;
         let client = self.requests.clients.get(key)?;
         if client.is_leaving() {
@@ -312,7 +313,7 @@ impl<D: Driver> Engine<D> {
 
     /// Sets a client's timer, if it does not fire early enough anyway: requests come and go far
     /// more often than their time limits do.
-    pub(in crate::worker) fn arm_client(&mut self, key: Key) {
+    pub(in crate::worker) fn arm_client(&mut self, key: Key<Client>) {
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         let upload = client.upload.deadline().filter(|_| client.is_streaming());
         let deadline = client.deadline(&self.requests.limits);
@@ -325,7 +326,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    pub(in crate::worker) fn close_client(&mut self, key: Key, reason: CloseReason) {
+    pub(in crate::worker) fn close_client(&mut self, key: Key<Client>, reason: CloseReason) {
         self.requests.queue.leave(key);
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         // A connection is clean when every request on it was answered in full.
@@ -381,7 +382,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Takes the connections of an endpoint that left the set long enough ago from their clients.
-    pub(in crate::worker) fn reclaim_from(&mut self, endpoint: u16) {
+    pub(in crate::worker) fn reclaim_from(&mut self, endpoint: EndpointId) {
         for slot in 0..self.requests.clients.slots() {
             if let Some(key) = self.requests.clients.key_at(slot)
                 && self
@@ -397,7 +398,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Takes the connections of an endpoint from the clients that have no request on them.
-    pub(in crate::worker) fn discard_idle_in_use_of(&mut self, endpoint: u16) {
+    pub(in crate::worker) fn discard_idle_in_use_of(&mut self, endpoint: EndpointId) {
         for slot in 0..self.requests.clients.slots() {
             if let Some(key) = self.requests.clients.key_at(slot)
                 && let Some(client) = self.requests.clients.get(key)
@@ -439,7 +440,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// What holds an event of a client or of its backend.
-    pub(in crate::worker) fn on_client_broken(&mut self, key: Key, side: Side) {
+    pub(in crate::worker) fn on_client_broken(&mut self, key: Key<Client>, side: Side) {
         match side {
             Side::Client => self.close_client(key, CloseReason::ClientReset),
             Side::Backend => self.on_backend_died(key, Retry::Broken),

@@ -1,5 +1,6 @@
 //! From a request to a connection: which endpoint, which line, and sending it.
 
+use crate::proxy::endpoints::EndpointId;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -22,14 +23,14 @@ pub(in crate::worker) enum Destination {
     /// To whichever endpoint.
     Any,
     /// To this one only.
-    Endpoint(u16),
+    Endpoint(EndpointId),
     /// To a store that is not there.
     Away,
 }
 
 impl<D: Driver> Engine<D> {
     /// Sends a client's request, or has it wait.
-    pub(in crate::worker) fn place(&mut self, key: Key) {
+    pub(in crate::worker) fn place(&mut self, key: Key<Client>) {
         let Some(client) = self.requests.clients.get(key) else { return };
         let Some(request) = client.request() else { return };
         if client.backend.is_some() {
@@ -57,7 +58,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Why a client must not ask again on the connection that it holds, if it must not.
-    fn why_not_used(&mut self, key: Key) -> Option<Discard> {
+    fn why_not_used(&mut self, key: Key<Client>) -> Option<Discard> {
         let client = self.requests.clients.get(key)?;
         let backend = client.backend?;
         // Answered before it was asked.
@@ -67,7 +68,11 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Where a request has to go.
-    pub(in crate::worker) fn destination(&mut self, key: Key, request: &Request) -> Destination {
+    pub(in crate::worker) fn destination(
+        &mut self,
+        key: Key<Client>,
+        request: &Request,
+    ) -> Destination {
         if self.cx.config.requests.route == Route::Key {
             let Some(store) = self.store_for(key, request) else { return Destination::Any };
             let endpoint = self.pools.table.store(store).and_then(|store| store.endpoint);
@@ -86,7 +91,7 @@ impl<D: Driver> Engine<D> {
 
     /// The number of the store that a request has to go to; of one to all stores, that of the store
     /// whose turn it is. One that does not exist where no store is declared.
-    fn store_for(&mut self, key: Key, request: &Request) -> Option<u16> {
+    fn store_for(&mut self, key: Key<Client>, request: &Request) -> Option<u16> {
         if request.to_all {
             let protocol = self.cx.config.protocol;
             let client = self.requests.clients.get_mut(key)?;
@@ -98,7 +103,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// The store that a client's request is for.
-    pub(in crate::worker) fn store_of(&self, key: Key) -> Option<&Store> {
+    pub(in crate::worker) fn store_of(&self, key: Key<Client>) -> Option<&Store> {
         let client = self.requests.clients.get(key)?;
         let number = match &client.broadcast {
             Some(broadcast) => broadcast.store,
@@ -113,7 +118,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// There is no endpoint at all: the request waits for one.
-    fn await_an_endpoint(&mut self, key: Key) {
+    fn await_an_endpoint(&mut self, key: Key<Client>) {
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         if client.on_no_endpoint(&self.requests.limits, self.cx.now) <= self.cx.now {
             return self.give_up(key, ErrorReply::NoEndpoint(self.requests.limits.endpoint));
@@ -121,12 +126,12 @@ impl<D: Driver> Engine<D> {
         self.wait(key, Line::Any, None);
     }
 
-    pub(in crate::worker) fn source(&self, key: Key) -> Option<IpAddr> {
+    pub(in crate::worker) fn source(&self, key: Key<Client>) -> Option<IpAddr> {
         let client = self.requests.clients.get(key)?;
         self.cx.driver.peer_address(client.conn).map(|address| address.ip())
     }
 
-    pub(in crate::worker) fn place_at(&mut self, key: Key, endpoint: u16) {
+    pub(in crate::worker) fn place_at(&mut self, key: Key<Client>, endpoint: EndpointId) {
         let line = Line::Endpoint(endpoint);
         let nobody_waits = self.requests.queue.waiting(line) == 0;
         // An endpoint may have left the set since a request to all of them began.
@@ -148,7 +153,7 @@ impl<D: Driver> Engine<D> {
         self.wait(key, line, Some(endpoint));
     }
 
-    pub(in crate::worker) fn place_anywhere(&mut self, key: Key) {
+    pub(in crate::worker) fn place_anywhere(&mut self, key: Key<Client>) {
         let Some(client) = self.requests.clients.get(key) else { return };
         let tried = client.tried();
         let near = self.cx.config.locality != Locality::Off;
@@ -188,7 +193,12 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A request joins a line; `endpoint` is asked for one connection more.
-    pub(in crate::worker) fn wait(&mut self, key: Key, line: Line, endpoint: Option<u16>) {
+    pub(in crate::worker) fn wait(
+        &mut self,
+        key: Key<Client>,
+        line: Line,
+        endpoint: Option<EndpointId>,
+    ) {
         if self.requests.queue.is_full() {
             let nowhere = self.pools.table.is_empty();
             return self
@@ -202,21 +212,21 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    pub(in crate::worker) fn want(&mut self, endpoint: u16, count: usize) {
+    pub(in crate::worker) fn want(&mut self, endpoint: EndpointId, count: usize) {
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         entry.pool.want(count);
         self.mark_short(endpoint);
     }
 
     /// Whether requests wait for an endpoint that has no alternative, be it ejected or not.
-    pub(in crate::worker) fn is_needed(&self, endpoint: u16) -> bool {
+    pub(in crate::worker) fn is_needed(&self, endpoint: EndpointId) -> bool {
         self.requests.queue.waiting(Line::Endpoint(endpoint)) > 0
             || (self.requests.queue.waiting(Line::Any) > 0 && !self.pools.table.any_usable())
     }
 
     /// Requests that would rather go to an endpoint of which no connection can be had go on to
     /// another one.
-    pub(in crate::worker) fn pass_over(&mut self, endpoint: u16) {
+    pub(in crate::worker) fn pass_over(&mut self, endpoint: EndpointId) {
         if !self.is_bound_to_source() {
             return;
         }
@@ -235,7 +245,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A connect to an endpoint failed: requests that only it can answer need not wait longer.
-    pub(in crate::worker) fn on_endpoint_missed(&mut self, endpoint: u16) {
+    pub(in crate::worker) fn on_endpoint_missed(&mut self, endpoint: EndpointId) {
         if self.is_bound_to_source() {
             return self.pass_over(endpoint);
         }
@@ -246,7 +256,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Takes note that an endpoint may have idle connections for those that wait.
-    pub(in crate::worker) fn free(&mut self, endpoint: u16) {
+    pub(in crate::worker) fn free(&mut self, endpoint: EndpointId) {
         if !self.requests.queue.is_empty() && !self.pools.freed.contains(&endpoint) {
             self.pools.freed.push(endpoint);
         }
@@ -271,7 +281,7 @@ impl<D: Driver> Engine<D> {
 
     /// Lends a client an idle connection of an endpoint, which has one that is proved to be open and
     /// silent.
-    pub(in crate::worker) fn acquire(&mut self, key: Key, endpoint: u16) {
+    pub(in crate::worker) fn acquire(&mut self, key: Key<Client>, endpoint: EndpointId) {
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         let Some(backend) = entry.acquire(endpoint) else { return };
         self.pools.conns -= 1;
@@ -283,7 +293,7 @@ impl<D: Driver> Engine<D> {
         self.use_backend(key);
     }
 
-    pub(in crate::worker) fn use_backend(&mut self, key: Key) {
+    pub(in crate::worker) fn use_backend(&mut self, key: Key<Client>) {
         if self.requests.clients.get(key).is_some_and(Client::is_opaque) {
             self.turn_opaque(key);
         } else {
@@ -292,7 +302,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Sends a client's request on the connection that it holds.
-    pub(in crate::worker) fn ask(&mut self, key: Key) {
+    pub(in crate::worker) fn ask(&mut self, key: Key<Client>) {
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         let (Some(request), Some(backend)) = (client.request(), client.backend) else { return };
         client.upload = Upload::new(self.cx.now);
@@ -312,7 +322,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Sends the first `len` bytes of a client's input to its backend.
-    pub(in crate::worker) fn send_on(&mut self, key: Key, mut len: u32) {
+    pub(in crate::worker) fn send_on(&mut self, key: Key<Client>, mut len: u32) {
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         let Some(backend) = client.backend else { return };
         while len > 0 {
@@ -327,7 +337,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Sends on what has come of a request that is longer than what was held of it.
-    pub(in crate::worker) fn ask_more(&mut self, key: Key, limit: u32) {
+    pub(in crate::worker) fn ask_more(&mut self, key: Key<Client>, limit: u32) {
         let Some(client) = self.requests.clients.get_mut(key) else { return };
         if client.unasked() >= limit || client.input.is_empty() {
             return;
@@ -346,7 +356,7 @@ impl<D: Driver> Engine<D> {
 
     /// A client and the connection that it holds become a session of opaque bytes. It keeps the
     /// connection's place in its pool until it ends.
-    pub(in crate::worker) fn turn_opaque(&mut self, key: Key) {
+    pub(in crate::worker) fn turn_opaque(&mut self, key: Key<Client>) {
         if self.sessions.len() == self.sessions.capacity() {
             // Whoever was admitted has a slot. Should that fail, one client is better than all.
             return self.close_client(key, CloseReason::Overload);
