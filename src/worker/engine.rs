@@ -191,11 +191,8 @@ pub(super) struct Requests {
 /// The endpoints and their pools.
 pub(super) struct Pools {
     pub table: Table,
-    /// Pool connections, idle or being made, of all endpoints.
-    pub conns: usize,
+    /// Pool connections at most, idle or being made, of all endpoints.
     pub conns_max: usize,
-    /// Connections that clients hold.
-    pub in_use: u32,
     /// Endpoints whose pool may want connections.
     pub short: Vec<EndpointId>,
     /// Endpoints that may have connections for requests that wait.
@@ -279,9 +276,7 @@ impl<D: Driver> Engine<D> {
             },
             pools: Pools {
                 table: Table::new(config.balance, setup.index),
-                conns: 0,
                 conns_max: setup.pool_conns_max.min(limits::POOL_CONNS_MAX),
-                in_use: 0,
                 short: Vec::with_capacity(limits::ENDPOINTS_MAX),
                 freed: Vec::with_capacity(limits::ENDPOINTS_MAX),
                 health: HealthConfig {
@@ -405,8 +400,11 @@ impl<D: Driver> Engine<D> {
         }
         let Plan { events, batch, contended } = self.load.batcher.plan(self.cx.now);
         // Few connections for many clients bring few answers at a time.
-        let events =
-            if self.reuses_conns() { events.min((self.pools.in_use / 2).max(1)) } else { events };
+        let events = if self.reuses_conns() {
+            events.min((self.pools.table.totals().acquired as u32 / 2).max(1))
+        } else {
+            events
+        };
         let mut most = if self.acceptor.gate.waits_for_turn || self.acceptor.gate.full {
             ROTATION
         } else {
