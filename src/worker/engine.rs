@@ -353,7 +353,7 @@ impl<D: Driver> Engine<D> {
     fn plan_wait(&mut self) -> Wait {
         if self.batcher.window_is_over(self.now) {
             let waited = self.core_wait.total();
-            self.stats.core_wait_ns.set(waited.as_nanos() as u64);
+            self.stats.core_wait.set(waited);
             self.batcher.on_window(self.now, waited);
         }
         let Plan { events, batch, contended } = self.batcher.plan(self.now);

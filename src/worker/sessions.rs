@@ -8,7 +8,7 @@ use super::engine::{Engine, Owner};
 use super::pools::is_local;
 use crate::config::{Balance, Locality, PoolMode, ProxyProtocol};
 use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
-use crate::metrics::{Checkout, CloseReason};
+use crate::metrics::{Checkout, CloseReason, Direction};
 use crate::protocol::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
 use crate::proxy::Side;
 use crate::proxy::session::{Action, Ending, Session, Tried};
@@ -291,7 +291,7 @@ impl<D: Driver> Engine<D> {
             if let Some(session) = self.sessions.get_mut(key) {
                 session.on_greeted();
             }
-            self.stats.bytes_to_client.add(u64::from(buf.len()));
+            self.stats.bytes.of(Direction::ToClient).add(u64::from(buf.len()));
             self.pass_on(key, Side::Backend, buf);
         }
     }
@@ -351,9 +351,9 @@ impl<D: Driver> Engine<D> {
         let Some(session) = self.sessions.get_mut(key) else { return };
         self.batcher.on_active(&mut session.window);
         match from {
-            Side::Client => self.stats.bytes_to_backend.add(u64::from(bytes)),
+            Side::Client => self.stats.bytes.of(Direction::ToBackend).add(u64::from(bytes)),
             Side::Backend => {
-                self.stats.bytes_to_client.add(u64::from(bytes));
+                self.stats.bytes.of(Direction::ToClient).add(u64::from(bytes));
                 if let Some(waited) = session.take_first_byte(self.now) {
                     self.stats.first_byte.record(waited);
                 }

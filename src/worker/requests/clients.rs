@@ -6,7 +6,7 @@ use crate::config::PoolMode;
 use crate::fifo;
 use crate::io::{Buf, Close, ConnId, Driver, Unheard};
 use crate::limits;
-use crate::metrics::{CloseReason, Discard, Outcome, Retry, Verb};
+use crate::metrics::{CloseReason, Direction, Discard, Outcome, Retry, Verb};
 use crate::proxy::Side;
 use crate::proxy::queue::Line;
 use crate::proxy::request::{Client, Due, ErrorReply, Framing, Front};
@@ -145,7 +145,7 @@ impl<D: Driver> Engine<D> {
             return self.driver.buffers().give(buf);
         };
         self.batcher.on_active(&mut client.window);
-        self.stats.bytes_to_backend.add(u64::from(buf.len()));
+        self.stats.bytes.of(Direction::ToBackend).add(u64::from(buf.len()));
         client.on_active(self.now);
         client.upload.on_bytes(buf.len(), self.now);
         self.driver.buffers().push(&mut client.input, buf);
