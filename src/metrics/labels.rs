@@ -268,30 +268,23 @@ labels! {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Each variant is at its index, and no two have a name in common.
-    fn check<L: Label>() {
-        for (i, label) in L::ALL.iter().enumerate() {
-            assert_eq!(label.index(), i);
-            assert_eq!(label.name(), L::VALUES[i].name);
-        }
-        let mut names: Vec<_> = L::ALL.iter().map(|label| label.name()).collect();
-        names.sort_unstable();
-        names.dedup();
-        assert_eq!(names.len(), L::ALL.len());
-    }
+    use crate::metrics::family::Values;
+    use crate::metrics::sections;
 
     #[test]
     fn labels_are_in_the_order_of_their_discriminants_and_distinct() {
-        check::<Checkout>();
-        check::<CloseReason>();
-        check::<Direction>();
-        check::<Discard>();
-        check::<ErrorKind>();
-        check::<Outcome>();
-        check::<PooledState>();
-        check::<Retry>();
-        check::<Spillover>();
-        check::<Verb>();
+        for (i, reason) in CloseReason::ALL.iter().enumerate() {
+            assert_eq!(reason.index(), i);
+            assert_eq!(reason.name(), CloseReason::VALUES[i].name);
+        }
+        for family in sections().into_iter().flat_map(|(_, families)| families) {
+            for label in family.labels {
+                let Values::OneOf(values) = label.values else { continue };
+                let mut names: Vec<_> = values.iter().map(|value| value.name).collect();
+                names.sort_unstable();
+                names.dedup();
+                assert_eq!(names.len(), values.len(), "{} of {}", label.name, family.name);
+            }
+        }
     }
 }
