@@ -18,7 +18,7 @@
 //! | [`limits`] | every bound: unit, derivation, reason |
 //! | [`listening`] | which addresses lead back to this process |
 //! | [`startup`] | decided before anything is bound: cores, listeners |
-//! | [`metrics`] | counters and histograms of one worker, aligned to cache lines |
+//! | [`metrics`] | one row per metric: a worker's counter, the text, the reference page |
 //! | [`slab`] | fixed-capacity slots with generations |
 //! | [`proxy`] | decides: sessions, relays, requests, pools, balancing, health; no I/O, no clock, no unsafe |
 //! | [`protocol`] | all that is known of a protocol: TCP, Chronos, HTTP/1; the PROXY protocol's header |

@@ -395,7 +395,7 @@ impl<D: Driver> Engine<D> {
     fn plan_wait(&mut self) -> Wait {
         if self.load.batcher.window_is_over(self.cx.now) {
             let waited = self.load.core_wait.total();
-            self.cx.stats.core_wait_ns.set(waited.as_nanos() as u64);
+            self.cx.stats.core_wait.set(waited);
             self.load.batcher.on_window(self.cx.now, waited);
         }
         let Plan { events, batch, contended } = self.load.batcher.plan(self.cx.now);

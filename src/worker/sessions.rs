@@ -9,7 +9,7 @@ use super::engine::{Engine, Owner};
 use super::pools::is_local;
 use crate::config::{Balance, Locality, ProxyProtocol};
 use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
-use crate::metrics::{Checkout, CloseReason};
+use crate::metrics::{Checkout, CloseReason, Direction};
 use crate::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
 use crate::proxy::Side;
 use crate::proxy::session::{Action, Ending, Session, Tried};
@@ -294,7 +294,7 @@ impl<D: Driver> Engine<D> {
             if let Some(session) = self.sessions.get_mut(key) {
                 session.on_greeted();
             }
-            self.cx.stats.bytes_to_client.add(u64::from(buf.len()));
+            self.cx.stats.bytes.of(Direction::ToClient).add(u64::from(buf.len()));
             self.pass_on(key, Side::Backend, buf);
         }
     }
@@ -354,9 +354,9 @@ impl<D: Driver> Engine<D> {
         let Some(session) = self.sessions.get_mut(key) else { return };
         self.load.batcher.on_active(&mut session.window);
         match from {
-            Side::Client => self.cx.stats.bytes_to_backend.add(u64::from(bytes)),
+            Side::Client => self.cx.stats.bytes.of(Direction::ToBackend).add(u64::from(bytes)),
             Side::Backend => {
-                self.cx.stats.bytes_to_client.add(u64::from(bytes));
+                self.cx.stats.bytes.of(Direction::ToClient).add(u64::from(bytes));
                 if let Some(waited) = session.take_first_byte(self.cx.now) {
                     self.cx.stats.first_byte.record(waited);
                 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::config::PoolMode;
 use crate::io::{Buf, Close, Driver};
-use crate::metrics::{CloseReason, Discard, Outcome, Retry};
+use crate::metrics::{CloseReason, Direction, Discard, Outcome, Retry};
 use crate::proxy::request::{Client, ErrorReply, Reply, write_away, write_error_reply};
 use crate::slab::Key;
 use crate::worker::engine::Engine;
@@ -38,7 +38,7 @@ impl<D: Driver> Engine<D> {
             broadcast.on_reply(buffers.bytes(&buf));
             buffers.give(buf);
         } else {
-            self.cx.stats.bytes_to_client.add(u64::from(buf.len()));
+            self.cx.stats.bytes.of(Direction::ToClient).add(u64::from(buf.len()));
             client.on_queued(buf.len());
             self.cx.driver.send(client.conn, buf);
         }
