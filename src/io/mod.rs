@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 pub mod buffers;
 mod descriptors;
 pub mod epoll;
+mod halves;
 pub mod probe;
 mod provided;
 mod ring;
