@@ -275,7 +275,11 @@ impl Driver for Epoll {
 
     fn stop_listening(&mut self) -> bool {
         self.room = 0;
-        (0..self.listeners.len()).fold(true, |closed, index| self.empty_listener(index) && closed)
+        let mut all_closed = true;
+        for index in 0..self.listeners.len() {
+            all_closed &= self.empty_listener(index);
+        }
+        all_closed
     }
 
     fn release(&mut self, conn: ConnId) -> Option<OwnedFd> {

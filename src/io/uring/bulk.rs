@@ -9,7 +9,8 @@ use std::os::fd::OwnedFd;
 use rustix::io::{Errno, ioctl_fionbio};
 
 use super::Uring;
-use super::socket::{Sending, Socket};
+use super::socket::{Send, Socket};
+use crate::io::halves::Sending;
 use crate::io::splice;
 use crate::io::{Completion, ConnId};
 
@@ -18,7 +19,7 @@ impl Uring {
     pub(super) fn splice_target(&self, conn: ConnId) -> Option<(ConnId, &Socket)> {
         let socket = self.sockets.get(conn).filter(|socket| socket.bulk.is_on())?;
         let to = socket.joined.filter(|_| self.pipes.any(self.now))?;
-        let takes = |sink: &&Socket| !sink.closing && sink.sending != Sending::Broken;
+        let takes = |sink: &&Socket| !sink.is_closing() && matches!(sink.sending, Sending::Open(_));
         Some((to, self.sockets.get(to).filter(takes)?))
     }
 
@@ -43,9 +44,7 @@ impl Uring {
         let filled = without_blocking(&socket.fd, || pipe.fill(&socket.fd));
         if let Ok(count @ 1..) = filled {
             socket.bulk.on_spliced(count, self.window);
-            if let Some(sink) = self.sockets.get_mut(to) {
-                sink.pipe = Some(pipe);
-            }
+            self.live(to).pipe = Some(pipe);
             self.drain_pipe(to);
             return Some(Completion::Spliced(conn, count));
         }
@@ -61,9 +60,9 @@ impl Uring {
 
     /// Moves on what is in a socket's pipe; the rest waits until there is room.
     pub(super) fn drain_pipe(&mut self, conn: ConnId) {
-        let Some(socket) = self.sockets.get_mut(conn) else { return };
-        debug_assert_eq!(socket.sending, Sending::Idle, "one after the other");
-        let Some(pipe) = &mut socket.pipe else { return };
+        let socket = self.sockets.get_mut(conn).expect("an open connection");
+        debug_assert_eq!(socket.sending.progress(), Some(Send::Idle), "one after the other");
+        let pipe = socket.pipe.as_mut().expect("what was moved in is to be moved on");
         match without_blocking(&socket.fd, || pipe.drain(&socket.fd)) {
             Ok(count) => self.ready.push_back(Completion::Sent(conn, count)),
             Err(Errno::AGAIN) => {}

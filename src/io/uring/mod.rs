@@ -25,15 +25,16 @@ use io_uring::{cqueue, opcode, squeue};
 use rustix::io::Errno;
 use socket2::Type;
 
-use self::socket::{Kind, Listener, Receiving, Sending, Socket, parse_user_data, user_data};
+use self::socket::{Attention, Kind, Listener, Receive, Send, Socket, parse_user_data, user_data};
 use super::buffers::{Buf, Buffers};
 use super::descriptors::Descriptors;
+use super::halves::Sending;
 use super::probe::Features;
 use super::provided::ProvidedBuffers;
 use super::ring::Ring;
 use super::socket as options;
 use super::splice::{self, Pipes};
-use super::{Acks, Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait};
+use super::{Acks, Close, Completion, Conn, ConnId, Driver, DriverSetup, Unheard, Wait};
 use crate::fifo;
 use crate::limits;
 use crate::slab::Slab;
@@ -44,7 +45,7 @@ pub struct Uring {
     ring: Ring,
     provided: ProvidedBuffers,
     buffers: Buffers,
-    sockets: Slab<Socket, crate::io::Conn>,
+    sockets: Slab<Socket, Conn>,
     listeners: Vec<Listener>,
     wake: OwnedFd,
     options: options::Options,
@@ -148,11 +149,16 @@ impl Uring {
 
     fn mark_pending(&mut self, conn: ConnId) {
         if let Some(socket) = self.sockets.get_mut(conn)
-            && !socket.pending
+            && socket.attention == Attention::None
         {
-            socket.pending = true;
+            socket.attention = Attention::Pending;
             self.pending.push(conn);
         }
+    }
+
+    /// A socket that its caller knows not to be given back.
+    fn live(&mut self, conn: ConnId) -> &mut Socket {
+        self.sockets.get_mut(conn).expect("a socket of which the kernel holds something, or open")
     }
 
     /// Turns what the user asked for since the last wait into submissions.
@@ -163,9 +169,9 @@ impl Uring {
             // All of them: those that starve on again come back at no great cost.
             while let Some(conn) = fifo::pop(&mut self.starving) {
                 if let Some(socket) = self.sockets.get_mut(conn)
-                    && socket.receiving == Receiving::Starving
+                    && socket.receiving.progress() == Some(Receive::Starving)
                 {
-                    socket.receiving = Receiving::Idle;
+                    socket.receive().feed();
                 }
                 self.mark_pending(conn);
             }
@@ -189,19 +195,26 @@ impl Uring {
 
     /// The kernel has given an operation back. Its socket, unless it was only waiting to be closed.
     fn came_back(&mut self, kind: Kind, conn: ConnId) -> Option<&mut Socket> {
-        let socket = self.sockets.get_mut(conn)?;
+        let socket = self.live(conn);
         socket.ops.remove(kind);
-        if socket.closing {
+        if socket.is_closing() {
             self.finish_close(conn);
+            return None;
         }
-        self.sockets.get_mut(conn).filter(|socket| !socket.closing)
+        self.sockets.get_mut(conn)
     }
 
     fn on_connect(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
-        self.came_back(Kind::Connect, conn)?;
+        let sending = &mut self.came_back(Kind::Connect, conn)?.sending;
         Some(match result(entry) {
-            Ok(_) => Completion::Connected(conn),
-            Err(errno) => Completion::ConnectFailed(conn, errno.into()),
+            Ok(_) => {
+                sending.connect();
+                Completion::Connected(conn)
+            }
+            Err(errno) => {
+                sending.break_off();
+                Completion::ConnectFailed(conn, errno.into())
+            }
         })
     }
 
@@ -247,11 +260,12 @@ impl Uring {
 
     /// Gives the slot back once the kernel holds nothing of it.
     fn finish_close(&mut self, conn: ConnId) {
-        let Some(socket) = self.sockets.get(conn) else { return };
-        if socket.ops.any() || !socket.closing {
+        let socket = self.live(conn);
+        debug_assert!(socket.is_closing(), "only a socket that was closed is given back");
+        if socket.ops.any() {
             return;
         }
-        let Some(mut socket) = self.sockets.remove(conn) else { return };
+        let mut socket = self.sockets.remove(conn).expect("it was just found");
         self.buffers.clear(&mut socket.queue);
         if let Some(pipe) = socket.pipe.take() {
             self.pipes.give(pipe);
@@ -343,20 +357,22 @@ impl Driver for Uring {
     }
 
     fn release(&mut self, conn: ConnId) -> Option<OwnedFd> {
-        self.sockets.get(conn).filter(|socket| !socket.ops.any() && !socket.pending)?;
+        self.sockets
+            .get(conn)
+            .filter(|socket| !socket.ops.any() && socket.attention == Attention::None)?;
         self.sockets.remove(conn).map(|socket| socket.fd)
     }
 
     fn adopt(&mut self, client: OwnedFd) -> Option<ConnId> {
         // `limits::conns_max` has room for more than can come.
-        self.sockets.insert(Socket::new(client)).ok()
+        self.sockets.insert(Socket::connected(client)).ok()
     }
 
     fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
         let make = || options::outgoing(address, Type::STREAM, &self.options);
         let socket = self.descriptors.make(make)?;
         let fd = Fd(socket.as_raw_fd());
-        let mut entry = Socket::new(socket.into());
+        let mut entry = Socket::connecting(socket.into());
         entry.ops.add(Kind::Connect);
         let Ok(conn) = self.sockets.insert(entry) else {
             return Err(io::ErrorKind::QuotaExceeded.into());
@@ -375,34 +391,33 @@ impl Driver for Uring {
 
     fn receive(&mut self, conn: ConnId, on: bool) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
-        socket.stopped = !on;
-        socket.wanted = on;
+        debug_assert!(socket.sending != Sending::Connecting, "nothing comes before the connection");
         if on {
-            self.mark_pending(conn);
-            return;
+            socket.receiving.want();
+        } else {
+            socket.receiving.stop();
+            socket.single = true;
+            self.stop_receiving(conn);
         }
-        socket.single = true;
-        self.stop_receiving(conn);
         self.mark_pending(conn);
     }
 
     fn send(&mut self, conn: ConnId, buf: Buf) {
         let Some(socket) = self.sockets.get_mut(conn) else { return self.buffers.give(buf) };
-        match socket.sending {
-            Sending::Broken => self.buffers.give(buf),
-            Sending::Idle => {
+        debug_assert!(socket.sending.takes_bytes(), "bytes are sent in {:?}", socket.sending);
+        match socket.sending.progress() {
+            None => self.buffers.give(buf),
+            Some(Send::Idle) => {
                 self.buffers.push(&mut socket.queue, buf);
                 self.mark_pending(conn);
             }
-            Sending::Submitted(_) | Sending::Blocked => self.buffers.push(&mut socket.queue, buf),
+            Some(Send::Submitted(_) | Send::Blocked) => self.buffers.push(&mut socket.queue, buf),
         }
     }
 
     fn shutdown(&mut self, conn: ConnId) {
-        if let Some(socket) = self.sockets.get_mut(conn)
-            && socket.sending != Sending::Broken
-        {
-            socket.shutdown = true;
+        if let Some(socket) = self.sockets.get_mut(conn) {
+            socket.sending.shut_down();
             self.mark_pending(conn);
         }
     }
@@ -414,7 +429,7 @@ impl Driver for Uring {
             // At once, so that it holds however the descriptor comes to be closed.
             options::close_with_reset(&socket.fd);
         }
-        socket.closing = true;
+        socket.attention = Attention::Closing;
         let ops = socket.ops;
         // A send completes by itself.
         for kind in [Kind::Connect, Kind::Receive, Kind::Watch] {
@@ -425,7 +440,7 @@ impl Driver for Uring {
         self.finish_close(conn);
         // What that one brings waits for nothing any more.
         if let Some(source) = joined {
-            self.let_go(source);
+            self.resume(source);
         }
     }
 
