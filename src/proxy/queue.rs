@@ -6,6 +6,7 @@
 //! take constant time and allocate nothing once a slot was used.
 
 use super::request::Client;
+use crate::proxy::endpoints::EndpointId;
 use crate::slab::Key;
 
 const NONE: u32 = u32::MAX;
@@ -16,7 +17,7 @@ pub enum Line {
     /// For a connection to whichever endpoint.
     Any,
     /// For one to this endpoint.
-    Endpoint(u16),
+    Endpoint(EndpointId),
 }
 
 impl Line {
@@ -186,7 +187,8 @@ mod tests {
 
     #[test]
     fn lines_keep_their_order_whoever_leaves() {
-        const LINES: [Line; 3] = [Line::Any, Line::Endpoint(0), Line::Endpoint(1)];
+        const LINES: [Line; 3] =
+            [Line::Any, Line::Endpoint(EndpointId::at(0)), Line::Endpoint(EndpointId::at(1))];
         let mut rng = fastrand::Rng::with_seed(3);
         let mut queue = Queue::new(1000, 40);
         let mut model: [VecDeque<Key<Client>>; 3] = Default::default();
@@ -221,10 +223,12 @@ mod tests {
     #[test]
     fn of_two_lines_the_one_whose_head_came_first_is_served() {
         let key = |slot| Key::from_parts(slot, 0);
-        let (any, own) = (Line::Any, Line::Endpoint(3));
+        let (any, own) = (Line::Any, Line::Endpoint(EndpointId::at(3)));
         let mut queue = Queue::new(10, 10);
         assert_eq!(queue.serve_either(own, any), None);
-        for (slot, line) in [own, any, own, Line::Endpoint(0), any].into_iter().enumerate() {
+        for (slot, line) in
+            [own, any, own, Line::Endpoint(EndpointId::at(0)), any].into_iter().enumerate()
+        {
             queue.join(line, key(slot as u32));
         }
         for expected in [0, 1, 2, 4] {
@@ -239,7 +243,12 @@ mod tests {
         let key = |slot| Key::from_parts(slot, 0);
         let mut queue = Queue::new(10, 10);
         assert_eq!(queue.serve_all(), []);
-        let arrivals = [(7, Line::Any), (2, Line::Endpoint(1)), (9, Line::Any), (0, Line::Any)];
+        let arrivals = [
+            (7, Line::Any),
+            (2, Line::Endpoint(EndpointId::at(1))),
+            (9, Line::Any),
+            (0, Line::Any),
+        ];
         for (slot, line) in arrivals {
             queue.join(line, key(slot));
         }

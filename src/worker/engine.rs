@@ -1,5 +1,6 @@
 //! The turn of a worker: wait for events, handle each, then see to commands, timers and pools.
 
+use crate::proxy::endpoints::EndpointId;
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
@@ -76,13 +77,13 @@ pub(super) enum Owner {
     /// A session's, connected or being connected.
     Session(Key<Session>, Side),
     /// Being made for a pool, or to probe an endpoint.
-    Warming { endpoint: u16, since: Instant },
+    Warming { endpoint: EndpointId, since: Instant },
     /// A client's whose requests are told apart.
     Client(Key<Client>),
     /// In the hands of such a client.
     InUse(Key<Client>),
     /// Warm in a pool, with what the backend has sent unasked.
-    Warm { endpoint: u16, greeting: Chain },
+    Warm { endpoint: EndpointId, greeting: Chain },
     /// Nobody's, and to be closed once its peer has what was sent to it.
     Flushing(Flushing),
 }
@@ -190,15 +191,12 @@ pub(super) struct Requests {
 /// The endpoints and their pools.
 pub(super) struct Pools {
     pub table: Table,
-    /// Pool connections, idle or being made, of all endpoints.
-    pub conns: usize,
+    /// Pool connections at most, idle or being made, of all endpoints.
     pub conns_max: usize,
-    /// Connections that clients hold.
-    pub in_use: u32,
     /// Endpoints whose pool may want connections.
-    pub short: Vec<u16>,
+    pub short: Vec<EndpointId>,
     /// Endpoints that may have connections for requests that wait.
-    pub freed: Vec<u16>,
+    pub freed: Vec<EndpointId>,
     pub health: HealthConfig,
     /// For so long an endpoint that left the set is taken to come back.
     pub linger: Duration,
@@ -278,9 +276,7 @@ impl<D: Driver> Engine<D> {
             },
             pools: Pools {
                 table: Table::new(config.balance, setup.index),
-                conns: 0,
                 conns_max: setup.pool_conns_max.min(limits::POOL_CONNS_MAX),
-                in_use: 0,
                 short: Vec::with_capacity(limits::ENDPOINTS_MAX),
                 freed: Vec::with_capacity(limits::ENDPOINTS_MAX),
                 health: HealthConfig {
@@ -404,8 +400,11 @@ impl<D: Driver> Engine<D> {
         }
         let Plan { events, batch, contended } = self.load.batcher.plan(self.cx.now);
         // Few connections for many clients bring few answers at a time.
-        let events =
-            if self.reuses_conns() { events.min((self.pools.in_use / 2).max(1)) } else { events };
+        let events = if self.reuses_conns() {
+            events.min((self.pools.table.totals().acquired as u32 / 2).max(1))
+        } else {
+            events
+        };
         let mut most = if self.acceptor.gate.waits_for_turn || self.acceptor.gate.full {
             ROTATION
         } else {

@@ -1,5 +1,6 @@
 //! A worker's endpoints: keeping their pools filled, and their health.
 
+use crate::proxy::endpoints::EndpointId;
 use std::io;
 use std::time::Instant;
 
@@ -9,7 +10,6 @@ use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
 use crate::limits;
 use crate::metrics::{CloseReason, Discard, Retry};
 use crate::proxy::Side;
-use crate::proxy::balance::Entry;
 use crate::proxy::health::{AT_ONCE, PROBE_SETTLED};
 use crate::proxy::request::Client;
 use crate::proxy::session::{Session, Verdict};
@@ -17,7 +17,7 @@ use crate::slab::Key;
 
 impl<D: Driver> Engine<D> {
     /// Remembers that an endpoint's pool may want connections.
-    pub(super) fn mark_short(&mut self, endpoint: u16) {
+    pub(super) fn mark_short(&mut self, endpoint: EndpointId) {
         if !self.pools.short.contains(&endpoint) {
             self.pools.short.push(endpoint);
         }
@@ -29,7 +29,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn refill(&mut self, endpoint: u16) {
+    fn refill(&mut self, endpoint: EndpointId) {
         let (now, keeps, share) = (self.cx.now, self.keeps_pools(), self.pool_share());
         let needed = self.is_needed(endpoint);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
@@ -51,7 +51,8 @@ impl<D: Driver> Engine<D> {
     }
 
     fn pool_budget_used(&self) -> usize {
-        self.pools.conns + self.pools.in_use as usize
+        let totals = self.pools.table.totals();
+        totals.pooled + totals.acquired
     }
 
     /// How many connections each endpoint may keep without need, so that there are some for all.
@@ -61,7 +62,7 @@ impl<D: Driver> Engine<D> {
 
     /// Whether one more connection to an endpoint may be made. If requests wait for it, or others
     /// have more than their share, the one goes for it that has been idle for longest.
-    fn has_room_for(&mut self, endpoint: u16) -> bool {
+    fn has_room_for(&mut self, endpoint: EndpointId) -> bool {
         let waited_for = self.pools.table.get_mut(endpoint).is_some_and(|e| e.pool.wanted() > 0);
         // What comes with clients goes with them, so it is for what they need.
         let most = if waited_for { self.pool_budget() } else { self.pools.conns_max };
@@ -87,8 +88,8 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn give_up_oldest(&mut self, endpoint: u16) -> bool {
-        let oldest = self.pools.table.get_mut(endpoint).and_then(|entry| entry.pool.evict());
+    fn give_up_oldest(&mut self, endpoint: EndpointId) -> bool {
+        let oldest = self.pools.table.evict(endpoint);
         if let Some(conn) = oldest {
             self.discard(conn, Discard::Surplus);
             self.publish_pool(endpoint);
@@ -97,15 +98,14 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Starts a connection for the pool. Says whether it is under way.
-    pub(super) fn warm(&mut self, endpoint: u16) -> bool {
+    pub(super) fn warm(&mut self, endpoint: EndpointId) -> bool {
         if !self.reuses_conns() && self.cx.driver.is_short_of_descriptors() {
             // Those in reserve are for clients that are here already.
             return false;
         }
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return false };
-        entry.pool.on_connecting();
-        self.pools.conns += 1;
         let address = entry.endpoint.address;
+        self.pools.table.start(endpoint);
         match self.connect(&address) {
             Ok(conn) => {
                 self.own(conn, Owner::Warming { endpoint, since: self.cx.now });
@@ -119,14 +119,13 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    pub(super) fn on_warmed(&mut self, endpoint: u16, conn: ConnId, since: Instant) {
+    pub(super) fn on_warmed(&mut self, endpoint: EndpointId, conn: ConnId, since: Instant) {
         self.cx.timers.clear(conn.index());
         self.cx.stats.connect_duration.record(self.cx.now.saturating_duration_since(since));
         self.on_endpoint_connected(endpoint);
         let (now, keeps, health) = (self.cx.now, self.keeps_pools(), self.pools.health);
+        let kept = self.pools.table.connected(endpoint, conn, now, &mut self.cx.rng);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
-        let probes = entry.health.is_probing();
-        let kept = entry.pool.on_connected(conn, probes, now, &mut self.cx.rng);
         if !kept && entry.health.on_settled(&health, now) {
             // There is no room to see whether it lasts.
             self.on_readmitted(endpoint);
@@ -142,24 +141,26 @@ impl<D: Driver> Engine<D> {
                 self.free(endpoint);
             }
         } else {
-            entry.pool.remove(conn);
+            self.pools.table.remove(endpoint, conn);
             self.discard(conn, if useful { Discard::Surplus } else { Discard::Endpoint });
         }
         self.mark_short(endpoint);
     }
 
-    pub(super) fn on_warming_failed(&mut self, endpoint: u16, conn: ConnId, error: &io::Error) {
+    pub(super) fn on_warming_failed(
+        &mut self,
+        endpoint: EndpointId,
+        conn: ConnId,
+        error: &io::Error,
+    ) {
         self.cx.timers.clear(conn.index());
         self.cx.driver.close(conn, Close::Reset);
         self.pool_failed(endpoint, error);
     }
 
-    fn pool_failed(&mut self, endpoint: u16, error: &io::Error) {
-        self.pools.conns -= 1;
+    fn pool_failed(&mut self, endpoint: EndpointId, error: &io::Error) {
         let now = self.cx.now;
-        if let Some(entry) = self.pools.table.get_mut(endpoint) {
-            entry.pool.on_connect_failed(now, &mut self.cx.rng);
-        }
+        self.pools.table.connect_failed(endpoint, now, &mut self.cx.rng);
         if is_local(error) {
             if let Some(entry) = self.pools.table.get_mut(endpoint) {
                 entry.health.on_probe_lost(now);
@@ -198,13 +199,13 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A warm connection ended or broke while it was idle.
-    pub(super) fn on_warm_died(&mut self, endpoint: u16, conn: ConnId) {
+    pub(super) fn on_warm_died(&mut self, endpoint: EndpointId, conn: ConnId) {
         self.forget_warm(endpoint, conn, Discard::Dead);
     }
 
     /// Discards the warm connections whose end nobody has heard yet, up to the first one that is
     /// open: the next to be taken is proved to be so, at the moment when it changes hands.
-    pub(super) fn prove_oldest(&mut self, endpoint: u16) {
+    pub(super) fn prove_oldest(&mut self, endpoint: EndpointId) {
         while let Some(entry) = self.pools.table.get_mut(endpoint)
             && let Some(conn) = entry.pool.oldest_conn(self.cx.now)
             // Bytes are a greeting.
@@ -216,7 +217,7 @@ impl<D: Driver> Engine<D> {
 
     /// Likewise for those that are lent: the next one is open and silent, or there is none. What
     /// the kernel had told by the end of a turn need not be all that there was to tell.
-    pub(super) fn prove_latest(&mut self, endpoint: u16) {
+    pub(super) fn prove_latest(&mut self, endpoint: EndpointId) {
         while let Some(entry) = self.pools.table.get_mut(endpoint)
             && let Some(conn) = entry.pool.latest_conn()
             && let Some(why) = why_not_acquired(self.cx.driver.unheard(conn))
@@ -229,15 +230,12 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn forget_warm(&mut self, endpoint: u16, conn: ConnId, why: Discard) {
+    fn forget_warm(&mut self, endpoint: EndpointId, conn: ConnId, why: Discard) {
         let now = self.cx.now;
         // One that has said something is well, whatever becomes of the connection.
         let is_silent = why == Discard::Dead
             && matches!(self.peek_owner(conn), Some(Owner::Warm { greeting, .. }) if greeting.is_empty());
-        let failed = match self.pools.table.get_mut(endpoint) {
-            Some(entry) => entry.pool.on_died(conn, now, &mut self.cx.rng),
-            None => false,
-        };
+        let failed = self.pools.table.died(endpoint, conn, now, &mut self.cx.rng);
         self.discard(conn, why);
         if failed && is_silent {
             self.on_endpoint_failure(endpoint, &ended_at_once());
@@ -250,23 +248,19 @@ impl<D: Driver> Engine<D> {
         if let Owner::Warm { mut greeting, .. } = self.owner(conn) {
             self.cx.driver.buffers().clear(&mut greeting);
         }
-        self.pools.conns -= 1;
         self.cx.stats.count_discard(why);
         self.cx.driver.close(conn, Close::Graceful);
     }
 
-    fn evict(&mut self, endpoint: u16, why: Discard) {
-        while let Some(conn) =
-            self.pools.table.get_mut(endpoint).and_then(|entry| entry.pool.evict())
-        {
+    fn evict(&mut self, endpoint: EndpointId, why: Discard) {
+        while let Some(conn) = self.pools.table.evict(endpoint) {
             self.discard(conn, why);
         }
     }
 
     /// Closes the warm connections of an endpoint that were made before this moment.
-    pub(super) fn evict_made_before(&mut self, endpoint: u16, at: Instant) {
-        let old = |entry: &mut Entry| entry.pool.evict_made_before(at);
-        while let Some(conn) = self.pools.table.get_mut(endpoint).and_then(old) {
+    pub(super) fn evict_made_before(&mut self, endpoint: EndpointId, at: Instant) {
+        while let Some(conn) = self.pools.table.evict_made_before(endpoint, at) {
             self.discard(conn, Discard::Silent);
         }
     }
@@ -287,7 +281,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A connect to the endpoint succeeded, which proves little.
-    pub(super) fn on_endpoint_connected(&mut self, endpoint: u16) {
+    pub(super) fn on_endpoint_connected(&mut self, endpoint: EndpointId) {
         let now = self.cx.now;
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.on_alive(now);
@@ -307,7 +301,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A byte came from the endpoint on a connection made at `made`.
-    pub(super) fn on_endpoint_answered(&mut self, endpoint: u16, made: Instant) {
+    pub(super) fn on_endpoint_answered(&mut self, endpoint: EndpointId, made: Instant) {
         let now = self.cx.now;
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.on_alive(now);
@@ -317,7 +311,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// The same without the pool's pace: what greets may end each connection that is kept warm.
-    fn on_endpoint_well(&mut self, endpoint: u16, made: Instant) {
+    fn on_endpoint_well(&mut self, endpoint: EndpointId, made: Instant) {
         let now = self.cx.now;
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         if entry.health.is_sound() {
@@ -330,7 +324,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn on_readmitted(&mut self, endpoint: u16) {
+    fn on_readmitted(&mut self, endpoint: EndpointId) {
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         entry.stats().ejected.set(0);
         tracing::info!(endpoint = entry.endpoint.name, "usable again");
@@ -339,7 +333,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A connect to the endpoint failed.
-    pub(super) fn on_endpoint_unreachable(&mut self, endpoint: u16, error: &io::Error) {
+    pub(super) fn on_endpoint_unreachable(&mut self, endpoint: EndpointId, error: &io::Error) {
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.stats().connect_failures.add(1);
         }
@@ -347,7 +341,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// The endpoint has failed: a connect to it, or what it had accepted ended at once.
-    pub(super) fn on_endpoint_failure(&mut self, endpoint: u16, error: &io::Error) {
+    pub(super) fn on_endpoint_failure(&mut self, endpoint: EndpointId, error: &io::Error) {
         let (now, health) = (self.cx.now, self.pools.health);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         let ejected = entry.health.on_failure(&health, now, &mut self.cx.rng);
@@ -365,7 +359,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Closes all warm connections of an endpoint, which get replaced little by little.
-    fn empty_pool(&mut self, endpoint: u16, why: Discard) {
+    fn empty_pool(&mut self, endpoint: EndpointId, why: Discard) {
         let now = self.cx.now;
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.pool.on_emptied(now, &mut self.cx.rng);
@@ -419,7 +413,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// An endpoint ended a fresh connection at once, without a byte on it.
-    fn on_failed_at_once(&mut self, endpoint: u16) {
+    fn on_failed_at_once(&mut self, endpoint: EndpointId) {
         let now = self.cx.now;
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.pool.on_failed(now, &mut self.cx.rng);
@@ -429,7 +423,7 @@ impl<D: Driver> Engine<D> {
 
     /// An endpoint has reset a warm connection at its first use: it does not know it any more, and
     /// so none that was made before now. Its host was restarted, or its address has moved.
-    fn on_forgotten(&mut self, endpoint: u16) {
+    fn on_forgotten(&mut self, endpoint: EndpointId) {
         self.empty_pool(endpoint, Discard::Dead);
         self.discard_idle_in_use_of(endpoint);
         self.on_failed_at_once(endpoint);
@@ -472,9 +466,7 @@ impl<D: Driver> Engine<D> {
         self.look_for_silence();
         self.evict_removed();
         for endpoint in self.pools.table.indices() {
-            while let Some((conn, why)) =
-                self.pools.table.get_mut(endpoint).and_then(|entry| entry.pool.expire(now))
-            {
+            while let Some((conn, why)) = self.pools.table.expire(endpoint, now) {
                 self.discard(conn, why);
             }
             let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
@@ -501,7 +493,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Re-admits an endpoint whose probe has stayed open for a while.
-    fn look_at_probe(&mut self, endpoint: u16) {
+    fn look_at_probe(&mut self, endpoint: EndpointId) {
         let (now, health) = (self.cx.now, self.pools.health);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         if entry.pool.has_settled(PROBE_SETTLED, now) {
@@ -516,7 +508,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A probe is kept even where no warm connections are; then it has served its purpose.
-    fn drop_surplus_of(&mut self, endpoint: u16) {
+    fn drop_surplus_of(&mut self, endpoint: EndpointId) {
         let most = self.cx.config.pool.most();
         while let Some(entry) = self.pools.table.get_mut(endpoint)
             && entry.health.is_usable()
@@ -526,18 +518,40 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn publish_pool(&mut self, endpoint: u16) {
+    fn publish_pool(&mut self, endpoint: EndpointId) {
         let now = self.cx.now;
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         let (pool, stats) = (&entry.pool, entry.stats());
-        stats.pool_idle.set(pool.idle() as u64);
-        stats.pool_connecting.set(pool.connecting() as u64);
         stats.pool_target.set(pool.target() as u64);
         stats.pool_oldest_ms.set(pool.oldest(now).map_or(0, |age| age.as_millis() as u64));
     }
+
+    /// What the pools say they have is what connections say whose they are.
+    #[cfg(test)]
+    pub(super) fn assert_pool_invariants(&self) {
+        use std::collections::HashMap;
+
+        let table = &self.pools.table;
+        table.assert_invariants();
+        let mut found: HashMap<EndpointId, [usize; 2]> = HashMap::new();
+        for owned in &self.cx.owners {
+            match owned.owner {
+                Owner::Warm { endpoint, .. } => found.entry(endpoint).or_default()[0] += 1,
+                Owner::Warming { endpoint, .. } => found.entry(endpoint).or_default()[1] += 1,
+                _ => {}
+            }
+        }
+        for endpoint in table.indices() {
+            let Some(entry) = table.get(endpoint) else { continue };
+            let owned = found.remove(&endpoint).unwrap_or_default();
+            let counts = entry.pool.counts();
+            assert_eq!([counts.idle, counts.connecting], owned, "{}", entry.endpoint.name);
+        }
+        assert!(found.is_empty(), "connections of no endpoint: {found:?}");
+    }
 }
 
-/// Why a connection must not be lent, by what is unheard of it.
+/// Why a connection must not be acquired, by what is unheard of it.
 pub(super) fn why_not_acquired(unheard: Unheard) -> Option<Discard> {
     match unheard {
         Unheard::Nothing => None,

@@ -1,12 +1,13 @@
 //! A worker's sessions: what happens to them, and doing what they answer.
 
+use crate::proxy::endpoints::EndpointId;
 use std::io;
 use std::net::SocketAddr;
 use std::time::Instant;
 
 use super::engine::{Engine, Owner};
 use super::pools::is_local;
-use crate::config::{Balance, Locality, PoolMode, ProxyProtocol};
+use crate::config::{Balance, Locality, ProxyProtocol};
 use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
 use crate::metrics::{Checkout, CloseReason};
 use crate::protocol::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
@@ -155,7 +156,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Ends the sessions on an endpoint that left the set long enough ago.
-    pub(super) fn close_sessions_on(&mut self, endpoint: u16) {
+    pub(super) fn close_sessions_on(&mut self, endpoint: EndpointId) {
         for slot in 0..self.sessions.slots() {
             if let Some(key) = self.sessions.key_at(slot)
                 && self.sessions.get(key).is_some_and(|s| s.endpoint() == Some(endpoint))
@@ -165,14 +166,12 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn try_endpoint(&mut self, key: Key<Session>, endpoint: u16) -> io::Result<()> {
+    fn try_endpoint(&mut self, key: Key<Session>, endpoint: EndpointId) -> io::Result<()> {
         let gone = || io::Error::from(io::ErrorKind::NotFound);
         self.prove_oldest(endpoint);
         let entry = self.pools.table.get_mut(endpoint).ok_or_else(gone)?;
-        entry.sessions += 1;
-        entry.stats().sessions_active.set(u64::from(entry.sessions));
-        let warm = entry.pool.checkout(self.cx.now);
         let address = entry.endpoint.address;
+        let warm = self.pools.table.enter(endpoint, self.cx.now);
         self.mark_short(endpoint);
         if let Some(session) = self.sessions.get_mut(key) {
             session.on_trying(endpoint, warm.map(|(conn, _)| conn));
@@ -182,7 +181,6 @@ impl<D: Driver> Engine<D> {
                 session.on_warm(made);
             }
             self.cx.stats.count_checkout(Checkout::Hit);
-            self.pools.conns -= 1;
             let greeting = match self.owner(backend) {
                 Owner::Warm { greeting, .. } => greeting,
                 _ => Chain::default(),
@@ -247,17 +245,15 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A session no longer counts as one of its endpoint's.
-    pub(super) fn release(&mut self, endpoint: Option<u16>) {
+    pub(super) fn release(&mut self, endpoint: Option<EndpointId>) {
         let Some(endpoint) = endpoint else { return };
-        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
-        if self.cx.config.pool.mode != PoolMode::Preconnect {
+        if self.reuses_conns() {
             // It was a client whose bytes had become opaque: its place is free for who waits.
-            entry.on_opaque_closed();
+            self.pools.table.opaque_closed(endpoint);
             return self.on_place_in_pool_free(endpoint);
         }
-        entry.sessions -= 1;
-        entry.stats().sessions_active.set(u64::from(entry.sessions));
-        if !entry.is_present() {
+        self.pools.table.leave(endpoint);
+        if self.pools.table.get_mut(endpoint).is_some_and(|entry| !entry.is_present()) {
             self.pools.table.forget_unused();
         }
     }

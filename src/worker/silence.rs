@@ -5,6 +5,7 @@
 //! So connects are made to an endpoint whose connection is silent: where they succeed, it has more
 //! time; where they fail, it is ejected before the limit, as ever.
 
+use crate::proxy::endpoints::EndpointId;
 use std::io;
 use std::time::Instant;
 
@@ -99,7 +100,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Connects to an endpoint, to see whether it is there at all.
-    fn call_witnesses(&mut self, endpoint: u16) {
+    fn call_witnesses(&mut self, endpoint: EndpointId) {
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         if !entry.is_present() {
             return;
@@ -119,7 +120,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A backend's connection is given up: its peer has acknowledged nothing since then.
-    fn on_backend_silent(&mut self, conn: ConnId, endpoint: u16, since: Instant) {
+    fn on_backend_silent(&mut self, conn: ConnId, endpoint: EndpointId, since: Instant) {
         let session = match self.peek_owner(conn) {
             Some(&Owner::Session(key, _)) => self.sessions.get(key),
             _ => None,
@@ -146,7 +147,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// What was made before an endpoint fell silent shares the fate of the connection that showed it.
-    fn on_endpoint_silent(&mut self, endpoint: u16, since: Instant) {
+    fn on_endpoint_silent(&mut self, endpoint: EndpointId, since: Instant) {
         let now = self.cx.now;
         self.evict_made_before(endpoint, since);
         self.discard_idle_in_use_of(endpoint);

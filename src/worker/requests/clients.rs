@@ -1,5 +1,6 @@
 //! The clients: what they send, what they take, and when they are done with.
 
+use crate::proxy::endpoints::EndpointId;
 use std::time::{Duration, Instant};
 
 use crate::config::PoolMode;
@@ -380,7 +381,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Takes the connections of an endpoint that left the set long enough ago from their clients.
-    pub(in crate::worker) fn reclaim_from(&mut self, endpoint: u16) {
+    pub(in crate::worker) fn reclaim_from(&mut self, endpoint: EndpointId) {
         for slot in 0..self.requests.clients.slots() {
             if let Some(key) = self.requests.clients.key_at(slot)
                 && self
@@ -396,7 +397,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Takes the connections of an endpoint from the clients that have no request on them.
-    pub(in crate::worker) fn discard_idle_in_use_of(&mut self, endpoint: u16) {
+    pub(in crate::worker) fn discard_idle_in_use_of(&mut self, endpoint: EndpointId) {
         for slot in 0..self.requests.clients.slots() {
             if let Some(key) = self.requests.clients.key_at(slot)
                 && let Some(client) = self.requests.clients.get(key)

@@ -1,5 +1,6 @@
 //! From a request to a connection: which endpoint, which line, and sending it.
 
+use crate::proxy::endpoints::EndpointId;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ pub(in crate::worker) enum Destination {
     /// To whichever endpoint.
     Any,
     /// To this one only.
-    Endpoint(u16),
+    Endpoint(EndpointId),
     /// To a store that is not there.
     Away,
 }
@@ -127,7 +128,7 @@ impl<D: Driver> Engine<D> {
         self.cx.driver.peer_address(client.conn).map(|address| address.ip())
     }
 
-    pub(in crate::worker) fn place_at(&mut self, key: Key<Client>, endpoint: u16) {
+    pub(in crate::worker) fn place_at(&mut self, key: Key<Client>, endpoint: EndpointId) {
         let line = Line::Endpoint(endpoint);
         let nobody_waits = self.requests.queue.waiting(line) == 0;
         // An endpoint may have left the set since a request to all of them began.
@@ -189,7 +190,12 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A request joins a line; `endpoint` is asked for one connection more.
-    pub(in crate::worker) fn wait(&mut self, key: Key<Client>, line: Line, endpoint: Option<u16>) {
+    pub(in crate::worker) fn wait(
+        &mut self,
+        key: Key<Client>,
+        line: Line,
+        endpoint: Option<EndpointId>,
+    ) {
         if self.requests.queue.is_full() {
             let nowhere = self.pools.table.is_empty();
             return self
@@ -203,21 +209,21 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    pub(in crate::worker) fn want(&mut self, endpoint: u16, count: usize) {
+    pub(in crate::worker) fn want(&mut self, endpoint: EndpointId, count: usize) {
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         entry.pool.want(count);
         self.mark_short(endpoint);
     }
 
     /// Whether requests wait for an endpoint that has no alternative, be it ejected or not.
-    pub(in crate::worker) fn is_needed(&self, endpoint: u16) -> bool {
+    pub(in crate::worker) fn is_needed(&self, endpoint: EndpointId) -> bool {
         self.requests.queue.waiting(Line::Endpoint(endpoint)) > 0
             || (self.requests.queue.waiting(Line::Any) > 0 && !self.pools.table.any_usable())
     }
 
     /// Requests that would rather go to an endpoint of which no connection can be had go on to
     /// another one.
-    pub(in crate::worker) fn pass_over(&mut self, endpoint: u16) {
+    pub(in crate::worker) fn pass_over(&mut self, endpoint: EndpointId) {
         if !self.is_bound_to_source() {
             return;
         }
@@ -236,7 +242,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A connect to an endpoint failed: requests that only it can answer need not wait longer.
-    pub(in crate::worker) fn on_endpoint_missed(&mut self, endpoint: u16) {
+    pub(in crate::worker) fn on_endpoint_missed(&mut self, endpoint: EndpointId) {
         if self.is_bound_to_source() {
             return self.pass_over(endpoint);
         }
@@ -247,7 +253,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Takes note that an endpoint may have idle connections for those that wait.
-    pub(in crate::worker) fn free(&mut self, endpoint: u16) {
+    pub(in crate::worker) fn free(&mut self, endpoint: EndpointId) {
         if !self.requests.queue.is_empty() && !self.pools.freed.contains(&endpoint) {
             self.pools.freed.push(endpoint);
         }
@@ -272,11 +278,8 @@ impl<D: Driver> Engine<D> {
 
     /// Lends a client an idle connection of an endpoint, which has one that is proved to be open and
     /// silent.
-    pub(in crate::worker) fn acquire(&mut self, key: Key<Client>, endpoint: u16) {
-        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
-        let Some(backend) = entry.acquire(endpoint) else { return };
-        self.pools.conns -= 1;
-        self.pools.in_use += 1;
+    pub(in crate::worker) fn acquire(&mut self, key: Key<Client>, endpoint: EndpointId) {
+        let Some(backend) = self.pools.table.acquire(endpoint) else { return };
         self.own(backend.conn, Owner::InUse(key));
         if let Some(client) = self.requests.clients.get_mut(key) {
             client.on_acquired(backend);
@@ -359,7 +362,6 @@ impl<D: Driver> Engine<D> {
             return;
         };
         let Some(mut client) = self.requests.clients.remove(key) else { return };
-        self.pools.in_use -= 1;
         // What was kept of a request that was sent is not to be sent again.
         let sent = client.request().map_or(0, |request| request.len);
         self.cx.driver.buffers().advance(&mut client.input, sent);
@@ -367,9 +369,7 @@ impl<D: Driver> Engine<D> {
         if let Some(request) = client.uncounted() {
             self.cx.stats.count_request(request.verb, Outcome::Opaque, Duration::ZERO);
         }
-        if let Some(entry) = self.pools.table.get_mut(backend.endpoint) {
-            entry.on_turned_opaque();
-        }
+        self.pools.table.turned_opaque(backend.endpoint);
         self.cx.timers.clear(timer);
         let mut session = Session::new(client.conn, self.cx.now);
         session.on_trying(backend.endpoint, Some(backend.conn));

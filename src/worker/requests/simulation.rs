@@ -1,5 +1,6 @@
 //! The engine's lending modes on the simulator: a thousand seeded runs, every answer checked.
 
+use crate::proxy::endpoints::EndpointId;
 use std::collections::HashMap;
 use std::time::Duration;
 
@@ -54,7 +55,7 @@ pub(super) struct Lending {
     /// The endpoints have been the same from the start.
     steady: bool,
     /// Since when requests wait though an endpoint has an idle connection.
-    waits_since: HashMap<u16, Duration>,
+    waits_since: HashMap<EndpointId, Duration>,
     /// Clients were sent away: what they send after that is not answered.
     drained: bool,
 }
@@ -233,9 +234,9 @@ fn is_answer(asked: &Asked, text: &str) -> bool {
 }
 
 /// Everything adds up, at the end of any turn.
-fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<u16, Duration>) {
+fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<EndpointId, Duration>) {
     let elapsed = engine.driver().elapsed();
-    let mut in_use: HashMap<u16, usize> = HashMap::new();
+    let mut in_use: HashMap<EndpointId, usize> = HashMap::new();
     let mut waiting = 0;
     for slot in 0..engine.requests.clients.slots() {
         let Some(key) = engine.requests.clients.key_at(slot) else { continue };
@@ -258,7 +259,7 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<u16, Durat
         engine.requests.releasing.is_empty()
             && engine.pools.freed.len() <= engine.pools.table.indices().count()
     );
-    let mut opaque: HashMap<u16, usize> = HashMap::new();
+    let mut opaque: HashMap<EndpointId, usize> = HashMap::new();
     for slot in 0..engine.sessions.slots() {
         let session = engine.sessions.key_at(slot).and_then(|key| engine.sessions.get(key));
         if let Some(endpoint) = session.and_then(Session::endpoint) {
@@ -273,9 +274,9 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<u16, Durat
         let pool = &entry.pool;
         let sessions = in_use + opaque.remove(&index).unwrap_or(0);
         assert_eq!(
-            (pool.in_use(), entry.sessions as usize),
+            (pool.in_use(), entry.sessions() as usize),
             (sessions, sessions),
-            "loans of {index}"
+            "in use of {index:?}"
         );
         conns += pool.idle() + pool.connecting();
         let waiting = anywhere + engine.requests.queue.waiting(Line::Endpoint(index));
@@ -293,7 +294,8 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<u16, Durat
         }
     }
     assert!(in_use.is_empty(), "in use of no endpoint: {in_use:?}");
-    assert_eq!(engine.pools.conns, conns, "connections of all pools");
+    assert_eq!(engine.pools.table.totals().pooled, conns, "connections of all pools");
+    engine.assert_pool_invariants();
 }
 
 fn run(seed: u64) -> (u64, u64) {
