@@ -1,7 +1,6 @@
 //! Accepting and connecting: how sockets come to the driver.
 
 use std::io;
-use std::net::SocketAddr;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
@@ -11,7 +10,8 @@ use socket2::{SockRef, Type};
 use super::socket::Socket;
 use super::{Epoll, conn_data};
 use crate::io::halves::Sending;
-use crate::io::{Completion, ConnId, socket};
+use crate::io::net::{Address, Stream};
+use crate::io::{Completion, ConnId};
 
 impl Epoll {
     /// Takes a socket on.
@@ -22,8 +22,8 @@ impl Epoll {
         let incoming = EventFlags::IN | EventFlags::PRI | EventFlags::RDHUP;
         let interest = incoming | EventFlags::OUT | EventFlags::ET;
         let data = EventData::new_u64(conn_data(conn));
-        let fd = &self.sockets.get(conn).expect("it was just inserted").fd;
-        if let Err(errno) = epoll::add(&self.fd, fd, data, interest) {
+        let stream = &self.sockets.get(conn).expect("it was just inserted").stream;
+        if let Err(errno) = epoll::add(&self.fd, stream, data, interest) {
             self.sockets.remove(conn);
             return Err(errno.into());
         }
@@ -49,15 +49,15 @@ impl Epoll {
             return None;
         };
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        let accepted = match rustix::net::accept_with(listener, flags) {
-            Ok(fd) => {
+        let accepted = match listener.accept(flags) {
+            Ok(client) => {
                 self.room -= 1;
                 if self.refusing {
-                    socket::welcome(&fd);
+                    client.welcome();
                 }
                 // Each in turn: near the limit there is room for one a turn.
                 self.accept_from = index + 1;
-                self.register(Socket::connected(fd))
+                self.register(Socket::connected(client))
             }
             Err(Errno::AGAIN) => {
                 self.acceptable[index] = false;
@@ -79,26 +79,27 @@ impl Epoll {
     /// somebody waits for whom there is no descriptor.
     pub(super) fn empty_listener(&mut self, index: usize) -> bool {
         let Some(listener) = self.listeners[index].take() else { return true };
-        let (clients, emptied) = socket::empty_accept_queue(&listener);
+        let (clients, emptied) = listener.empty_accept_queue();
         self.acceptable[index] = !emptied;
         self.listeners[index] = Some(listener).filter(|_| !emptied);
-        for fd in clients {
-            let registered = rustix::io::ioctl_fionbio(&fd, true).map_err(io::Error::from);
-            let completion = match registered.and_then(|()| self.register(Socket::connected(fd))) {
-                Ok(conn) => Completion::Accepted(conn),
-                Err(error) => Completion::AcceptFailed(error),
-            };
+        for client in clients {
+            let registered = rustix::io::ioctl_fionbio(&client, true).map_err(io::Error::from);
+            let completion =
+                match registered.and_then(|()| self.register(Socket::connected(client))) {
+                    Ok(conn) => Completion::Accepted(conn),
+                    Err(error) => Completion::AcceptFailed(error),
+                };
             self.completions.push_back(completion);
         }
         emptied
     }
 
     /// Begins to connect.
-    pub(super) fn begin_connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
+    pub(super) fn begin_connect(&mut self, address: &Address) -> io::Result<ConnId> {
         let kind = Type::STREAM.nonblocking();
-        let socket = self.descriptors.make(|| socket::outgoing(address, kind, &self.options))?;
-        let conn = self.register(Socket::connecting(socket.into()))?;
-        match rustix::net::connect(&self.live(conn).fd, address) {
+        let stream = self.descriptors.make(|| Stream::outgoing(address, kind, &self.options))?;
+        let conn = self.register(Socket::connecting(stream))?;
+        match self.live(conn).stream.connect(address) {
             Err(Errno::INPROGRESS | Errno::INTR) => {}
             Ok(()) => self.finish_connect(conn, Ok(())),
             Err(errno) => self.finish_connect(conn, Err(errno.into())),
@@ -108,8 +109,8 @@ impl Epoll {
 
     /// The kernel tells that a connect is over.
     pub(super) fn on_connect_event(&mut self, conn: ConnId, failed: bool) {
-        let fd = &self.live(conn).fd;
-        let error = if failed { SockRef::from(fd).take_error() } else { Ok(None) };
+        let stream = &self.live(conn).stream;
+        let error = if failed { SockRef::from(stream).take_error() } else { Ok(None) };
         self.finish_connect(conn, error.and_then(|error| error.map_or(Ok(()), Err)));
     }
 

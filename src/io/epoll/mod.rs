@@ -14,7 +14,6 @@ mod timer;
 use std::collections::VecDeque;
 use std::io;
 use std::mem;
-use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -29,7 +28,7 @@ use self::timer::Timer;
 use super::buffers::{Buf, Buffers};
 use super::descriptors::Descriptors;
 use super::halves::{Receiving, Sending};
-use super::socket as options;
+use super::net::{self, Address, Listener, Stream};
 use super::splice::{self, Pipes};
 use super::{Acks, Close, Completion, Conn, ConnId, Driver, DriverSetup, Unheard, Wait};
 use crate::fifo;
@@ -55,7 +54,7 @@ pub struct Epoll {
     /// Registered, so it must stay open.
     _wake: OwnedFd,
     timer: Timer,
-    listeners: Vec<Option<OwnedFd>>,
+    listeners: Vec<Option<Listener>>,
     /// Listeners that may have clients waiting.
     acceptable: Vec<bool>,
     /// Where the next client is looked for first.
@@ -66,7 +65,7 @@ pub struct Epoll {
     descriptors: Descriptors,
     sockets: Slab<Socket, Conn>,
     buffers: Buffers,
-    options: options::Options,
+    options: net::Options,
     start: Instant,
     now: Instant,
     events: Vec<epoll::Event>,
@@ -103,7 +102,10 @@ impl Epoll {
         let once = EventFlags::IN | EventFlags::ET;
         epoll::add(&epoll, &timer.fd, EventData::new_u64(TIMER), once)?;
         let listening = EventFlags::IN | EventFlags::ET;
-        for (data, fd) in (LISTENER..).zip(&setup.listeners) {
+        let listeners = setup.listeners.into_iter().map(Listener::new);
+        let listeners = listeners.map(|listener| listener.map(Some));
+        let listeners = listeners.collect::<io::Result<Vec<_>>>()?;
+        for (data, fd) in (LISTENER..).zip(listeners.iter().flatten()) {
             rustix::io::ioctl_fionbio(fd, true)?;
             epoll::add(&epoll, fd, EventData::new_u64(data), listening)?;
         }
@@ -111,9 +113,9 @@ impl Epoll {
             fd: epoll,
             _wake: setup.wake,
             timer,
-            acceptable: vec![true; setup.listeners.len()],
+            acceptable: vec![true; listeners.len()],
             accept_from: 0,
-            listeners: setup.listeners.into_iter().map(Some).collect(),
+            listeners,
             room: 0,
             refusing: false,
             descriptors: Descriptors::new(),
@@ -269,8 +271,8 @@ impl Driver for Epoll {
 
     fn refuse_handshakes(&mut self) -> bool {
         self.refusing = true;
-        self.listeners.iter().flatten().for_each(options::refuse_handshakes);
-        self.listeners.iter().flatten().any(options::is_crowded)
+        self.listeners.iter().flatten().for_each(Listener::refuse_handshakes);
+        self.listeners.iter().flatten().any(Listener::is_crowded)
     }
 
     fn stop_listening(&mut self) -> bool {
@@ -282,19 +284,19 @@ impl Driver for Epoll {
         all_closed
     }
 
-    fn release(&mut self, conn: ConnId) -> Option<OwnedFd> {
+    fn release(&mut self, conn: ConnId) -> Option<Stream> {
         let is_unwanted =
             |socket: &&Socket| !matches!(socket.receiving, Receiving::Wanted(_) | Receiving::Ended);
         let socket = self.sockets.get(conn).filter(is_unwanted)?;
-        epoll::delete(&self.fd, &socket.fd).ok()?;
-        self.sockets.remove(conn).map(|socket| socket.fd)
+        epoll::delete(&self.fd, &socket.stream).ok()?;
+        self.sockets.remove(conn).map(|socket| socket.stream)
     }
 
-    fn adopt(&mut self, client: OwnedFd) -> Option<ConnId> {
+    fn adopt(&mut self, client: Stream) -> Option<ConnId> {
         self.register(Socket::connected(client)).ok()
     }
 
-    fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
+    fn connect(&mut self, address: &Address) -> io::Result<ConnId> {
         self.begin_connect(address)
     }
 
@@ -342,7 +344,7 @@ impl Driver for Epoll {
             self.pipes.give(pipe);
         }
         if how == Close::Reset {
-            options::close_with_reset(&socket.fd);
+            socket.stream.close_with_reset();
         }
         // What that one brings waits for nothing any more.
         if let Some(source) = socket.joined {
@@ -356,35 +358,35 @@ impl Driver for Epoll {
         if self.completions.iter().any(broke) {
             return Unheard::End;
         }
-        options::unheard(&socket.fd)
+        socket.stream.unheard()
     }
 
     fn unsent(&self, conn: ConnId) -> u64 {
         let Some(socket) = self.sockets.get(conn) else { return 0 };
-        socket.queued() + options::unsent(&socket.fd)
+        socket.queued() + socket.stream.unsent()
     }
 
     fn undelivered(&self, conn: ConnId) -> u64 {
         let Some(socket) = self.sockets.get(conn) else { return 0 };
-        socket.queued() + options::unacknowledged(&socket.fd)
+        socket.queued() + socket.stream.unacknowledged()
     }
 
     fn acks(&self, conn: ConnId) -> Option<Acks> {
-        options::acks(&self.sockets.get(conn)?.fd)
+        self.sockets.get(conn)?.stream.acks()
     }
 
     fn ask(&mut self, conn: ConnId, silence: Option<Duration>) {
         if let Some(socket) = self.sockets.get(conn) {
-            self.options.ask(&socket.fd, silence);
+            socket.stream.ask(&self.options, silence);
         }
     }
 
-    fn peer_address(&self, conn: ConnId) -> Option<SocketAddr> {
-        options::peer_address(&self.sockets.get(conn)?.fd)
+    fn peer_address(&self, conn: ConnId) -> Option<Address> {
+        self.sockets.get(conn)?.stream.peer()
     }
 
-    fn local_address(&self, conn: ConnId) -> Option<SocketAddr> {
-        options::local_address(&self.sockets.get(conn)?.fd)
+    fn local_address(&self, conn: ConnId) -> Option<Address> {
+        self.sockets.get(conn)?.stream.local()
     }
 
     fn buffers(&mut self) -> &mut Buffers {

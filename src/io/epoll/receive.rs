@@ -90,7 +90,7 @@ impl Epoll {
     fn receive_into(&mut self, mut buf: Buf, conn: ConnId, filled: u32) -> Option<Completion> {
         let socket = self.sockets.get_mut(conn).expect("an open connection");
         let received =
-            rustix::net::recv(&socket.fd, self.buffers.space(&mut buf), RecvFlags::empty());
+            rustix::net::recv(&socket.stream, self.buffers.space(&mut buf), RecvFlags::empty());
         if let Ok((1.., count)) = received {
             // A short read empties the socket, unless its end is waiting behind, or it stopped at an
             // urgent mark. (Had a mark or an end come since the latest event, another would follow
@@ -152,7 +152,7 @@ impl Epoll {
             return None;
         };
         let socket = self.live(conn);
-        let filled = pipe.fill(&socket.fd);
+        let filled = pipe.fill(&socket.stream);
         if let Ok(count @ 1..) = filled {
             socket.bulk.on_spliced(count, window);
             self.live(to).pipe = Some(pipe);

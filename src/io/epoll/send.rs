@@ -41,8 +41,7 @@ impl Epoll {
         let is_flushed = socket.is_flushed();
         let source = socket.joined.filter(|_| is_flushed);
         if is_flushed && matches!(socket.sending, Sending::Ending(_)) {
-            // Its failure shows in the next operation.
-            let _ = rustix::net::shutdown(&socket.fd, rustix::net::Shutdown::Write);
+            socket.stream.end_direction();
             socket.sending.end();
         }
         if sent > 0 {
@@ -91,7 +90,7 @@ fn send_queued(socket: &mut Socket, buffers: &mut Buffers, pipes: &mut Pipes) ->
         let written = match &mut socket.pipe {
             Some(pipe) => {
                 let offered = pipe.bytes();
-                pipe.drain(&socket.fd).map(|count| (count, offered))
+                pipe.drain(&socket.stream).map(|count| (count, offered))
             }
             None => write(buffers, socket),
         };
@@ -128,10 +127,15 @@ fn write(buffers: &Buffers, socket: &Socket) -> Result<(u32, u32), Errno> {
         offered += bytes.len() as u32;
     }
     let sent = if count == 1 {
-        rustix::net::send(&socket.fd, &parts[0], SendFlags::NOSIGNAL)
+        rustix::net::send(&socket.stream, &parts[0], SendFlags::NOSIGNAL)
     } else {
         let mut control = rustix::net::SendAncillaryBuffer::default();
-        rustix::net::sendmsg(socket.fd.as_fd(), &parts[..count], &mut control, SendFlags::NOSIGNAL)
+        rustix::net::sendmsg(
+            socket.stream.as_fd(),
+            &parts[..count],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        )
     };
     sent.map(|taken| (taken as u32, offered))
 }

@@ -1,10 +1,9 @@
 //! What the driver keeps of a socket.
 
-use std::os::fd::OwnedFd;
-
 use crate::io::ConnId;
 use crate::io::buffers::Chain;
 use crate::io::halves::{Receiving, Sending, transitions};
+use crate::io::net::Stream;
 use crate::io::splice::{Bulk, Pipe};
 
 /// How far the driver is with what a socket brings.
@@ -85,7 +84,7 @@ pub(super) enum HangUp {
 
 #[derive(Debug)]
 pub(super) struct Socket {
-    pub(super) fd: OwnedFd,
+    pub(super) stream: Stream,
     pub(super) receiving: Receiving<Turn>,
     pub(super) sending: Sending<Room>,
     pub(super) hang_up: HangUp,
@@ -104,18 +103,18 @@ pub(super) struct Socket {
 
 impl Socket {
     /// One that is connected.
-    pub(super) fn connected(fd: OwnedFd) -> Self {
-        Self::new(fd, Sending::Open(Room::Free))
+    pub(super) fn connected(stream: Stream) -> Self {
+        Self::new(stream, Sending::Open(Room::Free))
     }
 
     /// One that is to be connected.
-    pub(super) fn connecting(fd: OwnedFd) -> Self {
-        Self::new(fd, Sending::Connecting)
+    pub(super) fn connecting(stream: Stream) -> Self {
+        Self::new(stream, Sending::Connecting)
     }
 
-    fn new(fd: OwnedFd, sending: Sending<Room>) -> Self {
+    fn new(stream: Stream, sending: Sending<Room>) -> Self {
         Self {
-            fd,
+            stream,
             receiving: Receiving::Unused(Turn::Dry),
             sending,
             hang_up: HangUp::None,

@@ -4,13 +4,12 @@
 //! readiness comes from the ring, and `splice` is called directly. Sockets here are blocking for
 //! the ring's sake; for the moment of that call they are not.
 
-use std::os::fd::OwnedFd;
-
 use rustix::io::{Errno, ioctl_fionbio};
 
 use super::Uring;
 use super::socket::{Send, Socket};
 use crate::io::halves::Sending;
+use crate::io::net::Stream;
 use crate::io::splice;
 use crate::io::{Completion, ConnId};
 
@@ -41,7 +40,7 @@ impl Uring {
             return None;
         };
         let socket = self.sockets.get_mut(conn)?;
-        let filled = without_blocking(&socket.fd, || pipe.fill(&socket.fd));
+        let filled = without_blocking(&socket.stream, || pipe.fill(&socket.stream));
         if let Ok(count @ 1..) = filled {
             socket.bulk.on_spliced(count, self.window);
             self.live(to).pipe = Some(pipe);
@@ -63,7 +62,7 @@ impl Uring {
         let socket = self.sockets.get_mut(conn).expect("an open connection");
         debug_assert_eq!(socket.sending.progress(), Some(Send::Idle), "one after the other");
         let pipe = socket.pipe.as_mut().expect("what was moved in is to be moved on");
-        match without_blocking(&socket.fd, || pipe.drain(&socket.fd)) {
+        match without_blocking(&socket.stream, || pipe.drain(&socket.stream)) {
             Ok(count) => self.ready.push_back(Completion::Sent(conn, count)),
             Err(Errno::AGAIN) => {}
             Err(Errno::INTR) => return self.mark_pending(conn),
@@ -79,8 +78,9 @@ impl Uring {
     }
 }
 
-fn without_blocking<T>(
-    fd: &OwnedFd,
+/// Runs an action that is not to block, though the socket is one that does.
+pub(super) fn without_blocking<T>(
+    fd: &Stream,
     action: impl FnOnce() -> Result<T, Errno>,
 ) -> Result<T, Errno> {
     ioctl_fionbio(fd, true)?;

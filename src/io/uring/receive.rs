@@ -40,7 +40,7 @@ impl Uring {
             return socket.receive().hold();
         }
         socket.ops.add(Kind::Receive);
-        let fd = Fd(socket.fd.as_raw_fd());
+        let fd = Fd(socket.stream.as_raw_fd());
         let (operation, entry) = if can_splice == Some(true) {
             // Each time that it fires it is followed by a move or by a receive, so it does not
             // fire again for what it has told.

@@ -36,7 +36,7 @@ impl Uring {
         if socket.queue.is_empty() {
             return socket.end_direction();
         }
-        let fd = Fd(socket.fd.as_raw_fd());
+        let fd = Fd(socket.stream.as_raw_fd());
         let bytes = if socket.queue.buffers() == 1 {
             let (at, len) = self.buffers.parts(&socket.queue).next().expect("there is one buffer");
             let send = opcode::Send::new(fd, at.as_ptr(), len as u32).flags(SEND_FLAGS).build();

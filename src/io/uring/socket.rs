@@ -1,10 +1,9 @@
 //! What the driver keeps of a socket, and what the kernel holds of it.
 
-use std::os::fd::OwnedFd;
-
 use crate::io::ConnId;
 use crate::io::buffers::Chain;
 use crate::io::halves::{Receiving, Sending, transitions};
+use crate::io::net::{self, Stream};
 use crate::io::splice::{Bulk, Pipe};
 
 /// What an operation is, packed into its user data beside the slot and its generation.
@@ -166,7 +165,7 @@ impl Ops {
 }
 
 pub(super) struct Socket {
-    pub(super) fd: OwnedFd,
+    pub(super) stream: Stream,
     pub(super) ops: Ops,
     pub(super) receiving: Receiving<Receive>,
     pub(super) sending: Sending<Send>,
@@ -188,18 +187,18 @@ pub(super) struct Socket {
 
 impl Socket {
     /// One that is connected.
-    pub(super) fn connected(fd: OwnedFd) -> Self {
-        Self::new(fd, Sending::Open(Send::Idle))
+    pub(super) fn connected(stream: Stream) -> Self {
+        Self::new(stream, Sending::Open(Send::Idle))
     }
 
     /// One that is to be connected.
-    pub(super) fn connecting(fd: OwnedFd) -> Self {
-        Self::new(fd, Sending::Connecting)
+    pub(super) fn connecting(stream: Stream) -> Self {
+        Self::new(stream, Sending::Connecting)
     }
 
-    fn new(fd: OwnedFd, sending: Sending<Send>) -> Self {
+    fn new(stream: Stream, sending: Sending<Send>) -> Self {
         Self {
-            fd,
+            stream,
             ops: Ops::default(),
             receiving: Receiving::Unused(Receive::Idle),
             sending,
@@ -263,19 +262,36 @@ impl Socket {
     pub(super) fn end_direction(&mut self) {
         debug_assert!(self.is_flushed(), "the end goes behind all bytes");
         if let Sending::Ending(_) = self.sending {
-            // Never blocks, and its failure shows in the next operation.
-            let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Write);
+            self.stream.end_direction();
             self.sending.end();
         }
     }
 }
 
+/// What the kernel has to do with a listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Accepting {
+    /// It holds no accept of it.
+    Idle,
+    /// An accept of one client is with the kernel.
+    Single,
+    /// An accept that goes on until it is cancelled is with the kernel.
+    Multishot,
+    /// An accept is being cancelled.
+    Stopping,
+}
+
 pub(super) struct Listener {
     /// `None` once it no longer listens.
-    pub(super) fd: Option<OwnedFd>,
-    /// An accept is with the kernel: `Some(true)` if it is a multishot one.
-    pub(super) armed: Option<bool>,
-    pub(super) stopping: bool,
+    pub(super) net: Option<net::Listener>,
+    pub(super) transport: net::Transport,
+    pub(super) accepting: Accepting,
+}
+
+impl Listener {
+    pub(super) fn new(net: net::Listener) -> Self {
+        Self { transport: net.transport(), net: Some(net), accepting: Accepting::Idle }
+    }
 }
 
 #[cfg(test)]

@@ -27,7 +27,7 @@ impl Uring {
             return;
         }
         socket.ops.add(Kind::Watch);
-        let fd = Fd(socket.fd.as_raw_fd());
+        let fd = Fd(socket.stream.as_raw_fd());
         self.push(opcode::PollAdd::new(fd, ROOM).multi(true).build(), Kind::Watch, conn);
     }
 
