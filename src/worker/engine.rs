@@ -13,7 +13,7 @@ use super::flush::Flushing;
 use super::mailbox::{Command, Mailbox};
 use super::timers::Timers;
 use crate::config::{Config, Discovery, PoolMode};
-use crate::io::{Chain, Close, Completion, ConnId, Driver, Wait, socket};
+use crate::io::{Chain, Close, Completion, ConnId, Driver, Wait, net};
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::{CloseReason, Retry, WorkerState, WorkerStats};
@@ -500,10 +500,10 @@ impl<D: Driver> Engine<D> {
     /// discovery finds are looked through for that too; here it is for addresses that have become
     /// this host's since.
     pub(super) fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
-        if self.pools.listening.reached_by(*address, socket::is_local).is_some() {
+        if self.pools.listening.reached_by(*address, net::is_local).is_some() {
             return Err(leads_back());
         }
-        self.cx.driver.connect(address)
+        self.cx.driver.connect(&(*address).into())
     }
 
     /// Whether a connection that was just made has this process at both ends: one of its listeners,
@@ -515,6 +515,7 @@ impl<D: Driver> Engine<D> {
         else {
             return false;
         };
+        let (Some(from), Some(to)) = (from.tcp(), to.tcp()) else { return false };
         from == to || self.pools.listening.reached_by(to, |ip| ip == from.ip()).is_some()
     }
 

@@ -54,7 +54,7 @@ impl<D: Driver> Engine<D> {
             let source = (self.cx.config.balance == Balance::SourceHash)
                 .then(|| client.and_then(|client| self.cx.driver.peer_address(client)))
                 .flatten()
-                .map(|address| address.ip());
+                .and_then(|address| address.ip());
             let left = tried.attempts() < self.cx.config.connect_attempts;
             let mut choose = |tried: &Tried| {
                 if self.cx.config.locality == Locality::Off {
@@ -307,8 +307,9 @@ impl<D: Driver> Engine<D> {
             ProxyProtocol::V2 => write_v2,
         };
         let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
-        let source = self.cx.driver.peer_address(client).unwrap_or(nowhere);
-        let destination = self.cx.driver.local_address(client).unwrap_or(nowhere);
+        let source = self.cx.driver.peer_address(client).and_then(|a| a.tcp()).unwrap_or(nowhere);
+        let destination =
+            self.cx.driver.local_address(client).and_then(|a| a.tcp()).unwrap_or(nowhere);
         let mut header = [0; HEADER_MAX];
         let len = write(&mut header, source, destination);
         let buffers = self.cx.driver.buffers();

@@ -20,7 +20,7 @@ use tokio::time::sleep;
 use tracing::{debug, error, info, warn};
 
 use super::WorkerHandle;
-use crate::io::socket::is_local;
+use crate::io::net::is_local;
 use crate::limits::ENDPOINTS_MAX;
 use crate::listening::Listening;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};

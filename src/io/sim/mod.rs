@@ -9,12 +9,11 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::io;
-use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::buffers::{Buf, Buffers, Chain};
+use super::net::{Address, Stream};
 use super::{Acks, Close, Completion, ConnId, Driver, Unheard, Wait};
 use crate::limits::{BUFFER_SIZE, BUFFERS_LENT_MIN};
 use crate::slab::Slab;
@@ -645,15 +644,16 @@ impl Driver for Sim {
         true
     }
 
-    fn release(&mut self, _: ConnId) -> Option<OwnedFd> {
+    fn release(&mut self, _: ConnId) -> Option<Stream> {
         None // There is one worker.
     }
 
-    fn adopt(&mut self, _: OwnedFd) -> Option<ConnId> {
+    fn adopt(&mut self, _: Stream) -> Option<ConnId> {
         None
     }
 
-    fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
+    fn connect(&mut self, address: &Address) -> io::Result<ConnId> {
+        let address = address.tcp().expect("its network has TCP only");
         let peer = match self.speech {
             Speech::Lines => self.add_answerer(address.port()),
             Speech::Http => self.add_http_backend(address.port()),
@@ -775,11 +775,11 @@ impl Driver for Sim {
         }
     }
 
-    fn peer_address(&self, _: ConnId) -> Option<SocketAddr> {
+    fn peer_address(&self, _: ConnId) -> Option<Address> {
         None
     }
 
-    fn local_address(&self, _: ConnId) -> Option<SocketAddr> {
+    fn local_address(&self, _: ConnId) -> Option<Address> {
         None
     }
 

@@ -128,7 +128,7 @@ impl<D: Driver> Engine<D> {
 
     pub(in crate::worker) fn source(&self, key: Key<Client>) -> Option<IpAddr> {
         let client = self.requests.clients.get(key)?;
-        self.cx.driver.peer_address(client.conn).map(|address| address.ip())
+        self.cx.driver.peer_address(client.conn).and_then(|address| address.ip())
     }
 
     pub(in crate::worker) fn place_at(&mut self, key: Key<Client>, endpoint: EndpointId) {
