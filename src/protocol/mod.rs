@@ -11,8 +11,7 @@
 //!
 //! That is all of the program. The configuration learns the word and which modes and variables go
 //! with it, the metrics their labels, and a worker's clients speak it; the tests of this module hold
-//! each row to what its facts promise. The charts' schema repeats the words, for it is not made by
-//! this program.
+//! each row to what its facts promise. The charts' schema and the page of variables repeat the words.
 //!
 //! A protocol sees slices of bytes, in order, each of them once. It has no I/O, no clock, and does
 //! not know what holds the bytes, or which endpoints there are. It never guesses: what two readers
