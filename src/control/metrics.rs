@@ -190,7 +190,7 @@ async fn write_requests(text: &mut Encoder, view: &View) {
     for verb in protocol.verbs() {
         for &outcome in Outcome::ALL.iter().filter(|&&outcome| can_end(protocol, verb, outcome)) {
             let count: u64 = view.stats().map(|stats| stats.requests(verb, outcome)).sum();
-            let labels = [("command", protocol.label(verb)), ("outcome", outcome.name())];
+            let labels = [("command", verb.label()), ("outcome", outcome.name())];
             text.sample(name, &labels, count);
         }
         text.0.pause().await;
@@ -200,7 +200,7 @@ async fn write_requests(text: &mut Encoder, view: &View) {
     text.family(name, Kind::Histogram, help);
     for verb in protocol.verbs().filter(|&verb| can_end(protocol, verb, Outcome::Answered)) {
         let parts = view.stats().map(|stats| stats.request_duration(verb));
-        text.distribution(name, Some(("command", protocol.label(verb))), parts);
+        text.distribution(name, Some(("command", verb.label())), parts);
         text.0.pause().await;
     }
 }

@@ -131,7 +131,7 @@ pub trait Protocol: fmt::Debug + Sized {
 pub struct Facts {
     /// Its requests and replies can be told apart, so a connection may serve several clients.
     pub is_framed: bool,
-    /// What requests ask for, by the labels under which they are counted; see [`Verb::command`].
+    /// What requests ask for, by the labels under which they are counted; see [`Verb::named`].
     pub commands: &'static [&'static str],
     /// Its requests have keys, by which they can be routed.
     pub has_keys: bool,
@@ -162,15 +162,10 @@ impl Facts {
 
     /// What requests can be counted as, in the order in which they are shown.
     pub fn verbs(&self) -> impl Iterator<Item = Verb> + use<> {
-        let commands = (0..self.commands.len()).map(Verb::command);
+        let commands = self.commands.iter().map(|label| Verb::named(label));
         let opaque = self.is_framed && self.can_be_opaque;
         let other = self.is_framed.then_some(Verb::OTHER);
         commands.chain(other).chain(opaque.then_some(Verb::OPAQUE))
-    }
-
-    /// The label under which a request is counted.
-    pub fn label(&self, verb: Verb) -> &'static str {
-        verb.label(self.commands)
     }
 }
 

@@ -831,8 +831,7 @@ mod tests {
                 Front::Request(request) => {
                     client.begin(request, now);
                     assert_eq!(client.ahead(), 0);
-                    let command = Protocol::Chronos.facts().label(request.verb);
-                    found.push(format!("{command} {}", request.repeatable));
+                    found.push(format!("{} {}", request.verb.label(), request.repeatable));
                     client.finish(&mut buffers, now);
                 }
             }
