@@ -113,7 +113,7 @@ impl LabelName {
             }
             Values::Commands => {
                 let facts = config.protocol.facts();
-                Some(facts.verbs().map(|verb| (verb.index(), facts.label(verb))).collect())
+                Some(facts.verbs().map(|verb| (verb.index(), verb.label())).collect())
             }
         }
     }

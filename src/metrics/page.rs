@@ -40,8 +40,7 @@ fn page() -> String {
     page += "\n### `command`\n\n| protocol | what requests ask for |\n| --- | --- |\n";
     for protocol in ProtocolName::ALL {
         let facts = protocol.facts();
-        let commands: Vec<_> =
-            facts.verbs().map(|verb| format!("`{}`", facts.label(verb))).collect();
+        let commands: Vec<_> = facts.verbs().map(|verb| format!("`{}`", verb.label())).collect();
         if !commands.is_empty() {
             let _ = writeln!(page, "| `{protocol}` | {} |", commands.join(", "));
         }

@@ -81,15 +81,8 @@ macro_rules! protocols {
             }
         }
 
-        /// Commands of the protocol that has most.
-        const COMMANDS_MAX: usize = {
-            let mut max = 0;
-            $(
-                let count = ProtocolName::$name.facts().commands.len();
-                max = if count > max { count } else { max };
-            )+
-            max
-        };
+        /// The commands of each.
+        const COMMANDS: &[&[&str]] = &[$(<$module::$name as Protocol>::FACTS.commands,)+];
 
         /// What one client's connection is in the middle of, in any of the protocols: each method is
         /// the one of [`Protocol`].

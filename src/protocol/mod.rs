@@ -11,8 +11,7 @@
 //!
 //! That is all of the program. The configuration learns the word and which modes and variables go
 //! with it, the metrics their labels, and a worker's clients speak it; the tests of this module hold
-//! each row to what its facts promise. The charts' schema repeats the words, for it is not made by
-//! this program.
+//! each row to what its facts promise. The charts' schema and the page of variables repeat the words.
 //!
 //! A protocol sees slices of bytes, in order, each of them once. It has no I/O, no clock, and does
 //! not know what holds the bytes, or which endpoints there are. It never guesses: what two readers
@@ -132,7 +131,7 @@ pub trait Protocol: fmt::Debug + Sized {
 pub struct Facts {
     /// Its requests and replies can be told apart, so a connection may serve several clients.
     pub is_framed: bool,
-    /// What requests ask for, by the labels under which they are counted; see [`Verb::command`].
+    /// What requests ask for, by the labels under which they are counted; see [`Verb::named`].
     pub commands: &'static [&'static str],
     /// Its requests have keys, by which they can be routed.
     pub has_keys: bool,
@@ -163,15 +162,10 @@ impl Facts {
 
     /// What requests can be counted as, in the order in which they are shown.
     pub fn verbs(&self) -> impl Iterator<Item = Verb> + use<> {
-        let commands = (0..self.commands.len()).map(Verb::command);
+        let commands = self.commands.iter().map(|label| Verb::named(label));
         let opaque = self.is_framed && self.can_be_opaque;
         let other = self.is_framed.then_some(Verb::OTHER);
         commands.chain(other).chain(opaque.then_some(Verb::OPAQUE))
-    }
-
-    /// The label under which a request is counted.
-    pub fn label(&self, verb: Verb) -> &'static str {
-        verb.label(self.commands)
     }
 }
 

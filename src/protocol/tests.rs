@@ -26,7 +26,7 @@ fn every_verb_has_a_label_and_a_place_of_its_own() {
         places.dedup();
         assert_eq!(places.len(), facts.verbs().count());
         assert!(places.iter().all(|&place| place < Verb::COUNT));
-        facts.verbs().map(|verb| facts.label(verb)).collect()
+        facts.verbs().map(Verb::label).collect()
     };
     assert_eq!(labels(ProtocolName::Tcp), [""; 0]);
     assert_eq!(labels(ProtocolName::Chronos), ["ping", "get", "set", "del", "compact", "other"]);
@@ -64,7 +64,7 @@ fn requests_are_counted_under_the_words_they_begin_with() {
     ] {
         let label = |text: &str| {
             let request = request(protocol, text.as_bytes()).unwrap();
-            protocol.facts().label(request.verb)
+            request.verb.label()
         };
         for text in &requests {
             let word = text.split_whitespace().next().unwrap().to_ascii_lowercase();

@@ -102,11 +102,18 @@ impl Protocol for Chronos {
 }
 
 impl Command {
-    /// Its labels, in the order of the commands that have one of their own.
+    /// Labels of the commands that are counted apart.
     const LABELS: [&str; 5] = ["ping", "get", "set", "del", "compact"];
 
     fn verb(self) -> Verb {
-        if self == Self::Other { Verb::OTHER } else { Verb::command(self as usize) }
+        match self {
+            Self::Ping => const { Verb::named("ping") },
+            Self::Get => const { Verb::named("get") },
+            Self::Set => const { Verb::named("set") },
+            Self::Del => const { Verb::named("del") },
+            Self::Compact => const { Verb::named("compact") },
+            Self::Other => Verb::OTHER,
+        }
     }
 }
 

@@ -102,11 +102,11 @@ impl Method {
 
     fn verb(self) -> Verb {
         match self {
-            Self::Get => Verb::command(0),
-            Self::Head => Verb::command(1),
-            Self::Post => Verb::command(2),
-            Self::Put => Verb::command(3),
-            Self::Delete => Verb::command(4),
+            Self::Get => const { Verb::named("get") },
+            Self::Head => const { Verb::named("head") },
+            Self::Post => const { Verb::named("post") },
+            Self::Put => const { Verb::named("put") },
+            Self::Delete => const { Verb::named("delete") },
             Self::Options | Self::Trace | Self::Connect | Self::Other => Verb::OTHER,
         }
     }

@@ -33,6 +33,8 @@ pub use error_reply::{write_away, write_error_reply};
 pub use framing::Framing;
 pub use upload::Upload;
 
+pub use crate::protocol::{ErrorReply, Reply};
+
 use super::pulse::Pulse;
 use super::route::StableHash;
 use super::session::Tried;
@@ -41,7 +43,6 @@ use crate::io::{Chain, ConnId};
 use crate::limits::{BUFFER_SIZE, CLIENT_STALL_MAX, LINGER_MAX, REFUSED_REST_MAX};
 use crate::metrics::{CloseReason, Discard};
 use crate::protocol::Verb;
-pub use crate::protocol::{ErrorReply, Reply};
 
 /// What is at the front of a client's input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -830,8 +831,7 @@ mod tests {
                 Front::Request(request) => {
                     client.begin(request, now);
                     assert_eq!(client.ahead(), 0);
-                    let command = Protocol::Chronos.facts().label(request.verb);
-                    found.push(format!("{command} {}", request.repeatable));
+                    found.push(format!("{} {}", request.verb.label(), request.repeatable));
                     client.finish(&mut buffers, now);
                 }
             }
