@@ -36,6 +36,7 @@ mod membership;
 mod memory;
 mod no_endpoint;
 mod outage;
+mod pages;
 mod platform;
 mod pooling;
 mod pressure;
