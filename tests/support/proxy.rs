@@ -25,7 +25,7 @@ use serde_json::Value;
 use tempfile::NamedTempFile;
 
 use super::metrics::{Labels, Metrics};
-use super::{Io, PATIENCE, client, eventually, say};
+use super::{Io, PATIENCE, client, eventually, say, timed};
 
 /// How a proxy is to be started.
 #[derive(Clone, Default)]
@@ -96,6 +96,7 @@ struct Denied {
 impl Builder {
     /// Nothing set at all.
     pub fn bare() -> Self {
+        timed();
         Self::default()
     }
 
