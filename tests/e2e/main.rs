@@ -11,7 +11,6 @@ mod support;
 
 mod admin;
 mod admin_attacks;
-mod answers;
 mod black_holes;
 mod budget;
 mod chaos;
@@ -43,6 +42,7 @@ mod pressure;
 mod proxy_protocol;
 mod refused_names;
 mod relay;
+mod replies;
 mod requests;
 mod restart;
 mod routing;

@@ -214,6 +214,11 @@ impl KubeApi {
         }
     }
 
+    /// Makes the slice of this name hold one endpoint, `pod-NAME`.
+    pub fn announce(&self, name: &str, address: SocketAddr) {
+        self.slice(name, &Slice::of(address.port()).with(&format!("pod-{name}"), address.ip()));
+    }
+
     /// Makes a slice say this: creates or replaces it.
     pub fn slice(&self, name: &str, slice: &Slice) {
         let object = slice.object(name);
