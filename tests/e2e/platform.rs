@@ -4,8 +4,6 @@
 //! Each fault meets the settings of the charts, as far as the fault can tell them apart, on epoll,
 //! the driver of most pods.
 
-use std::cell::Cell;
-use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -19,132 +17,18 @@ use socket2::{Domain, SockFilter, SockRef, Socket, Type};
 use tempfile::TempDir;
 
 use crate::support::backend::{Backend, Memory};
-use crate::support::client::{read_line, try_ask};
+use crate::support::client::read_line;
 use crate::support::dns::{NameServer, Reply};
 use crate::support::kube_api::{KubeApi, Slice, host_ip};
 use crate::support::metrics::{DISCOVERY_ERRORS, POOL_CONNECTIONS};
+use crate::support::onlookers::{
+    CLIENTS, LIMIT, Seen, Span, answered, dial, short, staying, watch, writing,
+};
 use crate::support::proxy::{Builder, Proxy, hand_over};
 use crate::support::{Io, PATIENCE, SetOnDrop, eventually, heavy, measured, skip};
 
-/// How long a client waits for anything. Far above what clients may see, and far below what a
-/// test may take where they hang.
-const LIMIT: Duration = Duration::from_secs(15);
-const CLIENTS: usize = 4;
 /// How long a fault lasts that clients should not notice.
 const DOWN: Duration = Duration::from_secs(2);
-
-/// What the clients saw while a fault lasted.
-#[derive(Default)]
-struct Seen {
-    attempts: Vec<Attempt>,
-}
-
-struct Attempt {
-    begun: Instant,
-    ended: Instant,
-    answered: bool,
-}
-
-impl Seen {
-    fn failed(&self) -> usize {
-        self.attempts.iter().filter(|attempt| !attempt.answered).count()
-    }
-
-    /// How long the attempt that took longest took, answered or not.
-    fn longest(&self) -> Duration {
-        self.attempts.iter().map(|attempt| attempt.ended - attempt.begun).max().unwrap_or_default()
-    }
-
-    /// From the first failure's beginning to the last one's end.
-    fn failing_for(&self) -> Duration {
-        let failures = || self.attempts.iter().filter(|attempt| !attempt.answered);
-        let first = failures().map(|attempt| attempt.begun).min();
-        let last = failures().map(|attempt| attempt.ended).max();
-        first.zip(last).map_or(Duration::ZERO, |(first, last)| last - first)
-    }
-}
-
-/// Such as "412 asked, 3 failed within 120 ms; the longest wait was 4 ms".
-impl fmt::Display for Seen {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "{} asked, ", self.attempts.len())?;
-        match self.failed() {
-            0 => write!(f, "none failed")?,
-            failed => write!(f, "{failed} failed within {}", Span(self.failing_for()))?,
-        }
-        write!(f, "; the longest wait was {}", Span(self.longest()))
-    }
-}
-
-/// A duration for people.
-struct Span(Duration);
-
-impl fmt::Display for Span {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        match self.0.as_millis() {
-            0 => write!(f, "less than 1 ms"),
-            millis @ 1..1000 => write!(f, "{millis} ms"),
-            _ => write!(f, "{:.1} s", self.0.as_secs_f64()),
-        }
-    }
-}
-
-/// Connects as a client that has patience for [`LIMIT`] alone.
-fn dial(address: SocketAddr) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&address, LIMIT)?;
-    stream.set_read_timeout(Some(LIMIT))?;
-    stream.set_write_timeout(Some(LIMIT))?;
-    stream.set_nodelay(true)?;
-    Ok(stream)
-}
-
-/// Asks, and takes an error of the proxy's for the failure that it is to a client.
-fn answered(stream: &TcpStream) -> bool {
-    try_ask(stream, "GET k").is_ok_and(|reply| !reply.starts_with("ERR"))
-}
-
-/// A client with a session for each request.
-fn short(address: SocketAddr) -> impl Fn() -> bool {
-    move || dial(address).is_ok_and(|stream| answered(&stream))
-}
-
-/// A client that stays connected, and connects again where it has lost its connection.
-fn staying(address: SocketAddr) -> impl Fn() -> bool {
-    let held = Cell::new(None);
-    move || {
-        let Some(stream) = held.take().or_else(|| dial(address).ok()) else { return false };
-        let answered = answered(&stream);
-        held.set(answered.then_some(stream));
-        answered
-    }
-}
-
-/// Runs clients, each of which asks again and again, until the fault is over.
-fn watch<C: Fn() -> bool, T>(
-    client: impl Fn() -> C + Sync,
-    fault: impl FnOnce() -> T,
-) -> (Seen, T) {
-    let stop = AtomicBool::new(false);
-    let ask = || {
-        let (client, mut attempts) = (client(), Vec::new());
-        while !stop.load(Relaxed) {
-            let begun = Instant::now();
-            let answered = client();
-            attempts.push(Attempt { begun, ended: Instant::now(), answered });
-            // A client's own work. Without it failures that come at once would be all that is seen.
-            thread::sleep(Duration::from_millis(2));
-        }
-        attempts
-    };
-    thread::scope(|scope| {
-        let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(ask)).collect();
-        let stopping = SetOnDrop(&stop);
-        let result = fault();
-        drop(stopping);
-        let attempts = clients.into_iter().flat_map(|client| client.join().unwrap()).collect();
-        (Seen { attempts }, result)
-    })
-}
 
 /// The settings of the charts.
 fn charted() -> Builder {
@@ -590,17 +474,6 @@ fn rolling_update(notice: Option<Duration>) -> Seen {
         },
     );
     seen
-}
-
-/// A client whose requests must not be repeated.
-fn writing(address: SocketAddr) -> impl Fn() -> bool {
-    let held = Cell::new(None);
-    move || {
-        let Some(stream) = held.take().or_else(|| dial(address).ok()) else { return false };
-        let answered = try_ask(&stream, "SET k v").is_ok_and(|reply| reply == "OK");
-        held.set(answered.then_some(stream));
-        answered
-    }
 }
 
 #[test]

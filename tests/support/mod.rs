@@ -7,6 +7,7 @@ pub mod dns;
 pub mod kube_api;
 pub mod link;
 pub mod metrics;
+pub mod onlookers;
 pub mod proxy;
 
 use std::cell::Cell;
@@ -115,7 +116,7 @@ struct Timed {
 impl Drop for Timed {
     fn drop(&mut self) {
         // Threads that tests start have no name.
-        let Some(file) = std::env::var_os("AEGIS_TEST_TIMES").filter(|_| self.test != "?") else {
+        let Some(file) = std::env::var_os("TEST_TIMES").filter(|_| self.test != "?") else {
             return;
         };
         let line = format!("{:.1} {}\n", self.since.get().elapsed().as_secs_f64(), self.test);
