@@ -178,7 +178,7 @@ impl KubeApi {
         }
     }
 
-    /// Allows the proxy to read, as the README says.
+    /// Allows the proxy to read, as `docs/ENDPOINTS.md` says.
     pub fn grant(&self) {
         match &self.server {
             Server::StandIn(server) => server.faults().set_forbidden(false),
