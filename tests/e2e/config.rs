@@ -280,22 +280,22 @@ fn what_has_no_effect_is_told_by_check_and_in_the_log() {
 }
 
 #[test]
-fn help_lists_every_variable_and_so_does_the_readme() {
+fn help_lists_every_variable_and_so_does_the_reference_page() {
     let ended = Builder::bare().argument("--help").run();
     assert_eq!(ended.code, Some(0), "{ended:?}");
     let in_help = variables_in(&ended.output);
     for variable in VARIABLES {
         assert!(in_help.contains(*variable), "no {variable} in {}", ended.output);
     }
-    match fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")) {
-        Ok(readme) => {
-            let in_readme = variables_in(&readme);
-            let missing: Vec<_> = in_help.difference(&in_readme).collect();
-            let unknown: Vec<_> = in_readme.difference(&in_help).collect();
+    match fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/CONFIGURATION.md")) {
+        Ok(page) => {
+            let in_page = variables_in(&page);
+            let missing: Vec<_> = in_help.difference(&in_page).collect();
+            let unknown: Vec<_> = in_page.difference(&in_help).collect();
             assert!(missing.is_empty(), "only in --help: {missing:?}");
-            assert!(unknown.is_empty(), "only in README.md: {unknown:?}");
+            assert!(unknown.is_empty(), "only in docs/CONFIGURATION.md: {unknown:?}");
         }
-        Err(error) => skip(&format!("README.md is not compared with --help: {error}")),
+        Err(error) => skip(&format!("docs/CONFIGURATION.md is not compared with --help: {error}")),
     }
 }
 
