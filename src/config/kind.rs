@@ -282,7 +282,7 @@ pub(super) const fn words_with<T>(remark: &'static str) -> Words<T> {
 
 impl<T: Word> Describe for Words<T> {
     fn accepts(&self) -> String {
-        let words: Vec<_> = T::WORDS.iter().map(|(word, _)| *word).collect();
+        let words: Vec<_> = T::ALL.iter().map(|value| value.word()).collect();
         let (last, others) = words.split_last().expect("an enum has variants");
         let others = others.join(", ");
         match self.remark {
@@ -293,7 +293,7 @@ impl<T: Word> Describe for Words<T> {
 
     #[cfg(test)]
     fn shape(&self) -> Shape {
-        let words = T::WORDS.iter().map(|(word, _)| *word).collect();
+        let words = T::ALL.iter().map(|value| value.word()).collect();
         Shape { words, ..Shape::default() }
     }
 }

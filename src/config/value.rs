@@ -345,19 +345,19 @@ impl Display for HostPort {
 }
 
 /// A type whose values users write as words.
-pub(super) trait Word: Copy + PartialEq + 'static {
-    /// The words in the order in which they are listed.
-    const WORDS: &'static [(&'static str, Self)];
-
-    fn of_word(text: &str) -> Option<Self> {
-        Self::WORDS.iter().find(|(word, _)| *word == text).map(|&(_, value)| value)
-    }
+pub(super) trait Word: Copy + 'static {
+    /// All values, in the order in which their words are listed.
+    const ALL: &'static [Self];
 
     fn word(self) -> &'static str;
+
+    fn of_word(text: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|value| value.word() == text)
+    }
 }
 
 impl Word for bool {
-    const WORDS: &'static [(&'static str, Self)] = &[("on", true), ("off", false)];
+    const ALL: &'static [Self] = &[true, false];
 
     fn word(self) -> &'static str {
         if self { "on" } else { "off" }
@@ -368,7 +368,7 @@ impl Word for bool {
 macro_rules! words {
     ($($type:ty { $($word:literal => $variant:ident,)+ })+) => {$(
         impl Word for $type {
-            const WORDS: &'static [(&'static str, Self)] = &[$(($word, Self::$variant),)+];
+            const ALL: &'static [Self] = &[$(Self::$variant,)+];
 
             fn word(self) -> &'static str {
                 match self { $(Self::$variant => $word,)+ }

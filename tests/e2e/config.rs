@@ -280,7 +280,7 @@ fn what_has_no_effect_is_told_by_check_and_in_the_log() {
 }
 
 #[test]
-fn help_lists_every_variable_and_so_does_the_reference_page() {
+fn help_lists_every_variable_and_so_does_the_page_of_configuration() {
     let ended = Builder::bare().argument("--help").run();
     assert_eq!(ended.code, Some(0), "{ended:?}");
     let in_help = variables_in(&ended.output);
@@ -293,9 +293,9 @@ fn help_lists_every_variable_and_so_does_the_reference_page() {
             let missing: Vec<_> = in_help.difference(&in_page).collect();
             let unknown: Vec<_> = in_page.difference(&in_help).collect();
             assert!(missing.is_empty(), "only in --help: {missing:?}");
-            assert!(unknown.is_empty(), "only in docs/CONFIGURATION.md: {unknown:?}");
+            assert!(unknown.is_empty(), "only in CONFIGURATION.md: {unknown:?}");
         }
-        Err(error) => skip(&format!("docs/CONFIGURATION.md is not compared with --help: {error}")),
+        Err(error) => skip(&format!("CONFIGURATION.md is not compared with --help: {error}")),
     }
 }
 
