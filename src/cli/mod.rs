@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::fmt::Write;
 
-use crate::config::VARIABLES;
+use crate::config::{VARIABLES, Variable};
 
 const CHECK: &str = "check";
 
@@ -46,9 +46,9 @@ fn definition() -> clap::Command {
 fn environment_help() -> String {
     let mut help =
         "Environment, with the defaults (durations: 500ms, 5s, 1m 30s, 1h, 1d):".to_owned();
-    for variable in VARIABLES {
-        let (name, default) = (variable.name, variable.default);
-        let (what, accepts) = (variable.what, variable.accepts);
+    for variable in VARIABLES.iter() {
+        let Variable { name, default, help: what, .. } = variable;
+        let accepts = variable.accepts();
         // Writing to a string cannot fail.
         let _ = write!(help, "\n\n  {name}={default}\n      {what}\n      Accepts {accepts}.");
     }
@@ -90,11 +90,11 @@ mod tests {
         let help = parse(&["--help"]).unwrap_err();
         assert_eq!(help.exit_code(), 0);
         let help = help.to_string();
-        for variable in VARIABLES {
+        for variable in VARIABLES.iter() {
             for line in [
                 format!("  {}={}", variable.name, variable.default),
-                format!("      {}", variable.what),
-                format!("      Accepts {}.", variable.accepts),
+                format!("      {}", variable.help),
+                format!("      Accepts {}.", variable.accepts()),
             ] {
                 assert!(help.lines().any(|l| l == line), "{line}\n{help}");
             }
