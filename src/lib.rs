@@ -13,11 +13,11 @@
 //!
 //! | module | what it is |
 //! | --- | --- |
-//! | [`cli`] | the command line: run, check, help |
+//! | [`cli`] | the command line: check, help, what is printed and exit codes |
 //! | [`config`] | environment → `RawConfig` → checked `Config` |
-//! | [`limits`] | every bound: unit, derivation, reason |
+//! | [`limits`] | every bound: unit, reason, and what follows from it |
 //! | [`listening`] | which addresses lead back to this process |
-//! | [`startup`] | decided before anything is bound: cores, listeners |
+//! | [`startup`] | decided before anything is bound: cores, driver, capacity; then listeners |
 //! | [`metrics`] | counters and histograms of one worker, aligned to cache lines |
 //! | [`slab`] | fixed-capacity slots with generations |
 //! | [`proxy`] | decides: sessions, relays, requests, pools, balancing, health; no I/O, no clock, no unsafe |

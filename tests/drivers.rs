@@ -5,9 +5,8 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use aegis::config::IoChoice;
 use aegis::io::epoll::Epoll;
-use aegis::io::probe::{self, DriverKind};
+use aegis::io::probe;
 use aegis::io::socket::Options;
 use aegis::io::uring::Uring;
 use aegis::io::{Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait};
@@ -46,13 +45,12 @@ macro_rules! on_each_driver {
             let (setup, address) = prepare();
             let driver = Epoll::new(setup).unwrap();
             checks::$name(Rig { driver, address, seen: Vec::new() });
-            match probe::choose(IoChoice::Uring).map(|verdict| verdict.driver) {
-                Ok(DriverKind::Uring(features)) => {
+            match probe::uring() {
+                Ok(features) => {
                     let (setup, address) = prepare();
                     let driver = Uring::new(setup, probe::set_up(features).unwrap()).unwrap();
                     checks::$name(Rig { driver, address, seen: Vec::new() });
                 }
-                Ok(DriverKind::Epoll) => unreachable!("io_uring was demanded"),
                 Err(why) => eprintln!("SKIPPED: {} on io_uring: {why}", stringify!($name)),
             }
         }
