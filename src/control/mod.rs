@@ -144,7 +144,7 @@ impl Plane {
                 hosts: self.config.backends.clone(),
                 refresh: self.config.dns_refresh,
                 first_answer_max: self.config.start_timeout,
-                resolver: discovery::resolver::SystemResolver::default(),
+                resolver: dns::SystemResolver::default(),
                 by_key: self.config.requests.route == Route::Key,
                 status,
             };

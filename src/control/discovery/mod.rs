@@ -6,7 +6,6 @@
 
 pub mod dns;
 pub mod kubernetes;
-pub mod resolver;
 pub mod status;
 
 use std::collections::{HashMap, HashSet};
