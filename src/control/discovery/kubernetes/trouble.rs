@@ -100,11 +100,11 @@ impl Trouble {
     /// An error that the server reports; it concerns `resource`, such as
     /// `endpointslices.discovery.k8s.io`.
     pub fn api(status: &ApiStatus, verb: &str, resource: &str, namespace: &str) -> Self {
-        let said = &status.message;
+        let message = &status.message;
         let (kind, what) = match status.code {
             401 => (
                 ErrorKind::Unauthorized,
-                format!("the Kubernetes API does not accept the credentials: {said}"),
+                format!("the Kubernetes API does not accept the credentials: {message}"),
             ),
             403 => {
                 let (name, group) = resource.split_once('.').unwrap_or((resource, ""));
@@ -113,13 +113,17 @@ impl Trouble {
                     format!(
                         "not allowed to {verb} {name} in namespace {namespace:?}: bind the service \
                          account to a Role there with apiGroups: [{group:?}], resources: \
-                         [{name:?}], verbs: [\"get\", \"list\", \"watch\"]. The API says: {said}"
+                         [{name:?}], verbs: [\"get\", \"list\", \"watch\"]. The API says: {message}"
                     ),
                 )
             }
-            410 => (ErrorKind::Expired, format!("the watch fell behind and starts over: {said}")),
-            429 => (ErrorKind::Throttled, format!("the Kubernetes API asks for patience: {said}")),
-            code => (ErrorKind::Refused, format!("the Kubernetes API answered {code}: {said}")),
+            410 => {
+                (ErrorKind::Expired, format!("the watch fell behind and starts over: {message}"))
+            }
+            429 => {
+                (ErrorKind::Throttled, format!("the Kubernetes API asks for patience: {message}"))
+            }
+            code => (ErrorKind::Refused, format!("the Kubernetes API answered {code}: {message}")),
         };
         let seconds = status.details.as_ref().map_or(0, |details| details.retry_after_seconds);
         let trouble = Self { code: status.code, ..Self::new(kind, what) };
@@ -139,7 +143,7 @@ impl Trouble {
 
     /// Whether watching on from where the last watch ended is of no use. 504 is what a server says
     /// that was put back to an older state.
-    pub fn loses_the_place(&self) -> bool {
+    pub fn loses_the_version(&self) -> bool {
         matches!(self.kind, ErrorKind::Expired | ErrorKind::Malformed)
             || matches!(self.code, 400 | 404 | 422 | 500 | 504)
     }
@@ -224,7 +228,7 @@ mod tests {
             let trouble = Trouble::api(&answer(code, "because"), "watch", "pods", "db");
             assert_eq!((trouble.kind, trouble.code), (kind, code));
             assert_eq!(trouble.may_be_for_streaming(), no_streaming, "{code}");
-            assert_eq!(trouble.loses_the_place(), lost, "{code}");
+            assert_eq!(trouble.loses_the_version(), lost, "{code}");
             assert_eq!(trouble.holds_the_start(), holds, "{code}");
             assert!(trouble.what.contains("because"), "{trouble:?}");
         }
