@@ -31,7 +31,11 @@ pub mod uring;
 pub use buffers::{Buf, Chain};
 
 /// Names a connection of a driver.
-pub type ConnId = crate::slab::Key;
+pub type ConnId = crate::slab::Key<Conn>;
+
+/// What a [`ConnId`] names.
+#[derive(Debug)]
+pub enum Conn {}
 
 /// What has happened, one event at a time.
 #[derive(Debug)]

@@ -6,6 +6,30 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use crate::metrics::EndpointStats;
 
+/// Names an endpoint within one worker, which keeps the number as long as anything refers to it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct EndpointId(u16);
+
+impl EndpointId {
+    /// So many can be named.
+    pub const COUNT_MAX: usize = u16::MAX as usize;
+
+    /// The endpoint at this position of the worker's table.
+    ///
+    /// # Panics
+    /// The position is beyond [`EndpointId::COUNT_MAX`].
+    pub const fn at(index: usize) -> Self {
+        assert!(index < Self::COUNT_MAX, "more endpoints than can be named");
+        Self(index as u16)
+    }
+}
+
+impl From<EndpointId> for usize {
+    fn from(id: EndpointId) -> Self {
+        id.0.into()
+    }
+}
+
 /// One backend address, shared by all workers.
 #[derive(Debug)]
 pub struct Endpoint {

@@ -5,6 +5,8 @@
 //! are linked through one table by the client's slot: joining, serving and leaving from the middle
 //! take constant time and allocate nothing once a slot was used.
 
+use super::request::Client;
+use crate::proxy::endpoints::EndpointId;
 use crate::slab::Key;
 
 const NONE: u32 = u32::MAX;
@@ -15,7 +17,7 @@ pub enum Line {
     /// For a connection to whichever endpoint.
     Any,
     /// For one to this endpoint.
-    Endpoint(u16),
+    Endpoint(EndpointId),
 }
 
 impl Line {
@@ -43,7 +45,7 @@ struct Link {
     /// How many had joined any line before.
     turn: u64,
     /// The key of who waits, and its line; `None` while the slot does not wait.
-    waits: Option<(Key, Line)>,
+    waits: Option<(Key<Client>, Line)>,
 }
 
 const UNLINKED: Link = Link { next: NONE, previous: NONE, turn: 0, waits: None };
@@ -85,13 +87,13 @@ impl Queue {
     }
 
     /// The line in which a client waits, if it does.
-    pub fn line_of(&self, client: Key) -> Option<Line> {
+    pub fn line_of(&self, client: Key<Client>) -> Option<Line> {
         let (who, line) = self.links.get(client.index())?.waits?;
         (who == client).then_some(line)
     }
 
     /// A client's request joins the end of a line. It must not wait already.
-    pub fn join(&mut self, line: Line, client: Key) {
+    pub fn join(&mut self, line: Line, client: Key<Client>) {
         let slot = client.index() as u32;
         if self.links.len() <= client.index() {
             self.links.resize(client.index() + 1, UNLINKED);
@@ -118,14 +120,14 @@ impl Queue {
     }
 
     /// Takes the client at the head of a line.
-    pub fn serve(&mut self, line: Line) -> Option<Key> {
+    pub fn serve(&mut self, line: Line) -> Option<Key<Client>> {
         let (client, _) = self.head(line)?.waits?;
         self.leave(client);
         Some(client)
     }
 
     /// Takes the client that has waited longest at the head of one of two lines.
-    pub fn serve_either(&mut self, one: Line, two: Line) -> Option<Key> {
+    pub fn serve_either(&mut self, one: Line, two: Line) -> Option<Key<Client>> {
         let is_earlier = match (self.head(one), self.head(two)) {
             (Some(one), Some(two)) => one.turn < two.turn,
             (one, _) => one.is_some(),
@@ -134,14 +136,14 @@ impl Queue {
     }
 
     /// Takes all clients, in the order in which they came.
-    pub fn serve_all(&mut self) -> Vec<Key> {
+    pub fn serve_all(&mut self) -> Vec<Key<Client>> {
         if self.is_empty() {
             return Vec::new();
         }
         let mut waiting: Vec<_> =
             self.links.iter().filter_map(|link| Some((link.turn, link.waits?.0))).collect();
         waiting.sort_unstable_by_key(|(turn, _)| *turn);
-        let clients: Vec<Key> = waiting.into_iter().map(|(_, client)| client).collect();
+        let clients: Vec<Key<Client>> = waiting.into_iter().map(|(_, client)| client).collect();
         for client in &clients {
             self.leave(*client);
         }
@@ -153,7 +155,7 @@ impl Queue {
     }
 
     /// A client waits no longer, if it did.
-    pub fn leave(&mut self, client: Key) {
+    pub fn leave(&mut self, client: Key<Client>) {
         let Some(&Link { next, previous, waits: Some((who, line)), .. }) =
             self.links.get(client.index())
         else {
@@ -185,10 +187,11 @@ mod tests {
 
     #[test]
     fn lines_keep_their_order_whoever_leaves() {
-        const LINES: [Line; 3] = [Line::Any, Line::Endpoint(0), Line::Endpoint(1)];
+        const LINES: [Line; 3] =
+            [Line::Any, Line::Endpoint(EndpointId::at(0)), Line::Endpoint(EndpointId::at(1))];
         let mut rng = fastrand::Rng::with_seed(3);
         let mut queue = Queue::new(1000, 40);
-        let mut model: [VecDeque<Key>; 3] = Default::default();
+        let mut model: [VecDeque<Key<Client>>; 3] = Default::default();
         for round in 0..50_000u32 {
             let line = rng.usize(..3);
             let client = Key::from_parts(rng.u32(..40), round);
@@ -220,10 +223,12 @@ mod tests {
     #[test]
     fn of_two_lines_the_one_whose_head_came_first_is_served() {
         let key = |slot| Key::from_parts(slot, 0);
-        let (any, own) = (Line::Any, Line::Endpoint(3));
+        let (any, own) = (Line::Any, Line::Endpoint(EndpointId::at(3)));
         let mut queue = Queue::new(10, 10);
         assert_eq!(queue.serve_either(own, any), None);
-        for (slot, line) in [own, any, own, Line::Endpoint(0), any].into_iter().enumerate() {
+        for (slot, line) in
+            [own, any, own, Line::Endpoint(EndpointId::at(0)), any].into_iter().enumerate()
+        {
             queue.join(line, key(slot as u32));
         }
         for expected in [0, 1, 2, 4] {
@@ -238,7 +243,12 @@ mod tests {
         let key = |slot| Key::from_parts(slot, 0);
         let mut queue = Queue::new(10, 10);
         assert_eq!(queue.serve_all(), []);
-        let arrivals = [(7, Line::Any), (2, Line::Endpoint(1)), (9, Line::Any), (0, Line::Any)];
+        let arrivals = [
+            (7, Line::Any),
+            (2, Line::Endpoint(EndpointId::at(1))),
+            (9, Line::Any),
+            (0, Line::Any),
+        ];
         for (slot, line) in arrivals {
             queue.join(line, key(slot));
         }

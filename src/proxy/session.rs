@@ -20,6 +20,7 @@
 //! The worker tells a session what happened and does what it answers. Which bytes are where is the
 //! driver's business; a session counts them.
 
+use crate::proxy::endpoints::EndpointId;
 use std::time::{Duration, Instant};
 
 use super::Side;
@@ -79,7 +80,7 @@ pub struct Timeouts {
 /// The endpoints that were tried for a session, by their index in the balancer's table.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Tried {
-    endpoints: [u16; CONNECT_ATTEMPTS_MAX],
+    endpoints: [EndpointId; CONNECT_ATTEMPTS_MAX],
     len: u8,
 }
 
@@ -90,12 +91,12 @@ impl Tried {
     }
 
     /// Whether this endpoint was tried.
-    pub fn contains(&self, endpoint: u16) -> bool {
+    pub fn contains(&self, endpoint: EndpointId) -> bool {
         self.endpoints[..usize::from(self.len)].contains(&endpoint)
     }
 
     /// Takes note of an attempt.
-    pub fn push(&mut self, endpoint: u16) {
+    pub fn push(&mut self, endpoint: EndpointId) {
         if let Some(slot) = self.endpoints.get_mut(usize::from(self.len)) {
             *slot = endpoint;
             self.len += 1;
@@ -159,7 +160,7 @@ pub enum Verdict {
 pub struct Session {
     client: ConnId,
     backend: Option<ConnId>,
-    endpoint: Option<u16>,
+    endpoint: Option<EndpointId>,
     tried: Tried,
     state: State,
     to_backend: Relay,
@@ -301,7 +302,7 @@ impl Session {
     }
 
     /// The endpoint that serves the session or is being tried for it.
-    pub fn endpoint(&self) -> Option<u16> {
+    pub fn endpoint(&self) -> Option<EndpointId> {
         self.endpoint
     }
 
@@ -331,7 +332,7 @@ impl Session {
     }
 
     /// An endpoint was chosen. Until it is connected, `backend` may be absent.
-    pub fn on_trying(&mut self, endpoint: u16, backend: Option<ConnId>) {
+    pub fn on_trying(&mut self, endpoint: EndpointId, backend: Option<ConnId>) {
         assert_eq!(self.state, State::Connecting, "an open session does not move");
         self.endpoint = Some(endpoint);
         self.backend = backend;
@@ -612,7 +613,7 @@ mod tests {
     fn open() -> (Session, Instant) {
         let now = Instant::now();
         let mut session = Session::new(ConnId::from_parts(0, 0), now);
-        session.on_trying(3, None);
+        session.on_trying(EndpointId::at(3), None);
         session.on_connected(ConnId::from_parts(1, 0), 0, now);
         (session, now)
     }
@@ -831,7 +832,7 @@ mod tests {
         let now = Instant::now();
         let connecting = || {
             let mut session = Session::new(ConnId::from_parts(0, 0), now);
-            session.on_trying(3, None);
+            session.on_trying(EndpointId::at(3), None);
             session.on_connecting(ConnId::from_parts(1, 0), now);
             session
         };
@@ -858,7 +859,7 @@ mod tests {
         let mut buffers = crate::io::buffers::Buffers::new(1).unwrap();
         let now = Instant::now();
         let mut session = Session::new(ConnId::from_parts(0, 0), now);
-        session.on_trying(3, None);
+        session.on_trying(EndpointId::at(3), None);
         let mut buf = buffers.take().unwrap();
         buffers.set_len(&mut buf, 4);
         buffers.push(&mut session.early, buf);

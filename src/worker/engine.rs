@@ -1,5 +1,6 @@
 //! The turn of a worker: wait for events, handle each, then see to commands, timers and pools.
 
+use crate::proxy::endpoints::EndpointId;
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
@@ -74,15 +75,15 @@ pub(super) enum Owner {
     #[default]
     None,
     /// A session's, connected or being connected.
-    Session(Key, Side),
+    Session(Key<Session>, Side),
     /// Being made for a pool, or to probe an endpoint.
-    Warming { endpoint: u16, since: Instant },
+    Warming { endpoint: EndpointId, since: Instant },
     /// A client's whose requests are told apart.
-    Client(Key),
+    Client(Key<Client>),
     /// In the hands of such a client.
-    InUse(Key),
+    InUse(Key<Client>),
     /// Warm in a pool, with what the backend has sent unasked.
-    Warm { endpoint: u16, greeting: Chain },
+    Warm { endpoint: EndpointId, greeting: Chain },
     /// Nobody's, and to be closed once its peer has what was sent to it.
     Flushing(Flushing),
 }
@@ -122,73 +123,104 @@ fn linger_of(config: &Config) -> Duration {
     }
 }
 
-/// One worker's state, bound to a driver.
-pub struct Engine<D> {
-    pub(super) driver: D,
-    pub(super) config: Arc<Config>,
-    pub(super) timeouts: Timeouts,
-    pub(super) health: HealthConfig,
-    /// For so long an endpoint that left the set is taken to come back.
-    pub(super) linger: Duration,
-    pub(super) stats: Arc<WorkerStats>,
-    pub(super) sessions: Slab<Session>,
-    /// Clients whose requests are told apart.
-    pub(super) clients: Slab<Client>,
-    /// Sessions, clients and connections that are being flushed, all together: each of the first
-    /// two has as many slots, so that whatever was let in has one, whatever becomes of it.
-    pub(super) slots: usize,
-    pub(super) client_limits: ClientLimits,
-    pub(super) queue: Queue,
-    /// Clients to be looked at before the turn ends.
-    pub(super) due: VecDeque<Key>,
-    /// Clients whose connection is to be given back before the turn ends.
-    pub(super) releasing: Vec<Key>,
-    /// Connections that are closed once their peers have what was sent to them.
-    pub(super) flushing: usize,
-    /// Connections that clients hold.
-    pub(super) conns_in_use: u32,
-    /// Endpoints that may have connections for requests that wait.
-    pub(super) freed: Vec<u16>,
-    /// For a request that lies in several buffers.
-    pub(super) scratch: Box<[u8]>,
-    pub(super) owners: Vec<Owned>,
-    pub(super) table: Table,
-    pub(super) timers: Timers,
-    pub(super) rng: fastrand::Rng,
-    pub(super) now: Instant,
-    pub(super) command: Command,
-    /// Pool connections, warm or being made, of all endpoints.
-    pub(super) pool_conns: usize,
-    pub(super) pool_conns_max: usize,
-    /// Endpoints whose pool may want connections.
-    pub(super) short_pools: Vec<u16>,
-    /// How long peers may acknowledge nothing.
-    pub(super) patience: Option<Patience>,
-    /// The slot of the connection that was looked at last for that.
-    pub(super) looked_at: usize,
-    pub(super) batcher: Batcher,
-    core_wait: CoreWait,
-    /// Sessions shorter than a second that ended within about a second.
-    pub(super) ended_lately: usize,
+/// What all parts of a worker use: the driver, the clock, the counters, randomness.
+pub(super) struct Context<D> {
+    pub driver: D,
+    pub config: Arc<Config>,
+    pub stats: Arc<WorkerStats>,
+    pub timers: Timers,
+    pub rng: fastrand::Rng,
+    pub now: Instant,
+    /// Whose each connection is, by its slot.
+    pub owners: Vec<Owned>,
+    /// What the worker was told to do at last.
+    pub command: Command,
+}
+
+/// Accepting, and when it stops.
+pub(super) struct Acceptor {
+    gate: AcceptGate,
     /// In a drain, the listeners stay open until then.
     listening_until: Option<Instant>,
-    /// When it was told to let clients leave.
-    pub(super) drains_since: Option<Instant>,
-    /// Sessions and clients that were open then, and are.
-    before_drain: usize,
     /// Clients to be served at the end of the turn.
     accepted: Vec<ConnId>,
-    /// Clients may have been handed over.
-    has_mail: bool,
-    mailbox: Arc<Mailbox>,
-    pub(super) mailboxes: Arc<[Arc<Mailbox>]>,
-    pub(super) everyone: Arc<[Arc<WorkerStats>]>,
-    pub(super) index: usize,
+    /// When it was told to let clients leave.
+    pub drains_since: Option<Instant>,
+    /// Sessions and clients that were open then, and are.
+    before_drain: usize,
+    /// The most sessions of the whole process.
     sessions_max: usize,
+    /// Sessions, clients and connections that are being flushed, all together: each of the first
+    /// two has as many slots, so that whatever was let in has one, whatever becomes of it.
+    pub slots: usize,
+    /// The counters of all workers, this one's at `index`.
+    pub everyone: Arc<[Arc<WorkerStats>]>,
+    pub index: usize,
     started: Instant,
-    listening: Listening,
+}
+
+/// The mailboxes of all workers, and this one's.
+pub(super) struct Mail {
+    own: Arc<Mailbox>,
+    pub all: Arc<[Arc<Mailbox>]>,
+    /// Clients may have been handed over.
+    has_some: bool,
+}
+
+/// How much there is to do.
+pub(super) struct Load {
+    pub batcher: Batcher,
+    core_wait: CoreWait,
+    /// Sessions shorter than a second that ended within about a second.
+    pub ended_lately: usize,
+}
+
+/// Clients whose requests are told apart.
+pub(super) struct Requests {
+    pub clients: Slab<Client>,
+    pub limits: ClientLimits,
+    pub queue: Queue,
+    /// Clients to be looked at before the turn ends.
+    pub due: VecDeque<Key<Client>>,
+    /// Clients whose connection is to be released before the turn ends.
+    pub releasing: Vec<Key<Client>>,
+    /// For a request that lies in several buffers.
+    pub scratch: Box<[u8]>,
+}
+
+/// The endpoints and their pools.
+pub(super) struct Pools {
+    pub table: Table,
+    /// Pool connections at most, idle or being made, of all endpoints.
+    pub conns_max: usize,
+    /// Endpoints whose pool may want connections.
+    pub short: Vec<EndpointId>,
+    /// Endpoints that may have connections for requests that wait.
+    pub freed: Vec<EndpointId>,
+    pub health: HealthConfig,
+    /// For so long an endpoint that left the set is taken to come back.
+    pub linger: Duration,
+    /// How long peers may acknowledge nothing.
+    pub patience: Option<Patience>,
+    /// The slot of the connection that was looked at last for that.
+    pub looked_at: usize,
     upkeep_at: Instant,
-    gate: AcceptGate,
+    /// Where backends cannot be.
+    listening: Listening,
+}
+
+/// One worker's state, bound to a driver.
+pub struct Engine<D> {
+    pub(super) cx: Context<D>,
+    pub(super) acceptor: Acceptor,
+    pub(super) mail: Mail,
+    pub(super) load: Load,
+    pub(super) sessions: Slab<Session>,
+    pub(super) timeouts: Timeouts,
+    /// Connections that are closed once their peers have what was sent to them.
+    pub(super) flushing: usize,
+    pub(super) requests: Requests,
+    pub(super) pools: Pools,
 }
 
 impl<D: Driver> Engine<D> {
@@ -202,61 +234,71 @@ impl<D: Driver> Engine<D> {
         let slots = limits::sessions_of_worker_max(setup.sessions_max);
         let clients_max = if reuses_conns { slots } else { 0 };
         Self {
-            clients: Slab::with_capacity(clients_max),
-            slots,
-            client_limits: ClientLimits {
-                idle: config.idle_timeout,
-                half_close: config.half_close_timeout,
-                queue: config.requests.queue_timeout,
-                endpoint: config.endpoint_wait,
-                request: config.requests.timeout,
+            acceptor: Acceptor {
+                gate: AcceptGate::default(),
+                listening_until: None,
+                // More than that come in the one turn of a drain, which may allocate.
+                accepted: Vec::with_capacity(limits::LISTEN_BACKLOG as usize),
+                drains_since: None,
+                before_drain: 0,
+                sessions_max: setup.sessions_max,
+                slots,
+                index: setup.index,
+                started: setup.started,
+                everyone: Arc::clone(&setup.stats),
             },
-            queue: Queue::new(config.requests.queue_max, clients_max),
-            due: VecDeque::with_capacity(clients_max),
-            releasing: Vec::with_capacity(clients_max),
-            flushing: 0,
-            conns_in_use: 0,
-            freed: Vec::with_capacity(limits::ENDPOINTS_MAX),
-            scratch: vec![0; config.requests.line_max].into(),
-            timeouts: Timeouts { idle: config.idle_timeout, half_close: config.half_close_timeout },
-            health: HealthConfig {
-                eject_failures: config.eject_failures,
-                eject_time: config.eject_time,
+            mail: Mail {
+                own: Arc::clone(&setup.mailboxes[setup.index]),
+                all: setup.mailboxes,
+                has_some: false,
             },
-            linger: linger_of(&config),
-            stats: Arc::clone(&setup.stats[setup.index]),
+            load: Load {
+                batcher: Batcher::new(now, setup.core_wait.total()),
+                core_wait: setup.core_wait,
+                ended_lately: 0,
+            },
             sessions: Slab::with_capacity(slots),
-            owners: Vec::with_capacity(conns_max),
-            table: Table::new(config.balance, setup.index),
-            timers: Timers::new(conns_max, now),
-            rng: fastrand::Rng::with_seed(setup.seed),
-            now,
-            command: Command::Run,
-            pool_conns: 0,
-            pool_conns_max: setup.pool_conns_max.min(limits::POOL_CONNS_MAX),
-            short_pools: Vec::with_capacity(limits::ENDPOINTS_MAX),
-            patience: config.tcp_user_timeout.map(|limit| Patience { limit }),
-            looked_at: 0,
-            batcher: Batcher::new(now, setup.core_wait.total()),
-            core_wait: setup.core_wait,
-            ended_lately: 0,
-            listening_until: None,
-            drains_since: None,
-            before_drain: 0,
-            // More than that come in the one turn of a drain, which may allocate.
-            accepted: Vec::with_capacity(limits::LISTEN_BACKLOG as usize),
-            has_mail: false,
-            mailbox: Arc::clone(&setup.mailboxes[setup.index]),
-            mailboxes: setup.mailboxes,
-            everyone: setup.stats,
-            index: setup.index,
-            sessions_max: setup.sessions_max,
-            started: setup.started,
-            listening: setup.listening,
-            upkeep_at: now,
-            gate: AcceptGate::default(),
-            config,
-            driver,
+            timeouts: Timeouts { idle: config.idle_timeout, half_close: config.half_close_timeout },
+            flushing: 0,
+            requests: Requests {
+                clients: Slab::with_capacity(clients_max),
+                limits: ClientLimits {
+                    idle: config.idle_timeout,
+                    half_close: config.half_close_timeout,
+                    queue: config.requests.queue_timeout,
+                    endpoint: config.endpoint_wait,
+                    request: config.requests.timeout,
+                },
+                queue: Queue::new(config.requests.queue_max, clients_max),
+                due: VecDeque::with_capacity(clients_max),
+                releasing: Vec::with_capacity(clients_max),
+                scratch: vec![0; config.requests.line_max].into(),
+            },
+            pools: Pools {
+                table: Table::new(config.balance, setup.index),
+                conns_max: setup.pool_conns_max.min(limits::POOL_CONNS_MAX),
+                short: Vec::with_capacity(limits::ENDPOINTS_MAX),
+                freed: Vec::with_capacity(limits::ENDPOINTS_MAX),
+                health: HealthConfig {
+                    eject_failures: config.eject_failures,
+                    eject_time: config.eject_time,
+                },
+                linger: linger_of(&config),
+                patience: config.tcp_user_timeout.map(|limit| Patience { limit }),
+                looked_at: 0,
+                upkeep_at: now,
+                listening: setup.listening,
+            },
+            cx: Context {
+                stats: Arc::clone(&setup.stats[setup.index]),
+                owners: Vec::with_capacity(conns_max),
+                timers: Timers::new(conns_max, now),
+                rng: fastrand::Rng::with_seed(setup.seed),
+                now,
+                command: Command::Run,
+                config,
+                driver,
+            },
         }
     }
 
@@ -270,15 +312,15 @@ impl<D: Driver> Engine<D> {
             self.turn()?;
         }
         // One more, so that the last closes reach the kernel.
-        self.driver.wait(Wait::for_one(Duration::ZERO)).map(drop)
+        self.cx.driver.wait(Wait::for_one(Duration::ZERO)).map(drop)
     }
 
     /// Whether it was told to end and nothing is left to do.
     pub fn is_finished(&self) -> bool {
-        self.command >= Command::Drain
-            && self.listening_until.is_none()
+        self.cx.command >= Command::Drain
+            && self.acceptor.listening_until.is_none()
             && self.sessions() == 0
-            && self.mailbox.clients() == 0
+            && self.mail.own.clients() == 0
     }
 
     /// One turn.
@@ -288,31 +330,31 @@ impl<D: Driver> Engine<D> {
     pub fn turn(&mut self) -> io::Result<()> {
         self.steer_accepting();
         let wait = self.plan_wait();
-        if self.driver.wait(wait)? {
-            self.batcher.on_sleep();
+        if self.cx.driver.wait(wait)? {
+            self.load.batcher.on_sleep();
         }
-        self.now = self.driver.now();
+        self.cx.now = self.cx.driver.now();
         // While this worker slept the others may have taken the room.
         self.steer_accepting();
         let mut events = 0;
-        while let Some(completion) = self.driver.next() {
+        while let Some(completion) = self.cx.driver.next() {
             events += 1;
             self.on_completion(completion);
         }
         self.serve_accepted();
-        if self.listening_until.is_some_and(|at| self.now >= at) {
+        if self.acceptor.listening_until.is_some_and(|at| self.cx.now >= at) {
             self.stop_listening();
         }
-        while let Some(slot) = self.timers.pop(self.now) {
+        while let Some(slot) = self.cx.timers.pop(self.cx.now) {
             self.on_timer(slot);
         }
         self.serve_clients();
         self.refill_short_pools();
-        if self.now >= self.upkeep_at {
-            self.upkeep_at = self.now + limits::UPKEEP_INTERVAL;
+        if self.cx.now >= self.pools.upkeep_at {
+            self.pools.upkeep_at = self.cx.now + limits::UPKEEP_INTERVAL;
             self.upkeep();
             self.forget_ended();
-            self.driver.buffers().release_idle();
+            self.cx.driver.buffers().release_idle();
         }
         self.publish(events);
         Ok(())
@@ -321,17 +363,17 @@ impl<D: Driver> Engine<D> {
     /// Serves the clients that this turn brought, last: by now it is known which warm connections
     /// have ended.
     fn serve_accepted(&mut self) {
-        let mut accepted = std::mem::take(&mut self.accepted);
+        let mut accepted = std::mem::take(&mut self.acceptor.accepted);
         let mut lighter = if accepted.is_empty() { None } else { self.lighter_worker() };
         for conn in accepted.drain(..) {
             if let Some(conn) = self.hand_over(conn, &mut lighter) {
                 self.admit(conn);
             }
         }
-        self.accepted = accepted;
-        if std::mem::take(&mut self.has_mail) {
-            while let Some(client) = self.mailbox.take_client() {
-                if let Some(conn) = self.driver.adopt(client) {
+        self.acceptor.accepted = accepted;
+        if std::mem::take(&mut self.mail.has_some) {
+            while let Some(client) = self.mail.own.take_client() {
+                if let Some(conn) = self.cx.driver.adopt(client) {
                     self.admit(conn);
                 }
             }
@@ -339,10 +381,10 @@ impl<D: Driver> Engine<D> {
     }
 
     fn admit(&mut self, client: ConnId) {
-        if self.sessions() >= self.slots {
-            self.stats.sessions_opened.add(1);
-            self.stats.count_close(CloseReason::Overload);
-            self.driver.close(client, Close::Reset);
+        if self.sessions() >= self.acceptor.slots {
+            self.cx.stats.sessions_opened.add(1);
+            self.cx.stats.count_close(CloseReason::Overload);
+            self.cx.driver.close(client, Close::Reset);
         } else if self.reuses_conns() {
             self.on_client(client);
         } else {
@@ -351,39 +393,46 @@ impl<D: Driver> Engine<D> {
     }
 
     fn plan_wait(&mut self) -> Wait {
-        if self.batcher.window_is_over(self.now) {
-            let waited = self.core_wait.total();
-            self.stats.core_wait_ns.set(waited.as_nanos() as u64);
-            self.batcher.on_window(self.now, waited);
+        if self.load.batcher.window_is_over(self.cx.now) {
+            let waited = self.load.core_wait.total();
+            self.cx.stats.core_wait_ns.set(waited.as_nanos() as u64);
+            self.load.batcher.on_window(self.cx.now, waited);
         }
-        let Plan { events, batch, contended } = self.batcher.plan(self.now);
+        let Plan { events, batch, contended } = self.load.batcher.plan(self.cx.now);
         // Few connections for many clients bring few answers at a time.
-        let events =
-            if self.reuses_conns() { events.min((self.conns_in_use / 2).max(1)) } else { events };
-        let mut most = if self.gate.waits_for_turn || self.gate.full { ROTATION } else { TURN_MAX };
+        let events = if self.reuses_conns() {
+            events.min((self.pools.table.totals().acquired as u32 / 2).max(1))
+        } else {
+            events
+        };
+        let mut most = if self.acceptor.gate.waits_for_turn || self.acceptor.gate.full {
+            ROTATION
+        } else {
+            TURN_MAX
+        };
         let due = [
-            self.timers.next(),
-            self.gate.retry_at,
-            self.listening_until,
+            self.cx.timers.next(),
+            self.acceptor.gate.retry_at,
+            self.acceptor.listening_until,
             self.pools_need_upkeep_at(),
         ];
-        if !(self.due.is_empty() && self.freed.is_empty()) {
+        if !(self.requests.due.is_empty() && self.pools.freed.is_empty()) {
             most = Duration::ZERO;
         }
         for at in due.into_iter().flatten() {
-            most = most.min(at.saturating_duration_since(self.now));
+            most = most.min(at.saturating_duration_since(self.cx.now));
         }
         Wait { events, batch, most, contended }
     }
 
     /// Without warm connections or endpoints to watch there is nothing to look over.
     fn pools_need_upkeep_at(&self) -> Option<Instant> {
-        self.table.has_entries().then_some(self.upkeep_at)
+        self.pools.table.has_entries().then_some(self.pools.upkeep_at)
     }
 
     fn on_completion(&mut self, completion: Completion) {
         match completion {
-            Completion::Accepted(conn) => self.accepted.push(conn),
+            Completion::Accepted(conn) => self.acceptor.accepted.push(conn),
             Completion::AcceptFailed(error) => self.on_accept_failed(&error),
             Completion::Connected(conn) if self.leads_back(conn) => {
                 self.on_connect_failed(conn, &leads_back());
@@ -399,7 +448,7 @@ impl<D: Driver> Engine<D> {
                 Some(&Owner::Client(client)) => self.on_client_received(client, buf),
                 Some(&Owner::InUse(client)) => self.on_reply(client, buf),
                 Some(Owner::Warm { .. }) => self.on_greeting(conn, buf),
-                _ => self.driver.buffers().give(buf),
+                _ => self.cx.driver.buffers().give(buf),
             },
             Completion::Spliced(conn, bytes) => {
                 if let Some(&Owner::Session(session, side)) = self.peek_owner(conn) {
@@ -451,10 +500,10 @@ impl<D: Driver> Engine<D> {
     /// discovery finds are looked through for that too; here it is for addresses that have become
     /// this host's since.
     pub(super) fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
-        if self.listening.reached_by(*address, socket::is_local).is_some() {
+        if self.pools.listening.reached_by(*address, socket::is_local).is_some() {
             return Err(leads_back());
         }
-        self.driver.connect(address)
+        self.cx.driver.connect(address)
     }
 
     /// Whether a connection that was just made has this process at both ends: one of its listeners,
@@ -462,11 +511,11 @@ impl<D: Driver> Engine<D> {
     /// port that it is to connect to and nobody listens there.
     fn leads_back(&self, conn: ConnId) -> bool {
         let (Some(from), Some(to)) =
-            (self.driver.local_address(conn), self.driver.peer_address(conn))
+            (self.cx.driver.local_address(conn), self.cx.driver.peer_address(conn))
         else {
             return false;
         };
-        from == to || self.listening.reached_by(to, |ip| ip == from.ip()).is_some()
+        from == to || self.pools.listening.reached_by(to, |ip| ip == from.ip()).is_some()
     }
 
     fn on_connect_failed(&mut self, conn: ConnId, error: &io::Error) {
@@ -478,7 +527,7 @@ impl<D: Driver> Engine<D> {
     }
 
     fn on_timer(&mut self, slot: usize) {
-        let Some(&Owned { conn, ref owner }) = self.owners.get(slot) else { return };
+        let Some(&Owned { conn, ref owner }) = self.cx.owners.get(slot) else { return };
         match *owner {
             Owner::Session(session, Side::Client) => self.on_session_deadline(session),
             Owner::Session(_, Side::Backend) | Owner::Warming { .. } => {
@@ -492,36 +541,36 @@ impl<D: Driver> Engine<D> {
 
     /// Looks into the mailbox.
     fn on_mail(&mut self) {
-        self.mailbox.clear_wake();
-        self.has_mail = true;
-        if let Some(snapshot) = self.mailbox.take_snapshot() {
-            let slow_start = self.config.slow_start.is_some();
-            self.table.apply(&snapshot, &self.config.pool, slow_start, self.now);
+        self.mail.own.clear_wake();
+        self.mail.has_some = true;
+        if let Some(snapshot) = self.mail.own.take_snapshot() {
+            let slow_start = self.cx.config.slow_start.is_some();
+            self.pools.table.apply(&snapshot, &self.cx.config.pool, slow_start, self.cx.now);
             self.evict_removed();
-            self.stats.applied_generation.set(snapshot.generation);
-            self.short_pools.clear();
-            self.short_pools.extend(self.table.indices());
-            if !self.table.is_empty() {
+            self.cx.stats.applied_generation.set(snapshot.generation);
+            self.pools.short.clear();
+            self.pools.short.extend(self.pools.table.indices());
+            if !self.pools.table.is_empty() {
                 self.dispatch_waiting();
             }
             self.place_waiting_again();
         }
-        let command = self.mailbox.current_command();
-        if command > self.command {
-            if self.command == Command::Run {
-                self.drains_since = Some(self.now);
-                self.before_drain = self.sessions.len() + self.clients.len();
-                self.stats.sessions_before_drain.set(self.before_drain as u64);
+        let command = self.mail.own.current_command();
+        if command > self.cx.command {
+            if self.cx.command == Command::Run {
+                self.acceptor.drains_since = Some(self.cx.now);
+                self.acceptor.before_drain = self.sessions.len() + self.requests.clients.len();
+                self.cx.stats.sessions_before_drain.set(self.acceptor.before_drain as u64);
                 self.look_after_all_clients();
-                self.stats.set_state(WorkerState::Draining);
+                self.cx.stats.set_state(WorkerState::Draining);
             }
-            if self.command < Command::Drain && command >= Command::Drain {
-                let crowded = self.driver.refuse_handshakes();
+            if self.cx.command < Command::Drain && command >= Command::Drain {
+                let crowded = self.cx.driver.refuse_handshakes();
                 let most = if crowded { HANDSHAKE_AGAIN_MAX } else { HANDSHAKE_MAX };
-                self.listening_until = Some(self.now + most);
-                self.gate = AcceptGate::default();
+                self.acceptor.listening_until = Some(self.cx.now + most);
+                self.acceptor.gate = AcceptGate::default();
             }
-            self.command = command;
+            self.cx.command = command;
             if command == Command::Stop {
                 self.stop_listening();
                 self.close_all_sessions(CloseReason::DrainDeadline);
@@ -533,14 +582,14 @@ impl<D: Driver> Engine<D> {
 
     /// Closes the listeners. The clients that were still in the accept queues become sessions.
     fn stop_listening(&mut self) {
-        if self.listening_until.take().is_some() {
-            self.gate = AcceptGate::default();
-            let closed = self.driver.stop_listening();
-            if !closed && self.command < Command::Stop {
+        if self.acceptor.listening_until.take().is_some() {
+            self.acceptor.gate = AcceptGate::default();
+            let closed = self.cx.driver.stop_listening();
+            if !closed && self.cx.command < Command::Stop {
                 // Sessions that end leave descriptors for those who wait.
-                self.listening_until = Some(self.now + ACCEPT_RETRY);
+                self.acceptor.listening_until = Some(self.cx.now + ACCEPT_RETRY);
             }
-            while let Some(completion) = self.driver.next() {
+            while let Some(completion) = self.cx.driver.next() {
                 self.on_completion(completion);
             }
             self.serve_accepted();
@@ -549,38 +598,42 @@ impl<D: Driver> Engine<D> {
 
     /// Lets in as many clients as there is room for in the whole process.
     fn steer_accepting(&mut self) {
-        if self.command >= Command::Drain {
+        if self.cx.command >= Command::Drain {
             // Nobody comes behind those who wait: all are let in, whatever the limit says.
-            self.gate.retry_at = self.gate.retry_at.filter(|&at| self.now < at);
-            let listens = self.listening_until.is_some() && self.gate.retry_at.is_none();
-            let room = self.slots.saturating_sub(self.sessions());
-            return self.driver.accept(if listens { room } else { 0 });
+            self.acceptor.gate.retry_at =
+                self.acceptor.gate.retry_at.filter(|&at| self.cx.now < at);
+            let listens =
+                self.acceptor.listening_until.is_some() && self.acceptor.gate.retry_at.is_none();
+            let room = self.acceptor.slots.saturating_sub(self.sessions());
+            return self.cx.driver.accept(if listens { room } else { 0 });
         }
-        let active: usize = (0..self.everyone.len()).map(|worker| self.load_of(worker)).sum();
-        let free = self.sessions_max.saturating_sub(active);
+        let active: usize =
+            (0..self.acceptor.everyone.len()).map(|worker| self.load_of(worker)).sum();
+        let free = self.acceptor.sessions_max.saturating_sub(active);
         // Each worker takes at most its share of what is left as it looks; of a remainder, some
         // get one each, in turns, so that nobody's clients wait for ever.
-        let workers = self.everyone.len();
-        let alive = self.now.saturating_duration_since(self.started);
+        let workers = self.acceptor.everyone.len();
+        let alive = self.cx.now.saturating_duration_since(self.acceptor.started);
         let first = (alive.as_millis() / ROTATION.as_millis()) as usize;
-        let share = free / workers + usize::from((self.index + first) % workers < free % workers);
+        let share =
+            free / workers + usize::from((self.acceptor.index + first) % workers < free % workers);
         let share = if free < FREE_SHORT * workers { share.min(1) } else { share };
         // Before the first snapshot there is nowhere to send a client.
-        let share = if self.stats.applied_generation.get() == 0 { 0 } else { share };
-        if self.gate.retry_at.is_some_and(|at| self.now < at) {
-            self.driver.accept(0);
+        let share = if self.cx.stats.applied_generation.get() == 0 { 0 } else { share };
+        if self.acceptor.gate.retry_at.is_some_and(|at| self.cx.now < at) {
+            self.cx.driver.accept(0);
             return;
         }
-        self.gate.retry_at = None;
-        if free == 0 && !self.gate.full {
-            self.stats.accept_pauses.add(1);
-            let most = self.sessions_max;
+        self.acceptor.gate.retry_at = None;
+        if free == 0 && !self.acceptor.gate.full {
+            self.cx.stats.accept_pauses.add(1);
+            let most = self.acceptor.sessions_max;
             self.complain(format_args!("{most} sessions are open (AEGIS_MAX_SESSIONS): newcomers wait in the kernel's queue"));
         }
-        self.gate.full = free == 0;
-        self.gate.waits_for_turn = share == 0 && free > 0;
-        self.driver.accept(share);
-        if share > 0 && self.driver.is_short_of_descriptors() {
+        self.acceptor.gate.full = free == 0;
+        self.acceptor.gate.waits_for_turn = share == 0 && free > 0;
+        self.cx.driver.accept(share);
+        if share > 0 && self.cx.driver.is_short_of_descriptors() {
             self.complain(format_args!(
                 "descriptors are short (RLIMIT_NOFILE): newcomers wait in the kernel's queue"
             ));
@@ -588,23 +641,27 @@ impl<D: Driver> Engine<D> {
     }
 
     fn on_accept_failed(&mut self, error: &io::Error) {
-        self.stats.accept_errors.add(1);
-        if self.command < Command::Drain || self.listening_until.is_some() {
-            self.gate.retry_at = Some(self.now + ACCEPT_RETRY);
+        self.cx.stats.accept_errors.add(1);
+        if self.cx.command < Command::Drain || self.acceptor.listening_until.is_some() {
+            self.acceptor.gate.retry_at = Some(self.cx.now + ACCEPT_RETRY);
         }
         self.complain(format_args!("accepting failed, newcomers wait: {error}"));
     }
 
     /// A session or a client has gone: what it held may be what accepting lacked.
     pub(super) fn on_session_gone(&mut self, reason: CloseReason, age: Duration) {
-        self.stats.count_close(reason);
-        self.stats.session_duration.record(age);
+        self.cx.stats.count_close(reason);
+        self.cx.stats.session_duration.record(age);
         if age < Duration::from_secs(1) {
-            self.ended_lately += 1;
+            self.load.ended_lately += 1;
         }
-        if self.drains_since.is_some_and(|since| age > self.now.saturating_duration_since(since)) {
-            self.before_drain = self.before_drain.saturating_sub(1);
-            self.stats.sessions_before_drain.set(self.before_drain as u64);
+        if self
+            .acceptor
+            .drains_since
+            .is_some_and(|since| age > self.cx.now.saturating_duration_since(since))
+        {
+            self.acceptor.before_drain = self.acceptor.before_drain.saturating_sub(1);
+            self.cx.stats.sessions_before_drain.set(self.acceptor.before_drain as u64);
         }
         self.on_place_free();
     }
@@ -612,78 +669,79 @@ impl<D: Driver> Engine<D> {
     /// A connection was closed: its place may be what accepting lacked.
     pub(super) fn on_place_free(&mut self) {
         self.publish_sessions();
-        self.gate.retry_at = None;
+        self.acceptor.gate.retry_at = None;
     }
 
     fn complain(&mut self, what: std::fmt::Arguments<'_>) {
-        if self.gate.complained_at.is_none_or(|at| self.now >= at + COMPLAINT_INTERVAL) {
-            self.gate.complained_at = Some(self.now);
-            tracing::warn!(worker = self.index, "{what}");
+        if self.acceptor.gate.complained_at.is_none_or(|at| self.cx.now >= at + COMPLAINT_INTERVAL)
+        {
+            self.acceptor.gate.complained_at = Some(self.cx.now);
+            tracing::warn!(worker = self.acceptor.index, "{what}");
         }
     }
 
     fn publish(&mut self, events: u64) {
-        let stats = &self.stats;
+        let stats = &self.cx.stats;
         stats.turns.add(1);
         stats.completions.add(events);
-        let alive = self.now.saturating_duration_since(self.started);
+        let alive = self.cx.now.saturating_duration_since(self.acceptor.started);
         stats.heartbeat_ms.set(alive.as_millis() as u64);
-        stats.buffer_waits.add(self.driver.buffer_waits() - stats.buffer_waits.get());
-        let failures = self.driver.splice_failures() - stats.splice_failures.get();
+        stats.buffer_waits.add(self.cx.driver.buffer_waits() - stats.buffer_waits.get());
+        let failures = self.cx.driver.splice_failures() - stats.splice_failures.get();
         stats.splice_failures.add(failures);
-        let in_use = self.driver.buffers_lent();
-        let buffers = self.driver.buffers();
+        let in_use = self.cx.driver.buffers_lent();
+        let buffers = self.cx.driver.buffers();
         stats.buffers_in_use.set(u64::from(buffers.capacity() - buffers.free() - in_use));
     }
 
     /// Bytes that one direction of a session may have in flight now.
     pub(super) fn in_flight_limit(&mut self) -> u32 {
-        limits::in_flight_max(self.driver.buffers().spare())
+        limits::in_flight_max(self.cx.driver.buffers().spare())
     }
 
     /// Whether buffers are short.
     pub(super) fn is_short_of_buffers(&mut self) -> bool {
-        limits::buffers_are_short(self.driver.buffers().spare())
+        limits::buffers_are_short(self.cx.driver.buffers().spare())
     }
 
     /// Takes note of whose a connection is from now on.
     pub(super) fn own(&mut self, conn: ConnId, owner: Owner) {
         let slot = conn.index();
-        while self.owners.len() <= slot {
-            self.owners.push(Owned { conn, owner: Owner::None });
+        while self.cx.owners.len() <= slot {
+            self.cx.owners.push(Owned { conn, owner: Owner::None });
         }
-        self.owners[slot] = Owned { conn, owner };
+        self.cx.owners[slot] = Owned { conn, owner };
     }
 
     /// Takes a connection's owner out: for connections that change hands.
     pub(super) fn owner(&mut self, conn: ConnId) -> Owner {
-        match self.owners.get_mut(conn.index()) {
+        match self.cx.owners.get_mut(conn.index()) {
             Some(owned) if owned.conn == conn => std::mem::take(&mut owned.owner),
             _ => Owner::None,
         }
     }
 
     pub(super) fn peek_owner(&self, conn: ConnId) -> Option<&Owner> {
-        let owned = self.owners.get(conn.index())?;
+        let owned = self.cx.owners.get(conn.index())?;
         (owned.conn == conn).then_some(&owned.owner)
     }
 
     /// The engine's driver, for tests.
     pub fn driver(&mut self) -> &mut D {
-        &mut self.driver
+        &mut self.cx.driver
     }
 
     /// Open sessions, and what is left of some that have ended.
     pub fn sessions(&self) -> usize {
-        self.sessions.len() + self.clients.len() + self.flushing
+        self.sessions.len() + self.requests.clients.len() + self.flushing
     }
 
     pub(super) fn publish_sessions(&self) {
-        self.stats.sessions_active.set(self.sessions() as u64);
+        self.cx.stats.sessions_active.set(self.sessions() as u64);
     }
 
     /// Whether connections are worth keeping: there may be a client that needs one.
     pub(super) fn keeps_pools(&self) -> bool {
-        self.command < Command::Drain || !self.clients.is_empty()
+        self.cx.command < Command::Drain || !self.requests.clients.is_empty()
     }
 }

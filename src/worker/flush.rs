@@ -46,25 +46,25 @@ impl<D: Driver> Engine<D> {
     /// as long as the peer goes on taking bytes, and until then it counts as a session. Whoever
     /// calls this has taken its timer away.
     pub(super) fn reset_behind(&mut self, conn: ConnId) {
-        let left = self.driver.undelivered(conn);
-        if left == 0 || self.command == Command::Stop {
+        let left = self.cx.driver.undelivered(conn);
+        if left == 0 || self.cx.command == Command::Stop {
             self.owner(conn);
-            return self.driver.close(conn, Close::Reset);
+            return self.cx.driver.close(conn, Close::Reset);
         }
         // What it still sends is for nobody, but while it cannot send, it may not get to receiving.
-        self.driver.receive(conn, true);
+        self.cx.driver.receive(conn, true);
         self.flushing += 1;
-        self.flush_on(conn, Flushing::new(left, self.now));
+        self.flush_on(conn, Flushing::new(left, self.cx.now));
     }
 
     fn flush_on(&mut self, conn: ConnId, flushing: Flushing) {
-        self.timers.set(conn.index(), self.now + flushing.look_after);
+        self.cx.timers.set(conn.index(), self.cx.now + flushing.look_after);
         self.own(conn, Owner::Flushing(flushing));
     }
 
     /// Looks at a connection again that is being flushed.
     pub(super) fn on_flush_timer(&mut self, conn: ConnId, flushing: Flushing) {
-        match flushing.look(self.driver.undelivered(conn), self.now) {
+        match flushing.look(self.cx.driver.undelivered(conn), self.cx.now) {
             Some(flushing) => self.flush_on(conn, flushing),
             None => self.end_flush(conn),
         }
@@ -72,17 +72,17 @@ impl<D: Driver> Engine<D> {
 
     /// A connection that is being flushed has broken, or there is no time left for it.
     pub(super) fn end_flush(&mut self, conn: ConnId) {
-        self.timers.clear(conn.index());
+        self.cx.timers.clear(conn.index());
         self.owner(conn);
-        self.driver.close(conn, Close::Reset);
+        self.cx.driver.close(conn, Close::Reset);
         self.flushing -= 1;
         self.on_place_free();
     }
 
     pub(super) fn end_all_flushes(&mut self) {
-        for slot in 0..self.owners.len() {
-            if let Owner::Flushing(_) = self.owners[slot].owner {
-                self.end_flush(self.owners[slot].conn);
+        for slot in 0..self.cx.owners.len() {
+            if let Owner::Flushing(_) = self.cx.owners[slot].owner {
+                self.end_flush(self.cx.owners[slot].conn);
             }
         }
     }

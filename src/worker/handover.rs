@@ -24,25 +24,27 @@ pub(super) struct Lighter {
 impl<D: Driver> Engine<D> {
     /// A worker's sessions, with those on the way to it.
     pub(super) fn load_of(&self, worker: usize) -> usize {
-        self.everyone[worker].sessions_active.get() as usize + self.mailboxes[worker].clients()
+        self.acceptor.everyone[worker].sessions_active.get() as usize
+            + self.mail.all[worker].clients()
     }
 
     /// To be called ten times a second.
     pub(super) fn forget_ended(&mut self) {
-        self.ended_lately -= self.ended_lately.div_ceil(10);
+        self.load.ended_lately -= self.load.ended_lately.div_ceil(10);
     }
 
     /// The worker with the fewest sessions; `None` if that may be this one, or matters little.
     pub(super) fn lighter_worker(&self) -> Option<Lighter> {
         // Little's law: fewer are open than short ones end in a second.
-        if self.sessions() < self.ended_lately {
+        if self.sessions() < self.load.ended_lately {
             return None;
         }
-        let others = (0..self.everyone.len()).filter(|&worker| worker != self.index);
+        let others =
+            (0..self.acceptor.everyone.len()).filter(|&worker| worker != self.acceptor.index);
         let lighter = others
             .map(|worker| Lighter { worker, sessions: self.load_of(worker) })
             .min_by_key(|lighter| lighter.sessions)?;
-        (lighter.sessions < self.sessions() && self.command < Command::Drain).then_some(lighter)
+        (lighter.sessions < self.sessions() && self.cx.command < Command::Drain).then_some(lighter)
     }
 
     /// Hands a client over to `lighter` if that has far fewer sessions; else it comes back.
@@ -57,16 +59,16 @@ impl<D: Driver> Engine<D> {
         if own <= to.sessions + own / TOLERANCE {
             return Some(client);
         }
-        let Some(socket) = self.driver.release(client) else { return Some(client) };
-        match self.mailboxes[to.worker].hand_over(socket) {
+        let Some(socket) = self.cx.driver.release(client) else { return Some(client) };
+        match self.mail.all[to.worker].hand_over(socket) {
             Ok(()) => {
                 to.sessions += 1;
-                self.stats.handed_over.add(1);
+                self.cx.stats.handed_over.add(1);
                 None
             }
             Err(socket) => {
                 *lighter = None;
-                self.driver.adopt(socket)
+                self.cx.driver.adopt(socket)
             }
         }
     }

@@ -1,5 +1,6 @@
 //! A worker's endpoints: keeping their pools filled, and their health.
 
+use crate::proxy::endpoints::EndpointId;
 use std::io;
 use std::time::Instant;
 
@@ -9,29 +10,29 @@ use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
 use crate::limits;
 use crate::metrics::{CloseReason, Discard, Retry};
 use crate::proxy::Side;
-use crate::proxy::balance::Entry;
 use crate::proxy::health::{AT_ONCE, PROBE_SETTLED};
+use crate::proxy::request::Client;
 use crate::proxy::session::{Session, Verdict};
 use crate::slab::Key;
 
 impl<D: Driver> Engine<D> {
     /// Remembers that an endpoint's pool may want connections.
-    pub(super) fn mark_short(&mut self, endpoint: u16) {
-        if !self.short_pools.contains(&endpoint) {
-            self.short_pools.push(endpoint);
+    pub(super) fn mark_short(&mut self, endpoint: EndpointId) {
+        if !self.pools.short.contains(&endpoint) {
+            self.pools.short.push(endpoint);
         }
     }
 
     pub(super) fn refill_short_pools(&mut self) {
-        while let Some(endpoint) = self.short_pools.pop() {
+        while let Some(endpoint) = self.pools.short.pop() {
             self.refill(endpoint);
         }
     }
 
-    fn refill(&mut self, endpoint: u16) {
-        let (now, keeps, share) = (self.now, self.keeps_pools(), self.pool_share());
+    fn refill(&mut self, endpoint: EndpointId) {
+        let (now, keeps, share) = (self.cx.now, self.keeps_pools(), self.pool_share());
         let needed = self.is_needed(endpoint);
-        let Some(entry) = self.table.get_mut(endpoint) else { return };
+        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         let tries = entry.health.is_usable() || needed;
         let short =
             if keeps && entry.is_present() && tries { entry.pool.shortage(share, now) } else { 0 };
@@ -46,29 +47,30 @@ impl<D: Driver> Engine<D> {
     /// How many connections there may be in pools, those that clients hold included. Each client
     /// comes with the right to one.
     fn pool_budget(&self) -> usize {
-        self.pool_conns_max + self.clients.len()
+        self.pools.conns_max + self.requests.clients.len()
     }
 
     fn pool_budget_used(&self) -> usize {
-        self.pool_conns + self.conns_in_use as usize
+        let totals = self.pools.table.totals();
+        totals.pooled + totals.acquired
     }
 
     /// How many connections each endpoint may keep without need, so that there are some for all.
     fn pool_share(&self) -> usize {
-        (self.pool_conns_max / self.table.len().max(1)).max(1)
+        (self.pools.conns_max / self.pools.table.len().max(1)).max(1)
     }
 
     /// Whether one more connection to an endpoint may be made. If requests wait for it, or others
     /// have more than their share, the one goes for it that has been idle for longest.
-    fn has_room_for(&mut self, endpoint: u16) -> bool {
-        let waited_for = self.table.get_mut(endpoint).is_some_and(|e| e.pool.wanted() > 0);
+    fn has_room_for(&mut self, endpoint: EndpointId) -> bool {
+        let waited_for = self.pools.table.get_mut(endpoint).is_some_and(|e| e.pool.wanted() > 0);
         // What comes with clients goes with them, so it is for what they need.
-        let most = if waited_for { self.pool_budget() } else { self.pool_conns_max };
+        let most = if waited_for { self.pool_budget() } else { self.pools.conns_max };
         if self.pool_budget_used() < most {
             return true;
         }
         let share = self.pool_share();
-        let oldest = self.table.oldest_idle(|index, entry| {
+        let oldest = self.pools.table.oldest_idle(|index, entry| {
             let has_enough = entry.pool.idle() > share || !entry.is_present();
             index != endpoint && (waited_for || has_enough)
         });
@@ -79,15 +81,15 @@ impl<D: Driver> Engine<D> {
     /// left, and their connections have come back.
     pub(super) fn trim_pools(&mut self) {
         while self.pool_budget_used() > self.pool_budget() {
-            let oldest = self.table.oldest_idle(|_, _| true);
+            let oldest = self.pools.table.oldest_idle(|_, _| true);
             if !oldest.is_some_and(|oldest| self.give_up_oldest(oldest)) {
                 return;
             }
         }
     }
 
-    fn give_up_oldest(&mut self, endpoint: u16) -> bool {
-        let oldest = self.table.get_mut(endpoint).and_then(|entry| entry.pool.evict());
+    fn give_up_oldest(&mut self, endpoint: EndpointId) -> bool {
+        let oldest = self.pools.table.evict(endpoint);
         if let Some(conn) = oldest {
             self.discard(conn, Discard::Surplus);
             self.publish_pool(endpoint);
@@ -96,19 +98,18 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Starts a connection for the pool. Says whether it is under way.
-    pub(super) fn warm(&mut self, endpoint: u16) -> bool {
-        if !self.reuses_conns() && self.driver.is_short_of_descriptors() {
+    pub(super) fn warm(&mut self, endpoint: EndpointId) -> bool {
+        if !self.reuses_conns() && self.cx.driver.is_short_of_descriptors() {
             // Those in reserve are for clients that are here already.
             return false;
         }
-        let Some(entry) = self.table.get_mut(endpoint) else { return false };
-        entry.pool.on_connecting();
-        self.pool_conns += 1;
+        let Some(entry) = self.pools.table.get_mut(endpoint) else { return false };
         let address = entry.endpoint.address;
+        self.pools.table.start(endpoint);
         match self.connect(&address) {
             Ok(conn) => {
-                self.own(conn, Owner::Warming { endpoint, since: self.now });
-                self.timers.set(conn.index(), self.now + self.config.connect_timeout);
+                self.own(conn, Owner::Warming { endpoint, since: self.cx.now });
+                self.cx.timers.set(conn.index(), self.cx.now + self.cx.config.connect_timeout);
                 true
             }
             Err(error) => {
@@ -118,49 +119,50 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    pub(super) fn on_warmed(&mut self, endpoint: u16, conn: ConnId, since: Instant) {
-        self.timers.clear(conn.index());
-        self.stats.connect_duration.record(self.now.saturating_duration_since(since));
+    pub(super) fn on_warmed(&mut self, endpoint: EndpointId, conn: ConnId, since: Instant) {
+        self.cx.timers.clear(conn.index());
+        self.cx.stats.connect_duration.record(self.cx.now.saturating_duration_since(since));
         self.on_endpoint_connected(endpoint);
-        let (now, keeps, health) = (self.now, self.keeps_pools(), self.health);
-        let Some(entry) = self.table.get_mut(endpoint) else { return };
-        let probes = entry.health.is_probing();
-        let kept = entry.pool.on_connected(conn, probes, now, &mut self.rng);
+        let (now, keeps, health) = (self.cx.now, self.keeps_pools(), self.pools.health);
+        let kept = self.pools.table.connected(endpoint, conn, now, &mut self.cx.rng);
+        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         if !kept && entry.health.on_settled(&health, now) {
             // There is no room to see whether it lasts.
             self.on_readmitted(endpoint);
         }
-        let Some(entry) = self.table.get_mut(endpoint) else { return };
+        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         let (useful, usable) = (!entry.is_gone() && keeps, entry.health.is_usable());
         if kept && useful {
             self.own(conn, Owner::Warm { endpoint, greeting: Chain::default() });
             // Watched while idle: its end shows at once.
-            self.driver.receive(conn, true);
+            self.cx.driver.receive(conn, true);
             // One to an endpoint in doubt is for nobody who can have another one.
             if self.reuses_conns() && (usable || self.is_needed(endpoint)) {
                 self.free(endpoint);
             }
         } else {
-            entry.pool.remove(conn);
+            self.pools.table.remove(endpoint, conn);
             self.discard(conn, if useful { Discard::Surplus } else { Discard::Endpoint });
         }
         self.mark_short(endpoint);
     }
 
-    pub(super) fn on_warming_failed(&mut self, endpoint: u16, conn: ConnId, error: &io::Error) {
-        self.timers.clear(conn.index());
-        self.driver.close(conn, Close::Reset);
+    pub(super) fn on_warming_failed(
+        &mut self,
+        endpoint: EndpointId,
+        conn: ConnId,
+        error: &io::Error,
+    ) {
+        self.cx.timers.clear(conn.index());
+        self.cx.driver.close(conn, Close::Reset);
         self.pool_failed(endpoint, error);
     }
 
-    fn pool_failed(&mut self, endpoint: u16, error: &io::Error) {
-        self.pool_conns -= 1;
-        let now = self.now;
-        if let Some(entry) = self.table.get_mut(endpoint) {
-            entry.pool.on_connect_failed(now, &mut self.rng);
-        }
+    fn pool_failed(&mut self, endpoint: EndpointId, error: &io::Error) {
+        let now = self.cx.now;
+        self.pools.table.connect_failed(endpoint, now, &mut self.cx.rng);
         if is_local(error) {
-            if let Some(entry) = self.table.get_mut(endpoint) {
+            if let Some(entry) = self.pools.table.get_mut(endpoint) {
                 entry.health.on_probe_lost(now);
             }
         } else {
@@ -174,22 +176,22 @@ impl<D: Driver> Engine<D> {
     /// that gets the connection, which is still watched.
     pub(super) fn on_greeting(&mut self, conn: ConnId, buf: Buf) {
         let Owner::Warm { endpoint, mut greeting } = self.owner(conn) else {
-            return self.driver.buffers().give(buf);
+            return self.cx.driver.buffers().give(buf);
         };
         if self.reuses_conns() {
             // It would pass for the answer to the next request.
-            self.driver.buffers().give(buf);
+            self.cx.driver.buffers().give(buf);
             return self.forget_warm(endpoint, conn, Discard::Unexpected);
         }
-        if let Some(entry) = self.table.get_mut(endpoint) {
-            entry.pool.on_greeting(self.now);
+        if let Some(entry) = self.pools.table.get_mut(endpoint) {
+            entry.pool.on_greeting(self.cx.now);
             if let Some(made) = entry.pool.made(conn) {
                 self.on_endpoint_well(endpoint, made);
             }
         }
-        self.driver.buffers().push(&mut greeting, buf);
+        self.cx.driver.buffers().push(&mut greeting, buf);
         if greeting.buffers() > limits::POOL_GREETING_BUFFERS_MAX || self.is_short_of_buffers() {
-            self.driver.buffers().clear(&mut greeting);
+            self.cx.driver.buffers().clear(&mut greeting);
             self.forget_warm(endpoint, conn, Discard::Unexpected);
             return;
         }
@@ -197,17 +199,17 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A warm connection ended or broke while it was idle.
-    pub(super) fn on_warm_died(&mut self, endpoint: u16, conn: ConnId) {
+    pub(super) fn on_warm_died(&mut self, endpoint: EndpointId, conn: ConnId) {
         self.forget_warm(endpoint, conn, Discard::Dead);
     }
 
     /// Discards the warm connections whose end nobody has heard yet, up to the first one that is
     /// open: the next to be taken is proved to be so, at the moment when it changes hands.
-    pub(super) fn prove_oldest(&mut self, endpoint: u16) {
-        while let Some(entry) = self.table.get_mut(endpoint)
-            && let Some(conn) = entry.pool.oldest_conn(self.now)
+    pub(super) fn prove_oldest(&mut self, endpoint: EndpointId) {
+        while let Some(entry) = self.pools.table.get_mut(endpoint)
+            && let Some(conn) = entry.pool.oldest_conn(self.cx.now)
             // Bytes are a greeting.
-            && self.driver.unheard(conn) == Unheard::End
+            && self.cx.driver.unheard(conn) == Unheard::End
         {
             self.forget_warm(endpoint, conn, Discard::Dead);
         }
@@ -215,28 +217,25 @@ impl<D: Driver> Engine<D> {
 
     /// Likewise for those that are lent: the next one is open and silent, or there is none. What
     /// the kernel had told by the end of a turn need not be all that there was to tell.
-    pub(super) fn prove_latest(&mut self, endpoint: u16) {
-        while let Some(entry) = self.table.get_mut(endpoint)
+    pub(super) fn prove_latest(&mut self, endpoint: EndpointId) {
+        while let Some(entry) = self.pools.table.get_mut(endpoint)
             && let Some(conn) = entry.pool.latest_conn()
-            && let Some(why) = why_not_acquired(self.driver.unheard(conn))
+            && let Some(why) = why_not_acquired(self.cx.driver.unheard(conn))
         {
             self.forget_warm(endpoint, conn, why);
-            if !self.queue.is_empty() {
+            if !self.requests.queue.is_empty() {
                 // Those that wait may have counted on it.
                 self.want(endpoint, 1);
             }
         }
     }
 
-    fn forget_warm(&mut self, endpoint: u16, conn: ConnId, why: Discard) {
-        let now = self.now;
+    fn forget_warm(&mut self, endpoint: EndpointId, conn: ConnId, why: Discard) {
+        let now = self.cx.now;
         // One that has said something is well, whatever becomes of the connection.
         let is_silent = why == Discard::Dead
             && matches!(self.peek_owner(conn), Some(Owner::Warm { greeting, .. }) if greeting.is_empty());
-        let failed = match self.table.get_mut(endpoint) {
-            Some(entry) => entry.pool.on_died(conn, now, &mut self.rng),
-            None => false,
-        };
+        let failed = self.pools.table.died(endpoint, conn, now, &mut self.cx.rng);
         self.discard(conn, why);
         if failed && is_silent {
             self.on_endpoint_failure(endpoint, &ended_at_once());
@@ -247,23 +246,21 @@ impl<D: Driver> Engine<D> {
     /// Closes a connection that has left its pool.
     fn discard(&mut self, conn: ConnId, why: Discard) {
         if let Owner::Warm { mut greeting, .. } = self.owner(conn) {
-            self.driver.buffers().clear(&mut greeting);
+            self.cx.driver.buffers().clear(&mut greeting);
         }
-        self.pool_conns -= 1;
-        self.stats.count_discard(why);
-        self.driver.close(conn, Close::Graceful);
+        self.cx.stats.count_discard(why);
+        self.cx.driver.close(conn, Close::Graceful);
     }
 
-    fn evict(&mut self, endpoint: u16, why: Discard) {
-        while let Some(conn) = self.table.get_mut(endpoint).and_then(|entry| entry.pool.evict()) {
+    fn evict(&mut self, endpoint: EndpointId, why: Discard) {
+        while let Some(conn) = self.pools.table.evict(endpoint) {
             self.discard(conn, why);
         }
     }
 
     /// Closes the warm connections of an endpoint that were made before this moment.
-    pub(super) fn evict_made_before(&mut self, endpoint: u16, at: Instant) {
-        let old = |entry: &mut Entry| entry.pool.evict_made_before(at);
-        while let Some(conn) = self.table.get_mut(endpoint).and_then(old) {
+    pub(super) fn evict_made_before(&mut self, endpoint: EndpointId, at: Instant) {
+        while let Some(conn) = self.pools.table.evict_made_before(endpoint, at) {
             self.discard(conn, Discard::Silent);
         }
     }
@@ -271,42 +268,42 @@ impl<D: Driver> Engine<D> {
     /// Closes the warm connections of endpoints that have left for good. Those of one that may come
     /// back stay for a little, unless nobody needs them.
     pub(super) fn evict_removed(&mut self) {
-        let (now, linger) = (self.now, self.linger);
+        let (now, linger) = (self.cx.now, self.pools.linger);
         let keeps = self.keeps_pools();
-        for endpoint in self.table.indices() {
-            let Some(entry) = self.table.get_mut(endpoint) else { continue };
+        for endpoint in self.pools.table.indices() {
+            let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
             entry.let_go(linger, now);
             if entry.is_gone() || !(keeps || entry.is_present()) {
                 self.evict(endpoint, Discard::Endpoint);
             }
         }
-        self.table.forget_unused();
+        self.pools.table.forget_unused();
     }
 
     /// A connect to the endpoint succeeded, which proves little.
-    pub(super) fn on_endpoint_connected(&mut self, endpoint: u16) {
-        let now = self.now;
-        if let Some(entry) = self.table.get_mut(endpoint) {
+    pub(super) fn on_endpoint_connected(&mut self, endpoint: EndpointId) {
+        let now = self.cx.now;
+        if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.on_alive(now);
             entry.stats().connects.add(1);
         }
     }
 
     /// The first byte of a session came from its backend.
-    pub(super) fn on_session_answered(&mut self, key: Key) {
+    pub(super) fn on_session_answered(&mut self, key: Key<Session>) {
         let Some(session) = self.sessions.get(key) else { return };
         let (endpoint, made) = (session.endpoint(), session.made());
         let Some(endpoint) = endpoint else { return };
-        if let Some(entry) = self.table.get_mut(endpoint) {
+        if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.pool.on_session_served();
         }
         self.on_endpoint_answered(endpoint, made);
     }
 
     /// A byte came from the endpoint on a connection made at `made`.
-    pub(super) fn on_endpoint_answered(&mut self, endpoint: u16, made: Instant) {
-        let now = self.now;
-        if let Some(entry) = self.table.get_mut(endpoint) {
+    pub(super) fn on_endpoint_answered(&mut self, endpoint: EndpointId, made: Instant) {
+        let now = self.cx.now;
+        if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.on_alive(now);
             entry.pool.on_proven(made);
         }
@@ -314,9 +311,9 @@ impl<D: Driver> Engine<D> {
     }
 
     /// The same without the pool's pace: what greets may end each connection that is kept warm.
-    fn on_endpoint_well(&mut self, endpoint: u16, made: Instant) {
-        let now = self.now;
-        let Some(entry) = self.table.get_mut(endpoint) else { return };
+    fn on_endpoint_well(&mut self, endpoint: EndpointId, made: Instant) {
+        let now = self.cx.now;
+        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         if entry.health.is_sound() {
             return;
         }
@@ -327,8 +324,8 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn on_readmitted(&mut self, endpoint: u16) {
-        let Some(entry) = self.table.get_mut(endpoint) else { return };
+    fn on_readmitted(&mut self, endpoint: EndpointId) {
+        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         entry.stats().ejected.set(0);
         tracing::info!(endpoint = entry.endpoint.name, "usable again");
         self.free(endpoint);
@@ -336,18 +333,18 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A connect to the endpoint failed.
-    pub(super) fn on_endpoint_unreachable(&mut self, endpoint: u16, error: &io::Error) {
-        if let Some(entry) = self.table.get_mut(endpoint) {
+    pub(super) fn on_endpoint_unreachable(&mut self, endpoint: EndpointId, error: &io::Error) {
+        if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.stats().connect_failures.add(1);
         }
         self.on_endpoint_failure(endpoint, error);
     }
 
     /// The endpoint has failed: a connect to it, or what it had accepted ended at once.
-    pub(super) fn on_endpoint_failure(&mut self, endpoint: u16, error: &io::Error) {
-        let (now, health) = (self.now, self.health);
-        let Some(entry) = self.table.get_mut(endpoint) else { return };
-        let ejected = entry.health.on_failure(&health, now, &mut self.rng);
+    pub(super) fn on_endpoint_failure(&mut self, endpoint: EndpointId, error: &io::Error) {
+        let (now, health) = (self.cx.now, self.pools.health);
+        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
+        let ejected = entry.health.on_failure(&health, now, &mut self.cx.rng);
         let stats = entry.stats();
         stats.failures_in_a_row.set(u64::from(entry.health.failures()));
         if ejected {
@@ -362,20 +359,20 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Closes all warm connections of an endpoint, which get replaced little by little.
-    fn empty_pool(&mut self, endpoint: u16, why: Discard) {
-        let now = self.now;
-        if let Some(entry) = self.table.get_mut(endpoint) {
-            entry.pool.on_emptied(now, &mut self.rng);
+    fn empty_pool(&mut self, endpoint: EndpointId, why: Discard) {
+        let now = self.cx.now;
+        if let Some(entry) = self.pools.table.get_mut(endpoint) {
+            entry.pool.on_emptied(now, &mut self.cx.rng);
         }
         self.evict(endpoint, why);
     }
 
     /// The backend of a session ended or broke its connection. Says whether the session has got
     /// another one; then it has not been touched by this.
-    pub(super) fn on_backend_gone(&mut self, key: Key, broken: bool) -> bool {
+    pub(super) fn on_backend_gone(&mut self, key: Key<Session>, broken: bool) -> bool {
         let Some(session) = self.sessions.get_mut(key) else { return false };
         let untouched = session.is_untouched();
-        let (verdict, endpoint) = (session.judge(broken, self.now), session.endpoint());
+        let (verdict, endpoint) = (session.judge(broken, self.cx.now), session.endpoint());
         let Some(endpoint) = endpoint else { return false };
         match verdict {
             Verdict::None => return false,
@@ -388,11 +385,11 @@ impl<D: Driver> Engine<D> {
 
     /// Gives a session on which nothing has moved another backend, if it may have one. From one that
     /// has failed it goes to another endpoint only: what all do may be what is wanted.
-    pub(super) fn move_session(&mut self, key: Key, failed: bool) -> bool {
+    pub(super) fn move_session(&mut self, key: Key<Session>, failed: bool) -> bool {
         let Some(session) = self.sessions.get_mut(key) else { return false };
         let tried = *session.tried();
-        if tried.attempts() >= self.config.connect_attempts
-            || (failed && !self.table.has_other(&tried))
+        if tried.attempts() >= self.cx.config.connect_attempts
+            || (failed && !self.pools.table.has_other(&tried))
         {
             return false;
         }
@@ -400,13 +397,13 @@ impl<D: Driver> Engine<D> {
         let (client, backend) = (session.conn(Side::Client), session.conn(Side::Backend));
         session.on_moved();
         if let Some(client) = client {
-            self.timers.clear(client.index());
-            self.driver.receive(client, false);
+            self.cx.timers.clear(client.index());
+            self.cx.driver.receive(client, false);
         }
         if let Some(backend) = backend {
-            self.timers.clear(backend.index());
+            self.cx.timers.clear(backend.index());
             self.owner(backend);
-            self.driver.close(backend, Close::Reset);
+            self.cx.driver.close(backend, Close::Reset);
         }
         self.release(endpoint);
         let otherwise = if failed { CloseReason::ConnectFailed } else { CloseReason::BackendReset };
@@ -416,17 +413,17 @@ impl<D: Driver> Engine<D> {
     }
 
     /// An endpoint ended a fresh connection at once, without a byte on it.
-    fn on_failed_at_once(&mut self, endpoint: u16) {
-        let now = self.now;
-        if let Some(entry) = self.table.get_mut(endpoint) {
-            entry.pool.on_failed(now, &mut self.rng);
+    fn on_failed_at_once(&mut self, endpoint: EndpointId) {
+        let now = self.cx.now;
+        if let Some(entry) = self.pools.table.get_mut(endpoint) {
+            entry.pool.on_failed(now, &mut self.cx.rng);
         }
         self.on_endpoint_failure(endpoint, &ended_at_once());
     }
 
     /// An endpoint has reset a warm connection at its first use: it does not know it any more, and
     /// so none that was made before now. Its host was restarted, or its address has moved.
-    fn on_forgotten(&mut self, endpoint: u16) {
+    fn on_forgotten(&mut self, endpoint: EndpointId) {
         self.empty_pool(endpoint, Discard::Dead);
         self.discard_idle_in_use_of(endpoint);
         self.on_failed_at_once(endpoint);
@@ -434,13 +431,14 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A client's connection was lost: what that says about its endpoint.
-    pub(super) fn judge_lost(&mut self, key: Key, why: Retry) {
-        let Some(client) = self.clients.get(key) else { return };
+    pub(super) fn judge_lost(&mut self, key: Key<Client>, why: Retry) {
+        let Some(client) = self.requests.clients.get(key) else { return };
         let Some(backend) = client.backend else { return };
         if !client.is_asked() || client.has_reply() {
             return;
         }
-        let fresh = self.now.saturating_duration_since(backend.made) < AT_ONCE && !backend.served;
+        let fresh =
+            self.cx.now.saturating_duration_since(backend.made) < AT_ONCE && !backend.served;
         if fresh {
             self.on_failed_at_once(backend.endpoint);
         } else if why == Retry::Broken {
@@ -451,9 +449,9 @@ impl<D: Driver> Engine<D> {
     /// A session is closed. One that has lasted says that its endpoint is well, where that never
     /// sends a byte.
     pub(super) fn judge_closed(&mut self, session: &mut Session) {
-        let silent = session.has_lasted(self.now) && session.take_heard();
+        let silent = session.has_lasted(self.cx.now) && session.take_heard();
         if silent
-            && let Some(entry) = session.endpoint().and_then(|at| self.table.get_mut(at))
+            && let Some(entry) = session.endpoint().and_then(|at| self.pools.table.get_mut(at))
             && !entry.health.is_sound()
         {
             entry.health.on_lasted();
@@ -463,43 +461,41 @@ impl<D: Driver> Engine<D> {
 
     /// Closes what is too old, makes what is missing, and probes what may have recovered.
     pub(super) fn upkeep(&mut self) {
-        let now = self.now;
+        let now = self.cx.now;
         self.look_after_queue();
         self.look_for_silence();
         self.evict_removed();
-        for endpoint in self.table.indices() {
-            while let Some((conn, why)) =
-                self.table.get_mut(endpoint).and_then(|entry| entry.pool.expire(now))
-            {
+        for endpoint in self.pools.table.indices() {
+            while let Some((conn, why)) = self.pools.table.expire(endpoint, now) {
                 self.discard(conn, why);
             }
-            let Some(entry) = self.table.get_mut(endpoint) else { continue };
-            if let Some(slow_start) = self.config.slow_start {
+            let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
+            if let Some(slow_start) = self.cx.config.slow_start {
                 entry.ramp_up(slow_start, now);
             }
-            if self.config.backend_drain.is_some_and(|drain| entry.is_overdue(drain, now)) {
+            if self.cx.config.backend_drain.is_some_and(|drain| entry.is_overdue(drain, now)) {
                 self.close_sessions_on(endpoint);
                 self.reclaim_from(endpoint);
             }
-            let Some(entry) = self.table.get_mut(endpoint) else { continue };
-            let running = self.command < Command::Drain && entry.is_present();
+            let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
+            let running = self.cx.command < Command::Drain && entry.is_present();
             if running && entry.health.take_probe(now) {
                 self.warm(endpoint);
             } else if entry.health.is_probing() {
                 self.look_at_probe(endpoint);
             }
-            if let Some(entry) = self.table.get_mut(endpoint) {
+            if let Some(entry) = self.pools.table.get_mut(endpoint) {
                 entry.health.forgive(now);
             }
             self.refill(endpoint);
         }
-        self.table.forget_unused();
+        self.pools.table.forget_unused();
     }
 
     /// Re-admits an endpoint whose probe has stayed open for a while.
-    fn look_at_probe(&mut self, endpoint: u16) {
-        let (now, health) = (self.now, self.health);
-        let Some(entry) = self.table.get_mut(endpoint) else { return };
+    fn look_at_probe(&mut self, endpoint: EndpointId) {
+        let (now, health) = (self.cx.now, self.pools.health);
+        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         if entry.pool.has_settled(PROBE_SETTLED, now) {
             if entry.health.on_settled(&health, now) {
                 self.on_readmitted(endpoint);
@@ -512,9 +508,9 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A probe is kept even where no warm connections are; then it has served its purpose.
-    fn drop_surplus_of(&mut self, endpoint: u16) {
-        let most = self.config.pool.most();
-        while let Some(entry) = self.table.get_mut(endpoint)
+    fn drop_surplus_of(&mut self, endpoint: EndpointId) {
+        let most = self.cx.config.pool.most();
+        while let Some(entry) = self.pools.table.get_mut(endpoint)
             && entry.health.is_usable()
             && entry.pool.idle() > most
         {
@@ -522,18 +518,40 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn publish_pool(&mut self, endpoint: u16) {
-        let now = self.now;
-        let Some(entry) = self.table.get_mut(endpoint) else { return };
+    fn publish_pool(&mut self, endpoint: EndpointId) {
+        let now = self.cx.now;
+        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         let (pool, stats) = (&entry.pool, entry.stats());
-        stats.pool_idle.set(pool.idle() as u64);
-        stats.pool_connecting.set(pool.connecting() as u64);
         stats.pool_target.set(pool.target() as u64);
         stats.pool_oldest_ms.set(pool.oldest(now).map_or(0, |age| age.as_millis() as u64));
     }
+
+    /// What the pools say they have is what connections say whose they are.
+    #[cfg(test)]
+    pub(super) fn assert_pool_invariants(&self) {
+        use std::collections::HashMap;
+
+        let table = &self.pools.table;
+        table.assert_invariants();
+        let mut found: HashMap<EndpointId, [usize; 2]> = HashMap::new();
+        for owned in &self.cx.owners {
+            match owned.owner {
+                Owner::Warm { endpoint, .. } => found.entry(endpoint).or_default()[0] += 1,
+                Owner::Warming { endpoint, .. } => found.entry(endpoint).or_default()[1] += 1,
+                _ => {}
+            }
+        }
+        for endpoint in table.indices() {
+            let Some(entry) = table.get(endpoint) else { continue };
+            let owned = found.remove(&endpoint).unwrap_or_default();
+            let counts = entry.pool.counts();
+            assert_eq!([counts.idle, counts.connecting], owned, "{}", entry.endpoint.name);
+        }
+        assert!(found.is_empty(), "connections of no endpoint: {found:?}");
+    }
 }
 
-/// Why a connection must not be lent, by what is unheard of it.
+/// Why a connection must not be acquired, by what is unheard of it.
 pub(super) fn why_not_acquired(unheard: Unheard) -> Option<Discard> {
     match unheard {
         Unheard::Nothing => None,

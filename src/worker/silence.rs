@@ -5,6 +5,7 @@
 //! So connects are made to an endpoint whose connection is silent: where they succeed, it has more
 //! time; where they fail, it is ejected before the limit, as ever.
 
+use crate::proxy::endpoints::EndpointId;
 use std::io;
 use std::time::Instant;
 
@@ -18,23 +19,24 @@ use crate::proxy::pulse::Patience;
 impl<D: Driver> Engine<D> {
     /// Looks at the next part of the connections, all of which have their turn between two looks.
     pub(super) fn look_for_silence(&mut self) {
-        let Some(patience) = self.patience else { return };
+        let Some(patience) = self.pools.patience else { return };
         let turns = patience.look_after().as_millis() / limits::UPKEEP_INTERVAL.as_millis();
-        let part = self.owners.len().div_ceil((turns as usize).max(1));
+        let part = self.cx.owners.len().div_ceil((turns as usize).max(1));
         let mut looks = 0;
         for _ in 0..part {
             if looks == limits::SILENCE_LOOKS_MAX {
                 return;
             }
-            self.looked_at =
-                if self.looked_at == 0 { self.owners.len() } else { self.looked_at } - 1;
-            looks += usize::from(self.look_at(self.looked_at, &patience));
+            self.pools.looked_at =
+                if self.pools.looked_at == 0 { self.cx.owners.len() } else { self.pools.looked_at }
+                    - 1;
+            looks += usize::from(self.look_at(self.pools.looked_at, &patience));
         }
     }
 
     /// Looks at one connection, if that is due. Says whether that cost a system call.
     fn look_at(&mut self, slot: usize, patience: &Patience) -> bool {
-        let Owned { conn, ref owner } = self.owners[slot];
+        let Owned { conn, ref owner } = self.cx.owners[slot];
         let (pulse, endpoint, may_ask, waits) = match *owner {
             Owner::Session(key, side) => match self.sessions.get_mut(key) {
                 // One that is broken is waited for no longer.
@@ -46,11 +48,11 @@ impl<D: Driver> Engine<D> {
                 }
                 _ => return false,
             },
-            Owner::Client(key) => match self.clients.get_mut(key) {
+            Owner::Client(key) => match self.requests.clients.get_mut(key) {
                 Some(client) => (&mut client.pulse, None, false, false),
                 None => return false,
             },
-            Owner::InUse(key) => match self.clients.get_mut(key) {
+            Owner::InUse(key) => match self.requests.clients.get_mut(key) {
                 Some(client) => {
                     let endpoint = client.backend.map(|backend| backend.endpoint);
                     let waits = client.is_exchanging();
@@ -63,32 +65,33 @@ impl<D: Driver> Engine<D> {
                 return false;
             }
         };
-        let entry = endpoint.and_then(|endpoint| self.table.get_mut(endpoint));
+        let entry = endpoint.and_then(|endpoint| self.pools.table.get_mut(endpoint));
         let suspect = entry.as_ref().is_some_and(|e| e.is_gone() || !e.health.is_usable());
         let watched = suspect || waits;
         if !pulse.is_due(watched) {
             return false;
         }
-        let Some(acks) = self.driver.acks(conn) else { return true };
+        let Some(acks) = self.cx.driver.acks(conn) else { return true };
         // A request is to be answered soon; sessions may be silent for hours, and there are many.
         let ask_after = if watched { patience.look_after() } else { patience.limit };
-        let look = pulse.look(acks, watched, may_ask.then_some(ask_after), self.now);
+        let look = pulse.look(acks, watched, may_ask.then_some(ask_after), self.cx.now);
         if let Some(on) = look.ask {
-            self.driver.ask(conn, on.then_some(ask_after));
+            self.cx.driver.ask(conn, on.then_some(ask_after));
         }
         let alive = entry.and_then(|entry| entry.alive_at());
         let Some(since) = look.silent_since else { return true };
         match endpoint {
             Some(endpoint) => {
-                if patience.is_suspicious(since, self.now) && alive.is_none_or(|at| at <= since) {
+                if patience.is_suspicious(since, self.cx.now) && alive.is_none_or(|at| at <= since)
+                {
                     self.call_witnesses(endpoint);
                 }
-                if patience.is_over(since, alive, self.now) {
+                if patience.is_over(since, alive, self.cx.now) {
                     self.on_backend_silent(conn, endpoint, since);
                 }
             }
             // There is nothing else to tell by that it is there.
-            None if patience.is_over(since, Some(self.now), self.now) => {
+            None if patience.is_over(since, Some(self.cx.now), self.cx.now) => {
                 self.on_client_silent(conn);
             }
             None => {}
@@ -97,8 +100,8 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Connects to an endpoint, to see whether it is there at all.
-    fn call_witnesses(&mut self, endpoint: u16) {
-        let Some(entry) = self.table.get_mut(endpoint) else { return };
+    fn call_witnesses(&mut self, endpoint: EndpointId) {
+        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         if !entry.is_present() {
             return;
         }
@@ -117,13 +120,13 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A backend's connection is given up: its peer has acknowledged nothing since then.
-    fn on_backend_silent(&mut self, conn: ConnId, endpoint: u16, since: Instant) {
+    fn on_backend_silent(&mut self, conn: ConnId, endpoint: EndpointId, since: Instant) {
         let session = match self.peek_owner(conn) {
             Some(&Owner::Session(key, _)) => self.sessions.get(key),
             _ => None,
         };
         let has_ended = session.is_some_and(|session| session.has_ended(Side::Backend));
-        if !has_ended && self.driver.unheard(conn) != Unheard::Nothing {
+        if !has_ended && self.cx.driver.unheard(conn) != Unheard::Nothing {
             // It waits for whoever is to have what came before, and nobody waits for it.
             return;
         }
@@ -144,13 +147,13 @@ impl<D: Driver> Engine<D> {
     }
 
     /// What was made before an endpoint fell silent shares the fate of the connection that showed it.
-    fn on_endpoint_silent(&mut self, endpoint: u16, since: Instant) {
-        let now = self.now;
+    fn on_endpoint_silent(&mut self, endpoint: EndpointId, since: Instant) {
+        let now = self.cx.now;
         self.evict_made_before(endpoint, since);
         self.discard_idle_in_use_of(endpoint);
-        let Some(entry) = self.table.get_mut(endpoint) else { return };
+        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         if entry.is_present() && entry.alive_at().is_none_or(|at| at <= since) {
-            entry.pool.on_emptied(now, &mut self.rng);
+            entry.pool.on_emptied(now, &mut self.cx.rng);
             self.on_endpoint_failure(endpoint, &acknowledges_nothing());
         }
         self.mark_short(endpoint);

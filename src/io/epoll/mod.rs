@@ -176,7 +176,7 @@ pub struct Epoll {
     /// No handshake begins any more.
     refusing: bool,
     descriptors: Descriptors,
-    sockets: Slab<Socket>,
+    sockets: Slab<Socket, crate::io::Conn>,
     buffers: Buffers,
     options: socket::Options,
     start: Instant,

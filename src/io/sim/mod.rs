@@ -126,7 +126,7 @@ pub struct Sim {
     elapsed: Duration,
     steps: BinaryHeap<Reverse<(Duration, u64, Step)>>,
     sequence: u64,
-    sockets: Slab<Socket>,
+    sockets: Slab<Socket, crate::io::Conn>,
     buffers: Buffers,
     hearing: Hearing,
     /// Sends are told of up to so many microseconds after the kernel has taken them.

@@ -44,7 +44,7 @@ pub struct Uring {
     ring: Ring,
     provided: ProvidedBuffers,
     buffers: Buffers,
-    sockets: Slab<Socket>,
+    sockets: Slab<Socket, crate::io::Conn>,
     listeners: Vec<Listener>,
     wake: OwnedFd,
     options: options::Options,

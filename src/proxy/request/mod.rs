@@ -25,6 +25,7 @@ mod error_reply;
 mod framing;
 mod upload;
 
+use crate::proxy::endpoints::EndpointId;
 use std::time::{Duration, Instant};
 
 pub use broadcast::Broadcast;
@@ -74,7 +75,7 @@ pub struct BackendConn {
     /// The connection.
     pub conn: ConnId,
     /// The endpoint that it goes to.
-    pub endpoint: u16,
+    pub endpoint: EndpointId,
     /// When it is too old to be kept.
     pub retire_at: Option<Instant>,
     /// When it was made.
@@ -523,7 +524,7 @@ impl Client {
     }
 
     /// No connection to an endpoint can be had: the request goes to another one.
-    pub fn on_passed_over(&mut self, endpoint: u16) {
+    pub fn on_passed_over(&mut self, endpoint: EndpointId) {
         self.on_placed_again();
         if let Some(exchange) = &mut self.exchange {
             exchange.tried.push(endpoint);
@@ -796,7 +797,14 @@ mod tests {
 
     fn backend(made: Instant) -> BackendConn {
         let conn = ConnId::from_parts(1, 0);
-        BackendConn { conn, endpoint: 0, retire_at: None, made, served: false, unread: false }
+        BackendConn {
+            conn,
+            endpoint: EndpointId::at(0),
+            retire_at: None,
+            made,
+            served: false,
+            unread: false,
+        }
     }
 
     fn client() -> (Client, Buffers, Instant) {

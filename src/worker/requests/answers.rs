@@ -5,17 +5,18 @@ use std::sync::Arc;
 use crate::config::{PoolMode, Protocol};
 use crate::io::{Buf, Close, Driver};
 use crate::metrics::{CloseReason, Discard, Outcome, Retry};
-use crate::proxy::request::{ErrorReply, Reply, write_away, write_error_reply};
+use crate::proxy::request::{Client, ErrorReply, Reply, write_away, write_error_reply};
 use crate::slab::Key;
 use crate::worker::engine::Engine;
 
 impl<D: Driver> Engine<D> {
     /// A backend sent bytes on a connection that a client holds.
-    pub(in crate::worker) fn on_reply(&mut self, key: Key, mut buf: Buf) {
+    pub(in crate::worker) fn on_reply(&mut self, key: Key<Client>, mut buf: Buf) {
         let limit = self.in_flight_limit();
-        let Some(client) = self.clients.get_mut(key).filter(|client| client.is_asked()) else {
+        let Some(client) = self.requests.clients.get_mut(key).filter(|client| client.is_asked())
+        else {
             // Between two requests of a session, or behind an answer that came early.
-            self.driver.buffers().give(buf);
+            self.cx.driver.buffers().give(buf);
             return self.lose(key, Discard::Unexpected, Retry::Broken);
         };
         let backend = client.backend.as_mut().map(|backend| {
@@ -25,11 +26,11 @@ impl<D: Driver> Engine<D> {
         if let Some(backend) = backend {
             self.on_endpoint_answered(backend.endpoint, backend.made);
         }
-        let Some(client) = self.clients.get_mut(key) else {
-            return self.driver.buffers().give(buf);
+        let Some(client) = self.requests.clients.get_mut(key) else {
+            return self.cx.driver.buffers().give(buf);
         };
-        let buffers = self.driver.buffers();
-        let reply = client.on_reply(buffers.bytes(&buf), self.now);
+        let buffers = self.cx.driver.buffers();
+        let reply = client.on_reply(buffers.bytes(&buf), self.cx.now);
         if let Reply::Surplus(count) = reply {
             buffers.set_len(&mut buf, count);
         }
@@ -37,9 +38,9 @@ impl<D: Driver> Engine<D> {
             broadcast.on_reply(buffers.bytes(&buf));
             buffers.give(buf);
         } else {
-            self.stats.bytes_to_client.add(u64::from(buf.len()));
+            self.cx.stats.bytes_to_client.add(u64::from(buf.len()));
             client.on_queued(buf.len());
-            self.driver.send(client.conn, buf);
+            self.cx.driver.send(client.conn, buf);
         }
         match reply {
             Reply::Opaque => {
@@ -53,7 +54,7 @@ impl<D: Driver> Engine<D> {
                     && let Some(backend) = client.backend
                 {
                     client.backend_receiving = false;
-                    self.driver.receive(backend.conn, false);
+                    self.cx.driver.receive(backend.conn, false);
                 }
                 self.arm_client(key);
             }
@@ -65,20 +66,20 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn on_answer_complete(&mut self, key: Key) {
-        let Some(client) = self.clients.get_mut(key) else { return };
+    fn on_answer_complete(&mut self, key: Key<Client>) {
+        let Some(client) = self.requests.clients.get_mut(key) else { return };
         if client.on_answer_complete() {
             return self.end_exchange(key);
         }
-        if let Some((request, took)) = client.count(self.now) {
-            self.stats.count_request(request.verb, Outcome::Answered, took);
+        if let Some((request, took)) = client.count(self.cx.now) {
+            self.cx.stats.count_request(request.verb, Outcome::Answered, took);
         }
         self.mark_due(key);
     }
 
     /// The answer has come, and the request was passed on as far as it can be.
-    pub(in crate::worker) fn end_exchange(&mut self, key: Key) {
-        let Some(client) = self.clients.get_mut(key) else { return };
+    pub(in crate::worker) fn end_exchange(&mut self, key: Key<Client>) {
+        let Some(client) = self.requests.clients.get_mut(key) else { return };
         let (keeps_alive, is_cut) = (client.keeps_alive(), client.is_cut());
         if client.is_answered()
             && let Some(backend) = &mut client.backend
@@ -92,9 +93,9 @@ impl<D: Driver> Engine<D> {
             self.close_backend(key, Discard::Spent, Close::Graceful);
         } else if !keeps_alive {
             self.discard_backend(key, Discard::Spent);
-        } else if self.config.pool.mode == PoolMode::Request || self.is_backend_obsolete(key) {
+        } else if self.cx.config.pool.mode == PoolMode::Request || self.is_backend_obsolete(key) {
             // At the end of the turn, when it is known that nothing came behind.
-            self.releasing.push(key);
+            self.requests.releasing.push(key);
         }
         if is_cut {
             return self.cut_off(key, Outcome::Answered);
@@ -102,15 +103,16 @@ impl<D: Driver> Engine<D> {
         self.on_answered(key, keeps_alive);
     }
 
-    pub(in crate::worker) fn is_backend_obsolete(&mut self, key: Key) -> bool {
-        let backend = self.clients.get(key).and_then(|client| client.backend);
-        let entry = backend.and_then(|backend| self.table.get_mut(backend.endpoint));
-        let aged = backend.and_then(|backend| backend.retire_at).is_some_and(|at| at <= self.now);
+    pub(in crate::worker) fn is_backend_obsolete(&mut self, key: Key<Client>) -> bool {
+        let backend = self.requests.clients.get(key).and_then(|client| client.backend);
+        let entry = backend.and_then(|backend| self.pools.table.get_mut(backend.endpoint));
+        let aged =
+            backend.and_then(|backend| backend.retire_at).is_some_and(|at| at <= self.cx.now);
         aged || entry.is_some_and(|entry| entry.is_gone())
     }
 
-    pub(in crate::worker) fn on_answered(&mut self, key: Key, keeps_alive: bool) {
-        let Some(client) = self.clients.get_mut(key) else { return };
+    pub(in crate::worker) fn on_answered(&mut self, key: Key<Client>, keeps_alive: bool) {
+        let Some(client) = self.requests.clients.get_mut(key) else { return };
         if let Some(broadcast) = &mut client.broadcast {
             broadcast.on_answered();
             return self.next_store(key);
@@ -122,20 +124,20 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Ends our direction to a client behind all that it is told, and waits for it to leave.
-    pub(in crate::worker) fn say_goodbye(&mut self, key: Key) {
-        let Some(client) = self.clients.get_mut(key) else { return };
-        client.on_leaving(self.now);
-        self.driver.shutdown(client.conn);
+    pub(in crate::worker) fn say_goodbye(&mut self, key: Key<Client>) {
+        let Some(client) = self.requests.clients.get_mut(key) else { return };
+        client.on_leaving(self.cx.now);
+        self.cx.driver.shutdown(client.conn);
         self.mark_due(key);
     }
 
     /// Goes on with the next store of a request to all of them, or answers it.
-    pub(in crate::worker) fn next_store(&mut self, key: Key) {
-        let Some(client) = self.clients.get_mut(key) else { return };
+    pub(in crate::worker) fn next_store(&mut self, key: Key<Client>) {
+        let Some(client) = self.requests.clients.get_mut(key) else { return };
         let Some(broadcast) = &mut client.broadcast else { return };
-        if self.table.store(broadcast.store + 1).is_some() {
+        if self.pools.table.store(broadcast.store + 1).is_some() {
             broadcast.store += 1;
-            client.on_next_store(self.now);
+            client.on_next_store(self.cx.now);
             return self.mark_due(key);
         }
         if let Some(broadcast) = client.broadcast.take() {
@@ -145,18 +147,18 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A request is over.
-    pub(in crate::worker) fn finish(&mut self, key: Key, outcome: Outcome) {
-        let Some(client) = self.clients.get_mut(key) else { return };
-        if let Some((request, took)) = client.finish(self.driver.buffers(), self.now) {
-            self.stats.count_request(request.verb, outcome, took);
+    pub(in crate::worker) fn finish(&mut self, key: Key<Client>, outcome: Outcome) {
+        let Some(client) = self.requests.clients.get_mut(key) else { return };
+        if let Some((request, took)) = client.finish(self.cx.driver.buffers(), self.cx.now) {
+            self.cx.stats.count_request(request.verb, outcome, took);
         }
         self.mark_due(key);
     }
 
     /// A request gets an error in place of an answer.
-    pub(in crate::worker) fn give_up(&mut self, key: Key, error: ErrorReply) {
-        self.queue.leave(key);
-        let Some(client) = self.clients.get_mut(key) else { return };
+    pub(in crate::worker) fn give_up(&mut self, key: Key<Client>, error: ErrorReply) {
+        self.requests.queue.leave(key);
+        let Some(client) = self.requests.clients.get_mut(key) else { return };
         let cut_off = client.has_part();
         if client.is_asked() {
             let slow_client = matches!(error, ErrorReply::Unfinished(_));
@@ -164,7 +166,7 @@ impl<D: Driver> Engine<D> {
             self.discard_backend(key, why);
         }
         let store = self.store_of(key).map(|store| Arc::clone(&store.name));
-        let Some(client) = self.clients.get_mut(key) else { return };
+        let Some(client) = self.requests.clients.get_mut(key) else { return };
         if let Some(broadcast) = &mut client.broadcast {
             match store {
                 Some(store) if error.is_of_a_store() => {
@@ -180,18 +182,18 @@ impl<D: Driver> Engine<D> {
         self.tell(key, error);
         self.finish(key, error.outcome());
         // A fault of HTTP says that the connection ends with it.
-        if self.config.protocol == Protocol::Http1 {
+        if self.cx.config.protocol == Protocol::Http1 {
             self.say_goodbye(key);
         }
     }
 
     /// A client that has a part of an answer gets no more of it.
-    pub(in crate::worker) fn cut_off(&mut self, key: Key, outcome: Outcome) {
+    pub(in crate::worker) fn cut_off(&mut self, key: Key<Client>, outcome: Outcome) {
         self.finish(key, outcome);
         self.close_client(key, CloseReason::BackendReset);
     }
 
-    pub(in crate::worker) fn tell(&mut self, key: Key, error: ErrorReply) {
+    pub(in crate::worker) fn tell(&mut self, key: Key<Client>, error: ErrorReply) {
         // That no connection came in time is mostly the same, found out more slowly.
         if error.is_of_a_store()
             && let Some(store) = self.store_of(key)
@@ -204,20 +206,24 @@ impl<D: Driver> Engine<D> {
             };
             return self.say(key, |space| write_away(&name, why, space));
         }
-        let protocol = self.config.protocol;
+        let protocol = self.cx.config.protocol;
         self.say(key, |space| write_error_reply(protocol, error, space));
     }
 
     /// Sends a client words of our own.
-    pub(in crate::worker) fn say(&mut self, key: Key, write: impl FnOnce(&mut [u8]) -> usize) {
-        let buffers = self.driver.buffers();
+    pub(in crate::worker) fn say(
+        &mut self,
+        key: Key<Client>,
+        write: impl FnOnce(&mut [u8]) -> usize,
+    ) {
+        let buffers = self.cx.driver.buffers();
         let Some(mut buf) = buffers.take() else {
             return self.close_client(key, CloseReason::Overload);
         };
         let len = write(buffers.space(&mut buf));
         buffers.set_len(&mut buf, len);
-        let Some(client) = self.clients.get_mut(key) else { return buffers.give(buf) };
+        let Some(client) = self.requests.clients.get_mut(key) else { return buffers.give(buf) };
         client.on_queued(len as u32);
-        self.driver.send(client.conn, buf);
+        self.cx.driver.send(client.conn, buf);
     }
 }

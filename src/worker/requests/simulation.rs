@@ -1,5 +1,6 @@
 //! The engine's lending modes on the simulator: a thousand seeded runs, every answer checked.
 
+use crate::proxy::endpoints::EndpointId;
 use std::collections::HashMap;
 use std::time::Duration;
 
@@ -54,7 +55,7 @@ pub(super) struct Lending {
     /// The endpoints have been the same from the start.
     steady: bool,
     /// Since when requests wait though an endpoint has an idle connection.
-    waits_since: HashMap<u16, Duration>,
+    waits_since: HashMap<EndpointId, Duration>,
     /// Clients were sent away: what they send after that is not answered.
     drained: bool,
 }
@@ -121,7 +122,7 @@ impl Lending {
         let stalling = |peer: &&Peer| peer.plan.stalls_at.is_some();
         let stalled = engine.driver().peers.iter().filter(stalling).count();
         assert!(engine.sessions() <= stalled, "{} clients hang", engine.sessions());
-        assert_eq!(engine.queue.len(), 0, "requests hang in the queue");
+        assert_eq!(engine.requests.queue.len(), 0, "requests hang in the queue");
     }
 
     /// Returns how many requests were answered by backends.
@@ -151,7 +152,7 @@ impl Lending {
 
     /// No write is made twice, and keys go to their owner, whoever else is there.
     fn check_requests(&mut self) {
-        let by_key = self.run.engine.config.requests.route == Route::Key;
+        let by_key = self.run.engine.cx.config.requests.route == Route::Key;
         let names: Vec<_> =
             self.run.endpoints.iter().map(|e| StableHash::of(e.name.as_bytes())).collect();
         let mut heard: HashMap<&str, usize> = HashMap::new();
@@ -233,13 +234,13 @@ fn is_answer(asked: &Asked, text: &str) -> bool {
 }
 
 /// Everything adds up, at the end of any turn.
-fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<u16, Duration>) {
+fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<EndpointId, Duration>) {
     let elapsed = engine.driver().elapsed();
-    let mut in_use: HashMap<u16, usize> = HashMap::new();
+    let mut in_use: HashMap<EndpointId, usize> = HashMap::new();
     let mut waiting = 0;
-    for slot in 0..engine.clients.slots() {
-        let Some(key) = engine.clients.key_at(slot) else { continue };
-        let Some(client) = engine.clients.get(key) else { continue };
+    for slot in 0..engine.requests.clients.slots() {
+        let Some(key) = engine.requests.clients.key_at(slot) else { continue };
+        let Some(client) = engine.requests.clients.get(key) else { continue };
         if let Some(backend) = client.backend {
             *in_use.entry(backend.endpoint).or_default() += 1;
         }
@@ -249,30 +250,36 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<u16, Durat
         let is_idle = client.is_reading() && client.unsent() == 0 && client.input.is_empty();
         assert!(!is_idle || listens || client.due, "a client is not listened to");
     }
-    assert_eq!(engine.queue.len(), waiting, "places in the queue");
-    assert!(engine.queue.len() <= engine.config.requests.queue_max, "the queue is too long");
-    assert!(engine.releasing.is_empty() && engine.freed.len() <= engine.table.indices().count());
-    let mut opaque: HashMap<u16, usize> = HashMap::new();
+    assert_eq!(engine.requests.queue.len(), waiting, "places in the queue");
+    assert!(
+        engine.requests.queue.len() <= engine.cx.config.requests.queue_max,
+        "the queue is too long"
+    );
+    assert!(
+        engine.requests.releasing.is_empty()
+            && engine.pools.freed.len() <= engine.pools.table.indices().count()
+    );
+    let mut opaque: HashMap<EndpointId, usize> = HashMap::new();
     for slot in 0..engine.sessions.slots() {
         let session = engine.sessions.key_at(slot).and_then(|key| engine.sessions.get(key));
         if let Some(endpoint) = session.and_then(Session::endpoint) {
             *opaque.entry(endpoint).or_default() += 1;
         }
     }
-    let anywhere = engine.queue.waiting(Line::Any);
-    let (mut conns, is_request) = (0, engine.config.pool.mode == PoolMode::Request);
-    for index in engine.table.indices() {
-        let Some(entry) = engine.table.get_mut(index) else { continue };
+    let anywhere = engine.requests.queue.waiting(Line::Any);
+    let (mut conns, is_request) = (0, engine.cx.config.pool.mode == PoolMode::Request);
+    for index in engine.pools.table.indices() {
+        let Some(entry) = engine.pools.table.get_mut(index) else { continue };
         let in_use = in_use.remove(&index).unwrap_or(0);
         let pool = &entry.pool;
         let sessions = in_use + opaque.remove(&index).unwrap_or(0);
         assert_eq!(
-            (pool.in_use(), entry.sessions as usize),
+            (pool.in_use(), entry.sessions() as usize),
             (sessions, sessions),
-            "loans of {index}"
+            "in use of {index:?}"
         );
         conns += pool.idle() + pool.connecting();
-        let waiting = anywhere + engine.queue.waiting(Line::Endpoint(index));
+        let waiting = anywhere + engine.requests.queue.waiting(Line::Endpoint(index));
         if waiting > 0 && pool.idle() > 0 && entry.is_present() {
             let since = *waits_since.entry(index).or_insert(elapsed);
             assert!(elapsed.saturating_sub(since) <= LOOK_AFTER, "one waits for what is idle");
@@ -282,12 +289,13 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<u16, Durat
         if is_request {
             let all = sessions + pool.idle() + pool.connecting();
             // One more may be made to find out whether an endpoint is well again.
-            assert!(sessions + pool.idle() <= engine.config.pool.size, "{all} connections");
-            assert!(all <= engine.config.pool.size + 1, "{all} connections");
+            assert!(sessions + pool.idle() <= engine.cx.config.pool.size, "{all} connections");
+            assert!(all <= engine.cx.config.pool.size + 1, "{all} connections");
         }
     }
     assert!(in_use.is_empty(), "in use of no endpoint: {in_use:?}");
-    assert_eq!(engine.pool_conns, conns, "connections of all pools");
+    assert_eq!(engine.pools.table.totals().pooled, conns, "connections of all pools");
+    engine.assert_pool_invariants();
 }
 
 fn run(seed: u64) -> (u64, u64) {
@@ -296,7 +304,7 @@ fn run(seed: u64) -> (u64, u64) {
     lending.check_liveness();
     let answered = lending.check_answers();
     lending.run.stop();
-    assert_eq!(lending.run.engine.queue.len(), 0, "places in the queue leaked");
+    assert_eq!(lending.run.engine.requests.queue.len(), 0, "places in the queue leaked");
     (lending.run.stats.sessions_opened.get(), answered as u64)
 }
 
