@@ -26,6 +26,9 @@
 //! | [`worker`] | one core: binds `proxy` to `io`, turn by turn |
 //! | [`control`] | the tokio side: discovery, admin HTTP, lifecycle |
 
+// Here alone: in the test and bench crates nothing is reachable from outside.
+#![warn(unreachable_pub)]
+
 pub mod cli;
 pub mod config;
 pub mod control;

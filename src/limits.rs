@@ -312,10 +312,9 @@ mod tests {
             // They take turns, one buffer at a time.
             for round in 1..=RELAY_BUFFERS_MAX {
                 for hold in holds.iter_mut().filter(|hold| **hold == round) {
-                    if *hold * (BUFFER_SIZE as u32) < in_flight_max(spare) {
-                        *hold += 1;
-                        spare -= 1;
-                    }
+                    let more = u32::from(*hold * (BUFFER_SIZE as u32) < in_flight_max(spare));
+                    *hold += more;
+                    spare -= more;
                 }
             }
             assert_eq!(holds.iter().max(), Some(&held), "{stalled} stalled, {spare} spare");

@@ -3,8 +3,8 @@
 //! It never forwards a byte. It speaks to workers by their mailboxes, and reads their counters.
 
 pub mod admin;
-pub mod discovery;
-pub mod lifecycle;
+mod discovery;
+mod lifecycle;
 pub mod logging;
 pub mod metrics;
 pub mod view;

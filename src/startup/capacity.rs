@@ -26,7 +26,7 @@ pub struct Capacity {
 ///
 /// # Errors
 /// The number of sessions that is configured does not fit, or not even one does.
-pub fn of(config: &Config, workers: usize, nofile: u64) -> Result<Capacity, CapacityError> {
+pub(super) fn of(config: &Config, workers: usize, nofile: u64) -> Result<Capacity, CapacityError> {
     capacity(config.max_sessions, nofile, &DescriptorUsers::of(config, workers))
 }
 
@@ -35,7 +35,7 @@ pub fn of(config: &Config, workers: usize, nofile: u64) -> Result<Capacity, Capa
 ///
 /// # Errors
 /// What the kernel says, where it refuses.
-pub fn raise_nofile() -> io::Result<u64> {
+pub(super) fn raise_nofile() -> io::Result<u64> {
     let mut limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum {
         limit.current = limit.maximum;

@@ -27,7 +27,7 @@ pub struct Plan {
 /// CPUs of their own, all others share a mask of the rest.
 ///
 /// What the system does not tell is left out of account, so there is always a plan.
-pub fn plan(workers: Option<NonZeroUsize>, pin: Switch, resources: &Resources) -> Plan {
+pub(super) fn plan(workers: Option<NonZeroUsize>, pin: Switch, resources: &Resources) -> Plan {
     let cpus = core_affinity::get_core_ids().unwrap_or_default();
     plan_in(Path::new("/"), &cpus, workers, pin, resources)
 }

@@ -26,7 +26,7 @@ pub struct Unavailable(#[source] Denied);
 ///
 /// # Errors
 /// `io_uring` is demanded but denied.
-pub fn choose(io: IoChoice) -> Result<Choice, Unavailable> {
+pub(super) fn choose(io: IoChoice) -> Result<Choice, Unavailable> {
     if io == IoChoice::Epoll {
         return Ok(Choice { driver: DriverKind::Epoll, reason: "AEGIS_IO=epoll".into() });
     }

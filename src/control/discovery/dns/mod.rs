@@ -34,12 +34,12 @@ use super::{Publisher, Wanted};
 use crate::config::HostPort;
 use host::Host;
 use lookup::{News, follow};
-pub use resolver::SystemResolver;
+pub(crate) use resolver::SystemResolver;
 use resolver::{Answer, Resolve};
 
 /// The configured backends, as a source of endpoints.
 #[derive(Debug)]
-pub struct Backends<R> {
+pub(crate) struct Backends<R> {
     /// Names and addresses, in the order of the endpoints.
     pub hosts: Vec<HostPort>,
     /// How soon a name is looked up again at the soonest; later where its addresses hold longer.
@@ -59,7 +59,7 @@ impl<R: Resolve> Backends<R> {
     ///
     /// The first snapshot comes as soon as any endpoint is known; without one, or where keys say where
     /// requests go, when every name has been looked up or `first_answer_max` has passed.
-    pub async fn run(self, publisher: Publisher) {
+    pub(crate) async fn run(self, publisher: Publisher) {
         // Each name has one lookup at a time, which tells of each family once.
         let (answers, mut received) = mpsc::unbounded_channel();
         let mut lookups = JoinSet::new();

@@ -15,7 +15,7 @@ const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
 /// How objects are read.
 #[derive(Debug, Clone)]
-pub struct Rules {
+pub(super) struct Rules {
     /// Which port is meant.
     pub port: Option<KubePort>,
     /// Which endpoints are near.
@@ -30,7 +30,7 @@ pub struct Rules {
 
 /// One endpoint as one object describes it; all that is kept of it in memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Candidate {
+pub(super) struct Candidate {
     /// What makes it the same endpoint in several objects: the pod's uid, or its address.
     id: String,
     name: String,
@@ -41,7 +41,7 @@ pub struct Candidate {
 
 /// What is kept of one object.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Extract {
+pub(super) struct Extract {
     candidates: Vec<Candidate>,
     /// The names of all pods, those that do not serve included, where keys say where requests go.
     pub(super) pods: Vec<String>,
@@ -61,7 +61,7 @@ impl Weight for Extract {
 }
 
 /// Reads a slice.
-pub fn slice(slice: &EndpointSlice, rules: &Rules) -> Extract {
+pub(super) fn slice(slice: &EndpointSlice, rules: &Rules) -> Extract {
     // Names (`FQDN`) are a deprecated kind that nothing in a cluster makes.
     if slice.address_type != "IPv4" && slice.address_type != "IPv6" {
         return Extract::default();
@@ -127,7 +127,7 @@ fn candidate(endpoint: &Endpoint, port: u16, rules: &Rules) -> Option<Candidate>
 }
 
 /// Reads a pod.
-pub fn pod(pod: &Pod, rules: &Rules) -> Extract {
+pub(super) fn pod(pod: &Pod, rules: &Rules) -> Extract {
     let pods = pod.metadata.name.iter().filter(|_| rules.by_key).cloned().collect();
     Extract { pods, ..pod_serving(pod, rules) }
 }
@@ -200,7 +200,7 @@ fn choose_port<'a>(
 
 /// What all objects amount to.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Union {
+pub(super) struct Union {
     /// One entry for each endpoint, in a stable order. Endpoints that are going away are there only
     /// if no other is.
     pub wanted: Vec<Wanted>,
@@ -211,7 +211,7 @@ pub struct Union {
 }
 
 /// Puts the extracts of all objects together.
-pub fn union<'a>(all: impl Iterator<Item = &'a Extract>) -> Union {
+pub(super) fn union<'a>(all: impl Iterator<Item = &'a Extract>) -> Union {
     let (mut left_out, mut misfit, mut fits) = (None, None, false);
     // While it moves between slices, an endpoint is in two of them; with two families, too. The
     // least wins: one that stays before one that goes, IPv4 before IPv6.

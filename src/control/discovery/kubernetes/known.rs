@@ -18,13 +18,13 @@ const DEBOUNCE: Duration = Duration::from_millis(3);
 const KEPT_BYTES_MAX: usize = 16 << 20;
 
 /// How much memory something takes.
-pub trait Weight {
+pub(super) trait Weight {
     /// Bytes, about.
     fn weight(&self) -> usize;
 }
 
 /// Where the objects are.
-pub struct Location {
+pub(super) struct Location {
     /// The server's address.
     pub server: String,
     /// The namespace.
@@ -35,7 +35,7 @@ pub struct Location {
 type Publish<'a, T> = Box<dyn FnMut(&HashMap<String, T>, bool) + Send + 'a>;
 
 /// What is known of the objects, and when it is to be published.
-pub struct Known<'a, T> {
+pub(super) struct Known<'a, T> {
     publish: Publish<'a, T>,
     /// Called with what goes wrong; returns what stays known all the same, for the log.
     pub on_trouble: Box<dyn Fn(&Trouble) -> String + Send + 'a>,
@@ -60,7 +60,7 @@ pub struct Known<'a, T> {
 impl<'a, T: PartialEq + Weight> Known<'a, T> {
     /// Nothing yet. `publish` is called with nothing where there is no answer within `first_answer_max`
     /// of the first question, and with each change of what is known after the first list.
-    pub fn new(
+    pub(super) fn new(
         first_answer_max: Option<Duration>,
         publish: impl FnMut(&HashMap<String, T>, bool) + Send + 'a,
     ) -> Self {
@@ -80,7 +80,7 @@ impl<'a, T: PartialEq + Weight> Known<'a, T> {
     }
 
     /// A list begins.
-    pub fn begin_list(&mut self) {
+    pub(super) fn begin_list(&mut self) {
         self.listing = Some(Objects::default());
     }
 
@@ -88,12 +88,12 @@ impl<'a, T: PartialEq + Weight> Known<'a, T> {
     ///
     /// # Errors
     /// They are too many to be kept.
-    pub fn list(&mut self, name: String, extract: T) -> Result<(), Trouble> {
+    pub(super) fn list(&mut self, name: String, extract: T) -> Result<(), Trouble> {
         self.listing.get_or_insert_default().set(name, extract).map(drop)
     }
 
     /// The list is complete: what it does not name is no more.
-    pub fn end_list(&mut self) {
+    pub(super) fn end_list(&mut self) {
         self.objects = self.listing.take().unwrap_or_default();
         if !self.complete {
             self.complete = true;
@@ -106,7 +106,7 @@ impl<'a, T: PartialEq + Weight> Known<'a, T> {
     ///
     /// # Errors
     /// They are too many to be kept.
-    pub fn set(&mut self, name: String, extract: T) -> Result<(), Trouble> {
+    pub(super) fn set(&mut self, name: String, extract: T) -> Result<(), Trouble> {
         if self.objects.set(name, extract)? {
             self.changed();
         }
@@ -114,7 +114,7 @@ impl<'a, T: PartialEq + Weight> Known<'a, T> {
     }
 
     /// An object is no more.
-    pub fn remove(&mut self, name: &str) {
+    pub(super) fn remove(&mut self, name: &str) {
         if self.objects.remove(name) {
             self.changed();
         }
@@ -125,21 +125,21 @@ impl<'a, T: PartialEq + Weight> Known<'a, T> {
     }
 
     /// The server can be asked: from now on it may be waited for.
-    pub fn begin_first_wait(&mut self) {
+    pub(super) fn begin_first_wait(&mut self) {
         if let Some(first_answer_max) = self.first_answer_max.take() {
             self.publish_at = Some(Instant::now() + first_answer_max);
         }
     }
 
     /// Waits no longer for a first answer, if there is something to go on with.
-    pub fn cut_first_wait(&mut self) {
+    pub(super) fn cut_first_wait(&mut self) {
         if !self.complete && self.publish_at.is_some() && (self.has_fallback)() {
             self.publish_at = Some(Instant::now());
         }
     }
 
     /// Waits for a future, and publishes meanwhile when it is time to.
-    pub async fn wait_for<O>(&mut self, future: impl Future<Output = O>) -> O {
+    pub(super) async fn wait_for<O>(&mut self, future: impl Future<Output = O>) -> O {
         let mut future = pin!(future);
         loop {
             if let Some(at) = self.publish_at {

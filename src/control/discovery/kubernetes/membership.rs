@@ -12,7 +12,7 @@ use crate::limits::ENDPOINTS_MAX;
 
 /// What is known of a `StatefulSet`: which ordinals its pods have, and its governing Service.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ordinals {
+pub(super) struct Ordinals {
     first: i32,
     count: i32,
     service: Option<String>,
@@ -25,7 +25,7 @@ impl Weight for Ordinals {
 }
 
 /// Reads a `StatefulSet`. What is declared counts, whatever of it is there.
-pub fn ordinals(set: &StatefulSet) -> Ordinals {
+pub(super) fn ordinals(set: &StatefulSet) -> Ordinals {
     let spec = set.spec.as_ref();
     Ordinals {
         first: spec.and_then(|spec| spec.ordinals.as_ref()?.start).unwrap_or(0).max(0),
@@ -43,7 +43,7 @@ fn set_of(pod: &str) -> Option<&str> {
 
 /// All stores that share the keys.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Membership {
+pub(super) struct Membership {
     /// The `StatefulSet` that they are of.
     pub set: String,
     /// The names of its pods.
@@ -55,7 +55,7 @@ pub struct Membership {
 ///
 /// # Errors
 /// Why they are not known, and what to do about it.
-pub fn stores<'a>(
+pub(super) fn stores<'a>(
     all: impl Iterator<Item = &'a Extract>,
     last: Option<&str>,
     count: Option<NonZeroUsize>,
@@ -115,7 +115,7 @@ impl Membership {
 }
 
 /// The stores of these names, with where they are.
-pub fn declare(stores: &[String], wanted: &[Wanted]) -> Vec<Declared> {
+pub(super) fn declare(stores: &[String], wanted: &[Wanted]) -> Vec<Declared> {
     let place = |name: &String| {
         let mut found = wanted.iter().filter(|wanted| wanted.name == *name);
         // Of a pod that was replaced, or whose address another one has by now, a slice may not know

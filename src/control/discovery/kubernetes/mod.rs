@@ -102,7 +102,7 @@ const STORES: &str = "stores";
 
 /// The Kubernetes API as a source of endpoints.
 #[derive(Debug)]
-pub struct Kubernetes {
+pub(crate) struct Kubernetes {
     config: Arc<Config>,
     status: Arc<Status>,
     rules: Rules,
@@ -110,7 +110,7 @@ pub struct Kubernetes {
 
 impl Kubernetes {
     /// The source that the configuration describes.
-    pub fn new(config: Arc<Config>, status: Arc<Status>) -> Self {
+    pub(crate) fn new(config: Arc<Config>, status: Arc<Status>) -> Self {
         let (node, zone) = (config.node_name.clone(), config.zone.clone());
         let (port, locality) = (config.kube.port.clone(), config.locality);
         let by_key = config.requests.route == Route::Key;
@@ -119,7 +119,7 @@ impl Kubernetes {
     }
 
     /// Keeps the endpoints published, for ever.
-    pub async fn run(self, publisher: Publisher) {
+    pub(crate) async fn run(self, publisher: Publisher) {
         let unread = "the StatefulSets have not been read yet".to_owned();
         let (sender, sets) = channel::channel::<Sets>(Err(unread));
         let reads_sets = self.rules.by_key && self.config.kube.stores.is_none();

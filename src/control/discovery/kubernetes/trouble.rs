@@ -15,7 +15,7 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(10);
 
 /// What went wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Trouble {
+pub(super) struct Trouble {
     /// Its kind.
     pub kind: ErrorKind,
     /// What happened, to what, and what to do.
@@ -32,31 +32,31 @@ pub struct Trouble {
 
 impl Trouble {
     /// Trouble of this kind, without an answer of the server.
-    pub fn new(kind: ErrorKind, what: impl Into<String>) -> Self {
+    pub(super) fn new(kind: ErrorKind, what: impl Into<String>) -> Self {
         let (code, wait) = (0, Duration::ZERO);
         Self { kind, what: what.into(), code, wait, refused: false, quiet: false }
     }
 
     /// No answer, or none in time.
-    pub fn unreachable(why: impl std::fmt::Display) -> Self {
+    pub(super) fn unreachable(why: impl std::fmt::Display) -> Self {
         let what = format!("the Kubernetes API cannot be reached: {why}");
         Self::new(ErrorKind::Unreachable, what)
     }
 
     /// An answer that is none.
-    pub fn malformed(why: impl std::fmt::Display) -> Self {
+    pub(super) fn malformed(why: impl std::fmt::Display) -> Self {
         let what = format!("the Kubernetes API gave an answer that makes no sense: {why}");
         Self::new(ErrorKind::Malformed, what)
     }
 
     /// A watch that ended before its time. A server that restarts does that to each, once.
-    pub fn early(after: Duration) -> Self {
+    pub(super) fn early(after: Duration) -> Self {
         let what = format!("the Kubernetes API ends watches before their time, after {after:.1?}");
         Self { quiet: true, ..Self::new(ErrorKind::Refused, what) }
     }
 
     /// The configuration does not lead to the API.
-    pub fn configuration(why: impl std::fmt::Display) -> Self {
+    pub(super) fn configuration(why: impl std::fmt::Display) -> Self {
         let what = format!(
             "no way to the Kubernetes API: {why}; in a pod the service account's token has to be \
              mounted, elsewhere KUBECONFIG has to name a file"
@@ -65,7 +65,7 @@ impl Trouble {
     }
 
     /// An error of the client.
-    pub fn client(error: &Error) -> Self {
+    pub(super) fn client(error: &Error) -> Self {
         match error {
             Error::InferConfig(_) | Error::RustlsTls(_) | Error::Auth(_) | Error::TlsRequired => {
                 Self::configuration(chain(error))
@@ -83,7 +83,7 @@ impl Trouble {
     }
 
     /// An error on the way to the server or back.
-    pub fn transport(error: &(dyn StdError + 'static)) -> Self {
+    pub(super) fn transport(error: &(dyn StdError + 'static)) -> Self {
         let why = chain(error);
         // What rustls says of a certificate that it does not trust.
         if why.contains("invalid peer certificate") {
@@ -99,7 +99,7 @@ impl Trouble {
 
     /// An error that the server reports; it concerns `resource`, such as
     /// `endpointslices.discovery.k8s.io`.
-    pub fn api(status: &ApiStatus, verb: &str, resource: &str, namespace: &str) -> Self {
+    pub(super) fn api(status: &ApiStatus, verb: &str, resource: &str, namespace: &str) -> Self {
         let message = &status.message;
         let (kind, what) = match status.code {
             401 => (
@@ -131,26 +131,26 @@ impl Trouble {
     }
 
     /// The same, from a server that asks for so much patience.
-    pub fn asking_to_wait(self, wait: Duration) -> Self {
+    pub(super) fn asking_to_wait(self, wait: Duration) -> Self {
         Self { wait: self.wait.max(wait).min(RETRY_AFTER_MAX), ..self }
     }
 
     /// Whether the server may be one that does not know streaming lists. 500 is what a server says
     /// whose etcd is too old for them.
-    pub fn may_be_for_streaming(&self) -> bool {
+    pub(super) fn may_be_for_streaming(&self) -> bool {
         matches!(self.code, 400 | 422 | 500)
     }
 
     /// Whether watching on from where the last watch ended is of no use. 504 is what a server says
     /// that was put back to an older state.
-    pub fn loses_the_version(&self) -> bool {
+    pub(super) fn loses_the_version(&self) -> bool {
         matches!(self.kind, ErrorKind::Expired | ErrorKind::Malformed)
             || matches!(self.code, 400 | 404 | 422 | 500 | 504)
     }
 
     /// Whether it is an error of the configuration or of rights, which no patience mends: a pod
     /// that starts with it must not pass for a good one.
-    pub fn holds_the_start(&self) -> bool {
+    pub(super) fn holds_the_start(&self) -> bool {
         match self.kind {
             ErrorKind::Unauthorized
             | ErrorKind::Forbidden
@@ -179,7 +179,7 @@ fn causes<'a>(
 }
 
 /// An error with its causes: the outermost one often says nothing.
-pub fn chain(error: &(dyn StdError + 'static)) -> String {
+pub(super) fn chain(error: &(dyn StdError + 'static)) -> String {
     causes(error).skip(1).fold(error.to_string(), |text, cause| {
         let cause = cause.to_string();
         if text.contains(&cause) { text } else { format!("{text}: {cause}") }

@@ -61,7 +61,7 @@ const CLIENT_AGE_MAX: Duration = Duration::from_secs(60);
 const LIST_ENDS: &str = "k8s.io/initial-events-end";
 
 /// A kind of object that endpoints are read from.
-pub trait Source:
+pub(super) trait Source:
     Resource<DynamicType = (), Scope = NamespaceResourceScope>
     + Clone
     + Debug
@@ -80,7 +80,7 @@ pub trait Source:
 }
 
 /// What a watch is on.
-pub struct Subject<'a> {
+pub(super) struct Subject<'a> {
     /// The configuration.
     pub kube: &'a KubeConfig,
     /// How objects are read.
@@ -90,7 +90,7 @@ pub struct Subject<'a> {
 }
 
 /// Keeps one kind of object known.
-pub struct Watcher<'a, K: Source> {
+pub(super) struct Watcher<'a, K: Source> {
     subject: Subject<'a>,
     known: Known<'a, K::Extract>,
     resource: String,
@@ -111,7 +111,7 @@ pub struct Watcher<'a, K: Source> {
 
 impl<'a, K: Source> Watcher<'a, K> {
     /// One that has not begun.
-    pub fn new(subject: Subject<'a>, known: Known<'a, K::Extract>) -> Self {
+    pub(super) fn new(subject: Subject<'a>, known: Known<'a, K::Extract>) -> Self {
         let resource = match &K::group(&())[..] {
             "" => K::plural(&()).into_owned(),
             group => format!("{}.{group}", K::plural(&())),
@@ -133,7 +133,7 @@ impl<'a, K: Source> Watcher<'a, K> {
     }
 
     /// Watches for ever.
-    pub async fn run(mut self) {
+    pub(super) async fn run(mut self) {
         loop {
             match self.connect().await {
                 Ok(mut connection) => self.use_connection(&mut connection).await,
