@@ -33,7 +33,7 @@ use crate::config::PoolMode;
 use crate::metrics::{WorkerState, WorkerStats};
 use crate::worker::mailbox::Command;
 
-/// How long workers may take to end after the order to stop.
+/// How long workers may take to end after the command to stop.
 pub(super) const STOP_MAX: Duration = Duration::from_secs(5);
 
 /// So long before the deadline the process accepts no more: what is accepted last has time to be
@@ -70,9 +70,9 @@ pub enum Outcome {
         /// Sessions open at that signal.
         sessions_cut: u64,
     },
-    /// Workers did not end within [`STOP_MAX`] of the order to stop; their threads still run.
+    /// Workers did not end within [`STOP_MAX`] of the command to stop; their threads still run.
     Stuck,
-    /// The workers ended unasked.
+    /// The workers ended without a command.
     WorkersEnded,
     /// It was told to end before it had ever started, which it could not, because of an error of the
     /// configuration or of rights.
@@ -147,7 +147,7 @@ pub(super) fn events(
     receiver
 }
 
-/// Waits for the order to end, then drains; returns once all workers have ended or are stuck.
+/// Waits for the signal to end, then drains; returns once all workers have ended or are stuck.
 pub(super) async fn run(view: &View, mut events: mpsc::Receiver<Event>) -> Outcome {
     let Some(Event::Terminate(signal)) = events.recv().await else {
         return ended_unasked();

@@ -37,7 +37,7 @@ const BLOCKING_THREADS_MAX: usize = 8;
 /// The two places where the control plane meets a worker.
 #[derive(Debug, Clone)]
 pub struct WorkerHandle {
-    /// Where orders and endpoint snapshots go.
+    /// Where commands and endpoint snapshots go.
     pub mailbox: Arc<Mailbox>,
     /// What the worker counts.
     pub stats: Arc<WorkerStats>,

@@ -1,8 +1,8 @@
 //! Discovery: from what a source knows to complete, ordered snapshots in every worker's mailbox.
 //!
-//! A source ([`dns`], [`kubernetes`]) says what it wants as a whole, as often as it likes; [`Publisher`] publishes
-//! when that differs from the last snapshot. A source that fails says nothing, so the last known
-//! good set stays in force.
+//! A source ([`dns`], [`kubernetes`]) hands over the whole set that it wants, as often as it likes;
+//! [`Publisher`] publishes when that differs from the last snapshot. A source that fails hands over
+//! nothing, so the last known good set stays in force.
 
 pub(super) mod dns;
 pub(super) mod kubernetes;
