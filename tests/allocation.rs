@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use aegis::config::{Config, IoChoice};
+use aegis::config::Config;
 use aegis::io::probe::{self, DriverKind, Features};
 use aegis::listening::Listening;
 use aegis::metrics::{Direction, WorkerStats};
@@ -179,9 +179,9 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
 #[test]
 fn steady_forwarding_allocates_nothing_on_any_driver() {
     forwarding_allocates_nothing(DriverKind::Epoll);
-    match probe::choose(IoChoice::Uring) {
-        Ok(verdict) => {
-            forwarding_allocates_nothing(verdict.driver);
+    match probe::uring() {
+        Ok(features) => {
+            forwarding_allocates_nothing(DriverKind::Uring(features));
             // As on a kernel that lacks what can be done without.
             let oldest = Features { defer_taskrun: false, min_wait: false, no_iowait: false };
             forwarding_allocates_nothing(DriverKind::Uring(oldest));

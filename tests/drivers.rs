@@ -8,10 +8,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use aegis::config::IoChoice;
 use aegis::io::epoll::Epoll;
 use aegis::io::net::{Address, Options};
-use aegis::io::probe::{self, DriverKind};
+use aegis::io::probe;
 use aegis::io::uring::Uring;
 use aegis::io::{Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait};
 use aegis::limits::{BUFFER_RING_ENTRIES, BUFFER_SIZE, PIPES_MAX};
@@ -71,14 +70,13 @@ macro_rules! on_each_driver {
             let driver = Epoll::new(setup).unwrap();
             let rig = Rig { driver, address: nowhere, seen: Vec::new() };
             unix_checks::$name(UnixRig { rig, path });
-            match probe::choose(IoChoice::Uring).map(|verdict| verdict.driver) {
-                Ok(DriverKind::Uring(features)) => {
+            match probe::uring() {
+                Ok(features) => {
                     let (setup, path) = prepare_unix(concat!("uring-", stringify!($name)));
                     let driver = Uring::new(setup, probe::set_up(features).unwrap()).unwrap();
                     let rig = Rig { driver, address: nowhere, seen: Vec::new() };
                     unix_checks::$name(UnixRig { rig, path });
                 }
-                Ok(DriverKind::Epoll) => unreachable!("io_uring was demanded"),
                 Err(why) => eprintln!("SKIPPED: {} on io_uring: {why}", stringify!($name)),
             }
         }
@@ -89,13 +87,12 @@ macro_rules! on_each_driver {
             let (setup, address) = prepare();
             let driver = Epoll::new(setup).unwrap();
             checks::$name(Rig { driver, address, seen: Vec::new() });
-            match probe::choose(IoChoice::Uring).map(|verdict| verdict.driver) {
-                Ok(DriverKind::Uring(features)) => {
+            match probe::uring() {
+                Ok(features) => {
                     let (setup, address) = prepare();
                     let driver = Uring::new(setup, probe::set_up(features).unwrap()).unwrap();
                     checks::$name(Rig { driver, address, seen: Vec::new() });
                 }
-                Ok(DriverKind::Epoll) => unreachable!("io_uring was demanded"),
                 Err(why) => eprintln!("SKIPPED: {} on io_uring: {why}", stringify!($name)),
             }
         }

@@ -14,11 +14,11 @@ use crate::metrics::WorkerState;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
 use crate::worker::mailbox::Mailbox;
 
-pub fn block_on<T>(future: impl Future<Output = T>) -> T {
+pub(super) fn block_on<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
 }
 
-pub fn config() -> Config {
+pub(super) fn config() -> Config {
     let vars = [
         ("AEGIS_LISTEN", "127.0.0.1:8081"),
         ("AEGIS_ADMIN", "127.0.0.1:0"),
@@ -45,23 +45,27 @@ pub fn config() -> Config {
 }
 
 /// Workers as they are before their first turn.
-pub fn workers(count: usize) -> Vec<WorkerHandle> {
+pub(super) fn workers(count: usize) -> Vec<WorkerHandle> {
     let worker =
         || WorkerHandle { mailbox: Arc::new(Mailbox::new().unwrap()), stats: Arc::default() };
     (0..count).map(|_| worker()).collect()
 }
 
-pub fn driver() -> DriverInfo {
+pub(super) fn driver() -> DriverInfo {
     DriverInfo { driver: "epoll", reason: "io_uring: \"EPERM\"".to_owned(), kernel: "6.1".into() }
 }
 
 /// A view of two running workers that have applied `endpoints`.
-pub fn view(config: Config, endpoints: Vec<Arc<Endpoint>>) -> View {
+pub(super) fn view(config: Config, endpoints: Vec<Arc<Endpoint>>) -> View {
     view_started(Instant::now(), config, endpoints)
 }
 
 /// The same, in a process that started at `started`.
-pub fn view_started(started: Instant, config: Config, endpoints: Vec<Arc<Endpoint>>) -> View {
+pub(super) fn view_started(
+    started: Instant,
+    config: Config,
+    endpoints: Vec<Arc<Endpoint>>,
+) -> View {
     let workers = workers(2);
     for worker in &workers {
         worker.stats.set_state(WorkerState::Running);
@@ -73,12 +77,12 @@ pub fn view_started(started: Instant, config: Config, endpoints: Vec<Arc<Endpoin
     View::new(Arc::new(config), started, workers, driver(), 1000, snapshots, Arc::default())
 }
 
-pub fn endpoint(name: &str, address: &str) -> Arc<Endpoint> {
+pub(super) fn endpoint(name: &str, address: &str) -> Arc<Endpoint> {
     Endpoint::new(name, address.parse().unwrap(), 2)
 }
 
 /// One HTTP exchange: the head of the response, and its body.
-pub fn http(address: SocketAddr, method: &str, path: &str) -> (String, String) {
+pub(super) fn http(address: SocketAddr, method: &str, path: &str) -> (String, String) {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     write!(stream, "{method} {path} HTTP/1.1\r\nHost: aegis\r\n\r\n").unwrap();

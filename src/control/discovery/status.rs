@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-pub use crate::metrics::ErrorKind;
+pub(crate) use crate::metrics::ErrorKind;
 
 /// An endpoint that is not used, since it is this proxy itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
