@@ -9,7 +9,11 @@
 //! A driver owns its sockets, its buffers and each socket's queue of bytes to send. Its user
 //! names sockets by [`ConnId`] and never sees a descriptor. One turn is: [`Driver::wait`], then
 //! [`Driver::next`] until it is empty. A closed [`ConnId`] is dead at once for the user; the
-//! driver reclaims its slot when the kernel has given back every operation on it.
+//! driver reclaims its slot when the kernel has given back every operation on it. What is asked of a
+//! dead one does nothing.
+//!
+//! What all drivers have alike is apart from them: the states of a connection's two halves
+//! (`halves`), and what carries its bytes ([`net`]).
 
 use std::io;
 use std::os::fd::OwnedFd;

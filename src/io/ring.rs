@@ -127,6 +127,7 @@ impl Ring {
     /// Queues a connect.
     pub(super) fn connect(&mut self, fd: Fd, address: SockAddr, data: u64) {
         self.make_room();
+        // There is room, except after a failure that the next wait reports.
         let Some(slot) = self.addresses.get_mut(self.addresses_used) else { return };
         self.addresses_used += 1;
         let address = slot.insert(address);
@@ -146,6 +147,7 @@ impl Ring {
         data: u64,
     ) -> u32 {
         self.make_room();
+        // As for a connect.
         let Some((header, slots)) = self.headers.get_mut(self.headers_used) else { return 0 };
         self.headers_used += 1;
         let (mut count, mut bytes) = (0, 0);

@@ -164,8 +164,8 @@ impl Uring {
 
     /// Turns what the user asked for since the last wait into submissions.
     fn settle(&mut self) {
-        let lean = self.is_lean();
-        self.provided.refill(&mut self.buffers, lean);
+        let short = self.is_short_of_buffers();
+        self.provided.refill(&mut self.buffers, short);
         if self.provided.available() > 0 {
             // All of them: those that starve on again come back at no great cost.
             while let Some(conn) = fifo::pop(&mut self.starving) {
@@ -190,7 +190,7 @@ impl Uring {
     }
 
     /// Whether buffers are short: then each receive takes one, so that no socket runs ahead.
-    fn is_lean(&self) -> bool {
+    fn is_short_of_buffers(&self) -> bool {
         limits::buffers_are_short(self.buffers.spare())
     }
 

@@ -31,7 +31,7 @@ impl Uring {
     }
 
     fn arm_receive(&mut self, conn: ConnId) {
-        let lean = self.is_lean();
+        let short = self.is_short_of_buffers();
         let can_splice = self.splice_target(conn).map(|(_, sink)| sink.is_flushed());
         let joined = self.live(conn).joined;
         let queues = joined.and_then(|sink| self.sockets.get(sink)).is_some_and(Socket::is_blocked);
@@ -46,7 +46,7 @@ impl Uring {
             // fire again for what it has told.
             let poll = opcode::PollAdd::new(fd, (libc::POLLIN | libc::POLLRDHUP) as u32);
             (Receive::Polled, poll.build())
-        } else if lean || queues || socket.single {
+        } else if short || queues || socket.single {
             let receive = opcode::Recv::new(fd, ptr::null_mut(), limits::BUFFER_SIZE as u32);
             let receive = receive.buf_group(ProvidedBuffers::GROUP).build();
             (Receive::Single, receive.flags(Flags::BUFFER_SELECT))
