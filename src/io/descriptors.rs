@@ -7,6 +7,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -17,6 +18,27 @@ use crate::limits::{DESCRIPTORS_RESERVED, LISTEN_BACKLOG};
 
 /// The limit is read again after this.
 const LIMIT_AGE_MAX: Duration = Duration::from_secs(1);
+
+/// How many [`Claim`]s there are.
+static CLAIMS: AtomicU32 = AtomicU32::new(0);
+
+/// While it is held, no driver of this process accepts or refills its reserve: somebody has made a
+/// descriptor free to use it at once, and what is free otherwise is taken by whoever comes first.
+#[derive(Debug)]
+pub(crate) struct Claim(());
+
+impl Claim {
+    pub(crate) fn new() -> Self {
+        CLAIMS.fetch_add(1, Relaxed);
+        Self(())
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        CLAIMS.fetch_sub(1, Relaxed);
+    }
+}
 
 /// What one driver holds back.
 pub(super) struct Descriptors {
@@ -41,12 +63,17 @@ impl Descriptors {
     }
 
     /// Whether the reserve is whole, after what can be had for it.
-    pub(super) fn refill(&mut self) -> bool {
+    fn refill(&mut self) -> bool {
         while self.reserve.len() < DESCRIPTORS_RESERVED {
             let Ok(fd) = eventfd(0, EventfdFlags::CLOEXEC) else { return false };
             self.reserve.push(fd);
         }
         true
+    }
+
+    /// Whether clients may be accepted: each is to get its backend too.
+    pub(super) fn can_accept(&mut self) -> bool {
+        CLAIMS.load(Relaxed) == 0 && (!self.are_short() || self.refill())
     }
 
     /// Whether some of the reserve is in use.
@@ -111,6 +138,9 @@ mod tests {
         assert!(descriptors.are_short());
         assert_eq!(descriptors.latest, u64::from(socket.as_raw_fd().unsigned_abs()));
         assert!(descriptors.refill() && !descriptors.are_short());
+        let claim = Claim::new();
+        assert!(!descriptors.can_accept(), "somebody needs the next one");
+        drop(claim);
         let refused = descriptors.make(|| Err::<OwnedFd, _>(Errno::MFILE.into()));
         assert!(refused.is_err_and(|error| is_shortage(&error)), "there is none at all");
         let other = descriptors.make(|| Err::<OwnedFd, _>(Errno::CONNREFUSED.into()));

@@ -33,6 +33,7 @@ mod splice;
 pub mod uring;
 
 pub use buffers::{Buf, Chain};
+pub(crate) use descriptors::Claim;
 
 /// Names a connection of a driver.
 pub type ConnId = crate::slab::Key<Conn>;

@@ -4,7 +4,7 @@
 //! and ends at once where its place is needed.
 
 use std::io;
-use std::net::Shutdown;
+use std::net::{Shutdown, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -31,6 +31,7 @@ use warp::http::Request;
 
 use super::page::Page;
 use super::rooms::{Id, Room, Rooms, Times};
+use crate::io::Claim;
 use crate::limits::ADMIN_DESCRIPTORS_RESERVED;
 
 /// Bytes of a head, and of an answer on its way: HTTP's own buffers. Probes and scrapers send less
@@ -124,19 +125,24 @@ where
                 if failed_at.replace(Instant::now()).is_none() {
                     warn!(%error, "admin cannot accept");
                 }
-                let is_shortage =
-                    matches!(Errno::from_io_error(&error), Some(Errno::MFILE | Errno::NFILE));
-                // At once, before a worker takes it.
-                if is_shortage && reserve.release() {
-                    continue;
-                }
-                if is_shortage && rooms.lock().cut_longest_waiting() {
+                let is_shortage = is_shortage(&error);
+                let by_reserve = is_shortage.then(|| accept_by_reserve(&listener, &reserve));
+                match by_reserve.unwrap_or(ByReserve::Exhausted) {
+                    ByReserve::Accepted(stream, peer) => (stream, peer),
+                    ByReserve::NobodyWaits => {
+                        yield_now().await;
+                        continue;
+                    }
                     // Its task closes it, into the reserve.
-                    yield_now().await;
-                } else {
-                    sleep(ACCEPT_PAUSE).await;
+                    ByReserve::Exhausted if is_shortage && rooms.lock().cut_longest_waiting() => {
+                        yield_now().await;
+                        continue;
+                    }
+                    ByReserve::Exhausted => {
+                        sleep(ACCEPT_PAUSE).await;
+                        continue;
+                    }
                 }
-                continue;
             }
         };
         reserve.refill();
@@ -172,6 +178,34 @@ where
         // A head that is there already is read before anybody else is let in.
         yield_now().await;
     }
+}
+
+/// What came of accepting by the reserve.
+enum ByReserve {
+    Accepted(TcpStream, SocketAddr),
+    NobodyWaits,
+    Exhausted,
+}
+
+/// Accepts by a descriptor of the reserve, at once, so that no worker takes it for a client.
+fn accept_by_reserve(listener: &TcpListener, reserve: &Reserve) -> ByReserve {
+    let _claim = Claim::new();
+    while reserve.release() {
+        match listener.accept().now_or_never() {
+            Some(Ok((stream, peer))) => return ByReserve::Accepted(stream, peer),
+            Some(Err(error)) if is_shortage(&error) => {}
+            Some(Err(_)) | None => {
+                // A kernel that has no descriptor says so even where nobody waits.
+                reserve.refill();
+                return ByReserve::NobodyWaits;
+            }
+        }
+    }
+    ByReserve::Exhausted
+}
+
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE))
 }
 
 /// Reads the request, sends the answer, and waits for the peer to close; each for its time.

@@ -265,7 +265,7 @@ impl Driver for Epoll {
     fn accept(&mut self, room: usize) {
         // A client that is accepted is to get its backend too. As many backends are sure as there
         // are descriptors in reserve; the next clients are taken in the next turn.
-        let fits = room > 0 && (!self.descriptors.are_short() || self.descriptors.refill());
+        let fits = room > 0 && self.descriptors.can_accept();
         self.room = if fits { room.min(limits::DESCRIPTORS_RESERVED) } else { 0 };
     }
 

@@ -329,7 +329,7 @@ impl Driver for Uring {
 
     fn accept(&mut self, room: usize) {
         // A client that is accepted is to get its backend too.
-        let fits = room > 0 && (!self.descriptors.are_short() || self.descriptors.refill());
+        let fits = room > 0 && self.descriptors.can_accept();
         self.room = if fits { room } else { 0 };
     }
 
