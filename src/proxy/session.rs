@@ -166,7 +166,7 @@ pub struct Session {
     to_backend: Relay,
     to_client: Relay,
     /// What the client sent before there was a backend.
-    pub early: Chain,
+    early: Chain,
     failure: Option<Failure>,
     opened: Instant,
     active: Instant,
@@ -183,7 +183,7 @@ pub struct Session {
     client_pulse: Pulse,
     backend_pulse: Pulse,
     /// Marks the load estimator's window in which the session was last counted as active.
-    pub window: u32,
+    window: u32,
 }
 
 impl Session {
@@ -291,6 +291,31 @@ impl Session {
             Side::Client => &mut self.client_pulse,
             Side::Backend => &mut self.backend_pulse,
         }
+    }
+
+    /// The mark of the load estimator's window in which the session was last counted as active.
+    pub fn window(&mut self) -> &mut u32 {
+        &mut self.window
+    }
+
+    /// What the client sent before there was a backend.
+    pub fn early(&mut self) -> &mut Chain {
+        &mut self.early
+    }
+
+    /// Whether the client has sent something that nobody got yet.
+    pub fn has_early(&self) -> bool {
+        !self.early.is_empty()
+    }
+
+    /// Takes it out, for the backend.
+    pub fn take_early(&mut self) -> Chain {
+        std::mem::take(&mut self.early)
+    }
+
+    /// The client's connection.
+    pub fn client(&self) -> ConnId {
+        self.client
     }
 
     /// The connection of one side; a backend's only once there is one.

@@ -1,7 +1,8 @@
 //! One core: binds `proxy` to `io`, turn by turn.
 //!
 //! A worker is a thread that shares nothing with the others: it has its own listening sockets,
-//! driver, sessions, buffers, pools and counters. See [`engine`] for its turn.
+//! driver, sessions, buffers, pools and counters. Its parts are in [`engine`],
+//! its turn is in `turn`.
 
 use std::convert::Infallible;
 use std::io;
@@ -18,13 +19,20 @@ use crate::io::{Driver, DriverSetup, socket};
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::{WorkerState, WorkerStats};
+use crate::proxy::WorkerId;
 
+mod acceptor;
 pub mod batch;
 pub mod contention;
+mod context;
+mod dispatch;
 pub mod engine;
 mod flush;
 mod handover;
+mod load;
+mod mail;
 pub mod mailbox;
+mod places;
 mod pools;
 mod requests;
 mod sessions;
@@ -32,6 +40,7 @@ mod silence;
 #[cfg(test)]
 mod simulation;
 pub mod timers;
+mod turn;
 
 use contention::CoreWait;
 use engine::{Engine, EngineSetup};
@@ -175,7 +184,7 @@ fn serve<D: Driver>(driver: D, setup: WorkerSetup, started: &mpsc::Sender<io::Re
     let mut engine = Engine::new(
         driver,
         EngineSetup {
-            index,
+            worker: WorkerId::new(index),
             config: setup.config,
             sessions_max: setup.sessions_max,
             pool_conns_max: setup.pool_conns_max,

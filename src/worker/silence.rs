@@ -139,7 +139,6 @@ impl<D: Driver> Engine<D> {
                     return;
                 }
                 self.apply(key, |session, now| session.on_silent(Side::Backend, now));
-                self.arm_deadline(key);
             }
             Some(&Owner::InUse(key)) => self.lose(key, Discard::Silent, Retry::Silent),
             _ => {}
@@ -163,7 +162,6 @@ impl<D: Driver> Engine<D> {
         match self.peek_owner(conn) {
             Some(&Owner::Session(key, side)) => {
                 self.apply(key, |session, now| session.on_silent(side, now));
-                self.arm_deadline(key);
             }
             Some(&Owner::Client(key)) => self.close_client(key, CloseReason::ClientSilent),
             _ => {}

@@ -85,6 +85,12 @@ impl Timers {
         self.entries[slot].tick = 0;
     }
 
+    /// Whether a slot has a deadline.
+    #[cfg(test)]
+    pub fn is_set(&self, slot: usize) -> bool {
+        self.entries.get(slot).is_some_and(|entry| entry.tick != 0)
+    }
+
     /// A slot whose deadline has come. Its deadline is unset by this.
     pub fn pop(&mut self, now: Instant) -> Option<usize> {
         let current =
