@@ -3,13 +3,14 @@
 
 use std::time::{Duration, Instant};
 
-use aegis::config::PoolConfig;
+use aegis::config::{Balance, PoolConfig};
 use aegis::io::buffers::Buffers;
 use aegis::io::{Chain, ConnId};
 use aegis::metrics::{Counter, Histogram};
 use aegis::protocol::http1::{Method, RequestScanner, ResponseScanner};
 use aegis::protocol::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
-use aegis::proxy::pool::Pool;
+use aegis::proxy::balance::Table;
+use aegis::proxy::endpoints::{Endpoint, EndpointId, EndpointSnapshot};
 use aegis::slab::Slab;
 use aegis::worker::timers::Timers;
 use divan::{Bencher, black_box};
@@ -39,7 +40,7 @@ fn buffer_through_a_queue(bencher: Bencher) {
 }
 
 #[divan::bench]
-fn pool_checkout_and_refill(bencher: Bencher) {
+fn pool_enter_and_refill(bencher: Bencher) {
     let config = PoolConfig {
         mode: aegis::config::PoolMode::Preconnect,
         size: 16,
@@ -49,16 +50,21 @@ fn pool_checkout_and_refill(bencher: Bencher) {
         max_lifetime: None,
     };
     let now = Instant::now();
-    let (mut pool, mut rng) = (Pool::new(&config, now), fastrand::Rng::with_seed(1));
-    let mut connect = |pool: &mut Pool, conn| {
-        pool.on_connecting();
-        pool.on_connected(conn, false, now, &mut rng)
+    let endpoint = Endpoint::new("one", ([127, 0, 0, 1], 1).into(), 1);
+    let snapshot = EndpointSnapshot { generation: 1, endpoints: vec![endpoint], stores: vec![] };
+    let (mut table, mut rng) = (Table::new(Balance::RoundRobin, 0), fastrand::Rng::with_seed(1));
+    table.apply(&snapshot, &config, false, now);
+    let one = EndpointId::at(0);
+    let mut connect = |table: &mut Table, conn| {
+        table.start(one);
+        table.connected(one, conn, now, &mut rng)
     };
-    (0..32).for_each(|number| assert!(connect(&mut pool, ConnId::from_parts(number, 0))));
+    (0..32).for_each(|number| assert!(connect(&mut table, ConnId::from_parts(number, 0))));
     bencher.bench_local(|| {
-        let conn = pool.checkout(black_box(now));
-        black_box(pool.shortage(64, black_box(now)));
-        conn.map(|(conn, _)| connect(&mut pool, conn))
+        let conn = table.enter(one, black_box(now));
+        table.get_mut(one).map(|entry| black_box(entry.pool.shortage(64, black_box(now))));
+        table.leave(one);
+        conn.map(|(conn, _)| connect(&mut table, conn))
     });
 }
 

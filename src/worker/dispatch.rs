@@ -6,7 +6,7 @@ use super::engine::{Engine, Owner};
 use super::flush;
 use super::pools::is_local;
 use super::sessions::Outcome;
-use crate::config::{Balance, Locality, PoolMode};
+use crate::config::{Balance, Locality};
 use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
 use crate::metrics::{Checkout, CloseReason};
 use crate::proxy::Side;
@@ -137,16 +137,13 @@ impl<D: Driver> Engine<D> {
         let Some(entry) = self.pools.table.get_mut(endpoint) else {
             unreachable!("the table has what it chose")
         };
-        entry.sessions += 1;
-        entry.stats().sessions_active.set(u64::from(entry.sessions));
-        let warm = entry.pool.checkout(self.cx.now);
         let address = entry.endpoint.address;
+        let warm = self.pools.table.enter(endpoint, self.cx.now);
         self.mark_short(endpoint);
         self.sessions.of(key).on_trying(endpoint, warm.map(|(conn, _)| conn));
         if let Some((backend, made)) = warm {
             self.sessions.of(key).on_warm(made);
             self.cx.stats.count_checkout(Checkout::Hit);
-            self.pools.conns -= 1;
             let Owner::Warm { greeting, .. } = self.owner(backend) else {
                 unreachable!("a pool's connection is warm")
             };
@@ -207,15 +204,13 @@ impl<D: Driver> Engine<D> {
     /// A session no longer counts as one of its endpoint's.
     pub(super) fn release(&mut self, endpoint: Option<EndpointId>) {
         let Some(endpoint) = endpoint else { return };
-        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
-        if self.cx.config.pool.mode != PoolMode::Preconnect {
+        if self.reuses_conns() {
             // It was a client whose bytes had become opaque: its place is free for who waits.
-            entry.on_opaque_closed();
+            self.pools.table.opaque_closed(endpoint);
             return self.on_place_in_pool_free(endpoint);
         }
-        entry.sessions -= 1;
-        entry.stats().sessions_active.set(u64::from(entry.sessions));
-        if !entry.is_present() {
+        self.pools.table.leave(endpoint);
+        if self.pools.table.get_mut(endpoint).is_some_and(|entry| !entry.is_present()) {
             self.pools.table.forget_unused();
         }
     }

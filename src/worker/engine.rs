@@ -116,11 +116,8 @@ pub(super) struct Requests {
 /// The endpoints and their pools.
 pub(super) struct Pools {
     pub table: Table,
-    /// Pool connections, idle or being made, of all endpoints.
-    pub conns: usize,
+    /// Pool connections at most, idle or being made, of all endpoints.
     pub conns_max: usize,
-    /// Connections that clients hold.
-    pub in_use: u32,
     /// Endpoints whose pool may want connections.
     pub short: Vec<EndpointId>,
     /// Endpoints that may have connections for requests that wait.
@@ -170,9 +167,7 @@ impl Pools {
     ) -> Self {
         Self {
             table: Table::new(config.balance, worker.into()),
-            conns: 0,
             conns_max: conns_max.min(limits::POOL_CONNS_MAX),
-            in_use: 0,
             short: Vec::with_capacity(limits::ENDPOINTS_MAX),
             freed: Vec::with_capacity(limits::ENDPOINTS_MAX),
             health: HealthConfig {

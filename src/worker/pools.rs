@@ -10,7 +10,6 @@ use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
 use crate::limits;
 use crate::metrics::{CloseReason, Discard, Retry};
 use crate::proxy::Side;
-use crate::proxy::balance::Entry;
 use crate::proxy::health::{AT_ONCE, PROBE_SETTLED};
 use crate::proxy::request::Client;
 use crate::proxy::session::{Session, Verdict};
@@ -52,7 +51,8 @@ impl<D: Driver> Engine<D> {
     }
 
     fn pool_budget_used(&self) -> usize {
-        self.pools.conns + self.pools.in_use as usize
+        let totals = self.pools.table.totals();
+        totals.pooled + totals.acquired
     }
 
     /// How many connections each endpoint may keep without need, so that there are some for all.
@@ -89,7 +89,7 @@ impl<D: Driver> Engine<D> {
     }
 
     fn give_up_oldest(&mut self, endpoint: EndpointId) -> bool {
-        let oldest = self.pools.table.get_mut(endpoint).and_then(|entry| entry.pool.evict());
+        let oldest = self.pools.table.evict(endpoint);
         if let Some(conn) = oldest {
             self.discard(conn, Discard::Surplus);
             self.publish_pool(endpoint);
@@ -104,9 +104,8 @@ impl<D: Driver> Engine<D> {
             return false;
         }
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return false };
-        entry.pool.on_connecting();
-        self.pools.conns += 1;
         let address = entry.endpoint.address;
+        self.pools.table.start(endpoint);
         match self.connect(&address) {
             Ok(conn) => {
                 self.own(conn, Owner::Warming { endpoint, since: self.cx.now });
@@ -125,9 +124,8 @@ impl<D: Driver> Engine<D> {
         self.cx.stats.connect_duration.record(self.cx.now.saturating_duration_since(since));
         self.on_endpoint_connected(endpoint);
         let (now, keeps, health) = (self.cx.now, self.keeps_pools(), self.pools.health);
+        let kept = self.pools.table.connected(endpoint, conn, now, &mut self.cx.rng);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
-        let probes = entry.health.is_probing();
-        let kept = entry.pool.on_connected(conn, probes, now, &mut self.cx.rng);
         if !kept && entry.health.on_settled(&health, now) {
             // There is no room to see whether it lasts.
             self.on_readmitted(endpoint);
@@ -143,7 +141,7 @@ impl<D: Driver> Engine<D> {
                 self.free(endpoint);
             }
         } else {
-            entry.pool.remove(conn);
+            self.pools.table.remove(endpoint, conn);
             self.discard(conn, if useful { Discard::Surplus } else { Discard::Endpoint });
         }
         self.mark_short(endpoint);
@@ -161,11 +159,8 @@ impl<D: Driver> Engine<D> {
     }
 
     fn pool_failed(&mut self, endpoint: EndpointId, error: &io::Error) {
-        self.pools.conns -= 1;
         let now = self.cx.now;
-        if let Some(entry) = self.pools.table.get_mut(endpoint) {
-            entry.pool.on_connect_failed(now, &mut self.cx.rng);
-        }
+        self.pools.table.connect_failed(endpoint, now, &mut self.cx.rng);
         if is_local(error) {
             if let Some(entry) = self.pools.table.get_mut(endpoint) {
                 entry.health.on_probe_lost(now);
@@ -240,10 +235,7 @@ impl<D: Driver> Engine<D> {
         // One that has said something is well, whatever becomes of the connection.
         let is_silent = why == Discard::Dead
             && matches!(self.peek_owner(conn), Some(Owner::Warm { greeting, .. }) if greeting.is_empty());
-        let failed = match self.pools.table.get_mut(endpoint) {
-            Some(entry) => entry.pool.on_died(conn, now, &mut self.cx.rng),
-            None => false,
-        };
+        let failed = self.pools.table.died(endpoint, conn, now, &mut self.cx.rng);
         self.discard(conn, why);
         if failed && is_silent {
             self.on_endpoint_failure(endpoint, &ended_at_once());
@@ -256,23 +248,19 @@ impl<D: Driver> Engine<D> {
         if let Owner::Warm { mut greeting, .. } = self.owner(conn) {
             self.cx.driver.buffers().clear(&mut greeting);
         }
-        self.pools.conns -= 1;
         self.cx.stats.count_discard(why);
         self.cx.driver.close(conn, Close::Graceful);
     }
 
     fn evict(&mut self, endpoint: EndpointId, why: Discard) {
-        while let Some(conn) =
-            self.pools.table.get_mut(endpoint).and_then(|entry| entry.pool.evict())
-        {
+        while let Some(conn) = self.pools.table.evict(endpoint) {
             self.discard(conn, why);
         }
     }
 
     /// Closes the warm connections of an endpoint that were made before this moment.
     pub(super) fn evict_made_before(&mut self, endpoint: EndpointId, at: Instant) {
-        let old = |entry: &mut Entry| entry.pool.evict_made_before(at);
-        while let Some(conn) = self.pools.table.get_mut(endpoint).and_then(old) {
+        while let Some(conn) = self.pools.table.evict_made_before(endpoint, at) {
             self.discard(conn, Discard::Silent);
         }
     }
@@ -478,9 +466,7 @@ impl<D: Driver> Engine<D> {
         self.look_for_silence();
         self.evict_removed();
         for endpoint in self.pools.table.indices() {
-            while let Some((conn, why)) =
-                self.pools.table.get_mut(endpoint).and_then(|entry| entry.pool.expire(now))
-            {
+            while let Some((conn, why)) = self.pools.table.expire(endpoint, now) {
                 self.discard(conn, why);
             }
             let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
@@ -536,14 +522,36 @@ impl<D: Driver> Engine<D> {
         let now = self.cx.now;
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         let (pool, stats) = (&entry.pool, entry.stats());
-        stats.pool_idle.set(pool.idle() as u64);
-        stats.pool_connecting.set(pool.connecting() as u64);
         stats.pool_target.set(pool.target() as u64);
         stats.pool_oldest_ms.set(pool.oldest(now).map_or(0, |age| age.as_millis() as u64));
     }
+
+    /// What the pools say they have is what connections say whose they are.
+    #[cfg(test)]
+    pub(super) fn assert_pool_invariants(&self) {
+        use std::collections::HashMap;
+
+        let table = &self.pools.table;
+        table.assert_invariants();
+        let mut found: HashMap<EndpointId, [usize; 2]> = HashMap::new();
+        for owned in &self.cx.owners {
+            match owned.owner {
+                Owner::Warm { endpoint, .. } => found.entry(endpoint).or_default()[0] += 1,
+                Owner::Warming { endpoint, .. } => found.entry(endpoint).or_default()[1] += 1,
+                _ => {}
+            }
+        }
+        for endpoint in table.indices() {
+            let Some(entry) = table.get(endpoint) else { continue };
+            let owned = found.remove(&endpoint).unwrap_or_default();
+            let counts = entry.pool.counts();
+            assert_eq!([counts.idle, counts.connecting], owned, "{}", entry.endpoint.name);
+        }
+        assert!(found.is_empty(), "connections of no endpoint: {found:?}");
+    }
 }
 
-/// Why a connection must not be lent, by what is unheard of it.
+/// Why a connection must not be acquired, by what is unheard of it.
 pub(super) fn why_not_acquired(unheard: Unheard) -> Option<Discard> {
     match unheard {
         Unheard::Nothing => None,

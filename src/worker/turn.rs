@@ -75,8 +75,11 @@ impl<D: Driver> Engine<D> {
     fn plan_wait(&mut self) -> Wait {
         let Plan { events, batch, contended } = self.load.plan(&self.cx.stats, self.cx.now);
         // Few connections for many clients bring few answers at a time.
-        let events =
-            if self.reuses_conns() { events.min((self.pools.in_use / 2).max(1)) } else { events };
+        let events = if self.reuses_conns() {
+            events.min((self.pools.table.totals().acquired as u32 / 2).max(1))
+        } else {
+            events
+        };
         let mut most = self.acceptor.sleep_max().unwrap_or(TURN_MAX);
         if !(self.requests.due.is_empty() && self.pools.freed.is_empty()) {
             most = Duration::ZERO;

@@ -53,7 +53,6 @@ impl<D: Driver> Engine<D> {
             return self.discard_backend(key, Discard::Unexpected);
         }
         let Some(backend) = client.backend.take() else { return };
-        self.pools.in_use -= 1;
         if client.backend_pulse.take_asked() {
             self.cx.driver.ask(backend.conn, None);
         }
@@ -62,9 +61,7 @@ impl<D: Driver> Engine<D> {
         }
         // Whether there is room for it is seen once those that wait have had theirs.
         let useful = self.keeps_pools();
-        let Some(entry) = self.pools.table.get_mut(backend.endpoint) else { return };
-        if entry.release(&backend, useful, self.cx.now) {
-            self.pools.conns += 1;
+        if self.pools.table.release(&backend, useful, self.cx.now) {
             let greeting = crate::io::Chain::default();
             self.own(backend.conn, Owner::Warm { endpoint: backend.endpoint, greeting });
             self.free(backend.endpoint);
@@ -96,10 +93,7 @@ impl<D: Driver> Engine<D> {
     pub(in crate::worker) fn close_backend(&mut self, key: Key<Client>, why: Discard, how: Close) {
         let backend = self.requests.clients.get_mut(key).and_then(|client| client.backend.take());
         let Some(backend) = backend else { return };
-        self.pools.in_use -= 1;
-        if let Some(entry) = self.pools.table.get_mut(backend.endpoint) {
-            entry.on_discarded();
-        }
+        self.pools.table.discarded(backend.endpoint);
         self.retire(backend.conn, backend.endpoint, why, how);
     }
 

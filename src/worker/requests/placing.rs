@@ -279,10 +279,7 @@ impl<D: Driver> Engine<D> {
     /// Lends a client an idle connection of an endpoint, which has one that is proved to be open and
     /// silent.
     pub(in crate::worker) fn acquire(&mut self, key: Key<Client>, endpoint: EndpointId) {
-        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
-        let Some(backend) = entry.acquire(endpoint) else { return };
-        self.pools.conns -= 1;
-        self.pools.in_use += 1;
+        let Some(backend) = self.pools.table.acquire(endpoint) else { return };
         self.own(backend.conn, Owner::InUse(key));
         if let Some(client) = self.requests.clients.get_mut(key) {
             client.on_acquired(backend);
@@ -365,7 +362,6 @@ impl<D: Driver> Engine<D> {
             return;
         };
         let Some(mut client) = self.requests.clients.remove(key) else { return };
-        self.pools.in_use -= 1;
         // What was kept of a request that was sent is not to be sent again.
         let sent = client.request().map_or(0, |request| request.len);
         self.cx.driver.buffers().advance(&mut client.input, sent);
@@ -373,9 +369,7 @@ impl<D: Driver> Engine<D> {
         if let Some(request) = client.uncounted() {
             self.cx.stats.count_request(request.verb, Outcome::Opaque, Duration::ZERO);
         }
-        if let Some(entry) = self.pools.table.get_mut(backend.endpoint) {
-            entry.on_turned_opaque();
-        }
+        self.pools.table.turned_opaque(backend.endpoint);
         self.cx.timers.clear(timer);
         let mut session = Session::new(client.conn, self.cx.now);
         session.on_trying(backend.endpoint, Some(backend.conn));

@@ -274,7 +274,7 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<EndpointId
         let pool = &entry.pool;
         let sessions = in_use + opaque.remove(&index).unwrap_or(0);
         assert_eq!(
-            (pool.in_use(), entry.sessions as usize),
+            (pool.in_use(), entry.sessions() as usize),
             (sessions, sessions),
             "in use of {index:?}"
         );
@@ -294,7 +294,8 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<EndpointId
         }
     }
     assert!(in_use.is_empty(), "in use of no endpoint: {in_use:?}");
-    assert_eq!(engine.pools.conns, conns, "connections of all pools");
+    assert_eq!(engine.pools.table.totals().pooled, conns, "connections of all pools");
+    engine.assert_pool_invariants();
 }
 
 fn run(seed: u64) -> (u64, u64) {

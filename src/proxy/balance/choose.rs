@@ -1,0 +1,230 @@
+//! Which endpoint serves the next session or request.
+
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
+use std::net::IpAddr;
+use std::time::Instant;
+
+use super::{Entry, Table};
+use crate::config::Balance;
+use crate::metrics::Spillover;
+use crate::proxy::endpoints::EndpointId;
+use crate::proxy::session::Tried;
+
+/// A near endpoint is too loaded when the best other one has less than half of its sessions, not
+/// counting the first few.
+const NEAR_LOAD_FACTOR: u32 = 2;
+const NEAR_LOAD_FREE: u32 = 8;
+
+/// Which endpoints are looked at.
+#[derive(Debug, Clone, Copy)]
+enum Among {
+    All,
+    Usable,
+    Near,
+    Far,
+}
+
+/// What an endpoint must have to be looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Having {
+    /// Nothing.
+    Anything,
+    /// An idle connection.
+    Idle,
+    /// Room for one more connection.
+    Room,
+}
+
+impl Having {
+    fn holds(self, entry: &Entry) -> bool {
+        match self {
+            Self::Anything => true,
+            Self::Idle => entry.pool.idle() > 0,
+            Self::Room => entry.pool.room() > 0,
+        }
+    }
+}
+
+impl Table {
+    /// The endpoint for a request: a usable one with an idle connection, else one with room for
+    /// one more, which then has to be made. And whether it is not near though near ones are
+    /// preferred.
+    pub fn choose_for_request(
+        &mut self,
+        tried: &Tried,
+        source: Option<IpAddr>,
+        prefers_near: bool,
+        rng: &mut fastrand::Rng,
+    ) -> Option<(EndpointId, Having)> {
+        self.turn = self.turn.wrapping_add(1);
+        let near: &[Among] =
+            if prefers_near { &[Among::Near, Among::Far] } else { &[Among::Usable] };
+        for &among in near {
+            for having in [Having::Idle, Having::Room] {
+                if let Some(index) = self.pick(tried, source, rng, among, having) {
+                    self.take_turn(index);
+                    return Some((index, having));
+                }
+            }
+        }
+        None
+    }
+
+    /// The endpoint that a source's requests go to: of those not tried the one that it is bound to,
+    /// or the next one where that is ejected, or has just refused to be connected to.
+    pub fn choose_for_source(
+        &self,
+        tried: &Tried,
+        source: Option<IpAddr>,
+        now: Instant,
+    ) -> Option<EndpointId> {
+        let entries = self.present.iter().filter(|&&index| !tried.contains(index));
+        entries
+            .filter_map(|&index| Some((index, self.entries[usize::from(index)].as_ref()?)))
+            .filter(|(_, entry)| entry.health.is_usable())
+            .filter(|(_, entry)| entry.pool.idle() > 0 || !entry.pool.backs_off(now))
+            .max_by_key(|(_, entry)| affinity(source, entry))
+            .map(|(index, _)| index)
+    }
+
+    /// The endpoint for a session's next attempt: a usable one that it has not tried, or, should
+    /// none be left, any that it has not tried.
+    pub fn choose(
+        &mut self,
+        tried: &Tried,
+        source: Option<IpAddr>,
+        rng: &mut fastrand::Rng,
+    ) -> Option<EndpointId> {
+        self.turn = self.turn.wrapping_add(1);
+        let chosen = self
+            .pick(tried, source, rng, Among::Usable, Having::Anything)
+            .or_else(|| self.pick(tried, source, rng, Among::All, Having::Anything));
+        chosen.inspect(|&index| self.take_turn(index))
+    }
+
+    /// Whether there is a usable endpoint that was not tried.
+    pub fn has_other(&self, tried: &Tried) -> bool {
+        let entries = self.present.iter().filter(|&&index| !tried.contains(index));
+        let mut entries = entries.filter_map(|&index| self.entries[usize::from(index)].as_ref());
+        entries.any(|entry| entry.health.is_usable())
+    }
+
+    /// An endpoint was chosen.
+    fn take_turn(&mut self, index: EndpointId) {
+        if !std::mem::take(&mut self.substitutes) {
+            self.use_turn(index);
+        }
+    }
+
+    fn use_turn(&mut self, index: EndpointId) {
+        let Some(entry) = self.entries.get_mut(usize::from(index)).and_then(Option::as_mut) else {
+            return;
+        };
+        // One that could have no turn for a while does not get all of them at once.
+        let turns = entry.turns.max(self.turns);
+        self.turns = turns;
+        entry.turns = turns + 1;
+    }
+
+    /// The same where near endpoints are preferred, and why it is another one, if it is.
+    pub fn choose_near(
+        &mut self,
+        tried: &Tried,
+        source: Option<IpAddr>,
+        rng: &mut fastrand::Rng,
+    ) -> (Option<EndpointId>, Option<Spillover>) {
+        self.turn = self.turn.wrapping_add(1);
+        let near = self.pick(tried, source, rng, Among::Near, Having::Anything);
+        let other = self.pick(tried, source, rng, Among::Far, Having::Anything);
+        let load =
+            |index: EndpointId| self.entries[usize::from(index)].as_ref().map_or(0, Entry::load);
+        let too_much =
+            |load: u32| load.saturating_mul(NEAR_LOAD_FACTOR).saturating_add(NEAR_LOAD_FREE);
+        let (chosen, spilled) = match (near, other) {
+            (Some(near), Some(other)) if load(near) > too_much(load(other)) => {
+                (Some(other), Some(Spillover::Loaded))
+            }
+            (Some(near), _) => (Some(near), None),
+            (None, Some(other)) => (Some(other), Some(Spillover::Few)),
+            (None, None) => (self.pick(tried, source, rng, Among::All, Having::Anything), None),
+        };
+        (chosen.inspect(|&index| self.take_turn(index)), spilled)
+    }
+
+    fn pick(
+        &mut self,
+        tried: &Tried,
+        source: Option<IpAddr>,
+        rng: &mut fastrand::Rng,
+        among: Among,
+        having: Having,
+    ) -> Option<EndpointId> {
+        if self.policy != Balance::RoundRobin {
+            return self.pick_now(tried, source, rng, among, having);
+        }
+        // One on its way to its full share is passed over now and then.
+        let mut passed_over = *tried;
+        while let Some(index) = self.pick_now(&passed_over, source, rng, among, having) {
+            let percent = self.entries[usize::from(index)].as_ref().map_or(100, Entry::percent);
+            if percent == 100 || rng.u32(..100) < percent {
+                return Some(index);
+            }
+            self.use_turn(index);
+            self.substitutes = true;
+            let before = passed_over.attempts();
+            passed_over.push(index);
+            if passed_over.attempts() == before {
+                return Some(index); // More than can be passed over.
+            }
+        }
+        self.pick_now(tried, source, rng, among, having)
+    }
+
+    fn pick_now(
+        &self,
+        tried: &Tried,
+        source: Option<IpAddr>,
+        rng: &mut fastrand::Rng,
+        among: Among,
+        having: Having,
+    ) -> Option<EndpointId> {
+        let count = self.present.len();
+        // Workers, and endpoints that have had as many turns, do not all begin with the same one.
+        let candidates = (0..count)
+            .map(|i| self.present[(self.turn + i) % count])
+            .filter(|&index| !tried.contains(index))
+            .filter_map(|index| Some((index, self.entries[usize::from(index)].as_ref()?)))
+            .filter(|(_, entry)| having.holds(entry))
+            .filter(|(_, entry)| match among {
+                Among::All => true,
+                Among::Usable => entry.health.is_usable(),
+                Among::Near => entry.health.is_usable() && entry.endpoint.is_near(),
+                Among::Far => entry.health.is_usable() && !entry.endpoint.is_near(),
+            });
+        // Equals take turns, whichever of the others are out of use.
+        let turns = |entry: &Entry| entry.turns.max(self.turns);
+        let chosen = match self.policy {
+            Balance::RoundRobin => candidates.min_by_key(|(_, entry)| turns(entry)),
+            Balance::LeastConn => candidates.min_by_key(|(_, entry)| (entry.load(), turns(entry))),
+            Balance::RandomTwo => {
+                let all = candidates.clone().count();
+                if all == 0 {
+                    return None;
+                }
+                let first = rng.usize(..all);
+                let second = if all > 1 { (first + rng.usize(1..all)) % all } else { first };
+                let drawn = candidates.enumerate().filter(|(i, _)| *i == first || *i == second);
+                drawn
+                    .map(|(_, candidate)| candidate)
+                    .min_by_key(|(_, entry)| (entry.load(), turns(entry)))
+            }
+            Balance::SourceHash => candidates.max_by_key(|(_, entry)| affinity(source, entry)),
+        };
+        chosen.map(|(index, _)| index)
+    }
+}
+
+/// Rendezvous hashing (Thaler and Ravishankar): only the sources of an endpoint that goes move.
+fn affinity(source: Option<IpAddr>, entry: &Entry) -> u64 {
+    BuildHasherDefault::<DefaultHasher>::default().hash_one((source, entry.endpoint.address))
+}

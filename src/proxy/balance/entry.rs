@@ -1,0 +1,159 @@
+//! An endpoint as one worker sees it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::config::PoolConfig;
+use crate::metrics::EndpointStats;
+use crate::proxy::endpoints::Endpoint;
+use crate::proxy::health::Health;
+use crate::proxy::pool::{Counts, Pool};
+
+/// One endpoint of one worker.
+#[derive(Debug)]
+pub struct Entry {
+    /// The endpoint, shared with the other workers and the control thread.
+    pub endpoint: Arc<Endpoint>,
+    /// Its connections.
+    pub pool: Pool,
+    /// Its health.
+    pub health: Health,
+    /// Those of its connections in use that are not released to the pool, though it reuses them:
+    /// nobody knows any more what is on them.
+    pub(super) opaque: usize,
+    worker: usize,
+    pub(super) present: bool,
+    /// When it left the set.
+    pub(super) removed_at: Option<Instant>,
+    /// It left the set for good, as far as anybody can tell: see [`Entry::let_go`].
+    pub(super) gone: bool,
+    pub(super) ramp: Ramp,
+    /// Turns that it has had, and those that went by while it could have none.
+    pub(super) turns: u64,
+    /// When it last took a connection or answered.
+    alive_at: Option<Instant>,
+}
+
+/// How far an endpoint that joined others is on the way to its full share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ramp {
+    /// No connection to it has been made yet.
+    Cold,
+    /// The first one was made then; it now gets this part of its share, in percent.
+    Warming {
+        since: Instant,
+        percent: u32,
+    },
+    Full,
+}
+
+/// The part of its share that an endpoint starts with, in percent.
+const RAMP_PERCENT_MIN: u32 = 10;
+
+impl Entry {
+    /// An endpoint that has just come in. One that `joins` others gets less than its share at first.
+    pub(super) fn new(
+        endpoint: &Arc<Endpoint>,
+        worker: usize,
+        pool: &PoolConfig,
+        joins: bool,
+        now: Instant,
+    ) -> Self {
+        // Its counters may be of an earlier time, in which it ended up anyhow.
+        endpoint.stats[worker].reset_gauges();
+        let min_idle = endpoint.share_of(worker, pool.min_idle);
+        Self {
+            endpoint: Arc::clone(endpoint),
+            pool: Pool::new(&PoolConfig { min_idle, ..pool.clone() }, now),
+            health: Health::default(),
+            opaque: 0,
+            worker,
+            present: true,
+            removed_at: None,
+            gone: false,
+            ramp: if joins { Ramp::Cold } else { Ramp::Full },
+            turns: 0,
+            alive_at: None,
+        }
+    }
+
+    /// Sessions on it, those still connecting included.
+    pub fn sessions(&self) -> u32 {
+        self.pool.in_use() as u32
+    }
+
+    /// Moves the slow start on. An endpoint counts as warm from its first connection.
+    pub fn ramp_up(&mut self, slow_start: Duration, now: Instant) {
+        let warm = self.pool.idle() > 0 || self.stats().connects.get() > 0;
+        self.ramp = match self.ramp {
+            Ramp::Cold if warm => Ramp::Warming { since: now, percent: RAMP_PERCENT_MIN },
+            Ramp::Warming { since, .. } => {
+                let passed = now.saturating_duration_since(since).as_secs_f64();
+                match (100.0 * passed / slow_start.as_secs_f64()) as u32 {
+                    100.. => Ramp::Full,
+                    percent => Ramp::Warming { since, percent: percent.max(RAMP_PERCENT_MIN) },
+                }
+            }
+            ramp => ramp,
+        };
+    }
+
+    /// It took a connection or answered: what goes to it arrives, and what comes from it as well.
+    pub fn on_alive(&mut self, at: Instant) {
+        self.alive_at = self.alive_at.max(Some(at));
+    }
+
+    /// When it last did that.
+    pub fn alive_at(&self) -> Option<Instant> {
+        self.alive_at
+    }
+
+    pub(super) fn percent(&self) -> u32 {
+        match self.ramp {
+            Ramp::Cold => RAMP_PERCENT_MIN,
+            Ramp::Warming { percent, .. } => percent,
+            Ramp::Full => 100,
+        }
+    }
+
+    /// Its load, as much higher as its share is smaller, and twice as high for each recent failure:
+    /// an endpoint that ends its sessions at once would seem to be idle.
+    pub(super) fn load(&self) -> u32 {
+        let load = match (self.percent(), self.health.weight()) {
+            (100, 0) => return self.sessions(),
+            (percent, _) => (self.sessions() + 1).saturating_mul(100) / percent,
+        };
+        load.saturating_mul(1 << self.health.weight().min(16))
+    }
+
+    /// Whether it left the set at least `drain` ago, for good, and still has sessions.
+    pub fn is_overdue(&self, drain: Duration, now: Instant) -> bool {
+        let passed = |at| now.saturating_duration_since(at) >= drain;
+        self.pool.in_use() > 0 && self.gone && self.removed_at.is_some_and(passed)
+    }
+
+    /// Takes note of whether it left the set at least `linger` ago. Until then it may come back any
+    /// moment: it gets nothing new, but what it has stays as it is.
+    pub fn let_go(&mut self, linger: Duration, now: Instant) {
+        self.gone |= self.removed_at.is_some_and(|at| now.saturating_duration_since(at) >= linger);
+    }
+
+    /// Whether it left the set for good.
+    pub fn is_gone(&self) -> bool {
+        self.gone
+    }
+
+    /// This worker's counters of the endpoint.
+    pub fn stats(&self) -> &EndpointStats {
+        &self.endpoint.stats[self.worker]
+    }
+
+    /// Whether the latest snapshot names it.
+    pub fn is_present(&self) -> bool {
+        self.present
+    }
+
+    pub(super) fn is_unused(&self) -> bool {
+        self.pool.counts() == Counts::default()
+    }
+}
