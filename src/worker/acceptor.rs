@@ -187,7 +187,7 @@ impl Acceptor {
 
     /// Checks what holds between two turns.
     #[cfg(test)]
-    pub(super) fn invariants<D>(&self, cx: &Context<D>) {
+    pub(super) fn assert_invariants<D>(&self, cx: &Context<D>) {
         assert!(self.accepted.is_empty(), "a client was let in and is not served");
         let drains = cx.command > Command::Run;
         assert_eq!(self.drains_since.is_some(), drains, "since when it drains");

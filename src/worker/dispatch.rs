@@ -1,6 +1,7 @@
 //! Finds sessions a backend, and does for them what concerns the pools.
 
 use std::io;
+use std::time::Instant;
 
 use super::engine::{Engine, Owner};
 use super::flush;
@@ -256,7 +257,7 @@ impl<D: Driver> Engine<D> {
     pub(super) fn apply(
         &mut self,
         key: Key<Session>,
-        event: impl FnOnce(&mut Session, std::time::Instant) -> Action,
+        event: impl FnOnce(&mut Session, Instant) -> Action,
     ) {
         let outcome = self.sessions.on_event(&mut self.cx, key, event);
         self.follow(key, outcome);

@@ -15,6 +15,7 @@ use super::mail::Mail;
 use super::mailbox::{Command, Mailbox};
 use super::places::Places;
 use super::sessions::Sessions;
+use super::silence::Silence;
 use super::timers::Timers;
 use crate::config::{Config, Discovery, PoolMode};
 use crate::io::{Chain, ConnId, Driver, socket};
@@ -24,7 +25,6 @@ use crate::metrics::WorkerStats;
 use crate::proxy::balance::Table;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::health::HealthConfig;
-use crate::proxy::pulse::Patience;
 use crate::proxy::queue::Queue;
 use crate::proxy::request::{Client, Limits as ClientLimits};
 use crate::proxy::session::{Session, Timeouts};
@@ -125,10 +125,6 @@ pub(super) struct Pools {
     pub health: HealthConfig,
     /// For so long an endpoint that left the set is taken to come back.
     pub linger: Duration,
-    /// How long peers may acknowledge nothing.
-    pub patience: Option<Patience>,
-    /// The slot of the connection that was looked at last for that.
-    pub looked_at: usize,
     pub upkeep_at: Instant,
     /// Where backends cannot be.
     listening: Listening,
@@ -175,8 +171,6 @@ impl Pools {
                 eject_time: config.eject_time,
             },
             linger: linger_of(config),
-            patience: config.tcp_user_timeout.map(|limit| Patience { limit }),
-            looked_at: 0,
             upkeep_at: now,
             listening,
         }
@@ -192,6 +186,7 @@ pub struct Engine<D> {
     pub(super) sessions: Sessions,
     pub(super) requests: Requests,
     pub(super) pools: Pools,
+    pub(super) silence: Silence,
 }
 
 impl<D: Driver> Engine<D> {
@@ -211,6 +206,7 @@ impl<D: Driver> Engine<D> {
             load: Load::new(now, setup.core_wait),
             sessions: Sessions::new(slots, timeouts),
             requests: Requests::new(&config, slots),
+            silence: Silence::new(config.tcp_user_timeout),
             pools: Pools::new(&config, worker, setup.pool_conns_max, setup.listening, now),
             cx: Context {
                 worker,

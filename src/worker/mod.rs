@@ -1,8 +1,16 @@
 //! One core: binds `proxy` to `io`, turn by turn.
 //!
 //! A worker is a thread that shares nothing with the others: it has its own listening sockets,
-//! driver, sessions, buffers, pools and counters. Its parts are in [`engine`],
-//! its turn is in `turn`.
+//! driver, sessions, buffers, pools and counters.
+//!
+//! ```text
+//! turn ──▶ acceptor, mail, load ────────────────▶ context: driver, clock, timers,
+//!   ├────▶ dispatch ──▶ sessions, pools ────────▶          counters, places, owners
+//!   └────▶ requests, silence ──▶ pools ─────────▶
+//! ```
+//!
+//! A part is handed the context and does not know who calls it: what concerns others, it returns. The
+//! parts are put together in [`engine`].
 
 use std::convert::Infallible;
 use std::io;

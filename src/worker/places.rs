@@ -77,7 +77,7 @@ impl Places {
 
     /// Checks that all that takes a place is counted, and nothing else.
     #[cfg(test)]
-    pub(super) fn invariants(&self, served: usize, flushing: usize) {
+    pub(super) fn assert_invariants(&self, served: usize, flushing: usize) {
         assert_eq!(self.served, served, "places of sessions and clients");
         assert_eq!(self.flushing, flushing, "places of what is flushed");
         assert!(self.taken() <= self.slots, "more places are taken than there are");

@@ -54,21 +54,14 @@ impl Sessions {
         self.slab.get_mut(key)
     }
 
-    /// The session that a connection belongs to, which is there for as long as it does.
+    /// The session that a connection belongs to: it is there for as long as that does.
     pub(super) fn of(&mut self, key: Key<Session>) -> &mut Session {
-        let Some(session) = self.slab.get_mut(key) else {
-            unreachable!("a connection belongs to a session that is closed")
-        };
-        session
+        &mut self.slab[key]
     }
 
+    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.slab.len()
-    }
-
-    /// How many there can be.
-    pub(super) fn capacity(&self) -> usize {
-        self.slab.capacity()
     }
 
     /// The bound of [`Sessions::key_at`], for walks that change sessions on the way.
@@ -81,16 +74,17 @@ impl Sessions {
         self.slab.key_at(slot)
     }
 
-    /// Adds a session, unless all slots are taken.
-    pub(super) fn insert(&mut self, session: Session) -> Result<Key<Session>, Session> {
-        self.slab.insert(session)
+    /// Adds a session, which has a place.
+    pub(super) fn insert(&mut self, session: Session) -> Key<Session> {
+        let Ok(key) = self.slab.insert(session) else {
+            unreachable!("there are as many slots as places")
+        };
+        key
     }
 
     /// Begins a session of a client that has a place.
     pub(super) fn begin<D: Driver>(&mut self, cx: &mut Context<D>, client: ConnId) -> Key<Session> {
-        let Ok(key) = self.slab.insert(Session::new(client, cx.now)) else {
-            unreachable!("there are as many slots as places")
-        };
+        let key = self.insert(Session::new(client, cx.now));
         cx.own(client, Owner::Session(key, Side::Client));
         key
     }
@@ -98,6 +92,7 @@ impl Sessions {
     /// Receives from a client that has no backend: it may leave. What it sends meanwhile is kept, and
     /// that is at most a buffer: a receive that was stopped once brings one at a time.
     pub(super) fn listen_to_early<D: Driver>(&self, cx: &mut Context<D>, key: Key<Session>) {
+        // It may be over by now.
         if let Some(session) = self.slab.get(key)
             && !session.is_open()
             && !session.has_early()
@@ -116,7 +111,7 @@ impl Sessions {
         mut greeting: Chain,
     ) -> Outcome {
         cx.own(backend, Owner::Session(key, Side::Backend));
-        let session = self.of(key);
+        let session = &mut self.slab[key];
         let client = session.client();
         let Ok(preface) = proxy_header(cx, client) else {
             // Without it the backend would take the client's bytes for the header.
@@ -158,7 +153,7 @@ impl Sessions {
         from: Side,
         buf: Buf,
     ) -> Outcome {
-        let session = self.of(key);
+        let session = &mut self.slab[key];
         let outcome = count(cx, load, session, from, buf.len());
         if session.is_open() {
             pass_on(cx, session, from, buf);
@@ -176,7 +171,7 @@ impl Sessions {
         from: Side,
         buf: Buf,
     ) {
-        pass_on(cx, self.of(key), from, buf);
+        pass_on(cx, &mut self.slab[key], from, buf);
     }
 
     /// Bytes came that the driver sends on by itself, which also bounds them.
@@ -188,7 +183,7 @@ impl Sessions {
         from: Side,
         bytes: u32,
     ) -> Outcome {
-        let session = self.of(key);
+        let session = &mut self.slab[key];
         let outcome = count(cx, load, session, from, bytes);
         let action = session.on_received(from, bytes, u32::MAX, cx.now);
         let acted = act(cx, session, action);
@@ -205,7 +200,7 @@ impl Sessions {
         bytes: u32,
     ) -> Outcome {
         let limit = cx.in_flight_limit();
-        let session = self.of(key);
+        let session = &mut self.slab[key];
         let action = session.on_sent(to, bytes, limit, cx.now);
         act(cx, session, action)
     }
@@ -217,7 +212,7 @@ impl Sessions {
         key: Key<Session>,
     ) -> Outcome {
         let timeouts = self.timeouts;
-        let session = self.of(key);
+        let session = &self.slab[key];
         let survivor = session.survivor().and_then(|side| session.conn(side));
         let undelivered = survivor.map_or(0, |conn| cx.driver.undelivered(conn));
         self.on_event(cx, key, |session, now| session.on_deadline(&timeouts, undelivered, now))
@@ -230,7 +225,7 @@ impl Sessions {
         key: Key<Session>,
         event: impl FnOnce(&mut Session, Instant) -> Action,
     ) -> Outcome {
-        let session = self.of(key);
+        let session = &mut self.slab[key];
         let action = event(session, cx.now);
         let outcome = act(cx, session, action);
         if outcome == Outcome::Done {
@@ -241,10 +236,9 @@ impl Sessions {
 
     /// Sets the session's timer: it has been opened, one direction of it has ended, or activity
     /// has moved the deadline at which the timer fired.
-    pub(super) fn arm_deadline<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) {
-        let timeouts = self.timeouts;
-        let session = self.of(key);
-        if let Some(deadline) = session.deadline(&timeouts) {
+    pub(super) fn arm_deadline<D: Driver>(&self, cx: &mut Context<D>, key: Key<Session>) {
+        let session = &self.slab[key];
+        if let Some(deadline) = session.deadline(&self.timeouts) {
             cx.timers.set(session.client().index(), deadline);
         }
     }
@@ -274,7 +268,7 @@ impl Sessions {
     /// Checks what holds between two turns: both connections of a session belong to it, and those
     /// that belong to a session are its.
     #[cfg(test)]
-    pub(super) fn invariants<D: Driver>(&self, cx: &Context<D>) {
+    pub(super) fn assert_invariants<D: Driver>(&self, cx: &Context<D>) {
         let mut conns = 0;
         for key in (0..self.slots()).filter_map(|slot| self.key_at(slot)) {
             let Some(session) = self.get(key) else { unreachable!("it has a key") };

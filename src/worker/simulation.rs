@@ -112,9 +112,8 @@ impl Run {
 
     pub(super) fn turn(&mut self) {
         self.engine.turn().expect("the simulator never fails");
-        self.engine.invariants();
+        self.engine.assert_invariants();
         // A drain empties the accept queue, whatever waits in it.
-        self.engine.assert_pool_invariants();
         let allowed = self.mailbox.current_command() >= Command::Drain
             || self.engine.sessions() <= self.sessions_max;
         assert!(allowed, "more sessions than AEGIS_MAX_SESSIONS");

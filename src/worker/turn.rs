@@ -314,12 +314,15 @@ impl<D: Driver> Engine<D> {
 
     /// Checks what holds between two turns.
     #[cfg(test)]
-    pub(super) fn invariants(&self) {
-        self.acceptor.invariants(&self.cx);
-        self.sessions.invariants(&self.cx);
+    pub(super) fn assert_invariants(&self) {
+        self.acceptor.assert_invariants(&self.cx);
+        self.sessions.assert_invariants(&self.cx);
+        self.assert_pool_invariants();
         let is_flushing = |owned: &&Owned| matches!(owned.owner, Owner::Flushing(_));
         let flushing = self.cx.owners.iter().filter(is_flushing).count();
-        self.cx.places.invariants(self.sessions.len() + self.requests.clients.len(), flushing);
+        self.cx
+            .places
+            .assert_invariants(self.sessions.len() + self.requests.clients.len(), flushing);
         for (slot, owned) in self.cx.owners.iter().enumerate() {
             let needs_timer = matches!(owned.owner, Owner::Warming { .. } | Owner::Flushing(_));
             let may_have_one = match owned.owner {
