@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::engine::{Owned, Owner};
 use super::mailbox::Command;
+use super::owners::Owners;
 use super::places::Places;
 use super::timers::Timers;
 use crate::config::Config;
-use crate::io::{ConnId, Driver};
+use crate::io::Driver;
 use crate::limits;
 use crate::metrics::WorkerStats;
 use crate::proxy::WorkerId;
@@ -25,8 +25,8 @@ pub(super) struct Context<D> {
     pub(super) now: Instant,
     /// When the process started.
     pub(super) started: Instant,
-    /// Whose each connection is, by its slot.
-    pub(super) owners: Vec<Owned>,
+    /// Whose each connection is.
+    pub(super) owners: Owners,
     /// What the worker was told to do at last.
     pub(super) command: Command,
     /// The room for sessions and clients.
@@ -47,28 +47,6 @@ impl<D: Driver> Context<D> {
     /// Whether buffers are short.
     pub(super) fn is_short_of_buffers(&mut self) -> bool {
         limits::buffers_are_short(self.driver.buffers().spare())
-    }
-
-    /// Takes note of whose a connection is from now on.
-    pub(super) fn own(&mut self, conn: ConnId, owner: Owner) {
-        let slot = conn.index();
-        while self.owners.len() <= slot {
-            self.owners.push(Owned { conn, owner: Owner::None });
-        }
-        self.owners[slot] = Owned { conn, owner };
-    }
-
-    /// Takes a connection's owner out: for connections that change hands.
-    pub(super) fn owner(&mut self, conn: ConnId) -> Owner {
-        match self.owners.get_mut(conn.index()) {
-            Some(owned) if owned.conn == conn => std::mem::take(&mut owned.owner),
-            _ => Owner::None,
-        }
-    }
-
-    pub(super) fn peek_owner(&self, conn: ConnId) -> Option<&Owner> {
-        let owned = self.owners.get(conn.index())?;
-        (owned.conn == conn).then_some(&owned.owner)
     }
 
     /// Publishes how many places are taken.

@@ -3,8 +3,9 @@
 use std::io;
 use std::time::Instant;
 
-use super::engine::{Engine, Owner};
+use super::engine::Engine;
 use super::flush;
+use super::owners::Owner;
 use super::pools::is_local;
 use super::sessions::Outcome;
 use crate::config::{Balance, Locality};

@@ -9,26 +9,27 @@ use std::time::{Duration, Instant};
 use super::acceptor::Acceptor;
 use super::contention::CoreWait;
 use super::context::Context;
-use super::flush::Flushing;
 use super::load::Load;
 use super::mail::Mail;
 use super::mailbox::{Command, Mailbox};
+pub(super) use super::owners::Owner;
+use super::owners::Owners;
 use super::places::Places;
 use super::sessions::Sessions;
 use super::silence::Silence;
 use super::timers::Timers;
 use crate::config::{Config, Discovery, PoolMode};
-use crate::io::{Chain, ConnId, Driver, socket};
+use crate::io::{ConnId, Driver, socket};
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
+use crate::proxy::WorkerId;
 use crate::proxy::balance::Table;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::health::HealthConfig;
 use crate::proxy::queue::Queue;
 use crate::proxy::request::{Client, Limits as ClientLimits};
-use crate::proxy::session::{Session, Timeouts};
-use crate::proxy::{Side, WorkerId};
+use crate::proxy::session::Timeouts;
 use crate::slab::{Key, Slab};
 
 /// What an engine needs, apart from its driver.
@@ -54,33 +55,6 @@ pub struct EngineSetup {
     pub core_wait: CoreWait,
     /// Of the random numbers; equal seeds behave alike.
     pub seed: u64,
-}
-
-/// Whose a connection is.
-#[derive(Debug, Default)]
-pub(super) enum Owner {
-    /// Nobody's.
-    #[default]
-    None,
-    /// A session's, connected or being connected.
-    Session(Key<Session>, Side),
-    /// Being made for a pool, or to probe an endpoint.
-    Warming { endpoint: EndpointId, since: Instant },
-    /// A client's whose requests are told apart.
-    Client(Key<Client>),
-    /// In the hands of such a client.
-    InUse(Key<Client>),
-    /// Warm in a pool, with what the backend has sent unasked.
-    Warm { endpoint: EndpointId, greeting: Chain },
-    /// Nobody's, and to be closed once its peer has what was sent to it.
-    Flushing(Flushing),
-}
-
-/// A connection's owner. The id tells a slot's present connection from an earlier one.
-#[derive(Debug)]
-pub(super) struct Owned {
-    pub conn: ConnId,
-    pub owner: Owner,
 }
 
 /// The address of a backend is one of this process.
@@ -211,7 +185,7 @@ impl<D: Driver> Engine<D> {
             cx: Context {
                 worker,
                 stats,
-                owners: Vec::with_capacity(conns_max),
+                owners: Owners::with_capacity(conns_max),
                 timers: Timers::new(conns_max, now),
                 rng: fastrand::Rng::with_seed(setup.seed),
                 now,
@@ -258,16 +232,16 @@ impl<D: Driver> Engine<D> {
 
     /// Takes note of whose a connection is from now on.
     pub(super) fn own(&mut self, conn: ConnId, owner: Owner) {
-        self.cx.own(conn, owner);
+        self.cx.owners.set(conn, owner);
     }
 
     /// Takes a connection's owner out: for connections that change hands.
     pub(super) fn owner(&mut self, conn: ConnId) -> Owner {
-        self.cx.owner(conn)
+        self.cx.owners.take(conn)
     }
 
     pub(super) fn peek_owner(&self, conn: ConnId) -> Option<&Owner> {
-        self.cx.peek_owner(conn)
+        self.cx.owners.get(conn)
     }
 
     /// The engine's driver, for tests.

@@ -7,8 +7,8 @@
 use std::time::{Duration, Instant};
 
 use super::context::Context;
-use super::engine::Owner;
 use super::mailbox::Command;
+use super::owners::{Owned, Owner};
 use crate::io::{Close, ConnId, Driver};
 use crate::limits;
 
@@ -48,7 +48,7 @@ impl Flushing {
 pub(super) fn reset_behind<D: Driver>(cx: &mut Context<D>, conn: ConnId) {
     let left = cx.driver.undelivered(conn);
     if left == 0 || cx.command == Command::Stop {
-        cx.owner(conn);
+        cx.owners.take(conn);
         return cx.driver.close(conn, Close::Reset);
     }
     // What it still sends is for nobody, but while it cannot send, it may not get to receiving.
@@ -59,7 +59,7 @@ pub(super) fn reset_behind<D: Driver>(cx: &mut Context<D>, conn: ConnId) {
 
 fn go_on<D: Driver>(cx: &mut Context<D>, conn: ConnId, flushing: Flushing) {
     cx.timers.set(conn.index(), cx.now + flushing.look_after);
-    cx.own(conn, Owner::Flushing(flushing));
+    cx.owners.set(conn, Owner::Flushing(flushing));
 }
 
 /// Looks at a connection again that is being flushed.
@@ -73,7 +73,7 @@ pub(super) fn on_timer<D: Driver>(cx: &mut Context<D>, conn: ConnId, flushing: F
 /// A connection that is being flushed has broken, or there is no time left for it.
 pub(super) fn end<D: Driver>(cx: &mut Context<D>, conn: ConnId) {
     cx.timers.clear(conn.index());
-    cx.owner(conn);
+    cx.owners.take(conn);
     cx.driver.close(conn, Close::Reset);
     cx.places.on_flushed();
     cx.publish_sessions();
@@ -82,8 +82,9 @@ pub(super) fn end<D: Driver>(cx: &mut Context<D>, conn: ConnId) {
 /// Ends all flushes: there is no time left.
 pub(super) fn end_all<D: Driver>(cx: &mut Context<D>) {
     for slot in 0..cx.owners.len() {
-        if let Owner::Flushing(_) = cx.owners[slot].owner {
-            end(cx, cx.owners[slot].conn);
+        let &Owned { conn, ref owner } = cx.owners.at(slot);
+        if let Owner::Flushing(_) = owner {
+            end(cx, conn);
         }
     }
 }

@@ -40,6 +40,7 @@ mod handover;
 mod load;
 mod mail;
 pub mod mailbox;
+mod owners;
 mod places;
 mod pools;
 mod requests;

@@ -6,9 +6,9 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use super::context::Context;
-use super::engine::Owner;
 use super::flush;
 use super::load::Load;
+use super::owners::Owner;
 use crate::config::ProxyProtocol;
 use crate::io::{Buf, Chain, Close, ConnId, Driver};
 use crate::metrics::CloseReason;
@@ -85,7 +85,7 @@ impl Sessions {
     /// Begins a session of a client that has a place.
     pub(super) fn begin<D: Driver>(&mut self, cx: &mut Context<D>, client: ConnId) -> Key<Session> {
         let key = self.insert(Session::new(client, cx.now));
-        cx.own(client, Owner::Session(key, Side::Client));
+        cx.owners.set(client, Owner::Session(key, Side::Client));
         key
     }
 
@@ -110,7 +110,7 @@ impl Sessions {
         backend: ConnId,
         mut greeting: Chain,
     ) -> Outcome {
-        cx.own(backend, Owner::Session(key, Side::Backend));
+        cx.owners.set(backend, Owner::Session(key, Side::Backend));
         let session = &mut self.slab[key];
         let client = session.client();
         let Ok(preface) = proxy_header(cx, client) else {
@@ -257,7 +257,7 @@ impl Sessions {
         for side in [Side::Client, Side::Backend] {
             if let Some(conn) = session.conn(side) {
                 cx.timers.clear(conn.index());
-                cx.owner(conn);
+                cx.owners.take(conn);
                 end(cx, conn, session.ending(side, reason));
             }
         }
@@ -275,7 +275,7 @@ impl Sessions {
             for side in [Side::Client, Side::Backend] {
                 let Some(conn) = session.conn(side) else { continue };
                 conns += 1;
-                let owner = cx.peek_owner(conn);
+                let owner = cx.owners.get(conn);
                 let is_its = matches!(owner, Some(&Owner::Session(k, s)) if (k, s) == (key, side));
                 assert!(is_its, "{side:?} of {key:?} belongs to {owner:?}");
             }

@@ -8,7 +8,8 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use super::engine::{Engine, Owned, Owner, Requests};
+use super::engine::{Engine, Requests};
+use super::owners::{Owned, Owner};
 use super::sessions::Sessions;
 use crate::io::{ConnId, Driver, Unheard};
 use crate::limits;
@@ -96,7 +97,7 @@ impl<D: Driver> Engine<D> {
 
     /// Looks at one connection, if that is due. Says whether that cost a system call.
     fn look_at(&mut self, slot: usize, patience: &Patience) -> bool {
-        let Owned { conn, ref owner } = self.cx.owners[slot];
+        let &Owned { conn, ref owner } = self.cx.owners.at(slot);
         let watched = watched(owner, &mut self.sessions, &mut self.requests);
         let Some(Watched { pulse, endpoint, waits }) = watched else { return false };
         let entry = endpoint.and_then(|endpoint| self.pools.table.get_mut(endpoint));

@@ -5,10 +5,11 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use super::batch::Plan;
-use super::engine::{Engine, Owned, Owner, leads_back};
+use super::engine::{Engine, leads_back};
 use super::flush;
 use super::handover::{Lighter, hand_over};
 use super::mailbox::Command;
+use super::owners::{Owned, Owner};
 use crate::io::{Close, Completion, ConnId, Driver, Wait};
 use crate::limits;
 use crate::metrics::{CloseReason, Retry, WorkerState};
@@ -112,7 +113,7 @@ impl<D: Driver> Engine<D> {
             Completion::AcceptFailed(error) => self.acceptor.on_failed(&mut self.cx, &error),
             Completion::Connected(conn) => self.on_connected(conn),
             Completion::ConnectFailed(conn, error) => self.on_connect_failed(conn, &error),
-            Completion::Received(conn, buf) => match self.cx.peek_owner(conn) {
+            Completion::Received(conn, buf) => match self.cx.owners.get(conn) {
                 Some(&Owner::Session(key, side)) => {
                     let (cx, load) = (&mut self.cx, &mut self.load);
                     let outcome = self.sessions.on_received(cx, load, key, side, buf);
@@ -124,13 +125,13 @@ impl<D: Driver> Engine<D> {
                 _ => self.cx.driver.buffers().give(buf),
             },
             Completion::Spliced(conn, bytes) => {
-                if let Some(&Owner::Session(key, side)) = self.cx.peek_owner(conn) {
+                if let Some(&Owner::Session(key, side)) = self.cx.owners.get(conn) {
                     let (cx, load) = (&mut self.cx, &mut self.load);
                     let outcome = self.sessions.on_spliced(cx, load, key, side, bytes);
                     self.follow(key, outcome);
                 }
             }
-            Completion::Sent(conn, bytes) => match self.cx.peek_owner(conn) {
+            Completion::Sent(conn, bytes) => match self.cx.owners.get(conn) {
                 Some(&Owner::Session(key, side)) => {
                     let outcome = self.sessions.on_sent(&mut self.cx, key, side, bytes);
                     self.follow(key, outcome);
@@ -166,7 +167,7 @@ impl<D: Driver> Engine<D> {
     }
 
     fn on_conn_ended(&mut self, conn: ConnId) {
-        match self.cx.peek_owner(conn) {
+        match self.cx.owners.get(conn) {
             Some(&Owner::Session(session, side)) => self.on_ended(session, side),
             Some(&Owner::Client(client)) => self.on_client_ended(client),
             Some(&Owner::InUse(client)) => self.on_backend_died(client, Retry::Ended),
@@ -176,7 +177,7 @@ impl<D: Driver> Engine<D> {
     }
 
     fn on_conn_broken(&mut self, conn: ConnId) {
-        match self.cx.peek_owner(conn) {
+        match self.cx.owners.get(conn) {
             Some(&Owner::Session(session, side)) => self.on_receive_failed(session, side),
             Some(&Owner::Client(client)) => self.on_client_broken(client, Side::Client),
             Some(&Owner::InUse(client)) => self.on_client_broken(client, Side::Backend),
@@ -187,7 +188,7 @@ impl<D: Driver> Engine<D> {
     }
 
     fn on_conn_takes_nothing(&mut self, conn: ConnId) {
-        match self.cx.peek_owner(conn) {
+        match self.cx.owners.get(conn) {
             Some(&Owner::Session(session, side)) => {
                 self.apply(session, |session, now| session.on_send_failed(side, now));
             }
@@ -199,7 +200,7 @@ impl<D: Driver> Engine<D> {
     }
 
     fn on_timer(&mut self, slot: usize) {
-        let Owned { conn, ref owner } = self.cx.owners[slot];
+        let &Owned { conn, ref owner } = self.cx.owners.at(slot);
         match *owner {
             Owner::Session(session, Side::Client) => self.on_session_deadline(session),
             Owner::Session(_, Side::Backend) | Owner::Warming { .. } => {
