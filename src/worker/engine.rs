@@ -136,7 +136,7 @@ impl Pools {
         now: Instant,
     ) -> Self {
         Self {
-            table: Table::new(config.balance, worker.into()),
+            table: Table::new(config.balance, worker),
             conns_max: conns_max.min(limits::POOL_CONNS_MAX),
             short: Vec::with_capacity(limits::ENDPOINTS_MAX),
             freed: Vec::with_capacity(limits::ENDPOINTS_MAX),
