@@ -77,7 +77,7 @@ impl<D: Driver> Engine<D> {
         let source = (self.cx.config.balance == Balance::SourceHash)
             .then(|| self.cx.driver.peer_address(client))
             .flatten()
-            .map(|address| address.ip());
+            .and_then(|address| address.ip());
         let mut choose = |tried: &Tried| {
             if self.cx.config.locality == Locality::Off {
                 return self.pools.table.choose(tried, source, &mut self.cx.rng);

@@ -19,7 +19,7 @@ use super::sessions::Sessions;
 use super::silence::Silence;
 use super::timers::Timers;
 use crate::config::{Config, Discovery, PoolMode};
-use crate::io::{ConnId, Driver, socket};
+use crate::io::{ConnId, Driver, net};
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
@@ -28,7 +28,7 @@ use crate::proxy::balance::Table;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::health::HealthConfig;
 use crate::proxy::queue::Queue;
-use crate::proxy::request::{Client, Limits as ClientLimits};
+use crate::proxy::request::{Client, Framing, Limits as ClientLimits};
 use crate::proxy::session::Timeouts;
 use crate::slab::{Key, Slab};
 
@@ -121,7 +121,7 @@ impl Requests {
             queue: Queue::new(config.requests.queue_max, clients_max),
             due: VecDeque::with_capacity(clients_max),
             releasing: Vec::with_capacity(clients_max),
-            scratch: vec![0; config.requests.line_max].into(),
+            scratch: vec![0; Framing::scratch_len(config.protocol, &config.requests)].into(),
         }
     }
 }
@@ -202,10 +202,10 @@ impl<D: Driver> Engine<D> {
     /// discovery finds are looked through for that too; here it is for addresses that have become
     /// this host's since.
     pub(super) fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
-        if self.pools.listening.reached_by(*address, socket::is_local).is_some() {
+        if self.pools.listening.reached_by(*address, net::is_local).is_some() {
             return Err(leads_back());
         }
-        self.cx.driver.connect(address)
+        self.cx.driver.connect(&(*address).into())
     }
 
     /// Whether a connection that was just made has this process at both ends: one of its listeners,
@@ -217,6 +217,7 @@ impl<D: Driver> Engine<D> {
         else {
             return false;
         };
+        let (Some(from), Some(to)) = (from.tcp(), to.tcp()) else { return false };
         from == to || self.pools.listening.reached_by(to, |ip| ip == from.ip()).is_some()
     }
 

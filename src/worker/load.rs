@@ -27,7 +27,7 @@ impl Load {
     pub(super) fn plan(&mut self, stats: &WorkerStats, now: Instant) -> Plan {
         if self.batcher.window_is_over(now) {
             let waited = self.core_wait.total();
-            stats.core_wait_ns.set(waited.as_nanos() as u64);
+            stats.core_wait.set(waited);
             self.batcher.on_window(now, waited);
         }
         self.batcher.plan(now)

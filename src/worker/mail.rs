@@ -1,9 +1,9 @@
 //! What a worker hears of the control plane and of the other workers, and what it sees of those.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::mailbox::{Command, Mailbox};
+use crate::io::net::Stream;
 use crate::metrics::WorkerStats;
 use crate::proxy::WorkerId;
 use crate::proxy::endpoints::EndpointSnapshot;
@@ -49,7 +49,7 @@ impl Mail {
     }
 
     /// A client that another worker has handed over since this one was woken.
-    pub(super) fn take_client(&mut self) -> Option<OwnedFd> {
+    pub(super) fn take_client(&mut self) -> Option<Stream> {
         if !self.has_clients {
             return None;
         }
@@ -67,7 +67,7 @@ impl Mail {
     ///
     /// # Errors
     /// That one takes no more; the client comes back.
-    pub(super) fn hand_over(&self, to: WorkerId, client: OwnedFd) -> Result<(), OwnedFd> {
+    pub(super) fn hand_over(&self, to: WorkerId, client: Stream) -> Result<(), Stream> {
         self.mailboxes[usize::from(to)].hand_over(client)
     }
 

@@ -11,8 +11,8 @@ use super::load::Load;
 use super::owners::Owner;
 use crate::config::ProxyProtocol;
 use crate::io::{Buf, Chain, Close, ConnId, Driver};
-use crate::metrics::CloseReason;
-use crate::protocol::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
+use crate::metrics::{CloseReason, Direction};
+use crate::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
 use crate::proxy::Side;
 use crate::proxy::session::{Action, Ending, Session, Timeouts};
 use crate::slab::{Key, Slab};
@@ -137,7 +137,7 @@ impl Sessions {
         }
         while let Some(buf) = cx.driver.buffers().pop(&mut greeting) {
             session.on_greeted();
-            cx.stats.bytes_to_client.add(u64::from(buf.len()));
+            cx.stats.bytes.of(Direction::ToClient).add(u64::from(buf.len()));
             pass_on(cx, session, Side::Backend, buf);
         }
         self.arm_deadline(cx, key);
@@ -299,10 +299,10 @@ fn count<D: Driver>(
 ) -> Outcome {
     load.batcher.on_active(session.window());
     if from == Side::Client {
-        cx.stats.bytes_to_backend.add(u64::from(bytes));
+        cx.stats.bytes.of(Direction::ToBackend).add(u64::from(bytes));
         return Outcome::Done;
     }
-    cx.stats.bytes_to_client.add(u64::from(bytes));
+    cx.stats.bytes.of(Direction::ToClient).add(u64::from(bytes));
     if let Some(waited) = session.take_first_byte(cx.now) {
         cx.stats.first_byte.record(waited);
     }
@@ -371,8 +371,8 @@ fn proxy_header<D: Driver>(cx: &mut Context<D>, client: ConnId) -> Result<Option
         ProxyProtocol::V2 => write_v2,
     };
     let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
-    let source = cx.driver.peer_address(client).unwrap_or(nowhere);
-    let destination = cx.driver.local_address(client).unwrap_or(nowhere);
+    let source = cx.driver.peer_address(client).and_then(|a| a.tcp()).unwrap_or(nowhere);
+    let destination = cx.driver.local_address(client).and_then(|a| a.tcp()).unwrap_or(nowhere);
     let mut header = [0; HEADER_MAX];
     let len = write(&mut header, source, destination);
     let buffers = cx.driver.buffers();

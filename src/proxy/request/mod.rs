@@ -29,9 +29,11 @@ use crate::proxy::endpoints::EndpointId;
 use std::time::{Duration, Instant};
 
 pub use broadcast::Broadcast;
-pub use error_reply::{ErrorReply, write_away, write_error_reply};
+pub use error_reply::{write_away, write_error_reply};
 pub use framing::Framing;
 pub use upload::Upload;
+
+pub use crate::protocol::{ErrorReply, Reply};
 
 use super::pulse::Pulse;
 use super::route::StableHash;
@@ -39,7 +41,8 @@ use super::session::Tried;
 use crate::io::buffers::Buffers;
 use crate::io::{Chain, ConnId};
 use crate::limits::{BUFFER_SIZE, CLIENT_STALL_MAX, LINGER_MAX, REFUSED_REST_MAX};
-use crate::metrics::{CloseReason, Discard, Verb};
+use crate::metrics::{CloseReason, Discard};
+use crate::protocol::Verb;
 
 /// What is at the front of a client's input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +66,8 @@ pub struct Request {
     pub key: Option<StableHash>,
     /// Whether it may be sent again when its answer was lost.
     pub repeatable: bool,
+    /// Whether it goes to every store where keys are shared out among them.
+    pub to_all: bool,
     /// How many bytes of the input it is.
     pub len: u32,
     /// Whether that is all of it.
@@ -84,19 +89,6 @@ pub struct BackendConn {
     pub served: bool,
     /// Its backend answered a request before it had read all of it, and may still be reading.
     pub unread: bool,
-}
-
-/// What part of a backend's bytes is the answer, and what follows from it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reply {
-    /// All of them, and it goes on.
-    Partial,
-    /// All of them, and it is over: the connection is silent again.
-    Complete,
-    /// It ended after this many: the rest was not asked for, so the connection is of no more use.
-    Surplus(usize),
-    /// From here on nobody can tell: all that comes is the client's.
-    Opaque,
 }
 
 /// What to do about a lost connection.
@@ -185,8 +177,14 @@ enum Party {
 }
 
 /// What the wait for a connection is for, where it is to become an opaque session.
-const OPAQUE: Request =
-    Request { verb: Verb::Opaque, key: None, repeatable: false, len: 0, whole: false };
+const OPAQUE: Request = Request {
+    verb: Verb::OPAQUE,
+    key: None,
+    repeatable: false,
+    to_all: false,
+    len: 0,
+    whole: false,
+};
 
 /// A client and the request that is under way for it.
 #[allow(
@@ -833,12 +831,12 @@ mod tests {
                 Front::Request(request) => {
                     client.begin(request, now);
                     assert_eq!(client.ahead(), 0);
-                    found.push(format!("{:?} {}", request.verb, request.repeatable));
+                    found.push(format!("{} {}", request.verb.label(), request.repeatable));
                     client.finish(&mut buffers, now);
                 }
             }
         }
-        let expected = ["Get true", "empty request", "request longer than 16 bytes", "Ping true"];
+        let expected = ["get true", "empty request", "request longer than 16 bytes", "ping true"];
         assert_eq!(found, expected);
         assert_eq!(buffers.free(), buffers.capacity());
     }

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::config::{PoolMode, Protocol};
+use crate::config::PoolMode;
 use crate::io::{Buf, Close, Driver};
-use crate::metrics::{CloseReason, Discard, Outcome, Retry};
+use crate::metrics::{CloseReason, Direction, Discard, Outcome, Retry};
 use crate::proxy::request::{Client, ErrorReply, Reply, write_away, write_error_reply};
 use crate::slab::Key;
 use crate::worker::engine::Engine;
@@ -38,7 +38,7 @@ impl<D: Driver> Engine<D> {
             broadcast.on_reply(buffers.bytes(&buf));
             buffers.give(buf);
         } else {
-            self.cx.stats.bytes_to_client.add(u64::from(buf.len()));
+            self.cx.stats.bytes.of(Direction::ToClient).add(u64::from(buf.len()));
             client.on_queued(buf.len());
             self.cx.driver.send(client.conn, buf);
         }
@@ -181,8 +181,7 @@ impl<D: Driver> Engine<D> {
         }
         self.tell(key, error);
         self.finish(key, error.outcome());
-        // A fault of HTTP says that the connection ends with it.
-        if self.cx.config.protocol == Protocol::Http1 {
+        if self.cx.config.protocol.facts().ends_after_error {
             self.say_goodbye(key);
         }
     }
@@ -194,6 +193,7 @@ impl<D: Driver> Engine<D> {
     }
 
     pub(in crate::worker) fn tell(&mut self, key: Key<Client>, error: ErrorReply) {
+        let protocol = self.cx.config.protocol;
         // That no connection came in time is mostly the same, found out more slowly.
         if error.is_of_a_store()
             && let Some(store) = self.store_of(key)
@@ -204,9 +204,8 @@ impl<D: Driver> Engine<D> {
                 ErrorReply::QueueTimeout(_) => said.as_deref().or(why.as_deref()),
                 _ => why.as_deref().or(said.as_deref()),
             };
-            return self.say(key, |space| write_away(&name, why, space));
+            return self.say(key, |space| write_away(protocol, error, &name, why, space));
         }
-        let protocol = self.cx.config.protocol;
         self.say(key, |space| write_error_reply(protocol, error, space));
     }
 

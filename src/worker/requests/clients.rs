@@ -7,7 +7,8 @@ use crate::config::PoolMode;
 use crate::fifo;
 use crate::io::{Buf, Close, ConnId, Driver, Unheard};
 use crate::limits;
-use crate::metrics::{CloseReason, Discard, Outcome, Retry, Verb};
+use crate::metrics::{CloseReason, Direction, Discard, Outcome, Retry};
+use crate::protocol::Verb;
 use crate::proxy::Side;
 use crate::proxy::queue::Line;
 use crate::proxy::request::{Client, Due, ErrorReply, Framing, Front};
@@ -102,7 +103,7 @@ impl<D: Driver> Engine<D> {
                 }
                 Front::Refused(len, error) => {
                     self.cx.driver.buffers().advance(&mut client.input, len);
-                    self.cx.stats.count_request(Verb::Other, error.outcome(), Duration::ZERO);
+                    self.cx.stats.count_request(Verb::OTHER, error.outcome(), Duration::ZERO);
                     self.tell(key, error);
                 }
                 Front::Request(request) => client.begin(request, self.cx.now),
@@ -142,7 +143,7 @@ impl<D: Driver> Engine<D> {
             return self.cx.driver.buffers().give(buf);
         };
         self.load.batcher.on_active(&mut client.window);
-        self.cx.stats.bytes_to_backend.add(u64::from(buf.len()));
+        self.cx.stats.bytes.of(Direction::ToBackend).add(u64::from(buf.len()));
         client.on_active(self.cx.now);
         client.upload.on_bytes(buf.len(), self.cx.now);
         self.cx.driver.buffers().push(&mut client.input, buf);

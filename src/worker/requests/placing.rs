@@ -7,11 +7,11 @@ use std::time::Duration;
 use crate::config::{Balance, Locality, Route};
 use crate::io::Driver;
 use crate::limits;
-use crate::metrics::{Checkout, CloseReason, Discard, Outcome, Spillover, Verb};
+use crate::metrics::{Checkout, CloseReason, Discard, Outcome, Spillover};
 use crate::proxy::Side;
 use crate::proxy::balance::{Having, Store};
 use crate::proxy::queue::Line;
-use crate::proxy::request::{Client, ErrorReply, Request, Upload};
+use crate::proxy::request::{Broadcast, Client, ErrorReply, Request, Upload};
 use crate::proxy::session::{Session, Tried};
 use crate::slab::Key;
 use crate::worker::engine::{Engine, Owner};
@@ -92,9 +92,12 @@ impl<D: Driver> Engine<D> {
     /// The number of the store that a request has to go to; of one to all stores, that of the store
     /// whose turn it is. One that does not exist where no store is declared.
     fn store_for(&mut self, key: Key<Client>, request: &Request) -> Option<u16> {
-        if request.verb == Verb::Compact {
+        if request.to_all {
+            let protocol = self.cx.config.protocol;
             let client = self.requests.clients.get_mut(key)?;
-            return Some(client.broadcast.get_or_insert_with(Box::default).store);
+            return Some(
+                client.broadcast.get_or_insert_with(|| Box::new(Broadcast::new(protocol))).store,
+            );
         }
         request.key.map(|hash| self.pools.table.owner(hash).unwrap_or(u16::MAX))
     }
@@ -125,7 +128,7 @@ impl<D: Driver> Engine<D> {
 
     pub(in crate::worker) fn source(&self, key: Key<Client>) -> Option<IpAddr> {
         let client = self.requests.clients.get(key)?;
-        self.cx.driver.peer_address(client.conn).map(|address| address.ip())
+        self.cx.driver.peer_address(client.conn).and_then(|address| address.ip())
     }
 
     pub(in crate::worker) fn place_at(&mut self, key: Key<Client>, endpoint: EndpointId) {
