@@ -9,6 +9,7 @@ use aegis::io::{Chain, ConnId};
 use aegis::metrics::{Counter, Histogram};
 use aegis::protocol::http1::{Method, RequestScanner, ResponseScanner};
 use aegis::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
+use aegis::proxy::WorkerId;
 use aegis::proxy::balance::Table;
 use aegis::proxy::endpoints::{Endpoint, EndpointId, EndpointSnapshot};
 use aegis::slab::Slab;
@@ -52,7 +53,8 @@ fn pool_enter_and_refill(bencher: Bencher) {
     let now = Instant::now();
     let endpoint = Endpoint::new("one", ([127, 0, 0, 1], 1).into(), 1);
     let snapshot = EndpointSnapshot { generation: 1, endpoints: vec![endpoint], stores: vec![] };
-    let (mut table, mut rng) = (Table::new(Balance::RoundRobin, 0), fastrand::Rng::with_seed(1));
+    let (mut table, mut rng) =
+        (Table::new(Balance::RoundRobin, WorkerId::new(0)), fastrand::Rng::with_seed(1));
     table.apply(&snapshot, &config, false, now);
     let one = EndpointId::at(0);
     let mut connect = |table: &mut Table, conn| {

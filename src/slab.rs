@@ -6,6 +6,7 @@
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::marker::PhantomData;
+use std::ops::{Index, IndexMut};
 
 /// Names a `T` in a [`Slab`]. A key of a removed value never finds a later one.
 pub struct Key<T> {
@@ -172,6 +173,30 @@ impl<T, N> Slab<T, N> {
     }
 }
 
+/// For keys whose values are there as long as anything holds the key.
+///
+/// # Panics
+/// The value was removed.
+impl<T, N> Index<Key<N>> for Slab<T, N> {
+    type Output = T;
+
+    fn index(&self, key: Key<N>) -> &T {
+        match self.get(key) {
+            Some(value) => value,
+            None => panic!("{key:?} names what was removed"),
+        }
+    }
+}
+
+impl<T, N> IndexMut<Key<N>> for Slab<T, N> {
+    fn index_mut(&mut self, key: Key<N>) -> &mut T {
+        match self.slots.get_mut(key.index()) {
+            Some(Slot::Used { generation, value }) if *generation == key.generation => value,
+            _ => panic!("{key:?} names what was removed"),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -186,6 +211,18 @@ mod tests {
         assert_eq!((slab.get(a), slab.get(b)), (None, Some(&'b')));
         assert_eq!(slab.remove(a), None);
         assert_eq!(slab.len(), 1);
+    }
+
+    #[test]
+    #[should_panic(expected = "0.0 names what was removed")]
+    fn what_was_removed_cannot_be_indexed() {
+        let mut slab: Slab<_> = Slab::with_capacity(1);
+        let key = slab.insert('a').unwrap();
+        assert_eq!(slab[key], 'a');
+        slab[key] = 'b';
+        assert_eq!(slab.remove(key), Some('b'));
+        slab.insert('c').unwrap();
+        slab[key] = 'd';
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
+use super::WorkerId;
 use crate::metrics::EndpointStats;
 
 /// Names an endpoint within one worker, which keeps the number as long as anything refers to it.
@@ -65,11 +66,11 @@ impl Endpoint {
 
     /// How many of `count` connections to it, which all workers keep together, are this worker's.
     /// The endpoint alone says which worker has how many, so none needs to ask the others.
-    pub fn share_of(&self, worker: usize, count: usize) -> usize {
+    pub fn share_of(&self, worker: WorkerId, count: usize) -> usize {
         let workers = self.stats.len().max(1);
         // The next endpoint goes on with the worker behind the last one that had one more.
         let first = self.first_worker.wrapping_mul(count % workers) % workers;
-        let place = (worker + workers - first) % workers;
+        let place = (usize::from(worker) + workers - first) % workers;
         count / workers + usize::from(place < count % workers)
     }
 
@@ -124,10 +125,11 @@ mod tests {
             .map(|number| Endpoint::numbered(number, "db", address, workers))
             .collect();
         for endpoint in &endpoints {
-            let shares = (0..workers).map(|worker| endpoint.share_of(worker, count));
+            let shares = (0..workers).map(|worker| endpoint.share_of(WorkerId::new(worker), count));
             assert_eq!(shares.sum::<usize>(), count, "{count} of {workers} workers");
         }
-        (0..workers).map(|w| endpoints.iter().map(|e| e.share_of(w, count)).sum()).collect()
+        let kept = |worker| endpoints.iter().map(|e| e.share_of(worker, count)).sum();
+        (0..workers).map(WorkerId::new).map(kept).collect()
     }
 
     #[test]

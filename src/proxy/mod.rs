@@ -3,6 +3,7 @@
 //! Events go in as calls of `on_*`, with the time as an argument; what to do comes out as the
 //! value returned. The same code runs on every driver, the simulator included.
 
+pub mod admission;
 pub mod balance;
 pub mod endpoints;
 pub mod health;
@@ -13,6 +14,23 @@ pub mod relay;
 pub mod request;
 pub mod route;
 pub mod session;
+
+/// Names a worker of the process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WorkerId(usize);
+
+impl WorkerId {
+    /// The one with this number, from 0.
+    pub const fn new(number: usize) -> Self {
+        Self(number)
+    }
+}
+
+impl From<WorkerId> for usize {
+    fn from(id: WorkerId) -> Self {
+        id.0
+    }
+}
 
 /// One end of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

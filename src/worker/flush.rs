@@ -6,8 +6,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::engine::{Engine, Owner};
+use super::context::Context;
 use super::mailbox::Command;
+use super::owners::{Owned, Owner};
 use crate::io::{Close, ConnId, Driver};
 use crate::limits;
 
@@ -41,49 +42,49 @@ impl Flushing {
     }
 }
 
-impl<D: Driver> Engine<D> {
-    /// Closes a connection with a reset, behind all that is on its way to its peer. That may take
-    /// as long as the peer goes on taking bytes, and until then it counts as a session. Whoever
-    /// calls this has taken its timer away.
-    pub(super) fn reset_behind(&mut self, conn: ConnId) {
-        let left = self.cx.driver.undelivered(conn);
-        if left == 0 || self.cx.command == Command::Stop {
-            self.owner(conn);
-            return self.cx.driver.close(conn, Close::Reset);
-        }
-        // What it still sends is for nobody, but while it cannot send, it may not get to receiving.
-        self.cx.driver.receive(conn, true);
-        self.flushing += 1;
-        self.flush_on(conn, Flushing::new(left, self.cx.now));
+/// Closes a connection with a reset, behind all that is on its way to its peer. That may take as long
+/// as the peer goes on taking bytes, and until then it takes a place. Whoever calls this has taken its
+/// timer away.
+pub(super) fn reset_behind<D: Driver>(cx: &mut Context<D>, conn: ConnId) {
+    let left = cx.driver.undelivered(conn);
+    if left == 0 || cx.command == Command::Stop {
+        cx.owners.take(conn);
+        return cx.driver.close(conn, Close::Reset);
     }
+    // What it still sends is for nobody, but while it cannot send, it may not get to receiving.
+    cx.driver.receive(conn, true);
+    cx.places.on_flushing();
+    go_on(cx, conn, Flushing::new(left, cx.now));
+}
 
-    fn flush_on(&mut self, conn: ConnId, flushing: Flushing) {
-        self.cx.timers.set(conn.index(), self.cx.now + flushing.look_after);
-        self.own(conn, Owner::Flushing(flushing));
+fn go_on<D: Driver>(cx: &mut Context<D>, conn: ConnId, flushing: Flushing) {
+    cx.timers.set(conn.index(), cx.now + flushing.look_after);
+    cx.owners.set(conn, Owner::Flushing(flushing));
+}
+
+/// Looks at a connection again that is being flushed.
+pub(super) fn on_timer<D: Driver>(cx: &mut Context<D>, conn: ConnId, flushing: Flushing) {
+    match flushing.look(cx.driver.undelivered(conn), cx.now) {
+        Some(flushing) => go_on(cx, conn, flushing),
+        None => end(cx, conn),
     }
+}
 
-    /// Looks at a connection again that is being flushed.
-    pub(super) fn on_flush_timer(&mut self, conn: ConnId, flushing: Flushing) {
-        match flushing.look(self.cx.driver.undelivered(conn), self.cx.now) {
-            Some(flushing) => self.flush_on(conn, flushing),
-            None => self.end_flush(conn),
-        }
-    }
+/// A connection that is being flushed has broken, or there is no time left for it.
+pub(super) fn end<D: Driver>(cx: &mut Context<D>, conn: ConnId) {
+    cx.timers.clear(conn.index());
+    cx.owners.take(conn);
+    cx.driver.close(conn, Close::Reset);
+    cx.places.on_flushed();
+    cx.publish_sessions();
+}
 
-    /// A connection that is being flushed has broken, or there is no time left for it.
-    pub(super) fn end_flush(&mut self, conn: ConnId) {
-        self.cx.timers.clear(conn.index());
-        self.owner(conn);
-        self.cx.driver.close(conn, Close::Reset);
-        self.flushing -= 1;
-        self.on_place_free();
-    }
-
-    pub(super) fn end_all_flushes(&mut self) {
-        for slot in 0..self.cx.owners.len() {
-            if let Owner::Flushing(_) = self.cx.owners[slot].owner {
-                self.end_flush(self.cx.owners[slot].conn);
-            }
+/// Ends all flushes: there is no time left.
+pub(super) fn end_all<D: Driver>(cx: &mut Context<D>) {
+    for slot in 0..cx.owners.len() {
+        let &Owned { conn, ref owner } = cx.owners.at(slot);
+        if let Owner::Flushing(_) = owner {
+            end(cx, conn);
         }
     }
 }

@@ -2,7 +2,7 @@
 //! wake-up.
 //!
 //! Nothing here blocks. A snapshot that the worker has not picked up yet is replaced by a newer
-//! one, and the order to run, leave, drain or stop only moves forward.
+//! one, and the command to run, leave, drain or stop only moves forward.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,7 +16,7 @@ use crate::io::net::Stream;
 use crate::limits;
 use crate::proxy::endpoints::EndpointSnapshot;
 
-/// What a worker is told to do. Orders only move forward.
+/// What a worker is told to do. Commands only move forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Command {
@@ -41,7 +41,7 @@ pub struct Mailbox {
 }
 
 impl Mailbox {
-    /// An empty mailbox with the order to run.
+    /// An empty mailbox with the command to run.
     ///
     /// # Errors
     /// The process is out of descriptors.
@@ -61,7 +61,7 @@ impl Mailbox {
         self.wake();
     }
 
-    /// Gives an order and wakes the worker. An order below the current one changes nothing.
+    /// Gives a command and wakes the worker. One below the current one changes nothing.
     pub fn command(&self, command: Command) {
         self.command.fetch_max(command as u8, Ordering::Release);
         self.wake();
@@ -77,7 +77,7 @@ impl Mailbox {
             return Err(client);
         }
         self.clients.push(client)?;
-        // The order may have come in between, and the worker have ended without another look.
+        // The command may have come in between, and the worker have ended without another look.
         if self.current_command() >= Command::Drain
             && let Some(client) = self.clients.pop()
         {
@@ -102,7 +102,7 @@ impl Mailbox {
         self.snapshot.pop()
     }
 
-    /// The order in force. For the worker.
+    /// The command in force. For the worker.
     pub fn current_command(&self) -> Command {
         match self.command.load(Ordering::Acquire) {
             0 => Command::Run,
@@ -135,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_latest_snapshot_wins_and_orders_only_move_forward() {
+    fn the_latest_snapshot_wins_and_commands_only_move_forward() {
         let mailbox = Mailbox::new().unwrap();
         for generation in 1..=3 {
             mailbox.deliver(Arc::new(EndpointSnapshot {

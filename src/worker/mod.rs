@@ -1,7 +1,16 @@
 //! One core: binds `proxy` to `io`, turn by turn.
 //!
 //! A worker is a thread that shares nothing with the others: it has its own listening sockets,
-//! driver, sessions, buffers, pools and counters. See [`engine`] for its turn.
+//! driver, sessions, buffers, pools and counters.
+//!
+//! ```text
+//! turn ──▶ acceptor, mail, load ────────────────▶ context: driver, clock, timers,
+//!   ├────▶ dispatch ──▶ sessions, pools ────────▶          counters, places, owners
+//!   └────▶ requests, silence ──▶ pools ─────────▶
+//! ```
+//!
+//! A part is handed the context and does not know who calls it: what concerns others, it returns. The
+//! parts are put together in [`engine`].
 
 use std::convert::Infallible;
 use std::io;
@@ -18,13 +27,21 @@ use crate::io::{Driver, DriverSetup, net};
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::{WorkerState, WorkerStats};
+use crate::proxy::WorkerId;
 
+mod acceptor;
 pub mod batch;
 pub mod contention;
+mod context;
+mod dispatch;
 pub mod engine;
 mod flush;
 mod handover;
+mod load;
+mod mail;
 pub mod mailbox;
+mod owners;
+mod places;
 mod pools;
 mod requests;
 mod sessions;
@@ -32,6 +49,7 @@ mod silence;
 #[cfg(test)]
 mod simulation;
 pub mod timers;
+mod turn;
 
 use contention::CoreWait;
 use engine::{Engine, EngineSetup};
@@ -175,7 +193,7 @@ fn serve<D: Driver>(driver: D, setup: WorkerSetup, started: &mpsc::Sender<io::Re
     let mut engine = Engine::new(
         driver,
         EngineSetup {
-            index,
+            worker: WorkerId::new(index),
             config: setup.config,
             sessions_max: setup.sessions_max,
             pool_conns_max: setup.pool_conns_max,

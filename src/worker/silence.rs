@@ -5,103 +5,153 @@
 //! So connects are made to an endpoint whose connection is silent: where they succeed, it has more
 //! time; where they fail, it is ejected before the limit, as ever.
 
-use crate::proxy::endpoints::EndpointId;
 use std::io;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::engine::{Engine, Owned, Owner};
+use super::engine::{Engine, Requests};
+use super::owners::{Owned, Owner};
+use super::sessions::Sessions;
 use crate::io::{ConnId, Driver, Unheard};
 use crate::limits;
 use crate::metrics::{CloseReason, Discard, Retry};
 use crate::proxy::Side;
-use crate::proxy::pulse::Patience;
+use crate::proxy::endpoints::EndpointId;
+use crate::proxy::pulse::{Patience, Pulse};
+
+/// How long peers may acknowledge nothing, and which connection is looked at next for that.
+pub(super) struct Silence {
+    /// They may for ever, where there is none.
+    patience: Option<Patience>,
+    /// The slot of the connection that was looked at last.
+    looked_at: usize,
+}
+
+impl Silence {
+    /// Nobody was looked at. Without a limit, nobody is.
+    pub(super) fn new(limit: Option<Duration>) -> Self {
+        Self { patience: limit.map(|limit| Patience { limit }), looked_at: 0 }
+    }
+
+    /// The slot to look at next, of so many: all of them in turns.
+    fn next_slot(&mut self, slots: usize) -> usize {
+        self.looked_at = if self.looked_at == 0 { slots } else { self.looked_at } - 1;
+        self.looked_at
+    }
+}
+
+/// A connection whose peer is to acknowledge what it is sent.
+struct Watched<'a> {
+    pulse: &'a mut Pulse,
+    /// The backend's endpoint; none of a client.
+    endpoint: Option<EndpointId>,
+    /// An answer is to come soon.
+    waits: bool,
+}
+
+/// What is known of a connection's peer, if that is looked at.
+fn watched<'a>(
+    owner: &Owner,
+    sessions: &'a mut Sessions,
+    requests: &'a mut Requests,
+) -> Option<Watched<'a>> {
+    match *owner {
+        Owner::Session(key, side) => {
+            let session = sessions.of(key);
+            // One that is broken is waited for no longer.
+            if !session.is_open() || session.survivor().is_some_and(|other| other != side) {
+                return None;
+            }
+            let endpoint = session.endpoint().filter(|_| side == Side::Backend);
+            Some(Watched { pulse: session.pulse(side), endpoint, waits: false })
+        }
+        Owner::Client(key) => {
+            let client = requests.clients.get_mut(key)?;
+            Some(Watched { pulse: &mut client.pulse, endpoint: None, waits: false })
+        }
+        Owner::InUse(key) => {
+            let client = requests.clients.get_mut(key)?;
+            let endpoint = client.backend.map(|backend| backend.endpoint);
+            let waits = client.is_exchanging();
+            Some(Watched { pulse: &mut client.backend_pulse, endpoint, waits })
+        }
+        // Idle ones are asked nothing, and what is flushed or made has a limit of its own.
+        Owner::Warm { .. } | Owner::Warming { .. } | Owner::Flushing(_) | Owner::None => None,
+    }
+}
 
 impl<D: Driver> Engine<D> {
     /// Looks at the next part of the connections, all of which have their turn between two looks.
     pub(super) fn look_for_silence(&mut self) {
-        let Some(patience) = self.pools.patience else { return };
+        let Some(patience) = self.silence.patience else { return };
         let turns = patience.look_after().as_millis() / limits::UPKEEP_INTERVAL.as_millis();
-        let part = self.cx.owners.len().div_ceil((turns as usize).max(1));
+        let slots = self.cx.owners.len();
         let mut looks = 0;
-        for _ in 0..part {
+        for _ in 0..slots.div_ceil((turns as usize).max(1)) {
             if looks == limits::SILENCE_LOOKS_MAX {
                 return;
             }
-            self.pools.looked_at =
-                if self.pools.looked_at == 0 { self.cx.owners.len() } else { self.pools.looked_at }
-                    - 1;
-            looks += usize::from(self.look_at(self.pools.looked_at, &patience));
+            let slot = self.silence.next_slot(slots);
+            looks += usize::from(self.look_at(slot, &patience));
         }
     }
 
     /// Looks at one connection, if that is due. Says whether that cost a system call.
     fn look_at(&mut self, slot: usize, patience: &Patience) -> bool {
-        let Owned { conn, ref owner } = self.cx.owners[slot];
-        let (pulse, endpoint, may_ask, waits) = match *owner {
-            Owner::Session(key, side) => match self.sessions.get_mut(key) {
-                // One that is broken is waited for no longer.
-                Some(session)
-                    if session.is_open() && session.survivor().is_none_or(|s| s == side) =>
-                {
-                    let endpoint = session.endpoint().filter(|_| side == Side::Backend);
-                    (session.pulse(side), endpoint, side == Side::Backend, false)
-                }
-                _ => return false,
-            },
-            Owner::Client(key) => match self.requests.clients.get_mut(key) {
-                Some(client) => (&mut client.pulse, None, false, false),
-                None => return false,
-            },
-            Owner::InUse(key) => match self.requests.clients.get_mut(key) {
-                Some(client) => {
-                    let endpoint = client.backend.map(|backend| backend.endpoint);
-                    let waits = client.is_exchanging();
-                    (&mut client.backend_pulse, endpoint, true, waits)
-                }
-                None => return false,
-            },
-            // Idle ones are asked nothing, and what is flushed or made has a limit of its own.
-            Owner::Warm { .. } | Owner::Warming { .. } | Owner::Flushing(_) | Owner::None => {
-                return false;
-            }
-        };
+        let &Owned { conn, ref owner } = self.cx.owners.at(slot);
+        let watched = watched(owner, &mut self.sessions, &mut self.requests);
+        let Some(Watched { pulse, endpoint, waits }) = watched else { return false };
         let entry = endpoint.and_then(|endpoint| self.pools.table.get_mut(endpoint));
         let suspect = entry.as_ref().is_some_and(|e| e.is_gone() || !e.health.is_usable());
-        let watched = suspect || waits;
-        if !pulse.is_due(watched) {
+        let is_watched = suspect || waits;
+        if !pulse.is_due(is_watched) {
             return false;
         }
         let Some(acks) = self.cx.driver.acks(conn) else { return true };
         // A request is to be answered soon; sessions may be silent for hours, and there are many.
-        let ask_after = if watched { patience.look_after() } else { patience.limit };
-        let look = pulse.look(acks, watched, may_ask.then_some(ask_after), self.cx.now);
+        let ask_after = if is_watched { patience.look_after() } else { patience.limit };
+        // Clients may be silent for as long as they like.
+        let may_ask = endpoint.is_some();
+        let look = pulse.look(acks, is_watched, may_ask.then_some(ask_after), self.cx.now);
         if let Some(on) = look.ask {
             self.cx.driver.ask(conn, on.then_some(ask_after));
         }
         let alive = entry.and_then(|entry| entry.alive_at());
-        let Some(since) = look.silent_since else { return true };
-        match endpoint {
-            Some(endpoint) => {
-                if patience.is_suspicious(since, self.cx.now) && alive.is_none_or(|at| at <= since)
-                {
-                    self.call_witnesses(endpoint);
-                }
-                if patience.is_over(since, alive, self.cx.now) {
-                    self.on_backend_silent(conn, endpoint, since);
-                }
-            }
-            // There is nothing else to tell by that it is there.
-            None if patience.is_over(since, Some(self.cx.now), self.cx.now) => {
-                self.on_client_silent(conn);
-            }
-            None => {}
+        if let Some(since) = look.silent_since {
+            self.on_silence(conn, endpoint, since, alive, patience);
         }
         true
     }
 
+    /// A peer has acknowledged nothing since then; its endpoint was last seen to be there at `alive`.
+    fn on_silence(
+        &mut self,
+        conn: ConnId,
+        endpoint: Option<EndpointId>,
+        since: Instant,
+        alive: Option<Instant>,
+        patience: &Patience,
+    ) {
+        let now = self.cx.now;
+        let Some(endpoint) = endpoint else {
+            // There is nothing else to tell by that it is there.
+            if patience.is_over(since, Some(now), now) {
+                self.on_client_silent(conn);
+            }
+            return;
+        };
+        if patience.is_suspicious(since, now) && alive.is_none_or(|at| at <= since) {
+            self.call_witnesses(endpoint);
+        }
+        if patience.is_over(since, alive, now) {
+            self.on_backend_silent(conn, endpoint, since);
+        }
+    }
+
     /// Connects to an endpoint, to see whether it is there at all.
     fn call_witnesses(&mut self, endpoint: EndpointId) {
-        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
+        let Some(entry) = self.pools.table.get_mut(endpoint) else {
+            unreachable!("an endpoint is kept as long as a connection to it is in use")
+        };
         if !entry.is_present() {
             return;
         }
@@ -139,7 +189,6 @@ impl<D: Driver> Engine<D> {
                     return;
                 }
                 self.apply(key, |session, now| session.on_silent(Side::Backend, now));
-                self.arm_deadline(key);
             }
             Some(&Owner::InUse(key)) => self.lose(key, Discard::Silent, Retry::Silent),
             _ => {}
@@ -163,7 +212,6 @@ impl<D: Driver> Engine<D> {
         match self.peek_owner(conn) {
             Some(&Owner::Session(key, side)) => {
                 self.apply(key, |session, now| session.on_silent(side, now));
-                self.arm_deadline(key);
             }
             Some(&Owner::Client(key)) => self.close_client(key, CloseReason::ClientSilent),
             _ => {}

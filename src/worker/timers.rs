@@ -1,4 +1,4 @@
-//! One deadline a slot, in a hashed timing wheel (Varghese and Lauck, scheme 6).
+//! One deadline per slot, in a hashed timing wheel (Varghese and Lauck, scheme 6).
 //!
 //! Setting and clearing take constant time and allocate nothing. Deadlines are rounded up to
 //! [`TICK`], so a timer never fires early.
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 const TICK_MS: u64 = 8;
 /// The wheel's resolution.
 pub const TICK: Duration = Duration::from_millis(TICK_MS);
-/// Buckets of the wheel: 8 seconds a round. A later deadline stays for several rounds.
+/// Buckets of the wheel: 8 seconds per round. A later deadline stays for several rounds.
 const BUCKETS: usize = 1024;
 const NONE: u32 = u32::MAX;
 
@@ -27,7 +27,7 @@ pub struct Timers {
     /// All ticks up to this one have been looked at.
     elapsed: u64,
     buckets: Box<[u32; BUCKETS]>,
-    /// One bit a bucket: it is not empty.
+    /// One bit per bucket: it is not empty.
     occupied: [u64; BUCKETS / 64],
     entries: Vec<Entry>,
     /// Slots taken from the bucket being looked at.
@@ -83,6 +83,12 @@ impl Timers {
             self.entries[next as usize].previous = previous;
         }
         self.entries[slot].tick = 0;
+    }
+
+    /// Whether a slot has a deadline.
+    #[cfg(test)]
+    pub fn is_set(&self, slot: usize) -> bool {
+        self.entries.get(slot).is_some_and(|entry| entry.tick != 0)
     }
 
     /// A slot whose deadline has come. Its deadline is unset by this.

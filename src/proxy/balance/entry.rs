@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::PoolConfig;
 use crate::metrics::EndpointStats;
+use crate::proxy::WorkerId;
 use crate::proxy::endpoints::Endpoint;
 use crate::proxy::health::Health;
 use crate::proxy::pool::{Counts, Pool};
@@ -21,7 +22,7 @@ pub struct Entry {
     /// Those of its connections in use that are not released to the pool, though it reuses them:
     /// nobody knows any more what is on them.
     pub(super) opaque: usize,
-    worker: usize,
+    worker: WorkerId,
     pub(super) present: bool,
     /// When it left the set.
     pub(super) removed_at: Option<Instant>,
@@ -54,13 +55,13 @@ impl Entry {
     /// An endpoint that has just come in. One that `joins` others gets less than its share at first.
     pub(super) fn new(
         endpoint: &Arc<Endpoint>,
-        worker: usize,
+        worker: WorkerId,
         pool: &PoolConfig,
         joins: bool,
         now: Instant,
     ) -> Self {
         // Its counters may be of an earlier time, in which it ended up anyhow.
-        endpoint.stats[worker].reset_gauges();
+        endpoint.stats[usize::from(worker)].reset_gauges();
         let min_idle = endpoint.share_of(worker, pool.min_idle);
         Self {
             endpoint: Arc::clone(endpoint),
@@ -145,7 +146,7 @@ impl Entry {
 
     /// This worker's counters of the endpoint.
     pub fn stats(&self) -> &EndpointStats {
-        &self.endpoint.stats[self.worker]
+        &self.endpoint.stats[usize::from(self.worker)]
     }
 
     /// Whether the latest snapshot names it.

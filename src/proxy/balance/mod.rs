@@ -20,6 +20,7 @@ pub use choose::Having;
 pub use conns::Totals;
 pub use entry::Entry;
 
+use super::WorkerId;
 use super::endpoints::{EndpointId, EndpointSnapshot};
 use super::route::{self, StableHash};
 use crate::config::{Balance, PoolConfig};
@@ -49,7 +50,7 @@ pub struct Table {
     /// The hashes of their names, in the same order.
     names: Vec<StableHash>,
     policy: Balance,
-    worker: usize,
+    worker: WorkerId,
     turn: usize,
     /// The turns of the endpoint that was chosen last, before it was.
     turns: u64,
@@ -59,7 +60,7 @@ pub struct Table {
 
 impl Table {
     /// An empty table for worker number `worker`.
-    pub fn new(policy: Balance, worker: usize) -> Self {
+    pub fn new(policy: Balance, worker: WorkerId) -> Self {
         Self {
             entries: Vec::new(),
             totals: Totals::default(),
@@ -68,7 +69,7 @@ impl Table {
             names: Vec::new(),
             policy,
             worker,
-            turn: worker,
+            turn: worker.into(),
             turns: 0,
             substitutes: false,
         }

@@ -31,7 +31,7 @@ fn pool() -> PoolConfig {
 }
 
 fn table(policy: Balance, endpoints: &[Arc<Endpoint>]) -> Table {
-    let mut table = Table::new(policy, 0);
+    let mut table = Table::new(policy, WorkerId::new(0));
     table.apply(
         &EndpointSnapshot {
             generation: 1,
@@ -258,7 +258,7 @@ fn an_endpoint_that_comes_back_is_what_it_was_and_is_not_drained() {
 
 #[test]
 fn endpoints_that_come_and_go_leave_nothing_behind() {
-    let mut table = Table::new(Balance::RoundRobin, 0);
+    let mut table = Table::new(Balance::RoundRobin, WorkerId::new(0));
     let now = Instant::now();
     for generation in 0..5 {
         let all = (0..1000).map(|port| endpoint(1000 * generation + port)).collect();
@@ -300,7 +300,7 @@ fn a_key_belongs_to_a_declared_store_whoever_is_there() {
             })
             .collect(),
     };
-    let mut table = Table::new(Balance::LeastConn, 0);
+    let mut table = Table::new(Balance::LeastConn, WorkerId::new(0));
     let mut owners = |there: &[u16]| {
         table.apply(&declare(1, there), &pool(), true, Instant::now());
         let owner = |i: usize| {
@@ -358,7 +358,7 @@ fn an_endpoint_that_joins_warms_up_from_its_first_connection_on() {
 #[test]
 fn no_endpoint_starts_slowly_where_slow_start_is_off_or_none_was_there() {
     let mut first = table(Balance::RoundRobin, &[endpoint(0), endpoint(1)]);
-    let mut off = Table::new(Balance::RoundRobin, 0);
+    let mut off = Table::new(Balance::RoundRobin, WorkerId::new(0));
     let endpoints = [endpoint(0), endpoint(1)];
     for count in [1, 2] {
         let endpoints = endpoints[..count].to_vec();

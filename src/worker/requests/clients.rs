@@ -23,15 +23,11 @@ impl<D: Driver> Engine<D> {
     }
 
     pub(in crate::worker) fn on_client(&mut self, conn: ConnId) {
-        self.cx.stats.sessions_opened.add(1);
         let framing = Framing::new(self.cx.config.protocol, &self.cx.config.requests);
         let client = Client::new(conn, framing, self.cx.now);
         let Ok(key) = self.requests.clients.insert(client) else {
-            self.cx.stats.count_close(CloseReason::Overload);
-            self.cx.driver.close(conn, Close::Reset);
-            return;
+            unreachable!("there are as many slots as places")
         };
-        self.publish_sessions();
         self.own(conn, Owner::Client(key));
         self.mark_due(key);
     }

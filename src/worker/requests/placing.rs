@@ -354,10 +354,6 @@ impl<D: Driver> Engine<D> {
     /// A client and the connection that it holds become a session of opaque bytes. It keeps the
     /// connection's place in its pool until it ends.
     pub(in crate::worker) fn turn_opaque(&mut self, key: Key<Client>) {
-        if self.sessions.len() == self.sessions.capacity() {
-            // Whoever was admitted has a slot. Should that fail, one client is better than all.
-            return self.close_client(key, CloseReason::Overload);
-        }
         self.requests.queue.leave(key);
         let Some(backend) =
             self.requests.clients.get_mut(key).and_then(|client| client.backend.take())
@@ -380,9 +376,7 @@ impl<D: Driver> Engine<D> {
         // What cannot be understood may be what the backend ends it for.
         session.vouch();
         session.on_received(Side::Backend, client.unsent(), u32::MAX, self.cx.now);
-        let Ok(session) = self.sessions.insert(session) else {
-            unreachable!("there was a free slot")
-        };
+        let session = self.sessions.insert(session);
         self.own(client.conn, Owner::Session(session, Side::Client));
         self.own(backend.conn, Owner::Session(session, Side::Backend));
         self.arm_deadline(session);

@@ -1,0 +1,417 @@
+//! A client's life: a state machine without I/O.
+//!
+//! ```text
+//! Connecting ──connected──▶ Open ──both directions done──▶ closed: Finished
+//!  │ ▲  │ │                  ├─ a side broke: what it sent before still goes out, then ▶ reset
+//!  └─┘  │ │                  └─ deadline ▶ reset
+//! next  │ └─the client left──▶ closed
+//! one   └──none left─────────▶ closed
+//! ```
+//!
+//! A client can leave before it has a backend. A break is leaving. So is an end of stream before
+//! the first byte, unless a connect is about to succeed: it has asked for nothing, and a close looks
+//! no different. Behind bytes the end is that of a request, whose answer is still wanted.
+//!
+//! A side that broke is not believed to have said nothing: what it sent before is read to its end
+//! and passed on, as slowly as the other side takes it, and only then the other side is reset. That
+//! has a limit of its own: [`FLUSH_STALL_MAX`](crate::limits::FLUSH_STALL_MAX) without a byte that the other side took. What that one
+//! sends meanwhile is dropped: while it cannot send, it may not get to receiving.
+//!
+//! The worker tells a session what happened and does what it answers. Which bytes are where is the
+//! driver's business; a session counts them.
+
+use std::time::{Duration, Instant};
+
+use super::Side;
+use super::endpoints::EndpointId;
+use super::pulse::Pulse;
+use super::relay::{Flow, Relay};
+use crate::io::{Chain, ConnId};
+use crate::metrics::CloseReason;
+
+mod deadline;
+mod ending;
+#[cfg(test)]
+mod tests;
+mod tried;
+mod verdict;
+
+pub use deadline::Timeouts;
+pub use ending::{Ending, how_to_close};
+pub use tried::Tried;
+pub use verdict::Verdict;
+
+/// What the worker has to do for a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Nothing.
+    None,
+    /// Drop the bytes just received: there is nobody to send them to.
+    Discard,
+    /// Stop receiving from this side.
+    Pause(Side),
+    /// Receive from this side again.
+    Resume(Side),
+    /// Tell this side that the other one has ended, behind all bytes queued for it.
+    Shutdown(Side),
+    /// Close both sides.
+    Close(CloseReason),
+}
+
+/// A side has broken, while the other is to have what it sent before.
+#[derive(Debug, Clone, Copy)]
+struct Failure {
+    /// The side that broke first.
+    side: Side,
+    /// It did not break, but acknowledges nothing.
+    silent: bool,
+    /// Bytes on their way to the other one at the latest look.
+    left: u64,
+    /// The time of the latest look.
+    looked: Instant,
+}
+
+impl Failure {
+    fn reason(&self) -> CloseReason {
+        match (self.side, self.silent) {
+            (Side::Client, false) => CloseReason::ClientReset,
+            (Side::Client, true) => CloseReason::ClientSilent,
+            (Side::Backend, false) => CloseReason::BackendReset,
+            (Side::Backend, true) => CloseReason::BackendSilent,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Connecting,
+    Open,
+}
+
+/// When the client's first byte was seen, for the time to the first byte back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum FirstByte {
+    Unasked,
+    Asked(Instant),
+    Answered,
+}
+
+/// One client and, once connected, its backend.
+#[derive(Debug)]
+pub struct Session {
+    client: ConnId,
+    backend: Option<ConnId>,
+    endpoint: Option<EndpointId>,
+    tried: Tried,
+    state: State,
+    to_backend: Relay,
+    to_client: Relay,
+    /// What the client sent before there was a backend.
+    early: Chain,
+    failure: Option<Failure>,
+    opened: Instant,
+    active: Instant,
+    first_byte: FirstByte,
+    /// When its connection was made, if that was in advance.
+    warm_since: Option<Instant>,
+    connected: Instant,
+    /// Bytes of ours went ahead of the client's.
+    prefaced: bool,
+    /// The client has been sent something of what the backend said.
+    greeted: bool,
+    /// The backend has shown that it is well, or nothing is to be made of it.
+    heard: bool,
+    client_pulse: Pulse,
+    backend_pulse: Pulse,
+    /// Marks the load estimator's window in which the session was last counted as active.
+    window: u32,
+}
+
+impl Session {
+    /// A session of a client just accepted.
+    pub fn new(client: ConnId, now: Instant) -> Self {
+        Self {
+            client,
+            backend: None,
+            endpoint: None,
+            tried: Tried::default(),
+            state: State::Connecting,
+            to_backend: Relay::default(),
+            to_client: Relay::default(),
+            early: Chain::default(),
+            failure: None,
+            opened: now,
+            active: now,
+            first_byte: FirstByte::Unasked,
+            warm_since: None,
+            connected: now,
+            prefaced: false,
+            greeted: false,
+            heard: false,
+            client_pulse: Pulse::default(),
+            backend_pulse: Pulse::default(),
+            window: 0,
+        }
+    }
+
+    /// It is to have another connection. The worker closes the one that it had.
+    pub fn on_moved(&mut self) {
+        self.state = State::Connecting;
+        self.endpoint = None;
+        self.backend = None;
+        self.to_backend = Relay::default();
+        self.to_client = Relay::default();
+        self.failure = None;
+        self.warm_since = None;
+        self.prefaced = false;
+        self.heard = false;
+        self.backend_pulse = Pulse::default();
+    }
+
+    /// What is known of whether a side acknowledges what it is sent.
+    pub fn pulse(&mut self, side: Side) -> &mut Pulse {
+        match side {
+            Side::Client => &mut self.client_pulse,
+            Side::Backend => &mut self.backend_pulse,
+        }
+    }
+
+    /// The mark of the load estimator's window in which the session was last counted as active.
+    pub fn window(&mut self) -> &mut u32 {
+        &mut self.window
+    }
+
+    /// What the client sent before there was a backend.
+    pub fn early(&mut self) -> &mut Chain {
+        &mut self.early
+    }
+
+    /// Whether the client has sent something that nobody got yet.
+    pub fn has_early(&self) -> bool {
+        !self.early.is_empty()
+    }
+
+    /// Takes it out, for the backend.
+    pub fn take_early(&mut self) -> Chain {
+        std::mem::take(&mut self.early)
+    }
+
+    /// The client's connection.
+    pub fn client(&self) -> ConnId {
+        self.client
+    }
+
+    /// The connection of one side; a backend's only once there is one.
+    pub fn conn(&self, side: Side) -> Option<ConnId> {
+        match side {
+            Side::Client => Some(self.client),
+            Side::Backend => self.backend,
+        }
+    }
+
+    /// The endpoint that serves the session or is being tried for it.
+    pub fn endpoint(&self) -> Option<EndpointId> {
+        self.endpoint
+    }
+
+    /// The endpoints tried so far, the present one included.
+    pub fn tried(&self) -> &Tried {
+        &self.tried
+    }
+
+    /// Whether bytes can flow.
+    pub fn is_open(&self) -> bool {
+        self.state == State::Open
+    }
+
+    /// Whether no endpoint has been tried, for want of any.
+    pub fn awaits_endpoint(&self) -> bool {
+        self.state == State::Connecting && self.tried.attempts() == 0
+    }
+
+    /// How long ago the client was accepted.
+    pub fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.opened)
+    }
+
+    /// Bytes now held for the session, both directions together.
+    pub fn in_flight(&self) -> u32 {
+        self.to_backend.in_flight() + self.to_client.in_flight()
+    }
+
+    /// An endpoint was chosen. Until it is connected, `backend` may be absent.
+    pub fn on_trying(&mut self, endpoint: EndpointId, backend: Option<ConnId>) {
+        assert_eq!(self.state, State::Connecting, "an open session does not move");
+        self.endpoint = Some(endpoint);
+        self.backend = backend;
+        self.tried.push(endpoint);
+    }
+
+    /// A connection is being made for the session.
+    pub fn on_connecting(&mut self, backend: ConnId, now: Instant) {
+        assert_eq!(self.state, State::Connecting, "an open session has connected");
+        self.backend = Some(backend);
+        self.active = now;
+    }
+
+    /// When the connect under way was started.
+    pub fn connecting_since(&self) -> Option<Instant> {
+        (self.state == State::Connecting && self.backend.is_some()).then_some(self.active)
+    }
+
+    /// The attempt failed; another endpoint may be tried.
+    pub fn on_connect_failed(&mut self) {
+        assert_eq!(self.state, State::Connecting, "an open session has connected");
+        self.endpoint = None;
+        self.backend = None;
+    }
+
+    /// The backend is connected; `preface` bytes of ours go to it ahead of the client's.
+    pub fn on_connected(&mut self, backend: ConnId, preface: u32, now: Instant) {
+        assert_eq!(self.state, State::Connecting, "an open session has connected");
+        self.state = State::Open;
+        self.backend = Some(backend);
+        self.active = now;
+        self.connected = now;
+        self.prefaced = preface > 0;
+        if preface > 0 {
+            self.backend_pulse.on_asked();
+        }
+        self.to_backend.on_received(preface, u32::MAX);
+    }
+
+    /// The client sent something before there was a backend: it is kept, and paused.
+    pub fn on_early(&mut self, now: Instant) -> Action {
+        assert_eq!(self.state, State::Connecting, "an open session keeps nothing");
+        if self.first_byte == FirstByte::Unasked {
+            self.first_byte = FirstByte::Asked(now);
+        }
+        Action::Pause(Side::Client)
+    }
+
+    /// Whether a side has ended its direction, or broken.
+    pub fn has_ended(&self, side: Side) -> bool {
+        match side {
+            Side::Client => self.to_backend.is_ending(),
+            Side::Backend => self.to_client.is_ending(),
+        }
+    }
+
+    /// Bytes arrived from one side. Unless told to discard them, the worker sends them to the
+    /// other. `limit` is how many may be in flight in one direction now.
+    pub fn on_received(&mut self, from: Side, bytes: u32, limit: u32, now: Instant) -> Action {
+        let relay = self.relay(from);
+        if relay.is_broken() {
+            return Action::Discard;
+        }
+        let flow = relay.on_received(bytes, limit);
+        self.active = now;
+        match from {
+            Side::Client => {
+                self.client_pulse.on_heard();
+                self.backend_pulse.on_asked();
+                if self.first_byte == FirstByte::Unasked {
+                    self.first_byte = FirstByte::Asked(now);
+                }
+            }
+            Side::Backend => {
+                self.backend_pulse.on_heard();
+                self.client_pulse.on_sent();
+            }
+        }
+        if flow == Flow::Pause { Action::Pause(from) } else { Action::None }
+    }
+
+    /// How long the client waited for the first byte back, once, when that has just come.
+    pub fn take_first_byte(&mut self, now: Instant) -> Option<Duration> {
+        let FirstByte::Asked(at) = self.first_byte else { return None };
+        self.first_byte = FirstByte::Answered;
+        Some(now.saturating_duration_since(at))
+    }
+
+    /// A side's socket took bytes.
+    pub fn on_sent(&mut self, to: Side, bytes: u32, limit: u32, now: Instant) -> Action {
+        self.active = now;
+        let from = to.other();
+        let relay = self.relay(from);
+        match relay.on_sent(bytes, limit) {
+            Flow::Resume => Action::Resume(from),
+            _ if relay.is_ending() => self.closed().unwrap_or(Action::None),
+            _ => Action::None,
+        }
+    }
+
+    /// A side ended its direction.
+    pub fn on_ended(&mut self, from: Side, now: Instant) -> Action {
+        if self.state == State::Connecting {
+            if self.early.is_empty() && self.awaits_endpoint() {
+                return Action::Close(CloseReason::ClientLeft);
+            }
+            self.relay(from).on_ended();
+            return Action::None;
+        }
+        self.active = now;
+        self.relay(from).on_ended();
+        match from {
+            Side::Client => self.backend_pulse.on_asked(),
+            Side::Backend => self.client_pulse.on_sent(),
+        }
+        // A broken side ends too; the other must see the break, not an ordinary end.
+        let shutdown = if self.failure.is_some() || self.relay(from).is_broken() {
+            Action::None
+        } else {
+            Action::Shutdown(from.other())
+        };
+        self.closed().unwrap_or(shutdown)
+    }
+
+    /// A side broke while receiving from it: nothing more comes, nothing can be sent.
+    pub fn on_receive_failed(&mut self, from: Side, now: Instant) -> Action {
+        self.relay(from).on_ended();
+        self.on_broken(from, false, now)
+    }
+
+    /// A side acknowledges nothing any more: nothing that it sends will come, and it takes nothing.
+    pub fn on_silent(&mut self, side: Side, now: Instant) -> Action {
+        self.relay(side).on_ended();
+        self.on_broken(side, true, now)
+    }
+
+    /// A side broke while sending to it. What it sent before may still be on its way here, so it
+    /// is read to its end.
+    pub fn on_send_failed(&mut self, to: Side, now: Instant) -> Action {
+        self.on_broken(to, false, now)
+    }
+
+    fn on_broken(&mut self, side: Side, silent: bool, now: Instant) -> Action {
+        if self.state == State::Connecting {
+            return Action::Close(CloseReason::ClientReset);
+        }
+        self.active = now;
+        self.failure.get_or_insert(Failure { side, silent, left: 0, looked: now });
+        let other = side.other();
+        let paused = self.relay(other).is_paused();
+        self.relay(other).on_broken();
+        let go_on = if paused { Action::Resume(other) } else { Action::None };
+        self.closed().unwrap_or(go_on)
+    }
+
+    /// The side that is to have what the other one sent before it broke.
+    pub fn survivor(&self) -> Option<Side> {
+        self.failure.map(|failure| failure.side.other())
+    }
+
+    /// The direction that starts at `from`.
+    fn relay(&mut self, from: Side) -> &mut Relay {
+        match from {
+            Side::Client => &mut self.to_backend,
+            Side::Backend => &mut self.to_client,
+        }
+    }
+
+    fn closed(&self) -> Option<Action> {
+        (self.to_backend.is_done() && self.to_client.is_done())
+            .then(|| self.failure.map_or(CloseReason::Finished, |failure| failure.reason()))
+            .map(Action::Close)
+    }
+}

@@ -1,0 +1,297 @@
+//! Finds sessions a backend, and does for them what concerns the pools.
+
+use std::io;
+use std::time::Instant;
+
+use super::engine::Engine;
+use super::flush;
+use super::owners::Owner;
+use super::pools::is_local;
+use super::sessions::Outcome;
+use crate::config::{Balance, Locality};
+use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
+use crate::metrics::{Checkout, CloseReason};
+use crate::proxy::Side;
+use crate::proxy::endpoints::EndpointId;
+use crate::proxy::session::{Action, Session, Tried};
+use crate::slab::Key;
+
+impl<D: Driver> Engine<D> {
+    pub(super) fn on_accepted(&mut self, client: ConnId) {
+        let key = self.sessions.begin(&mut self.cx, client);
+        self.dispatch(key, CloseReason::NoEndpoint);
+        self.listen_to_early(key);
+    }
+
+    pub(super) fn listen_to_early(&mut self, key: Key<Session>) {
+        self.sessions.listen_to_early(&mut self.cx, key);
+    }
+
+    /// Does for a session what concerns others than itself.
+    pub(super) fn follow(&mut self, key: Key<Session>, outcome: Outcome) {
+        match outcome {
+            Outcome::Done => {}
+            Outcome::Answered => self.on_session_answered(key),
+            Outcome::Waits => self.dispatch_heard(key),
+            Outcome::Over(reason) => self.close_session(key, reason),
+        }
+    }
+
+    /// Finds the session a backend: a warm connection, or one made for it. Closes it for
+    /// `otherwise` when there is no endpoint left to try.
+    pub(super) fn dispatch(&mut self, key: Key<Session>, mut otherwise: CloseReason) {
+        loop {
+            let session = self.sessions.of(key);
+            let (client, tried) = (session.client(), *session.tried());
+            let Some(endpoint) = self.choose(client, &tried, otherwise) else {
+                return self.on_none_left(key, otherwise);
+            };
+            if tried.attempts() > 0 {
+                self.cx.stats.connect_retries.add(1);
+            }
+            match self.try_endpoint(key, endpoint) {
+                Ok(()) => return,
+                Err(error) if is_local(&error) => {
+                    tracing::debug!(%error, "cannot connect");
+                    return self.close_session(key, CloseReason::Overload);
+                }
+                Err(error) => {
+                    self.on_endpoint_unreachable(endpoint, &error);
+                    self.leave_endpoint(key);
+                    otherwise = CloseReason::ConnectFailed;
+                }
+            }
+        }
+    }
+
+    /// The endpoint to try next for a session whose latest attempt ended for `otherwise`.
+    fn choose(
+        &mut self,
+        client: ConnId,
+        tried: &Tried,
+        otherwise: CloseReason,
+    ) -> Option<EndpointId> {
+        if tried.attempts() >= self.cx.config.connect_attempts {
+            return None;
+        }
+        let source = (self.cx.config.balance == Balance::SourceHash)
+            .then(|| self.cx.driver.peer_address(client))
+            .flatten()
+            .and_then(|address| address.ip());
+        let mut choose = |tried: &Tried| {
+            if self.cx.config.locality == Locality::Off {
+                return self.pools.table.choose(tried, source, &mut self.cx.rng);
+            }
+            let (chosen, spilled) = self.pools.table.choose_near(tried, source, &mut self.cx.rng);
+            spilled.inspect(|&why| self.cx.stats.count_spillover(why));
+            chosen
+        };
+        // A handshake that got lost, in a full accept queue for one, is worth another try, and so is
+        // the endpoint of a warm connection that was dead. A refusal is an answer.
+        let lost = matches!(otherwise, CloseReason::ConnectTimeout | CloseReason::BackendReset);
+        choose(tried).or_else(|| lost.then(|| choose(&Tried::default())).flatten())
+    }
+
+    /// There is no endpoint left to try. Where there is none at all, a session waits until one comes or
+    /// its time is up.
+    fn on_none_left(&mut self, key: Key<Session>, otherwise: CloseReason) {
+        if !self.pools.table.is_empty() {
+            return self.close_session(key, otherwise);
+        }
+        let session = self.sessions.of(key);
+        let left = self.cx.config.endpoint_wait.saturating_sub(session.age(self.cx.now));
+        if session.awaits_endpoint() && !left.is_zero() {
+            self.cx.timers.set(session.client().index(), self.cx.now + left);
+        } else {
+            self.close_session(key, CloseReason::NoEndpoint);
+        }
+    }
+
+    /// There are endpoints again: those that wait for one are served.
+    pub(super) fn dispatch_waiting(&mut self) {
+        for slot in 0..self.sessions.slots() {
+            let Some(key) = self.sessions.key_at(slot) else { continue };
+            let session = self.sessions.of(key);
+            if !session.awaits_endpoint() {
+                continue;
+            }
+            // One that may have left is served once that is heard: if there are bytes before its end,
+            // they come first.
+            let (client, silent) = (session.client(), !session.has_early());
+            if silent && self.cx.driver.unheard(client) == Unheard::End {
+                continue;
+            }
+            self.cx.timers.clear(client.index());
+            self.dispatch(key, CloseReason::NoEndpoint);
+        }
+    }
+
+    /// A client that waits for an endpoint has sent something, so it has not left.
+    fn dispatch_heard(&mut self, key: Key<Session>) {
+        if !self.pools.table.is_empty() {
+            self.cx.timers.clear(self.sessions.of(key).client().index());
+            self.dispatch(key, CloseReason::NoEndpoint);
+        }
+    }
+
+    fn try_endpoint(&mut self, key: Key<Session>, endpoint: EndpointId) -> io::Result<()> {
+        self.prove_oldest(endpoint);
+        let Some(entry) = self.pools.table.get_mut(endpoint) else {
+            unreachable!("the table has what it chose")
+        };
+        let address = entry.endpoint.address;
+        let warm = self.pools.table.enter(endpoint, self.cx.now);
+        self.mark_short(endpoint);
+        self.sessions.of(key).on_trying(endpoint, warm.map(|(conn, _)| conn));
+        if let Some((backend, made)) = warm {
+            self.sessions.of(key).on_warm(made);
+            self.cx.stats.count_checkout(Checkout::Hit);
+            let Owner::Warm { greeting, .. } = self.owner(backend) else {
+                unreachable!("a pool's connection is warm")
+            };
+            self.open(key, backend, greeting);
+            return Ok(());
+        }
+        self.cx.stats.count_checkout(Checkout::Miss);
+        let backend = self.connect(&address)?;
+        self.own(backend, Owner::Session(key, Side::Backend));
+        self.cx.timers.set(backend.index(), self.cx.now + self.cx.config.connect_timeout);
+        self.sessions.of(key).on_connecting(backend, self.cx.now);
+        Ok(())
+    }
+
+    pub(super) fn on_session_connected(&mut self, key: Key<Session>, backend: ConnId) {
+        self.cx.timers.clear(backend.index());
+        let session = self.sessions.of(key);
+        let (Some(since), Some(endpoint)) = (session.connecting_since(), session.endpoint()) else {
+            unreachable!("a session that connects has an endpoint")
+        };
+        self.cx.stats.connect_duration.record(self.cx.now.saturating_duration_since(since));
+        self.on_endpoint_connected(endpoint);
+        if let Some(entry) = self.pools.table.get_mut(endpoint) {
+            entry.pool.on_miss_served();
+        }
+        self.mark_short(endpoint);
+        self.open(key, backend, Chain::default());
+    }
+
+    pub(super) fn on_session_connect_failed(
+        &mut self,
+        key: Key<Session>,
+        conn: ConnId,
+        error: &io::Error,
+    ) {
+        self.cx.timers.clear(conn.index());
+        self.cx.driver.close(conn, Close::Reset);
+        if let Some(endpoint) = self.sessions.of(key).endpoint()
+            && !is_local(error)
+        {
+            self.on_endpoint_unreachable(endpoint, error);
+        }
+        self.leave_endpoint(key);
+        let otherwise = match error.kind() {
+            io::ErrorKind::TimedOut => CloseReason::ConnectTimeout,
+            _ => CloseReason::ConnectFailed,
+        };
+        self.dispatch(key, otherwise);
+    }
+
+    fn leave_endpoint(&mut self, key: Key<Session>) {
+        let session = self.sessions.of(key);
+        let endpoint = session.endpoint();
+        session.on_connect_failed();
+        self.release(endpoint);
+    }
+
+    /// A session no longer counts as one of its endpoint's.
+    pub(super) fn release(&mut self, endpoint: Option<EndpointId>) {
+        let Some(endpoint) = endpoint else { return };
+        if self.reuses_conns() {
+            // It was a client whose bytes had become opaque: its place is free for who waits.
+            self.pools.table.opaque_closed(endpoint);
+            return self.on_place_in_pool_free(endpoint);
+        }
+        self.pools.table.leave(endpoint);
+        if self.pools.table.get_mut(endpoint).is_some_and(|entry| !entry.is_present()) {
+            self.pools.table.forget_unused();
+        }
+    }
+
+    fn open(&mut self, key: Key<Session>, backend: ConnId, greeting: Chain) {
+        let outcome = self.sessions.open(&mut self.cx, key, backend, greeting);
+        self.follow(key, outcome);
+    }
+
+    /// Sends on what was counted before.
+    pub(super) fn pass_on(&mut self, key: Key<Session>, from: Side, buf: Buf) {
+        self.sessions.pass_on(&mut self.cx, key, from, buf);
+    }
+
+    pub(super) fn on_ended(&mut self, key: Key<Session>, from: Side) {
+        if from == Side::Backend && self.on_backend_gone(key, false) {
+            return;
+        }
+        self.apply(key, |session, now| session.on_ended(from, now));
+    }
+
+    pub(super) fn on_receive_failed(&mut self, key: Key<Session>, from: Side) {
+        if from == Side::Backend && self.on_backend_gone(key, true) {
+            return;
+        }
+        self.apply(key, |session, now| session.on_receive_failed(from, now));
+    }
+
+    pub(super) fn arm_deadline(&mut self, key: Key<Session>) {
+        self.sessions.arm_deadline(&mut self.cx, key);
+    }
+
+    pub(super) fn on_session_deadline(&mut self, key: Key<Session>) {
+        if self.sessions.of(key).awaits_endpoint() {
+            // The timer may have fired for a moment too early: it is set again then.
+            return self.dispatch(key, CloseReason::NoEndpoint);
+        }
+        let outcome = self.sessions.on_deadline(&mut self.cx, key);
+        self.follow(key, outcome);
+    }
+
+    /// Tells a session what happened and does what it answers.
+    pub(super) fn apply(
+        &mut self,
+        key: Key<Session>,
+        event: impl FnOnce(&mut Session, Instant) -> Action,
+    ) {
+        let outcome = self.sessions.on_event(&mut self.cx, key, event);
+        self.follow(key, outcome);
+    }
+
+    pub(super) fn close_session(&mut self, key: Key<Session>, reason: CloseReason) {
+        let mut session = self.sessions.close(&mut self.cx, key, reason);
+        self.judge_closed(&mut session);
+        self.release(session.endpoint());
+        self.on_session_gone(reason, session.age(self.cx.now));
+    }
+
+    /// Ends the sessions on an endpoint that left the set long enough ago.
+    pub(super) fn close_sessions_on(&mut self, endpoint: EndpointId) {
+        for slot in 0..self.sessions.slots() {
+            if let Some(key) = self.sessions.key_at(slot)
+                && self.sessions.of(key).endpoint() == Some(endpoint)
+            {
+                self.close_session(key, CloseReason::EndpointRemoved);
+            }
+        }
+    }
+
+    pub(super) fn close_all_sessions(&mut self, reason: CloseReason) {
+        for slot in 0..self.sessions.slots() {
+            if let Some(key) = self.sessions.key_at(slot) {
+                self.close_session(key, reason);
+            }
+        }
+    }
+
+    /// Closes a client's connection with a reset, behind all that is on its way to it.
+    pub(super) fn reset_behind(&mut self, conn: ConnId) {
+        flush::reset_behind(&mut self.cx, conn);
+    }
+}

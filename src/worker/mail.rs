@@ -1,0 +1,95 @@
+//! What a worker hears of the control plane and of the other workers, and what it sees of those.
+
+use std::sync::Arc;
+
+use super::mailbox::{Command, Mailbox};
+use crate::io::net::Stream;
+use crate::metrics::WorkerStats;
+use crate::proxy::WorkerId;
+use crate::proxy::endpoints::EndpointSnapshot;
+
+/// The mailboxes and counters of all workers.
+pub(super) struct Mail {
+    worker: WorkerId,
+    mailboxes: Arc<[Arc<Mailbox>]>,
+    stats: Arc<[Arc<WorkerStats>]>,
+    /// Clients may have been handed over.
+    has_clients: bool,
+}
+
+impl Mail {
+    /// Those of `worker` are its own.
+    pub(super) fn new(
+        worker: WorkerId,
+        mailboxes: Arc<[Arc<Mailbox>]>,
+        stats: Arc<[Arc<WorkerStats>]>,
+    ) -> Self {
+        assert_eq!(mailboxes.len(), stats.len(), "one mailbox per worker");
+        Self { worker, mailboxes, stats, has_clients: false }
+    }
+
+    fn own(&self) -> &Mailbox {
+        &self.mailboxes[usize::from(self.worker)]
+    }
+
+    /// The worker was woken: from now on the mailbox wakes it again.
+    pub(super) fn on_woken(&mut self) {
+        self.own().clear_wake();
+        self.has_clients = true;
+    }
+
+    /// The endpoints, if there is news of them.
+    pub(super) fn take_snapshot(&self) -> Option<Arc<EndpointSnapshot>> {
+        self.own().take_snapshot()
+    }
+
+    /// What the worker is told to do.
+    pub(super) fn command(&self) -> Command {
+        self.own().current_command()
+    }
+
+    /// A client that another worker has handed over since this one was woken.
+    pub(super) fn take_client(&mut self) -> Option<Stream> {
+        if !self.has_clients {
+            return None;
+        }
+        let client = self.own().take_client();
+        self.has_clients = client.is_some();
+        client
+    }
+
+    /// Whether clients wait that were handed over.
+    pub(super) fn has_waiting_clients(&self) -> bool {
+        self.own().clients() > 0
+    }
+
+    /// Hands a client over to another worker.
+    ///
+    /// # Errors
+    /// That one takes no more; the client comes back.
+    pub(super) fn hand_over(&self, to: WorkerId, client: Stream) -> Result<(), Stream> {
+        self.mailboxes[usize::from(to)].hand_over(client)
+    }
+
+    /// How many workers there are.
+    pub(super) fn workers(&self) -> usize {
+        self.mailboxes.len()
+    }
+
+    /// All workers but this one.
+    pub(super) fn others(&self) -> impl Iterator<Item = WorkerId> {
+        let own = self.worker;
+        (0..self.workers()).map(WorkerId::new).filter(move |&worker| worker != own)
+    }
+
+    /// A worker's sessions, with those on the way to it.
+    pub(super) fn sessions_of(&self, worker: WorkerId) -> usize {
+        let worker = usize::from(worker);
+        self.stats[worker].sessions_active.get() as usize + self.mailboxes[worker].clients()
+    }
+
+    /// Likewise, of all workers together.
+    pub(super) fn sessions(&self) -> usize {
+        (0..self.workers()).map(|worker| self.sessions_of(WorkerId::new(worker))).sum()
+    }
+}

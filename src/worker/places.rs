@@ -1,0 +1,112 @@
+//! The room of one worker.
+
+/// Counts what takes a place: sessions, clients, and connections that are being flushed. Each of the
+/// first two has a slot in a slab of its own, and the slabs have as many slots each: so whatever was
+/// let in has one, whatever becomes of it.
+#[derive(Debug)]
+pub(super) struct Places {
+    slots: usize,
+    /// Sessions and clients.
+    served: usize,
+    /// Connections that are closed once their peers have what was sent to them.
+    flushing: usize,
+    /// One has become free since [`Places::take_freed`].
+    freed: bool,
+}
+
+impl Places {
+    /// So many, all free.
+    pub(super) fn new(slots: usize) -> Self {
+        Self { slots, served: 0, flushing: 0, freed: false }
+    }
+
+    /// Fewer slots than were reserved, for tests of what happens beyond them.
+    #[cfg(test)]
+    pub(super) fn limit_to(&mut self, slots: usize) {
+        self.slots = slots;
+    }
+
+    /// How many are taken.
+    pub(super) fn taken(&self) -> usize {
+        self.served + self.flushing
+    }
+
+    /// How many are free.
+    pub(super) fn free(&self) -> usize {
+        self.slots.saturating_sub(self.taken())
+    }
+
+    /// Those of sessions and clients.
+    pub(super) fn served(&self) -> usize {
+        self.served
+    }
+
+    /// A session or a client takes a place. Says whether there was one.
+    pub(super) fn admit(&mut self) -> bool {
+        let admits = self.free() > 0;
+        self.served += usize::from(admits);
+        admits
+    }
+
+    /// A session or a client is gone. One of its connections may be flushed in its place: then that
+    /// was counted before.
+    pub(super) fn on_gone(&mut self) {
+        assert!(self.served > 0, "one is gone that was not let in");
+        self.served -= 1;
+        self.freed = true;
+        debug_assert!(self.taken() <= self.slots, "one session leaves one connection at most");
+    }
+
+    /// A connection is being flushed.
+    pub(super) fn on_flushing(&mut self) {
+        self.flushing += 1;
+    }
+
+    /// A connection was flushed.
+    pub(super) fn on_flushed(&mut self) {
+        assert!(self.flushing > 0, "one was flushed that nobody counted");
+        self.flushing -= 1;
+        self.freed = true;
+    }
+
+    /// Whether one has become free since this was asked before. What it held may be what accepting
+    /// lacked.
+    pub(super) fn take_freed(&mut self) -> bool {
+        std::mem::take(&mut self.freed)
+    }
+
+    /// Checks that all that takes a place is counted, and nothing else.
+    #[cfg(test)]
+    pub(super) fn assert_invariants(&self, served: usize, flushing: usize) {
+        assert_eq!(self.served, served, "places of sessions and clients");
+        assert_eq!(self.flushing, flushing, "places of what is flushed");
+        assert!(self.taken() <= self.slots, "more places are taken than there are");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_free_again_once_what_is_left_of_a_session_is_flushed() {
+        let mut places = Places::new(2);
+        assert!(places.admit() && places.admit());
+        assert!(!places.admit(), "both are taken");
+        assert!(!places.take_freed());
+        places.on_flushing();
+        places.on_gone();
+        assert!(places.take_freed());
+        assert_eq!((places.taken(), places.served()), (2, 1));
+        assert!(!places.admit(), "one is flushed");
+        places.on_flushed();
+        assert!(places.take_freed() && !places.take_freed());
+        assert!(places.admit());
+    }
+
+    #[test]
+    #[should_panic(expected = "was not let in")]
+    fn nobody_is_gone_who_was_not_let_in() {
+        Places::new(2).on_gone();
+    }
+}
