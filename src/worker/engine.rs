@@ -22,7 +22,7 @@ use crate::proxy::balance::Table;
 use crate::proxy::health::HealthConfig;
 use crate::proxy::pulse::Patience;
 use crate::proxy::queue::Queue;
-use crate::proxy::request::{Client, Limits as ClientLimits};
+use crate::proxy::request::{Client, Policy};
 use crate::proxy::session::{Session, Timeouts};
 use crate::slab::{Key, Slab};
 
@@ -178,7 +178,7 @@ pub(super) struct Load {
 /// Clients whose requests are told apart.
 pub(super) struct Requests {
     pub clients: Slab<Client>,
-    pub limits: ClientLimits,
+    pub policy: Policy,
     pub queue: Queue,
     /// Clients to be looked at before the turn ends.
     pub due: VecDeque<Key<Client>>,
@@ -262,13 +262,7 @@ impl<D: Driver> Engine<D> {
             flushing: 0,
             requests: Requests {
                 clients: Slab::with_capacity(clients_max),
-                limits: ClientLimits {
-                    idle: config.idle_timeout,
-                    half_close: config.half_close_timeout,
-                    queue: config.requests.queue_timeout,
-                    endpoint: config.endpoint_wait,
-                    request: config.requests.timeout,
-                },
+                policy: Policy::new(&config),
                 queue: Queue::new(config.requests.queue_max, clients_max),
                 due: VecDeque::with_capacity(clients_max),
                 releasing: Vec::with_capacity(clients_max),

@@ -48,18 +48,22 @@ impl<D: Driver> Engine<D> {
                 }
                 _ => return false,
             },
-            Owner::Client(key) => match self.requests.clients.get_mut(key) {
-                Some(client) => (&mut client.pulse, None, false, false),
-                None => return false,
-            },
-            Owner::InUse(key) => match self.requests.clients.get_mut(key) {
-                Some(client) => {
-                    let endpoint = client.backend.map(|backend| backend.endpoint);
-                    let waits = client.is_exchanging();
-                    (&mut client.backend_pulse, endpoint, true, waits)
+            Owner::Client(key) => {
+                let client = self.requests.clients.get_mut(key);
+                match client.and_then(|client| client.pulse(Side::Client)) {
+                    Some(pulse) => (pulse, None, false, false),
+                    None => return false,
                 }
-                None => return false,
-            },
+            }
+            Owner::InUse(key) => {
+                let Some(client) = self.requests.clients.get_mut(key) else { return false };
+                let endpoint = client.backend().map(|backend| backend.endpoint);
+                let waits = client.is_in_flight();
+                match client.pulse(Side::Backend) {
+                    Some(pulse) => (pulse, endpoint, true, waits),
+                    None => return false,
+                }
+            }
             // Idle ones are asked nothing, and what is flushed or made has a limit of its own.
             Owner::Warm { .. } | Owner::Warming { .. } | Owner::Flushing(_) | Owner::None => {
                 return false;
