@@ -5,11 +5,11 @@ help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## Run a store with the proxy in front of it
-	cargo build --release --bin aegis-proxy --example demo
-	$${CARGO_TARGET_DIR:-target}/release/examples/demo
+	cargo build --profile demo --bin aegis-proxy --example demo
+	$${CARGO_TARGET_DIR:-target}/demo/examples/demo
 
-test: ## Run all tests
-	cargo test
+test: ## Run all tests, and say how long each part took (ARGS="--lib": a part of them)
+	tests/run $(ARGS)
 
 fuzz: ## Edit inputs of the scanners at random for SECONDS=60
 	AEGIS_FUZZ=$(or $(SECONDS),60) cargo test --release --test fuzz

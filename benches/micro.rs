@@ -8,7 +8,7 @@ use aegis::io::buffers::Buffers;
 use aegis::io::{Chain, ConnId};
 use aegis::metrics::{Counter, Histogram};
 use aegis::protocol::http1::{Method, RequestScanner, ResponseScanner};
-use aegis::protocol::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
+use aegis::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
 use aegis::proxy::balance::Table;
 use aegis::proxy::endpoints::{Endpoint, EndpointId, EndpointSnapshot};
 use aegis::slab::Slab;

@@ -13,18 +13,21 @@
 //!
 //! | module | what it is |
 //! | --- | --- |
-//! | [`cli`] | the command line: run, check, help |
+//! | [`cli`] | the command line: check, help, what is printed and exit codes |
 //! | [`config`] | environment → `RawConfig` → checked `Config` |
-//! | [`limits`] | every bound: unit, derivation, reason |
+//! | [`limits`] | every bound: unit, reason, and what follows from it |
 //! | [`listening`] | which addresses lead back to this process |
-//! | [`startup`] | decided before anything is bound: cores, listeners |
-//! | [`metrics`] | counters and histograms of one worker, aligned to cache lines |
+//! | [`startup`] | decided before anything is bound: cores, driver, capacity; then listeners |
+//! | [`metrics`] | one row per metric: a worker's counter, the text, the reference page |
 //! | [`slab`] | fixed-capacity slots with generations |
 //! | [`proxy`] | decides: sessions, relays, requests, pools, balancing, health; no I/O, no clock, no unsafe |
-//! | [`protocol`] | where messages end: Chronos, HTTP/1; the PROXY protocol's header |
+//! | [`protocol`] | all that is known of a protocol: TCP, Chronos, HTTP/1; the PROXY protocol's header |
 //! | [`io`] | does: the io_uring and epoll drivers and the seeded simulator; the only unsafe code |
 //! | [`worker`] | one core: binds `proxy` to `io`, turn by turn |
 //! | [`control`] | the tokio side: discovery, admin HTTP, lifecycle |
+
+// Here alone: in the test and bench crates nothing is reachable from outside.
+#![warn(unreachable_pub)]
 
 pub mod cli;
 pub mod config;

@@ -1,11 +1,6 @@
 //! Every bound: its unit, how it is derived, and why.
 
-use std::fmt;
-use std::io;
-use std::num::NonZeroUsize;
 use std::time::Duration;
-
-use rustix::process::{Resource, getrlimit, setrlimit};
 
 /// Endpoints in a snapshot; further ones are left out with a warning.
 pub const ENDPOINTS_MAX: usize = 1024;
@@ -158,10 +153,6 @@ pub const HANDED_OVER_MAX: usize = 64;
 /// Connections that all pools of one worker together may hold, warm or being made.
 pub const POOL_CONNS_MAX: usize = 4096;
 
-/// As many of them are reserved for even where descriptors are short: without any, no pool could
-/// make a connection.
-const POOL_CONNS_MIN: u64 = 16;
-
 /// A client that is to get what a broken backend had sent may pause for so long; then it is reset.
 /// As long as proxies give clients that take nothing, and far above any pause of a healthy one.
 pub const FLUSH_STALL_MAX: Duration = Duration::from_secs(30);
@@ -275,27 +266,16 @@ pub const POOL_IDLE_MAX: usize = 4096;
 /// Sessions that can be asked for: about what one local address can hold towards many endpoints.
 pub const SESSIONS_MAX: usize = 1_000_000;
 
-// ---- Descriptors: how many are needed, and how many sessions fit --------------------------------
-
 /// Most sessions where the number is left to the program. Memory is the reason: the kernel's
 /// socket buffers and ours are paid for each session, and a sidecar's memory limit should not
 /// have to be sized for a descriptor limit in the millions. Who wants more says so.
 pub const SESSIONS_AUTO_MAX: usize = 10_000;
 
-/// A session is a connection from the client and one to the backend.
-const DESCRIPTORS_PER_SESSION: u64 = 2;
-
-/// Endpoints counted for each configured address: pools hold their maximum only under load that
-/// comes and goes faster than they shrink, but an endpoint may go while another one comes.
-const POOL_ENDPOINTS_PER_BACKEND: u64 = 2;
-
 /// A name counts as so many addresses. Nobody knows how many it will stand for; where there are
 /// more, their pools share what there is.
 pub const ADDRESSES_PER_NAME: usize = 8;
 
-/// The ring, or the epoll instance and its timer; the eventfd that wakes the worker, which it has
-/// twice; what the scheduler says about it; both ends of pipes; and those in reserve.
-const DESCRIPTORS_PER_WORKER: u64 = 5 + 2 * PIPES_MAX as u64 + DESCRIPTORS_RESERVED as u64;
+// ---- The admin port -----------------------------------------------------------------------------
 
 /// Connections to the admin port: a scraper, the kubelet's probes, people. Each is in one room at a
 /// time, and who comes into a full one takes the place of another.
@@ -318,228 +298,9 @@ pub const ADMIN_PIECE_BYTES: usize = 16 * 1024;
 /// others: what is short is known then, and a restart would not mend it. One of them is never used.
 pub const ADMIN_DESCRIPTORS_RESERVED: usize = 4;
 
-/// The admin listener and what is held back for it, the log, the runtime's own epoll, eventfd and signal
-/// pipe, and connections to name servers for answers that are cut.
-const CONTROL_DESCRIPTORS: u64 = 32;
-
-/// Sockets of one name's lookup: one for each family, while it is asked for.
-const DESCRIPTORS_PER_NAME: u64 = 2;
-
-/// Connections to the Kubernetes API, for the endpoints and for what declares the stores: the watch,
-/// the one that a new client makes while that of the last one is still closing, and for each a lookup
-/// in DNS and the files with its credentials.
-const KUBERNETES_DESCRIPTORS: u64 = 2 * 8;
-
-/// Standard input, output and error.
-const STANDARD_DESCRIPTORS: u64 = 3;
-
-/// Connections whose close is still under way in the kernel, files that libraries open for a
-/// moment, and what the parent process left open.
-const SLACK_DESCRIPTORS: u64 = 64;
-
-/// What descriptors are needed for, apart from sessions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DescriptorUsers {
-    /// Worker threads.
-    pub workers: usize,
-    /// Addresses to listen on, each with a socket in every worker.
-    pub listeners: usize,
-    /// Warm connections at most, per worker and endpoint; those being made count as warm.
-    pub pool_max_idle: usize,
-    /// Configured addresses, a name counted as [`ADDRESSES_PER_NAME`]; `None` where the Kubernetes
-    /// API names the endpoints.
-    pub backends: Option<usize>,
-    /// Configured names, each of which may be looked up at any time.
-    pub names: usize,
-}
-
-impl DescriptorUsers {
-    /// Connections that all pools of one worker together may come to hold, at most
-    /// [`POOL_CONNS_MAX`].
-    fn pool_conns(&self) -> u64 {
-        // Nobody knows how many endpoints a Service will have: as many as there can be.
-        let unknown = ENDPOINTS_MAX as u64;
-        let endpoints =
-            self.backends.map_or(unknown, |n| unknown.min(n as u64 * POOL_ENDPOINTS_PER_BACKEND));
-        (self.pool_max_idle as u64 * endpoints).min(POOL_CONNS_MAX as u64)
-    }
-}
-
-/// What the process has room for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Capacity {
-    /// Sessions at a time.
-    pub sessions: NonZeroUsize,
-    /// Connections of all pools of one worker, idle or being made.
-    pub pool_conns: usize,
-}
-
-/// How many descriptors the process needs, part by part.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DescriptorsNeeded {
-    /// The sessions' connections.
-    pub sessions: u64,
-    /// Warm connections.
-    pub pools: u64,
-    /// Listening sockets, and the workers' own.
-    pub workers: u64,
-    /// Connections to the admin port.
-    pub admin: u64,
-    /// The rest of the control thread's.
-    pub control: u64,
-    /// Standard input, output and error.
-    pub standard: u64,
-    /// Room to spare.
-    pub slack: u64,
-}
-
-/// How many descriptors `max_sessions` sessions, `pool_conns` pool connections of each worker and
-/// the other `users` need.
-fn descriptors_needed(
-    max_sessions: usize,
-    pool_conns: u64,
-    users: &DescriptorUsers,
-) -> DescriptorsNeeded {
-    let [workers, listeners] = [users.workers, users.listeners].map(|n| n as u64);
-    let kubernetes = if users.backends.is_none() { KUBERNETES_DESCRIPTORS } else { 0 };
-    DescriptorsNeeded {
-        sessions: max_sessions as u64 * DESCRIPTORS_PER_SESSION,
-        pools: workers * pool_conns,
-        workers: workers * (listeners + DESCRIPTORS_PER_WORKER),
-        admin: ADMIN_CONNECTIONS as u64,
-        control: CONTROL_DESCRIPTORS + kubernetes + users.names as u64 * DESCRIPTORS_PER_NAME,
-        standard: STANDARD_DESCRIPTORS,
-        slack: SLACK_DESCRIPTORS,
-    }
-}
-
-impl DescriptorsNeeded {
-    /// The sum of all parts.
-    pub fn total(&self) -> u64 {
-        let Self { sessions, pools, workers, admin, control, standard, slack } = self;
-        sessions + pools + workers + admin + control + standard + slack
-    }
-}
-
-impl fmt::Display for DescriptorsNeeded {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { sessions, pools, workers, admin, control, standard, slack } = self;
-        write!(
-            f,
-            "{} = {sessions} for sessions + {pools} for pools + {workers} for workers + {admin} \
-             for admin connections + {control} for control + {standard} standard + {slack} slack",
-            self.total()
-        )
-    }
-}
-
-/// Why there cannot be that many sessions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum LimitError {
-    /// The number asked for does not fit.
-    #[error(
-        "AEGIS_MAX_SESSIONS={requested} needs {needed} descriptors; RLIMIT_NOFILE allows \
-         {nofile_hard}, which is enough for {fitting} sessions"
-    )]
-    Requested {
-        /// Sessions asked for.
-        requested: NonZeroUsize,
-        /// Descriptors needed for them.
-        needed: DescriptorsNeeded,
-        /// Descriptors there can be.
-        nofile_hard: u64,
-        /// Sessions that would fit.
-        fitting: usize,
-    },
-    /// Not a single session fits.
-    #[error(
-        "one session needs {needed} descriptors; RLIMIT_NOFILE allows {nofile_hard}: raise it, or \
-         lower AEGIS_POOL_MAX_IDLE or AEGIS_WORKERS"
-    )]
-    NothingFits {
-        /// Descriptors needed for one session.
-        needed: DescriptorsNeeded,
-        /// Descriptors there can be.
-        nofile_hard: u64,
-    },
-}
-
-/// How many sessions there can be at a time: as many as `requested`, or else what fits into
-/// `nofile_hard` descriptors, at most [`SESSIONS_AUTO_MAX`]. Pools have what they may come to hold,
-/// or what is left if that is less; where the sessions' number is open, half of it.
-///
-/// # Errors
-/// What was requested does not fit, or not even one session does.
-pub fn capacity(
-    requested: Option<NonZeroUsize>,
-    nofile_hard: u64,
-    users: &DescriptorUsers,
-) -> Result<Capacity, LimitError> {
-    let workers = users.workers as u64;
-    let wanted = users.pool_conns();
-    let least = wanted.min(POOL_CONNS_MIN);
-    let left = nofile_hard.saturating_sub(descriptors_needed(0, 0, users).total());
-    let left_for_sessions = left.saturating_sub(workers * least);
-    let fitting =
-        usize::try_from(left_for_sessions / DESCRIPTORS_PER_SESSION).unwrap_or(usize::MAX);
-    if fitting == 0 {
-        let needed = descriptors_needed(1, least, users);
-        return Err(LimitError::NothingFits { needed, nofile_hard });
-    }
-    let share = |left: u64| (left / workers).clamp(least, wanted);
-    let (sessions, pool_conns) = match requested {
-        Some(requested) if requested.get() <= fitting => {
-            (requested, share(left - requested.get() as u64 * DESCRIPTORS_PER_SESSION))
-        }
-        Some(requested) => {
-            let needed = descriptors_needed(requested.get(), least, users);
-            return Err(LimitError::Requested { requested, needed, nofile_hard, fitting });
-        }
-        None => {
-            let pool_conns = share(left / 2);
-            let fits = (left - workers * pool_conns) / DESCRIPTORS_PER_SESSION;
-            let fits = usize::try_from(fits).unwrap_or(usize::MAX).clamp(1, SESSIONS_AUTO_MAX);
-            (NonZeroUsize::new(fits).unwrap_or(NonZeroUsize::MIN), pool_conns)
-        }
-    };
-    Ok(Capacity { sessions, pool_conns: pool_conns as usize })
-}
-
-/// Raises the limit on open descriptors (`RLIMIT_NOFILE`) as far as this process may, and returns
-/// it. The soft limit is usually 1024, for the sake of programs that use `select`.
-///
-/// # Errors
-/// What the kernel says, where it refuses.
-pub fn raise_nofile() -> io::Result<u64> {
-    let mut limit = getrlimit(Resource::Nofile);
-    if limit.current != limit.maximum {
-        limit.current = limit.maximum;
-        setrlimit(Resource::Nofile, limit)?;
-    }
-    Ok(limit.current.unwrap_or(u64::MAX))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const USERS: DescriptorUsers = DescriptorUsers {
-        workers: 4,
-        listeners: 2,
-        pool_max_idle: 64,
-        backends: Some(3),
-        names: 0,
-    };
-    /// 4 × (5 + 2 + 2 × 16 + 16) + 32 + 32 + 3 + 64. All pools together may come to hold 4 × 64 × 6.
-    const FIXED: u64 = 220 + 131;
-
-    fn sessions(n: usize) -> Option<NonZeroUsize> {
-        NonZeroUsize::new(n)
-    }
-
-    fn capacity_of(requested: Option<NonZeroUsize>, nofile: u64) -> Option<(usize, usize)> {
-        capacity(requested, nofile, &USERS).ok().map(|c| (c.sessions.get(), c.pool_conns))
-    }
 
     #[test]
     fn the_more_directions_stall_the_less_each_may_hold_and_some_is_left() {
@@ -551,82 +312,14 @@ mod tests {
             // They take turns, one buffer at a time.
             for round in 1..=RELAY_BUFFERS_MAX {
                 for hold in holds.iter_mut().filter(|hold| **hold == round) {
-                    if *hold * (BUFFER_SIZE as u32) < in_flight_max(spare) {
-                        *hold += 1;
-                        spare -= 1;
-                    }
+                    let more = u32::from(*hold * (BUFFER_SIZE as u32) < in_flight_max(spare));
+                    *hold += more;
+                    spare -= more;
                 }
             }
             assert_eq!(holds.iter().max(), Some(&held), "{stalled} stalled, {spare} spare");
             let another = in_flight_max(spare) / BUFFER_SIZE as u32;
             assert!(another + 1 >= held, "{another} for who comes next to {stalled}");
         }
-    }
-
-    #[test]
-    fn pools_come_to_hold_no_more_than_all_of_a_worker_may() {
-        let pools = |pool_max_idle, backends| {
-            DescriptorUsers { pool_max_idle, backends, ..USERS }.pool_conns()
-        };
-        assert_eq!(pools(64, Some(3)), 64 * 6);
-        assert_eq!(pools(64, Some(ENDPOINTS_MAX)), 4096);
-        assert_eq!(pools(4096, Some(1)), 4096);
-        assert_eq!(pools(2, Some(ENDPOINTS_MAX)), 2 * 1024);
-        assert_eq!(pools(64, None), 4096, "of unknown number are as many as there can be");
-        assert_eq!(pools(3, None), 3 * 1024);
-        assert_eq!(pools(0, None), 0);
-    }
-
-    #[test]
-    fn endpoints_from_kubernetes_need_connections_to_its_api() {
-        let users = DescriptorUsers { backends: None, ..USERS };
-        let needed = |users| descriptors_needed(0, 0, users).control;
-        assert_eq!(needed(&users), needed(&USERS) + 16);
-        assert_eq!(needed(&DescriptorUsers { names: 100, ..USERS }), needed(&USERS) + 200);
-    }
-
-    #[test]
-    fn auto_takes_what_fits_up_to_the_cap_and_leaves_pools_half_of_what_is_short() {
-        let plenty = FIXED + 1536;
-        assert_eq!(capacity_of(None, u64::MAX), Some((SESSIONS_AUTO_MAX, 384)));
-        assert_eq!(capacity_of(None, plenty + 20_000), Some((SESSIONS_AUTO_MAX, 384)));
-        assert_eq!(capacity_of(None, plenty + 1536), Some((768, 384)));
-        assert_eq!(capacity_of(None, plenty), Some((384, 192)), "half and half");
-        assert_eq!(capacity_of(None, FIXED + 64 + 2), Some((1, 16)), "the least");
-    }
-
-    #[test]
-    fn a_request_is_granted_in_full_or_refused_with_the_sum() {
-        let request = sessions(20_000);
-        assert_eq!(capacity_of(request, FIXED + 40_000 + 1536), Some((20_000, 384)));
-        assert_eq!(capacity_of(request, FIXED + 40_000 + 400), Some((20_000, 100)));
-        assert_eq!(capacity_of(request, FIXED + 40_000 + 64), Some((20_000, 16)));
-        let error = capacity(request, FIXED + 40_000 + 63, &USERS).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "AEGIS_MAX_SESSIONS=20000 needs 40415 = 40000 for sessions + 64 for pools + 220 for \
-             workers + 32 for admin connections + 32 for control + 3 standard + 64 slack \
-             descriptors; RLIMIT_NOFILE allows 40414, which is enough for 19999 sessions"
-        );
-    }
-
-    #[test]
-    fn a_limit_below_the_needs_of_one_session_is_refused() {
-        for nofile in [0, FIXED, FIXED + 64 + 1] {
-            for requested in [None, sessions(1)] {
-                let error = capacity(requested, nofile, &USERS).unwrap_err();
-                assert!(matches!(error, LimitError::NothingFits { .. }), "{error}");
-                let needs = format!("needs {} =", FIXED + 64 + 2);
-                assert!(error.to_string().contains(&needs), "{error}");
-            }
-        }
-    }
-
-    #[test]
-    fn the_soft_limit_reaches_the_hard_one() {
-        let raised = raise_nofile().unwrap();
-        let limit = getrlimit(Resource::Nofile);
-        assert_eq!(limit.current, limit.maximum);
-        assert_eq!(limit.current.unwrap_or(u64::MAX), raised);
     }
 }

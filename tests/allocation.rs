@@ -12,10 +12,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use aegis::config::{Config, IoChoice};
+use aegis::config::Config;
 use aegis::io::probe::{self, DriverKind, Features};
 use aegis::listening::Listening;
-use aegis::metrics::WorkerStats;
+use aegis::metrics::{Direction, WorkerStats};
 use aegis::proxy::endpoints::{Endpoint, EndpointSnapshot};
 use aegis::startup::listeners;
 use aegis::worker::mailbox::{Command, Mailbox};
@@ -162,10 +162,10 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
     }
     exchange_with_all(&mut clients, WARM_UP);
 
-    let (before, bytes) = (worker_allocations(), stats.bytes_to_client.get());
+    let (before, bytes) = (worker_allocations(), stats.bytes.of(Direction::ToClient).get());
     exchange_with_all(&mut clients, MESSAGES / CLIENTS);
     let allocations = worker_allocations() - before;
-    let moved = stats.bytes_to_client.get() - bytes;
+    let moved = stats.bytes.of(Direction::ToClient).get() - bytes;
     assert_eq!(moved, (MESSAGES * MESSAGE.len()) as u64, "all went through the worker");
     eprintln!("MEASURED: {allocations} allocations for {MESSAGES} messages on {driver:?}, {mode}");
     assert_eq!(allocations, 0, "the worker allocated while it forwarded");
@@ -179,9 +179,9 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
 #[test]
 fn steady_forwarding_allocates_nothing_on_any_driver() {
     forwarding_allocates_nothing(DriverKind::Epoll);
-    match probe::choose(IoChoice::Uring) {
-        Ok(verdict) => {
-            forwarding_allocates_nothing(verdict.driver);
+    match probe::uring() {
+        Ok(features) => {
+            forwarding_allocates_nothing(DriverKind::Uring(features));
             // As on a kernel that lacks what can be done without.
             let oldest = Features { defer_taskrun: false, min_wait: false, no_iowait: false };
             forwarding_allocates_nothing(DriverKind::Uring(oldest));

@@ -5,15 +5,17 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use aegis::config::IoChoice;
 use aegis::io::epoll::Epoll;
-use aegis::io::probe::{self, DriverKind};
-use aegis::io::socket::Options;
+use aegis::io::net::Options;
+use aegis::io::probe;
 use aegis::io::uring::Uring;
 use aegis::io::{Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait};
 use aegis::limits::{BUFFER_RING_ENTRIES, BUFFER_SIZE, PIPES_MAX};
 use aegis::startup::listeners;
 use aegis::worker::mailbox::Mailbox;
+
+#[path = "drivers/unix.rs"]
+mod unix;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 const BUFFERS: usize = BUFFER_RING_ENTRIES as usize + 4000;
@@ -40,19 +42,37 @@ fn prepare() -> (DriverSetup, SocketAddr) {
 
 /// Runs a test on each driver. It says so where `io_uring` cannot run.
 macro_rules! on_each_driver {
+    (unix: $($name:ident,)+) => { $(
+        #[test]
+        fn $name() {
+            let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
+            let (setup, path) = unix::prepare(concat!("epoll-", stringify!($name)));
+            let driver = Epoll::new(setup).unwrap();
+            let rig = Rig { driver, address: nowhere, seen: Vec::new() };
+            unix::$name(unix::UnixRig { rig, path });
+            match probe::uring() {
+                Ok(features) => {
+                    let (setup, path) = unix::prepare(concat!("uring-", stringify!($name)));
+                    let driver = Uring::new(setup, probe::set_up(features).unwrap()).unwrap();
+                    let rig = Rig { driver, address: nowhere, seen: Vec::new() };
+                    unix::$name(unix::UnixRig { rig, path });
+                }
+                Err(why) => eprintln!("SKIPPED: {} on io_uring: {why}", stringify!($name)),
+            }
+        }
+    )+ };
     ($($name:ident,)+) => { $(
         #[test]
         fn $name() {
             let (setup, address) = prepare();
             let driver = Epoll::new(setup).unwrap();
             checks::$name(Rig { driver, address, seen: Vec::new() });
-            match probe::choose(IoChoice::Uring).map(|verdict| verdict.driver) {
-                Ok(DriverKind::Uring(features)) => {
+            match probe::uring() {
+                Ok(features) => {
                     let (setup, address) = prepare();
                     let driver = Uring::new(setup, probe::set_up(features).unwrap()).unwrap();
                     checks::$name(Rig { driver, address, seen: Vec::new() });
                 }
-                Ok(DriverKind::Epoll) => unreachable!("io_uring was demanded"),
                 Err(why) => eprintln!("SKIPPED: {} on io_uring: {why}", stringify!($name)),
             }
         }
@@ -84,6 +104,17 @@ on_each_driver![
     a_reader_that_resets_in_the_midst_of_bulk_is_noticed,
     a_sender_that_resets_in_the_midst_of_bulk_is_noticed,
     more_stalled_bulk_streams_than_pipes_lose_no_byte,
+];
+
+on_each_driver![unix:
+    unix_clients_and_backends_exchange_bytes_and_ends,
+    unix_connects_that_fail_say_why,
+    a_unix_peer_that_leaves_bytes_unread_is_a_reset,
+    a_reset_of_a_unix_client_is_one_where_bytes_are_unread_and_else_an_end,
+    an_urgent_byte_of_a_unix_client_arrives_at_its_place,
+    a_full_unix_socket_waits_for_room,
+    unix_bulk_arrives_whole_with_its_end,
+    a_drain_empties_the_queue_of_a_unix_listener,
 ];
 
 impl<D: Driver> Rig<D> {
@@ -295,13 +326,13 @@ mod checks {
         let wanted: Vec<_> = backends
             .iter()
             .map(|backend| backend.local_addr().unwrap())
-            .map(|address| (rig.driver.connect(&address).unwrap(), address))
+            .map(|address| (rig.driver.connect(&address.into()).unwrap(), address))
             .collect();
         rig.until("connected", |_, seen| {
             seen.iter().filter(|c| matches!(c, Completion::Connected(_))).count() == wanted.len()
         });
         for (conn, address) in wanted {
-            assert_eq!(rig.driver.peer_address(conn), Some(address));
+            assert_eq!(rig.driver.peer_address(conn), Some(address.into()));
         }
     }
 

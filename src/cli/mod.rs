@@ -1,10 +1,14 @@
 //! The command line. There are no options: all configuration is in the environment, and the help
-//! tells about it.
+//! tells about it. To run the proxy is what `main` does; the rest is here, one file for each thing.
+
+mod check;
+mod help;
+mod output;
 
 use std::ffi::OsString;
-use std::fmt::Write;
 
-use crate::config::VARIABLES;
+pub use check::check;
+pub use output::{EXIT_CONFIG, EXIT_USAGE, fail, print};
 
 const CHECK: &str = "check";
 
@@ -34,7 +38,7 @@ fn definition() -> clap::Command {
         .version(env!("CARGO_PKG_VERSION"))
         .about("A Layer 4 TCP proxy and connection pooler for the sidecar of a database's clients")
         .override_usage("aegis-proxy [check]")
-        .after_help(environment_help())
+        .after_help(help::environment())
         .disable_help_subcommand(true)
         .subcommand(
             clap::Command::new(CHECK)
@@ -42,22 +46,10 @@ fn definition() -> clap::Command {
         )
 }
 
-/// Three lines a variable: the assignment of its default, what it does, what it accepts.
-fn environment_help() -> String {
-    let mut help =
-        "Environment, with the defaults (durations: 500ms, 5s, 1m 30s, 1h, 1d):".to_owned();
-    for variable in VARIABLES {
-        let (name, default) = (variable.name, variable.default);
-        let (what, accepts) = (variable.what, variable.accepts);
-        // Writing to a string cannot fail.
-        let _ = write!(help, "\n\n  {name}={default}\n      {what}\n      Accepts {accepts}.");
-    }
-    help
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::VARIABLES;
 
     fn parse(args: &[&str]) -> Result<Command, clap::Error> {
         super::parse(["aegis-proxy"].iter().chain(args).map(OsString::from))
@@ -90,11 +82,11 @@ mod tests {
         let help = parse(&["--help"]).unwrap_err();
         assert_eq!(help.exit_code(), 0);
         let help = help.to_string();
-        for variable in VARIABLES {
+        for variable in VARIABLES.iter() {
             for line in [
                 format!("  {}={}", variable.name, variable.default),
-                format!("      {}", variable.what),
-                format!("      Accepts {}.", variable.accepts),
+                format!("      {}", variable.help),
+                format!("      Accepts {}.", variable.accepts()),
             ] {
                 assert!(help.lines().any(|l| l == line), "{line}\n{help}");
             }

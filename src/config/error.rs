@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::variables::{PREFIX, VARIABLES, Variable};
+use super::variable::{PREFIX, VARIABLES, Variable};
 
 /// Names that are less alike than this are no suggestion (Jaro and Winkler, 1 is equality).
 const SUGGESTION_LIKENESS_MIN: f64 = 0.8;
@@ -19,7 +19,7 @@ pub enum Problem {
         /// Why it is not accepted.
         why: String,
         /// What is.
-        accepts: &'static str,
+        accepts: String,
     },
     /// Two values do not go together.
     Conflict {
@@ -41,7 +41,7 @@ pub enum Problem {
 
 impl Problem {
     pub(super) fn value(variable: &Variable, value: &str, why: String) -> Self {
-        let Variable { name, accepts, .. } = *variable;
+        let (name, accepts) = (variable.name, variable.accepts());
         Self::Value { name, value: value.to_owned(), why, accepts }
     }
 
@@ -57,11 +57,29 @@ impl Problem {
         };
         let similar = VARIABLES
             .iter()
-            .map(|variable| (likeness(variable), variable.name))
+            .map(|&variable| (likeness(variable), variable.name))
             .filter(|&(likeness, _)| likeness >= SUGGESTION_LIKENESS_MIN)
             .max_by(|a, b| a.0.total_cmp(&b.0))
             .map(|(_, name)| name);
         Self::Unknown { name, similar }
+    }
+
+    /// The name of the variable that is wrong, or of the first of two.
+    fn name(&self) -> Option<&str> {
+        match self {
+            Self::Value { name, .. } | Self::Conflict { pairs: [(name, _), _], .. } => Some(name),
+            Self::Unknown { .. } | Self::Environment(_) => None,
+        }
+    }
+
+    /// Whether the variable is wrong, or the first of two.
+    pub(super) fn is_about(&self, variable: &Variable) -> bool {
+        self.name() == Some(variable.name)
+    }
+
+    /// Where its variable stands in the table; behind all where it has none.
+    pub(super) fn position(&self) -> usize {
+        VARIABLES.iter().position(|variable| self.is_about(variable)).unwrap_or(VARIABLES.len())
     }
 }
 
@@ -99,7 +117,7 @@ impl fmt::Display for Problem {
 pub struct ConfigErrors(pub(super) Vec<Problem>);
 
 impl ConfigErrors {
-    /// The problems, about in the order of [`VARIABLES`]; unknown names come last.
+    /// The problems in the order of [`VARIABLES`]; unknown names come last.
     pub fn problems(&self) -> &[Problem] {
         &self.0
     }

@@ -55,15 +55,6 @@ fn within<T: PartialOrd>(
     }
 }
 
-/// `word`, which gives `None`, or else what `parse` makes of it.
-pub(super) fn or_word<T>(
-    text: &str,
-    word: &str,
-    parse: impl Fn(&str) -> Parsed<T>,
-) -> Parsed<Option<T>> {
-    if text == word { Ok(None) } else { parse(text).map(Some) }
-}
-
 /// At most `max` distinct items with commas between.
 pub(super) fn list<T: PartialEq>(
     text: &str,
@@ -104,6 +95,33 @@ pub(super) fn socket_address(text: &str) -> Parsed<SocketAddr> {
         // It may have a zone.
         IpAddr::V6(_) => address,
     })
+}
+
+/// Addresses to listen on, of which none takes in another one.
+pub(super) fn listen_addresses(text: &str, max: usize) -> Parsed<Vec<SocketAddr>> {
+    let addresses = list(text, max, socket_address)?;
+    for (at, &one) in addresses.iter().enumerate() {
+        for &other in &addresses[at + 1..] {
+            let overlap = if takes_in(one, other) {
+                Some((one, other))
+            } else if takes_in(other, one) {
+                Some((other, one))
+            } else {
+                None
+            };
+            if let Some((wide, narrow)) = overlap {
+                return Err(format!("{wide} takes in {narrow}: leave one of them out"));
+            }
+        }
+    }
+    Ok(addresses)
+}
+
+/// Whether a socket that listens at the one address leaves none for another socket at the other.
+/// Each is of one family.
+pub(super) fn takes_in(one: SocketAddr, other: SocketAddr) -> bool {
+    let is_any_of_family = one.ip().is_unspecified() && one.is_ipv4() == other.is_ipv4();
+    one.port() != 0 && one.port() == other.port() && (one.ip() == other.ip() || is_any_of_family)
 }
 
 /// A port that can be connected to: digits alone, the first of which is not 0, so that nobody has
@@ -326,23 +344,48 @@ impl Display for HostPort {
     }
 }
 
+/// A type whose values users write as words.
+pub(super) trait Word: Copy + 'static {
+    /// All values, in the order in which their words are listed.
+    const ALL: &'static [Self];
+
+    fn word(self) -> &'static str;
+
+    fn of_word(text: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|value| value.word() == text)
+    }
+}
+
+impl Word for bool {
+    const ALL: &'static [Self] = &[true, false];
+
+    fn word(self) -> &'static str {
+        if self { "on" } else { "off" }
+    }
+}
+
+impl Word for Protocol {
+    const ALL: &'static [Self] = Self::ALL;
+
+    fn word(self) -> &'static str {
+        Self::word(self)
+    }
+}
+
 /// Gives an enum the words that users write for its variants.
 macro_rules! words {
     ($($type:ty { $($word:literal => $variant:ident,)+ })+) => {$(
-        impl FromStr for $type {
-            type Err = String;
+        impl Word for $type {
+            const ALL: &'static [Self] = &[$(Self::$variant,)+];
 
-            fn from_str(text: &str) -> Result<Self, String> {
-                match text {
-                    $($word => Ok(Self::$variant),)+
-                    _ => Err("not one of the choices".to_owned()),
-                }
+            fn word(self) -> &'static str {
+                match self { $(Self::$variant => $word,)+ }
             }
         }
 
         impl Display for $type {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(match self { $(Self::$variant => $word,)+ })
+                f.write_str(self.word())
             }
         }
     )+};
@@ -355,7 +398,6 @@ words! {
         "kubernetes" => Kubernetes,
     }
     Locality { "off" => Off, "zone" => Zone, "node" => Node, }
-    Protocol { "tcp" => Tcp, "chronos" => Chronos, "http1" => Http1, }
     PoolMode { "preconnect" => Preconnect, "session" => Session, "request" => Request, }
     Route { "balance" => Balance, "key" => Key, }
     Switch { "auto" => Auto, "on" => On, "off" => Off, }

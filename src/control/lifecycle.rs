@@ -33,8 +33,8 @@ use crate::config::PoolMode;
 use crate::metrics::{WorkerState, WorkerStats};
 use crate::worker::mailbox::Command;
 
-/// How long workers may take to end after the order to stop.
-pub const STOP_MAX: Duration = Duration::from_secs(5);
+/// How long workers may take to end after the command to stop.
+pub(super) const STOP_MAX: Duration = Duration::from_secs(5);
 
 /// So long before the deadline the process accepts no more: what is accepted last has time to be
 /// noticed, for the workers listen for 100 ms longer, and short sessions to end.
@@ -70,9 +70,9 @@ pub enum Outcome {
         /// Sessions open at that signal.
         sessions_cut: u64,
     },
-    /// Workers did not end within [`STOP_MAX`] of the order to stop; their threads still run.
+    /// Workers did not end within [`STOP_MAX`] of the command to stop; their threads still run.
     Stuck,
-    /// The workers ended unasked.
+    /// The workers ended without a command.
     WorkersEnded,
     /// It was told to end before it had ever started, which it could not, because of an error of the
     /// configuration or of rights.
@@ -91,7 +91,7 @@ impl Outcome {
 
 /// What moves the process towards its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Event {
+pub(super) enum Event {
     /// The named signal asked the process to end.
     Terminate(&'static str),
     /// Every worker thread has ended.
@@ -100,7 +100,7 @@ pub enum Event {
 
 /// The signals, taken over: one that comes from then on is kept until it is looked for.
 #[derive(Debug)]
-pub struct Signals {
+pub(super) struct Signals {
     terminate: Vec<(Signal, &'static str)>,
     hangup: Signal,
 }
@@ -110,7 +110,7 @@ impl Signals {
     ///
     /// # Errors
     /// A signal handler cannot be set.
-    pub fn take_over() -> io::Result<Self> {
+    pub(super) fn take_over() -> io::Result<Self> {
         let terminate = [(SignalKind::terminate(), "SIGTERM"), (SignalKind::interrupt(), "SIGINT")];
         let terminate = terminate.into_iter().map(|(kind, name)| Ok((signal(kind)?, name)));
         Ok(Self {
@@ -121,7 +121,10 @@ impl Signals {
 }
 
 /// Watches the signals and the workers' end; to be called in a runtime.
-pub fn events(signals: Signals, mut exited: mpsc::Receiver<Infallible>) -> mpsc::Receiver<Event> {
+pub(super) fn events(
+    signals: Signals,
+    mut exited: mpsc::Receiver<Infallible>,
+) -> mpsc::Receiver<Event> {
     let (events, receiver) = mpsc::channel(EVENTS_MAX);
     let Signals { terminate, mut hangup } = signals;
     for (mut signals, name) in terminate {
@@ -144,8 +147,8 @@ pub fn events(signals: Signals, mut exited: mpsc::Receiver<Infallible>) -> mpsc:
     receiver
 }
 
-/// Waits for the order to end, then drains; returns once all workers have ended or are stuck.
-pub async fn run(view: &View, mut events: mpsc::Receiver<Event>) -> Outcome {
+/// Waits for the signal to end, then drains; returns once all workers have ended or are stuck.
+pub(super) async fn run(view: &View, mut events: mpsc::Receiver<Event>) -> Outcome {
     let Some(Event::Terminate(signal)) = events.recv().await else {
         return ended_unasked();
     };

@@ -1,373 +1,130 @@
-//! The counters as Prometheus text, format 0.0.4.
+//! The page `/metrics`: what workers count, and what is read when it is asked for, a piece at a time.
 //!
-//! A scrape only reads memory that workers write anyway, and `/proc/self`. Labels are bounded:
-//! worker, endpoint, direction, and the closed lists of reasons in [`crate::metrics`].
+//! A scrape only reads memory that workers write anyway, and `/proc/self`. What there is to tell and
+//! how it is written is said in [`crate::metrics`].
 
-use std::fmt::{Display, Write};
 use std::sync::Arc;
 
 use procfs::WithCurrentSystemInfo;
 use procfs::process::{LimitValue, Process};
 
 use super::admin::page::Pieces;
-use super::discovery::status::ErrorKind;
-use super::view::{EndpointCounts, labels, usable};
+use super::view::{labels, usable};
 use super::{View, logging};
-use crate::config::{Config, Locality, PoolMode, Protocol};
+use crate::metrics::scraped::{
+    BUILD_INFO, CPU_SECONDS, DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, DISCOVERY_GENERATION,
+    DISCOVERY_LAST_SYNC, DISCOVERY_SNAPSHOT_AGE, DRAINING, ENDPOINT_USABLE, IO_DRIVER_INFO,
+    LOG_LINES_DROPPED, MAX_FDS, MAX_SESSIONS, OPEN_FDS, POOL_CONNECTIONS, RESIDENT_MEMORY,
+    START_TIME, STORE_PRESENT, THREADS, VIRTUAL_MEMORY,
+};
+use crate::metrics::text::{family, sample, single};
 use crate::metrics::{
-    Checkout, CloseReason, Discard, Histogram, Label, Outcome, Retry, Spillover, Verb, WorkerStats,
+    EndpointCounts, EndpointStats, ErrorKind, LabelSet, PooledState, WorkerStats,
 };
 
-/// The `Content-Type` of the format.
-pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
-
-/// What a family's values are.
-#[derive(Debug, Clone, Copy)]
-enum Kind {
-    Counter,
-    Gauge,
-    Histogram,
-}
-use Kind::{Counter, Gauge};
-
-/// A family with one value of each `T`: name, kind, help, and how to read it.
-type Family<T> = (&'static str, Kind, &'static str, fn(&T) -> u64);
-
-#[rustfmt::skip]
-const WORKER_FAMILIES: &[Family<WorkerStats>] = &[
-    ("aegis_sessions_opened_total", Counter, "Sessions accepted.", |w| w.sessions_opened.get()),
-    ("aegis_sessions_active", Gauge, "Sessions now open, those still connecting included.", |w| w.sessions_active.get()),
-    ("aegis_clients_handed_over_total", Counter, "Clients handed over to a worker with fewer sessions.", |w| w.handed_over.get()),
-    ("aegis_accept_errors_total", Counter, "Failed accepts: descriptors or memory short.", |w| w.accept_errors.get()),
-    ("aegis_accept_pauses_total", Counter, "Times accepting was paused at the session limit.", |w| w.accept_pauses.get()),
-    ("aegis_connect_retries_total", Counter, "Attempts to connect beyond a session's first.", |w| w.connect_retries.get()),
-    ("aegis_worker_turns_total", Counter, "Turns of the worker's loop: one wait in the kernel each.", |w| w.turns.get()),
-    ("aegis_worker_completions_total", Counter, "I/O completions handled.", |w| w.completions.get()),
-    ("aegis_worker_applied_generation", Gauge, "Generation of the endpoint snapshot in force.", |w| w.applied_generation.get()),
-    ("aegis_buffer_waits_total", Counter, "Times a receive had to wait for a free buffer.", |w| w.buffer_waits.get()),
-    ("aegis_splice_failures_total", Counter, "Times that moving bulk within the kernel failed, for want of descriptors or of permission; it is copied for a second then.", |w| w.splice_failures.get()),
-    ("aegis_buffers_in_use", Gauge, "Buffers now holding bytes in flight.", |w| w.buffers_in_use.get()),
-];
-
-#[rustfmt::skip]
-const ENDPOINT_FAMILIES: &[Family<EndpointCounts>] = &[
-    ("aegis_endpoint_sessions_active", Gauge, "Sessions now on the endpoint.", |e| e.sessions_active),
-    ("aegis_endpoint_connects_total", Counter, "Connections made to the endpoint.", |e| e.connects),
-    ("aegis_endpoint_connect_failures_total", Counter, "Connects refused, unreachable or timed out.", |e| e.connect_failures),
-    ("aegis_endpoint_ejections_total", Counter, "Times a worker ejected the endpoint.", |e| e.ejections),
-    ("aegis_pool_target", Gauge, "Warm connections that the pools aim at.", |e| e.pool_target),
-];
-
 /// Writes all metrics of the process, each as of the moment when it is written.
-pub async fn render(view: Arc<View>, pieces: Pieces) {
-    let mut text = Encoder(pieces);
-    text.0.begin().await;
-    write_workers(&mut text, &view).await;
-    write_durations(&mut text, &view).await;
-    if view.config().pool.mode != PoolMode::Preconnect {
-        write_requests(&mut text, &view).await;
-    }
-    write_endpoints(&mut text, &view).await;
-    write_identity(&mut text, &view);
+pub async fn render(view: Arc<View>, mut to: Pieces) {
+    to.begin().await;
+    write_workers(&mut to, &view).await;
+    write_discovery(&mut to, &view).await;
+    write_endpoints(&mut to, &view).await;
+    write_identity(&mut to.text, &view);
     if let Ok(process) = ProcessCounts::read() {
-        process.write(&mut text);
+        process.write(&mut to.text);
     }
-    text.0.end().await;
+    to.end().await;
 }
 
-async fn write_workers(text: &mut Encoder, view: &View) {
-    let workers: Vec<_> = view.stats().enumerate().map(|(i, w)| (i.to_string(), w)).collect();
-    for (name, kind, help, read) in WORKER_FAMILIES {
-        text.family(name, *kind, help);
-        for (worker, stats) in &workers {
-            text.sample(name, &[("worker", worker)], read(stats));
-        }
-        text.0.pause().await;
-    }
-
-    let name = "aegis_worker_core_wait_seconds_total";
-    text.family(
-        name,
-        Counter,
-        "Time for which the worker was ready to run and waited for a core, or for its CPU quota.",
-    );
-    for (worker, stats) in &workers {
-        text.sample(name, &[("worker", worker)], stats.core_wait_ns.get() as f64 / 1e9);
-    }
-
-    let name = "aegis_sessions_closed_total";
-    text.family(name, Counter, "Sessions ended, by how.");
-    for (worker, stats) in &workers {
-        for &reason in CloseReason::ALL.iter().filter(|&&reason| can_close(view.config(), reason)) {
-            let labels = [("worker", worker.as_str()), ("reason", reason.name())];
-            text.sample(name, &labels, stats.closed(reason));
-        }
-        text.0.pause().await;
-    }
-
-    let name = "aegis_bytes_total";
-    text.family(name, Counter, "Payload bytes received, by where they were sent on to.");
-    for (worker, stats) in &workers {
-        let to_backend = stats.bytes_to_backend.get();
-        let to_client = stats.bytes_to_client.get();
-        for (direction, bytes) in [("to_backend", to_backend), ("to_client", to_client)] {
-            text.sample(name, &[("worker", worker), ("direction", direction)], bytes);
-        }
-    }
-
-    let name = "aegis_pool_checkouts_total";
-    text.family(name, Counter, "How sessions came by their backend connections.");
-    for &result in Checkout::ALL {
-        let count: u64 = view.stats().map(|stats| stats.checkouts(result)).sum();
-        text.sample(name, &[("result", result.name())], count);
-    }
-
-    if view.config().locality != Locality::Off {
-        let name = "aegis_locality_spillovers_total";
-        text.family(name, Counter, "Sessions sent to endpoints that are not near, by why.");
-        for &reason in Spillover::ALL {
-            let count: u64 = view.stats().map(|stats| stats.spillovers(reason)).sum();
-            text.sample(name, &[("reason", reason.name())], count);
-        }
-    }
-
-    let name = "aegis_pool_discards_total";
-    text.family(name, Counter, "Pooled connections closed, by why.");
-    let lends = view.config().pool.mode != PoolMode::Preconnect;
-    let can_be = |reason: Discard| match reason {
-        Discard::Timeout | Discard::Abandoned | Discard::Spent => lends,
-        _ => true,
-    };
-    for &reason in Discard::ALL.iter().filter(|&&reason| can_be(reason)) {
-        let count: u64 = view.stats().map(|stats| stats.discards(reason)).sum();
-        text.sample(name, &[("reason", reason.name())], count);
-    }
-}
-
-async fn write_durations(text: &mut Encoder, view: &View) {
-    text.histogram(
-        "aegis_connect_duration_seconds",
-        "From the start of a connect to its success.",
-        view.stats().map(|stats| &stats.connect_duration),
-    );
-    text.0.pause().await;
-    text.histogram(
-        "aegis_first_byte_seconds",
-        "From a session's first byte towards the backend to the first byte back.",
-        view.stats().map(|stats| &stats.first_byte),
-    );
-    text.0.pause().await;
-    text.histogram(
-        "aegis_session_duration_seconds",
-        "From accept to close.",
-        view.stats().map(|stats| &stats.session_duration),
-    );
-    text.0.pause().await;
-}
-
-/// What is counted of requests, where they are told apart.
-async fn write_requests(text: &mut Encoder, view: &View) {
-    let name = "aegis_queue_depth";
-    text.family(name, Gauge, "Requests that wait for a backend connection.");
-    text.sample(name, &[], view.stats().map(|stats| stats.queue_depth.get()).sum::<u64>());
-    text.histogram(
-        "aegis_queue_wait_seconds",
-        "How long requests waited for a backend connection.",
-        view.stats().map(|stats| &stats.queue_wait),
-    );
-
-    let name = "aegis_retries_total";
-    text.family(name, Counter, "Requests sent again because their connection was lost, by how.");
-    for &reason in Retry::ALL {
-        let count: u64 = view.stats().map(|stats| stats.retries(reason)).sum();
-        text.sample(name, &[("reason", reason.name())], count);
-    }
-
-    let verbs = verbs(view.config());
-    let name = "aegis_requests_total";
-    text.family(name, Counter, "Requests ended, by what they asked for and how they ended.");
-    for verb in verbs {
-        for &outcome in
-            Outcome::ALL.iter().filter(|&&outcome| can_end(view.config(), *verb, outcome))
-        {
-            let count: u64 = view.stats().map(|stats| stats.requests(*verb, outcome)).sum();
-            let labels = [("command", verb.name()), ("outcome", outcome.name())];
-            text.sample(name, &labels, count);
-        }
-        text.0.pause().await;
-    }
-    let name = "aegis_request_duration_seconds";
-    let help = "From the last byte of an answered request to the last of its answer.";
-    text.family(name, Kind::Histogram, help);
-    for verb in verbs.iter().filter(|&&verb| can_end(view.config(), verb, Outcome::Answered)) {
-        let parts = view.stats().map(|stats| stats.request_duration(*verb));
-        text.distribution(name, Some(("command", verb.name())), parts);
-        text.0.pause().await;
-    }
-}
-
-/// What requests can ask for in the protocol that is spoken.
-fn verbs(config: &Config) -> &'static [Verb] {
-    match config.protocol {
-        Protocol::Tcp => &[],
-        Protocol::Chronos => {
-            &[Verb::Ping, Verb::Get, Verb::Set, Verb::Del, Verb::Compact, Verb::Other]
-        }
-        Protocol::Http1 => {
-            &[Verb::Get, Verb::Head, Verb::Post, Verb::Put, Verb::Delete, Verb::Other, Verb::Opaque]
+async fn write_workers(to: &mut Pieces, view: &View) {
+    let config = view.config();
+    let workers: Vec<_> = view.stats().collect();
+    for row in WorkerStats::ROWS.iter().filter(|row| row.family.when.holds(config)) {
+        family(&mut to.text, &row.family);
+        let series = row.series(config);
+        let together = if row.per_worker() { 1 } else { workers.len() };
+        for (number, workers) in workers.chunks(together).enumerate() {
+            for one in &series {
+                row.write(&mut to.text, number, workers, one);
+                to.pause().await;
+            }
         }
     }
 }
 
-/// Whether a session can end so, so that no series is shown that never moves.
-fn can_close(config: &Config, reason: CloseReason) -> bool {
-    let lends = config.pool.mode != PoolMode::Preconnect;
-    match reason {
-        CloseReason::ConnectFailed
-        | CloseReason::ConnectTimeout
-        | CloseReason::NoEndpoint
-        | CloseReason::ClientLeft => !lends,
-        CloseReason::ClientTimeout | CloseReason::Drained => lends,
-        CloseReason::IdleTimeout => config.idle_timeout.is_some(),
-        // Of requests, clients that were told to leave have such a limit in any case.
-        CloseReason::HalfCloseTimeout => lends || config.half_close_timeout.is_some(),
-        CloseReason::BackendSilent | CloseReason::ClientSilent => config.tcp_user_timeout.is_some(),
-        CloseReason::EndpointRemoved => config.backend_drain.is_some(),
-        CloseReason::Finished
-        | CloseReason::ClientReset
-        | CloseReason::BackendReset
-        | CloseReason::DrainDeadline
-        | CloseReason::Overload => true,
-    }
-}
-
-/// Whether a request can end so.
-fn can_end(config: &Config, verb: Verb, outcome: Outcome) -> bool {
-    let is_opaque = verb == Verb::Opaque;
-    match outcome {
-        // Any request of HTTP may have a body that becomes ambiguous.
-        Outcome::Opaque => config.protocol == Protocol::Http1,
-        Outcome::Refused => config.protocol == Protocol::Chronos && verb == Verb::Other,
-        Outcome::Answered | Outcome::Timeout | Outcome::Lost | Outcome::ClientTimeout => !is_opaque,
-        Outcome::QueueFull
-        | Outcome::QueueTimeout
-        | Outcome::NoEndpoint
-        | Outcome::Unreachable
-        | Outcome::ClientGone => true,
-    }
-}
-
-async fn write_endpoints(text: &mut Encoder, view: &View) {
+async fn write_discovery(to: &mut Pieces, view: &View) {
     let snapshot = view.snapshot();
-    let name = "aegis_discovery_generation";
-    text.family(name, Gauge, "Generation of the latest endpoint snapshot, 0 before the first.");
-    text.sample(name, &[], snapshot.generation);
-
-    let name = "aegis_discovery_endpoints";
-    text.family(name, Gauge, "Endpoints in the latest snapshot.");
-    text.sample(name, &[], snapshot.endpoints.len());
-
+    single(&mut to.text, &DISCOVERY_GENERATION, snapshot.generation);
+    single(&mut to.text, &DISCOVERY_ENDPOINTS, snapshot.endpoints.len());
     if !snapshot.stores.is_empty() {
-        let name = "aegis_store_present";
-        text.family(name, Gauge, "1 while the store is there to be asked for its keys, else 0.");
+        family(&mut to.text, &STORE_PRESENT);
         for store in &snapshot.stores {
-            text.sample(name, &[("store", &store.name)], u8::from(store.endpoint.is_some()));
-            text.0.pause().await;
+            let present = u8::from(store.endpoint.is_some());
+            sample(&mut to.text, &STORE_PRESENT, &[&store.name], present);
+            to.pause().await;
         }
     }
-
     let discovery = view.discovery();
-    let name = "aegis_discovery_last_sync_timestamp_seconds";
-    text.family(
-        name,
-        Gauge,
-        "When the source of endpoints answered last, 0 before the first time.",
-    );
-    text.sample(name, &[], discovery.last_sync_seconds());
-
+    single(&mut to.text, &DISCOVERY_LAST_SYNC, discovery.last_sync_seconds());
     if let Some(age) = discovery.saved_age() {
-        let name = "aegis_discovery_snapshot_age_seconds";
-        text.family(
-            name,
-            Gauge,
-            "How old the endpoints are, while they are those of a former run.",
-        );
-        text.sample(name, &[], age.as_secs());
+        single(&mut to.text, &DISCOVERY_SNAPSHOT_AGE, age.as_secs());
     }
-
-    let name = "aegis_discovery_errors_total";
-    text.family(name, Counter, "What went wrong between discovery and its source.");
+    family(&mut to.text, &DISCOVERY_ERRORS);
     for &kind in ErrorKind::ALL {
-        text.sample(name, &[("kind", kind.name())], discovery.errors(kind));
-    }
-
-    let labels = labels(&snapshot.endpoints);
-    let labelled = || labels.iter().zip(&snapshot.endpoints);
-    for (name, kind, help, read) in ENDPOINT_FAMILIES {
-        text.family(name, *kind, help);
-        for (label, endpoint) in labelled() {
-            text.sample(name, &[("endpoint", label)], read(&EndpointCounts::total(endpoint)));
-            text.0.pause().await;
-        }
-    }
-
-    let name = "aegis_endpoint_usable";
-    text.family(name, Gauge, "1 while some worker sends sessions to the endpoint, else 0.");
-    for (label, endpoint) in labelled() {
-        text.sample(name, &[("endpoint", label)], u8::from(usable(endpoint)));
-        text.0.pause().await;
-    }
-
-    let name = "aegis_pool_connections";
-    text.family(name, Gauge, "Pooled connections, by what they are doing.");
-    for (label, endpoint) in labelled() {
-        let counts = EndpointCounts::total(endpoint);
-        let config = view.config();
-        let lends = config.pool.mode != PoolMode::Preconnect;
-        let opaque = counts.sessions_opaque;
-        // The two are not read at the same moment.
-        let lent = counts.sessions_active.saturating_sub(opaque);
-        let states = [
-            ("idle", counts.pool_idle, true),
-            ("connecting", counts.pool_connecting, true),
-            ("lent", lent, lends),
-            ("opaque", opaque, lends && config.protocol == Protocol::Http1),
-        ];
-        for (state, count, _) in states.into_iter().filter(|(.., can_be)| *can_be) {
-            text.sample(name, &[("endpoint", label), ("state", state)], count);
-        }
-        text.0.pause().await;
+        sample(&mut to.text, &DISCOVERY_ERRORS, &[kind.name()], discovery.errors(kind));
     }
 }
 
-fn write_identity(text: &mut Encoder, view: &View) {
-    let name = "aegis_max_sessions";
-    text.family(name, Gauge, "Most sessions at a time in the whole process.");
-    text.sample(name, &[], view.max_sessions());
+async fn write_endpoints(to: &mut Pieces, view: &View) {
+    let endpoints = &view.snapshot().endpoints;
+    let labels = labels(endpoints);
+    let labelled = || labels.iter().zip(endpoints);
+    for row in EndpointStats::rows() {
+        family(&mut to.text, &row.family);
+        for (label, endpoint) in labelled() {
+            let counts = EndpointCounts::total(&endpoint.stats);
+            sample(&mut to.text, &row.family, &[label], (row.read)(&counts));
+            to.pause().await;
+        }
+    }
 
-    let name = "aegis_draining";
-    text.family(name, Gauge, "1 once the process was asked to end, else 0.");
-    text.sample(name, &[], u8::from(view.draining()));
+    family(&mut to.text, &ENDPOINT_USABLE);
+    for (label, endpoint) in labelled() {
+        sample(&mut to.text, &ENDPOINT_USABLE, &[label], u8::from(usable(endpoint)));
+        to.pause().await;
+    }
 
-    let name = "aegis_log_lines_dropped_total";
-    text.family(
-        name,
-        Counter,
-        "Lines of the log that were not read in time or could not be written.",
-    );
-    text.sample(name, &[], logging::lines_dropped());
+    family(&mut to.text, &POOL_CONNECTIONS);
+    let states: Vec<_> = PooledState::shown(view.config()).collect();
+    for (label, endpoint) in labelled() {
+        let counts = EndpointCounts::total(&endpoint.stats);
+        for &state in &states {
+            let count = pooled(&counts, state);
+            sample(&mut to.text, &POOL_CONNECTIONS, &[label, state.name()], count);
+        }
+        to.pause().await;
+    }
+}
 
-    let name = "aegis_io_driver_info";
-    text.family(name, Gauge, "The driver that does the I/O, and why this one.");
+/// Pooled connections of an endpoint in this state.
+fn pooled(counts: &EndpointCounts, state: PooledState) -> u64 {
+    match state {
+        PooledState::Idle => counts.pool_idle,
+        PooledState::Connecting => counts.pool_connecting,
+        // The two are not read at the same moment.
+        PooledState::Lent => counts.sessions_active.saturating_sub(counts.sessions_opaque),
+        PooledState::Opaque => counts.sessions_opaque,
+    }
+}
+
+fn write_identity(text: &mut String, view: &View) {
+    single(text, &MAX_SESSIONS, view.max_sessions());
+    single(text, &DRAINING, u8::from(view.draining()));
+    single(text, &LOG_LINES_DROPPED, logging::lines_dropped());
     let driver = view.driver();
-    let labels =
-        [("driver", driver.driver), ("reason", &driver.reason), ("kernel", &driver.kernel)];
-    text.sample(name, &labels, 1);
-
-    let name = "aegis_build_info";
-    text.family(name, Gauge, "The program's version and target.");
-    let version = env!("CARGO_PKG_VERSION");
-    text.sample(name, &[("version", version), ("arch", std::env::consts::ARCH)], 1);
+    family(text, &IO_DRIVER_INFO);
+    sample(text, &IO_DRIVER_INFO, &[driver.driver, &driver.reason, &driver.kernel], 1);
+    family(text, &BUILD_INFO);
+    sample(text, &BUILD_INFO, &[env!("CARGO_PKG_VERSION"), std::env::consts::ARCH], 1);
 }
 
 /// The process metrics that Prometheus client libraries agree on.
@@ -400,98 +157,16 @@ impl ProcessCounts {
         })
     }
 
-    #[rustfmt::skip]
-    fn write(&self, text: &mut Encoder) {
-        text.single("process_cpu_seconds_total", Counter, "User and system CPU time spent.", self.cpu_seconds);
-        text.single("process_start_time_seconds", Gauge, "Start of the process since the Unix epoch.", self.start_seconds);
-        text.single("process_resident_memory_bytes", Gauge, "Resident memory size.", self.resident_bytes);
-        text.single("process_virtual_memory_bytes", Gauge, "Virtual memory size.", self.virtual_bytes);
-        text.single("process_threads", Gauge, "Threads of the process.", self.threads);
-        text.single("process_open_fds", Gauge, "Open file descriptors.", self.fds);
+    fn write(&self, text: &mut String) {
+        single(text, &CPU_SECONDS, self.cpu_seconds);
+        single(text, &START_TIME, self.start_seconds);
+        single(text, &RESIDENT_MEMORY, self.resident_bytes);
+        single(text, &VIRTUAL_MEMORY, self.virtual_bytes);
+        single(text, &THREADS, self.threads);
+        single(text, &OPEN_FDS, self.fds);
         if let Some(limit) = self.fds_max {
-            text.single("process_max_fds", Gauge, "Most open file descriptors.", limit);
+            single(text, &MAX_FDS, limit);
         }
-    }
-}
-
-/// Writes the exposition format. Writing to a `String` cannot fail, hence the ignored results.
-struct Encoder(Pieces);
-
-impl Encoder {
-    /// Begins a family; its samples follow.
-    fn family(&mut self, name: &str, kind: Kind, help: &str) {
-        let kind = match kind {
-            Kind::Counter => "counter",
-            Kind::Gauge => "gauge",
-            Kind::Histogram => "histogram",
-        };
-        let _ = writeln!(self.0.text, "# HELP {name} {help}\n# TYPE {name} {kind}");
-    }
-
-    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl Display) {
-        self.0.text.push_str(name);
-        for (i, (label, text)) in labels.iter().enumerate() {
-            let _ = write!(self.0.text, "{}{label}=\"", if i == 0 { '{' } else { ',' });
-            self.label_value(text);
-            self.0.text.push('"');
-        }
-        let _ = writeln!(self.0.text, "{} {value}", if labels.is_empty() { "" } else { "}" });
-    }
-
-    fn label_value(&mut self, text: &str) {
-        for c in text.chars() {
-            match c {
-                '\\' => self.0.text.push_str("\\\\"),
-                '"' => self.0.text.push_str("\\\""),
-                '\n' => self.0.text.push_str("\\n"),
-                c => self.0.text.push(c),
-            }
-        }
-    }
-
-    /// A family with one sample and no labels.
-    fn single(&mut self, name: &str, kind: Kind, help: &str, value: impl Display) {
-        self.family(name, kind, help);
-        self.sample(name, &[], value);
-    }
-
-    /// A histogram, summed over `parts`.
-    fn histogram<'a>(
-        &mut self,
-        name: &str,
-        help: &str,
-        parts: impl Iterator<Item = &'a Histogram>,
-    ) {
-        self.family(name, Kind::Histogram, help);
-        self.distribution(name, None, parts);
-    }
-
-    /// The samples of one histogram of a family.
-    fn distribution<'a>(
-        &mut self,
-        name: &str,
-        label: Option<(&str, &str)>,
-        parts: impl Iterator<Item = &'a Histogram>,
-    ) {
-        let mut counts = [0; Histogram::BUCKETS];
-        let mut sum = 0.0;
-        for (part, seconds) in parts.map(Histogram::read) {
-            counts.iter_mut().zip(part).for_each(|(total, n)| *total += n);
-            sum += seconds;
-        }
-        let own: Vec<_> = label.into_iter().collect();
-        let bucket = format!("{name}_bucket");
-        // `_count` is the sum of the buckets, so it agrees with them while workers count on.
-        let mut count = 0;
-        for (i, n) in counts.into_iter().enumerate() {
-            count += n;
-            let le = Histogram::upper_bound_seconds(i);
-            let le = le.map_or_else(|| "+Inf".to_owned(), |seconds| seconds.to_string());
-            let labels: Vec<_> = own.iter().copied().chain([("le", le.as_str())]).collect();
-            self.sample(&bucket, &labels, count);
-        }
-        self.sample(&format!("{name}_sum"), &own, sum);
-        self.sample(&format!("{name}_count"), &own, count);
     }
 }
 
@@ -503,8 +178,13 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::config::{Locality, PoolMode, Protocol};
     use crate::control::admin::page::whole;
     use crate::control::testing::{config, endpoint, view};
+    use crate::metrics::{Checkout, CloseReason, Histogram, sections};
+
+    /// There are no stores, no former run, and maybe no limit.
+    const NOT_HERE: [&str; 3] = [STORE_PRESENT.name, DISCOVERY_SNAPSHOT_AGE.name, MAX_FDS.name];
 
     fn text_of(view: View) -> String {
         whole(|pieces| render(Arc::new(view), pieces))
@@ -521,7 +201,7 @@ mod tests {
         let view = view(config(), endpoints);
         for (i, stats) in view.stats().enumerate() {
             stats.sessions_opened.add(10 + i as u64);
-            stats.core_wait_ns.set(1_500_000_000);
+            stats.core_wait.set(Duration::from_millis(1500));
             stats.count_close(CloseReason::ClientReset);
             stats.count_checkout(Checkout::Hit);
             stats.connect_duration.record(Duration::from_micros(60));
@@ -623,6 +303,21 @@ mod tests {
         let bucket = |le: &str| samples[format!("{prefix}{{le=\"{le}\"}}").as_str()];
         assert_eq!((bucket("0.00005"), bucket("0.000075"), bucket("+Inf")), (0.0, 2.0, 4.0));
         assert!(text.contains("\naegis_connect_duration_seconds_count 4\n"));
+    }
+
+    #[test]
+    fn the_text_has_the_families_of_the_rows_in_their_order() {
+        let mut config = config();
+        (config.pool.mode, config.protocol) = (PoolMode::Session, Protocol::Http1);
+        config.locality = Locality::Zone;
+        let text = text_of(view(config, vec![endpoint("db:1", "10.0.0.1:1")]));
+        let families = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+        let found = families.map(|family| family.split(' ').next().unwrap());
+        let found: Vec<_> = found.filter(|name| !NOT_HERE.contains(name)).collect();
+        let rows = sections().into_iter().flat_map(|(_, rows)| rows);
+        let expected: Vec<_> =
+            rows.map(|row| row.name).filter(|name| !NOT_HERE.contains(name)).collect();
+        assert_eq!(found, expected);
     }
 
     #[test]

@@ -3,8 +3,8 @@
 //! It never forwards a byte. It speaks to workers by their mailboxes, and reads their counters.
 
 pub mod admin;
-pub mod discovery;
-pub mod lifecycle;
+mod discovery;
+mod lifecycle;
 pub mod logging;
 pub mod metrics;
 pub mod view;
@@ -37,7 +37,7 @@ const BLOCKING_THREADS_MAX: usize = 8;
 /// The two places where the control plane meets a worker.
 #[derive(Debug, Clone)]
 pub struct WorkerHandle {
-    /// Where orders and endpoint snapshots go.
+    /// Where commands and endpoint snapshots go.
     pub mailbox: Arc<Mailbox>,
     /// What the worker counts.
     pub stats: Arc<WorkerStats>,
@@ -144,7 +144,7 @@ impl Plane {
                 hosts: self.config.backends.clone(),
                 refresh: self.config.dns_refresh,
                 first_answer_max: self.config.start_timeout,
-                resolver: discovery::resolver::SystemResolver::default(),
+                resolver: dns::SystemResolver::default(),
                 by_key: self.config.requests.route == Route::Key,
                 status,
             };

@@ -5,13 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
 use tokio::sync::watch;
 
 use super::discovery::status::Status;
 use super::{DriverInfo, WorkerHandle};
 use crate::config::{Config, Discovery};
-use crate::metrics::{EndpointStats, WorkerState, WorkerStats};
+use crate::metrics::{WorkerState, WorkerStats};
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
 
 /// A worker that did not turn for this long is stuck: an idle one turns once a second.
@@ -185,63 +184,4 @@ pub fn labels(endpoints: &[Arc<Endpoint>]) -> Vec<String> {
         _ => format!("{}@{}", endpoint.name, endpoint.address),
     };
     endpoints.iter().map(label).collect()
-}
-
-/// One reading of what a worker, or all of them, know of an endpoint.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct EndpointCounts {
-    /// Sessions now on the endpoint.
-    pub sessions_active: u64,
-    /// Those of them that hold a shared connection until they end.
-    pub sessions_opaque: u64,
-    /// Warm connections.
-    pub pool_idle: u64,
-    /// Connections being made for the pool.
-    pub pool_connecting: u64,
-    /// Warm connections aimed at.
-    pub pool_target: u64,
-    /// Age of the oldest warm connection in milliseconds.
-    pub pool_oldest_ms: u64,
-    /// Failures since the last success; of several workers, the most.
-    pub failures_in_a_row: u64,
-    /// Connections made.
-    pub connects: u64,
-    /// Connects that failed.
-    pub connect_failures: u64,
-    /// Times the endpoint was ejected.
-    pub ejections: u64,
-}
-
-impl EndpointCounts {
-    /// Reads one worker's counters.
-    pub fn read(stats: &EndpointStats) -> Self {
-        Self {
-            sessions_active: stats.sessions_active.get(),
-            sessions_opaque: stats.sessions_opaque.get(),
-            pool_idle: stats.pool_idle.get(),
-            pool_connecting: stats.pool_connecting.get(),
-            pool_target: stats.pool_target.get(),
-            pool_oldest_ms: stats.pool_oldest_ms.get(),
-            failures_in_a_row: stats.failures_in_a_row.get(),
-            connects: stats.connects.get(),
-            connect_failures: stats.connect_failures.get(),
-            ejections: stats.ejections.get(),
-        }
-    }
-
-    /// Reads the counters of all workers together.
-    pub fn total(endpoint: &Endpoint) -> Self {
-        endpoint.stats.iter().map(Self::read).fold(Self::default(), |a, b| Self {
-            sessions_active: a.sessions_active + b.sessions_active,
-            sessions_opaque: a.sessions_opaque + b.sessions_opaque,
-            pool_idle: a.pool_idle + b.pool_idle,
-            pool_connecting: a.pool_connecting + b.pool_connecting,
-            pool_target: a.pool_target + b.pool_target,
-            pool_oldest_ms: a.pool_oldest_ms.max(b.pool_oldest_ms),
-            failures_in_a_row: a.failures_in_a_row.max(b.failures_in_a_row),
-            connects: a.connects + b.connects,
-            connect_failures: a.connect_failures + b.connect_failures,
-            ejections: a.ejections + b.ejections,
-        })
-    }
 }

@@ -9,22 +9,26 @@
 //! A driver owns its sockets, its buffers and each socket's queue of bytes to send. Its user
 //! names sockets by [`ConnId`] and never sees a descriptor. One turn is: [`Driver::wait`], then
 //! [`Driver::next`] until it is empty. A closed [`ConnId`] is dead at once for the user; the
-//! driver reclaims its slot when the kernel has given back every operation on it.
+//! driver reclaims its slot when the kernel has given back every operation on it. What is asked of a
+//! dead one does nothing.
+//!
+//! What all drivers have alike is apart from them: the states of a connection's two halves
+//! (`halves`), and what carries its bytes ([`net`]).
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 pub mod buffers;
 mod descriptors;
 pub mod epoll;
+mod halves;
+pub mod net;
 pub mod probe;
 mod provided;
 mod ring;
 #[cfg(test)]
 pub mod sim;
-pub mod socket;
 mod splice;
 pub mod uring;
 
@@ -155,7 +159,7 @@ pub struct DriverSetup {
     /// Buffers of [`crate::limits::BUFFER_SIZE`].
     pub buffers_max: usize,
     /// Options of connections to backends.
-    pub options: socket::Options,
+    pub options: net::Options,
 }
 
 /// One way of doing I/O.
@@ -188,17 +192,17 @@ pub trait Driver {
 
     /// Gives up a client that has just been accepted, so that another driver of the same kind can
     /// adopt it. `None` if something was asked for it already; then it stays.
-    fn release(&mut self, conn: ConnId) -> Option<OwnedFd>;
+    fn release(&mut self, conn: ConnId) -> Option<net::Stream>;
 
     /// Takes on a client that was accepted elsewhere, such as one that another driver has released.
     /// A client for which there is no room is dropped.
-    fn adopt(&mut self, client: OwnedFd) -> Option<ConnId>;
+    fn adopt(&mut self, client: net::Stream) -> Option<ConnId>;
 
     /// Starts connecting.
     ///
     /// # Errors
     /// No descriptor or slot is free, or the address cannot be used at all.
-    fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId>;
+    fn connect(&mut self, address: &net::Address) -> io::Result<ConnId>;
 
     /// Says that what is received from either of two connections is to be sent to the other one as
     /// it is. The driver may then move bulk without [`Completion::Received`], and tells it by
@@ -231,18 +235,19 @@ pub trait Driver {
     /// acknowledged that it has them. None of a connection that is broken. It costs a system call.
     fn undelivered(&self, conn: ConnId) -> u64;
 
-    /// What the peer has acknowledged. It costs a system call. `None` of a connection that is broken.
+    /// What the peer has acknowledged. It costs a system call. `None` of a connection that is broken,
+    /// or whose transport does not tell.
     fn acks(&self, conn: ConnId) -> Option<Acks>;
 
     /// Has the kernel ask the peer whether it is there, each second once it has been silent for so
     /// long, and send what it does not acknowledge again more often than usual. `None`: as usual.
     fn ask(&mut self, conn: ConnId, silence: Option<Duration>);
 
-    /// The peer's address.
-    fn peer_address(&self, conn: ConnId) -> Option<SocketAddr>;
+    /// The peer's address, if it has one: the clients of a Unix socket have none.
+    fn peer_address(&self, conn: ConnId) -> Option<net::Address>;
 
-    /// The address that the peer connected to.
-    fn local_address(&self, conn: ConnId) -> Option<SocketAddr>;
+    /// The address that the peer connected to. The path of a Unix socket is allocated anew.
+    fn local_address(&self, conn: ConnId) -> Option<net::Address>;
 
     /// The buffers.
     fn buffers(&mut self) -> &mut buffers::Buffers;

@@ -1,4 +1,4 @@
-//! Which driver can run here, found by trying.
+//! Whether `io_uring` works here, found by trying.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -15,7 +15,6 @@ use socket2::{Domain, Socket, Type};
 use super::buffers::Buffers;
 use super::provided::ProvidedBuffers;
 use super::uring::Rings;
-use crate::config::IoChoice;
 
 /// What may pass by itself is tried again for so long. The choice is for the life of the process, and
 /// a start may well wait for that.
@@ -53,15 +52,6 @@ impl DriverKind {
     }
 }
 
-/// What was decided, and why.
-#[derive(Debug, Clone)]
-pub struct Verdict {
-    /// The driver.
-    pub driver: DriverKind,
-    /// One sentence for the log, the metric and `check`.
-    pub reason: String,
-}
-
 /// Why `io_uring` cannot be used here.
 #[derive(Debug, thiserror::Error)]
 #[error("{step} failed: {error}{hint}")]
@@ -91,14 +81,6 @@ impl Denied {
     }
 }
 
-/// `AEGIS_IO=uring` cannot be had.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "AEGIS_IO=uring: io_uring cannot be used here: {0}. \
-     Set AEGIS_IO=auto to run on epoll instead"
-)]
-pub struct Unavailable(#[source] Denied);
-
 /// Where a refusal probably comes from.
 #[derive(Debug)]
 struct Hint(Option<String>);
@@ -109,39 +91,12 @@ impl fmt::Display for Hint {
     }
 }
 
-/// Chooses the driver.
+/// Tries whether `io_uring` works here, and with which features.
 ///
 /// # Errors
-/// `io_uring` is demanded but denied.
-pub fn choose(choice: IoChoice) -> Result<Verdict, Unavailable> {
-    if choice == IoChoice::Epoll {
-        return Ok(Verdict { driver: DriverKind::Epoll, reason: "AEGIS_IO=epoll".into() });
-    }
-    match patiently(SHORTAGE_MAX, probe_uring) {
-        Ok(features) => {
-            let mut missing = Vec::new();
-            if !features.defer_taskrun {
-                missing.push("DEFER_TASKRUN (kernel 6.1)");
-            }
-            if !features.min_wait {
-                missing.push("minimum wait (kernel 6.12)");
-            }
-            if !features.no_iowait {
-                missing.push("idle waits that do not count as I/O wait (kernel 6.15)");
-            }
-            let reason = if missing.is_empty() {
-                "all features work".to_owned()
-            } else {
-                format!("works, without {}", missing.join(", "))
-            };
-            Ok(Verdict { driver: DriverKind::Uring(features), reason })
-        }
-        Err(denied) if choice == IoChoice::Uring => Err(Unavailable(denied)),
-        Err(denied) => Ok(Verdict {
-            driver: DriverKind::Epoll,
-            reason: format!("io_uring cannot be used: {denied}"),
-        }),
-    }
+/// The kernel denies it.
+pub fn uring() -> Result<Features, Denied> {
+    patiently(SHORTAGE_MAX, probe_uring)
 }
 
 /// Sets up a ring with what `features` names.

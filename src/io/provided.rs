@@ -83,14 +83,14 @@ impl ProvidedBuffers {
     }
 
     /// Lends free buffers for the next turn: a few more than for the last one if a receive found
-    /// none then, and otherwise one fewer; not many if they are short (`lean`).
-    pub(super) fn refill(&mut self, buffers: &mut Buffers, lean: bool) {
+    /// none then, and otherwise one fewer; not many if they are short (`short`).
+    pub(super) fn refill(&mut self, buffers: &mut Buffers, short: bool) {
         self.target = if mem::take(&mut self.starved) {
             (self.target + GROWTH).min(self.lent.len())
         } else {
             (self.target - 1).max(BUFFERS_LENT_MIN)
         };
-        let most = if lean { BUFFERS_LENT_LEAN_MAX } else { self.lent.len() };
+        let most = if short { BUFFERS_LENT_LEAN_MAX } else { self.lent.len() };
         let target = self.target.min(most);
         let before = self.tail;
         let mask = self.lent.len() as u16 - 1;
@@ -159,11 +159,11 @@ mod tests {
         };
         let mut provided = ProvidedBuffers::register(&uring).unwrap();
         let mut buffers = Buffers::new(2 * ALL).unwrap();
-        let mut lend = |starved: bool, lean: bool, turns: usize| {
+        let mut lend = |starved: bool, short: bool, turns: usize| {
             use_up(&mut provided, &mut buffers);
             for _ in 0..turns {
                 (0..3).filter(|_| starved).for_each(|_| provided.on_none_left());
-                provided.refill(&mut buffers, lean);
+                provided.refill(&mut buffers, short);
             }
             provided.available()
         };

@@ -6,7 +6,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::SocketAddr;
 use std::ptr::{self, NonNull};
 use std::time::{Duration, Instant};
 
@@ -126,11 +125,12 @@ impl Ring {
     }
 
     /// Queues a connect.
-    pub(super) fn connect(&mut self, fd: Fd, address: SocketAddr, data: u64) {
+    pub(super) fn connect(&mut self, fd: Fd, address: SockAddr, data: u64) {
         self.make_room();
+        // There is room, except after a failure that the next wait reports.
         let Some(slot) = self.addresses.get_mut(self.addresses_used) else { return };
         self.addresses_used += 1;
-        let address = slot.insert(SockAddr::from(address));
+        let address = slot.insert(address);
         let connect = opcode::Connect::new(fd, address.as_ptr().cast(), address.len()).build();
         // SAFETY: the address stays as it is until the submission is taken, which copies it.
         unsafe { self.push_into_room(&connect.user_data(data)) }
@@ -147,6 +147,7 @@ impl Ring {
         data: u64,
     ) -> u32 {
         self.make_room();
+        // As for a connect.
         let Some((header, slots)) = self.headers.get_mut(self.headers_used) else { return 0 };
         self.headers_used += 1;
         let (mut count, mut bytes) = (0, 0);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::io::socket::Options;
+use crate::io::net::Options;
 use crate::limits::LISTEN_BACKLOG;
 
 /// A port that is in use is tried again for so long: far longer than a kernel takes to close what a

@@ -13,7 +13,7 @@ use super::flush::Flushing;
 use super::mailbox::{Command, Mailbox};
 use super::timers::Timers;
 use crate::config::{Config, Discovery, PoolMode};
-use crate::io::{Chain, Close, Completion, ConnId, Driver, Wait, socket};
+use crate::io::{Chain, Close, Completion, ConnId, Driver, Wait, net};
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::{CloseReason, Retry, WorkerState, WorkerStats};
@@ -22,7 +22,7 @@ use crate::proxy::balance::Table;
 use crate::proxy::health::HealthConfig;
 use crate::proxy::pulse::Patience;
 use crate::proxy::queue::Queue;
-use crate::proxy::request::{Client, Policy};
+use crate::proxy::request::{Client, Framing, Policy};
 use crate::proxy::session::{Session, Timeouts};
 use crate::slab::{Key, Slab};
 
@@ -266,7 +266,7 @@ impl<D: Driver> Engine<D> {
                 queue: Queue::new(config.requests.queue_max, clients_max),
                 due: VecDeque::with_capacity(clients_max),
                 releasing: Vec::with_capacity(clients_max),
-                scratch: vec![0; config.requests.line_max].into(),
+                scratch: vec![0; Framing::scratch_len(config.protocol, &config.requests)].into(),
             },
             pools: Pools {
                 table: Table::new(config.balance, setup.index),
@@ -389,7 +389,7 @@ impl<D: Driver> Engine<D> {
     fn plan_wait(&mut self) -> Wait {
         if self.load.batcher.window_is_over(self.cx.now) {
             let waited = self.load.core_wait.total();
-            self.cx.stats.core_wait_ns.set(waited.as_nanos() as u64);
+            self.cx.stats.core_wait.set(waited);
             self.load.batcher.on_window(self.cx.now, waited);
         }
         let Plan { events, batch, contended } = self.load.batcher.plan(self.cx.now);
@@ -494,10 +494,10 @@ impl<D: Driver> Engine<D> {
     /// discovery finds are looked through for that too; here it is for addresses that have become
     /// this host's since.
     pub(super) fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
-        if self.pools.listening.reached_by(*address, socket::is_local).is_some() {
+        if self.pools.listening.reached_by(*address, net::is_local).is_some() {
             return Err(leads_back());
         }
-        self.cx.driver.connect(address)
+        self.cx.driver.connect(&(*address).into())
     }
 
     /// Whether a connection that was just made has this process at both ends: one of its listeners,
@@ -509,6 +509,7 @@ impl<D: Driver> Engine<D> {
         else {
             return false;
         };
+        let (Some(from), Some(to)) = (from.tcp(), to.tcp()) else { return false };
         from == to || self.pools.listening.reached_by(to, |ip| ip == from.ip()).is_some()
     }
 

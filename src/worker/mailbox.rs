@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use crossbeam_queue::ArrayQueue;
 use rustix::event::{EventfdFlags, eventfd};
 
+use crate::io::net::Stream;
 use crate::limits;
 use crate::proxy::endpoints::EndpointSnapshot;
 
@@ -34,7 +35,7 @@ pub enum Command {
 #[derive(Debug)]
 pub struct Mailbox {
     snapshot: ArrayQueue<Arc<EndpointSnapshot>>,
-    clients: ArrayQueue<OwnedFd>,
+    clients: ArrayQueue<Stream>,
     command: AtomicU8,
     wake: OwnedFd,
 }
@@ -71,7 +72,7 @@ impl Mailbox {
     /// # Errors
     /// The worker takes no more: it has been told to end, or too many wait already. The client
     /// comes back.
-    pub fn hand_over(&self, client: OwnedFd) -> Result<(), OwnedFd> {
+    pub fn hand_over(&self, client: Stream) -> Result<(), Stream> {
         if self.current_command() >= Command::Drain {
             return Err(client);
         }
@@ -87,7 +88,7 @@ impl Mailbox {
     }
 
     /// A client that was handed over, if any waits. For the worker.
-    pub fn take_client(&self) -> Option<OwnedFd> {
+    pub fn take_client(&self) -> Option<Stream> {
         self.clients.pop()
     }
 

@@ -14,7 +14,7 @@ use crate::config::Config;
 use crate::io::epoll::Epoll;
 use crate::io::probe::{self, DriverKind};
 use crate::io::uring::Uring;
-use crate::io::{Driver, DriverSetup, socket};
+use crate::io::{Driver, DriverSetup, net};
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::{WorkerState, WorkerStats};
@@ -72,10 +72,10 @@ pub struct WorkerError {
 }
 
 /// The socket options that the configuration asks for.
-pub fn socket_options(config: &Config) -> socket::Options {
+pub fn socket_options(config: &Config) -> net::Options {
     let limit = config.tcp_user_timeout.unwrap_or_default();
     let silence_max = limit * limits::SILENCE_WITNESSED_FACTOR;
-    socket::Options { keepalive: config.keepalive, silence_max }
+    net::Options { keepalive: config.keepalive, silence_max }
 }
 
 /// A worker's thread that has what the kernel may deny, and waits for the rest. Dropped, it ends.

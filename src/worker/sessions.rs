@@ -9,8 +9,8 @@ use super::engine::{Engine, Owner};
 use super::pools::is_local;
 use crate::config::{Balance, Locality, ProxyProtocol};
 use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
-use crate::metrics::{Checkout, CloseReason};
-use crate::protocol::proxy_protocol::{HEADER_MAX, write_v1, write_v2};
+use crate::metrics::{Checkout, CloseReason, Direction};
+use crate::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
 use crate::proxy::Side;
 use crate::proxy::session::{Action, Ending, Session, Tried};
 use crate::slab::Key;
@@ -54,7 +54,7 @@ impl<D: Driver> Engine<D> {
             let source = (self.cx.config.balance == Balance::SourceHash)
                 .then(|| client.and_then(|client| self.cx.driver.peer_address(client)))
                 .flatten()
-                .map(|address| address.ip());
+                .and_then(|address| address.ip());
             let left = tried.attempts() < self.cx.config.connect_attempts;
             let mut choose = |tried: &Tried| {
                 if self.cx.config.locality == Locality::Off {
@@ -294,7 +294,7 @@ impl<D: Driver> Engine<D> {
             if let Some(session) = self.sessions.get_mut(key) {
                 session.on_greeted();
             }
-            self.cx.stats.bytes_to_client.add(u64::from(buf.len()));
+            self.cx.stats.bytes.of(Direction::ToClient).add(u64::from(buf.len()));
             self.pass_on(key, Side::Backend, buf);
         }
     }
@@ -307,8 +307,9 @@ impl<D: Driver> Engine<D> {
             ProxyProtocol::V2 => write_v2,
         };
         let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
-        let source = self.cx.driver.peer_address(client).unwrap_or(nowhere);
-        let destination = self.cx.driver.local_address(client).unwrap_or(nowhere);
+        let source = self.cx.driver.peer_address(client).and_then(|a| a.tcp()).unwrap_or(nowhere);
+        let destination =
+            self.cx.driver.local_address(client).and_then(|a| a.tcp()).unwrap_or(nowhere);
         let mut header = [0; HEADER_MAX];
         let len = write(&mut header, source, destination);
         let buffers = self.cx.driver.buffers();
@@ -354,9 +355,9 @@ impl<D: Driver> Engine<D> {
         let Some(session) = self.sessions.get_mut(key) else { return };
         self.load.batcher.on_active(&mut session.window);
         match from {
-            Side::Client => self.cx.stats.bytes_to_backend.add(u64::from(bytes)),
+            Side::Client => self.cx.stats.bytes.of(Direction::ToBackend).add(u64::from(bytes)),
             Side::Backend => {
-                self.cx.stats.bytes_to_client.add(u64::from(bytes));
+                self.cx.stats.bytes.of(Direction::ToClient).add(u64::from(bytes));
                 if let Some(waited) = session.take_first_byte(self.cx.now) {
                     self.cx.stats.first_byte.record(waited);
                 }

@@ -13,7 +13,7 @@ use crate::io::Driver;
 use crate::io::sim::{ID_BYTES, Peer, Reachability, Sim, UNTOLD_BUFFERS_MAX};
 use crate::limits;
 use crate::listening::Listening;
-use crate::metrics::{CloseReason, Label, WorkerStats};
+use crate::metrics::{CloseReason, LabelSet, WorkerStats};
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
 
 const SECOND: Duration = Duration::from_secs(1);

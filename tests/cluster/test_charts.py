@@ -276,7 +276,7 @@ def milliseconds(text):
 
 
 def test_no_duration_passes_that_the_program_refuses():
-    rows = re.findall(r"^\| `(AEGIS_\w+)` .*\((off, or )?a duration from (\w+) to (\w+)\) \|", (ROOT / "README.md").read_text(), re.M)
+    rows = re.findall(r"^\| `(AEGIS_\w+)` .*\((off, or )?a duration from (\w+) to (\w+)\) \|", (ROOT / "docs/CONFIGURATION.md").read_text(), re.M)
     bounds = {variable: (off, milliseconds(least), milliseconds(most)) for variable, off, least, most in rows}
     named = (ROOT / "helm/aegis-sidecar/templates/_sidecar.tpl").read_text()
     charts = re.findall(r"^\S+: {variable: (\w+), min: (\w+), max: (\w+)(, orOff: true)?}", named, re.M)
@@ -316,7 +316,7 @@ def test_the_pool_mode_suits_the_protocol_unless_it_is_set(values, mode):
 
 def test_numbers_that_the_charts_repeat_are_the_programs():
     """All but what the charts choose on purpose: see docs/KUBERNETES.md."""
-    rows = re.findall(r"^\| `(AEGIS_\w+)` \| `(.*?)` \|", (ROOT / "README.md").read_text(), re.M)
+    rows = re.findall(r"^\| `(AEGIS_\w+)` \| `(.*?)` \|", (ROOT / "docs/CONFIGURATION.md").read_text(), re.M)
     defaults = dict(rows)
     assert len(rows) > 40
     computed = ["AEGIS_CPU_REQUEST", "AEGIS_MEMORY_REQUEST", "AEGIS_MEMORY_LIMIT"]

@@ -1,4 +1,4 @@
-"""What README.md and docs/KUBERNETES.md tell people to type and to write, tried; and what the chart
+"""What README.md and the pages of docs tell people to type and to write, tried; and what the chart
 says after an installation."""
 
 import os
@@ -14,6 +14,7 @@ from tools import CHART, INJECTS, ROOT, helm, kinds, kustomize, one, refusal, ru
 
 README = (ROOT / "README.md").read_text()
 PAGE = (ROOT / "docs/KUBERNETES.md").read_text()
+PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
 ASSETS = os.environ.get("KUBEBUILDER_ASSETS")
 
 
@@ -92,7 +93,7 @@ def test_the_library_chart_can_be_packed_for_a_registry(tmp_path):
 def test_every_block_of_yaml_is_valid():
     """Objects against Kubernetes' schemas, values against the chart's."""
     seen = 0
-    for text in blocks(README, "yaml") + blocks(PAGE, "yaml"):
+    for text in [text for page in PAGES for text in blocks(page, "yaml")]:
         if "{{" in text or text.startswith(("# Chart.yaml", "# values.yaml")):
             continue  # Tried as part of a chart.
         for item in yaml.safe_load_all(text):
@@ -115,7 +116,7 @@ def test_every_block_of_yaml_is_valid():
 
 def test_every_command_is_of_a_known_program_and_names_what_exists():
     known = {"make", "docker", "helm", "kubectl", "curl", "printf", "ab", "cargo", "apt-get", "aegis-proxy"}
-    for words in commands(README) + commands(PAGE):
+    for words in [words for page in PAGES for words in commands(page)]:
         while re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words = words[1:]
         program = words[0].rsplit("/", 1)[-1]

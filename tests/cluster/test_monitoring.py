@@ -41,7 +41,7 @@ def test_every_alert_is_tested_to_fire():
 
 def test_every_alert_says_what_clients_see_and_what_to_look_at():
     rules = yaml.safe_load((MONITORING / "rules.yaml").read_text())["groups"][0]["rules"]
-    variables = set(re.findall(r"^\| `(AEGIS_\w+)`", (ROOT / "README.md").read_text(), re.M))
+    variables = set(re.findall(r"^\| `(AEGIS_\w+)`", (ROOT / "docs/CONFIGURATION.md").read_text(), re.M))
     for rule in rules:
         text = rule["annotations"]
         assert text["description"].startswith("Clients "), rule["alert"]

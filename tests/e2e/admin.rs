@@ -16,7 +16,7 @@ use crate::support::{Io, on_both_drivers, skip};
 on_both_drivers![
     the_probes_answer,
     metrics_are_complete_and_without_doubles,
-    promtool_finds_no_fault_in_the_metrics,
+    promtool_accepts_the_metrics,
     backends_are_listed_as_json,
     the_configuration_is_shown_as_json,
     other_paths_are_not_found,
@@ -68,7 +68,7 @@ fn metrics_are_complete_and_without_doubles(io: Io) {
     }
 }
 
-fn promtool_finds_no_fault_in_the_metrics(io: Io) {
+fn promtool_accepts_the_metrics(io: Io) {
     let (_backend, _client, proxy) = busy_proxy(io);
     let mut command = Command::new("promtool");
     command.args(["check", "metrics"]).stdin(Stdio::piped());

@@ -28,7 +28,7 @@ impl Attacked {
     fn start() -> Self {
         let backend = Backend::named("a");
         let proxy = Builder::on(Io::Epoll).backends(&[backend.address()]).start();
-        let admin = proxy.log_field("admin listening", "address").parse().unwrap();
+        let admin = proxy.admin();
         Self { _backend: backend, proxy, admin }
     }
 
@@ -300,7 +300,7 @@ impl Large {
             .without_pool()
             .set("AEGIS_WORKERS", LARGE_WORKERS.to_string())
             .start();
-        let admin = proxy.log_field("admin listening", "address").parse().unwrap();
+        let admin = proxy.admin();
         Self { proxy, admin }
     }
 
@@ -360,13 +360,11 @@ fn starting(api: &KubeApi, store: &Backend) -> (Proxy, SocketAddr) {
     let slice = Slice::of(store.address().port()).with("chronos-0", store.address().ip());
     api.slice("s", &slice);
     let proxy = Builder::on(Io::Epoll)
-        .set("KUBECONFIG", api.kubeconfig())
-        .set("AEGIS_KUBE_SERVICE", "chronos")
-        .set("AEGIS_PROTOCOL", "chronos")
-        .set("AEGIS_POOL_MODE", "request")
+        .kubernetes(api)
+        .protocol("chronos", "request")
         .set("AEGIS_ROUTE", "key")
         .launch();
-    let admin = proxy.log_field("admin listening", "address").parse().unwrap();
+    let admin = proxy.admin();
     eventually("it says why it does not start", PATIENCE, || {
         let answer = proxy.get("/startupz?wait=0");
         assert_eq!(answer.status, 503);
@@ -432,7 +430,7 @@ fn the_startup_probe_is_held_until_the_start() {
 }
 
 #[test]
-fn a_start_that_does_not_come_is_said_so_with_its_reason() {
+fn a_start_that_does_not_come_is_answered_with_its_reason() {
     let (api, store) = (KubeApi::start(), store());
     let (proxy, admin) = starting(&api, &store);
     let begun = Instant::now();

@@ -12,7 +12,7 @@ use socket2::SockRef;
 use crate::support::backend::{Backend, Memory};
 use crate::support::client::{ask, connect, read_expected, read_line, try_ask, wait_closed};
 use crate::support::link::{Fate, Link};
-use crate::support::proxy::Builder;
+use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, eventually, measured, on_both_drivers, pattern};
 
 on_both_drivers!(
@@ -41,19 +41,37 @@ const SILENT: &[(&str, &str)] = &[("reason", "silent")];
 const CLIENT_SILENT: &[(&str, &str)] = &[("reason", "client_silent")];
 const BACKEND_SILENT: &[(&str, &str)] = &[("reason", "backend_silent")];
 
-fn sessions_on_a_host_that_is_gone_are_cut_within_seconds(io: Io) {
-    for (there, back) in HOLES {
-        let Some(link) = Link::new() else { return };
+/// Sessions with a server behind a link, each of which has been answered once.
+struct Far {
+    sessions: Vec<TcpStream>,
+    proxy: Proxy,
+    _server: Backend,
+    link: Link,
+}
+
+impl Far {
+    /// `None` where there can be no link.
+    fn start(builder: Builder, sessions: usize) -> Option<Self> {
+        let link = Link::new()?;
         let server = Backend::named_on("far", Link::here());
-        let proxy = Builder::on(io).backends(&[link.behind(0, server.address())]).start();
-        let sessions: Vec<_> = (0..4).map(|_| connect(proxy.address())).collect();
+        let proxy = builder.backends(&[link.behind(0, server.address())]).start();
+        let sessions: Vec<_> = (0..sessions).map(|_| connect(proxy.address())).collect();
         for session in &sessions {
             assert_eq!(ask(session, "hello"), "far");
         }
+        Some(Self { sessions, proxy, _server: server, link })
+    }
+}
+
+fn sessions_on_a_host_that_is_gone_are_cut_within_seconds(io: Io) {
+    for (there, back) in HOLES {
+        let Some(Far { sessions, proxy, link, .. }) = &Far::start(Builder::on(io), 4) else {
+            return;
+        };
         link.set(0, there, back);
         let gone = Instant::now();
         thread::scope(|scope| {
-            for session in &sessions {
+            for session in sessions {
                 scope.spawn(|| {
                     let error = try_ask(session, "are you there?").unwrap_err();
                     assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
@@ -68,17 +86,8 @@ fn sessions_on_a_host_that_is_gone_are_cut_within_seconds(io: Io) {
 }
 
 fn a_session_that_says_nothing_is_cut_once_its_host_is_found_to_be_gone(io: Io) {
-    let Some(link) = Link::new() else { return };
-    let server = Backend::named_on("far", Link::here());
-    let proxy = Builder::on(io)
-        .backends(&[link.behind(0, server.address())])
-        .set("AEGIS_TCP_USER_TIMEOUT", "2s")
-        .set("AEGIS_WORKERS", "1")
-        .start();
-    let sessions = [(); 2].map(|()| connect(proxy.address()));
-    for session in &sessions {
-        assert_eq!(ask(session, "hello"), "far");
-    }
+    let builder = Builder::on(io).set("AEGIS_TCP_USER_TIMEOUT", "2s").set("AEGIS_WORKERS", "1");
+    let Some(Far { sessions, proxy, link, .. }) = &Far::start(builder, 2) else { return };
     // As long as it takes until nobody minds that one is quiet.
     thread::sleep(Duration::from_secs(5));
     link.set(0, Fate::Vanish, Fate::Vanish);
@@ -92,7 +101,7 @@ fn a_session_that_says_nothing_is_cut_once_its_host_is_found_to_be_gone(io: Io) 
 fn new_sessions_soon_go_to_hosts_that_are_there(io: Io) {
     let Some(link) = Link::new() else { return };
     let servers = ["a", "b"].map(|name| Backend::named_on(name, Link::here()));
-    let addresses = [0, 1].map(|host| link.behind(host, servers[usize::from(host)].address()));
+    let addresses = link.hosts(&servers);
     let proxy = Builder::on(io).backends(&addresses).pool(4, 4).start();
     proxy.wait_for("aegis_pool_connections", IDLE, |idle| idle == 16);
     link.set(0, Fate::Vanish, Fate::Vanish);
@@ -128,12 +137,8 @@ fn requests_on_a_host_that_is_gone_are_answered_by_another_within_seconds(io: Io
         let Some(link) = Link::new() else { return };
         let memory = Memory::default();
         let servers = [(); 2].map(|()| Backend::chronos_on(Link::here(), &memory));
-        let addresses = [0, 1].map(|host| link.behind(host, servers[usize::from(host)].address()));
-        let proxy = Builder::on(io)
-            .backends(&addresses)
-            .set("AEGIS_PROTOCOL", "chronos")
-            .set("AEGIS_POOL_MODE", "request")
-            .start();
+        let addresses = link.hosts(&servers);
+        let proxy = Builder::on(io).backends(&addresses).protocol("chronos", "request").start();
         let clients: Vec<_> = (0..8).map(|_| connect(proxy.address())).collect();
         assert_eq!(ask(&clients[0], "SET k v"), "OK");
         for client in &clients {
@@ -172,12 +177,8 @@ fn ask_a_host_that_goes(io: Io, request: &'static str) -> (String, Duration) {
     let Some(link) = Link::new() else { return (String::new(), Duration::ZERO) };
     let (asked, has_asked) = mpsc::channel();
     let servers = ["a", "b"].map(|name| holding(name, asked.clone()));
-    let addresses = [0, 1].map(|host| link.behind(host, servers[usize::from(host)].address()));
-    let proxy = Builder::on(io)
-        .backends(&addresses)
-        .set("AEGIS_PROTOCOL", "chronos")
-        .set("AEGIS_POOL_MODE", "request")
-        .start();
+    let addresses = link.hosts(&servers);
+    let proxy = Builder::on(io).backends(&addresses).protocol("chronos", "request").start();
     loop {
         let client = connect(proxy.address());
         let answer = thread::spawn(move || ask(&client, request));
@@ -211,7 +212,7 @@ fn a_write_that_its_host_may_have_is_not_sent_again(io: Io) {
 fn sessions_that_connect_to_a_host_that_is_gone_pay_for_it_once(io: Io) {
     let Some(link) = Link::new() else { return };
     let servers = ["a", "b"].map(|name| Backend::named_on(name, Link::here()));
-    let addresses = [0, 1].map(|host| link.behind(host, servers[usize::from(host)].address()));
+    let addresses = link.hosts(&servers);
     link.set(0, Fate::Vanish, Fate::Vanish);
     let proxy = Builder::on(io).backends(&addresses).without_pool().launch();
     let all_ask = || {
@@ -262,16 +263,9 @@ fn a_backend_that_reads_nothing_for_long_is_left_alone(io: Io) {
 fn a_link_that_loses_a_third_of_all_round_trips_is_left_alone(io: Io) {
     const SESSIONS: usize = 8;
     const QUESTIONS: usize = 8;
-    let Some(link) = Link::new() else { return };
-    let server = Backend::named_on("far", Link::here());
-    let proxy = Builder::on(io)
-        .backends(&[link.behind(0, server.address())])
-        .set("AEGIS_CONNECT_TIMEOUT", "5s")
-        .without_pool()
-        .start();
-    let sessions: Vec<_> = (0..SESSIONS).map(|_| connect(proxy.address())).collect();
-    for session in &sessions {
-        assert_eq!(ask(session, "hello"), "far");
+    let builder = Builder::on(io).set("AEGIS_CONNECT_TIMEOUT", "5s").without_pool();
+    let Some(Far { sessions, proxy, link, .. }) = &Far::start(builder, SESSIONS) else { return };
+    for session in sessions {
         // The server's kernel waits twice as long for each loss in a row, whatever the proxy does.
         session.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
     }
@@ -281,7 +275,7 @@ fn a_link_that_loses_a_third_of_all_round_trips_is_left_alone(io: Io) {
     link.set(0, lossy, lossy);
     let since = Instant::now();
     thread::scope(|scope| {
-        for session in &sessions {
+        for session in sessions {
             scope.spawn(|| (0..QUESTIONS).for_each(|_| assert_eq!(ask(session, "again"), "far")));
         }
     });
@@ -290,27 +284,22 @@ fn a_link_that_loses_a_third_of_all_round_trips_is_left_alone(io: Io) {
 }
 
 fn a_pause_of_the_network_cuts_no_session(io: Io) {
-    let Some(link) = Link::new() else { return };
-    let server = Backend::named_on("far", Link::here());
-    let proxy =
-        Builder::on(io).backends(&[link.behind(0, server.address())]).without_pool().start();
-    let sessions = [(); 4].map(|()| connect(proxy.address()));
-    for session in &sessions {
-        assert_eq!(ask(session, "hello"), "far");
-    }
+    let builder = Builder::on(io).without_pool();
+    let Some(Far { sessions, proxy, link, .. }) = &Far::start(builder, 4) else { return };
     link.set(0, Fate::Vanish, Fate::Vanish);
-    let took = thread::scope(|scope| {
-        let asked = sessions.each_ref().map(|session| {
-            scope.spawn(|| {
-                assert_eq!(ask(session, "again"), "far");
-                Instant::now()
-            })
-        });
+    let took: Vec<_> = thread::scope(|scope| {
+        let again = |session| {
+            assert_eq!(ask(session, "again"), "far");
+            Instant::now()
+        };
+        let asked: Vec<_> =
+            sessions.iter().map(|session| scope.spawn(move || again(session))).collect();
         // Kernels send again after 3 s, and then after 6: later than the time limit.
         thread::sleep(Duration::from_millis(3600));
         link.set(0, Fate::Arrive, Fate::Arrive);
         let over = Instant::now();
-        asked.map(|answered| answered.join().unwrap().saturating_duration_since(over))
+        let answered = asked.into_iter().map(|answered| answered.join().unwrap());
+        answered.map(|at| at.saturating_duration_since(over)).collect()
     });
     measured(&format!("answered {took:.1?} after it"));
     assert_eq!(proxy.metric("aegis_sessions_closed_total", BACKEND_SILENT), 0);

@@ -19,15 +19,15 @@ use crate::support::{Io, PATIENCE, SetOnDrop, eventually, on_both_drivers};
 on_both_drivers![
     malformed_requests_have_no_more_connections_than_others,
     an_upgraded_connection_keeps_its_place_until_it_ends,
-    in_session_mode_the_size_bounds_nothing,
+    the_pool_size_bounds_nothing_in_session_mode,
     a_small_body_that_does_not_come_holds_no_connection,
     a_body_that_trickles_loses_its_connection_to_those_that_wait,
     a_client_that_is_asked_for_its_body_and_sends_none_is_given_up,
     a_slow_body_is_taken_while_nobody_waits,
     an_idle_client_is_closed_whichever_other_limit_is_off,
     a_client_that_is_to_leave_does_not_stay_by_sending,
-    without_endpoints_a_request_waits_for_one_and_is_told_so,
-    where_every_endpoint_refuses_the_error_says_so,
+    a_request_without_endpoints_waits_for_one_and_its_error_says_so,
+    an_error_says_that_every_endpoint_refuses,
     a_drain_sends_idle_clients_away_at_once,
     a_drain_serves_who_came_while_it_was_announced,
     half_a_request_does_not_keep_a_draining_worker_busy,
@@ -41,8 +41,7 @@ fn framed(io: Io, protocol: &str, mode: &str, backends: &[&Backend]) -> Builder 
     Builder::on(io)
         .backends(&addresses)
         .set("AEGIS_WORKERS", "1")
-        .set("AEGIS_PROTOCOL", protocol)
-        .set("AEGIS_POOL_MODE", mode)
+        .protocol(protocol, mode)
         .pool(0, 16)
 }
 
@@ -156,7 +155,7 @@ fn an_upgraded_connection_keeps_its_place_until_it_ends(io: Io) {
     proxy.wait_for(POOL_CONNECTIONS, &[], |open| open == 1);
 }
 
-fn in_session_mode_the_size_bounds_nothing(io: Io) {
+fn the_pool_size_bounds_nothing_in_session_mode(io: Io) {
     let backend = server();
     let proxy = framed(io, "http1", "session", &[&backend]).set("AEGIS_POOL_SIZE", "1").start();
     let clients: Vec<_> = (0..3).map(|_| connect(proxy.address())).collect();
@@ -296,16 +295,14 @@ fn a_client_that_is_to_leave_does_not_stay_by_sending(io: Io) {
     eventually("it cannot send any more", Duration::from_secs(4), || client.write_all(b"x").err());
 }
 
-fn without_endpoints_a_request_waits_for_one_and_is_told_so(io: Io) {
+fn a_request_without_endpoints_waits_for_one_and_its_error_says_so(io: Io) {
     let api = KubeApi::start();
     api.slice("a", &Slice::of(1));
     let proxy = |wait: &str| {
         let proxy = Builder::on(io)
-            .set("KUBECONFIG", api.kubeconfig())
-            .set("AEGIS_KUBE_SERVICE", "chronos")
+            .kubernetes(&api)
             .set("AEGIS_WORKERS", "1")
-            .set("AEGIS_PROTOCOL", "chronos")
-            .set("AEGIS_POOL_MODE", "request")
+            .protocol("chronos", "request")
             .set("AEGIS_ENDPOINT_WAIT", wait)
             .set("AEGIS_QUEUE_TIMEOUT", "20s")
             .launch();
@@ -328,7 +325,7 @@ fn without_endpoints_a_request_waits_for_one_and_is_told_so(io: Io) {
     eventually("the client is kept", PATIENCE, || (ask(&client, "GET a") == "here").then_some(()));
 }
 
-fn where_every_endpoint_refuses_the_error_says_so(io: Io) {
+fn an_error_says_that_every_endpoint_refuses(io: Io) {
     let mut backends = [Backend::named("a"), Backend::named("b")];
     for mode in ["request", "session"] {
         for balance in ["least_conn", "source_hash"] {
@@ -472,8 +469,7 @@ fn a_source_goes_on_when_its_endpoint_does_not_answer_connects(io: Io) {
     let proxy = Builder::on(io)
         .backends(&[hole.address(), backend.address()])
         .set("AEGIS_WORKERS", "1")
-        .set("AEGIS_PROTOCOL", "chronos")
-        .set("AEGIS_POOL_MODE", "request")
+        .protocol("chronos", "request")
         .set("AEGIS_BALANCE", "source_hash")
         .set("AEGIS_CONNECT_TIMEOUT", "100ms")
         .pool(0, 16)

@@ -84,7 +84,7 @@ fn expect_refused_naming(ended: &Ended, parts: &[&str]) {
 }
 
 #[test]
-fn all_problems_are_told_at_once() {
+fn all_problems_are_reported_at_once() {
     let builder = wrong().iter().fold(usual(), |builder, (name, value)| builder.set(name, *value));
     let names = wrong().map(|(name, _)| name);
     expect_refused_naming(&builder.clone().run(), &names);
@@ -195,7 +195,7 @@ fn a_port_that_needs_privileges_exits_78_without_them() {
 }
 
 #[test]
-fn addresses_that_overlap_are_told_as_such() {
+fn addresses_that_overlap_are_reported_as_such() {
     let (taken, free) = (TcpListener::bind("127.0.0.1:0").unwrap(), "[::]:0");
     let port = taken.local_addr().unwrap().port();
     drop(taken);
@@ -255,7 +255,7 @@ fn a_service_of_any_name_stops_no_start() {
 }
 
 #[test]
-fn a_mistake_that_looks_like_a_variable_of_a_service_is_told() {
+fn a_mistake_that_looks_like_a_variable_of_a_service_is_reported() {
     for builder in [usual(), beside_service(usual(), "AEGIS_KUBE")] {
         let ended = builder.set("AEGIS_KUBE_SERVICE_PORT", "5432").run();
         expect_refused_naming(&ended, &["AEGIS_KUBE_SERVICE_PORT", "Is AEGIS_KUBE_PORT meant?"]);
@@ -263,7 +263,7 @@ fn a_mistake_that_looks_like_a_variable_of_a_service_is_told() {
 }
 
 #[test]
-fn what_has_no_effect_is_told_by_check_and_in_the_log() {
+fn a_value_without_effect_is_reported_by_check_and_in_the_log() {
     let builder = usual().set("AEGIS_POOL_SIZE", "7").set("AEGIS_KUBE_PORT", "5432");
     let warnings = [
         r#"AEGIS_KUBE_PORT="5432" has no effect: the endpoints do not come from Kubernetes"#,
@@ -280,22 +280,22 @@ fn what_has_no_effect_is_told_by_check_and_in_the_log() {
 }
 
 #[test]
-fn help_lists_every_variable_and_so_does_the_readme() {
+fn help_lists_every_variable_and_so_does_the_page_of_configuration() {
     let ended = Builder::bare().argument("--help").run();
     assert_eq!(ended.code, Some(0), "{ended:?}");
     let in_help = variables_in(&ended.output);
     for variable in VARIABLES {
         assert!(in_help.contains(*variable), "no {variable} in {}", ended.output);
     }
-    match fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")) {
-        Ok(readme) => {
-            let in_readme = variables_in(&readme);
-            let missing: Vec<_> = in_help.difference(&in_readme).collect();
-            let unknown: Vec<_> = in_readme.difference(&in_help).collect();
+    match fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/CONFIGURATION.md")) {
+        Ok(page) => {
+            let in_page = variables_in(&page);
+            let missing: Vec<_> = in_help.difference(&in_page).collect();
+            let unknown: Vec<_> = in_page.difference(&in_help).collect();
             assert!(missing.is_empty(), "only in --help: {missing:?}");
-            assert!(unknown.is_empty(), "only in README.md: {unknown:?}");
+            assert!(unknown.is_empty(), "only in CONFIGURATION.md: {unknown:?}");
         }
-        Err(error) => skip(&format!("README.md is not compared with --help: {error}")),
+        Err(error) => skip(&format!("CONFIGURATION.md is not compared with --help: {error}")),
     }
 }
 

@@ -19,9 +19,9 @@ use crate::support::proxy::Builder;
 use crate::support::{Io, PATIENCE, SetOnDrop, heavy, measured, on_both_drivers};
 
 on_both_drivers![
-    every_answer_belongs_to_its_request_with_a_fixed_seed,
-    every_answer_belongs_to_its_request_with_a_random_seed,
-    every_answer_belongs_to_its_request_in_session_mode,
+    every_reply_belongs_to_its_request_with_a_fixed_seed,
+    every_reply_belongs_to_its_request_with_a_random_seed,
+    every_reply_belongs_to_its_request_in_session_mode,
 ];
 
 const THREADS: usize = 4;
@@ -29,15 +29,15 @@ const KEYS: u64 = 500;
 /// Two workers, two backends.
 const POOL_SIZE: usize = 4;
 
-fn every_answer_belongs_to_its_request_with_a_fixed_seed(io: Io) {
+fn every_reply_belongs_to_its_request_with_a_fixed_seed(io: Io) {
     crowd(io, "request", 4000, 7);
 }
 
-fn every_answer_belongs_to_its_request_with_a_random_seed(io: Io) {
+fn every_reply_belongs_to_its_request_with_a_random_seed(io: Io) {
     crowd(io, "request", 4000, fastrand::u64(..));
 }
 
-fn every_answer_belongs_to_its_request_in_session_mode(io: Io) {
+fn every_reply_belongs_to_its_request_in_session_mode(io: Io) {
     crowd(io, "session", 200, fastrand::u64(..));
 }
 
@@ -242,8 +242,7 @@ fn crowd(io: Io, mode: &str, clients: usize, seed: u64) {
     let mut backends = [store(), store()];
     let proxy = Builder::on(io)
         .backends(&backends.each_ref().map(Backend::address))
-        .set("AEGIS_PROTOCOL", "chronos")
-        .set("AEGIS_POOL_MODE", mode)
+        .protocol("chronos", mode)
         .set("AEGIS_POOL_SIZE", POOL_SIZE.to_string())
         .pool(0, POOL_SIZE as u64)
         .set("AEGIS_QUEUE_TIMEOUT", "10s")

@@ -293,7 +293,7 @@ fn a_resolv_conf_may_change_and_may_be_no_good() {
 }
 
 #[test]
-fn without_a_resolv_conf_only_what_needs_one_is_unknown() {
+fn names_that_need_a_resolv_conf_are_unknown_without_one() {
     let Some(dns) = NameServer::start() else { return no_server() };
     let [a] = servers([("a", IpAddr::V4(Ipv4Addr::LOCALHOST))]);
     let port = a.address().port();

@@ -16,7 +16,7 @@ on_both_drivers![
     no_client_that_has_connected_is_reset_by_the_end_of_listening,
     sessions_that_outlast_the_deadline_are_ended_there,
     a_second_signal_ends_everything_at_once,
-    without_sessions_a_drain_is_over_at_once,
+    a_drain_without_sessions_is_over_at_once,
 ];
 
 /// Drains, each with clients that come as fast as they can.
@@ -97,8 +97,7 @@ fn no_client_that_has_connected_is_reset_by_the_end_of_listening(io: Io) {
             .set("AEGIS_WORKERS", ["1", "3"][round / 4 % 2])
             .set("AEGIS_DRAIN_DELAY", *delay)
             .set("AEGIS_DRAIN_TIMEOUT", "1s")
-            .set("AEGIS_PROTOCOL", protocol)
-            .set("AEGIS_POOL_MODE", mode)
+            .protocol(protocol, mode)
             .start();
         let (address, served) = (proxy.address(), AtomicUsize::new(0));
         let never = AtomicBool::new(false);
@@ -203,7 +202,7 @@ fn a_second_signal_ends_everything_at_once(io: Io) {
     wait_closed(&client).unwrap();
 }
 
-fn without_sessions_a_drain_is_over_at_once(io: Io) {
+fn a_drain_without_sessions_is_over_at_once(io: Io) {
     let backend = Backend::named("up");
     let mut proxy = Builder::on(io)
         .backends(&[backend.address()])

@@ -20,24 +20,24 @@ use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, eventually, heavy, measured, on_both_drivers, pattern};
 
 on_both_drivers![
-    an_answer_before_a_reset_arrives_in_full_and_then_the_reset,
+    a_reply_before_a_reset_arrives_in_full_and_then_the_reset,
     an_upload_before_a_reset_arrives_in_full_and_then_the_reset,
-    a_slow_reader_gets_all_of_a_long_answer_before_the_reset,
+    a_slow_reader_gets_all_of_a_long_reply_before_the_reset,
     a_slow_backend_gets_all_of_a_long_upload_before_the_reset,
-    a_whole_answer_before_a_break_arrives_in_full_and_then_its_end,
-    an_answer_to_an_opaque_client_arrives_in_full_before_the_reset,
+    a_whole_reply_before_a_break_arrives_in_full_and_then_its_end,
+    a_reply_to_an_opaque_client_arrives_in_full_before_the_reset,
     a_backend_that_answers_before_it_reads_on_gets_all_of_an_upload_before_the_reset,
     a_drain_deadline_ends_the_wait_for_a_reader_that_takes_nothing,
     a_break_is_heard_of_a_side_that_is_not_received_from,
-    an_answer_cut_by_the_idle_timeout_looks_cut_on_both_sides,
-    an_answer_cut_by_the_half_close_timeout_looks_cut_on_both_sides,
-    an_answer_cut_by_the_drain_deadline_looks_cut_on_both_sides,
-    an_answer_cut_by_a_second_signal_looks_cut_on_both_sides,
-    an_answer_cut_by_the_end_of_its_endpoint_looks_cut_on_both_sides,
-    a_whole_answer_outlives_the_half_close_timeout_of_its_session,
+    a_reply_cut_by_the_idle_timeout_looks_cut_on_both_sides,
+    a_reply_cut_by_the_half_close_timeout_looks_cut_on_both_sides,
+    a_reply_cut_by_the_drain_deadline_looks_cut_on_both_sides,
+    a_reply_cut_by_a_second_signal_looks_cut_on_both_sides,
+    a_reply_cut_by_the_end_of_its_endpoint_looks_cut_on_both_sides,
+    a_whole_reply_outlives_the_half_close_timeout_of_its_session,
     clients_that_leave_while_there_is_no_endpoint_free_their_places,
     clients_that_leave_while_they_are_connected_free_their_places,
-    what_a_client_sent_before_it_had_a_backend_arrives_in_order,
+    bytes_that_a_client_sent_before_it_had_a_backend_arrive_in_order,
     a_drain_takes_in_full_accept_queues_beside_opaque_clients,
 ];
 
@@ -124,7 +124,7 @@ fn assert_reset_behind(outcome: (usize, io::Result<usize>), expected: usize) {
     assert!(end.as_ref().is_err_and(|e| e.kind() == ErrorKind::ConnectionReset), "{end:?}");
 }
 
-fn an_answer_before_a_reset_arrives_in_full_and_then_the_reset(io: Io) {
+fn a_reply_before_a_reset_arrives_in_full_and_then_the_reset(io: Io) {
     for size in [1, 20 * KB, 200 * KB, 400 * KB] {
         let (backend, closed) = reporting(move |mut stream, closed| {
             let _ = stream.read_exact(&mut [0; 4]);
@@ -174,7 +174,7 @@ fn an_upload_before_a_reset_arrives_in_full_and_then_the_reset(io: Io) {
 
 const LONG: usize = 16 * MB;
 
-fn a_slow_reader_gets_all_of_a_long_answer_before_the_reset(io: Io) {
+fn a_slow_reader_gets_all_of_a_long_reply_before_the_reset(io: Io) {
     let (backend, closed) = reporting(|mut stream, closed| {
         let _ = stream.read_exact(&mut [0; 4]);
         if stream.write_all(pattern(3, LONG)).is_ok() {
@@ -203,7 +203,7 @@ fn a_slow_backend_gets_all_of_a_long_upload_before_the_reset(io: Io) {
     assert_reset_behind(outcomes.recv_timeout(PATIENCE).unwrap(), LONG);
 }
 
-fn a_whole_answer_before_a_break_arrives_in_full_and_then_its_end(io: Io) {
+fn a_whole_reply_before_a_break_arrives_in_full_and_then_its_end(io: Io) {
     const SIZE: usize = 200 * KB;
     for half_closed in [false, true] {
         let (backend, closed) = reporting(|mut stream, closed| {
@@ -229,7 +229,7 @@ fn a_whole_answer_before_a_break_arrives_in_full_and_then_its_end(io: Io) {
     }
 }
 
-fn an_answer_to_an_opaque_client_arrives_in_full_before_the_reset(io: Io) {
+fn a_reply_to_an_opaque_client_arrives_in_full_before_the_reset(io: Io) {
     const SIZE: usize = 200 * KB;
     let (backend, closed) = reporting(|mut stream, closed| {
         let _ = stream.read_exact(&mut [0; 4]);
@@ -241,8 +241,7 @@ fn an_answer_to_an_opaque_client_arrives_in_full_before_the_reset(io: Io) {
     let proxy = Builder::on(io)
         .backends(&[backend.address()])
         .pool(0, 0)
-        .set("AEGIS_PROTOCOL", "http1")
-        .set("AEGIS_POOL_MODE", "request")
+        .protocol("http1", "request")
         .start();
     let mut client = connect(proxy.address());
     client.write_all(b"\n").unwrap();
@@ -357,24 +356,24 @@ fn expect_cut(builder: Builder, reason: &str, half_closed: bool, cut: impl FnOnc
     }
 }
 
-fn an_answer_cut_by_the_idle_timeout_looks_cut_on_both_sides(io: Io) {
+fn a_reply_cut_by_the_idle_timeout_looks_cut_on_both_sides(io: Io) {
     let builder = Builder::on(io).set("AEGIS_IDLE_TIMEOUT", "300ms");
     expect_cut(builder, "idle_timeout", false, |_| {});
 }
 
-fn an_answer_cut_by_the_half_close_timeout_looks_cut_on_both_sides(io: Io) {
+fn a_reply_cut_by_the_half_close_timeout_looks_cut_on_both_sides(io: Io) {
     let builder = Builder::on(io).set("AEGIS_HALF_CLOSE_TIMEOUT", "300ms");
     expect_cut(builder, "half_close_timeout", true, |_| {});
 }
 
-fn an_answer_cut_by_the_drain_deadline_looks_cut_on_both_sides(io: Io) {
+fn a_reply_cut_by_the_drain_deadline_looks_cut_on_both_sides(io: Io) {
     for half_closed in [false, true] {
         let builder = Builder::on(io).set("AEGIS_DRAIN_TIMEOUT", "300ms");
         expect_cut(builder, "drain_deadline", half_closed, |proxy| proxy.terminate());
     }
 }
 
-fn an_answer_cut_by_a_second_signal_looks_cut_on_both_sides(io: Io) {
+fn a_reply_cut_by_a_second_signal_looks_cut_on_both_sides(io: Io) {
     let builder = Builder::on(io).set("AEGIS_DRAIN_DELAY", "60s");
     expect_cut(builder, "drain_deadline", false, |proxy| {
         proxy.terminate();
@@ -383,7 +382,7 @@ fn an_answer_cut_by_a_second_signal_looks_cut_on_both_sides(io: Io) {
     });
 }
 
-fn an_answer_cut_by_the_end_of_its_endpoint_looks_cut_on_both_sides(io: Io) {
+fn a_reply_cut_by_the_end_of_its_endpoint_looks_cut_on_both_sides(io: Io) {
     let api = KubeApi::start();
     let backend = Backend::named_at("half", host_ip());
     let address = backend.address();
@@ -397,7 +396,7 @@ fn an_answer_cut_by_the_end_of_its_endpoint_looks_cut_on_both_sides(io: Io) {
     proxy.wait_for(SESSIONS_CLOSED, &[("reason", "endpoint_removed")], |count| count == 1);
 }
 
-fn a_whole_answer_outlives_the_half_close_timeout_of_its_session(io: Io) {
+fn a_whole_reply_outlives_the_half_close_timeout_of_its_session(io: Io) {
     const SIZE: usize = 200 * KB;
     let backend = Backend::scripted(|mut stream| {
         if read_line(stream).is_ok() && stream.write_all(pattern(5, SIZE)).is_ok() {
@@ -420,10 +419,7 @@ fn a_whole_answer_outlives_the_half_close_timeout_of_its_session(io: Io) {
 }
 
 fn on_kubernetes(io: Io, api: &KubeApi) -> Builder {
-    Builder::on(io)
-        .set("KUBECONFIG", api.kubeconfig())
-        .set("AEGIS_KUBE_SERVICE", "chronos")
-        .set("AEGIS_KUBE_WATCH_TIMEOUT", "2s")
+    Builder::on(io).kubernetes(api).set("AEGIS_KUBE_WATCH_TIMEOUT", "2s")
 }
 
 fn clients_that_leave_while_there_is_no_endpoint_free_their_places(io: Io) {
@@ -496,7 +492,7 @@ fn clients_that_leave_while_they_are_connected_free_their_places(io: Io) {
     assert_eq!(proxy.metric(SESSIONS_ACTIVE, &[]), 1, "who asked and ended still waits");
 }
 
-fn what_a_client_sent_before_it_had_a_backend_arrives_in_order(io: Io) {
+fn bytes_that_a_client_sent_before_it_had_a_backend_arrive_in_order(io: Io) {
     let api = KubeApi::start();
     let backend = Backend::scripted_at((host_ip(), 0).into(), |mut stream| {
         if let Ok(bytes) = read_to_end(stream) {
@@ -547,8 +543,7 @@ fn a_drain_takes_in_full_accept_queues_beside_opaque_clients(io: Io) {
         .backends(&[backend.address()])
         .set("AEGIS_LISTEN", listen.join(","))
         .set("AEGIS_WORKERS", "1")
-        .set("AEGIS_PROTOCOL", "http1")
-        .set("AEGIS_POOL_MODE", "request")
+        .protocol("http1", "request")
         .set("AEGIS_POOL_SIZE", "4096")
         .pool(0, 0)
         .set("AEGIS_MAX_SESSIONS", PLACES.to_string())

@@ -20,13 +20,13 @@ on_both_drivers![
     bodies_of_any_size_pass_through,
     a_body_may_wait_to_be_asked_for,
     an_upgrade_makes_a_session_of_it,
-    an_answer_that_lasts_until_the_end_ends_with_it,
-    what_can_be_read_in_two_ways_has_a_connection_of_its_own,
+    a_reply_that_lasts_until_the_end_ends_with_it,
+    a_message_that_can_be_read_in_two_ways_has_a_connection_of_its_own,
     a_request_that_is_safe_is_repeated_and_no_other,
-    an_answer_that_does_not_come_is_an_error,
-    an_answer_before_the_request_is_whole_spends_the_connection,
+    a_reply_that_does_not_come_is_an_error,
+    a_reply_before_the_request_is_whole_spends_the_connection,
     a_client_that_wants_to_close_is_closed,
-    a_client_that_has_ended_is_closed_once_it_has_its_answer,
+    a_client_that_has_ended_is_closed_once_it_has_its_reply,
     a_client_that_ends_within_its_request_holds_nothing,
     heads_that_never_end_do_not_take_all_buffers,
 ];
@@ -35,8 +35,7 @@ fn lending(io: Io, backend: &Backend) -> Builder {
     Builder::on(io)
         .backends(&[backend.address()])
         .set("AEGIS_WORKERS", "1")
-        .set("AEGIS_PROTOCOL", "http1")
-        .set("AEGIS_POOL_MODE", "request")
+        .protocol("http1", "request")
         .set("AEGIS_POOL_SIZE", "1")
         .pool(0, 8)
 }
@@ -256,7 +255,7 @@ fn an_upgrade_makes_a_session_of_it(io: Io) {
     proxy.wait_for(REQUESTS, &[("outcome", "answered")], |answered| answered == 4);
 }
 
-fn an_answer_that_lasts_until_the_end_ends_with_it(io: Io) {
+fn a_reply_that_lasts_until_the_end_ends_with_it(io: Io) {
     let backend = server();
     let proxy = lending(io, &backend).start();
     for _ in 0..3 {
@@ -268,7 +267,7 @@ fn an_answer_that_lasts_until_the_end_ends_with_it(io: Io) {
     assert_eq!(proxy.metric(REQUESTS, &[("outcome", "answered")]), 3);
 }
 
-fn what_can_be_read_in_two_ways_has_a_connection_of_its_own(io: Io) {
+fn a_message_that_can_be_read_in_two_ways_has_a_connection_of_its_own(io: Io) {
     let seen = Arc::new(AtomicU64::new(0));
     let counter = Arc::clone(&seen);
     let backend = Backend::scripted(move |mut stream| {
@@ -347,7 +346,7 @@ fn a_request_that_is_safe_is_repeated_and_no_other(io: Io) {
     assert_eq!(proxy.metric(RETRIES, &[]), 4);
 }
 
-fn an_answer_that_does_not_come_is_an_error(io: Io) {
+fn a_reply_that_does_not_come_is_an_error(io: Io) {
     let backend = server();
     let proxy = lending(io, &backend)
         .set("AEGIS_REQUEST_TIMEOUT", "3s")
@@ -366,7 +365,7 @@ fn an_answer_that_does_not_come_is_an_error(io: Io) {
     assert_eq!(who(&connect(proxy.address())), 2);
 }
 
-fn an_answer_before_the_request_is_whole_spends_the_connection(io: Io) {
+fn a_reply_before_the_request_is_whole_spends_the_connection(io: Io) {
     let backend = server();
     let proxy = lending(io, &backend).start();
     let mut client = connect(proxy.address());
@@ -391,7 +390,7 @@ fn a_client_that_wants_to_close_is_closed(io: Io) {
     }
 }
 
-fn a_client_that_has_ended_is_closed_once_it_has_its_answer(io: Io) {
+fn a_client_that_has_ended_is_closed_once_it_has_its_reply(io: Io) {
     let backend = server();
     let proxy = lending(io, &backend).start();
     let mut client = connect(proxy.address());

@@ -12,26 +12,13 @@ use serde_json::json;
 
 use crate::support::backend::Backend;
 use crate::support::client::ask_once;
-use crate::support::kube_api::{KubeApi, Odd, PROXY_TOKEN, Slice, host_ip};
-use crate::support::metrics::{DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, DISCOVERY_LAST_SYNC};
+use crate::support::kube_api::{KubeApi, Odd, PROXY_TOKEN, host_ip};
+use crate::support::metrics::{DISCOVERY_ERRORS, DISCOVERY_LAST_SYNC};
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, eventually, measured, skip};
 
 fn on(api: &KubeApi) -> Builder {
-    Builder::on(Io::Auto)
-        .set("KUBECONFIG", api.kubeconfig())
-        .set("AEGIS_KUBE_SERVICE", "chronos")
-        .set("AEGIS_SLOW_START", "off")
-        .without_pool()
-}
-
-fn announce(api: &KubeApi, name: &str, backend: &Backend) {
-    let address = backend.address();
-    api.slice(name, &Slice::of(address.port()).with(&format!("pod-{name}"), address.ip()));
-}
-
-fn wait_for_endpoints(proxy: &Proxy, count: u64) {
-    proxy.wait_for(DISCOVERY_ENDPOINTS, &[], |found| found == count);
+    Builder::on(Io::Auto).kubernetes(api).set("AEGIS_SLOW_START", "off").without_pool()
 }
 
 /// What an answer may do.
@@ -54,9 +41,9 @@ fn is_borne(odd: Odd, syncs: Syncs) {
         return skip("a real API server makes sense");
     };
     let servers = [(); 2].map(|()| Backend::named_at("a", host_ip()));
-    announce(&api, "a", &servers[0]);
+    api.announce("a", servers[0].address());
     let old = on(&api).start();
-    wait_for_endpoints(&old, 1);
+    old.wait_for_endpoints(1);
     let memory = old.memory_kb("status", "VmHWM");
 
     faults.talk(Some(odd));
@@ -80,9 +67,9 @@ fn is_borne(odd: Odd, syncs: Syncs) {
     }
 
     faults.talk(None);
-    announce(&api, "b", &servers[1]);
+    api.announce("b", servers[1].address());
     for proxy in [&old, &new] {
-        wait_for_endpoints(proxy, 2);
+        proxy.wait_for_endpoints(2);
         assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
         // Each kind of trouble once, and what the start has to say.
         let warned = proxy.log_at("WARN").into_iter().chain(proxy.log_at("ERROR"));
@@ -127,10 +114,10 @@ fn a_server_that_fails_in_lists_by_watch_is_listed() {
     let api = KubeApi::start();
     let Some(faults) = api.faults() else { return skip("a real API server has the etcd it has") };
     let server = Backend::named_at("a", host_ip());
-    announce(&api, "a", &server);
+    api.announce("a", server.address());
     faults.fail_streaming_lists();
     let proxy = on(&api).start();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     let warned = proxy.log_at("WARN");
     assert!(warned.is_empty(), "{warned:#?}");
 }
@@ -143,11 +130,7 @@ fn both_watches_of_keyed_routing_keep_their_pace() {
     for odd in [Odd::Redirect, Odd::EndsAtOnce, Odd::Empty] {
         faults.talk(Some(odd));
         let (begun, before) = (Instant::now(), faults.requests());
-        let _proxy = on(&api)
-            .set("AEGIS_PROTOCOL", "chronos")
-            .set("AEGIS_POOL_MODE", "request")
-            .set("AEGIS_ROUTE", "key")
-            .launch();
+        let _proxy = on(&api).protocol("chronos", "request").set("AEGIS_ROUTE", "key").launch();
         eventually("it has been heard for a while", WINDOW + PATIENCE, || {
             (begun.elapsed() >= WINDOW).then_some(())
         });
@@ -184,15 +167,15 @@ fn a_list_that_never_ends_is_no_sync() {
 }
 
 #[test]
-fn troubles_and_their_end_are_told_once() {
+fn troubles_and_their_end_are_reported_once() {
     let api = KubeApi::start();
     let Some(faults) = api.faults() else {
         return skip("no real API server answers 503 on demand");
     };
     let servers = [(); 2].map(|()| Backend::named_at("a", host_ip()));
-    announce(&api, "a", &servers[0]);
+    api.announce("a", servers[0].address());
     let proxy = on(&api).set("AEGIS_KUBE_WATCH_TIMEOUT", "2s").start();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     faults.answer(Some(503));
     proxy.wait_for(DISCOVERY_ERRORS, &[("kind", "refused")], |errors| errors >= 4);
     let warned = proxy.log_at("WARN");
@@ -211,10 +194,10 @@ fn watches_last_for_five_minutes_or_a_little_less() {
     let api = KubeApi::start();
     let Some(faults) = api.faults() else { return skip("a real API server keeps no such record") };
     let server = Backend::named_at("a", host_ip());
-    announce(&api, "a", &server);
+    api.announce("a", server.address());
     let proxies = [(); 4].map(|()| on(&api).start());
     for proxy in &proxies {
-        wait_for_endpoints(proxy, 1);
+        proxy.wait_for_endpoints(1);
     }
     let mut timeouts = faults.timeouts();
     assert!(timeouts.iter().all(|seconds| (225..=300).contains(seconds)), "{timeouts:?}");
@@ -237,13 +220,13 @@ fn plugin(api: &KubeApi, script: &str) {
 fn a_plugin_gives_the_credentials() {
     let api = KubeApi::start();
     let server = Backend::named_at("a", host_ip());
-    announce(&api, "a", &server);
+    api.announce("a", server.address());
     let status = json!({"token": PROXY_TOKEN, "expirationTimestamp": "2099-01-01T00:00:00Z"});
     let credential = json!({"apiVersion": "client.authentication.k8s.io/v1",
                             "kind": "ExecCredential", "status": status});
     plugin(&api, &format!("echo '{credential}'"));
     let proxy = on(&api).start();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
 }
 
@@ -251,7 +234,7 @@ fn a_plugin_gives_the_credentials() {
 fn a_plugin_gives_a_certificate() {
     let api = KubeApi::start();
     let server = Backend::named_at("a", host_ip());
-    announce(&api, "a", &server);
+    api.announce("a", server.address());
     let (certificate, key) = api.certificate();
     let status = json!({"clientCertificateData": certificate, "clientKeyData": key});
     let credential = json!({"kind": "ExecCredential", "status": status});
@@ -259,7 +242,7 @@ fn a_plugin_gives_a_certificate() {
     fs::write(&file, credential.to_string()).unwrap();
     plugin(&api, &format!("cat {}", file.display()));
     let proxy = on(&api).start();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
 }
 
 #[test]
@@ -287,7 +270,7 @@ fn a_plugin_that_hangs_keeps_nobody_from_the_end_and_ends_with_it() {
 fn a_plugin_that_hangs_is_killed_and_tried_again() {
     let api = KubeApi::start();
     let server = Backend::named_at("a", host_ip());
-    announce(&api, "a", &server);
+    api.announce("a", server.address());
     let (once, pid) = (api.folder().join("once"), api.folder().join("pid"));
     let credential = json!({"kind": "ExecCredential", "status": {"token": PROXY_TOKEN}});
     plugin(
@@ -306,7 +289,7 @@ fn a_plugin_that_hangs_is_killed_and_tried_again() {
     assert!(why.contains("the exec plugin"), "{why}");
     let plugin = fs::read_to_string(&pid).unwrap();
     assert!(!fs::exists(format!("/proc/{}", plugin.trim())).unwrap(), "it still runs");
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
 }
 
 #[test]

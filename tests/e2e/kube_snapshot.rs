@@ -20,20 +20,10 @@ use crate::support::{Io, PATIENCE, eventually, measured};
 
 fn on(api: &KubeApi, file: &Path) -> Builder {
     Builder::on(Io::Auto)
-        .set("KUBECONFIG", api.kubeconfig())
-        .set("AEGIS_KUBE_SERVICE", "chronos")
+        .kubernetes(api)
         .set("AEGIS_KUBE_SNAPSHOT", file.to_str().unwrap())
         .set("AEGIS_START_TIMEOUT", "1s")
         .without_pool()
-}
-
-fn announce(api: &KubeApi, name: &str, backend: &Backend) {
-    let address = backend.address();
-    api.slice(name, &Slice::of(address.port()).with(&format!("pod-{name}"), address.ip()));
-}
-
-fn wait_for_endpoints(proxy: &Proxy, count: u64) {
-    proxy.wait_for(DISCOVERY_ENDPOINTS, &[], |found| found == count);
 }
 
 fn read(file: &Path) -> Option<Value> {
@@ -44,7 +34,7 @@ fn read(file: &Path) -> Option<Value> {
 fn saved(api: &KubeApi, count: usize) -> (PathBuf, Value) {
     let file = api.folder().join("endpoints.json");
     let mut proxy = on(api, &file).start();
-    wait_for_endpoints(&proxy, count as u64);
+    proxy.wait_for_endpoints(count as u64);
     let saved = eventually("the endpoints are saved", PATIENCE, || {
         read(&file).filter(|saved| saved["endpoints"].as_array().unwrap().len() == count)
     });
@@ -53,33 +43,27 @@ fn saved(api: &KubeApi, count: usize) -> (PathBuf, Value) {
     (file, saved)
 }
 
-fn wait_for_start(proxy: &Proxy) {
-    eventually("it starts", PATIENCE, || {
-        (proxy.get("/startupz?wait=0").status == 200).then_some(())
-    });
-}
-
 #[test]
 fn a_start_without_an_api_has_the_last_endpoints() {
     let api = KubeApi::start();
     let servers = ["a", "b"].map(|name| Backend::named_at(name, host_ip()));
-    announce(&api, "a", &servers[0]);
+    api.announce("a", servers[0].address());
     let (file, _) = saved(&api, 1);
 
     api.gate.close();
     let begun = Instant::now();
     let proxy = on(&api, &file).launch();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     measured(&format!("endpoints {:?} after the start, the API being away", begun.elapsed()));
     assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
-    wait_for_start(&proxy);
+    proxy.wait_for_start();
     assert_eq!(proxy.get("/readyz").status, 200);
     assert!(proxy.metric(DISCOVERY_SNAPSHOT_AGE, &[]) < 60);
     let told = "the Kubernetes API has not answered: going on with the saved endpoints";
     let age = proxy.log_events(told)[0]["age_s"].as_u64();
     assert!(age.is_some_and(|age| age < 60), "{age:?}");
 
-    announce(&api, "b", &servers[1]);
+    api.announce("b", servers[1].address());
     api.delete_slice("a");
     api.gate.open();
     proxy.wait_for_absence(DISCOVERY_SNAPSHOT_AGE, &[]);
@@ -92,10 +76,10 @@ fn a_start_without_an_api_has_the_last_endpoints() {
 }
 
 #[test]
-fn they_are_used_at_once_where_nobody_listens() {
+fn saved_endpoints_are_used_at_once_where_nobody_listens() {
     let api = KubeApi::start();
     let server = Backend::named_at("a", host_ip());
-    announce(&api, "a", &server);
+    api.announce("a", server.address());
     let (file, mut saved) = saved(&api, 1);
     // Bound once, it is nobody else's soon.
     let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
@@ -103,28 +87,28 @@ fn they_are_used_at_once_where_nobody_listens() {
     fs::write(&file, saved.to_string()).unwrap();
     api.set_server(nobody);
     let proxy = on(&api, &file).set("AEGIS_START_TIMEOUT", "5m").launch();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
-    wait_for_start(&proxy);
+    proxy.wait_for_start();
 }
 
 #[test]
-fn without_them_a_refusal_is_waited_out() {
+fn a_refusal_is_waited_out_without_saved_endpoints() {
     let api = KubeApi::start();
     api.set_server(TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
     let begun = Instant::now();
     let file = api.folder().join("endpoints.json");
     let proxy = on(&api, &file).set("AEGIS_START_TIMEOUT", "2s").launch();
-    wait_for_start(&proxy);
+    proxy.wait_for_start();
     let took = begun.elapsed();
     assert!(took >= Duration::from_secs(2), "{took:?}");
 }
 
 #[test]
-fn a_file_that_is_of_no_use_is_told_of_and_left_alone() {
+fn a_file_that_is_of_no_use_is_reported_and_left_alone() {
     let api = KubeApi::start();
     let server = Backend::named_at("a", host_ip());
-    announce(&api, "a", &server);
+    api.announce("a", server.address());
     let (file, good) = saved(&api, 1);
     api.gate.close();
     let edited = |edit: &dyn Fn(&mut Value)| {
@@ -149,7 +133,7 @@ fn a_file_that_is_of_no_use_is_told_of_and_left_alone() {
     ] {
         fs::write(&file, &text).unwrap();
         let mut proxy = on(&api, &file).launch();
-        wait_for_start(&proxy);
+        proxy.wait_for_start();
         assert_eq!(proxy.metric(DISCOVERY_ENDPOINTS, &[]), 0, "{why}");
         let warned = proxy.log_at("WARN");
         let told = warned.iter().filter(|line| {
@@ -167,7 +151,7 @@ fn a_file_that_is_of_no_use_is_told_of_and_left_alone() {
 fn a_place_where_nothing_can_be_kept_harms_nobody() {
     let api = KubeApi::start();
     let server = Backend::named_at("a", host_ip());
-    announce(&api, "a", &server);
+    api.announce("a", server.address());
     let folder = api.folder().join("folder");
     fs::create_dir(&folder).unwrap();
     let pipe = api.folder().join("pipe");
@@ -175,7 +159,7 @@ fn a_place_where_nothing_can_be_kept_harms_nobody() {
     let nowhere = api.folder().join("nowhere/endpoints.json");
     for (path, told) in [(&nowhere, true), (&folder, true), (&pipe, false)] {
         let mut proxy = on(&api, path).start();
-        wait_for_endpoints(&proxy, 1);
+        proxy.wait_for_endpoints(1);
         assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
         let cannot = |proxy: &Proxy| {
             let lines = proxy.log_lines().into_iter();
@@ -200,7 +184,7 @@ fn a_file_is_written_seldom_and_as_a_whole() {
     const CHANGES: u16 = 60;
     let api = KubeApi::start();
     let server = Backend::named_at("a", host_ip());
-    announce(&api, "a", &server);
+    api.announce("a", server.address());
     let file = api.folder().join("endpoints.json");
     let proxy = on(&api, &file).start();
     eventually("it is there", PATIENCE, || read(&file));
@@ -235,12 +219,7 @@ fn declared_stores_are_saved_with_them() {
     let store = Backend::chronos_on((host_ip(), 0).into(), &Arc::default());
     api.slice("a", &Slice::of(store.address().port()).with("chronos-0", host_ip()));
     let file = api.folder().join("endpoints.json");
-    let by_key = || {
-        on(&api, &file)
-            .set("AEGIS_PROTOCOL", "chronos")
-            .set("AEGIS_POOL_MODE", "request")
-            .set("AEGIS_ROUTE", "key")
-    };
+    let by_key = || on(&api, &file).protocol("chronos", "request").set("AEGIS_ROUTE", "key");
     let answers = |proxy: &Proxy| {
         proxy.wait_for(STORE_PRESENT, &[("store", "chronos-0")], |present| present == 1);
         proxy.wait_for(STORE_PRESENT, &[("store", "chronos-1")], |present| present == 0);

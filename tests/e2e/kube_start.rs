@@ -13,15 +13,7 @@ use crate::support::{Io, PATIENCE, eventually, skip};
 const START_TIMEOUT: Duration = Duration::from_secs(1);
 
 fn on(api: &KubeApi) -> Builder {
-    Builder::on(Io::Auto)
-        .set("KUBECONFIG", api.kubeconfig())
-        .set("AEGIS_KUBE_SERVICE", "chronos")
-        .set("AEGIS_START_TIMEOUT", "1s")
-}
-
-fn announce(api: &KubeApi, backend: &Backend) {
-    let address = backend.address();
-    api.slice("a", &Slice::of(address.port()).with("pod-a", address.ip()));
+    Builder::on(Io::Auto).kubernetes(api).set("AEGIS_START_TIMEOUT", "1s")
 }
 
 /// Waits until the start-up is held for this reason, and far longer than it may wait for an API.
@@ -56,17 +48,11 @@ fn end(mut proxy: Proxy, why: &str) {
     });
 }
 
-fn wait_for_start(proxy: &Proxy) {
-    eventually("it starts", PATIENCE, || {
-        (proxy.get("/startupz?wait=0").status == 200).then_some(())
-    });
-}
-
 #[test]
 fn a_missing_role_holds_the_start() {
     let api = KubeApi::start();
     let server = Backend::named_at("a", host_ip());
-    announce(&api, &server);
+    api.announce("a", server.address());
     api.revoke();
     let [held, mended] = [(); 2].map(|()| on(&api).launch());
     let parts = ["not allowed to", "endpointslices", "Role"];
@@ -74,7 +60,7 @@ fn a_missing_role_holds_the_start() {
     end(held, &why);
     wait_until_held(&mended, &parts);
     api.grant();
-    wait_for_start(&mended);
+    mended.wait_for_start();
     assert_eq!(ask_once(mended.address(), "who").unwrap(), "a");
 }
 
@@ -82,13 +68,13 @@ fn a_missing_role_holds_the_start() {
 fn credentials_that_are_not_accepted_hold_the_start() {
     let api = KubeApi::start();
     let server = Backend::named_at("a", host_ip());
-    announce(&api, &server);
+    api.announce("a", server.address());
     api.write_token("somebody-elses");
     let [held, mended] = [(); 2].map(|()| on(&api).launch());
     let why = wait_until_held(&held, &["does not accept the credentials"]);
     end(held, &why);
     api.write_token(crate::support::kube_api::PROXY_TOKEN);
-    wait_for_start(&mended);
+    mended.wait_for_start();
 }
 
 #[test]
@@ -98,8 +84,8 @@ fn a_service_that_does_not_exist_holds_the_start() {
     let [held, mended] = [(); 2].map(|()| on(&api).launch());
     let why = wait_until_held(&held, &["no EndpointSlice", "\"chronos\""]);
     end(held, &why);
-    announce(&api, &server);
-    wait_for_start(&mended);
+    api.announce("a", server.address());
+    mended.wait_for_start();
     assert_eq!(ask_once(mended.address(), "who").unwrap(), "a");
     // Once it has started, a Service may go.
     api.delete_slice("a");
@@ -112,7 +98,7 @@ fn a_service_without_endpoints_does_not_hold_the_start() {
     let api = KubeApi::start();
     api.slice("a", &Slice::of(1));
     let proxy = on(&api).launch();
-    wait_for_start(&proxy);
+    proxy.wait_for_start();
     assert_eq!(proxy.get("/readyz").status, 503);
     let mut proxy = proxy;
     proxy.terminate();
@@ -164,10 +150,10 @@ fn a_proxy_on_the_way_holds_the_start() {
 fn an_api_out_of_reach_does_not_hold_the_start() {
     let api = KubeApi::start();
     let server = Backend::named_at("a", host_ip());
-    announce(&api, &server);
+    api.announce("a", server.address());
     api.gate.close();
     let mut proxy = on(&api).launch();
-    wait_for_start(&proxy);
+    proxy.wait_for_start();
     // Who has no endpoints does not say that it keeps them.
     let warned = proxy.log_at("WARN");
     let keeps = |line: &serde_json::Value| line["message"].as_str().unwrap().contains("keeping");
@@ -188,7 +174,7 @@ fn an_api_that_fails_does_not_hold_the_start() {
     for status in [429, 500, 503, 504] {
         faults.answer(Some(status));
         let proxy = on(&api).launch();
-        wait_for_start(&proxy);
+        proxy.wait_for_start();
     }
     // What it says of rights counts, whatever it says between.
     faults.answer(Some(403));

@@ -8,8 +8,8 @@ use crate::support::backend::Backend;
 use crate::support::client::{ask, ask_once, connect, wait_closed};
 use crate::support::kube_api::{Credentials, KubeApi, NAMESPACE, Slice, host_ip};
 use crate::support::metrics::{
-    APPLIED_GENERATION, DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, ENDPOINT_SESSIONS, Labels,
-    SESSIONS_ACTIVE, SESSIONS_CLOSED, SPILLOVERS,
+    APPLIED_GENERATION, DISCOVERY_ERRORS, ENDPOINT_SESSIONS, Labels, SESSIONS_ACTIVE,
+    SESSIONS_CLOSED, SPILLOVERS,
 };
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, SetOnDrop, eventually, heavy, measured, on_both_drivers, skip};
@@ -23,13 +23,13 @@ on_both_drivers![
     an_api_that_is_gone_harms_nobody_and_comes_back,
     an_api_that_is_killed_is_found_again,
     an_api_that_is_gone_at_the_start_is_waited_for,
-    a_missing_role_is_told_and_its_grant_is_noticed,
+    a_missing_role_is_reported_and_its_grant_is_noticed,
     a_connection_gone_silent_is_given_up,
     errors_of_the_api_are_counted_and_outlived,
     a_rotated_token_is_read_again,
     an_endpoint_that_goes_is_drained_within_its_time,
     a_rolling_replacement_fails_no_session,
-    near_endpoints_are_preferred_until_they_are_gone,
+    local_endpoints_are_preferred_until_they_are_gone,
     a_change_reaches_every_worker_within_milliseconds,
     a_thousand_endpoints_that_change_all_the_time_harm_nobody,
 ];
@@ -38,8 +38,7 @@ const NO_ENDPOINT: Labels = &[("reason", "no_endpoint")];
 
 fn on(io: Io, api: &KubeApi) -> Builder {
     Builder::on(io)
-        .set("KUBECONFIG", api.kubeconfig())
-        .set("AEGIS_KUBE_SERVICE", "chronos")
+        .kubernetes(api)
         .set("AEGIS_KUBE_WATCH_TIMEOUT", "2s")
         .set("AEGIS_BALANCE", "round_robin")
         .set("AEGIS_SLOW_START", "off")
@@ -48,20 +47,6 @@ fn on(io: Io, api: &KubeApi) -> Builder {
 /// Servers that the API may name: each has a slice, for each has a port of its own.
 fn backends(names: &[&'static str]) -> Vec<Backend> {
     names.iter().map(|name| Backend::named_at(name, host_ip())).collect()
-}
-
-fn announce(api: &KubeApi, name: &str, backend: &Backend) {
-    let address = backend.address();
-    api.slice(name, &Slice::of(address.port()).with(&format!("pod-{name}"), address.ip()));
-}
-
-fn wait_for_endpoints(proxy: &Proxy, count: u64) {
-    proxy.wait_for(DISCOVERY_ENDPOINTS, &[], |found| found == count);
-    eventually("every worker has applied it", PATIENCE, || {
-        let backends = proxy.get("/backends").json();
-        let applied = backends["applied_generations"].as_array()?;
-        applied.iter().all(|g| *g == backends["generation"]).then_some(())
-    });
 }
 
 /// Who answers 40 sessions, each once.
@@ -76,17 +61,17 @@ fn a_service_is_followed_from_one_endpoint_to_five_to_none_to_three(io: Io) {
     let api = KubeApi::start();
     let names = ["a", "b", "c", "d", "e"];
     let servers = backends(&names);
-    announce(&api, "a", &servers[0]);
+    api.announce("a", servers[0].address());
     let proxy = on(io, &api).start();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     assert_eq!(who(&proxy), ["a"]);
     let name = &proxy.get("/backends").json()["endpoints"][0]["name"];
     assert_eq!(name, "pod-a");
 
     for (name, server) in names.iter().zip(&servers).skip(1) {
-        announce(&api, name, server);
+        api.announce(name, server.address());
     }
-    wait_for_endpoints(&proxy, 5);
+    proxy.wait_for_endpoints(5);
     assert_eq!(who(&proxy), names);
 
     let held = connect(proxy.address());
@@ -94,7 +79,7 @@ fn a_service_is_followed_from_one_endpoint_to_five_to_none_to_three(io: Io) {
     for name in names {
         api.delete_slice(name);
     }
-    wait_for_endpoints(&proxy, 0);
+    proxy.wait_for_endpoints(0);
     assert!(proxy.get("/readyz").body.contains("no endpoint"), "{:?}", proxy.get("/readyz"));
     assert_eq!(ask(&held, "who"), by, "a live session stays");
 
@@ -105,11 +90,11 @@ fn a_service_is_followed_from_one_endpoint_to_five_to_none_to_three(io: Io) {
             (proxy.metric(SESSIONS_ACTIVE, &[]) == 2).then_some(())
         });
         for (name, server) in names.iter().zip(&servers).take(3) {
-            announce(&api, name, server);
+            api.announce(name, server.address());
         }
         assert!(names[..3].contains(&&*waiting.join().unwrap().unwrap()));
     });
-    wait_for_endpoints(&proxy, 3);
+    proxy.wait_for_endpoints(3);
     assert_eq!(who(&proxy), ["a", "b", "c"]);
 }
 
@@ -118,13 +103,13 @@ fn short_sessions_outlive_every_scaling(io: Io) {
     let api = KubeApi::start();
     let names = ["a", "b", "c", "d", "e"];
     let mut first = backends(&names);
-    announce(&api, "a", &first[0]);
+    api.announce("a", first[0].address());
     let proxy = on(io, &api)
         .set("AEGIS_BALANCE", "least_conn")
         .set("AEGIS_SLOW_START", "300ms")
         .set("AEGIS_ENDPOINT_WAIT", "1m")
         .start();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     let (stop, served) = (AtomicBool::new(false), AtomicU64::new(0));
     let served_more = || {
         let before = served.load(Relaxed);
@@ -150,14 +135,14 @@ fn short_sessions_outlive_every_scaling(io: Io) {
             .collect();
         served_more();
         for (name, server) in names.iter().zip(&first).skip(1) {
-            announce(&api, name, server);
+            api.announce(name, server.address());
         }
-        wait_for_endpoints(&proxy, 5);
+        proxy.wait_for_endpoints(5);
         served_more();
         for name in names {
             api.delete_slice(name);
         }
-        wait_for_endpoints(&proxy, 0);
+        proxy.wait_for_endpoints(0);
         proxy.wait_for_absence(ENDPOINT_SESSIONS, &[]);
         proxy.wait_for(SESSIONS_ACTIVE, &[], |waiting| waiting == CLIENTS);
         let before = served.load(Relaxed);
@@ -165,14 +150,14 @@ fn short_sessions_outlive_every_scaling(io: Io) {
         first.iter_mut().for_each(Backend::kill);
         let second = backends(&["new"; 3]);
         assert_eq!(served.load(Relaxed), before, "served by nobody");
-        announce(&api, "f", &second[0]);
+        api.announce("f", second[0].address());
         eventually("those that waited are served", PATIENCE, || {
             (served.load(Relaxed) >= before + CLIENTS).then_some(())
         });
         for (name, server) in ["g", "h"].iter().zip(&second[1..]) {
-            announce(&api, name, server);
+            api.announce(name, server.address());
         }
-        wait_for_endpoints(&proxy, 3);
+        proxy.wait_for_endpoints(3);
         served_more();
         stop.store(true, Relaxed);
         longest = clients.into_iter().map(|client| client.join().unwrap()).max().unwrap();
@@ -188,12 +173,12 @@ fn a_session_that_waits_too_long_is_refused(io: Io) {
     const WAIT: Duration = Duration::from_millis(300);
     let api = KubeApi::start();
     let servers = backends(&["a"]);
-    announce(&api, "a", &servers[0]);
+    api.announce("a", servers[0].address());
     let proxy = on(io, &api).set("AEGIS_ENDPOINT_WAIT", "300ms").start();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     assert_eq!(who(&proxy), ["a"]);
     api.delete_slice("a");
-    wait_for_endpoints(&proxy, 0);
+    proxy.wait_for_endpoints(0);
     let refused = |count| proxy.wait_for(SESSIONS_CLOSED, NO_ENDPOINT, |found| found == count);
     refused(0);
     for count in 1..=2 {
@@ -206,8 +191,8 @@ fn a_session_that_waits_too_long_is_refused(io: Io) {
     }
     assert_eq!(proxy.metric(SESSIONS_ACTIVE, &[]), 0);
     // Its time is over, but not that of those who come later.
-    announce(&api, "a", &servers[0]);
-    wait_for_endpoints(&proxy, 1);
+    api.announce("a", servers[0].address());
+    proxy.wait_for_endpoints(1);
     assert_eq!(who(&proxy), ["a"]);
     refused(2);
 }
@@ -215,13 +200,13 @@ fn a_session_that_waits_too_long_is_refused(io: Io) {
 fn a_kubeconfig_at_home_and_a_service_are_enough(io: Io) {
     let api = KubeApi::start();
     let servers = backends(&["a"]);
-    announce(&api, "a", &servers[0]);
+    api.announce("a", servers[0].address());
     for credentials in [Credentials::Token, Credentials::Certificate] {
         let proxy = Builder::on(io)
             .set("HOME", api.home(&credentials))
             .set("AEGIS_KUBE_SERVICE", "chronos")
             .start();
-        wait_for_endpoints(&proxy, 1);
+        proxy.wait_for_endpoints(1);
         assert_eq!(who(&proxy), ["a"], "{credentials:?}");
     }
 }
@@ -238,33 +223,33 @@ fn pods_are_found_by_their_labels(io: Io) {
         .set("AEGIS_KUBE_NAMESPACE", NAMESPACE)
         .set("AEGIS_KUBE_PORT", "chronos")
         .start();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     assert_eq!(who(&proxy), ["a"]);
     api.pod("chronos-1", &labels, servers[1].address());
-    wait_for_endpoints(&proxy, 2);
+    proxy.wait_for_endpoints(2);
     assert_eq!(who(&proxy), ["a", "b"]);
     api.delete_pod("chronos-0");
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     assert_eq!(who(&proxy), ["b"]);
 }
 
 fn an_api_that_is_gone_harms_nobody_and_comes_back(io: Io) {
     let api = KubeApi::start();
     let servers = backends(&["a", "b"]);
-    announce(&api, "a", &servers[0]);
+    api.announce("a", servers[0].address());
     let proxy = on(io, &api).start();
     let held = connect(proxy.address());
     assert_eq!(ask(&held, "who"), "a");
 
     api.gate.close();
     proxy.wait_for(DISCOVERY_ERRORS, &[("kind", "unreachable")], |errors| errors >= 2);
-    announce(&api, "b", &servers[1]);
+    api.announce("b", servers[1].address());
     assert_eq!(proxy.get("/readyz").status, 200);
     assert_eq!(who(&proxy), ["a"], "the last known good set stays");
     assert_eq!(ask(&held, "who"), "a");
 
     api.gate.open();
-    wait_for_endpoints(&proxy, 2);
+    proxy.wait_for_endpoints(2);
     assert_eq!(who(&proxy), ["a", "b"]);
 }
 
@@ -274,9 +259,9 @@ fn an_api_that_is_killed_is_found_again(io: Io) {
     let outage = Duration::from_secs(outage);
     let mut api = KubeApi::start();
     let servers = backends(&["a", "b"]);
-    announce(&api, "a", &servers[0]);
+    api.announce("a", servers[0].address());
     let proxy = on(io, &api).start();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     let held = connect(proxy.address());
     assert_eq!(ask(&held, "who"), "a");
     api.kill();
@@ -292,8 +277,8 @@ fn an_api_that_is_killed_is_found_again(io: Io) {
     assert!(errors > 0);
     api.restart();
     let back = Instant::now();
-    announce(&api, "b", &servers[1]);
-    wait_for_endpoints(&proxy, 2);
+    api.announce("b", servers[1].address());
+    proxy.wait_for_endpoints(2);
     measured(&format!(
         "{served} sessions served in an outage of {outage:?}, none failed; {errors} attempts; the \
          next change known {:?} after the API was back",
@@ -305,7 +290,7 @@ fn an_api_that_is_killed_is_found_again(io: Io) {
 fn an_api_that_is_gone_at_the_start_is_waited_for(io: Io) {
     let api = KubeApi::start();
     let servers = backends(&["a"]);
-    announce(&api, "a", &servers[0]);
+    api.announce("a", servers[0].address());
     api.gate.close();
     let proxy = on(io, &api).launch();
     eventually("readiness says why", PATIENCE, || {
@@ -318,15 +303,15 @@ fn an_api_that_is_gone_at_the_start_is_waited_for(io: Io) {
         (proxy.get("/startupz?wait=0").status == 200).then_some(())
     });
     api.gate.open();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     assert_eq!(proxy.get("/readyz").status, 200);
     assert_eq!(who(&proxy), ["a"]);
 }
 
-fn a_missing_role_is_told_and_its_grant_is_noticed(io: Io) {
+fn a_missing_role_is_reported_and_its_grant_is_noticed(io: Io) {
     let api = KubeApi::start();
     let servers = backends(&["a"]);
-    announce(&api, "a", &servers[0]);
+    api.announce("a", servers[0].address());
     api.revoke();
     let proxy = on(io, &api).launch();
     proxy.wait_for(DISCOVERY_ERRORS, &[("kind", "forbidden")], |errors| errors >= 1);
@@ -338,25 +323,25 @@ fn a_missing_role_is_told_and_its_grant_is_noticed(io: Io) {
         assert!(why.contains(part), "no {part} in {why}");
     }
     api.grant();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     assert_eq!(who(&proxy), ["a"]);
 }
 
 fn a_connection_gone_silent_is_given_up(io: Io) {
     let api = KubeApi::start();
     let servers = backends(&["a", "b"]);
-    announce(&api, "a", &servers[0]);
+    api.announce("a", servers[0].address());
     let proxy = on(io, &api).set("AEGIS_KUBE_WATCH_TIMEOUT", "1s").start();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     api.gate.silence();
-    announce(&api, "b", &servers[1]);
+    api.announce("b", servers[1].address());
     assert_eq!(who(&proxy), ["a"]);
     // What is silent now stays so; only a new connection can bring the news.
     let silent = Instant::now();
     eventually("the silence is noticed", PATIENCE, || {
         (silent.elapsed() > Duration::from_secs(1)).then(|| api.gate.open())
     });
-    wait_for_endpoints(&proxy, 2);
+    proxy.wait_for_endpoints(2);
     measured(&format!("a silent connection was replaced after {:?}", silent.elapsed()));
     assert_eq!(who(&proxy), ["a", "b"]);
 }
@@ -368,60 +353,60 @@ fn errors_of_the_api_are_counted_and_outlived(io: Io) {
         return skip("a real API server gives no 410, 429 or 500 on demand");
     };
     let servers = backends(&["a", "b", "c"]);
-    announce(&api, "a", &servers[0]);
+    api.announce("a", servers[0].address());
     faults.forget_streaming_lists();
     let proxy = on(io, &api).start();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     for (status, kind) in [(429, "throttled"), (500, "refused")] {
         faults.answer(Some(status));
         proxy.wait_for(DISCOVERY_ERRORS, &[("kind", kind)], |errors| errors >= 1);
         assert_eq!(who(&proxy), ["a"]);
         faults.answer(None);
     }
-    announce(&api, "b", &servers[1]);
-    wait_for_endpoints(&proxy, 2);
+    api.announce("b", servers[1].address());
+    proxy.wait_for_endpoints(2);
 
     api.gate.close();
     proxy.wait_for(DISCOVERY_ERRORS, &[("kind", "unreachable")], |errors| errors >= 1);
-    announce(&api, "c", &servers[2]);
+    api.announce("c", servers[2].address());
     faults.compact();
     api.gate.open();
     proxy.wait_for(DISCOVERY_ERRORS, &[("kind", "expired")], |errors| errors >= 1);
-    wait_for_endpoints(&proxy, 3);
+    proxy.wait_for_endpoints(3);
     assert_eq!(who(&proxy), ["a", "b", "c"]);
 }
 
 fn a_rotated_token_is_read_again(io: Io) {
     let api = KubeApi::start();
     let servers = backends(&["a", "b"]);
-    announce(&api, "a", &servers[0]);
+    api.announce("a", servers[0].address());
     let proxy = on(io, &api).start();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     api.write_token("proxy-token-2");
     match api.faults() {
         // The old one is refused at once: the client must not wait until it reads the file again.
         Some(faults) => faults.accept_only("proxy-token-2"),
         None => api.gate.cut(),
     }
-    announce(&api, "b", &servers[1]);
-    wait_for_endpoints(&proxy, 2);
+    api.announce("b", servers[1].address());
+    proxy.wait_for_endpoints(2);
     assert_eq!(who(&proxy), ["a", "b"]);
 }
 
 fn an_endpoint_that_goes_is_drained_within_its_time(io: Io) {
     let api = KubeApi::start();
     let servers = backends(&["a", "b"]);
-    announce(&api, "a", &servers[0]);
+    api.announce("a", servers[0].address());
     let proxy = on(io, &api).set("AEGIS_BACKEND_DRAIN", "1s").start();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     let held = connect(proxy.address());
     assert_eq!(ask(&held, "who"), "a");
-    announce(&api, "b", &servers[1]);
-    wait_for_endpoints(&proxy, 2);
+    api.announce("b", servers[1].address());
+    proxy.wait_for_endpoints(2);
     let a = servers[0].address();
     api.slice("a", &Slice::of(a.port()).terminating("pod-a", a.ip()));
     let goes = Instant::now();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     assert_eq!(who(&proxy), ["b"], "no new session");
     assert_eq!(ask(&held, "who"), "a", "the live one has its time");
     wait_closed(&held).unwrap();
@@ -436,10 +421,10 @@ fn a_rolling_replacement_fails_no_session(io: Io) {
     let mut old = backends(&["a", "b", "c"]);
     let names = ["a", "b", "c"];
     for (name, server) in names.iter().zip(&old) {
-        announce(&api, name, server);
+        api.announce(name, server.address());
     }
     let proxy = on(io, &api).set("AEGIS_SLOW_START", "500ms").start();
-    wait_for_endpoints(&proxy, 3);
+    proxy.wait_for_endpoints(3);
     let (stop, served) = (AtomicBool::new(false), AtomicU64::new(0));
     let mut new = Vec::new();
     thread::scope(|scope| {
@@ -459,9 +444,9 @@ fn a_rolling_replacement_fails_no_session(io: Io) {
                 &format!("{name}-new"),
                 &Slice::of(address.port()).with(&format!("pod-{name}-new"), address.ip()),
             );
-            wait_for_endpoints(&proxy, 4);
+            proxy.wait_for_endpoints(4);
             api.delete_slice(name);
-            wait_for_endpoints(&proxy, 3);
+            proxy.wait_for_endpoints(3);
             // Sessions that were on it end first, as a pod's grace period lets them.
             let label = format!("pod-{name}");
             proxy.wait_for_absence(ENDPOINT_SESSIONS, &[("endpoint", &label)]);
@@ -474,7 +459,7 @@ fn a_rolling_replacement_fails_no_session(io: Io) {
     measured(&format!("{} sessions served, none failed", served.load(Relaxed)));
 }
 
-fn near_endpoints_are_preferred_until_they_are_gone(io: Io) {
+fn local_endpoints_are_preferred_until_they_are_gone(io: Io) {
     let api = KubeApi::start();
     let servers = backends(&["near", "far"]);
     let place = |name: &str, server: &Backend, zone: &str| {
@@ -485,7 +470,7 @@ fn near_endpoints_are_preferred_until_they_are_gone(io: Io) {
     place("near", &servers[0], "z1");
     place("far", &servers[1], "z2");
     let proxy = on(io, &api).set("AEGIS_LOCALITY", "zone").set("AEGIS_ZONE", "z1").start();
-    wait_for_endpoints(&proxy, 2);
+    proxy.wait_for_endpoints(2);
     assert_eq!(who(&proxy), ["near"]);
     assert_eq!(proxy.metric(SPILLOVERS, &[]), 0);
     // Too loaded: a session more than the far one would be far behind.
@@ -495,7 +480,7 @@ fn near_endpoints_are_preferred_until_they_are_gone(io: Io) {
     assert!(proxy.metric(SPILLOVERS, &[("reason", "loaded")]) > 0);
     drop(held);
     api.delete_slice("near");
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     assert_eq!(who(&proxy), ["far"]);
     assert!(proxy.metric(SPILLOVERS, &[("reason", "few")]) >= 40);
 }
@@ -504,16 +489,16 @@ fn a_change_reaches_every_worker_within_milliseconds(io: Io) {
     let _alone = heavy();
     let api = KubeApi::start();
     let servers = backends(&["a", "b"]);
-    announce(&api, "a", &servers[0]);
+    api.announce("a", servers[0].address());
     let proxy = on(io, &api).without_pool().start();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     let (mut took, mut after_answer) = (Vec::new(), Vec::new());
     let first_change = Instant::now();
     for round in 0..100u64 {
         let before = proxy.metric(APPLIED_GENERATION, &[]);
         let begun = Instant::now();
         if round % 2 == 0 {
-            announce(&api, "b", &servers[1]);
+            api.announce("b", servers[1].address());
         } else {
             api.delete_slice("b");
         }
@@ -569,7 +554,7 @@ fn a_thousand_endpoints_that_change_all_the_time_harm_nobody(io: Io) {
         api.slice(&format!("s{number}"), &slice(number, u16::MAX));
     }
     let proxy = on(io, &api).without_pool().start();
-    wait_for_endpoints(&proxy, 1008);
+    proxy.wait_for_endpoints(1008);
     let mut latencies = Vec::new();
     let stop = AtomicBool::new(false);
     let cpu = |proxy: &Proxy| proxy.thread_cpu("aegis-proxy");
@@ -605,6 +590,6 @@ fn a_thousand_endpoints_that_change_all_the_time_harm_nobody(io: Io) {
         100.0 * used.as_secs_f64() / wall.as_secs_f64(),
         latencies[latencies.len() / 2]
     ));
-    wait_for_endpoints(&proxy, 1008 - u64::from(SLICES));
+    proxy.wait_for_endpoints(1008 - u64::from(SLICES));
     assert!(p99 < Duration::from_secs(1));
 }

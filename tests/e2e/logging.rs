@@ -3,26 +3,24 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write, pipe};
-use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::pipe::fcntl_setpipe_size;
-use rustix::process::{Pid, Signal, geteuid, kill_process};
+use rustix::process::{Signal, geteuid};
 use serde_json::Value;
 
 use crate::support::backend::Backend;
 use crate::support::client::{ask_once, try_connect};
-use crate::support::metrics::Metrics;
+use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
 
 on_both_drivers![
     sessions_go_on_when_the_logs_reader_has_left,
     sessions_go_on_when_the_disk_is_full,
     sessions_go_on_when_nobody_reads_the_log,
-    what_is_read_late_is_in_order_and_says_what_is_missing,
+    a_log_read_late_is_in_order_and_says_what_is_missing,
     a_closed_standard_error_is_no_socket,
 ];
 
@@ -40,98 +38,34 @@ fn program(arguments: &[&str]) -> Command {
     command
 }
 
-/// A proxy whose log the test does not follow: its addresses are known beforehand.
-struct Unwatched {
-    child: Child,
-    address: SocketAddr,
-    admin: SocketAddr,
+fn on(io: Io, backend: &Backend, log: &str) -> Builder {
+    Builder::on(io).backends(&[backend.address()]).set("AEGIS_LOG", log)
 }
 
-impl Unwatched {
-    fn start(io: Io, backend: &Backend, log: &str, stderr: impl Into<Stdio>) -> Self {
-        Self::start_as(program(&[]), io, backend, log, stderr.into())
-    }
-
-    fn start_as(mut command: Command, io: Io, backend: &Backend, log: &str, stderr: Stdio) -> Self {
-        // Of loopback addresses there are enough for each proxy to have one of its own.
-        static NEXT: AtomicU16 = AtomicU16::new(1);
-        let [_, _, high, low] = std::process::id().to_be_bytes();
-        let own = [127, 64 | (high & 63), low, NEXT.fetch_add(1, Relaxed) as u8];
-        let [address, admin] = [8081, 8082].map(|port| SocketAddr::from((own, port)));
-        command
-            .env("AEGIS_IO", io.name())
-            .env("AEGIS_LISTEN", address.to_string())
-            .env("AEGIS_ADMIN", admin.to_string())
-            .env("AEGIS_BACKENDS", backend.address().to_string())
-            .env("AEGIS_WORKERS", "2")
-            .env("AEGIS_PIN", "off")
-            .env("AEGIS_LOG", log)
-            .env("AEGIS_LOG_FORMAT", "json")
-            .env("AEGIS_DRAIN_DELAY", "0s")
-            .stdout(Stdio::null())
-            .stderr(stderr);
-        let mut proxy = Self { child: command.spawn().unwrap(), address, admin };
-        // What it holds of the pipe is the child's alone from here on.
-        drop(command);
-        eventually("/readyz says 200", PATIENCE, || {
-            assert_eq!(proxy.child.try_wait().unwrap(), None, "the proxy ended");
-            proxy.get("/readyz")?.starts_with("HTTP/1.0 200").then_some(())
-        });
-        proxy
-    }
-
-    fn get(&self, path: &str) -> Option<String> {
-        let mut stream = try_connect(self.admin).ok()?;
-        write!(stream, "GET {path} HTTP/1.0\r\n\r\n").ok()?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text).ok()?;
-        Some(text)
-    }
-
-    fn metric(&self, name: &str) -> u64 {
-        let answer = self.get("/metrics").expect("/metrics answers");
-        let (_, body) = answer.split_once("\r\n\r\n").unwrap();
-        Metrics::parse(body).sum(name, &[]).unwrap_or_else(|| panic!("there is no {name}"))
-    }
-
-    /// Has sessions, each of which logs something at `aegis=trace`, until so many lines were dropped.
-    fn serve_until_dropped(&self, lines: u64) {
-        eventually("lines are dropped", PATIENCE, || {
-            for _ in 0..100 {
-                assert_eq!(ask_once(self.address, "who").unwrap(), "a");
-            }
-            (self.metric(DROPPED) >= lines).then_some(())
-        });
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
-    }
-
-    fn assert_serves(&self) {
-        for _ in 0..10 {
-            assert_eq!(ask_once(self.address, "who").unwrap(), "a");
+/// Has sessions, each of which logs something at `aegis=trace`, until so many lines were dropped.
+fn serve_until_dropped(proxy: &Proxy, lines: u64) {
+    eventually("lines are dropped", PATIENCE, || {
+        for _ in 0..100 {
+            assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
         }
-        assert!(self.get("/livez").unwrap().starts_with("HTTP/1.0 200"));
-    }
-
-    /// Drains it; it ends by itself and cleanly.
-    fn assert_drains(&mut self) {
-        self.signal(Signal::TERM);
-        let asked = Instant::now();
-        let status = eventually("the proxy ends", PATIENCE, || self.child.try_wait().unwrap());
-        assert!(status.success(), "{status}");
-        // The drain takes some of it, a second is for a log that nobody reads.
-        assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
-    }
+        (proxy.metric(DROPPED, &[]) >= lines).then_some(())
+    });
 }
 
-impl Drop for Unwatched {
-    fn drop(&mut self) {
-        // Both fail where it has ended and been waited for.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+fn assert_serves(proxy: &Proxy) {
+    for _ in 0..10 {
+        assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
     }
+    assert_eq!(proxy.get("/livez").status, 200);
+}
+
+/// Drains it; it ends by itself and cleanly.
+fn assert_drains(mut proxy: Proxy) {
+    proxy.terminate();
+    let asked = Instant::now();
+    proxy.wait_clean(PATIENCE);
+    // The drain takes some of it, a second is for a log that nobody reads.
+    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
 }
 
 /// A pipe that is full after a page.
@@ -148,42 +82,42 @@ fn dev_full() -> File {
 fn sessions_go_on_when_the_logs_reader_has_left(io: Io) {
     let backend = Backend::named("a");
     let (reader, writer) = pipe().unwrap();
-    let mut proxy = Unwatched::start(io, &backend, "aegis=trace", writer);
+    let proxy = on(io, &backend, "aegis=trace").log_to(writer).start();
     drop(reader);
     proxy.signal(Signal::HUP);
-    proxy.serve_until_dropped(100);
-    proxy.assert_serves();
-    proxy.assert_drains();
+    serve_until_dropped(&proxy, 100);
+    assert_serves(&proxy);
+    assert_drains(proxy);
 }
 
 fn sessions_go_on_when_the_disk_is_full(io: Io) {
     let backend = Backend::named("a");
-    let mut proxy = Unwatched::start(io, &backend, "info", dev_full());
+    let proxy = on(io, &backend, "info").log_to(dev_full()).start();
     proxy.signal(Signal::HUP);
-    proxy.assert_serves();
-    assert!(proxy.metric(DROPPED) > 0);
-    proxy.assert_drains();
+    assert_serves(&proxy);
+    assert!(proxy.metric(DROPPED, &[]) > 0);
+    assert_drains(proxy);
 }
 
 fn sessions_go_on_when_nobody_reads_the_log(io: Io) {
     let backend = Backend::named("a");
     let (_reader, writer) = narrow_pipe();
-    let mut proxy = Unwatched::start(io, &backend, "aegis=trace", writer);
-    proxy.serve_until_dropped(1);
-    let memory = resident_kb(proxy.child.id());
-    proxy.serve_until_dropped(10_000);
-    let more = resident_kb(proxy.child.id()).saturating_sub(memory);
+    let proxy = on(io, &backend, "aegis=trace").log_to(writer).start();
+    serve_until_dropped(&proxy, 1);
+    let memory = proxy.memory_kb("status", "VmRSS");
+    serve_until_dropped(&proxy, 10_000);
+    let more = proxy.memory_kb("status", "VmRSS").saturating_sub(memory);
     assert!(more < 2048, "{more} kB more for lines that were dropped");
-    proxy.assert_serves();
-    proxy.assert_drains();
+    assert_serves(&proxy);
+    assert_drains(proxy);
 }
 
-fn what_is_read_late_is_in_order_and_says_what_is_missing(io: Io) {
+fn a_log_read_late_is_in_order_and_says_what_is_missing(io: Io) {
     let backend = Backend::named("a");
     let (reader, writer) = narrow_pipe();
-    let mut proxy = Unwatched::start(io, &backend, "aegis=trace", writer);
-    proxy.serve_until_dropped(100);
-    let dropped = proxy.metric(DROPPED);
+    let mut proxy = on(io, &backend, "aegis=trace").log_to(writer).start();
+    serve_until_dropped(&proxy, 100);
+    let dropped = proxy.metric(DROPPED, &[]);
     let mut lines = BufReader::new(reader).lines().map(|line| {
         let line = line.unwrap();
         serde_json::from_str::<Value>(&line).unwrap_or_else(|error| panic!("{error}: {line}"))
@@ -212,31 +146,22 @@ fn what_is_read_late_is_in_order_and_says_what_is_missing(io: Io) {
         assert!(back * 20 <= times.len(), "{back} of {} {target} are out of order", times.len());
     }
     // What comes from now on is there, down to the last.
-    proxy.signal(Signal::TERM);
+    proxy.terminate();
     let ended = lines.last().unwrap();
     assert_eq!(ended["message"], "drained: every session has finished");
-    assert!(proxy.child.wait().unwrap().success());
+    proxy.wait_clean(PATIENCE);
 }
 
 fn a_closed_standard_error_is_no_socket(io: Io) {
     let backend = Backend::named("a");
-    let program = program(&[]);
-    let mut shell = Command::new("sh");
-    shell.args(["-c", "exec \"$0\" 2>&- >&-"]).arg(program.get_program());
-    shell.env_clear().stdin(Stdio::null());
-    let mut proxy = Unwatched::start_as(shell, io, &backend, "trace", Stdio::null());
+    let null = File::options().read(true).write(true).open("/dev/null").unwrap();
+    let proxy = on(io, &backend, "trace").log_to(null).outputs_closed().start();
     for fd in 0..=2 {
-        let target = fs::read_link(format!("/proc/{}/fd/{fd}", proxy.child.id())).unwrap();
+        let target = fs::read_link(format!("/proc/{}/fd/{fd}", proxy.id())).unwrap();
         assert_eq!(target.to_str(), Some("/dev/null"), "descriptor {fd}");
     }
-    proxy.assert_serves();
-    proxy.assert_drains();
-}
-
-fn resident_kb(id: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
+    assert_serves(&proxy);
+    assert_drains(proxy);
 }
 
 /// The last lines before the end are read only after it began.
@@ -244,15 +169,15 @@ fn resident_kb(id: u32) -> u64 {
 fn the_last_lines_are_written_though_they_are_read_late() {
     let backend = Backend::named("a");
     let (reader, writer) = narrow_pipe();
-    let mut proxy = Unwatched::start(Io::Epoll, &backend, "aegis=trace", writer);
+    let mut proxy = on(Io::Epoll, &backend, "aegis=trace").log_to(writer).start();
     for _ in 0..100 {
-        ask_once(proxy.address, "who").unwrap();
+        ask_once(proxy.address(), "who").unwrap();
     }
-    proxy.signal(Signal::TERM);
-    eventually("it no longer listens", PATIENCE, || try_connect(proxy.address).err());
+    proxy.terminate();
+    eventually("it no longer listens", PATIENCE, || try_connect(proxy.address()).err());
     let last = BufReader::new(reader).lines().last().unwrap().unwrap();
     assert!(last.contains("drained: every session has finished"), "{last}");
-    assert!(proxy.child.wait().unwrap().success());
+    proxy.wait_clean(PATIENCE);
 }
 
 /// Runs the program until it ends by itself.

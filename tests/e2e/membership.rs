@@ -7,9 +7,7 @@ use std::thread;
 use crate::support::backend::{Backend, Memory};
 use crate::support::client::{ask, connect, wait_closed};
 use crate::support::kube_api::{KubeApi, NAMESPACE, Slice, host_ip};
-use crate::support::metrics::{
-    DISCOVERY_ENDPOINTS, ENDPOINT_CONNECTS, POOL_CONNECTIONS, STORE_PRESENT,
-};
+use crate::support::metrics::{ENDPOINT_CONNECTS, POOL_CONNECTIONS, STORE_PRESENT};
 use crate::support::proxy::{Builder, Hosts, Proxy};
 use crate::support::{Io, PATIENCE, SetOnDrop, eventually, on_both_drivers, skip};
 
@@ -23,7 +21,7 @@ on_both_drivers![
     the_ordinals_of_a_stateful_set_are_the_stores_whoever_is_there,
     no_acknowledged_write_is_lost_in_a_rolling_restart,
     pods_that_are_counted_are_the_stores_without_a_stateful_set,
-    without_a_membership_nothing_starts,
+    nothing_starts_without_a_membership,
 ];
 
 /// Whose session a new client gets.
@@ -32,15 +30,6 @@ fn client_of(proxy: &Proxy, name: &str) -> TcpStream {
         let client = connect(proxy.address());
         (ask(&client, "who") == name).then_some(client)
     })
-}
-
-fn wait_for_endpoints(proxy: &Proxy, count: u64) {
-    proxy.wait_for(DISCOVERY_ENDPOINTS, &[], |found| found == count);
-    eventually("every worker has applied it", PATIENCE, || {
-        let backends = proxy.get("/backends").json();
-        let applied = backends["applied_generations"].as_array()?;
-        applied.iter().all(|g| *g == backends["generation"]).then_some(())
-    });
 }
 
 /// Has `endpoint` leave and return several times, with a session on it, and then leave for good.
@@ -53,10 +42,10 @@ fn leaves_and_returns(proxy: &Proxy, server: &Backend, endpoint: &str, set_prese
     assert!(accepted >= 5 && connects == accepted, "{accepted} accepted, {connects} counted");
     for _ in 0..3 {
         set_present(false);
-        wait_for_endpoints(proxy, 1);
+        proxy.wait_for_endpoints(1);
         assert_eq!(ask(&client, "who"), "b", "it is cut");
         set_present(true);
-        wait_for_endpoints(proxy, 2);
+        proxy.wait_for_endpoints(2);
         assert_eq!(ask(&client, "who"), "b", "it is cut");
         assert_eq!(proxy.metric(ENDPOINT_CONNECTS, &of), connects, "counted from the start again");
     }
@@ -66,13 +55,13 @@ fn leaves_and_returns(proxy: &Proxy, server: &Backend, endpoint: &str, set_prese
     assert_eq!(ask(&client, "who"), "b");
 
     set_present(false);
-    wait_for_endpoints(proxy, 1);
+    proxy.wait_for_endpoints(1);
     wait_closed(&client).unwrap();
     wait_closed(&another).unwrap();
     eventually("all connections to it are closed", PATIENCE, || (server.open() == 0).then_some(()));
     // However long it was away, it is counted on.
     set_present(true);
-    wait_for_endpoints(proxy, 2);
+    proxy.wait_for_endpoints(2);
     assert!(proxy.metric(ENDPOINT_CONNECTS, &of) >= connects);
     client_of(proxy, "b");
 }
@@ -96,9 +85,8 @@ fn a_slice_that_is_rewritten_disturbs_nothing(io: Io) {
     };
     announce(0, true);
     announce(1, true);
-    let proxy =
-        on(io).set("KUBECONFIG", api.kubeconfig()).set("AEGIS_KUBE_SERVICE", "chronos").start();
-    wait_for_endpoints(&proxy, 2);
+    let proxy = on(io).kubernetes(&api).start();
+    proxy.wait_for_endpoints(2);
     leaves_and_returns(&proxy, &servers[1], "pod-b", |present| announce(1, present));
 }
 
@@ -115,7 +103,7 @@ fn an_answer_with_a_part_of_the_addresses_disturbs_nothing(io: Io) {
         .set("AEGIS_BACKENDS", format!("db.test:{port}"))
         .set("AEGIS_DNS_REFRESH", "100ms")
         .start();
-    wait_for_endpoints(&proxy, 2);
+    proxy.wait_for_endpoints(2);
     leaves_and_returns(&proxy, &b, &format!("db.test:{port}@127.0.0.3"), |present| {
         hosts.set(&[("db.test", if present { &both } else { &both[..1] })]);
     });
@@ -133,14 +121,12 @@ fn connections_that_requests_share_outlive_a_rewritten_slice(io: Io) {
     announce(0, true);
     announce(1, true);
     let proxy = on(io)
-        .set("KUBECONFIG", api.kubeconfig())
-        .set("AEGIS_KUBE_SERVICE", "chronos")
+        .kubernetes(&api)
         .set("AEGIS_WORKERS", "1")
         .pool(2, 2)
-        .set("AEGIS_PROTOCOL", "chronos")
-        .set("AEGIS_POOL_MODE", "request")
+        .protocol("chronos", "request")
         .start();
-    wait_for_endpoints(&proxy, 2);
+    proxy.wait_for_endpoints(2);
     let client = connect(proxy.address());
     let ask_all = || (0..8).for_each(|_| assert_eq!(ask(&client, "PING"), "PONG"));
     ask_all();
@@ -148,10 +134,10 @@ fn connections_that_requests_share_outlive_a_rewritten_slice(io: Io) {
     let accepted = servers[1].accepted();
     for _ in 0..3 {
         announce(1, false);
-        wait_for_endpoints(&proxy, 1);
+        proxy.wait_for_endpoints(1);
         ask_all();
         announce(1, true);
-        wait_for_endpoints(&proxy, 2);
+        proxy.wait_for_endpoints(2);
         ask_all();
     }
     assert_eq!(servers[1].accepted(), accepted, "its pool was made anew");
@@ -160,11 +146,7 @@ fn connections_that_requests_share_outlive_a_rewritten_slice(io: Io) {
 const KEYS: usize = 60;
 
 fn by_key(builder: Builder) -> Builder {
-    builder
-        .set("AEGIS_PROTOCOL", "chronos")
-        .set("AEGIS_POOL_MODE", "request")
-        .set("AEGIS_ROUTE", "key")
-        .pool(0, 4)
+    builder.protocol("chronos", "request").set("AEGIS_ROUTE", "key").pool(0, 4)
 }
 
 /// Stores, as far as the test sees them.
@@ -364,10 +346,7 @@ impl<'a> Pods<'a> {
 }
 
 fn keyed(io: Io, api: &KubeApi) -> Builder {
-    by_key(Builder::on(io))
-        .set("KUBECONFIG", api.kubeconfig())
-        .set("AEGIS_KUBE_SERVICE", "chronos")
-        .set("AEGIS_KUBE_NAMESPACE", NAMESPACE)
+    by_key(Builder::on(io)).kubernetes(api).set("AEGIS_KUBE_NAMESPACE", NAMESPACE)
 }
 
 fn the_ordinals_of_a_stateful_set_are_the_stores_whoever_is_there(io: Io) {
@@ -535,7 +514,7 @@ fn pods_that_are_counted_are_the_stores_without_a_stateful_set(io: Io) {
     stores.check_back(&client, &before, &[1]);
 }
 
-fn without_a_membership_nothing_starts(io: Io) {
+fn nothing_starts_without_a_membership(io: Io) {
     let api = KubeApi::start();
     let store = Backend::chronos_on(SocketAddr::new(host_ip(), 0), &Memory::default());
     let slice = |pod| Slice::of(store.address().port()).with(pod, host_ip());

@@ -5,18 +5,16 @@ use crate::support::kube_api::{KubeApi, Slice};
 use crate::support::proxy::Builder;
 use crate::support::{Io, on_both_drivers};
 
-on_both_drivers!(a_request_that_may_not_wait_is_told_that_no_endpoint_is_known);
+on_both_drivers!(a_request_that_may_not_wait_gets_the_error_that_no_endpoint_is_known);
 
 /// That the queue is full is true, and not why.
-fn a_request_that_may_not_wait_is_told_that_no_endpoint_is_known(io: Io) {
+fn a_request_that_may_not_wait_gets_the_error_that_no_endpoint_is_known(io: Io) {
     let api = KubeApi::start();
     // A Service without slices would hold the start.
     api.slice("a", &Slice::of(1));
     let proxy = Builder::on(io)
-        .set("KUBECONFIG", api.kubeconfig())
-        .set("AEGIS_KUBE_SERVICE", "chronos")
-        .set("AEGIS_PROTOCOL", "chronos")
-        .set("AEGIS_POOL_MODE", "request")
+        .kubernetes(&api)
+        .protocol("chronos", "request")
         .set("AEGIS_QUEUE_MAX", "0")
         .launch();
     proxy.wait_for("aegis_worker_applied_generation", &[], |generation| generation >= 2);

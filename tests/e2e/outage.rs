@@ -22,14 +22,14 @@ on_both_drivers![
     an_endpoint_that_accepts_and_resets_costs_few_sessions,
     an_endpoint_that_closes_at_the_first_byte_costs_few_sessions,
     a_session_that_has_sent_nothing_moves_on_from_an_endpoint_that_closes_at_once,
-    where_all_close_at_once_their_end_is_passed_on,
+    an_end_is_passed_on_where_all_endpoints_close_at_once,
     clients_that_leave_without_a_word_eject_nobody,
     an_endpoint_that_takes_and_never_says_anything_is_not_ejected,
     an_endpoint_that_speaks_first_and_much_or_closes_is_not_ejected,
     an_endpoint_that_accepts_and_closes_fails_few_requests,
     an_endpoint_that_answers_again_is_used_again,
-    those_that_are_usable_share_evenly,
-    after_an_outage_the_pool_comes_back_little_by_little,
+    usable_endpoints_share_evenly,
+    a_pool_comes_back_little_by_little_after_an_outage,
     one_client_of_a_worker_finds_out_that_the_backend_has_forgotten_all,
     requests_outlive_a_backend_that_has_forgotten_all,
     a_session_on_which_the_backend_was_to_hear_first_of_its_client_moves,
@@ -103,7 +103,7 @@ fn a_session_that_has_sent_nothing_moves_on_from_an_endpoint_that_closes_at_once
     }
 }
 
-fn where_all_close_at_once_their_end_is_passed_on(io: Io) {
+fn an_end_is_passed_on_where_all_endpoints_close_at_once(io: Io) {
     let bad = [closes_after(Duration::ZERO), closes_after(Duration::ZERO)];
     let proxy = Builder::on(io).backends(&bad.each_ref().map(Backend::address)).start();
     for _ in 0..10 {
@@ -190,8 +190,7 @@ fn an_endpoint_that_accepts_and_closes_fails_few_requests(io: Io) {
         for policy in POLICIES {
             let proxy = Builder::on(io)
                 .backends(&[bad.address(), good.address()])
-                .set("AEGIS_PROTOCOL", "chronos")
-                .set("AEGIS_POOL_MODE", mode)
+                .protocol("chronos", mode)
                 .set("AEGIS_BALANCE", policy)
                 .pool(0, 8)
                 .start();
@@ -245,7 +244,7 @@ fn an_endpoint_that_answers_again_is_used_again(io: Io) {
     }
 }
 
-fn those_that_are_usable_share_evenly(io: Io) {
+fn usable_endpoints_share_evenly(io: Io) {
     let mut refusing = Backend::named("refusing");
     refusing.kill();
     for policy in POLICIES {
@@ -271,7 +270,7 @@ fn those_that_are_usable_share_evenly(io: Io) {
     }
 }
 
-fn after_an_outage_the_pool_comes_back_little_by_little(io: Io) {
+fn a_pool_comes_back_little_by_little_after_an_outage(io: Io) {
     let mut backend = Backend::named("good");
     let proxy = Builder::on(io).backends(&[backend.address()]).pool(4, 64).start();
     proxy.wait_for(POOL_CONNECTIONS, &[IDLE], |idle| idle == 8);
@@ -297,8 +296,7 @@ fn short_of_descriptors(io: Io, stores: &[Backend]) -> Builder {
     Builder::on(io)
         .backends(&addresses)
         .set("AEGIS_WORKERS", "1")
-        .set("AEGIS_PROTOCOL", "chronos")
-        .set("AEGIS_POOL_MODE", "request")
+        .protocol("chronos", "request")
         .set("AEGIS_POOL_SIZE", "4")
         .set("AEGIS_QUEUE_TIMEOUT", "1s")
         .set("AEGIS_MAX_SESSIONS", "40")
@@ -442,8 +440,7 @@ fn requests_outlive_a_backend_that_has_forgotten_all(io: Io) {
         let proxy = Builder::on(io)
             .backends(&[forgetful.backend.address()])
             .set("AEGIS_WORKERS", "1")
-            .set("AEGIS_PROTOCOL", "chronos")
-            .set("AEGIS_POOL_MODE", mode)
+            .protocol("chronos", mode)
             .set("AEGIS_POOL_SIZE", "8")
             .pool(8, 8)
             .start();

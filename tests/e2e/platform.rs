@@ -4,169 +4,39 @@
 //! Each fault meets the settings of the charts, as far as the fault can tell them apart, on epoll,
 //! the driver of most pods.
 
-use std::cell::Cell;
-use std::collections::HashMap;
-use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::unix::fs::chown;
-use std::process::{Child, Command, Stdio};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, Signal, geteuid, kill_process};
+use rustix::process::Signal;
 use socket2::{Domain, SockFilter, SockRef, Socket, Type};
 use tempfile::TempDir;
 
 use crate::support::backend::{Backend, Memory};
-use crate::support::client::{read_line, try_ask};
+use crate::support::client::read_line;
+use crate::support::dns::{NameServer, Reply};
 use crate::support::kube_api::{KubeApi, Slice, host_ip};
-use crate::support::metrics::{DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, POOL_CONNECTIONS};
-use crate::support::proxy::{Builder, Proxy};
+use crate::support::metrics::{DISCOVERY_ERRORS, POOL_CONNECTIONS};
+use crate::support::onlookers::{
+    CLIENTS, LIMIT, Seen, Span, answered, dial, short, staying, watch, writing,
+};
+use crate::support::proxy::{Builder, Proxy, hand_over};
 use crate::support::{Io, PATIENCE, SetOnDrop, eventually, heavy, measured, skip};
 
-/// How long a client waits for anything. Far above what clients may see, and far below what a
-/// test may take where they hang.
-const LIMIT: Duration = Duration::from_secs(15);
-const CLIENTS: usize = 4;
 /// How long a fault lasts that clients should not notice.
 const DOWN: Duration = Duration::from_secs(2);
 
-/// What the clients saw while a fault lasted.
-#[derive(Default)]
-struct Seen {
-    attempts: Vec<Attempt>,
-}
-
-struct Attempt {
-    begun: Instant,
-    ended: Instant,
-    answered: bool,
-}
-
-impl Seen {
-    fn failed(&self) -> usize {
-        self.attempts.iter().filter(|attempt| !attempt.answered).count()
-    }
-
-    /// How long the attempt that took longest took, answered or not.
-    fn longest(&self) -> Duration {
-        self.attempts.iter().map(|attempt| attempt.ended - attempt.begun).max().unwrap_or_default()
-    }
-
-    /// From the first failure's beginning to the last one's end.
-    fn failing_for(&self) -> Duration {
-        let failures = || self.attempts.iter().filter(|attempt| !attempt.answered);
-        let first = failures().map(|attempt| attempt.begun).min();
-        let last = failures().map(|attempt| attempt.ended).max();
-        first.zip(last).map_or(Duration::ZERO, |(first, last)| last - first)
-    }
-}
-
-/// Such as "412 asked, 3 failed within 120 ms; the longest wait was 4 ms".
-impl fmt::Display for Seen {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "{} asked, ", self.attempts.len())?;
-        match self.failed() {
-            0 => write!(f, "none failed")?,
-            failed => write!(f, "{failed} failed within {}", Span(self.failing_for()))?,
-        }
-        write!(f, "; the longest wait was {}", Span(self.longest()))
-    }
-}
-
-/// A duration for people.
-struct Span(Duration);
-
-impl fmt::Display for Span {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        match self.0.as_millis() {
-            0 => write!(f, "less than 1 ms"),
-            millis @ 1..1000 => write!(f, "{millis} ms"),
-            _ => write!(f, "{:.1} s", self.0.as_secs_f64()),
-        }
-    }
-}
-
-/// Connects as a client that has patience for [`LIMIT`] alone.
-fn dial(address: SocketAddr) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&address, LIMIT)?;
-    stream.set_read_timeout(Some(LIMIT))?;
-    stream.set_write_timeout(Some(LIMIT))?;
-    stream.set_nodelay(true)?;
-    Ok(stream)
-}
-
-/// Asks, and takes an error of the proxy's for the failure that it is to a client.
-fn answered(stream: &TcpStream) -> bool {
-    try_ask(stream, "GET k").is_ok_and(|reply| !reply.starts_with("ERR"))
-}
-
-/// A client with a session for each request.
-fn short(address: SocketAddr) -> impl Fn() -> bool {
-    move || dial(address).is_ok_and(|stream| answered(&stream))
-}
-
-/// A client that stays connected, and connects again where it has lost its connection.
-fn staying(address: SocketAddr) -> impl Fn() -> bool {
-    let held = Cell::new(None);
-    move || {
-        let Some(stream) = held.take().or_else(|| dial(address).ok()) else { return false };
-        let answered = answered(&stream);
-        held.set(answered.then_some(stream));
-        answered
-    }
-}
-
-/// Runs clients, each of which asks again and again, until the fault is over.
-fn watch<C: Fn() -> bool, T>(
-    client: impl Fn() -> C + Sync,
-    fault: impl FnOnce() -> T,
-) -> (Seen, T) {
-    let stop = AtomicBool::new(false);
-    let ask = || {
-        let (client, mut attempts) = (client(), Vec::new());
-        while !stop.load(Relaxed) {
-            let begun = Instant::now();
-            let answered = client();
-            attempts.push(Attempt { begun, ended: Instant::now(), answered });
-            // A client's own work. Without it failures that come at once would be all that is seen.
-            thread::sleep(Duration::from_millis(2));
-        }
-        attempts
-    };
-    thread::scope(|scope| {
-        let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(ask)).collect();
-        let stopping = SetOnDrop(&stop);
-        let result = fault();
-        drop(stopping);
-        let attempts = clients.into_iter().flat_map(|client| client.join().unwrap()).collect();
-        (Seen { attempts }, result)
-    })
-}
-
 /// The settings of the charts.
 fn charted() -> Builder {
-    Builder::on(Io::Epoll).set("AEGIS_PROTOCOL", "chronos").set("AEGIS_POOL_MODE", "request")
-}
-
-fn discovering(builder: Builder, api: &KubeApi) -> Builder {
-    builder.set("KUBECONFIG", api.kubeconfig()).set("AEGIS_KUBE_SERVICE", "chronos")
+    Builder::on(Io::Epoll).protocol("chronos", "request")
 }
 
 fn store() -> Backend {
     Backend::chronos_on(SocketAddr::new(host_ip(), 0), &Memory::default())
-}
-
-fn announce(api: &KubeApi, name: &str, address: SocketAddr) {
-    api.slice(name, &Slice::of(address.port()).with(&format!("pod-{name}"), address.ip()));
-}
-
-fn wait_for_endpoints(proxy: &Proxy, count: u64) {
-    proxy.wait_for(DISCOVERY_ENDPOINTS, &[], |found| found == count);
 }
 
 /// An address that nobody listens at, for those who have to know it before they start.
@@ -174,24 +44,23 @@ fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
-#[test]
-fn the_api_server_is_down() {
-    let _alone = heavy();
-    let mut api = KubeApi::start();
+/// What clients see while the API is out of order for [`DOWN`], and how long after it was back the next
+/// change was known. `errors` are the kind that the proxy counts meanwhile.
+fn api_fails(api: &mut KubeApi, errors: &str, fail: fn(&mut KubeApi), mend: fn(&mut KubeApi)) {
     let stores = [store(), store()];
-    announce(&api, "a", stores[0].address());
-    let proxy = discovering(charted(), &api).start();
-    wait_for_endpoints(&proxy, 1);
+    api.announce("a", stores[0].address());
+    let proxy = charted().kubernetes(api).start();
+    proxy.wait_for_endpoints(1);
     let (seen, back) = watch(
         || staying(proxy.address()),
         || {
-            api.kill();
+            fail(api);
             thread::sleep(DOWN);
-            proxy.wait_for(DISCOVERY_ERRORS, &[("kind", "unreachable")], |errors| errors >= 2);
-            api.restart();
+            proxy.wait_for(DISCOVERY_ERRORS, &[("kind", errors)], |errors| errors >= 2);
+            mend(api);
             let back = Instant::now();
-            announce(&api, "b", stores[1].address());
-            wait_for_endpoints(&proxy, 2);
+            api.announce("b", stores[1].address());
+            proxy.wait_for_endpoints(2);
             back.elapsed()
         },
     );
@@ -201,24 +70,44 @@ fn the_api_server_is_down() {
 }
 
 #[test]
+fn the_api_server_is_down() {
+    let _alone = heavy();
+    api_fails(&mut KubeApi::start(), "unreachable", KubeApi::kill, KubeApi::restart);
+}
+
+/// An API server without its etcd answers, and every answer is an error.
+#[test]
+fn etcd_is_down() {
+    let _alone = heavy();
+    let mut api = KubeApi::start();
+    if api.faults().is_none() {
+        return skip("a real API server cannot be parted from its etcd here");
+    }
+    api_fails(
+        &mut api,
+        "refused",
+        |api| api.faults().unwrap().answer(Some(500)),
+        |api| api.faults().unwrap().answer(None),
+    );
+}
+
+#[test]
 fn the_api_server_is_down_at_the_start() {
     /// For how long it stays away where nobody is served meanwhile.
     const AWAY: Duration = Duration::from_secs(6);
     let _alone = heavy();
     let api = KubeApi::start();
     let store = store();
-    announce(&api, "a", store.address());
+    api.announce("a", store.address());
     let folder = TempDir::new().unwrap();
-    if geteuid().is_root() {
-        // The proxy does not run as root.
-        chown(folder.path(), Some(65532), Some(65532)).unwrap();
-    }
+    hand_over(folder.path());
     let file = folder.path().join("endpoints.json");
-    let builder = discovering(charted(), &api)
+    let builder = charted()
+        .kubernetes(&api)
         .set("AEGIS_KUBE_SNAPSHOT", file.to_str().unwrap())
         .set("AEGIS_ENDPOINT_WAIT", "100ms");
     let mut proxy = builder.clone().start();
-    wait_for_endpoints(&proxy, 1);
+    proxy.wait_for_endpoints(1);
     eventually("the endpoints are kept", PATIENCE, || file.exists().then_some(()));
     proxy.terminate();
     proxy.wait_clean(PATIENCE);
@@ -245,104 +134,6 @@ fn the_api_server_is_down_at_the_start() {
     assert!(served.is_some(), "nobody served by what was last known");
 }
 
-/// An API server without its etcd answers, and every answer is an error.
-#[test]
-fn etcd_is_down() {
-    let _alone = heavy();
-    let api = KubeApi::start();
-    let Some(faults) = api.faults() else {
-        return skip("a real API server cannot be parted from its etcd here");
-    };
-    let stores = [store(), store()];
-    announce(&api, "a", stores[0].address());
-    let proxy = discovering(charted(), &api).start();
-    wait_for_endpoints(&proxy, 1);
-    let (seen, back) = watch(
-        || staying(proxy.address()),
-        || {
-            faults.answer(Some(500));
-            thread::sleep(DOWN);
-            proxy.wait_for(DISCOVERY_ERRORS, &[("kind", "refused")], |errors| errors >= 2);
-            faults.answer(None);
-            let back = Instant::now();
-            announce(&api, "b", stores[1].address());
-            wait_for_endpoints(&proxy, 2);
-            back.elapsed()
-        },
-    );
-    measured(&format!("{seen}; the next change was known {} after it was back", Span(back)));
-    assert_eq!(seen.failed(), 0);
-    assert!(back < Duration::from_secs(15), "{back:?}");
-}
-
-/// A proxy whose standard error, or whose name server, is the test's own.
-struct Plain {
-    child: Child,
-    address: SocketAddr,
-    admin: SocketAddr,
-}
-
-impl Plain {
-    fn launch(settings: &[(&str, &str)], errors: Stdio, resolver: Option<&str>) -> Self {
-        let binary = std::env::var("AEGIS_E2E_BINARY")
-            .unwrap_or_else(|_| env!("CARGO_BIN_EXE_aegis-proxy").to_owned());
-        // Each of these runs the words behind it, in its own place.
-        let mut words = Vec::new();
-        if let Some(file) = resolver {
-            let script = "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
-            words.extend(["unshare", "--mount", "sh", "-c", script, file]);
-        }
-        if geteuid().is_root() {
-            // As in a pod.
-            words.extend(["setpriv", "--reuid", "65532", "--regid", "65532", "--clear-groups"]);
-            words.extend(["--inh-caps=-all", "--bounding-set=-all"]);
-        }
-        words.push(&binary);
-        let mut command = Command::new(words[0]);
-        command.args(&words[1..]);
-        let (address, admin) = (free_address(), free_address());
-        let settings: HashMap<_, _> = settings.iter().copied().collect();
-        command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
-        command.env("AEGIS_IO", "epoll").env("AEGIS_WORKERS", "2").env("AEGIS_PIN", "off");
-        command.env("AEGIS_LISTEN", address.to_string()).env("AEGIS_ADMIN", admin.to_string());
-        command.env("AEGIS_DRAIN_DELAY", "0s").envs(settings);
-        let child = command.stdin(Stdio::null()).stderr(errors).spawn().unwrap();
-        let mut proxy = Self { child, address, admin };
-        eventually("the proxy is ready", PATIENCE, || {
-            let ended = proxy.child.try_wait().unwrap();
-            assert!(ended.is_none(), "the proxy ended: {ended:?}");
-            (proxy.probe("/readyz").ok()? == 200).then_some(())
-        });
-        proxy
-    }
-
-    /// Asks as the kubelet does, with the charts' time limit.
-    fn probe(&self, path: &str) -> io::Result<u16> {
-        probe(self.admin, path)
-    }
-
-    /// How long it takes to end when it is told to, unless that takes longer than `within`.
-    fn terminate(&mut self, within: Duration) -> Option<Duration> {
-        kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
-        let told = Instant::now();
-        while told.elapsed() < within {
-            if self.child.try_wait().unwrap().is_some() {
-                return Some(told.elapsed());
-            }
-            thread::sleep(Duration::from_millis(5));
-        }
-        None
-    }
-}
-
-impl Drop for Plain {
-    fn drop(&mut self) {
-        // Both fail where it has ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 /// The status that the admin port answers within the two seconds that the charts' probes give it.
 fn probe(admin: SocketAddr, path: &str) -> io::Result<u16> {
     const PROBE: Duration = Duration::from_secs(2);
@@ -355,6 +146,19 @@ fn probe(admin: SocketAddr, path: &str) -> io::Result<u16> {
     status.ok_or_else(|| io::Error::other(format!("not HTTP: {text:?}")))
 }
 
+/// How long it takes to end when it is told to, unless that takes longer than `within`.
+fn terminate(proxy: &mut Proxy, within: Duration) -> Option<Duration> {
+    proxy.terminate();
+    let told = Instant::now();
+    while told.elapsed() < within {
+        if proxy.ended().is_some() {
+            return Some(told.elapsed());
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    None
+}
+
 /// How an end that was waited for went.
 fn ended(took: Option<Duration>, within: Duration) -> String {
     match took {
@@ -363,87 +167,41 @@ fn ended(took: Option<Duration>, within: Duration) -> String {
     }
 }
 
-/// Answers each question for an IPv4 address with one, or nobody while it is down.
-struct NameServer {
-    address: Mutex<Ipv4Addr>,
-    down: AtomicBool,
-}
-
-impl NameServer {
-    const IP: Ipv4Addr = Ipv4Addr::new(127, 0, 53, 1);
-
-    fn start(address: Ipv4Addr) -> io::Result<Arc<Self>> {
-        let socket = UdpSocket::bind((Self::IP, 53))?;
-        let server = Arc::new(Self { address: address.into(), down: false.into() });
-        let shared = server.clone();
-        // It lives as long as the test program.
-        thread::spawn(move || {
-            let mut query = [0; 512];
-            while let Ok((len, client)) = socket.recv_from(&mut query) {
-                if !shared.down.load(Relaxed) {
-                    let _ = socket.send_to(&shared.answer(&query[..len]), client);
-                }
-            }
-        });
-        Ok(server)
-    }
-
-    fn answer(&self, query: &[u8]) -> Vec<u8> {
-        let name = query[12..].iter().position(|byte| *byte == 0).unwrap();
-        let question = &query[12..12 + name + 5];
-        let is_ipv4 = question[name + 1..] == [0, 1, 0, 1];
-        let mut answer =
-            [&query[..2], &[0x81, 0x80, 0, 1, 0, u8::from(is_ipv4), 0, 0, 0, 0]].concat();
-        answer.extend(question);
-        if is_ipv4 {
-            // The name asked for, an IPv4 address, for one second.
-            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 1, 0, 4]);
-            answer.extend(self.address.lock().unwrap().octets());
-        }
-        answer
-    }
-}
-
 #[test]
 fn the_name_server_is_down() {
     const END: Duration = Duration::from_secs(5);
     let _alone = heavy();
-    let can = Command::new("unshare").args(["--mount", "true"]).stderr(Stdio::null()).status();
-    let local = |last| Ipv4Addr::new(127, 0, 53, last);
-    let server = match NameServer::start(local(2)) {
-        Ok(server) if can.is_ok_and(|status| status.success()) => server,
-        _ => return skip("the test may not give a process a name server of its own"),
+    let Some(server) = NameServer::start() else {
+        return skip("the test may not give a process a name server of its own");
     };
+    let local = |last| Ipv4Addr::new(127, 0, 53, last);
+    let known = |last| server.set_addresses("store.test", 1, &[local(last).into()]);
+    let silent = || server.set("store.test", Reply::Silence, Reply::Silence);
+    known(2);
     let first = Backend::chronos_on((local(2), 0).into(), &Memory::default());
     let port = first.address().port();
     let _second = Backend::chronos_on((local(3), port).into(), &Memory::default());
-    let folder = TempDir::new().unwrap();
-    let file = folder.path().join("resolv.conf");
-    std::fs::write(&file, format!("nameserver {}\n", NameServer::IP)).unwrap();
-    let settings = [
-        ("AEGIS_BACKENDS", &*format!("store.test:{port}")),
-        ("AEGIS_DNS_REFRESH", "500ms"),
-        ("AEGIS_PROTOCOL", "chronos"),
-        ("AEGIS_POOL_MODE", "request"),
-    ];
-    let mut proxy = Plain::launch(&settings, Stdio::null(), file.to_str());
+    let mut proxy = charted()
+        .set("AEGIS_BACKENDS", format!("store.test:{port}"))
+        .set("AEGIS_DNS_REFRESH", "500ms")
+        .mount(server.resolv_conf(), "/etc/resolv.conf")
+        .start();
     let (seen, back) = watch(
-        || staying(proxy.address),
+        || staying(proxy.address()),
         || {
-            server.down.store(true, Relaxed);
+            silent();
             thread::sleep(DOWN);
-            *server.address.lock().unwrap() = local(3);
-            server.down.store(false, Relaxed);
+            known(3);
             let back = Instant::now();
             eventually("the new address is known", PATIENCE, || {
-                backends(proxy.admin).ok()?.contains("127.0.53.3").then(|| back.elapsed())
+                proxy.get("/backends").body.contains("127.0.53.3").then(|| back.elapsed())
             })
         },
     );
-    server.down.store(true, Relaxed);
+    silent();
     // Long enough for a question to be under way that nobody answers.
     thread::sleep(Duration::from_secs(1));
-    let took = proxy.terminate(END);
+    let took = terminate(&mut proxy, END);
     measured(&format!(
         "{seen}; the next change was known {} after it was back; {} while it was down",
         Span(back),
@@ -451,14 +209,6 @@ fn the_name_server_is_down() {
     ));
     assert_eq!(seen.failed(), 0);
     assert!(took.is_some());
-}
-
-fn backends(admin: SocketAddr) -> io::Result<String> {
-    let mut stream = dial(admin)?;
-    write!(stream, "GET /backends HTTP/1.0\r\nHost: aegis\r\n\r\n")?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text)?;
-    Ok(text)
 }
 
 /// Whoever reads the log stops doing so, and the pipe is full. The store ends, which the workers
@@ -472,12 +222,6 @@ fn the_log_collector_is_stuck() {
     // Two pages: of a single one that a line has begun, the rest would take others.
     rustix::pipe::fcntl_setpipe_size(&writer, 8192).unwrap();
     let (pipe, mut other) = (writer.try_clone().unwrap(), writer.try_clone().unwrap());
-    let settings = [
-        ("AEGIS_BACKENDS", &*store.address().to_string()),
-        ("AEGIS_PROTOCOL", "chronos"),
-        ("AEGIS_POOL_MODE", "request"),
-        ("AEGIS_LOG", "debug"),
-    ];
     let reading = Arc::new(AtomicBool::new(true));
     let collector = thread::spawn({
         let reading = reading.clone();
@@ -489,7 +233,8 @@ fn the_log_collector_is_stuck() {
             reader
         }
     });
-    let mut proxy = Plain::launch(&settings, writer.into(), None);
+    let builder = charted().backends(&[store.address()]).set("AEGIS_LOG", "debug");
+    let mut proxy = builder.log_to(writer).start();
     reading.store(false, Relaxed);
     // What it waits for comes with the line that fills the pipe. The thread ends with the reader.
     thread::spawn(move || other.write_all(&vec![b'\n'; 1 << 20]));
@@ -501,11 +246,11 @@ fn the_log_collector_is_stuck() {
     });
     store.kill();
     // What fails now is the store's fault.
-    drop(watch(|| staying(proxy.address), || thread::sleep(Duration::from_secs(1))));
+    drop(watch(|| staying(proxy.address()), || thread::sleep(Duration::from_secs(1))));
     store.start();
     let recovers = Instant::now();
     let recovered = loop {
-        if short(proxy.address)() {
+        if short(proxy.address())() {
             break Some(recovers.elapsed());
         }
         if recovers.elapsed() > LIMIT {
@@ -513,13 +258,13 @@ fn the_log_collector_is_stuck() {
         }
     };
     let (seen, live) = watch(
-        || staying(proxy.address),
+        || staying(proxy.address()),
         || {
             thread::sleep(Duration::from_secs(1));
-            proxy.probe("/livez")
+            probe(proxy.admin(), "/livez")
         },
     );
-    let took = proxy.terminate(END);
+    let took = terminate(&mut proxy, END);
     let live = if live.is_ok_and(|status| status == 200) { "answers" } else { "does not answer" };
     measured(&format!("{seen}; /livez {live}; {}", ended(took, END)));
     assert!(recovered.is_some(), "nobody served though the store is back");
@@ -535,12 +280,7 @@ fn the_prober_is_attacked() {
     const LASTS: Duration = Duration::from_secs(3);
     let _alone = heavy();
     let store = store();
-    let settings = [
-        ("AEGIS_BACKENDS", &*store.address().to_string()),
-        ("AEGIS_PROTOCOL", "chronos"),
-        ("AEGIS_POOL_MODE", "request"),
-    ];
-    let proxy = Plain::launch(&settings, Stdio::null(), None);
+    let proxy = charted().backends(&[store.address()]).start();
     let stop = AtomicBool::new(false);
     let attack = || {
         let mut open = Vec::new();
@@ -553,7 +293,7 @@ fn the_prober_is_attacked() {
                 // Not the kubelet's address.
                 socket.bind(&SocketAddr::from(([127, 0, 0, 3], 0)).into()).unwrap();
                 let limit = Duration::from_millis(100);
-                if socket.connect_timeout(&proxy.admin.into(), limit).is_err() {
+                if socket.connect_timeout(&proxy.admin().into(), limit).is_err() {
                     break;
                 }
                 socket.set_nonblocking(true).unwrap();
@@ -566,13 +306,13 @@ fn the_prober_is_attacked() {
         let _stop = SetOnDrop(&stop);
         scope.spawn(attack);
         watch(
-            || staying(proxy.address),
+            || staying(proxy.address()),
             || {
                 let (mut probes, mut failed, mut longest) = (0, 0, Duration::ZERO);
                 let begun = Instant::now();
                 while begun.elapsed() < LASTS {
                     let asked = Instant::now();
-                    let outcome = proxy.probe("/livez");
+                    let outcome = probe(proxy.admin(), "/livez");
                     longest = longest.max(asked.elapsed());
                     probes += 1;
                     failed += usize::from(!outcome.is_ok_and(|status| status == 200));
@@ -635,10 +375,10 @@ fn black_hole(builder: Builder, staying_clients: bool) -> Option<Seen> {
     let _alone = heavy();
     let api = KubeApi::start();
     let (good, bad) = (store(), Host::start());
-    announce(&api, "good", good.address());
-    announce(&api, "bad", bad.address);
-    let proxy = discovering(builder, &api).set("AEGIS_BALANCE", "round_robin").start();
-    wait_for_endpoints(&proxy, 2);
+    api.announce("good", good.address());
+    api.announce("bad", bad.address);
+    let proxy = builder.kubernetes(&api).set("AEGIS_BALANCE", "round_robin").start();
+    proxy.wait_for_endpoints(2);
     let client: &(dyn Fn() -> Box<dyn Fn() -> bool> + Sync) = if staying_clients {
         &|| Box::new(staying(proxy.address()))
     } else {
@@ -660,7 +400,7 @@ fn black_hole(builder: Builder, staying_clients: bool) -> Option<Seen> {
         }
         thread::sleep(Duration::from_secs(2));
         api.delete_slice("bad");
-        wait_for_endpoints(&proxy, 1);
+        proxy.wait_for_endpoints(1);
         thread::sleep(Duration::from_secs(2));
     });
     if !vanished {
@@ -702,10 +442,10 @@ fn rolling_update(notice: Option<Duration>) -> Seen {
     let at = || Backend::chronos_on(SocketAddr::new(host_ip(), 0), &memory);
     let mut stores: Vec<_> = (0..3).map(|_| at()).collect();
     for (number, store) in stores.iter().enumerate() {
-        announce(&api, &format!("s{number}"), store.address());
+        api.announce(&format!("s{number}"), store.address());
     }
-    let proxy = discovering(charted(), &api).start();
-    wait_for_endpoints(&proxy, 3);
+    let proxy = charted().kubernetes(&api).start();
+    proxy.wait_for_endpoints(3);
     let (seen, ()) = watch(
         || writing(proxy.address()),
         || {
@@ -717,34 +457,23 @@ fn rolling_update(notice: Option<Duration>) -> Seen {
                 if let Some(notice) = notice {
                     thread::sleep(NEWS);
                     api.slice(&name, &news);
-                    wait_for_endpoints(&proxy, 2);
+                    proxy.wait_for_endpoints(2);
                     thread::sleep(notice);
                     store.kill();
                 } else {
                     store.kill();
                     thread::sleep(NEWS);
                     api.slice(&name, &news);
-                    wait_for_endpoints(&proxy, 2);
+                    proxy.wait_for_endpoints(2);
                 }
                 *store = at();
-                announce(&api, &name, store.address());
-                wait_for_endpoints(&proxy, 3);
+                api.announce(&name, store.address());
+                proxy.wait_for_endpoints(3);
             }
             thread::sleep(Duration::from_millis(300));
         },
     );
     seen
-}
-
-/// A client whose requests must not be repeated.
-fn writing(address: SocketAddr) -> impl Fn() -> bool {
-    let held = Cell::new(None);
-    move || {
-        let Some(stream) = held.take().or_else(|| dial(address).ok()) else { return false };
-        let answered = try_ask(&stream, "SET k v").is_ok_and(|reply| reply == "OK");
-        held.set(answered.then_some(stream));
-        answered
-    }
 }
 
 #[test]
@@ -780,7 +509,7 @@ fn restart(builder: Builder, signal: Signal) -> Seen {
         || short(address),
         || {
             thread::sleep(Duration::from_millis(200));
-            kill_process(Pid::from_raw(proxy.id().cast_signed()).unwrap(), signal).unwrap();
+            proxy.signal(signal);
             proxy.wait(2 * PATIENCE);
             let again = builder.start();
             thread::sleep(Duration::from_millis(200));

@@ -14,10 +14,10 @@ on_both_drivers![
     connections_are_warm_before_any_client_comes,
     each_client_finds_a_warm_connection_and_the_pool_refills,
     a_warm_connection_that_the_backend_closes_is_replaced_before_a_client_meets_it,
-    a_warm_connection_that_the_backend_floods_is_thrown_away,
+    a_warm_connection_that_the_backend_floods_is_discarded,
     a_warm_connection_is_replaced_at_the_end_of_its_lifetime,
     warm_connections_above_the_minimum_are_closed_when_idle,
-    without_a_pool_each_session_connects_for_itself,
+    a_session_without_a_pool_connects_for_itself,
     connections_that_last_are_kept_alive,
 ];
 
@@ -78,7 +78,7 @@ fn a_warm_connection_that_the_backend_closes_is_replaced_before_a_client_meets_i
     wait_full(&proxy);
 }
 
-fn a_warm_connection_that_the_backend_floods_is_thrown_away(io: Io) {
+fn a_warm_connection_that_the_backend_floods_is_discarded(io: Io) {
     let backend = Backend::scripted(|mut stream| {
         if stream.write_all(pattern(0, 4 << 20)).is_ok() {
             let _ = read_line(stream);
@@ -117,7 +117,7 @@ fn warm_connections_above_the_minimum_are_closed_when_idle(io: Io) {
     proxy.wait_for(POOL_CONNECTIONS, IDLE, |idle| idle == 2);
 }
 
-fn without_a_pool_each_session_connects_for_itself(io: Io) {
+fn a_session_without_a_pool_connects_for_itself(io: Io) {
     let backend = Backend::named("a");
     let proxy = Builder::on(io).backends(&[backend.address()]).without_pool().start();
     for _ in 0..5 {

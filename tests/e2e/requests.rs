@@ -16,21 +16,21 @@ use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
 on_both_drivers![
     many_clients_share_few_connections,
     requests_are_put_together_and_taken_apart,
-    what_no_backend_may_see_is_answered_and_the_client_kept,
-    a_client_that_ends_its_direction_still_gets_its_answers,
+    a_request_that_no_backend_may_see_is_answered_and_its_client_kept,
+    a_client_that_ends_its_direction_still_gets_its_replies,
     a_session_keeps_its_connection_and_leaves_it_to_the_next,
-    an_answer_with_more_behind_it_reaches_nobody_else,
-    bytes_that_nobody_asked_for_retire_an_idle_connection,
-    an_answer_that_breaks_off_cuts_its_client_off_and_nobody_else,
-    an_answer_that_comes_too_late_reaches_nobody,
+    a_reply_with_more_behind_it_reaches_nobody_else,
+    an_idle_connection_with_bytes_that_nobody_asked_for_is_discarded,
+    a_reply_that_breaks_off_cuts_its_client_off_and_nobody_else,
+    a_reply_that_comes_too_late_reaches_nobody,
     a_read_on_a_dead_connection_is_repeated_and_a_write_is_not,
-    a_client_that_leaves_takes_its_answer_with_it,
+    a_client_that_leaves_takes_its_reply_with_it,
     a_client_that_left_in_order_keeps_no_connection_for_ever,
-    those_that_wait_too_long_or_are_too_many_get_an_error,
-    without_a_backend_each_request_gets_an_error,
+    requests_that_wait_too_long_or_are_too_many_get_an_error,
+    a_request_without_a_backend_gets_an_error,
     a_slow_reader_holds_no_more_than_its_own,
-    waiting_is_fair,
-    a_drain_answers_what_was_asked_and_what_is_asked_still,
+    requests_wait_in_a_fair_queue,
+    a_drain_answers_requests_under_way_and_those_that_still_come,
 ];
 
 const ONE_WORKER: &str = "1";
@@ -40,8 +40,7 @@ fn lending(io: Io, mode: &str, backends: &[&Backend]) -> Builder {
     Builder::on(io)
         .backends(&addresses)
         .set("AEGIS_WORKERS", ONE_WORKER)
-        .set("AEGIS_PROTOCOL", "chronos")
-        .set("AEGIS_POOL_MODE", mode)
+        .protocol("chronos", mode)
         .pool(0, 16)
 }
 
@@ -100,7 +99,7 @@ fn requests_are_put_together_and_taken_apart(io: Io) {
     assert_eq!(ask(&client, "GET split"), "one byte at a time");
 }
 
-fn what_no_backend_may_see_is_answered_and_the_client_kept(io: Io) {
+fn a_request_that_no_backend_may_see_is_answered_and_its_client_kept(io: Io) {
     let backend = Backend::chronos();
     let proxy = request_mode(io, &backend).start();
     let client = connect(proxy.address());
@@ -117,7 +116,7 @@ fn what_no_backend_may_see_is_answered_and_the_client_kept(io: Io) {
     assert_eq!(proxy.metric(REQUESTS, &[("outcome", "refused")]), 6);
 }
 
-fn a_client_that_ends_its_direction_still_gets_its_answers(io: Io) {
+fn a_client_that_ends_its_direction_still_gets_its_replies(io: Io) {
     let backend = Backend::chronos();
     let proxy = request_mode(io, &backend).start();
     let mut client = connect(proxy.address());
@@ -177,7 +176,7 @@ fn puppet() -> Backend {
     })
 }
 
-fn an_answer_with_more_behind_it_reaches_nobody_else(io: Io) {
+fn a_reply_with_more_behind_it_reaches_nobody_else(io: Io) {
     let backend = puppet();
     let proxy = request_mode(io, &backend).set("AEGIS_POOL_SIZE", "1").start();
     let (a, b) = (connect(proxy.address()), connect(proxy.address()));
@@ -190,7 +189,7 @@ fn an_answer_with_more_behind_it_reaches_nobody_else(io: Io) {
     }
 }
 
-fn bytes_that_nobody_asked_for_retire_an_idle_connection(io: Io) {
+fn an_idle_connection_with_bytes_that_nobody_asked_for_is_discarded(io: Io) {
     let backend = Backend::scripted(|mut stream| {
         while let Ok(line) = read_line(stream) {
             let late = line.starts_with("GET late");
@@ -220,7 +219,7 @@ fn bytes_that_nobody_asked_for_retire_an_idle_connection(io: Io) {
     wait_idle(&proxy, 0);
 }
 
-fn an_answer_that_breaks_off_cuts_its_client_off_and_nobody_else(io: Io) {
+fn a_reply_that_breaks_off_cuts_its_client_off_and_nobody_else(io: Io) {
     let backend = puppet();
     let proxy = request_mode(io, &backend).set("AEGIS_POOL_SIZE", "1").start();
     let (a, b) = (connect(proxy.address()), connect(proxy.address()));
@@ -232,7 +231,7 @@ fn an_answer_that_breaks_off_cuts_its_client_off_and_nobody_else(io: Io) {
     retired(&proxy, "dead", 1);
 }
 
-fn an_answer_that_comes_too_late_reaches_nobody(io: Io) {
+fn a_reply_that_comes_too_late_reaches_nobody(io: Io) {
     let backend = puppet();
     let proxy = request_mode(io, &backend)
         .set("AEGIS_POOL_SIZE", "1")
@@ -277,7 +276,7 @@ fn a_read_on_a_dead_connection_is_repeated_and_a_write_is_not(io: Io) {
     assert_eq!(proxy.metric(REQUESTS, &[("command", "set"), ("outcome", "backend_lost")]), 2);
 }
 
-fn a_client_that_leaves_takes_its_answer_with_it(io: Io) {
+fn a_client_that_leaves_takes_its_reply_with_it(io: Io) {
     let backend = puppet();
     let proxy = request_mode(io, &backend).set("AEGIS_POOL_SIZE", "1").start();
     for round in 1..=5 {
@@ -309,7 +308,7 @@ fn a_client_that_left_in_order_keeps_no_connection_for_ever(io: Io) {
     assert_eq!(ask(&patient, "GET 1500 late|"), "late");
 }
 
-fn those_that_wait_too_long_or_are_too_many_get_an_error(io: Io) {
+fn requests_that_wait_too_long_or_are_too_many_get_an_error(io: Io) {
     let backend = puppet();
     let proxy = request_mode(io, &backend)
         .set("AEGIS_POOL_SIZE", "1")
@@ -329,7 +328,7 @@ fn those_that_wait_too_long_or_are_too_many_get_an_error(io: Io) {
     assert_eq!(proxy.metric(REQUESTS, &[("outcome", "queue_timeout")]), 1);
 }
 
-fn without_a_backend_each_request_gets_an_error(io: Io) {
+fn a_request_without_a_backend_gets_an_error(io: Io) {
     let mut backend = Backend::chronos();
     // Ejected for longer than the test lasts: where there is no other, it is tried all the same.
     let proxy = request_mode(io, &backend)
@@ -376,7 +375,7 @@ fn a_slow_reader_holds_no_more_than_its_own(io: Io) {
     assert_eq!(read_line(&slow).unwrap(), "small");
 }
 
-fn waiting_is_fair(io: Io) {
+fn requests_wait_in_a_fair_queue(io: Io) {
     // One client sends as fast as it can, ahead of its answers; another asks one by one.
     let backend = puppet();
     let proxy = request_mode(io, &backend).set("AEGIS_POOL_SIZE", "1").start();
@@ -399,7 +398,7 @@ fn waiting_is_fair(io: Io) {
     assert!(try_ask(&modest, "GET 0 mine|").is_ok());
 }
 
-fn a_drain_answers_what_was_asked_and_what_is_asked_still(io: Io) {
+fn a_drain_answers_requests_under_way_and_those_that_still_come(io: Io) {
     let backend = puppet();
     let mut proxy = request_mode(io, &backend).set("AEGIS_POOL_SIZE", "1").start();
     let address = proxy.address();

@@ -101,10 +101,7 @@ fn newcomers_are_served_while_a_request_holds_the_process_up(io: Io) {
             }
         }
     });
-    let builder = Builder::on(io)
-        .backends(&[backend.address()])
-        .set("AEGIS_PROTOCOL", "chronos")
-        .set("AEGIS_POOL_MODE", "request");
+    let builder = Builder::on(io).backends(&[backend.address()]).protocol("chronos", "request");
     let (mut busy, mut idle) = (None, None);
     let [gap, took] = restart(builder, "GET a", |address| {
         assert_eq!(ask(idle.insert(connect(address)), "GET a"), "answer");

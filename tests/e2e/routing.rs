@@ -15,7 +15,7 @@ use crate::support::{Io, PATIENCE, SetOnDrop, eventually, on_both_drivers};
 on_both_drivers![
     each_key_has_one_store_whoever_asks,
     a_store_that_is_gone_is_missed_and_not_replaced,
-    compact_goes_to_every_store_and_has_one_answer,
+    compact_goes_to_every_store_and_has_one_reply,
     a_request_for_any_store_has_its_turn_among_those_for_one,
 ];
 
@@ -25,8 +25,7 @@ fn by_key(io: Io, backends: &[Backend]) -> Proxy {
     let addresses: Vec<_> = backends.iter().map(Backend::address).collect();
     Builder::on(io)
         .backends(&addresses)
-        .set("AEGIS_PROTOCOL", "chronos")
-        .set("AEGIS_POOL_MODE", "request")
+        .protocol("chronos", "request")
         .set("AEGIS_ROUTE", "key")
         .set("AEGIS_EJECT_FAILURES", "1")
         .set("AEGIS_EJECT_TIME", "1h")
@@ -85,7 +84,7 @@ fn a_store_that_is_gone_is_missed_and_not_replaced(io: Io) {
     });
 }
 
-fn compact_goes_to_every_store_and_has_one_answer(io: Io) {
+fn compact_goes_to_every_store_and_has_one_reply(io: Io) {
     let compacted: [Arc<AtomicU64>; 3] = Default::default();
     let answers = ["OK_COMPACTED\n", "OK_COMPACTED\n", "ERR_COMPACT disk full\n"];
     let store = |i: usize| {
@@ -119,8 +118,7 @@ fn a_request_for_any_store_has_its_turn_among_those_for_one(io: Io) {
     let proxy = Builder::on(io)
         .backends(&[store.address()])
         .set("AEGIS_WORKERS", "1")
-        .set("AEGIS_PROTOCOL", "chronos")
-        .set("AEGIS_POOL_MODE", "request")
+        .protocol("chronos", "request")
         .set("AEGIS_POOL_SIZE", "1")
         .set("AEGIS_ROUTE", "key")
         .start();

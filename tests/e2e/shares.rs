@@ -9,7 +9,7 @@ use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
 
 on_both_drivers![
-    however_many_workers_there_are_an_endpoint_has_the_minimum,
+    an_endpoint_has_the_minimum_however_many_workers_there_are,
     requests_share_the_minimum_of_all_workers,
     many_endpoints_have_the_minimum_each,
     a_worker_without_a_share_serves_its_sessions,
@@ -45,7 +45,7 @@ fn backends(count: usize) -> Vec<Backend> {
     (0..count).map(|_| Backend::named("a")).collect()
 }
 
-fn however_many_workers_there_are_an_endpoint_has_the_minimum(io: Io) {
+fn an_endpoint_has_the_minimum_however_many_workers_there_are(io: Io) {
     for workers in [1, 3, 16] {
         let backends = backends(3);
         let proxy = builder(io, &backends, workers).start();
@@ -56,10 +56,7 @@ fn however_many_workers_there_are_an_endpoint_has_the_minimum(io: Io) {
 fn requests_share_the_minimum_of_all_workers(io: Io) {
     for mode in ["session", "request"] {
         let backends = [Backend::chronos(), Backend::chronos()];
-        let proxy = builder(io, &backends, 3)
-            .set("AEGIS_PROTOCOL", "chronos")
-            .set("AEGIS_POOL_MODE", mode)
-            .start();
+        let proxy = builder(io, &backends, 3).protocol("chronos", mode).start();
         expect_warm(&proxy, &backends, MIN_IDLE);
     }
 }

@@ -21,7 +21,7 @@ use crate::support::{
 };
 
 on_both_drivers![
-    an_answer_and_its_end_come_at_once,
+    a_reply_and_its_end_come_at_once,
     an_end_behind_a_small_message_comes_at_once_in_each_mode,
     a_half_closed_client_that_reads_slowly_costs_nothing,
     an_upload_to_a_half_closed_backend_costs_nothing,
@@ -30,7 +30,7 @@ on_both_drivers![
     bulk_is_whole_where_it_may_not_be_spliced,
     stalled_readers_slow_nobody_down,
     listeners_are_served_in_turn_at_the_session_limit,
-    without_descriptors_newcomers_wait_and_are_served,
+    newcomers_without_descriptors_wait_and_are_served,
 ];
 
 const SPLICE_FAILURES: &str = "aegis_splice_failures_total";
@@ -55,7 +55,7 @@ fn answers_at_the_end() -> Backend {
     })
 }
 
-fn an_answer_and_its_end_come_at_once(io: Io) {
+fn a_reply_and_its_end_come_at_once(io: Io) {
     let backend = answers_at_the_end();
     let proxy = one_worker(io, &backend).start();
     let times = (0..40).map(|_| {
@@ -89,10 +89,7 @@ fn an_end_behind_a_small_message_comes_at_once_in_each_mode(io: Io) {
         [("chronos", "GET a\n"), ("http1", "GET / HTTP/1.1\r\nHost: a\r\n\r\n")]
     {
         for mode in ["request", "session"] {
-            let proxy = one_worker(io, &backend)
-                .set("AEGIS_PROTOCOL", protocol)
-                .set("AEGIS_POOL_MODE", mode)
-                .start();
+            let proxy = one_worker(io, &backend).protocol(protocol, mode).start();
             let times = (0..20).map(|_| {
                 let mut client = connect(proxy.address());
                 let begun = Instant::now();
@@ -375,7 +372,7 @@ fn listeners_are_served_in_turn_at_the_session_limit(io: Io) {
     assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
 }
 
-fn without_descriptors_newcomers_wait_and_are_served(io: Io) {
+fn newcomers_without_descriptors_wait_and_are_served(io: Io) {
     const CLIENTS: usize = 40;
     let backend = Backend::named("a");
     let proxy = one_worker(io, &backend).without_pool().start();

@@ -1,6 +1,7 @@
 //! Lines of Chronos against a reader that has all of them at once.
 
-use aegis::protocol::chronos::{Command, LineEnd, Reply, Request, RequestScanner, reply};
+use aegis::protocol::Reply;
+use aegis::protocol::chronos::{Command, LineEnd, Request, RequestScanner, reply};
 use fastrand::Rng;
 
 use crate::driver;

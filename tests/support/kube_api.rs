@@ -178,7 +178,7 @@ impl KubeApi {
         }
     }
 
-    /// Allows the proxy to read, as the README says.
+    /// Allows the proxy to read, as `docs/ENDPOINTS.md` says.
     pub fn grant(&self) {
         match &self.server {
             Server::StandIn(server) => server.faults().set_forbidden(false),
@@ -212,6 +212,11 @@ impl KubeApi {
                 self.request("DELETE", &format!("{rbac}/roles/aegis"), None);
             }
         }
+    }
+
+    /// Makes the slice of this name hold one endpoint, `pod-NAME`.
+    pub fn announce(&self, name: &str, address: SocketAddr) {
+        self.slice(name, &Slice::of(address.port()).with(&format!("pod-{name}"), address.ip()));
     }
 
     /// Makes a slice say this: creates or replaces it.

@@ -21,6 +21,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::ioctl::{Setter, ioctl};
 
+use super::backend::Backend;
+
 /// Where servers listen, and clients of the servers behind the link come from.
 const HERE: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
 const DEVICE: &[u8] = b"far";
@@ -95,6 +97,11 @@ impl Link {
         self.hosts.lock().unwrap()[usize::from(host)].port = server.port();
         let [a, b, c, _] = HERE.octets();
         SocketAddr::new(IpAddr::V4(Ipv4Addr::new(a, b, c, 2 + host)), server.port())
+    }
+
+    /// These servers as they are reached behind the link, hosts in their order.
+    pub fn hosts(&self, servers: &[Backend]) -> Vec<SocketAddr> {
+        (0..).zip(servers).map(|(host, server)| self.behind(host, server.address())).collect()
     }
 
     /// What becomes from now on of packets to a host, and of those from it.

@@ -7,8 +7,11 @@ pub mod dns;
 pub mod kube_api;
 pub mod link;
 pub mod metrics;
+pub mod onlookers;
 pub mod proxy;
 
+use std::cell::Cell;
+use std::fs::OpenOptions;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -57,6 +60,7 @@ pub(crate) use on_both_drivers;
 
 /// Runs a test on a driver, or says that the host cannot.
 pub fn on(io: Io, test: fn(Io)) {
+    timed();
     if io == Io::Uring
         && let Some(why) = uring_unavailable()
     {
@@ -94,6 +98,34 @@ fn test_name() -> String {
     thread::current().name().unwrap_or("?").to_owned()
 }
 
+/// Has the test on this thread tell `make test` at its end how long it took since the first call.
+/// libtest's own way to do so is unstable.
+pub fn timed() {
+    TIMED.with(|_| ());
+}
+
+thread_local! {
+    static TIMED: Timed = Timed { test: test_name(), since: Cell::new(Instant::now()) };
+}
+
+struct Timed {
+    test: String,
+    since: Cell<Instant>,
+}
+
+impl Drop for Timed {
+    fn drop(&mut self) {
+        // Threads that tests start have no name.
+        let Some(file) = std::env::var_os("TEST_TIMES").filter(|_| self.test != "?") else {
+            return;
+        };
+        let line = format!("{:.1} {}\n", self.since.get().elapsed().as_secs_f64(), self.test);
+        // One write, so that lines of tests that end together stay apart.
+        let file = OpenOptions::new().append(true).create(true).open(file);
+        let _ = file.and_then(|mut file| file.write_all(line.as_bytes()));
+    }
+}
+
 /// Polls until `probe` finds something, and fails the test when it takes longer than `within`.
 /// Other sleeps are a part of what is tested, such as a pause of a peer's.
 pub fn eventually<T>(what: &str, within: Duration, mut probe: impl FnMut() -> Option<T>) -> T {
@@ -120,7 +152,10 @@ impl Drop for SetOnDrop<'_> {
 pub fn heavy() -> MutexGuard<'static, ()> {
     static HEAVY: Mutex<()> = Mutex::new(());
     // A failed test poisons the lock, which says nothing about the next.
-    HEAVY.lock().unwrap_or_else(PoisonError::into_inner)
+    let alone = HEAVY.lock().unwrap_or_else(PoisonError::into_inner);
+    // Its turn is not the test's own time.
+    TIMED.with(|timed| timed.since.set(Instant::now()));
+    alone
 }
 
 /// The most that `pattern` gives.

@@ -6,10 +6,12 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 use std::sync::{Arc, LazyLock, Mutex, Once};
 use std::thread;
 use std::time::Duration;
@@ -24,8 +26,9 @@ use seccompiler::{
 use serde_json::Value;
 use tempfile::NamedTempFile;
 
-use super::metrics::{Labels, Metrics};
-use super::{Io, PATIENCE, client, eventually, say};
+use super::kube_api::KubeApi;
+use super::metrics::{DISCOVERY_ENDPOINTS, Labels, Metrics};
+use super::{Io, PATIENCE, client, eventually, say, timed};
 
 /// How a proxy is to be started.
 #[derive(Clone, Default)]
@@ -34,6 +37,8 @@ pub struct Builder {
     arguments: Vec<&'static str>,
     descriptors_max: Option<u64>,
     memory_locked: Option<u32>,
+    log: Option<Arc<OwnedFd>>,
+    outputs_closed: bool,
     denied: Option<Denied>,
     mounts: Vec<(PathBuf, &'static str)>,
     network: Option<&'static str>,
@@ -96,6 +101,7 @@ struct Denied {
 impl Builder {
     /// Nothing set at all.
     pub fn bare() -> Self {
+        timed();
         Self::default()
     }
 
@@ -122,6 +128,11 @@ impl Builder {
         self
     }
 
+    /// What is spoken, and how long a client has a connection.
+    pub fn protocol(self, protocol: &str, pool_mode: &str) -> Self {
+        self.set("AEGIS_PROTOCOL", protocol).set("AEGIS_POOL_MODE", pool_mode)
+    }
+
     /// The size of the pools, for each worker and endpoint. The number of workers is to be set
     /// before: they have the minimum together.
     pub fn pool(self, min_idle: u64, max_idle: u64) -> Self {
@@ -132,6 +143,28 @@ impl Builder {
 
     pub fn without_pool(self) -> Self {
         self.pool(0, 0)
+    }
+
+    /// Finds its endpoints by the Service `chronos` of this API.
+    pub fn kubernetes(self, api: &KubeApi) -> Self {
+        self.set("KUBECONFIG", api.kubeconfig()).set("AEGIS_KUBE_SERVICE", "chronos")
+    }
+
+    /// Has its log go there, unseen by the test. As no log says where it listens then, it has
+    /// addresses of its own: of those of the loopback interface there are enough.
+    pub fn log_to(mut self, log: impl Into<OwnedFd>) -> Self {
+        static NEXT: AtomicU16 = AtomicU16::new(1);
+        let [_, _, high, low] = std::process::id().to_be_bytes();
+        let own = [127, 64 | (high & 63), low, NEXT.fetch_add(1, Relaxed) as u8];
+        let [address, admin] = [8081, 8082].map(|port| SocketAddr::from((own, port)));
+        self.log = Some(Arc::new(log.into()));
+        self.set("AEGIS_LISTEN", address.to_string()).set("AEGIS_ADMIN", admin.to_string())
+    }
+
+    /// Starts it without a standard output and error at all, where [`Builder::log_to`] is called too.
+    pub fn outputs_closed(mut self) -> Self {
+        self.outputs_closed = true;
+        self
     }
 
     pub fn argument(mut self, argument: &'static str) -> Self {
@@ -193,10 +226,16 @@ impl Builder {
 
     /// Starts the proxy and waits until it listens.
     pub fn launch(self) -> Proxy {
+        let known = self.log.is_some().then(|| {
+            ["AEGIS_LISTEN", "AEGIS_ADMIN"].map(|name| self.environment[name].parse().unwrap())
+        });
         let mut proxy = self.begin();
         (proxy.address, proxy.admin) = eventually("the proxy listens", PATIENCE, || {
             let ended = proxy.child.try_wait().unwrap();
             assert!(ended.is_none(), "the proxy ended: {ended:?}");
+            if let Some([address, admin]) = known {
+                return client::try_connect(admin).is_ok().then_some((address, admin));
+            }
             let address = |message| proxy.log.field(message, "address")?.parse().ok();
             Some((address("listening")?, address("admin listening")?))
         });
@@ -207,12 +246,14 @@ impl Builder {
     pub fn begin(self) -> Proxy {
         let mut child = self.spawn();
         let log = Log::default();
-        let (lines, errors) = (log.clone(), child.stderr.take().unwrap());
-        thread::spawn(move || {
-            for line in BufReader::new(errors).lines().map_while(Result::ok) {
-                lines.0.lock().unwrap().push(line);
-            }
-        });
+        if let Some(errors) = child.stderr.take() {
+            let lines = log.clone();
+            thread::spawn(move || {
+                for line in BufReader::new(errors).lines().map_while(Result::ok) {
+                    lines.0.lock().unwrap().push(line);
+                }
+            });
+        }
         let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
         Proxy { child, log, address: unknown, admin: unknown }
     }
@@ -255,11 +296,16 @@ impl Builder {
             words.extend(["sh", "-c", "ulimit -l \"$0\" && exec \"$@\""].map(Into::into));
             words.push(kib.to_string().into());
         }
+        if self.outputs_closed {
+            words.extend(["sh", "-c", "exec \"$0\" \"$@\" 2>&- >&-"].map(Into::into));
+        }
         words.push(binary().into());
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]);
         command.args(&self.arguments).env_clear().envs(&self.environment);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let log = self.log.map(|log| Stdio::from(log.try_clone().unwrap()));
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        command.stderr(log.unwrap_or_else(Stdio::piped));
         if let Some(path) = std::env::var_os("PATH") {
             command.env("PATH", path);
         }
@@ -382,6 +428,28 @@ impl Proxy {
     /// Where clients connect.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where it is asked for metrics and probes.
+    pub fn admin(&self) -> SocketAddr {
+        self.admin
+    }
+
+    /// Waits until it knows so many endpoints, and every worker has applied them.
+    pub fn wait_for_endpoints(&self, count: u64) {
+        self.wait_for(DISCOVERY_ENDPOINTS, &[], |found| found == count);
+        eventually("every worker has applied it", PATIENCE, || {
+            let backends = self.get("/backends").json();
+            let applied = backends["applied_generations"].as_array()?;
+            applied.iter().all(|g| *g == backends["generation"]).then_some(())
+        });
+    }
+
+    /// Waits until nothing holds its start.
+    pub fn wait_for_start(&self) {
+        eventually("it starts", PATIENCE, || {
+            (self.get("/startupz?wait=0").status == 200).then_some(())
+        });
     }
 
     /// A field of the first line of the log with this message.
@@ -512,13 +580,22 @@ impl Proxy {
         self.child.id()
     }
 
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
     pub fn terminate(&self) {
-        kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
+        self.signal(Signal::TERM);
+    }
+
+    /// How the process has ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
     }
 
     /// Waits until the process has ended.
     pub fn wait(&mut self, within: Duration) -> ExitStatus {
-        eventually("the proxy ends", within, || self.child.try_wait().unwrap())
+        eventually("the proxy ends", within, || self.ended())
     }
 
     /// Waits until the process has ended, and checks that it did so cleanly.

@@ -9,9 +9,9 @@ use std::net::SocketAddr;
 
 use super::page::Pieces;
 use crate::control::View;
-use crate::control::view::{EndpointCounts, labels, usable};
+use crate::control::view::{labels, usable};
 use crate::limits::ENDPOINTS_MAX;
-use crate::metrics::EndpointStats;
+use crate::metrics::{EndpointCounts, EndpointStats};
 use crate::proxy::endpoints::{Endpoint, Store};
 
 /// Endpoints of a page that names no limit: a screen or two of a terminal.
@@ -92,7 +92,7 @@ fn endpoint_row<'a>(endpoint: &Endpoint, name: &'a str, of_workers: bool) -> End
         address: endpoint.address,
         near: endpoint.is_near(),
         state: state(usable(endpoint)),
-        total: EndpointCounts::total(endpoint),
+        total: EndpointCounts::total(&endpoint.stats),
         workers: of_workers.then(|| endpoint.stats.iter().map(worker).collect()),
     }
 }

@@ -29,6 +29,7 @@ use warp::reject::{MethodNotAllowed, Rejection};
 
 use super::View;
 use super::metrics;
+use crate::metrics::text::CONTENT_TYPE;
 use connection::Visit;
 use page::{Page, page, streamed};
 use rooms::Times;
@@ -156,7 +157,7 @@ fn index_page() -> Page {
 }
 
 fn metrics_page(view: Arc<View>) -> Page {
-    streamed(metrics::CONTENT_TYPE, |pieces| metrics::render(view, pieces))
+    streamed(CONTENT_TYPE, |pieces| metrics::render(view, pieces))
 }
 
 /// The answer of a probe: fine, or one reason a line.

@@ -1,13 +1,12 @@
 //! Discovery: from what a source knows to complete, ordered snapshots in every worker's mailbox.
 //!
-//! A source ([`dns`], [`kubernetes`]) says what it wants as a whole, as often as it likes; [`Publisher`] publishes
-//! when that differs from the last snapshot. A source that fails says nothing, so the last known
-//! good set stays in force.
+//! A source ([`dns`], [`kubernetes`]) hands over the whole set that it wants, as often as it likes;
+//! [`Publisher`] publishes when that differs from the last snapshot. A source that fails hands over
+//! nothing, so the last known good set stays in force.
 
-pub mod dns;
-pub mod kubernetes;
-pub mod resolver;
-pub mod status;
+pub(super) mod dns;
+pub(super) mod kubernetes;
+pub(super) mod status;
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -20,7 +19,7 @@ use tokio::time::sleep;
 use tracing::{debug, error, info, warn};
 
 use super::WorkerHandle;
-use crate::io::socket::is_local;
+use crate::io::net::is_local;
 use crate::limits::ENDPOINTS_MAX;
 use crate::listening::Listening;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
@@ -28,7 +27,7 @@ use status::{ErrorKind, LeftOut, Status};
 
 /// An endpoint that a source wants.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Wanted {
+pub(super) struct Wanted {
     /// Its name, which is to be stable.
     pub name: String,
     /// Where to connect.
@@ -39,14 +38,14 @@ pub struct Wanted {
 
 impl Wanted {
     /// An endpoint of which only this is known.
-    pub fn new(name: impl Into<String>, address: SocketAddr) -> Self {
+    pub(super) fn new(name: impl Into<String>, address: SocketAddr) -> Self {
         Self { name: name.into(), address, near: false }
     }
 }
 
 /// A store that shares the keys with others, as a source declares it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Declared {
+pub(super) struct Declared {
     /// Its name, by which its keys are known.
     pub name: String,
     /// Where it is now; or else why it is nowhere, if more is known than that it is away.
@@ -62,7 +61,7 @@ const REMEMBERED_FOR: Duration = Duration::from_secs(600);
 
 /// Turns wanted endpoints into snapshots.
 #[derive(Debug)]
-pub struct Publisher {
+pub(super) struct Publisher {
     workers: Vec<WorkerHandle>,
     snapshots: watch::Sender<Arc<EndpointSnapshot>>,
     /// How many endpoints the last snapshot had no room for.
@@ -114,7 +113,7 @@ impl Known {
 
 impl Publisher {
     /// A publisher to these workers; `snapshots` shows the rest of the control plane the latest.
-    pub fn new(
+    pub(super) fn new(
         workers: Vec<WorkerHandle>,
         snapshots: watch::Sender<Arc<EndpointSnapshot>>,
     ) -> Self {
@@ -130,17 +129,17 @@ impl Publisher {
 
     /// The same, which leaves out whatever leads back to this process, and says so in `status`.
     #[must_use]
-    pub fn leaving_out(self, listening: Listening, status: Arc<Status>) -> Self {
+    pub(super) fn leaving_out(self, listening: Listening, status: Arc<Status>) -> Self {
         Self { listening, status, ..self }
     }
 
     /// Whether anything was published.
-    pub fn has_begun(&self) -> bool {
+    pub(super) fn has_begun(&self) -> bool {
         self.snapshots.borrow().generation > 0
     }
 
     /// How many endpoints there are.
-    pub fn endpoints(&self) -> usize {
+    pub(super) fn endpoints(&self) -> usize {
         self.snapshots.borrow().endpoints.len()
     }
 
@@ -152,12 +151,16 @@ impl Publisher {
     /// [`ENDPOINTS_MAX`] are left out with a warning. An endpoint is known by its name and address:
     /// it stays the same `Arc`, and so keeps its sessions, pools and counters, also where it left
     /// for a while.
-    pub fn publish(&self, wanted: impl IntoIterator<Item = Wanted>) {
+    pub(super) fn publish(&self, wanted: impl IntoIterator<Item = Wanted>) {
         self.publish_at(wanted, &[], Instant::now());
     }
 
     /// The same, where keys say where requests go: `stores` are all that share them.
-    pub fn publish_stores(&self, wanted: impl IntoIterator<Item = Wanted>, stores: &[Declared]) {
+    pub(super) fn publish_stores(
+        &self,
+        wanted: impl IntoIterator<Item = Wanted>,
+        stores: &[Declared],
+    ) {
         self.publish_at(wanted, stores, Instant::now());
     }
 
@@ -250,7 +253,7 @@ const LOG_PAUSE: Duration = Duration::from_secs(1);
 
 /// Logs that endpoints changed: a single change at once, many as one line a second, so that the
 /// last line always tells the latest state.
-pub async fn log_changes(mut snapshots: watch::Receiver<Arc<EndpointSnapshot>>) {
+pub(super) async fn log_changes(mut snapshots: watch::Receiver<Arc<EndpointSnapshot>>) {
     let mut logged = 0;
     while snapshots.changed().await.is_ok() {
         let (generation, endpoints) = {

@@ -7,62 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::metrics::Label;
-
-/// What went wrong between discovery and its source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum ErrorKind {
-    /// No connection, no answer in time, or no trust in the certificate.
-    Unreachable,
-    /// The credentials were not accepted: 401.
-    Unauthorized,
-    /// The credentials do not allow it: 403.
-    Forbidden,
-    /// The watch fell too far behind and starts over: 410.
-    Expired,
-    /// The source asks for patience: 429.
-    Throttled,
-    /// Any other error that the source reported.
-    Refused,
-    /// The answer made no sense.
-    Malformed,
-    /// The credentials or the address of the source cannot be found.
-    Configuration,
-    /// A name does not resolve.
-    Lookup,
-    /// An endpoint is this proxy itself.
-    Loop,
-}
-
-impl Label for ErrorKind {
-    const ALL: &'static [Self] = &[
-        Self::Unreachable,
-        Self::Unauthorized,
-        Self::Forbidden,
-        Self::Expired,
-        Self::Throttled,
-        Self::Refused,
-        Self::Malformed,
-        Self::Configuration,
-        Self::Lookup,
-        Self::Loop,
-    ];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Unreachable => "unreachable",
-            Self::Unauthorized => "unauthorized",
-            Self::Forbidden => "forbidden",
-            Self::Expired => "expired",
-            Self::Throttled => "throttled",
-            Self::Refused => "refused",
-            Self::Malformed => "malformed",
-            Self::Configuration => "configuration",
-            Self::Lookup => "lookup",
-            Self::Loop => "loop",
-        }
-    }
-}
+pub(crate) use crate::metrics::ErrorKind;
 
 /// An endpoint that is not used, since it is this proxy itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,7 +30,7 @@ impl fmt::Display for LeftOut {
 /// The state of discovery.
 #[derive(Debug, Default)]
 pub struct Status {
-    errors: [AtomicU64; ErrorKind::ALL.len()],
+    errors: [AtomicU64; ErrorKind::COUNT],
     /// Milliseconds since the Unix epoch; 0 before the first.
     last_sync_ms: AtomicU64,
     trouble: Mutex<Option<String>>,

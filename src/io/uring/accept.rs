@@ -8,9 +8,9 @@ use io_uring::types::Fd;
 use io_uring::{cqueue, opcode};
 use rustix::io::Errno;
 
-use super::socket::Kind;
+use super::socket::{Accepting, Kind};
 use super::{Uring, result};
-use crate::io::{Completion, ConnId, Driver, socket};
+use crate::io::{Completion, ConnId, Driver};
 use crate::limits;
 
 impl Uring {
@@ -21,12 +21,12 @@ impl Uring {
         let multi = self.room > queues
             && self.descriptors.have_room_for_queues(self.listeners.len(), self.now);
         let listener = &mut self.listeners[index];
-        let Some(fd) = &listener.fd else { return };
+        let Some(fd) = &listener.net else { return };
         let fd = Fd(fd.as_raw_fd());
         let key = ConnId::from_parts(index as u32, 0);
-        match listener.armed {
-            None if self.room > 0 => {
-                listener.armed = Some(multi);
+        match listener.accepting {
+            Accepting::Idle if self.room > 0 => {
+                listener.accepting = if multi { Accepting::Multishot } else { Accepting::Single };
                 let entry = if multi {
                     opcode::AcceptMulti::new(fd).flags(libc::SOCK_CLOEXEC).build()
                 } else {
@@ -35,10 +35,12 @@ impl Uring {
                 };
                 self.push(entry, Kind::Accept, key);
             }
-            Some(armed_multi)
-                if !listener.stopping && (self.room == 0 || (armed_multi && !multi)) =>
-            {
-                listener.stopping = true;
+            Accepting::Single | Accepting::Multishot if self.room == 0 => {
+                listener.accepting = Accepting::Stopping;
+                self.cancel(Kind::Accept, key);
+            }
+            Accepting::Multishot if !multi => {
+                listener.accepting = Accepting::Stopping;
                 self.cancel(Kind::Accept, key);
             }
             _ => {}
@@ -48,18 +50,19 @@ impl Uring {
     pub(super) fn on_accept(&mut self, index: usize, entry: &cqueue::Entry) -> Option<Completion> {
         let listener = self.listeners.get_mut(index)?;
         if !cqueue::more(entry.flags()) {
-            listener.armed = None;
-            listener.stopping = false;
+            listener.accepting = Accepting::Idle;
         }
         match result(entry) {
             Ok(fd) => {
                 // SAFETY: the kernel has just given this descriptor to us alone.
                 let fd = unsafe { OwnedFd::from_raw_fd(fd.cast_signed()) };
                 self.descriptors.on_new(&fd);
+                // The listener may be closed by now.
+                let client = listener.transport.accepted(fd);
                 if self.refusing {
-                    socket::welcome(&fd);
+                    client.welcome();
                 }
-                self.adopt(fd).map(Completion::Accepted)
+                self.adopt(client).map(Completion::Accepted)
             }
             Err(Errno::CANCELED | Errno::CONNABORTED | Errno::INTR) => None,
             Err(errno) => {

@@ -4,12 +4,12 @@
 //! readiness comes from the ring, and `splice` is called directly. Sockets here are blocking for
 //! the ring's sake; for the moment of that call they are not.
 
-use std::os::fd::OwnedFd;
-
 use rustix::io::{Errno, ioctl_fionbio};
 
 use super::Uring;
-use super::socket::{Sending, Socket};
+use super::socket::{Send, Socket};
+use crate::io::halves::Sending;
+use crate::io::net::Stream;
 use crate::io::splice;
 use crate::io::{Completion, ConnId};
 
@@ -18,7 +18,7 @@ impl Uring {
     pub(super) fn splice_target(&self, conn: ConnId) -> Option<(ConnId, &Socket)> {
         let socket = self.sockets.get(conn).filter(|socket| socket.bulk.is_on())?;
         let to = socket.joined.filter(|_| self.pipes.any(self.now))?;
-        let takes = |sink: &&Socket| !sink.closing && sink.sending != Sending::Broken;
+        let takes = |sink: &&Socket| !sink.is_closing() && matches!(sink.sending, Sending::Open(_));
         Some((to, self.sockets.get(to).filter(takes)?))
     }
 
@@ -40,12 +40,10 @@ impl Uring {
             return None;
         };
         let socket = self.sockets.get_mut(conn)?;
-        let filled = without_blocking(&socket.fd, || pipe.fill(&socket.fd));
+        let filled = without_blocking(&socket.stream, || pipe.fill(&socket.stream));
         if let Ok(count @ 1..) = filled {
             socket.bulk.on_spliced(count, self.window);
-            if let Some(sink) = self.sockets.get_mut(to) {
-                sink.pipe = Some(pipe);
-            }
+            self.live(to).pipe = Some(pipe);
             self.drain_pipe(to);
             return Some(Completion::Spliced(conn, count));
         }
@@ -61,10 +59,10 @@ impl Uring {
 
     /// Moves on what is in a socket's pipe; the rest waits until there is room.
     pub(super) fn drain_pipe(&mut self, conn: ConnId) {
-        let Some(socket) = self.sockets.get_mut(conn) else { return };
-        debug_assert_eq!(socket.sending, Sending::Idle, "one after the other");
-        let Some(pipe) = &mut socket.pipe else { return };
-        match without_blocking(&socket.fd, || pipe.drain(&socket.fd)) {
+        let socket = self.sockets.get_mut(conn).expect("an open connection");
+        debug_assert_eq!(socket.sending.progress(), Some(Send::Idle), "one after the other");
+        let pipe = socket.pipe.as_mut().expect("what was moved in is to be moved on");
+        match without_blocking(&socket.stream, || pipe.drain(&socket.stream)) {
             Ok(count) => self.ready.push_back(Completion::Sent(conn, count)),
             Err(Errno::AGAIN) => {}
             Err(Errno::INTR) => return self.mark_pending(conn),
@@ -80,8 +78,9 @@ impl Uring {
     }
 }
 
-fn without_blocking<T>(
-    fd: &OwnedFd,
+/// Runs an action that is not to block, though the socket is one that does.
+pub(super) fn without_blocking<T>(
+    fd: &Stream,
     action: impl FnOnce() -> Result<T, Errno>,
 ) -> Result<T, Errno> {
     ioctl_fionbio(fd, true)?;

@@ -16,7 +16,6 @@ mod watch;
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -25,15 +24,18 @@ use io_uring::{cqueue, opcode, squeue};
 use rustix::io::Errno;
 use socket2::Type;
 
-use self::socket::{Kind, Listener, Receiving, Sending, Socket, parse_user_data, user_data};
+use self::socket::{
+    Accepting, Attention, Kind, Listener, Receive, Send, Socket, parse_user_data, user_data,
+};
 use super::buffers::{Buf, Buffers};
 use super::descriptors::Descriptors;
+use super::halves::Sending;
+use super::net::{self, Address, Stream};
 use super::probe::Features;
 use super::provided::ProvidedBuffers;
 use super::ring::Ring;
-use super::socket as options;
 use super::splice::{self, Pipes};
-use super::{Acks, Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait};
+use super::{Acks, Close, Completion, Conn, ConnId, Driver, DriverSetup, Unheard, Wait};
 use crate::fifo;
 use crate::limits;
 use crate::slab::Slab;
@@ -44,10 +46,10 @@ pub struct Uring {
     ring: Ring,
     provided: ProvidedBuffers,
     buffers: Buffers,
-    sockets: Slab<Socket, crate::io::Conn>,
+    sockets: Slab<Socket, Conn>,
     listeners: Vec<Listener>,
     wake: OwnedFd,
-    options: options::Options,
+    options: net::Options,
     room: usize,
     /// No handshake begins any more.
     refusing: bool,
@@ -98,8 +100,8 @@ impl Uring {
             listeners: setup
                 .listeners
                 .into_iter()
-                .map(|fd| Listener { fd: Some(fd), armed: None, stopping: false })
-                .collect(),
+                .map(|fd| net::Listener::new(fd).map(Listener::new))
+                .collect::<io::Result<_>>()?,
             wake: setup.wake,
             options: setup.options,
             room: 0,
@@ -118,7 +120,7 @@ impl Uring {
             ring,
             buffers: Buffers::new(setup.buffers_max)?,
         };
-        for fd in driver.listeners.iter().filter_map(|listener| listener.fd.as_ref()) {
+        for fd in driver.listeners.iter().filter_map(|listener| listener.net.as_ref()) {
             // io_uring polls by itself; O_NONBLOCK would make it fail with EAGAIN instead.
             rustix::io::ioctl_fionbio(fd, false)?;
         }
@@ -148,24 +150,29 @@ impl Uring {
 
     fn mark_pending(&mut self, conn: ConnId) {
         if let Some(socket) = self.sockets.get_mut(conn)
-            && !socket.pending
+            && socket.attention == Attention::None
         {
-            socket.pending = true;
+            socket.attention = Attention::Pending;
             self.pending.push(conn);
         }
     }
 
+    /// A socket that its caller knows not to be given back.
+    fn live(&mut self, conn: ConnId) -> &mut Socket {
+        self.sockets.get_mut(conn).expect("a socket of which the kernel holds something, or open")
+    }
+
     /// Turns what the user asked for since the last wait into submissions.
     fn settle(&mut self) {
-        let lean = self.is_lean();
-        self.provided.refill(&mut self.buffers, lean);
+        let short = self.is_short_of_buffers();
+        self.provided.refill(&mut self.buffers, short);
         if self.provided.available() > 0 {
             // All of them: those that starve on again come back at no great cost.
             while let Some(conn) = fifo::pop(&mut self.starving) {
                 if let Some(socket) = self.sockets.get_mut(conn)
-                    && socket.receiving == Receiving::Starving
+                    && socket.receiving.progress() == Some(Receive::Starving)
                 {
-                    socket.receiving = Receiving::Idle;
+                    socket.receive().feed();
                 }
                 self.mark_pending(conn);
             }
@@ -183,26 +190,38 @@ impl Uring {
     }
 
     /// Whether buffers are short: then each receive takes one, so that no socket runs ahead.
-    fn is_lean(&self) -> bool {
+    fn is_short_of_buffers(&self) -> bool {
         limits::buffers_are_short(self.buffers.spare())
     }
 
     /// The kernel has given an operation back. Its socket, unless it was only waiting to be closed.
     fn came_back(&mut self, kind: Kind, conn: ConnId) -> Option<&mut Socket> {
-        let socket = self.sockets.get_mut(conn)?;
+        let socket = self.live(conn);
         socket.ops.remove(kind);
-        if socket.closing {
+        if socket.is_closing() {
             self.finish_close(conn);
+            return None;
         }
-        self.sockets.get_mut(conn).filter(|socket| !socket.closing)
+        self.sockets.get_mut(conn)
     }
 
     fn on_connect(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
         self.came_back(Kind::Connect, conn)?;
-        Some(match result(entry) {
-            Ok(_) => Completion::Connected(conn),
-            Err(errno) => Completion::ConnectFailed(conn, errno.into()),
-        })
+        Some(self.finish_connect(conn, result(entry).map(drop)))
+    }
+
+    fn finish_connect(&mut self, conn: ConnId, outcome: Result<(), Errno>) -> Completion {
+        let sending = &mut self.live(conn).sending;
+        match outcome {
+            Ok(()) => {
+                sending.connect();
+                Completion::Connected(conn)
+            }
+            Err(errno) => {
+                sending.break_off();
+                Completion::ConnectFailed(conn, errno.into())
+            }
+        }
     }
 
     fn on_completion(&mut self, entry: &cqueue::Entry) -> Option<Completion> {
@@ -247,16 +266,17 @@ impl Uring {
 
     /// Gives the slot back once the kernel holds nothing of it.
     fn finish_close(&mut self, conn: ConnId) {
-        let Some(socket) = self.sockets.get(conn) else { return };
-        if socket.ops.any() || !socket.closing {
+        let socket = self.live(conn);
+        debug_assert!(socket.is_closing(), "only a socket that was closed is given back");
+        if socket.ops.any() {
             return;
         }
-        let Some(mut socket) = self.sockets.remove(conn) else { return };
+        let mut socket = self.sockets.remove(conn).expect("it was just found");
         self.buffers.clear(&mut socket.queue);
         if let Some(pipe) = socket.pipe.take() {
             self.pipes.give(pipe);
         }
-        let fd = Fd(socket.fd.into_raw_fd());
+        let fd = Fd(OwnedFd::from(socket.stream).into_raw_fd());
         self.forget(opcode::Close::new(fd).build());
     }
 }
@@ -315,23 +335,23 @@ impl Driver for Uring {
 
     fn refuse_handshakes(&mut self) -> bool {
         self.refusing = true;
-        let open = || self.listeners.iter().filter_map(|listener| listener.fd.as_ref());
-        open().for_each(options::refuse_handshakes);
-        open().any(options::is_crowded)
+        let open = || self.listeners.iter().filter_map(|listener| listener.net.as_ref());
+        open().for_each(net::Listener::refuse_handshakes);
+        open().any(net::Listener::is_crowded)
     }
 
     fn stop_listening(&mut self) -> bool {
         self.room = 0;
         for index in 0..self.listeners.len() {
             let listener = &mut self.listeners[index];
-            let Some(fd) = listener.fd.take() else { continue };
-            let (clients, emptied) = options::empty_accept_queue(&fd);
-            if emptied && listener.armed.is_some() {
+            let Some(fd) = listener.net.take() else { continue };
+            let (clients, emptied) = fd.empty_accept_queue();
+            if emptied && listener.accepting != Accepting::Idle {
                 self.cancel(Kind::Accept, ConnId::from_parts(index as u32, 0));
             } else if !emptied {
                 // Else an accept would come back at once where nobody waits.
                 let _ = rustix::io::ioctl_fionbio(&fd, false);
-                listener.fd = Some(fd);
+                listener.net = Some(fd);
             }
             for client in clients {
                 if let Some(conn) = self.adopt(client) {
@@ -339,29 +359,39 @@ impl Driver for Uring {
                 }
             }
         }
-        self.listeners.iter().all(|listener| listener.fd.is_none())
+        self.listeners.iter().all(|listener| listener.net.is_none())
     }
 
-    fn release(&mut self, conn: ConnId) -> Option<OwnedFd> {
-        self.sockets.get(conn).filter(|socket| !socket.ops.any() && !socket.pending)?;
-        self.sockets.remove(conn).map(|socket| socket.fd)
+    fn release(&mut self, conn: ConnId) -> Option<Stream> {
+        self.sockets
+            .get(conn)
+            .filter(|socket| !socket.ops.any() && socket.attention == Attention::None)?;
+        self.sockets.remove(conn).map(|socket| socket.stream)
     }
 
-    fn adopt(&mut self, client: OwnedFd) -> Option<ConnId> {
+    fn adopt(&mut self, client: Stream) -> Option<ConnId> {
         // `limits::conns_max` has room for more than can come.
-        self.sockets.insert(Socket::new(client)).ok()
+        self.sockets.insert(Socket::connected(client)).ok()
     }
 
-    fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
-        let make = || options::outgoing(address, Type::STREAM, &self.options);
-        let socket = self.descriptors.make(make)?;
-        let fd = Fd(socket.as_raw_fd());
-        let mut entry = Socket::new(socket.into());
-        entry.ops.add(Kind::Connect);
-        let Ok(conn) = self.sockets.insert(entry) else {
+    fn connect(&mut self, address: &Address) -> io::Result<ConnId> {
+        let kernel_address = address.to_kernel()?;
+        let make = || Stream::outgoing(address, Type::STREAM, &self.options);
+        let stream = self.descriptors.make(make)?;
+        let fd = Fd(stream.as_raw_fd());
+        // The ring would wait in a thread of the kernel's pool where an accept queue is full.
+        let at_once = stream.connects_at_once();
+        let outcome = at_once.then(|| bulk::without_blocking(&stream, || stream.connect(address)));
+        let Ok(conn) = self.sockets.insert(Socket::connecting(stream)) else {
             return Err(io::ErrorKind::QuotaExceeded.into());
         };
-        self.ring.connect(fd, *address, user_data(Kind::Connect, conn));
+        if let Some(outcome) = outcome {
+            let completion = self.finish_connect(conn, outcome);
+            self.ready.push_back(completion);
+        } else {
+            self.live(conn).ops.add(Kind::Connect);
+            self.ring.connect(fd, kernel_address, user_data(Kind::Connect, conn));
+        }
         Ok(conn)
     }
 
@@ -375,34 +405,33 @@ impl Driver for Uring {
 
     fn receive(&mut self, conn: ConnId, on: bool) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
-        socket.stopped = !on;
-        socket.wanted = on;
+        debug_assert!(socket.sending != Sending::Connecting, "nothing comes before the connection");
         if on {
-            self.mark_pending(conn);
-            return;
+            socket.receiving.want();
+        } else {
+            socket.receiving.stop();
+            socket.single = true;
+            self.stop_receiving(conn);
         }
-        socket.single = true;
-        self.stop_receiving(conn);
         self.mark_pending(conn);
     }
 
     fn send(&mut self, conn: ConnId, buf: Buf) {
         let Some(socket) = self.sockets.get_mut(conn) else { return self.buffers.give(buf) };
-        match socket.sending {
-            Sending::Broken => self.buffers.give(buf),
-            Sending::Idle => {
+        debug_assert!(socket.sending.takes_bytes(), "bytes are sent in {:?}", socket.sending);
+        match socket.sending.progress() {
+            None => self.buffers.give(buf),
+            Some(Send::Idle) => {
                 self.buffers.push(&mut socket.queue, buf);
                 self.mark_pending(conn);
             }
-            Sending::Submitted(_) | Sending::Blocked => self.buffers.push(&mut socket.queue, buf),
+            Some(Send::Submitted(_) | Send::Blocked) => self.buffers.push(&mut socket.queue, buf),
         }
     }
 
     fn shutdown(&mut self, conn: ConnId) {
-        if let Some(socket) = self.sockets.get_mut(conn)
-            && socket.sending != Sending::Broken
-        {
-            socket.shutdown = true;
+        if let Some(socket) = self.sockets.get_mut(conn) {
+            socket.sending.shut_down();
             self.mark_pending(conn);
         }
     }
@@ -412,9 +441,9 @@ impl Driver for Uring {
         let joined = socket.joined;
         if how == Close::Reset {
             // At once, so that it holds however the descriptor comes to be closed.
-            options::close_with_reset(&socket.fd);
+            socket.stream.close_with_reset();
         }
-        socket.closing = true;
+        socket.attention = Attention::Closing;
         let ops = socket.ops;
         // A send completes by itself.
         for kind in [Kind::Connect, Kind::Receive, Kind::Watch] {
@@ -425,13 +454,13 @@ impl Driver for Uring {
         self.finish_close(conn);
         // What that one brings waits for nothing any more.
         if let Some(source) = joined {
-            self.let_go(source);
+            self.resume(source);
         }
     }
 
     fn unheard(&mut self, conn: ConnId) -> Unheard {
         let Some(socket) = self.sockets.get(conn) else { return Unheard::End };
-        let shown = options::unheard(&socket.fd);
+        let shown = socket.stream.unheard();
         // What a receive has taken is no longer in the socket. It may have been taken up to the
         // moment of that look.
         self.taken(conn).max(shown)
@@ -439,30 +468,30 @@ impl Driver for Uring {
 
     fn unsent(&self, conn: ConnId) -> u64 {
         let Some(socket) = self.sockets.get(conn) else { return 0 };
-        socket.queued() + options::unsent(&socket.fd)
+        socket.queued() + socket.stream.unsent()
     }
 
     fn undelivered(&self, conn: ConnId) -> u64 {
         let Some(socket) = self.sockets.get(conn) else { return 0 };
-        socket.queued() + options::unacknowledged(&socket.fd)
+        socket.queued() + socket.stream.unacknowledged()
     }
 
     fn acks(&self, conn: ConnId) -> Option<Acks> {
-        options::acks(&self.sockets.get(conn)?.fd)
+        self.sockets.get(conn)?.stream.acks()
     }
 
     fn ask(&mut self, conn: ConnId, silence: Option<Duration>) {
         if let Some(socket) = self.sockets.get(conn) {
-            self.options.ask(&socket.fd, silence);
+            socket.stream.ask(&self.options, silence);
         }
     }
 
-    fn peer_address(&self, conn: ConnId) -> Option<SocketAddr> {
-        options::peer_address(&self.sockets.get(conn)?.fd)
+    fn peer_address(&self, conn: ConnId) -> Option<Address> {
+        self.sockets.get(conn)?.stream.peer()
     }
 
-    fn local_address(&self, conn: ConnId) -> Option<SocketAddr> {
-        options::local_address(&self.sockets.get(conn)?.fd)
+    fn local_address(&self, conn: ConnId) -> Option<Address> {
+        self.sockets.get(conn)?.stream.local()
     }
 
     fn buffers(&mut self) -> &mut Buffers {

@@ -8,20 +8,22 @@ use io_uring::types::Fd;
 use io_uring::{cqueue, opcode};
 use rustix::io::Errno;
 
-use super::socket::{Kind, Receiving, Socket};
+use super::socket::{Attention, Kind, Receive, Socket};
 use super::{Uring, result};
+use crate::io::halves::Receiving;
 use crate::io::provided::ProvidedBuffers;
 use crate::io::{Completion, ConnId};
 use crate::limits;
 
 impl Uring {
     pub(super) fn settle_socket(&mut self, conn: ConnId) {
+        // Its slot may have been given back since.
         let Some(socket) = self.sockets.get_mut(conn) else { return };
-        socket.pending = false;
-        if socket.closing {
+        if socket.is_closing() {
             return;
         }
-        if socket.wanted && socket.receiving == Receiving::Idle {
+        socket.attention = Attention::None;
+        if socket.receiving == Receiving::Wanted(Receive::Idle) {
             self.arm_receive(conn);
         }
         self.watch_paused(conn);
@@ -29,40 +31,39 @@ impl Uring {
     }
 
     fn arm_receive(&mut self, conn: ConnId) {
-        let lean = self.is_lean();
+        let short = self.is_short_of_buffers();
         let can_splice = self.splice_target(conn).map(|(_, sink)| sink.is_flushed());
-        let joined = self.sockets.get(conn).and_then(|socket| socket.joined);
+        let joined = self.live(conn).joined;
         let queues = joined.and_then(|sink| self.sockets.get(sink)).is_some_and(Socket::is_blocked);
-        let Some(socket) = self.sockets.get_mut(conn) else { return };
-        debug_assert_eq!(socket.receiving, Receiving::Idle);
+        let socket = self.live(conn);
         if can_splice == Some(false) {
-            socket.receiving = Receiving::Held;
-            return;
+            return socket.receive().hold();
         }
         socket.ops.add(Kind::Receive);
-        let fd = Fd(socket.fd.as_raw_fd());
-        let entry = if can_splice == Some(true) {
+        let fd = Fd(socket.stream.as_raw_fd());
+        let (operation, entry) = if can_splice == Some(true) {
             // Each time that it fires it is followed by a move or by a receive, so it does not
             // fire again for what it has told.
-            socket.receiving = Receiving::Polled;
-            opcode::PollAdd::new(fd, (libc::POLLIN | libc::POLLRDHUP) as u32).build()
-        } else if lean || queues || socket.single {
-            socket.receiving = Receiving::Single;
+            let poll = opcode::PollAdd::new(fd, (libc::POLLIN | libc::POLLRDHUP) as u32);
+            (Receive::Polled, poll.build())
+        } else if short || queues || socket.single {
             let receive = opcode::Recv::new(fd, ptr::null_mut(), limits::BUFFER_SIZE as u32);
-            receive.buf_group(ProvidedBuffers::GROUP).build().flags(Flags::BUFFER_SELECT)
+            let receive = receive.buf_group(ProvidedBuffers::GROUP).build();
+            (Receive::Single, receive.flags(Flags::BUFFER_SELECT))
         } else {
-            socket.receiving = Receiving::Multishot;
-            opcode::RecvMulti::new(fd, ProvidedBuffers::GROUP).build()
+            let receive = opcode::RecvMulti::new(fd, ProvidedBuffers::GROUP);
+            (Receive::Multishot, receive.build())
         };
+        socket.receive().arm(operation);
         self.push(entry, Kind::Receive, conn);
     }
 
-    /// The socket joined with this one has sent everything.
-    pub(super) fn let_go(&mut self, conn: ConnId) {
+    /// The socket joined with this one, if that is still open, has sent everything.
+    pub(super) fn resume(&mut self, conn: ConnId) {
         if let Some(socket) = self.sockets.get_mut(conn)
-            && socket.receiving == Receiving::Held
+            && socket.receiving.progress() == Some(Receive::Held)
         {
-            socket.receiving = Receiving::Idle;
+            socket.receive().resume();
             self.mark_pending(conn);
         }
     }
@@ -71,13 +72,13 @@ impl Uring {
         let buf = cqueue::buffer_select(entry.flags())
             .and_then(|id| self.provided.take(id, entry.result().max(0) as u32));
         let more = cqueue::more(entry.flags());
-        let socket = self.sockets.get_mut(conn)?;
-        let polled = socket.receiving == Receiving::Polled;
+        let socket = self.live(conn);
+        let polled = socket.receiving.progress() == Some(Receive::Polled);
         if !more {
             socket.ops.remove(Kind::Receive);
-            socket.receiving = Receiving::Idle;
+            socket.receive().complete();
         }
-        if socket.closing {
+        if socket.is_closing() {
             if let Some(buf) = buf {
                 self.buffers.give(buf);
             }
@@ -85,51 +86,57 @@ impl Uring {
             return None;
         }
         if polled {
-            if socket.wanted && result(entry).is_ok() {
+            if matches!(socket.receiving, Receiving::Wanted(_)) && result(entry).is_ok() {
                 return self.splice(conn);
             }
             self.mark_pending(conn);
             return None;
         }
-        let (outcome, unused) = match (result(entry), buf) {
-            (Ok(1..), Some(buf)) => {
-                socket.single &= buf.len() as usize == limits::BUFFER_SIZE;
-                socket.bulk.on_received(buf.len(), self.window);
-                if !more {
-                    self.mark_pending(conn);
-                } else if self.splice_target(conn).is_some() {
-                    self.stop_receiving(conn);
-                }
+        let outcome = result(entry);
+        match buf {
+            Some(buf) if matches!(outcome, Ok(1..)) => {
+                self.on_bytes(conn, buf.len(), more);
                 return Some(Completion::Received(conn, buf));
             }
-            other => other,
-        };
-        if let Some(buf) = unused {
-            self.buffers.give(buf);
+            Some(buf) => self.buffers.give(buf),
+            None => {}
         }
+        self.on_no_bytes(conn, outcome)
+    }
+
+    fn on_bytes(&mut self, conn: ConnId, bytes: u32, more: bool) {
+        let window = self.window;
+        let socket = self.live(conn);
+        socket.single &= bytes as usize == limits::BUFFER_SIZE;
+        socket.bulk.on_received(bytes, window);
+        if !more {
+            self.mark_pending(conn);
+        } else if self.splice_target(conn).is_some() {
+            self.stop_receiving(conn);
+        }
+    }
+
+    /// A receive has come back without bytes.
+    fn on_no_bytes(&mut self, conn: ConnId, outcome: Result<u32, Errno>) -> Option<Completion> {
         match outcome {
-            Ok(_) if socket.error_taken => {
-                socket.receiving = Receiving::Ended;
-                Some(Completion::ReceiveFailed(conn))
-            }
-            Ok(_) => {
-                socket.receiving = Receiving::Ended;
-                Some(Completion::Ended(conn))
-            }
             // Stopped as asked. It may be wanted again by now.
             Err(Errno::CANCELED | Errno::INTR) => {
                 self.mark_pending(conn);
                 None
             }
             Err(Errno::NOBUFS) => {
-                socket.receiving = Receiving::Starving;
+                self.live(conn).receive().starve();
                 self.provided.on_none_left();
                 self.buffer_waits += u64::from(self.buffers.free() == 0);
                 self.starving.push_back(conn);
                 None
             }
-            Err(_) => {
-                socket.receiving = Receiving::Ended;
+            Ok(_) if !self.live(conn).error_taken => {
+                self.live(conn).receiving.end();
+                Some(Completion::Ended(conn))
+            }
+            Ok(_) | Err(_) => {
+                self.live(conn).receiving.end();
                 Some(Completion::ReceiveFailed(conn))
             }
         }
@@ -138,9 +145,9 @@ impl Uring {
     /// Takes a multishot receive back. What it has brought by then still arrives.
     pub(super) fn stop_receiving(&mut self, conn: ConnId) {
         if let Some(socket) = self.sockets.get_mut(conn)
-            && socket.receiving == Receiving::Multishot
+            && socket.receiving.progress() == Some(Receive::Multishot)
         {
-            socket.receiving = Receiving::Stopping;
+            socket.receive().stop();
             self.cancel(Kind::Receive, conn);
         }
     }

@@ -17,16 +17,17 @@ use io_uring::types::Fd;
 use rustix::io::Errno;
 
 use super::Uring;
-use super::socket::{Kind, Sending, user_data};
+use super::socket::{Kind, Send, user_data};
 use crate::fifo;
+use crate::io::halves::Sending;
 use crate::io::ring::SEND_FLAGS;
 use crate::io::{Completion, ConnId};
 
 impl Uring {
     /// Sends what is queued, then ends the direction if that was asked for.
     pub(super) fn flush(&mut self, conn: ConnId) {
-        let Some(socket) = self.sockets.get_mut(conn) else { return };
-        if socket.sending != Sending::Idle {
+        let socket = self.sockets.get_mut(conn).expect("an open connection");
+        if socket.sending.progress() != Some(Send::Idle) {
             return;
         }
         if socket.pipe.is_some() {
@@ -35,9 +36,9 @@ impl Uring {
         if socket.queue.is_empty() {
             return socket.end_direction();
         }
-        let fd = Fd(socket.fd.as_raw_fd());
+        let fd = Fd(socket.stream.as_raw_fd());
         let bytes = if socket.queue.buffers() == 1 {
-            let Some((at, len)) = self.buffers.parts(&socket.queue).next() else { return };
+            let (at, len) = self.buffers.parts(&socket.queue).next().expect("there is one buffer");
             let send = opcode::Send::new(fd, at.as_ptr(), len as u32).flags(SEND_FLAGS).build();
             let send = send.flags(Flags::SKIP_SUCCESS).user_data(user_data(Kind::Send, conn));
             // SAFETY: the queue's buffers stay taken until the send has completed.
@@ -49,7 +50,7 @@ impl Uring {
             unsafe { self.ring.send_parts(fd, parts, user_data(Kind::Send, conn)) }
         };
         socket.ops.add(Kind::Send);
-        socket.sending = Sending::Submitted(bytes);
+        socket.send().submit(bytes);
         self.submitted.push_back(conn);
     }
 
@@ -59,8 +60,9 @@ impl Uring {
             return None;
         }
         while let Some(conn) = fifo::pop(&mut self.submitted) {
-            let sending = self.sockets.get(conn).map(|socket| socket.sending);
-            if let Some(Sending::Submitted(bytes)) = sending
+            // Others have failed, as was told.
+            let progress = self.sockets.get(conn).and_then(|socket| socket.sending.progress());
+            if let Some(Send::Submitted(bytes)) = progress
                 && let Some(completion) = self.on_send(conn, Ok(bytes))
             {
                 return Some(completion);
@@ -74,12 +76,9 @@ impl Uring {
         conn: ConnId,
         result: Result<u32, Errno>,
     ) -> Option<Completion> {
-        let socket = self.sockets.get_mut(conn)?;
-        let Sending::Submitted(offered) = socket.sending else {
-            debug_assert!(false, "a send came back that was not submitted");
-            return None;
-        };
-        socket.sending = Sending::Idle;
+        let sending = self.live(conn).send();
+        let offered = if let Send::Submitted(bytes) = *sending { bytes } else { 0 };
+        sending.complete();
         self.came_back(Kind::Send, conn)?;
         let socket = self.sockets.get_mut(conn)?;
         let mut sent = None;
@@ -104,9 +103,8 @@ impl Uring {
 
     /// The socket has no room: what is queued waits for some.
     pub(super) fn block(&mut self, conn: ConnId) {
-        let Some(socket) = self.sockets.get_mut(conn) else { return };
-        debug_assert_eq!(socket.sending, Sending::Idle, "only what was tried can be blocked");
-        socket.sending = Sending::Blocked;
+        let socket = self.live(conn);
+        socket.send().block();
         let joined = socket.joined;
         self.watch(conn);
         if let Some(source) = joined {
@@ -117,26 +115,25 @@ impl Uring {
 
     /// Goes on with the queue, or lets the socket go on that waited for it to be empty.
     pub(super) fn after_send(&mut self, conn: ConnId) {
-        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        let socket = self.live(conn);
         let joined = socket.joined;
         if !socket.queue.is_empty() {
             return self.mark_pending(conn);
         }
         socket.end_direction();
         if let Some(source) = joined {
-            self.let_go(source);
+            self.resume(source);
         }
     }
 
     /// Nothing more can be sent. What has arrived can still be received.
     pub(super) fn fail_send(&mut self, conn: ConnId) {
-        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        let socket = self.sockets.get_mut(conn).expect("an open connection");
         if socket.sending == Sending::Broken {
             return;
         }
-        debug_assert!(!matches!(socket.sending, Sending::Submitted(_)), "a send is under way");
-        socket.sending = Sending::Broken;
-        socket.shutdown = false;
+        debug_assert!(!socket.is_submitted(), "a send is under way");
+        socket.sending.break_off();
         self.buffers.clear(&mut socket.queue);
         if let Some(pipe) = socket.pipe.take() {
             self.pipes.give(pipe);
@@ -144,7 +141,7 @@ impl Uring {
         let joined = socket.joined;
         self.ready.push_back(Completion::SendFailed(conn));
         if let Some(source) = joined {
-            self.let_go(source);
+            self.resume(source);
         }
     }
 }

@@ -11,7 +11,7 @@ use std::os::fd::AsRawFd;
 use io_uring::types::Fd;
 use io_uring::{cqueue, opcode};
 
-use super::socket::{Kind, Sending};
+use super::socket::Kind;
 use super::{Uring, result};
 use crate::io::{Completion, ConnId};
 
@@ -22,19 +22,18 @@ const HANG_UP: u32 = libc::POLLHUP as u32;
 impl Uring {
     /// Sees to it that a socket is watched.
     pub(super) fn watch(&mut self, conn: ConnId) {
-        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        let socket = self.live(conn);
         if socket.ops.has(Kind::Watch) {
             return;
         }
         socket.ops.add(Kind::Watch);
-        let fd = Fd(socket.fd.as_raw_fd());
+        let fd = Fd(socket.stream.as_raw_fd());
         self.push(opcode::PollAdd::new(fd, ROOM).multi(true).build(), Kind::Watch, conn);
     }
 
     /// Lets a socket that is not received from still tell of a reset.
     pub(super) fn watch_paused(&mut self, conn: ConnId) {
-        let Some(socket) = self.sockets.get(conn) else { return };
-        if socket.is_paused() {
+        if self.live(conn).is_paused() {
             self.watch(conn);
             self.tell_break(conn);
         }
@@ -42,12 +41,12 @@ impl Uring {
 
     pub(super) fn on_watch(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
         if cqueue::more(entry.flags()) {
-            self.sockets.get(conn).filter(|socket| !socket.closing)?;
+            self.sockets.get(conn).filter(|socket| !socket.is_closing())?;
         } else {
             self.came_back(Kind::Watch, conn)?;
         }
         let socket = self.sockets.get_mut(conn)?;
-        let blocked = socket.sending == Sending::Blocked;
+        let blocked = socket.is_blocked();
         let Ok(events) = result(entry) else {
             // It cannot be watched: nobody would ever say that there is room.
             if blocked {
@@ -70,12 +69,12 @@ impl Uring {
     }
 
     fn go_on_sending(&mut self, conn: ConnId) {
-        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        let socket = self.live(conn);
         if socket.has_error {
             // A send would take the error from the receive that is to tell it.
             return self.fail_send(conn);
         }
-        socket.sending = Sending::Idle;
+        socket.send().resume();
         if socket.pipe.is_some() {
             self.drain_pipe(conn);
         } else {
@@ -85,12 +84,9 @@ impl Uring {
 
     /// Says that a socket that is not received from has broken.
     pub(super) fn tell_break(&mut self, conn: ConnId) {
-        let Some(socket) = self.sockets.get(conn) else { return };
-        if !socket.has_error || !socket.is_paused() {
-            return;
-        }
+        let socket = self.live(conn);
         // While a send is under way, once that is back.
-        if !matches!(socket.sending, Sending::Submitted(_)) {
+        if socket.has_error && socket.is_paused() && !socket.is_submitted() {
             self.fail_send(conn);
         }
     }

@@ -5,12 +5,14 @@
 
 mod body;
 mod fields;
+mod protocol;
 mod request;
 mod response;
 mod start;
 #[cfg(test)]
 mod tests;
 
+pub use protocol::Http1;
 pub use request::RequestScanner;
 pub use response::ResponseScanner;
 

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use super::{BackendConn, ErrorReply};
 use crate::io::{Close, ConnId};
-use crate::metrics::{CloseReason, Discard, Outcome, Retry, Verb};
+use crate::metrics::{CloseReason, Discard, Outcome, Retry};
+use crate::protocol::Verb;
 use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::route::StableHash;

@@ -13,41 +13,41 @@ use crate::proxy::pulse::Pulse;
 #[derive(Debug)]
 pub(super) struct Backend {
     /// As its pool knows it.
-    pub conn: BackendConn,
+    pub(super) conn: BackendConn,
     /// It takes nothing more. What had come before is still read.
-    pub broken: bool,
+    pub(super) broken: bool,
     /// It is received from.
-    pub receiving: bool,
+    pub(super) receiving: bool,
     /// Bytes on their way to it.
-    pub unsent: u32,
+    pub(super) unsent: u32,
     /// Whether it acknowledges what it is sent.
-    pub pulse: Pulse,
+    pub(super) pulse: Pulse,
 }
 
 impl Backend {
     /// A connection just acquired, on which nothing is on its way.
-    pub fn new(conn: BackendConn) -> Self {
+    pub(super) fn new(conn: BackendConn) -> Self {
         Self { conn, broken: false, receiving: true, unsent: 0, pulse: Pulse::default() }
     }
 
     /// Bytes were queued for it.
-    pub fn on_queued(&mut self, bytes: u32) {
+    pub(super) fn on_queued(&mut self, bytes: u32) {
         self.unsent += bytes;
         self.pulse.on_asked();
     }
 
     /// Its socket took bytes.
-    pub fn on_sent(&mut self, bytes: u32) {
+    pub(super) fn on_sent(&mut self, bytes: u32) {
         self.unsent = self.unsent.saturating_sub(bytes);
     }
 
     /// Whether it is too old to be kept.
-    pub fn is_aged(&self, now: Instant) -> bool {
+    pub(super) fn is_aged(&self, now: Instant) -> bool {
         self.conn.retire_at.is_some_and(|at| at <= now)
     }
 
     /// Goes back to its pool, silent as it is.
-    pub fn release(mut self) -> Action {
+    pub(super) fn release(mut self) -> Action {
         if self.unsent > 0 {
             // Answered before it was asked.
             return self.discard(Discard::Unexpected);
@@ -57,7 +57,7 @@ impl Backend {
     }
 
     /// Is of no more use.
-    pub fn discard(self, why: Discard) -> Action {
+    pub(super) fn discard(self, why: Discard) -> Action {
         // What it reads there still is the upload of somebody who has been answered; else a reset, so
         // that it does not go on with what nobody waits for.
         let how = if self.conn.unread {
@@ -69,7 +69,7 @@ impl Backend {
     }
 
     /// Is closed with the end of stream: it may still have to read the end of a request.
-    pub fn end(self, why: Discard) -> Action {
+    pub(super) fn end(self, why: Discard) -> Action {
         Action::Discard(self.conn, why, DiscardHow::Now(Close::Graceful))
     }
 }

@@ -1,14 +1,14 @@
 //! A request that goes to every store.
 
-use std::io::{self, Write};
-
-use super::ErrorReply;
+use super::write_error_reply;
+use crate::protocol::{Answers, ErrorReply, ProtocolName};
 
 /// A request that goes to every store, one after the other, so that one at a time is stalled.
 #[derive(Debug)]
 pub struct Broadcast {
     /// The number of the store that is asked now.
     pub store: u16,
+    protocol: ProtocolName,
     stores: u32,
     failed: u32,
     /// The names of stores that are not available, as many as fit, and how many others there are.
@@ -26,10 +26,11 @@ impl Broadcast {
     /// As much of the names of stores is passed on.
     const NAMES_MAX: usize = 4096;
 
-    /// A sweep that begins at the first store.
-    pub fn new() -> Self {
+    /// A broadcast that begins at the first store.
+    pub fn new(protocol: ProtocolName) -> Self {
         Self {
             store: 0,
+            protocol,
             stores: 0,
             failed: 0,
             away: String::new(),
@@ -48,11 +49,11 @@ impl Broadcast {
         self.len += count;
     }
 
-    /// The present store has answered, with `OK_COMPACTED` if all is well.
+    /// The present store has answered.
     pub fn on_answered(&mut self) {
-        let answer = self.answer[..self.len].trim_ascii_end();
-        if answer != b"OK_COMPACTED" {
-            let len = answer.len();
+        let answer = &self.answer[..self.len];
+        if !self.protocol.is_success(answer) {
+            let len = answer.trim_ascii_end().len();
             self.failed += 1;
             self.first_failure.get_or_insert((self.answer, len));
         }
@@ -64,9 +65,7 @@ impl Broadcast {
     pub fn on_failed(&mut self, error: ErrorReply) {
         self.len = 0;
         let mut text = [0; Self::ANSWER_MAX];
-        let mut space = &mut text[..];
-        let _ = write!(space, "ERR {error}");
-        let len = Self::ANSWER_MAX - space.len();
+        let len = write_error_reply(self.protocol, error, &mut text);
         self.on_reply(&text[..len]);
         self.on_answered();
     }
@@ -89,35 +88,17 @@ impl Broadcast {
     /// One answer for all stores. Returns its length.
     pub fn write_answer(&self, mut space: &mut [u8]) -> usize {
         let before = space.len();
+        let first_failure = self.first_failure.as_ref().map(|(text, len)| &text[..*len]);
+        let answers = Answers {
+            stores: self.stores,
+            failed: self.failed,
+            away: &self.away,
+            away_unnamed: self.unnamed,
+            first_failure,
+        };
         // It is far shorter than a buffer.
-        let _ = self.write(&mut space);
+        let _ = self.protocol.write_combined(&answers, &mut space);
         before - space.len()
-    }
-}
-
-impl Broadcast {
-    fn write(&self, space: &mut impl Write) -> io::Result<()> {
-        if self.failed == 0 {
-            return writeln!(space, "OK_COMPACTED");
-        }
-        write!(space, "ERR_COMPACT {} of {} stores failed", self.failed, self.stores)?;
-        if !self.away.is_empty() {
-            write!(space, ", not available: {}", self.away)?;
-        }
-        if self.unnamed > 0 {
-            write!(space, " and {} more", self.unnamed)?;
-        }
-        if let Some((text, len)) = &self.first_failure {
-            let which = if self.away.is_empty() { "the first" } else { "the first other" };
-            write!(space, ", {which} with: {}", String::from_utf8_lossy(&text[..*len]))?;
-        }
-        writeln!(space)
-    }
-}
-
-impl Default for Broadcast {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
@@ -126,13 +107,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_sweep_has_one_answer() {
+    fn a_broadcast_has_one_answer() {
         let text = |broadcast: &Broadcast| {
             let mut space = [0; 512];
             let len = broadcast.write_answer(&mut space);
             String::from_utf8(space[..len].to_vec()).unwrap()
         };
-        let mut broadcast = Broadcast::new();
+        let mut broadcast = Broadcast::new(ProtocolName::Chronos);
         broadcast.on_reply(b"OK_COMP");
         broadcast.on_reply(b"ACTED\n");
         broadcast.on_answered();
@@ -151,7 +132,7 @@ mod tests {
             "ERR_COMPACT 4 of 5 stores failed, not available: store-3, store-4, the first other \
              with: ERR_COMPACT disk full\n"
         );
-        let mut broadcast = Broadcast::new();
+        let mut broadcast = Broadcast::new(ProtocolName::Chronos);
         (0..1000).for_each(|i| broadcast.on_away(&format!("a-store-with-a-name-{i}")));
         let answer = {
             let mut space = [0; 16384];

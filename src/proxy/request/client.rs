@@ -12,7 +12,8 @@ use super::{BackendConn, Broadcast, Framing, Front, Limits, Request};
 use crate::io::buffers::Buffers;
 use crate::io::{Buf, Chain, Close, ConnId, Unheard};
 use crate::limits::{BUFFER_SIZE, DRAIN_PATIENCE, PARTIAL_BUFFERS_SHORT_MAX};
-use crate::metrics::{CloseReason, Discard, Outcome, Verb};
+use crate::metrics::{CloseReason, Discard, Outcome};
+use crate::protocol::Verb;
 use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::pulse::Pulse;
@@ -306,7 +307,7 @@ impl Client {
             Front::Partial => ControlFlow::Break(self.settle(room, moment)),
             Front::Refused(len, error) => {
                 moment.buffers.advance(&mut self.input, len);
-                let count = Action::Count(Verb::Other, error.outcome(), Duration::ZERO);
+                let count = Action::Count(Verb::OTHER, error.outcome(), Duration::ZERO);
                 ControlFlow::Continue(Actions::from(count).and(Action::Reply(error, None)))
             }
             Front::Request(request) => ControlFlow::Continue(self.begin(request, moment)),
@@ -315,8 +316,8 @@ impl Client {
     }
 
     fn begin(&mut self, request: Request, moment: &Moment<'_>) -> Actions {
-        let goes_to_all = moment.policy.routes_by_key && request.verb == Verb::Compact;
-        let broadcast = goes_to_all.then(Box::<Broadcast>::default);
+        let goes_to_all = moment.policy.routes_by_key && request.to_all;
+        let broadcast = goes_to_all.then(|| Box::new(Broadcast::new(moment.policy.protocol)));
         self.on_begun(Wanted::Request(request), broadcast, moment.now)
     }
 

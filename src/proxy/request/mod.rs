@@ -46,15 +46,17 @@ use std::time::Instant;
 pub use action::{Action, Actions, ClientEnding, DiscardHow};
 pub use broadcast::Broadcast;
 pub use client::{Client, OpaqueParts, Target};
-pub use error_reply::{ErrorReply, write_away, write_error_reply};
+pub use error_reply::{write_away, write_error_reply};
 pub use framing::Framing;
 pub use policy::{Limits, Moment, Policy};
 pub use reply::{NoBuffer, Replied};
 pub use upload::Upload;
 
+pub use crate::protocol::{ErrorReply, Reply};
+
 use super::route::StableHash;
 use crate::io::ConnId;
-use crate::metrics::Verb;
+use crate::protocol::Verb;
 use crate::proxy::endpoints::EndpointId;
 
 /// What is at the front of a client's input.
@@ -79,6 +81,8 @@ pub struct Request {
     pub key: Option<StableHash>,
     /// Whether it may be sent again when its answer was lost.
     pub repeatable: bool,
+    /// Whether it goes to every store where keys are shared out among them.
+    pub to_all: bool,
     /// How many bytes of the input it is.
     pub len: u32,
     /// Whether that is all of it.
@@ -100,17 +104,4 @@ pub struct BackendConn {
     pub served: bool,
     /// Its backend answered a request before it had read all of it, and may still be reading.
     pub unread: bool,
-}
-
-/// What part of a backend's bytes is the answer, and what follows from it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reply {
-    /// All of them, and it goes on.
-    Partial,
-    /// All of them, and it is over: the connection is silent again.
-    Complete,
-    /// It ended after this many: the rest was not asked for, so the connection is of no more use.
-    Surplus(usize),
-    /// From here on nobody can tell: all that comes is the client's.
-    Opaque,
 }

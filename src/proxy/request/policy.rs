@@ -24,6 +24,8 @@ pub struct Limits {
 /// What the configuration says about clients.
 #[derive(Debug, Clone, Copy)]
 pub struct Policy {
+    /// What they speak.
+    pub protocol: Protocol,
     /// Their time limits.
     pub limits: Limits,
     /// How often a request is sent at most.
@@ -42,6 +44,7 @@ impl Policy {
     /// The policy for a configuration.
     pub fn new(config: &Config) -> Self {
         Self {
+            protocol: config.protocol,
             limits: Limits {
                 idle: config.idle_timeout,
                 half_close: config.half_close_timeout,
@@ -52,7 +55,7 @@ impl Policy {
             attempts_max: config.connect_attempts,
             releases_after_reply: config.pool.mode == PoolMode::Request,
             routes_by_key: config.requests.route == Route::Key,
-            ends_after_error: config.protocol == Protocol::Http1,
+            ends_after_error: config.protocol.facts().ends_after_error,
             drain_delay: config.drain_delay,
         }
     }

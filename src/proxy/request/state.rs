@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::backend::Backend;
 use super::{Broadcast, Request, Upload};
 use crate::limits::BUFFER_SIZE;
-use crate::metrics::Verb;
+use crate::protocol::Verb;
 use crate::proxy::route::StableHash;
 use crate::proxy::session::Tried;
 
@@ -50,10 +50,10 @@ pub(super) enum State {
 
 impl State {
     /// Nothing at all.
-    pub const EMPTY: Self = Self::Idle { kept: None };
+    pub(super) const EMPTY: Self = Self::Idle { kept: None };
 
     /// The connection that the client holds.
-    pub fn backend(&self) -> Option<&Backend> {
+    pub(super) fn backend(&self) -> Option<&Backend> {
         match self {
             Self::Idle { kept } | Self::Ready { kept, .. } | Self::Leaving { kept } => {
                 kept.as_ref()
@@ -65,7 +65,7 @@ impl State {
     }
 
     /// The connection that the client holds.
-    pub fn backend_mut(&mut self) -> Option<&mut Backend> {
+    pub(super) fn backend_mut(&mut self) -> Option<&mut Backend> {
         match self {
             Self::Idle { kept } | Self::Ready { kept, .. } | Self::Leaving { kept } => {
                 kept.as_mut()
@@ -77,7 +77,7 @@ impl State {
     }
 
     /// The connection that it holds without a request on it, taken out.
-    pub fn take_kept(&mut self) -> Option<Backend> {
+    pub(super) fn take_kept(&mut self) -> Option<Backend> {
         match self {
             Self::Idle { kept } | Self::Ready { kept, .. } | Self::Leaving { kept } => kept.take(),
             Self::Queued { .. } => None,
@@ -86,7 +86,7 @@ impl State {
     }
 
     /// The request that has no connection yet.
-    pub fn pending(&self) -> Option<&Pending> {
+    pub(super) fn pending(&self) -> Option<&Pending> {
         match self {
             Self::Ready { pending, .. } | Self::Queued { pending } => Some(pending),
             _ => None,
@@ -94,7 +94,7 @@ impl State {
     }
 
     /// The request that has no connection yet.
-    pub fn pending_mut(&mut self) -> Option<&mut Pending> {
+    pub(super) fn pending_mut(&mut self) -> Option<&mut Pending> {
         match self {
             Self::Ready { pending, .. } | Self::Queued { pending } => Some(pending),
             _ => None,
@@ -102,7 +102,7 @@ impl State {
     }
 
     /// The request that is with a backend.
-    pub fn in_flight(&self) -> Option<&InFlight> {
+    pub(super) fn in_flight(&self) -> Option<&InFlight> {
         match self {
             Self::InFlight(flight) => Some(flight),
             _ => None,
@@ -121,15 +121,15 @@ pub(super) enum Wanted {
 
 impl Wanted {
     /// What it counts as.
-    pub fn verb(&self) -> Verb {
+    pub(super) fn verb(&self) -> Verb {
         match self {
             Self::Request(request) => request.verb,
-            Self::Opaque => Verb::Opaque,
+            Self::Opaque => Verb::OPAQUE,
         }
     }
 
     /// The key that it is about.
-    pub fn key(&self) -> Option<StableHash> {
+    pub(super) fn key(&self) -> Option<StableHash> {
         match self {
             Self::Request(request) => request.key,
             Self::Opaque => None,
@@ -137,7 +137,7 @@ impl Wanted {
     }
 
     /// Bytes at the front of the input that are its own.
-    pub fn len(&self) -> u32 {
+    pub(super) fn len(&self) -> u32 {
         match self {
             Self::Request(request) => request.len,
             Self::Opaque => 0,
@@ -149,26 +149,26 @@ impl Wanted {
 #[derive(Debug)]
 pub(super) struct History {
     /// When it was found.
-    pub since: Instant,
+    pub(super) since: Instant,
     /// The endpoints that were tried for it.
-    pub tried: Tried,
+    pub(super) tried: Tried,
     /// Since when there was no endpoint for it, the first time.
-    pub no_endpoint_since: Option<Instant>,
+    pub(super) no_endpoint_since: Option<Instant>,
     /// The replies so far, if it goes to all stores.
-    pub broadcast: Option<Box<Broadcast>>,
+    pub(super) broadcast: Option<Box<Broadcast>>,
 }
 
 /// A request that has no connection yet.
 #[derive(Debug)]
 pub(super) struct Pending {
     /// What it wants one for.
-    pub wanted: Wanted,
+    pub(super) wanted: Wanted,
     /// What is remembered of it.
-    pub history: History,
+    pub(super) history: History,
     /// Since when it wants a connection.
-    pub wanting: Instant,
+    pub(super) wanting: Instant,
     /// There is no endpoint for it, since then.
-    pub awaits_endpoint: Option<Instant>,
+    pub(super) awaits_endpoint: Option<Instant>,
 }
 
 /// How far the reply to a request has come.
@@ -186,30 +186,35 @@ pub(super) enum Progress {
 #[derive(Debug)]
 pub(super) struct InFlight {
     /// The request.
-    pub request: Request,
+    pub(super) request: Request,
     /// What is remembered of it.
-    pub history: History,
+    pub(super) history: History,
     /// Where it was sent.
-    pub backend: Backend,
+    pub(super) backend: Backend,
     /// Bytes of it that stay at the front of the input, to be sent again.
-    pub held: u32,
+    pub(super) held: u32,
     /// Bytes of it that are queued for the backend and still to be taken out of the input.
-    pub outgoing: u32,
+    pub(super) outgoing: u32,
     /// Bytes of it that were queued for the backend.
-    pub queued: u64,
+    pub(super) queued: u64,
     /// How far the reply has come.
-    pub reply: Progress,
+    pub(super) reply: Progress,
     /// Bytes of it went to nobody.
-    pub cut: bool,
+    pub(super) cut: bool,
     /// When a byte of it or of its reply moved last, in any direction.
-    pub moved: Instant,
+    pub(super) moved: Instant,
     /// The client's pace with a request that is sent on as it comes.
-    pub upload: Upload,
+    pub(super) upload: Upload,
 }
 
 impl InFlight {
     /// The request is sent, all of it that there is.
-    pub fn new(request: Request, mut history: History, backend: Backend, now: Instant) -> Self {
+    pub(super) fn new(
+        request: Request,
+        mut history: History,
+        backend: Backend,
+        now: Instant,
+    ) -> Self {
         history.tried.push(backend.conn.endpoint);
         let is_held = request.repeatable || history.broadcast.is_some();
         let mut flight = Self {
@@ -229,7 +234,7 @@ impl InFlight {
     }
 
     /// Bytes of it are queued for its backend.
-    pub fn on_queued(&mut self, bytes: u32, now: Instant) {
+    pub(super) fn on_queued(&mut self, bytes: u32, now: Instant) {
         self.backend.on_queued(bytes);
         self.outgoing += bytes;
         self.queued += u64::from(bytes);
@@ -238,14 +243,14 @@ impl InFlight {
     }
 
     /// The backend took bytes of it.
-    pub fn on_backend_sent(&mut self, bytes: u32, now: Instant) {
+    pub(super) fn on_backend_sent(&mut self, bytes: u32, now: Instant) {
         self.backend.on_sent(bytes);
         self.moved = now;
         self.on_upload(now);
     }
 
     /// Bytes of the reply came.
-    pub fn on_reply(&mut self, now: Instant) {
+    pub(super) fn on_reply(&mut self, now: Instant) {
         self.reply = Progress::Begun;
         self.moved = now;
         self.backend.conn.served = true;
@@ -260,28 +265,28 @@ impl InFlight {
     }
 
     /// More of it is to be sent on as it comes.
-    pub fn is_streaming(&self) -> bool {
+    pub(super) fn is_streaming(&self) -> bool {
         !self.request.whole
     }
 
     /// It was answered, and the rest of it is passed on.
-    pub fn is_answered(&self) -> bool {
+    pub(super) fn is_answered(&self) -> bool {
         self.reply == Progress::Complete
     }
 
     /// It was answered, and the backend has all of it by now.
-    pub fn is_passed_on(&self) -> bool {
+    pub(super) fn is_passed_on(&self) -> bool {
         self.is_answered() && !self.is_streaming() && self.backend.unsent == 0
     }
 
     /// It takes more than one buffer. One that does not finds room in the socket of a silent
     /// connection at once: it has been sent, if not told yet, or this is no reply to it.
-    pub fn is_long(&self) -> bool {
+    pub(super) fn is_long(&self) -> bool {
         self.queued > BUFFER_SIZE as u64
     }
 
     /// The client has a part of the reply.
-    pub fn has_part(&self) -> bool {
+    pub(super) fn has_part(&self) -> bool {
         self.history.broadcast.is_none() && self.reply != Progress::Expected
     }
 }

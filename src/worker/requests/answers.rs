@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::io::{Buf, Driver};
-use crate::metrics::CloseReason;
+use crate::metrics::{CloseReason, Direction};
 use crate::proxy::request::{Client, ErrorReply, Replied, Target, write_away, write_error_reply};
 use crate::proxy::route::StableHash;
 use crate::slab::Key;
@@ -19,7 +19,7 @@ impl<D: Driver> Engine<D> {
         match self.conn_of(key).filter(|_| passed > 0) {
             Some(conn) => {
                 self.cx.driver.buffers().set_len(&mut buf, passed);
-                self.cx.stats.bytes_to_client.add(passed as u64);
+                self.cx.stats.bytes.of(Direction::ToClient).add(passed as u64);
                 self.cx.driver.send(conn, buf);
             }
             None => self.cx.driver.buffers().give(buf),
@@ -39,6 +39,7 @@ impl<D: Driver> Engine<D> {
 
     /// Sends a client an error in place of a reply, to a request about this key.
     pub(super) fn reply(&mut self, key: Key<Client>, error: ErrorReply, about: Option<StableHash>) {
+        let protocol = self.cx.config.protocol;
         // That no connection came in time is mostly the same, found out more slowly.
         if error.is_of_a_store()
             && let Some(number) = about.and_then(|hash| self.pools.table.owner(hash))
@@ -50,9 +51,8 @@ impl<D: Driver> Engine<D> {
                 ErrorReply::QueueTimeout(_) => text.as_deref().or(why.as_deref()),
                 _ => why.as_deref().or(text.as_deref()),
             };
-            return self.send_own(key, |space| write_away(&name, why, space));
+            return self.send_own(key, |space| write_away(protocol, error, &name, why, space));
         }
-        let protocol = self.cx.config.protocol;
         self.send_own(key, |space| write_error_reply(protocol, error, space));
     }
 

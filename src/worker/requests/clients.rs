@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use crate::config::PoolMode;
 use crate::io::{Buf, Close, ConnId, Driver};
-use crate::metrics::{CloseReason, Discard, Retry};
+use crate::metrics::{CloseReason, Direction, Discard, Retry};
 use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::queue::Line;
@@ -33,7 +33,7 @@ impl<D: Driver> Engine<D> {
     }
 
     pub(in crate::worker) fn on_client_received(&mut self, key: Key<Client>, buf: Buf) {
-        self.cx.stats.bytes_to_backend.add(u64::from(buf.len()));
+        self.cx.stats.bytes.of(Direction::ToBackend).add(u64::from(buf.len()));
         if let Some(client) = self.requests.clients.get_mut(key) {
             self.load.batcher.on_active(client.window());
         }

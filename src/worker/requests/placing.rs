@@ -97,7 +97,7 @@ impl<D: Driver> Engine<D> {
 
     pub(in crate::worker) fn source(&self, key: Key<Client>) -> Option<IpAddr> {
         let conn = self.conn_of(key)?;
-        self.cx.driver.peer_address(conn).map(|address| address.ip())
+        self.cx.driver.peer_address(conn).and_then(|address| address.ip())
     }
 
     pub(in crate::worker) fn place_at(&mut self, key: Key<Client>, endpoint: EndpointId) {

@@ -55,7 +55,7 @@ const REQUESTS_PER_SECOND: f64 = 2.0;
 
 /// Keeps the pace of requests, whatever the server says.
 #[derive(Debug)]
-pub struct Pace {
+pub(super) struct Pace {
     left: f64,
     at: Instant,
 }
@@ -68,7 +68,7 @@ impl Default for Pace {
 
 impl Pace {
     /// Counts a request, and says when it may be sent.
-    pub fn next(&mut self, now: Instant) -> Instant {
+    pub(super) fn next(&mut self, now: Instant) -> Instant {
         let grown = now.duration_since(self.at).as_secs_f64() * REQUESTS_PER_SECOND;
         self.left = (self.left + grown).min(REQUESTS_AT_ONCE) - 1.0;
         self.at = now;
@@ -78,7 +78,7 @@ impl Pace {
 
 /// Where the API is, by the pod's own configuration or a kubeconfig.
 #[derive(Debug)]
-pub struct Target {
+pub(super) struct Target {
     /// The namespace that goes with it.
     pub namespace: String,
     /// The server's address.
@@ -91,7 +91,7 @@ impl Target {
     ///
     /// # Errors
     /// No configuration is found, or none that can be read in time.
-    pub async fn find(offload: &Offload) -> Result<Self, Trouble> {
+    pub(super) async fn find(offload: &Offload) -> Result<Self, Trouble> {
         // It only looks like one that waits: it reads files, and is through at once.
         let infer = || Config::infer().now_or_never();
         let found = offload.run("reading the configuration", READ_TIME_MAX, infer).await?;
@@ -110,7 +110,7 @@ impl Target {
     ///
     /// # Errors
     /// There are no credentials, or none that can be had in time.
-    pub async fn connect(
+    pub(super) async fn connect(
         self,
         silence: Duration,
         offload: &Offload,
@@ -204,7 +204,7 @@ fn bearer(token: &str) -> Result<HeaderValue, Trouble> {
 }
 
 /// A client with its credentials.
-pub struct Connection {
+pub(super) struct Connection {
     client: Client,
     token: Token,
     /// When it was made, from files as they were then.
@@ -213,7 +213,7 @@ pub struct Connection {
 
 impl Connection {
     /// Whether a new one has to be made.
-    pub fn is_void(&self) -> bool {
+    pub(super) fn is_void(&self) -> bool {
         self.token.is_old() && self.token.file.is_none()
     }
 
@@ -221,7 +221,7 @@ impl Connection {
     ///
     /// # Errors
     /// There is none in time, or it is not good. `about` names the resource and its namespace.
-    pub async fn get(
+    pub(super) async fn get(
         &mut self,
         request: Request<Vec<u8>>,
         (verb, resource, namespace): (&str, &str, &str),
@@ -278,7 +278,7 @@ async fn error_of(code: StatusCode, body: Body) -> ApiStatus {
 ///
 /// # Errors
 /// It breaks off, or is longer than `max`.
-pub async fn read_all(mut body: Body, max: usize) -> Result<Vec<u8>, Trouble> {
+pub(super) async fn read_all(mut body: Body, max: usize) -> Result<Vec<u8>, Trouble> {
     let mut bytes = Vec::new();
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|error| broken(&error))?;
@@ -300,7 +300,7 @@ fn broken(error: &Error) -> Trouble {
 
 /// The lines of a body as they come.
 #[derive(Debug)]
-pub struct Lines {
+pub(super) struct Lines {
     body: Body,
     buffer: Vec<u8>,
     /// So much of the buffer has no line feed.
@@ -310,7 +310,7 @@ pub struct Lines {
 
 impl Lines {
     /// The lines of this body, of at most so many bytes each.
-    pub fn of(body: Body, max: usize) -> Self {
+    pub(super) fn of(body: Body, max: usize) -> Self {
         Self { body, buffer: Vec::new(), searched: 0, max }
     }
 
@@ -319,7 +319,7 @@ impl Lines {
     ///
     /// # Errors
     /// The body breaks off, or the line is too long.
-    pub async fn next(&mut self) -> Result<Option<Vec<u8>>, Trouble> {
+    pub(super) async fn next(&mut self) -> Result<Option<Vec<u8>>, Trouble> {
         loop {
             let end = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n');
             if let Some(end) = end {

@@ -1,23 +1,21 @@
 //! Kubernetes objects → endpoints: pure, and the only judge of what may be connected to.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
-use std::num::NonZeroUsize;
 
-use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 
+use super::known::Weight;
 use crate::config::{KubePort, Locality};
-use crate::control::discovery::{Declared, Wanted};
-use crate::limits::ENDPOINTS_MAX;
+use crate::control::discovery::Wanted;
 
 /// The label that topology controllers put on nodes, and from 1.35 on also on pods.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
 /// How objects are read.
 #[derive(Debug, Clone)]
-pub struct Rules {
+pub(super) struct Rules {
     /// Which port is meant.
     pub port: Option<KubePort>,
     /// Which endpoints are near.
@@ -30,9 +28,9 @@ pub struct Rules {
     pub by_key: bool,
 }
 
-/// What one object says of one endpoint; all that is kept of it in memory.
+/// One endpoint as one object describes it; all that is kept of it in memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Candidate {
+pub(super) struct Candidate {
     /// What makes it the same endpoint in several objects: the pod's uid, or its address.
     id: String,
     name: String,
@@ -41,25 +39,19 @@ pub struct Candidate {
     near: bool,
 }
 
-/// What one object says.
+/// What is kept of one object.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Said {
+pub(super) struct Extract {
     candidates: Vec<Candidate>,
     /// The names of all pods, those that do not serve included, where keys say where requests go.
-    pods: Vec<String>,
+    pub(super) pods: Vec<String>,
     /// Why it has no endpoints for this configuration, though it names some.
     misfit: Option<String>,
     /// Whether some of them serve.
     misses_some: bool,
 }
 
-/// How much memory something takes.
-pub trait Weight {
-    /// Bytes, about.
-    fn weight(&self) -> usize;
-}
-
-impl Weight for Said {
+impl Weight for Extract {
     fn weight(&self) -> usize {
         let candidate = |c: &Candidate| size_of::<Candidate>() + c.id.len() + c.name.len();
         let candidates: usize = self.candidates.iter().map(candidate).sum();
@@ -68,17 +60,11 @@ impl Weight for Said {
     }
 }
 
-impl Weight for Ordinals {
-    fn weight(&self) -> usize {
-        size_of::<Self>() + self.service.as_ref().map_or(0, String::len)
-    }
-}
-
 /// Reads a slice.
-pub fn slice(slice: &EndpointSlice, rules: &Rules) -> Said {
+pub(super) fn slice(slice: &EndpointSlice, rules: &Rules) -> Extract {
     // Names (`FQDN`) are a deprecated kind that nothing in a cluster makes.
     if slice.address_type != "IPv4" && slice.address_type != "IPv6" {
-        return Said::default();
+        return Extract::default();
     }
     let ports = slice.ports.iter().flatten().filter_map(|port| {
         let tcp = port.protocol.as_deref().is_none_or(|protocol| protocol == "TCP");
@@ -97,12 +83,12 @@ pub fn slice(slice: &EndpointSlice, rules: &Rules) -> Said {
             // A slice that names nobody has no ports either.
             let misfit = (!slice.endpoints.is_empty()).then_some(why);
             let misses_some = slice.endpoints.iter().any(is_serving);
-            return Said { candidates: Vec::new(), pods, misfit, misses_some };
+            return Extract { candidates: Vec::new(), pods, misfit, misses_some };
         }
     };
     let candidates = slice.endpoints.iter().filter(|endpoint| is_serving(endpoint));
     let candidates = candidates.filter_map(|e| candidate(e, port, rules)).collect();
-    Said { candidates, pods, ..Said::default() }
+    Extract { candidates, pods, ..Extract::default() }
 }
 
 fn is_serving(endpoint: &Endpoint) -> bool {
@@ -141,13 +127,13 @@ fn candidate(endpoint: &Endpoint, port: u16, rules: &Rules) -> Option<Candidate>
 }
 
 /// Reads a pod.
-pub fn pod(pod: &Pod, rules: &Rules) -> Said {
+pub(super) fn pod(pod: &Pod, rules: &Rules) -> Extract {
     let pods = pod.metadata.name.iter().filter(|_| rules.by_key).cloned().collect();
-    Said { pods, ..pod_serving(pod, rules) }
+    Extract { pods, ..pod_serving(pod, rules) }
 }
 
-fn pod_serving(pod: &Pod, rules: &Rules) -> Said {
-    let Some(status) = &pod.status else { return Said::default() };
+fn pod_serving(pod: &Pod, rules: &Rules) -> Extract {
+    let Some(status) = &pod.status else { return Extract::default() };
     let ready =
         status.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True");
     let running = status.phase.as_deref() == Some("Running");
@@ -164,10 +150,12 @@ fn pod_serving(pod: &Pod, rules: &Rules) -> Said {
     let serves = ready && running;
     let port = match choose_port(rules.port.as_ref(), ports) {
         Ok(port) => port,
-        Err(why) => return Said { misfit: Some(why), misses_some: serves, ..Said::default() },
+        Err(why) => {
+            return Extract { misfit: Some(why), misses_some: serves, ..Extract::default() };
+        }
     };
     let ip = status.pod_ip.as_deref().and_then(|ip| ip.parse::<IpAddr>().ok());
-    let (Some(ip), true) = (ip, serves) else { return Said::default() };
+    let (Some(ip), true) = (ip, serves) else { return Extract::default() };
     let address = SocketAddr::new(ip, port);
     let node = spec.and_then(|spec| spec.node_name.as_ref());
     let zone = pod.metadata.labels.as_ref().and_then(|labels| labels.get(ZONE_LABEL));
@@ -183,7 +171,7 @@ fn pod_serving(pod: &Pod, rules: &Rules) -> Said {
         terminating: pod.metadata.deletion_timestamp.is_some(),
         near,
     };
-    Said { candidates: vec![candidate], ..Said::default() }
+    Extract { candidates: vec![candidate], ..Extract::default() }
 }
 
 /// The port that is meant, or why there is none.
@@ -210,9 +198,9 @@ fn choose_port<'a>(
     }
 }
 
-/// What all objects say together.
+/// What all objects amount to.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Union {
+pub(super) struct Union {
     /// One entry for each endpoint, in a stable order. Endpoints that are going away are there only
     /// if no other is.
     pub wanted: Vec<Wanted>,
@@ -222,17 +210,17 @@ pub struct Union {
     pub misfit: Option<String>,
 }
 
-/// Puts together what all objects say.
-pub fn union<'a>(all: impl Iterator<Item = &'a Said>) -> Union {
+/// Puts the extracts of all objects together.
+pub(super) fn union<'a>(all: impl Iterator<Item = &'a Extract>) -> Union {
     let (mut left_out, mut misfit, mut fits) = (None, None, false);
     // While it moves between slices, an endpoint is in two of them; with two families, too. The
     // least wins: one that stays before one that goes, IPv4 before IPv6.
     let mut endpoints = BTreeMap::<&str, &Candidate>::new();
-    for said in all {
-        misfit = misfit.or(said.misfit.as_ref());
-        left_out = left_out.or(said.misfit.as_ref().filter(|_| said.misses_some));
-        fits |= !said.candidates.is_empty();
-        for candidate in &said.candidates {
+    for extract in all {
+        misfit = misfit.or(extract.misfit.as_ref());
+        left_out = left_out.or(extract.misfit.as_ref().filter(|_| extract.misses_some));
+        fits |= !extract.candidates.is_empty();
+        for candidate in &extract.candidates {
             let rank = |c: &Candidate| (c.terminating, c.address);
             let known = endpoints.entry(&candidate.id).or_insert(candidate);
             if rank(candidate) < rank(known) {
@@ -251,158 +239,17 @@ pub fn union<'a>(all: impl Iterator<Item = &'a Said>) -> Union {
     Union { wanted, left_out: left_out.cloned(), misfit }
 }
 
-/// What is known of a `StatefulSet`: which ordinals its pods have, and its governing Service.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ordinals {
-    first: i32,
-    count: i32,
-    service: Option<String>,
-}
-
-/// Reads a `StatefulSet`. What is declared counts, whatever of it is there.
-pub fn ordinals(set: &StatefulSet) -> Ordinals {
-    let spec = set.spec.as_ref();
-    Ordinals {
-        first: spec.and_then(|spec| spec.ordinals.as_ref()?.start).unwrap_or(0).max(0),
-        count: spec.and_then(|spec| spec.replicas).unwrap_or(1).max(0),
-        service: spec.and_then(|spec| spec.service_name.clone()),
-    }
-}
-
-/// The name of the `StatefulSet` that a pod of this name would belong to.
-fn set_of(pod: &str) -> Option<&str> {
-    let (set, ordinal) = pod.rsplit_once('-')?;
-    let canonical = ordinal == "0" || !ordinal.starts_with('0');
-    (canonical && ordinal.parse::<u32>().is_ok()).then_some(set)
-}
-
-/// All stores that share the keys.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Membership {
-    /// The `StatefulSet` that they are of.
-    pub set: String,
-    /// The names of its pods.
-    pub names: Vec<String>,
-}
-
-/// All stores: the ordinals of the one `StatefulSet` that the pods are of, as many as `count` says, or
-/// else as `sets` say. It is the `last` one where no pod is there, or the one that `service` governs.
-///
-/// # Errors
-/// Why they are not known, and what to do about it.
-pub fn stores<'a>(
-    all: impl Iterator<Item = &'a Said>,
-    last: Option<&str>,
-    count: Option<NonZeroUsize>,
-    sets: Result<&HashMap<String, Ordinals>, &str>,
-    service: Option<&str>,
-) -> Result<Membership, String> {
-    let mut names = BTreeSet::new();
-    for pod in all.flat_map(|said| &said.pods) {
-        names.insert(set_of(pod).ok_or_else(|| {
-            format!(
-                "pod {pod:?} is not of a StatefulSet, so nobody can say whose keys it holds: \
-                 AEGIS_ROUTE=key needs a StatefulSet, AEGIS_ROUTE=balance does not"
-            )
-        })?);
-    }
-    if names.len() > 1 {
-        let names: Vec<_> = names.into_iter().collect();
-        let names = names.join(", ");
-        return Err(format!(
-            "the pods are of several StatefulSets ({names}): AEGIS_KUBE_SERVICE or \
-             AEGIS_KUBE_SELECTOR has to name those of one"
-        ));
-    }
-    let seen = names.first().copied().or(last);
-    let unseen = || "no pod has been seen yet, whose name would tell its StatefulSet".to_owned();
-    if let Some(count) = count {
-        return Ok(Membership::new(seen.ok_or_else(unseen)?, 0, count.get()));
-    }
-    let sets = sets.map_err(str::to_owned)?;
-    let governed = sets.iter().filter(|(_, set)| set.service.as_deref() == service);
-    let (name, set) = match (seen, &governed.collect::<Vec<_>>()[..]) {
-        (Some(name), _) => sets.get_key_value(name).ok_or_else(|| {
-            format!(
-                "there is no StatefulSet {name:?} whose replicas would tell how many stores there \
-                 are: AEGIS_KUBE_STORES can say it"
-            )
-        })?,
-        (None, &[governed]) if service.is_some() => governed,
-        (None, _) => return Err(unseen()),
-    };
-    let count = usize::try_from(set.count).unwrap_or(0);
-    if count > ENDPOINTS_MAX {
-        return Err(format!(
-            "StatefulSet {name:?} has {count} replicas, and {ENDPOINTS_MAX} at most can be served"
-        ));
-    }
-    Ok(Membership::new(name, set.first, count))
-}
-
-impl Membership {
-    fn new(set: &str, first: i32, count: usize) -> Self {
-        // The API allows the largest number there is as the first one.
-        let names =
-            (i64::from(first)..).take(count).map(|ordinal| format!("{set}-{ordinal}")).collect();
-        Self { set: set.to_owned(), names }
-    }
-}
-
-/// The stores of these names, with where they are.
-pub fn declare(stores: &[String], wanted: &[Wanted]) -> Vec<Declared> {
-    let place = |name: &String| {
-        let mut found = wanted.iter().filter(|wanted| wanted.name == *name);
-        // Of a pod that was replaced, or whose address another one has by now, a slice may not know
-        // yet.
-        let one = match (found.next(), found.next()) {
-            (None, _) => return Err(None),
-            (Some(one), None) => one,
-            (Some(_), Some(_)) => return Err(Some("two pods have its name".to_owned())),
-        };
-        match wanted.iter().find(|other| other.address == one.address && other.name != one.name) {
-            None => Ok(one.address),
-            Some(other) => Err(Some(format!("its address is also that of {}", other.name))),
-        }
-    };
-    stores.iter().map(|name| Declared { name: name.clone(), address: place(name) }).collect()
-}
-
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
+    use serde_json::json;
 
+    use super::super::testing::{endpoint, named, one_port, rules, slice_of};
     use super::*;
-
-    fn rules() -> Rules {
-        Rules { port: None, locality: Locality::Off, node: None, zone: None, by_key: true }
-    }
-
-    fn named(port: &str) -> Rules {
-        Rules { port: Some(port.parse().unwrap()), ..rules() }
-    }
-
-    fn slice_of(family: &str, ports: Value, endpoints: Value) -> EndpointSlice {
-        serde_json::from_value(json!({
-            "metadata": {"name": "s"}, "addressType": family, "ports": ports,
-            "endpoints": endpoints,
-        }))
-        .unwrap()
-    }
-
-    fn endpoint(ip: &str, pod: &str, conditions: Value) -> Value {
-        let target = json!({"kind": "Pod", "name": pod, "uid": format!("uid-{pod}")});
-        json!({"addresses": [ip], "targetRef": target, "conditions": conditions})
-    }
-
-    fn one_port() -> Value {
-        json!([{"name": "chronos", "port": 8080, "protocol": "TCP"}])
-    }
 
     /// Name and address of each endpoint.
     fn found(slices: &[EndpointSlice], rules: &Rules) -> Vec<String> {
-        let said: Vec<_> = slices.iter().map(|s| slice(s, rules)).collect();
-        let Union { wanted, .. } = union(said.iter());
+        let extracts: Vec<_> = slices.iter().map(|s| slice(s, rules)).collect();
+        let Union { wanted, .. } = union(extracts.iter());
         wanted.iter().map(|w| format!("{} {}", w.name, w.address)).collect()
     }
 
@@ -483,8 +330,8 @@ mod tests {
         assert_eq!(found(&slices, &named("client")), ["a 10.0.0.1:8080", "b 10.0.0.2:9090"]);
         assert_eq!(found(&slices, &named("1234")), ["a 10.0.0.1:1234", "b 10.0.0.2:1234"]);
         for (rules, part) in [(named("sql"), "\"sql\""), (rules(), "AEGIS_KUBE_PORT")] {
-            let said = slice(&slices[0], &rules);
-            let Union { wanted, left_out, misfit } = union([&said].into_iter());
+            let extract = slice(&slices[0], &rules);
+            let Union { wanted, left_out, misfit } = union([&extract].into_iter());
             assert_eq!(wanted.len(), 0);
             assert_eq!(left_out, misfit);
             let trouble = misfit.unwrap();
@@ -517,100 +364,6 @@ mod tests {
         }
     }
 
-    fn set(replicas: Value, start: i32, service: &str) -> Ordinals {
-        let spec = json!({
-            "replicas": replicas, "ordinals": {"start": start}, "serviceName": service,
-            "selector": {}, "template": {},
-        });
-        ordinals(&serde_json::from_value(json!({"metadata": {}, "spec": spec})).unwrap())
-    }
-
-    #[test]
-    fn stores_are_the_ordinals_of_a_stateful_set_whoever_is_there() {
-        let sets = [
-            ("chronos", set(json!(3), 0, "db")),
-            ("other", set(json!(null), 5, "others")),
-            ("none", set(json!(0), 0, "db")),
-            ("many", set(json!(5000), 0, "many")),
-            ("last", set(json!(2), i32::MAX, "last")),
-        ];
-        let sets: HashMap<_, _> = sets.map(|(name, set)| (name.to_owned(), set)).into();
-        let away = json!({"ready": false, "serving": false});
-        let seen = |pods: &[&str]| {
-            let pods: Vec<_> =
-                pods.iter().map(|pod| endpoint("10.0.0.1", pod, away.clone())).collect();
-            slice(&slice_of("IPv4", one_port(), json!(pods)), &rules())
-        };
-        let found = |pods: &[&str], count: Option<usize>, service| {
-            let count = count.and_then(NonZeroUsize::new);
-            stores([seen(pods)].iter(), None, count, Ok(&sets), service).map(|found| found.names)
-        };
-        let three = ["chronos-0", "chronos-1", "chronos-2"].map(str::to_owned).to_vec();
-        assert_eq!(found(&["chronos-1"], None, None), Ok(three.clone()), "one that is not ready");
-        assert_eq!(
-            found(&["chronos-7", "chronos-0"], None, None),
-            Ok(three.clone()),
-            "scaled down"
-        );
-        assert_eq!(
-            found(&["other-5"], None, None),
-            Ok(vec!["other-5".to_owned()]),
-            "ordinals.start"
-        );
-        let last = ["last-2147483647", "last-2147483648"].map(str::to_owned).to_vec();
-        assert_eq!(
-            found(&["last-2147483647"], None, None),
-            Ok(last),
-            "the last number is the first"
-        );
-        assert_eq!(found(&["none-0"], None, None), Ok(Vec::new()));
-        assert_eq!(found(&["chronos-1"], Some(2), None), Ok(three[..2].to_vec()), "as configured");
-        assert_eq!(found(&["any-thing-3"], Some(1), None), Ok(vec!["any-thing-0".to_owned()]));
-        assert_eq!(
-            found(&[], None, Some("others")),
-            Ok(vec!["other-5".to_owned()]),
-            "by its Service"
-        );
-
-        for (pods, count, part) in [
-            (&["web-5d8f7c9b-x2x4z"][..], Some(3), "is not of a StatefulSet"),
-            (&["web-5d8f7c9b-00123"], Some(3), "is not of a StatefulSet"),
-            (&["web-5d8f7c9b-24567"], None, "no StatefulSet \"web-5d8f7c9b\""),
-            (&["chronos-0", "other-5"], Some(3), "several StatefulSets (chronos, other)"),
-            (&[], Some(3), "no pod has been seen yet"),
-            (&[], None, "no pod has been seen yet"),
-            (&["many-0"], None, "1024 at most"),
-        ] {
-            let why = found(pods, count, Some("db")).unwrap_err();
-            assert!(why.contains(part), "{pods:?}: {why}");
-        }
-        let unread = stores([seen(&["chronos-0"])].iter(), None, None, Err("forbidden"), None);
-        assert_eq!(unread, Err("forbidden".to_owned()));
-        for count in [None, NonZeroUsize::new(3)] {
-            let last = stores([].iter(), Some("chronos"), count, Ok(&sets), None).unwrap();
-            assert_eq!(last.names, three, "none of its pods is there now");
-        }
-    }
-
-    #[test]
-    fn a_store_is_where_the_one_pod_of_its_name_serves() {
-        let names = ["a-0", "a-1", "a-2", "a-3"].map(str::to_owned);
-        let at = |name, address: &str| Wanted::new(name, address.parse().unwrap());
-        let wanted = [
-            at("a-0", "10.0.0.1:1"),
-            at("a-2", "10.0.0.2:1"),
-            at("a-2", "10.0.0.3:1"),
-            at("a-9", "10.0.0.4:1"),
-            at("a-3", "10.0.0.5:1"),
-            at("a-4", "10.0.0.5:1"),
-        ];
-        let places: Vec<_> =
-            declare(&names, &wanted).into_iter().map(|store| store.address).collect();
-        let twice = Err(Some("two pods have its name".to_owned()));
-        let shared = Err(Some("its address is also that of a-4".to_owned()));
-        assert_eq!(places, [Ok("10.0.0.1:1".parse().unwrap()), Err(None), twice, shared]);
-    }
-
     #[test]
     fn pods_serve_while_they_run_and_are_ready() {
         let pod_of = |name: &str, phase: &str, ready: &str, deleted: bool| -> Pod {
@@ -631,8 +384,8 @@ mod tests {
             ("Running", "True", true, false),
         ] {
             let other = pod(&pod_of("other", "Running", "True", false), &named("chronos"));
-            let said = pod(&pod_of("a", phase, ready, deleted), &named("chronos"));
-            let Union { wanted, .. } = union([&other, &said].into_iter());
+            let extract = pod(&pod_of("a", phase, ready, deleted), &named("chronos"));
+            let Union { wanted, .. } = union([&other, &extract].into_iter());
             assert_eq!(wanted.iter().any(|w| w.name == "a"), expected, "{phase} {ready} {deleted}");
             assert!(wanted.iter().all(|w| w.address.port() == 8080));
         }

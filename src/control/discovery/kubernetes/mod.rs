@@ -4,17 +4,25 @@
 //! | file | what |
 //! | --- | --- |
 //! | `watch` | lists and watches one kind of object, at a bounded pace |
+//! | `known` | all objects of that kind, and when they are published |
+//! | `backoff` | how long to wait |
 //! | `connection` | the way to the server: configuration, credentials, answers within bounds |
 //! | `plugin`, `offload` | what may hang |
 //! | `trouble` | what goes wrong, and what follows |
 //! | `convert` | objects → endpoints |
+//! | `membership` | who shares the keys |
 //! | `saved` | the last endpoints in a file |
 
+mod backoff;
 mod connection;
 mod convert;
+mod known;
+mod membership;
 mod offload;
 mod plugin;
 mod saved;
+#[cfg(test)]
+mod testing;
 mod trouble;
 mod watch;
 
@@ -32,10 +40,12 @@ use tracing::{info, warn};
 use super::Publisher;
 use super::status::Status;
 use crate::config::{Config, KubeConfig, Route};
-use convert::{Membership, Ordinals, Rules, Said, Union};
+use convert::{Extract, Rules, Union};
+use known::{Known, Location};
+use membership::{Membership, Ordinals};
 use offload::Offload;
 use saved::{Identity, Named, Snapshot, Writer};
-use watch::{Known, Location, Source, Subject, Watcher};
+use watch::{Source, Subject, Watcher};
 
 /// How long the start waits for the file of endpoints to be read.
 const SNAPSHOT_READ_MAX: Duration = Duration::from_secs(2);
@@ -44,39 +54,39 @@ const SNAPSHOT_READ_MAX: Duration = Duration::from_secs(2);
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 
 impl Source for EndpointSlice {
-    type Said = Said;
+    type Extract = Extract;
 
     fn labels(kube: &KubeConfig) -> String {
         let service = kube.service.as_ref().map(|service| service.name.as_str());
         format!("{SERVICE_LABEL}={}", service.unwrap_or_default())
     }
 
-    fn read(&self, rules: &Rules) -> Said {
+    fn extract(&self, rules: &Rules) -> Extract {
         convert::slice(self, rules)
     }
 }
 
 impl Source for Pod {
-    type Said = Said;
+    type Extract = Extract;
 
     fn labels(kube: &KubeConfig) -> String {
         kube.selector.clone().unwrap_or_default()
     }
 
-    fn read(&self, rules: &Rules) -> Said {
+    fn extract(&self, rules: &Rules) -> Extract {
         convert::pod(self, rules)
     }
 }
 
 impl Source for StatefulSet {
-    type Said = Ordinals;
+    type Extract = Ordinals;
 
     fn labels(_: &KubeConfig) -> String {
         String::new()
     }
 
-    fn read(&self, _: &Rules) -> Ordinals {
-        convert::ordinals(self)
+    fn extract(&self, _: &Rules) -> Ordinals {
+        membership::ordinals(self)
     }
 }
 
@@ -92,7 +102,7 @@ const STORES: &str = "stores";
 
 /// The Kubernetes API as a source of endpoints.
 #[derive(Debug)]
-pub struct Kubernetes {
+pub(crate) struct Kubernetes {
     config: Arc<Config>,
     status: Arc<Status>,
     rules: Rules,
@@ -100,7 +110,7 @@ pub struct Kubernetes {
 
 impl Kubernetes {
     /// The source that the configuration describes.
-    pub fn new(config: Arc<Config>, status: Arc<Status>) -> Self {
+    pub(crate) fn new(config: Arc<Config>, status: Arc<Status>) -> Self {
         let (node, zone) = (config.node_name.clone(), config.zone.clone());
         let (port, locality) = (config.kube.port.clone(), config.locality);
         let by_key = config.requests.route == Route::Key;
@@ -109,22 +119,22 @@ impl Kubernetes {
     }
 
     /// Keeps the endpoints published, for ever.
-    pub async fn run(self, publisher: Publisher) {
+    pub(crate) async fn run(self, publisher: Publisher) {
         let unread = "the StatefulSets have not been read yet".to_owned();
         let (sender, sets) = channel::channel::<Sets>(Err(unread));
         let reads_sets = self.rules.by_key && self.config.kube.stores.is_none();
         let saved = SavedEndpoints::open(&self.config).await;
         let mut stores = Stores { source: &self, sets: sets.clone(), known: None };
-        let patience = self.config.start_timeout;
-        let mut known = Known::new(Some(patience), |objects, complete| {
+        let first_answer_max = Some(self.config.start_timeout);
+        let mut known = Known::new(first_answer_max, |objects, complete| {
             if complete {
                 self.publish(&publisher, &mut stores, &saved, objects);
             } else {
                 self.start_without(&publisher, &saved);
             }
         });
-        known.also = reads_sets.then_some(sets);
-        known.explain = Box::new(|trouble| {
+        known.depends_on = reads_sets.then_some(sets);
+        known.on_trouble = Box::new(|trouble| {
             self.status.set_trouble(trouble.what.clone());
             if trouble.holds_the_start() && !publisher.has_begun() {
                 self.status.hold(REQUESTS, Some(trouble.what.clone()));
@@ -134,14 +144,14 @@ impl Kubernetes {
                 count => format!("keeping the endpoints that are known ({count})"),
             }
         });
-        known.confirm = Box::new(|| {
+        known.on_confirmed = Box::new(|| {
             self.status.on_sync();
             self.status.clear_trouble();
             self.status.hold(REQUESTS, None);
             saved.confirm();
         });
-        known.locate = Box::new(|location| saved.locate(&self.config, location));
-        known.has_spare = Box::new(|| saved.usable().is_some());
+        known.on_located = Box::new(|location| saved.locate(&self.config, location));
+        known.has_fallback = Box::new(|| saved.usable().is_some());
         let endpoints = async {
             if self.config.kube.selector.is_some() {
                 Watcher::<Pod>::new(self.subject(), known).run().await;
@@ -172,7 +182,7 @@ impl Kubernetes {
             sets.send_modify(|sets| *sets = Ok(objects.clone()));
         });
         // That this watch fares well says nothing of the other one.
-        known.explain = Box::new(|trouble| {
+        known.on_trouble = Box::new(|trouble| {
             if trouble.holds_the_start() && !has_begun() {
                 self.status.hold(SETS, Some(trouble.what.clone()));
             }
@@ -199,7 +209,7 @@ impl Kubernetes {
         publisher: &Publisher,
         stores: &mut Stores<'_>,
         saved: &SavedEndpoints,
-        objects: &HashMap<String, Said>,
+        objects: &HashMap<String, Extract>,
     ) {
         let Union { wanted, left_out, misfit } = convert::union(objects.values());
         let wrong = self.absence(objects).or(misfit).filter(|_| !publisher.has_begun());
@@ -220,7 +230,7 @@ impl Kubernetes {
         let stores = if self.rules.by_key {
             // Without knowing who shares the keys nobody can be served.
             let Some(names) = stores.read(objects, publisher.has_begun()) else { return };
-            convert::declare(names, &wanted)
+            membership::declare(names, &wanted)
         } else {
             Vec::new()
         };
@@ -233,7 +243,7 @@ impl Kubernetes {
 
     /// Why there is no such Service, if so. Each that selects pods has a slice, be it an empty one, so
     /// to read slices tells.
-    fn absence(&self, objects: &HashMap<String, Said>) -> Option<String> {
+    fn absence(&self, objects: &HashMap<String, Extract>) -> Option<String> {
         let service = self.config.kube.service.as_ref().filter(|_| objects.is_empty())?;
         let name = &service.name;
         Some(format!(
@@ -352,7 +362,7 @@ struct Stores<'a> {
 impl Stores<'_> {
     /// The names of all of them: the last that were known, if they are not known now. Before the start
     /// is over, it waits for them.
-    fn read(&mut self, objects: &HashMap<String, Said>, begun: bool) -> Option<&[String]> {
+    fn read(&mut self, objects: &HashMap<String, Extract>, begun: bool) -> Option<&[String]> {
         let (kube, status) = (&self.source.config.kube, &self.source.status);
         let sets = self.sets.borrow_and_update();
         let sets = sets.as_ref().map_err(String::as_str);
@@ -360,7 +370,7 @@ impl Stores<'_> {
         let answered = sets.is_ok() || kube.stores.is_some();
         let service = kube.service.as_ref().map(|service| service.name.as_str());
         let last = self.known.as_ref().map(|known| known.set.as_str());
-        let found = convert::stores(objects.values(), last, kube.stores, sets, service);
+        let found = membership::stores(objects.values(), last, kube.stores, sets, service);
         let why = match found {
             Ok(found) => {
                 self.known = Some(found);

@@ -13,7 +13,7 @@ use super::trouble::Trouble;
 /// Runs one thing at a time that may hang: a file on a dead disk, a program that waits for ever. One
 /// that does keeps its thread, and no other is started meanwhile, so hung threads do not pile up.
 #[derive(Debug, Default)]
-pub struct Offload {
+pub(super) struct Offload {
     busy: Arc<AtomicBool>,
 }
 
@@ -22,7 +22,7 @@ impl Offload {
     ///
     /// # Errors
     /// It takes longer, or what was begun before has not ended yet.
-    pub async fn run<T: Send + 'static>(
+    pub(super) async fn run<T: Send + 'static>(
         &self,
         what: &str,
         limit: Duration,

@@ -25,7 +25,7 @@ const COMPLAINT_MAX: usize = 400;
 /// The credentials that a plugin gives.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Granted {
+pub(super) struct Granted {
     /// A bearer token.
     pub token: Option<String>,
     /// A client certificate in PEM, with its key.
@@ -37,7 +37,7 @@ pub struct Granted {
 
 impl Granted {
     /// Until when they are good, where that is said.
-    pub fn expires(&self) -> Option<SystemTime> {
+    pub(super) fn expires(&self) -> Option<SystemTime> {
         self.expiration_timestamp.as_ref().map(|time| time.0.into())
     }
 }
@@ -49,7 +49,7 @@ struct Answer {
 
 /// The processes of a running plugin: they end with the last of these, however it comes to that.
 #[derive(Debug, Default, Clone)]
-pub struct Leash(Arc<Mutex<Option<Pid>>>);
+pub(super) struct Leash(Arc<Mutex<Option<Pid>>>);
 
 impl Leash {
     fn hold(&self, leader: Option<Pid>) {
@@ -57,7 +57,7 @@ impl Leash {
     }
 
     /// Kills them all, unless the plugin was waited for: then its number may be another's.
-    pub fn kill(&self) {
+    pub(super) fn kill(&self) {
         let leader = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(leader) = *leader {
             let _ = kill_process_group(leader, Signal::KILL);
@@ -67,7 +67,7 @@ impl Leash {
 
 /// Kills what is on a leash when dropped.
 #[derive(Debug)]
-pub struct KillOnDrop(pub Leash);
+pub(super) struct KillOnDrop(pub Leash);
 
 impl Drop for KillOnDrop {
     fn drop(&mut self) {
@@ -79,7 +79,7 @@ impl Drop for KillOnDrop {
 ///
 /// # Errors
 /// It cannot be run, fails, takes longer, or prints no credentials.
-pub fn run(exec: &ExecConfig, limit: Duration, leash: &Leash) -> Result<Granted, String> {
+pub(super) fn run(exec: &ExecConfig, limit: Duration, leash: &Leash) -> Result<Granted, String> {
     let deadline = Instant::now() + limit;
     let name = exec.command.as_deref().ok_or("the exec plugin has no command")?;
     let wrong = |why: String| format!("the exec plugin {name:?} {why}");

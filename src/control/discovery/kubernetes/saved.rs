@@ -35,7 +35,7 @@ const CLOCK_SKEW_MAX: Duration = Duration::from_secs(60);
 
 /// Whose endpoints they are.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Identity {
+pub(super) struct Identity {
     server: String,
     namespace: String,
     service: Option<String>,
@@ -47,7 +47,7 @@ pub struct Identity {
 
 impl Identity {
     /// What this configuration means at this server, in this namespace.
-    pub fn new(config: &Config, server: &str, namespace: &str) -> Self {
+    pub(super) fn new(config: &Config, server: &str, namespace: &str) -> Self {
         let kube = &config.kube;
         Self {
             server: server.to_owned(),
@@ -63,7 +63,7 @@ impl Identity {
 
 /// What the API named: endpoints and, where keys say where requests go, stores.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Named {
+pub(super) struct Named {
     /// The endpoints.
     pub endpoints: Vec<Wanted>,
     /// The stores.
@@ -96,14 +96,14 @@ struct Saved {
 
 /// A file that was read, and makes sense.
 #[derive(Debug)]
-pub struct Snapshot(Saved);
+pub(super) struct Snapshot(Saved);
 
 impl Snapshot {
     /// Reads a file; none if there is none.
     ///
     /// # Errors
     /// It cannot be read, or is no such file; the message says why.
-    pub fn read(path: &Path) -> Result<Option<Self>, String> {
+    pub(super) fn read(path: &Path) -> Result<Option<Self>, String> {
         let file = match File::open(path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -137,7 +137,7 @@ impl Snapshot {
     }
 
     /// When the API confirmed them last.
-    pub fn confirmed(&self) -> SystemTime {
+    pub(super) fn confirmed(&self) -> SystemTime {
         UNIX_EPOCH + Duration::from_millis(self.0.confirmed_ms)
     }
 
@@ -145,7 +145,7 @@ impl Snapshot {
     ///
     /// # Errors
     /// Why it is not to be used.
-    pub fn use_for(
+    pub(super) fn use_for(
         &self,
         identity: &Identity,
         age_max: Duration,
@@ -230,14 +230,14 @@ struct Pending {
 
 /// Writes the file, on a thread that nobody waits for: the disk may hang.
 #[derive(Debug, Clone)]
-pub struct Writer(Arc<(Mutex<Pending>, Condvar)>);
+pub(super) struct Writer(Arc<(Mutex<Pending>, Condvar)>);
 
 impl Writer {
     /// A writer of this file.
     ///
     /// # Errors
     /// There is no thread for it.
-    pub fn start(path: PathBuf) -> io::Result<Self> {
+    pub(super) fn start(path: PathBuf) -> io::Result<Self> {
         let shared = Arc::new((Mutex::default(), Condvar::new()));
         let writer = Self(Arc::clone(&shared));
         thread::Builder::new()
@@ -247,7 +247,7 @@ impl Writer {
     }
 
     /// Whose endpoints come from now on.
-    pub fn identify(&self, of: Identity) {
+    pub(super) fn identify(&self, of: Identity) {
         self.change(|pending| {
             if pending.of != of {
                 // What was named before is of another one.
@@ -257,7 +257,7 @@ impl Writer {
     }
 
     /// What the API names now.
-    pub fn save(&self, named: Named) {
+    pub(super) fn save(&self, named: Named) {
         self.change(|pending| {
             pending.due |= pending.named.as_ref() != Some(&named);
             pending.named = Some(named);
@@ -266,7 +266,7 @@ impl Writer {
     }
 
     /// The API has confirmed what it named.
-    pub fn confirm(&self) {
+    pub(super) fn confirm(&self) {
         self.change(|pending| {
             pending.confirmed = Some(SystemTime::now());
             pending.due |= pending.written.is_some_and(|written| written.elapsed() >= REFRESH);

@@ -15,7 +15,7 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(10);
 
 /// What went wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Trouble {
+pub(super) struct Trouble {
     /// Its kind.
     pub kind: ErrorKind,
     /// What happened, to what, and what to do.
@@ -32,31 +32,31 @@ pub struct Trouble {
 
 impl Trouble {
     /// Trouble of this kind, without an answer of the server.
-    pub fn new(kind: ErrorKind, what: impl Into<String>) -> Self {
+    pub(super) fn new(kind: ErrorKind, what: impl Into<String>) -> Self {
         let (code, wait) = (0, Duration::ZERO);
         Self { kind, what: what.into(), code, wait, refused: false, quiet: false }
     }
 
     /// No answer, or none in time.
-    pub fn unreachable(why: impl std::fmt::Display) -> Self {
+    pub(super) fn unreachable(why: impl std::fmt::Display) -> Self {
         let what = format!("the Kubernetes API cannot be reached: {why}");
         Self::new(ErrorKind::Unreachable, what)
     }
 
     /// An answer that is none.
-    pub fn malformed(why: impl std::fmt::Display) -> Self {
+    pub(super) fn malformed(why: impl std::fmt::Display) -> Self {
         let what = format!("the Kubernetes API gave an answer that makes no sense: {why}");
         Self::new(ErrorKind::Malformed, what)
     }
 
     /// A watch that ended before its time. A server that restarts does that to each, once.
-    pub fn early(after: Duration) -> Self {
+    pub(super) fn early(after: Duration) -> Self {
         let what = format!("the Kubernetes API ends watches before their time, after {after:.1?}");
         Self { quiet: true, ..Self::new(ErrorKind::Refused, what) }
     }
 
     /// The configuration does not lead to the API.
-    pub fn configuration(why: impl std::fmt::Display) -> Self {
+    pub(super) fn configuration(why: impl std::fmt::Display) -> Self {
         let what = format!(
             "no way to the Kubernetes API: {why}; in a pod the service account's token has to be \
              mounted, elsewhere KUBECONFIG has to name a file"
@@ -65,7 +65,7 @@ impl Trouble {
     }
 
     /// An error of the client.
-    pub fn client(error: &Error) -> Self {
+    pub(super) fn client(error: &Error) -> Self {
         match error {
             Error::InferConfig(_) | Error::RustlsTls(_) | Error::Auth(_) | Error::TlsRequired => {
                 Self::configuration(chain(error))
@@ -83,7 +83,7 @@ impl Trouble {
     }
 
     /// An error on the way to the server or back.
-    pub fn transport(error: &(dyn StdError + 'static)) -> Self {
+    pub(super) fn transport(error: &(dyn StdError + 'static)) -> Self {
         let why = chain(error);
         // What rustls says of a certificate that it does not trust.
         if why.contains("invalid peer certificate") {
@@ -99,12 +99,12 @@ impl Trouble {
 
     /// An error that the server reports; it concerns `resource`, such as
     /// `endpointslices.discovery.k8s.io`.
-    pub fn api(status: &ApiStatus, verb: &str, resource: &str, namespace: &str) -> Self {
-        let said = &status.message;
+    pub(super) fn api(status: &ApiStatus, verb: &str, resource: &str, namespace: &str) -> Self {
+        let message = &status.message;
         let (kind, what) = match status.code {
             401 => (
                 ErrorKind::Unauthorized,
-                format!("the Kubernetes API does not accept the credentials: {said}"),
+                format!("the Kubernetes API does not accept the credentials: {message}"),
             ),
             403 => {
                 let (name, group) = resource.split_once('.').unwrap_or((resource, ""));
@@ -113,13 +113,17 @@ impl Trouble {
                     format!(
                         "not allowed to {verb} {name} in namespace {namespace:?}: bind the service \
                          account to a Role there with apiGroups: [{group:?}], resources: \
-                         [{name:?}], verbs: [\"get\", \"list\", \"watch\"]. The API says: {said}"
+                         [{name:?}], verbs: [\"get\", \"list\", \"watch\"]. The API says: {message}"
                     ),
                 )
             }
-            410 => (ErrorKind::Expired, format!("the watch fell behind and starts over: {said}")),
-            429 => (ErrorKind::Throttled, format!("the Kubernetes API asks for patience: {said}")),
-            code => (ErrorKind::Refused, format!("the Kubernetes API answered {code}: {said}")),
+            410 => {
+                (ErrorKind::Expired, format!("the watch fell behind and starts over: {message}"))
+            }
+            429 => {
+                (ErrorKind::Throttled, format!("the Kubernetes API asks for patience: {message}"))
+            }
+            code => (ErrorKind::Refused, format!("the Kubernetes API answered {code}: {message}")),
         };
         let seconds = status.details.as_ref().map_or(0, |details| details.retry_after_seconds);
         let trouble = Self { code: status.code, ..Self::new(kind, what) };
@@ -127,26 +131,26 @@ impl Trouble {
     }
 
     /// The same, from a server that asks for so much patience.
-    pub fn asking_to_wait(self, wait: Duration) -> Self {
+    pub(super) fn asking_to_wait(self, wait: Duration) -> Self {
         Self { wait: self.wait.max(wait).min(RETRY_AFTER_MAX), ..self }
     }
 
     /// Whether the server may be one that does not know streaming lists. 500 is what a server says
     /// whose etcd is too old for them.
-    pub fn may_be_for_streaming(&self) -> bool {
+    pub(super) fn may_be_for_streaming(&self) -> bool {
         matches!(self.code, 400 | 422 | 500)
     }
 
     /// Whether watching on from where the last watch ended is of no use. 504 is what a server says
     /// that was put back to an older state.
-    pub fn loses_the_place(&self) -> bool {
+    pub(super) fn loses_the_version(&self) -> bool {
         matches!(self.kind, ErrorKind::Expired | ErrorKind::Malformed)
             || matches!(self.code, 400 | 404 | 422 | 500 | 504)
     }
 
     /// Whether it is an error of the configuration or of rights, which no patience mends: a pod
     /// that starts with it must not pass for a good one.
-    pub fn holds_the_start(&self) -> bool {
+    pub(super) fn holds_the_start(&self) -> bool {
         match self.kind {
             ErrorKind::Unauthorized
             | ErrorKind::Forbidden
@@ -175,7 +179,7 @@ fn causes<'a>(
 }
 
 /// An error with its causes: the outermost one often says nothing.
-pub fn chain(error: &(dyn StdError + 'static)) -> String {
+pub(super) fn chain(error: &(dyn StdError + 'static)) -> String {
     causes(error).skip(1).fold(error.to_string(), |text, cause| {
         let cause = cause.to_string();
         if text.contains(&cause) { text } else { format!("{text}: {cause}") }
@@ -224,7 +228,7 @@ mod tests {
             let trouble = Trouble::api(&answer(code, "because"), "watch", "pods", "db");
             assert_eq!((trouble.kind, trouble.code), (kind, code));
             assert_eq!(trouble.may_be_for_streaming(), no_streaming, "{code}");
-            assert_eq!(trouble.loses_the_place(), lost, "{code}");
+            assert_eq!(trouble.loses_the_version(), lost, "{code}");
             assert_eq!(trouble.holds_the_start(), holds, "{code}");
             assert!(trouble.what.contains("because"), "{trouble:?}");
         }

@@ -87,7 +87,7 @@ fn a_backend_is_timed_only_while_it_is_its_turn() {
     assert_eq!(bench.deadline(), Some(3 * SECOND), "it flows");
     let discard = bench.discard(Discard::Timeout);
     let cut_off = Action::Close(CloseReason::BackendReset);
-    let count = Action::Count(Verb::Get, Outcome::Timeout, 25 * SECOND);
+    let count = Action::Count(GET, Outcome::Timeout, 25 * SECOND);
     assert_eq!(bench.after(3 * SECOND), [discard, count, cut_off]);
 }
 

@@ -14,6 +14,10 @@ use crate::proxy::Side;
 mod limits;
 
 const SECOND: Duration = Duration::from_secs(1);
+const GET: Verb = Verb::named("get");
+const SET: Verb = Verb::named("set");
+const POST: Verb = Verb::named("post");
+const COMPACT: Verb = Verb::named("compact");
 const UPLOAD: &str = "POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\n";
 const DOWNLOAD: &str = "GET / HTTP/1.1\r\n\r\n";
 const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
@@ -173,7 +177,7 @@ fn requests_are_found_one_by_one_however_they_are_split() {
                     panic!("lines")
                 };
                 assert_eq!(bench.client.input().bytes(), request.len, "nothing is ahead of it");
-                found.push(format!("{:?} {}", request.verb, request.repeatable));
+                found.push(format!("{} {}", request.verb.label(), request.repeatable));
                 bench.acquire();
                 bench.backend_sent(request.len as usize);
                 assert_eq!(bench.reply("OK\n").0, 3);
@@ -182,7 +186,7 @@ fn requests_are_found_one_by_one_however_they_are_split() {
             }
         }
     }
-    let expected = ["Get true", "empty request", "request longer than 16 bytes", "Ping true"];
+    let expected = ["get true", "empty request", "request longer than 16 bytes", "ping true"];
     assert_eq!(found, expected);
     assert_eq!(bench.buffers.free(), bench.buffers.capacity());
 }
@@ -196,7 +200,7 @@ fn only_what_is_safe_is_sent_again_and_only_before_its_answer() {
         if replied {
             assert_eq!(bench.reply("O").0, 1);
         }
-        let verb = if line.starts_with("GET") { Verb::Get } else { Verb::Set };
+        let verb = if line.starts_with("GET") { GET } else { SET };
         let dead = bench.discard(Discard::Dead);
         let lost = count(verb, Outcome::Lost);
         let key = Some(StableHash::of(b"a"));
@@ -224,7 +228,7 @@ fn a_request_that_is_sent_again_waits_anew() {
     assert_eq!(bench.acquire()[..2], [waited, Action::Send(conn())], "the wait for a connection");
     bench.now = start + SECOND;
     bench.backend_sent(6);
-    let count = Action::Count(Verb::Get, Outcome::Answered, 6 * SECOND);
+    let count = Action::Count(GET, Outcome::Answered, 6 * SECOND);
     assert_eq!(
         bench.reply("a\n"),
         (2, vec![Action::ReleaseSoon, count, Action::Serve]),
@@ -289,7 +293,7 @@ fn an_answer_that_comes_early_is_followed_by_the_rest_of_the_request() {
     for (status, cut) in [(202, true), (413, false)] {
         let mut bench = Bench::asked(Protocol::Http1, UPLOAD);
         let answer = format!("HTTP/1.1 {status} X\r\nContent-Length: 0\r\n\r\n");
-        let count = count(Verb::Post, Outcome::Answered);
+        let count = count(POST, Outcome::Answered);
         assert_eq!(
             bench.reply(&answer),
             (answer.len(), vec![count, Action::Serve]),
@@ -343,7 +347,7 @@ fn the_end_of_a_connection_may_be_the_end_of_the_answer() {
         bench.backend_sent(DOWNLOAD.len());
         bench.reply("HTTP/1.1 200 OK\r\n\r\nuntil");
         let spent = bench.discard(Discard::Spent);
-        let get = |outcome| Action::Count(Verb::Get, outcome, Duration::ZERO);
+        let get = |outcome| Action::Count(GET, outcome, Duration::ZERO);
         let expected = if whole {
             vec![spent, get(Outcome::Answered), Action::Shutdown, Action::Serve]
         } else {
@@ -369,7 +373,7 @@ fn what_a_reply_leaves_of_its_connection() {
         let mut conn = *bench.client.backend().unwrap();
         conn.served = true;
         let discard = |why| Action::Discard(conn, why, DiscardHow::Now(Close::Reset));
-        let count = count(Verb::Get, Outcome::Answered);
+        let count = count(GET, Outcome::Answered);
         let expected = match (reply, releases) {
             (reply, true) if reply == OK => vec![Action::ReleaseSoon, count, Action::Serve],
             (reply, false) if reply == OK => {
@@ -423,7 +427,7 @@ fn a_slow_client_holds_its_backend_up() {
 
 #[test]
 fn a_client_in_each_state_is_closed_as_it_deserves() {
-    let get = |outcome| Action::Count(Verb::Get, outcome, Duration::ZERO);
+    let get = |outcome| Action::Count(GET, outcome, Duration::ZERO);
     let reset = ClientEnding::Now(Close::Reset);
     let close = |bench: &mut Bench, reason| {
         let (ending, actions) = bench.client.on_closing(reason, &mut bench.buffers);
@@ -514,7 +518,7 @@ fn a_broadcast_goes_from_store_to_store_and_gets_one_reply() {
     }
     let mut space = [0; 128];
     let mut len = 0;
-    let count = count(Verb::Compact, Outcome::Answered);
+    let count = count(COMPACT, Outcome::Answered);
     let actions = bench.tell(|client, moment| {
         let (broadcast, actions) = client.on_stores_done(moment);
         len = broadcast.write_answer(&mut space);
@@ -556,6 +560,6 @@ fn bytes_that_can_be_read_in_two_ways_get_a_connection_of_their_own() {
     assert_eq!(bench.next(), [Action::Acquire]);
     assert_eq!(bench.acquire(), [Action::BecomeOpaque]);
     let parts = bench.client.into_opaque_parts(&mut bench.buffers);
-    assert_eq!((parts.uncounted, parts.backend_unsent), (Some(Verb::Opaque), 0));
+    assert_eq!((parts.uncounted, parts.backend_unsent), (Some(Verb::OPAQUE), 0));
     assert!(parts.input.bytes() > 60, "nothing of it was sent");
 }

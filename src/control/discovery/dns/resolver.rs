@@ -46,7 +46,7 @@ const SILENT_FOR: Duration = Duration::from_secs(30);
 
 /// A family of addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Family {
+pub(crate) enum Family {
     /// IPv4: `A` records.
     V4,
     /// IPv6: `AAAA` records.
@@ -55,7 +55,7 @@ pub enum Family {
 
 impl Family {
     /// Both.
-    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+    pub(crate) const ALL: [Self; 2] = [Self::V4, Self::V6];
 
     fn of(address: &IpAddr) -> Self {
         if address.is_ipv4() { Self::V4 } else { Self::V6 }
@@ -80,7 +80,7 @@ impl fmt::Display for Family {
 
 /// What is known of a name's addresses of one family.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Answer {
+pub(crate) enum Answer {
     /// These, in any order; never empty.
     Found {
         /// The addresses.
@@ -96,7 +96,7 @@ pub enum Answer {
 }
 
 /// Looks names up.
-pub trait Resolve: Clone + Send + Sync + 'static {
+pub(crate) trait Resolve: Clone + Send + Sync + 'static {
     /// Looks `host` up and tells of each family once, as soon as its answer is there; of one that
     /// has none in time it does not tell.
     ///
@@ -111,7 +111,7 @@ pub trait Resolve: Clone + Send + Sync + 'static {
 
 /// The system's files and the name servers that they name.
 #[derive(Debug, Clone, Default)]
-pub struct SystemResolver(Arc<Mutex<Files>>);
+pub(crate) struct SystemResolver(Arc<Mutex<Files>>);
 
 #[derive(Debug, Default)]
 struct Files {

@@ -1,4 +1,4 @@
-//! Socket options, addresses and states, alike for all drivers.
+//! What TCP alone has: its options, what `TCP_INFO` tells, handshakes.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -7,12 +7,10 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Once;
 use std::time::Duration;
 
-use super::{Acks, Unheard};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
 use rustix::ioctl::{Getter, Opcode, ioctl};
-use rustix::net::SocketFlags;
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, SockRef, Socket, TcpKeepalive};
+
+use crate::io::Acks;
 
 /// Options of every TCP socket of the data plane.
 #[derive(Debug, Clone, Default)]
@@ -38,13 +36,6 @@ impl Options {
         }
         Ok(())
     }
-}
-
-/// A socket for a connection to `address`, not yet connected.
-pub(super) fn outgoing(address: &SocketAddr, kind: Type, options: &Options) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(*address), kind, Some(Protocol::TCP))?;
-    options.apply(&socket)?;
-    Ok(socket)
 }
 
 /// The kernel counts in whole seconds and refuses 0.
@@ -153,26 +144,8 @@ pub(super) fn acks(socket: &impl AsFd) -> Option<Acks> {
     })
 }
 
-/// Makes the coming close a reset.
-pub(super) fn close_with_reset(socket: &impl AsFd) {
-    // A socket that cannot take the option is broken already and resets by itself.
-    let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
-}
-
 /// `<linux/sockios.h>`; the `libc` crate lacks it.
 const SIOCOUTQNSD: Opcode = 0x894b;
-
-/// What a connection shows at this moment.
-pub(super) fn unheard(socket: &impl AsFd) -> Unheard {
-    let shown = poll_now(socket, PollFlags::IN | PollFlags::RDHUP);
-    if shown.intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR) {
-        Unheard::End
-    } else if shown.is_empty() {
-        Unheard::Nothing
-    } else {
-        Unheard::Bytes
-    }
-}
 
 /// Bytes that the kernel has taken and not sent for the first time, since the peer has no room.
 pub(super) fn unsent(socket: &impl AsFd) -> u64 {
@@ -183,7 +156,7 @@ pub(super) fn unsent(socket: &impl AsFd) -> u64 {
 pub(super) fn unacknowledged(socket: &impl AsFd) -> u64 {
     let count = count::<{ libc::TIOCOUTQ as _ }>(socket);
     // Only a connection has a peer. (A hang-up would not do: it is also what both ends in order are.)
-    if count > 0 && peer_address(socket).is_none() { 0 } else { count }
+    if count > 0 && SockRef::from(socket).peer_addr().is_err() { 0 } else { count }
 }
 
 /// What the kernel says to a request for a number of bytes; none if it refuses.
@@ -191,26 +164,6 @@ fn count<const REQUEST: Opcode>(socket: &impl AsFd) -> u64 {
     // SAFETY: the requests of this module store an int, and nothing else.
     let count = unsafe { ioctl(socket, Getter::<REQUEST, libc::c_int>::new()) };
     count.ok().and_then(|count| u64::try_from(count).ok()).unwrap_or_default()
-}
-
-/// Which of these hold now; an error or a hang-up is told in any case.
-fn poll_now(socket: &impl AsFd, flags: PollFlags) -> PollFlags {
-    let mut fds = [PollFd::new(socket, flags)];
-    match poll(&mut fds, Some(&Timespec::default())) {
-        Ok(_) => fds[0].revents(),
-        // It is not known to be well.
-        Err(_) => PollFlags::ERR,
-    }
-}
-
-/// The peer's address.
-pub(super) fn peer_address(socket: &impl AsFd) -> Option<SocketAddr> {
-    SockRef::from(socket).peer_addr().ok()?.as_socket()
-}
-
-/// The address that the peer connected to.
-pub(super) fn local_address(socket: &impl AsFd) -> Option<SocketAddr> {
-    SockRef::from(socket).local_addr().ok()?.as_socket()
 }
 
 /// Whether an address is one of this host's: then the kernel gives it to connections to it as their
@@ -275,43 +228,24 @@ pub(super) fn is_crowded(listener: &OwnedFd) -> bool {
     tcp_info(listener).is_ok_and(|(info, _)| info[WAITING] > info[WAITING_MAX] / 2)
 }
 
-/// Takes every client that the kernel has accepted on `listener`. Says whether all were taken: there
-/// may be no descriptors for some.
-pub(super) fn empty_accept_queue(listener: &OwnedFd) -> (Vec<OwnedFd>, bool) {
-    let mut clients = Vec::new();
-    if rustix::io::ioctl_fionbio(listener, true).is_err() {
-        return (clients, true);
-    }
-    loop {
-        match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
-            Ok(client) => {
-                welcome(&client);
-                clients.push(client);
-            }
-            Err(Errno::INTR | Errno::CONNABORTED) => {}
-            Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                return (clients, false);
-            }
-            Err(_) => return (clients, true),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
     use std::net::TcpStream;
 
-    use super::*;
+    use socket2::{Protocol, Type};
 
-    fn listener(address: &str, backlog: i32) -> (OwnedFd, SocketAddr) {
+    use super::*;
+    use crate::io::net::Listener;
+
+    fn listener(address: &str, backlog: i32) -> (Listener, SocketAddr) {
         let address: SocketAddr = address.parse().unwrap();
         let socket =
             Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP)).unwrap();
         socket.bind(&address.into()).unwrap();
         socket.listen(backlog).unwrap();
         let address = socket.local_addr().unwrap().as_socket().unwrap();
-        (socket.into(), address)
+        (Listener::new(socket.into()).unwrap(), address)
     }
 
     #[test]
@@ -321,15 +255,15 @@ mod tests {
             // So the kernel waits for data, and passes the last packet of a handshake over.
             set_int(&listener, libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, 30).unwrap();
             let mut early = TcpStream::connect(address).unwrap();
-            refuse_handshakes(&listener);
+            listener.refuse_handshakes();
             let late = TcpStream::connect_timeout(&address, Duration::from_millis(100));
             assert_eq!(late.unwrap_err().kind(), io::ErrorKind::TimedOut, "{address}");
-            assert!(empty_accept_queue(&listener).0.is_empty(), "{address}");
+            assert!(listener.empty_accept_queue().0.is_empty(), "{address}");
 
             early.write_all(b"early").unwrap();
-            let (mut clients, emptied) = empty_accept_queue(&listener);
+            let (mut clients, emptied) = listener.empty_accept_queue();
             assert!(emptied && clients.len() == 1, "{address}: {clients:?}");
-            let mut client = TcpStream::from(clients.remove(0));
+            let mut client = TcpStream::from(OwnedFd::from(clients.remove(0)));
             client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
             let mut bytes = [0; 9];
             client.read_exact(&mut bytes[..5]).unwrap();
@@ -363,10 +297,10 @@ mod tests {
         let (listener, address) = listener("127.0.0.1:0", 4);
         let mut clients = Vec::new();
         for crowded in [false, false, false, true] {
-            assert_eq!(is_crowded(&listener), crowded, "{} of 4 wait", clients.len());
+            assert_eq!(listener.is_crowded(), crowded, "{} of 4 wait", clients.len());
             clients.push(TcpStream::connect(address).unwrap());
         }
-        assert_eq!(empty_accept_queue(&listener).0.len(), 4);
-        assert!(!is_crowded(&listener));
+        assert_eq!(listener.empty_accept_queue().0.len(), 4);
+        assert!(!listener.is_crowded());
     }
 }

@@ -24,21 +24,21 @@ on_both_drivers![
     bytes_unheard_on_an_idle_connection_reach_no_opaque_client,
     ends_unheard_on_idle_connections_lose_no_write,
     ends_unheard_on_warm_connections_meet_no_newcomer,
-    bytes_unheard_on_the_connection_of_a_session_are_no_answer,
+    bytes_unheard_on_the_connection_of_a_session_are_no_reply,
     a_refusal_that_breaks_the_upload_off_reaches_the_client,
     a_client_that_sends_all_before_it_reads_gets_the_refusal,
-    an_answer_that_comes_early_does_not_end_the_upload,
-    an_answer_in_the_middle_of_an_upload_does_not_end_it,
-    an_upload_behind_an_answer_that_closes_is_passed_on,
+    a_reply_that_comes_early_does_not_end_the_upload,
+    a_reply_in_the_middle_of_an_upload_does_not_end_it,
+    an_upload_behind_a_reply_that_closes_is_passed_on,
     an_upload_that_was_accepted_and_not_taken_ends_in_a_reset,
     a_backend_that_stops_taking_an_upload_is_given_up,
-    all_of_an_answer_that_breaks_off_is_delivered,
+    all_of_a_reply_that_breaks_off_is_delivered,
     all_that_came_before_a_reset_is_delivered,
-    an_answer_that_flows_is_not_cut_however_long_it_takes,
+    a_reply_that_flows_is_not_cut_however_long_it_takes,
     a_slow_reader_is_not_blamed_on_its_backend,
     a_slow_upload_is_not_blamed_on_its_backend,
     a_backend_that_takes_no_upload_is_slow,
-    a_client_that_sends_on_and_takes_nothing_is_let_go,
+    a_client_that_sends_on_and_takes_nothing_is_closed,
     whatever_the_two_sides_do_nothing_of_it_is_left,
 ];
 
@@ -46,8 +46,7 @@ fn lending(io: Io, protocol: &str, mode: &str, backend: &Backend) -> Builder {
     Builder::on(io)
         .backends(&[backend.address()])
         .set("AEGIS_WORKERS", "1")
-        .set("AEGIS_PROTOCOL", protocol)
-        .set("AEGIS_POOL_MODE", mode)
+        .protocol(protocol, mode)
         .pool(0, 64)
 }
 
@@ -294,7 +293,7 @@ fn ends_unheard_on_warm_connections_meet_no_newcomer(io: Io) {
     proxy.wait_for(POOL_DISCARDS, &[("reason", "dead")], |dead| dead == WARM as u64);
 }
 
-fn bytes_unheard_on_the_connection_of_a_session_are_no_answer(io: Io) {
+fn bytes_unheard_on_the_connection_of_a_session_are_no_reply(io: Io) {
     let (backend, connections) = echoing_keys();
     let proxy = lending(io, "chronos", "session", &backend).start();
     let clients: Vec<_> = (0..crowd(io)).map(|_| connect(proxy.address())).collect();
@@ -439,7 +438,7 @@ fn a_client_that_sends_all_before_it_reads_gets_the_refusal(io: Io) {
     }
 }
 
-fn an_answer_that_comes_early_does_not_end_the_upload(io: Io) {
+fn a_reply_that_comes_early_does_not_end_the_upload(io: Io) {
     const SIZE: usize = 5 << 20;
     let (uploads, taken) = std::sync::mpsc::channel();
     let uploads = Mutex::new(uploads);
@@ -490,7 +489,7 @@ fn early_uploads(io: Io, mode: &str, backend: &Backend, size: usize, taken: &Rec
     wait_idle(&proxy, 1);
 }
 
-fn an_answer_in_the_middle_of_an_upload_does_not_end_it(io: Io) {
+fn a_reply_in_the_middle_of_an_upload_does_not_end_it(io: Io) {
     // What is left of it may be anywhere: at the client, in the proxy, in sockets.
     const SIZES: [usize; 6] = [16_385, 17_000, 40_000, 200_000, 1_000_000, 6_000_000];
     let (uploads, taken) = std::sync::mpsc::channel();
@@ -521,7 +520,7 @@ fn an_answer_in_the_middle_of_an_upload_does_not_end_it(io: Io) {
     assert_eq!(backend.accepted(), 1, "both connections are kept");
 }
 
-fn an_upload_behind_an_answer_that_closes_is_passed_on(io: Io) {
+fn an_upload_behind_a_reply_that_closes_is_passed_on(io: Io) {
     const SIZE: usize = 5 << 20;
     let (uploads, taken) = std::sync::mpsc::channel();
     let uploads = Mutex::new(uploads);
@@ -635,7 +634,7 @@ fn line(len: usize) -> Vec<u8> {
     pattern(2, len).iter().map(|byte| byte | 0x80).collect()
 }
 
-fn all_of_an_answer_that_breaks_off_is_delivered(io: Io) {
+fn all_of_a_reply_that_breaks_off_is_delivered(io: Io) {
     const SENT: usize = 3_000_000;
     let request = "GET / HTTP/1.1\r\n\r\n";
     for (protocol, request, head) in [
@@ -715,7 +714,7 @@ fn streaming(parts: &'static [&'static str]) -> Backend {
     })
 }
 
-fn an_answer_that_flows_is_not_cut_however_long_it_takes(io: Io) {
+fn a_reply_that_flows_is_not_cut_however_long_it_takes(io: Io) {
     const HEAD: &str = "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n";
     let http = streaming(&[HEAD, "1", "2", "3", "4", "5", "6", "7", "8", "9", "0"]);
     let lines = streaming(&["1", "2", "3", "4", "5", "6", "7", "8", "9", "0\n"]);
@@ -846,7 +845,7 @@ fn a_backend_that_takes_no_upload_is_slow(io: Io) {
     let _ = sending.join().unwrap();
 }
 
-fn a_client_that_sends_on_and_takes_nothing_is_let_go(io: Io) {
+fn a_client_that_sends_on_and_takes_nothing_is_closed(io: Io) {
     let backend = refusing(REFUSAL, false);
     let proxy =
         lending(io, "http1", "request", &backend).set("AEGIS_HALF_CLOSE_TIMEOUT", "300ms").start();

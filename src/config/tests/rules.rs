@@ -1,0 +1,204 @@
+//! Which values go together, and what follows from several.
+
+use super::{problems, read};
+use crate::config::{Config, Discovery};
+
+#[test]
+fn used_connections_are_lent_only_where_that_is_safe() {
+    for (vars, why) in [
+        (&[("AEGIS_POOL_MODE", "request")][..], "AEGIS_PROTOCOL=\"tcp\": of unknown bytes"),
+        (&[("AEGIS_POOL_MODE", "session")], "AEGIS_PROTOCOL=\"tcp\": of unknown bytes"),
+        (
+            &[
+                ("AEGIS_PROTOCOL", "chronos"),
+                ("AEGIS_POOL_MODE", "session"),
+                ("AEGIS_PROXY_PROTOCOL", "v2"),
+            ],
+            "the header names one client",
+        ),
+        (
+            &[
+                ("AEGIS_PROTOCOL", "chronos"),
+                ("AEGIS_POOL_MODE", "session"),
+                ("AEGIS_ROUTE", "key"),
+            ],
+            "keys of one client may belong to several endpoints",
+        ),
+        (
+            &[("AEGIS_PROTOCOL", "http1"), ("AEGIS_POOL_MODE", "request"), ("AEGIS_ROUTE", "key")],
+            "only the requests of chronos have keys",
+        ),
+    ] {
+        let [problem] = &problems(vars)[..] else { panic!("{vars:?}: {:?}", problems(vars)) };
+        assert!(problem.contains(why), "{problem}");
+    }
+}
+
+#[test]
+fn what_has_no_effect_is_told_with_the_reason() {
+    let kube = ("AEGIS_KUBE_SERVICE", "db");
+    let chronos = ("AEGIS_PROTOCOL", "chronos");
+    let lent = ("AEGIS_POOL_MODE", "request");
+    for (vars, warned) in [
+        (&[][..], &[][..]),
+        // Defaults may be written out.
+        (&[("AEGIS_POOL_SIZE", "16"), ("AEGIS_KUBE_PORT", "auto")], &[]),
+        (
+            &[("AEGIS_KUBE_PORT", "5432")],
+            &["AEGIS_KUBE_PORT=\"5432\" has no effect: the endpoints"],
+        ),
+        (&[kube, ("AEGIS_KUBE_PORT", "5432")], &[]),
+        (&[kube, ("AEGIS_DISCOVERY", "static")], &["AEGIS_KUBE_SERVICE"]),
+        (
+            &[kube, ("AEGIS_DISCOVERY", "kubernetes"), ("AEGIS_BACKENDS", "db:1")],
+            &["AEGIS_BACKENDS"],
+        ),
+        (&[kube, ("AEGIS_KUBE_STORES", "3")], &["AEGIS_KUBE_STORES"]),
+        (&[kube, chronos, lent, ("AEGIS_ROUTE", "key"), ("AEGIS_KUBE_STORES", "3")], &[]),
+        (&[("AEGIS_DNS_REFRESH", "1s")], &["AEGIS_DNS_REFRESH"]),
+        (&[("AEGIS_DNS_REFRESH", "1s"), ("AEGIS_BACKENDS", "db:1")], &[]),
+        (&[("AEGIS_LOCALITY", "zone")], &["AEGIS_LOCALITY"]),
+        (
+            &[kube, ("AEGIS_LOCALITY", "zone")],
+            &["AEGIS_LOCALITY=\"zone\" has no effect: AEGIS_ZONE"],
+        ),
+        (&[kube, ("AEGIS_LOCALITY", "zone"), ("AEGIS_ZONE", "a")], &[]),
+        (&[kube, ("AEGIS_LOCALITY", "node"), ("AEGIS_ZONE", "a")], &["AEGIS_LOCALITY"]),
+        // Where this runs is a fact, and asks for nothing.
+        (&[("AEGIS_ZONE", "a"), ("AEGIS_NODE_NAME", "n"), ("AEGIS_CPU_REQUEST", "100")], &[]),
+        (&[("AEGIS_BACKEND_DRAIN", "1s")], &["AEGIS_BACKEND_DRAIN"]),
+        (&[("AEGIS_SLOW_START", "1s")], &["AEGIS_SLOW_START"]),
+        (&[kube, ("AEGIS_SLOW_START", "1s")], &[]),
+        (&[kube, ("AEGIS_SLOW_START", "1s"), ("AEGIS_BALANCE", "source_hash")], &["AEGIS_SLOW"]),
+        (&[chronos], &["AEGIS_PROTOCOL"]),
+        (&[chronos, lent], &[]),
+        (&[("AEGIS_POOL_SIZE", "8")], &["AEGIS_POOL_SIZE"]),
+        (&[chronos, lent, ("AEGIS_POOL_SIZE", "8")], &[]),
+        (&[chronos, lent, ("AEGIS_POOL_MAX_IDLE", "8")], &["AEGIS_POOL_MAX_IDLE"]),
+        (&[chronos, lent, ("AEGIS_POOL_MAX_IDLE", "0")], &[]),
+        (
+            &[("AEGIS_QUEUE_MAX", "8"), ("AEGIS_REQUEST_TIMEOUT", "off")],
+            &["AEGIS_QUEUE_MAX", "AEGIS_REQUEST_TIMEOUT"],
+        ),
+        (&[chronos, ("AEGIS_POOL_MODE", "session"), ("AEGIS_REQUEST_TIMEOUT", "off")], &[]),
+        (&[("AEGIS_PROTOCOL", "http1"), lent, ("AEGIS_LINE_MAX", "16")], &["AEGIS_LINE_MAX"]),
+        (
+            &[("AEGIS_POOL_MAX_IDLE", "0"), ("AEGIS_POOL_MAX_LIFETIME", "1m")],
+            &["AEGIS_POOL_MAX_LIFETIME"],
+        ),
+        (
+            &[("AEGIS_LOG", "info,agis=debug")],
+            &["AEGIS_LOG: nothing that is known logs as \"agis\""],
+        ),
+    ] {
+        let warnings = read(vars).unwrap_or_else(|e| panic!("{vars:?}: {e}")).warnings();
+        let fits = warnings.iter().zip(warned).all(|(warning, begin)| warning.starts_with(begin));
+        assert!(fits && warnings.len() == warned.len(), "{vars:?}: {warnings:?}");
+    }
+}
+
+#[test]
+fn the_minimum_is_of_all_workers_and_the_maximum_of_each() {
+    let pool = |vars: &[(&str, &str)]| read(vars).map(|config| config.pool.min_idle).ok();
+    let max = ("AEGIS_POOL_MAX_IDLE", "3");
+    assert_eq!(pool(&[("AEGIS_WORKERS", "4"), ("AEGIS_POOL_MIN_IDLE", "12"), max]), Some(12));
+    assert_eq!(pool(&[("AEGIS_WORKERS", "4"), ("AEGIS_POOL_MIN_IDLE", "13"), max]), None);
+    for auto in ["auto", "0"] {
+        assert_eq!(pool(&[("AEGIS_WORKERS", auto), ("AEGIS_POOL_MIN_IDLE", "3"), max]), Some(3));
+        assert_eq!(pool(&[("AEGIS_WORKERS", auto), ("AEGIS_POOL_MIN_IDLE", "4"), max]), None);
+    }
+    assert_eq!(pool(&[("AEGIS_WORKERS", "2"), max]), Some(4), "the default");
+    assert_eq!(pool(&[max]), Some(3), "gives way");
+}
+
+#[test]
+fn the_default_minimum_gives_way_to_a_small_maximum() {
+    let pool = read(&[("AEGIS_POOL_MAX_IDLE", "0")]).unwrap().pool;
+    assert_eq!((pool.min_idle, pool.max_idle), (0, 0));
+    // A refused maximum is not reported a second time as being below the minimum.
+    let vars = [("AEGIS_POOL_MIN_IDLE", "100"), ("AEGIS_POOL_MAX_IDLE", "x")];
+    assert_eq!(problems(&vars).len(), 1);
+}
+
+#[test]
+fn addresses_that_get_in_each_others_way_are_refused() {
+    for (listen, admin, backends, fine) in [
+        ("127.0.0.1:8081", "[::]:8082", "127.0.0.1:8080", true),
+        ("127.0.0.1:8082", "[::]:8082", "127.0.0.1:8080", false),
+        ("127.0.0.1:8082", "127.0.0.2:8082", "127.0.0.1:8080", true),
+        ("[::1]:8082", "0.0.0.0:8082", "127.0.0.1:8080", true),
+        ("127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:8080", true),
+        ("127.0.0.1:1,127.0.0.1:2", "[::]:3", "db:5,127.0.0.1:2", false),
+        ("0.0.0.0:1", "[::]:3", "127.0.0.1:1", false),
+        ("0.0.0.0:1", "[::]:3", "10.0.0.9:1", true),
+        ("127.0.0.1:1", "[::]:3", "0.0.0.0:1", false),
+        ("[::1]:1", "[::]:3", "[::]:1", false),
+        ("127.0.0.1:1", "[::]:3", "[::ffff:127.0.0.1]:1", false),
+        // A data port of IPv6 takes nothing of IPv4, and so is in nobody's way there.
+        ("[::]:1", "[::]:3", "127.0.0.1:1", true),
+        ("[::]:1", "0.0.0.0:1", "127.0.0.1:9", true),
+        ("[::]:1,0.0.0.0:1", "[::]:3", "127.0.0.1:9", true),
+        ("[::]:1,127.0.0.1:1", "[::]:3", "127.0.0.1:9", true),
+        ("0.0.0.0:1,127.0.0.1:1", "[::]:3", "127.0.0.1:9", false),
+        ("127.0.0.1:1,127.0.0.2:2,0.0.0.0:1", "[::]:3", "127.0.0.1:9", false),
+        ("[::1]:1,[::]:1", "[::]:3", "127.0.0.1:9", false),
+        ("127.0.0.1:1,[::ffff:127.0.0.1]:1", "[::]:3", "127.0.0.1:9", false),
+        ("127.0.0.1:1,127.0.0.1:1", "[::]:3", "127.0.0.1:9", false),
+        ("127.0.0.1:0,0.0.0.0:0", "[::]:0", "127.0.0.1:9", true),
+        ("0.0.0.0:1", "127.0.0.1:1", "127.0.0.1:9", false),
+        ("[::1]:1", "[::]:1", "127.0.0.1:9", false),
+        // The same backend twice.
+        ("127.0.0.1:1", "[::]:3", "db:5,DB:5", false),
+        ("127.0.0.1:1", "[::]:3", "10.0.0.9:5,[::ffff:10.0.0.9]:5", false),
+    ] {
+        let vars = [("AEGIS_LISTEN", listen), ("AEGIS_ADMIN", admin), ("AEGIS_BACKENDS", backends)];
+        assert_eq!(problems(&vars).is_empty(), fine, "{vars:?}");
+    }
+}
+
+#[test]
+fn where_endpoints_come_from_follows_from_what_is_set() {
+    let kubernetes = Discovery::Kubernetes;
+    for (vars, discovery) in [
+        (&[][..], Discovery::Static),
+        (&[("AEGIS_BACKENDS", "db:1")], Discovery::Dns),
+        (&[("AEGIS_KUBE_SERVICE", "chronos")], kubernetes),
+        (&[("AEGIS_KUBE_SELECTOR", "app=chronos,tier in (a, b)")], kubernetes),
+        (
+            &[
+                ("AEGIS_DISCOVERY", "kubernetes"),
+                ("AEGIS_BACKENDS", "db:1"),
+                ("AEGIS_KUBE_SERVICE", "a.b"),
+            ],
+            kubernetes,
+        ),
+        (&[("AEGIS_DISCOVERY", "static"), ("AEGIS_KUBE_SERVICE", "a")], Discovery::Static),
+    ] {
+        let config = read(vars).unwrap_or_else(|problems| panic!("{vars:?}: {problems}"));
+        assert_eq!(config.discovery, discovery, "{vars:?}");
+        let again = config.effective().into_iter().map(|(n, text)| (n.to_owned(), text));
+        assert_eq!(Config::from_vars(again), Ok(config), "{vars:?}");
+    }
+    for (vars, part) in [
+        (&[("AEGIS_DISCOVERY", "kubernetes")][..], "has to be named"),
+        (&[("AEGIS_DISCOVERY", "static"), ("AEGIS_BACKENDS", "db:1")], "have to be resolved"),
+        (&[("AEGIS_KUBE_SERVICE", "a"), ("AEGIS_KUBE_SELECTOR", "a=b")], "one of them"),
+        (&[("AEGIS_KUBE_SERVICE", "a"), ("AEGIS_BACKENDS", "db:1")], "does not say which"),
+        (&[("AEGIS_KUBE_SERVICE", "a.b"), ("AEGIS_KUBE_NAMESPACE", "c")], "different namespaces"),
+        (&[("AEGIS_KUBE_SERVICE", "A")], "not a name in Kubernetes"),
+        (&[("AEGIS_KUBE_SELECTOR", "a={}")], "not a label selector"),
+        (&[("AEGIS_KUBE_PORT", "0")], "port 0 cannot be connected to"),
+        (&[("AEGIS_KUBE_PORT", "080")], "is not a port"),
+        (&[("AEGIS_KUBE_PORT", "+80")], "not a name in Kubernetes"),
+    ] {
+        let [problem] = &problems(vars)[..] else { panic!("{vars:?}: {:?}", problems(vars)) };
+        assert!(problem.contains(part), "{problem}");
+    }
+}
+
+#[test]
+fn a_name_is_counted_as_the_addresses_that_it_may_stand_for() {
+    let addresses = |backends| read(&[("AEGIS_BACKENDS", backends)]).unwrap().addresses();
+    assert_eq!(addresses("10.0.0.1:80,[::1]:80"), 2);
+    assert_eq!(addresses("10.0.0.1:80,db:80"), 1 + crate::limits::ADDRESSES_PER_NAME);
+}

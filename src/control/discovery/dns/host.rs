@@ -1,0 +1,167 @@
+//! What is known of one configured backend: per family, its last known good addresses.
+
+use std::net::{IpAddr, SocketAddr};
+
+use super::super::Wanted;
+use super::resolver::{Answer, Family};
+use crate::config::HostPort;
+use crate::limits::{DNS_ANSWERS_TO_LEAVE, ENDPOINTS_MAX};
+
+/// What is known of one of the configured backends.
+#[derive(Debug)]
+pub(super) struct Host {
+    /// It is to be looked up.
+    is_name: bool,
+    families: [FamilyState; Family::ALL.len()],
+}
+
+impl Host {
+    pub(super) fn new(host: &HostPort) -> Self {
+        let mut families = [FamilyState::default(), FamilyState::default()];
+        let literal = host.host.parse::<IpAddr>();
+        let is_name = literal.is_err();
+        if let Ok(address) = literal {
+            families[0].addresses.push(address);
+        }
+        Self { is_name, families }
+    }
+
+    fn len(&self) -> usize {
+        self.families.iter().map(|known| known.addresses.len()).sum()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub(super) fn is_name(&self) -> bool {
+        self.is_name
+    }
+
+    /// Takes in what a lookup found of one family.
+    pub(super) fn on_answer(&mut self, family: Family, answer: Answer) {
+        self.families[family as usize].on_answer(answer);
+    }
+
+    /// Whether it was looked up. Where it is to have one address, IPv4 decides.
+    pub(super) fn is_answered(&self, has_one: bool) -> bool {
+        let [four, six] = &self.families;
+        let decided = has_one && !four.addresses.is_empty();
+        !self.is_name || decided || (four.is_answered && six.is_answered)
+    }
+
+    pub(super) fn is_stale(&self) -> bool {
+        self.families.iter().any(|known| known.is_stale && !known.addresses.is_empty())
+    }
+
+    /// Its endpoints, at most `max`.
+    fn wanted(&self, host: &HostPort, max: usize) -> Vec<Wanted> {
+        let addresses = self.families.iter().flat_map(|known| &known.addresses).take(max);
+        let wanted = |&ip: &IpAddr| {
+            let address = SocketAddr::new(ip, host.port);
+            let name = if self.is_name {
+                format!("{}:{}@{ip}", host.host, host.port)
+            } else {
+                address.to_string()
+            };
+            Wanted::new(name, address)
+        };
+        addresses.map(wanted).collect()
+    }
+}
+
+/// The endpoints of each host. Where they are too many, those that have the most have fewer, so
+/// that no name's answer takes the place of all others.
+pub(super) fn wanted(hosts: &[Host], names: &[HostPort]) -> Vec<Vec<Wanted>> {
+    let counts: Vec<_> = hosts.iter().map(Host::len).collect();
+    let fits = |max: usize| counts.iter().map(|&n| n.min(max)).sum::<usize>() <= ENDPOINTS_MAX;
+    let max = if fits(usize::MAX) {
+        usize::MAX
+    } else {
+        (1..ENDPOINTS_MAX).rev().find(|&max| fits(max)).unwrap_or(1)
+    };
+    hosts.iter().zip(names).map(|(known, host)| known.wanted(host, max)).collect()
+}
+
+/// What is known of a host's addresses of one family.
+#[derive(Debug, Default)]
+struct FamilyState {
+    /// In their order; the last known good ones.
+    addresses: Vec<IpAddr>,
+    is_answered: bool,
+    /// The latest lookup failed, so that the addresses may be out of date.
+    is_stale: bool,
+    /// Answers in a row that there is no address.
+    absent: u32,
+}
+
+impl FamilyState {
+    fn on_answer(&mut self, answer: Answer) {
+        self.is_answered = true;
+        self.is_stale = matches!(answer, Answer::Failed(_));
+        match answer {
+            Answer::Found { mut addresses, .. } => {
+                // Name servers rotate their answers, and a new order is no change.
+                addresses.sort_unstable();
+                addresses.dedup();
+                self.addresses = addresses;
+                self.absent = 0;
+            }
+            Answer::Absent => {
+                self.absent = self.absent.saturating_add(1);
+                if self.absent >= DNS_ANSWERS_TO_LEAVE {
+                    self.addresses.clear();
+                }
+            }
+            Answer::Failed(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{found, host};
+    use super::*;
+
+    #[test]
+    fn a_family_has_its_own_last_known_good_addresses() {
+        let mut host = Host::new(&host("db"));
+        let mut after = |family: Family, answer: &Answer| {
+            host.on_answer(family, answer.clone());
+            let addresses = host.families.iter().flat_map(|known| known.addresses.clone());
+            let text: Vec<_> = addresses.map(|ip| ip.to_string()).collect();
+            (text.join(" "), host.is_stale())
+        };
+        let failed = Answer::Failed("timed out".to_owned());
+        let [both, six] = ["10.0.0.1 10.0.0.2 fd00::1", "fd00::1"].map(str::to_owned);
+        after(Family::V6, &found(&["fd00::1"], None));
+        let four = found(&["10.0.0.2", "10.0.0.1", "10.0.0.2"], None);
+        assert_eq!(after(Family::V4, &four), (both.clone(), false));
+        for _ in 0..9 {
+            assert_eq!(after(Family::V4, &failed), (both.clone(), true));
+        }
+        for _ in 1..DNS_ANSWERS_TO_LEAVE {
+            assert_eq!(after(Family::V4, &Answer::Absent), (both.clone(), false));
+            assert_eq!(after(Family::V4, &failed), (both.clone(), true), "no answer");
+        }
+        assert_eq!(after(Family::V4, &Answer::Absent), (six.clone(), false));
+        assert_eq!(after(Family::V4, &failed), (six, false));
+        assert_eq!(after(Family::V4, &four), (both.clone(), false));
+        assert_eq!(after(Family::V4, &Answer::Absent), (both, false), "counted anew");
+    }
+
+    #[test]
+    fn a_huge_answer_does_not_take_the_place_of_others() {
+        let all: Vec<_> =
+            (0..4000u32).map(|i| IpAddr::from((0x0a00_0000 + i).to_be_bytes())).collect();
+        let backends = ["huge", "small", "10.0.0.1"].map(host);
+        let mut hosts = backends.each_ref().map(Host::new);
+        hosts[1].on_answer(Family::V4, found(&["10.1.0.1", "10.1.0.2"], None));
+        for (count, kept) in [(1021, 1021), (1022, 1021), (4000, 1021)] {
+            let addresses = all[..count].to_vec();
+            hosts[0].on_answer(Family::V4, Answer::Found { addresses, ttl: None });
+            let lens = wanted(&hosts, &backends).iter().map(Vec::len).collect::<Vec<_>>();
+            assert_eq!(lens, [kept, 2, 1], "of {count}");
+        }
+    }
+}

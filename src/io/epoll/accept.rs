@@ -1,0 +1,132 @@
+//! Accepting and connecting: how sockets come to the driver.
+
+use std::io;
+
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::io::Errno;
+use rustix::net::SocketFlags;
+use socket2::{SockRef, Type};
+
+use super::socket::Socket;
+use super::{Epoll, conn_data};
+use crate::io::halves::Sending;
+use crate::io::net::{Address, Stream};
+use crate::io::{Completion, ConnId};
+
+impl Epoll {
+    /// Takes a socket on.
+    pub(super) fn register(&mut self, socket: Socket) -> io::Result<ConnId> {
+        let full = |_| io::Error::from(io::ErrorKind::QuotaExceeded);
+        let conn = self.sockets.insert(socket).map_err(full)?;
+        // Nothing more wakes for `PRI`: it only says more of what has arrived.
+        let incoming = EventFlags::IN | EventFlags::PRI | EventFlags::RDHUP;
+        let interest = incoming | EventFlags::OUT | EventFlags::ET;
+        let data = EventData::new_u64(conn_data(conn));
+        let stream = &self.sockets.get(conn).expect("it was just inserted").stream;
+        if let Err(errno) = epoll::add(&self.fd, stream, data, interest) {
+            self.sockets.remove(conn);
+            return Err(errno.into());
+        }
+        Ok(conn)
+    }
+
+    /// The next client that waits on any listener, if there is room for it.
+    pub(super) fn accept_one(&mut self) -> Option<Completion> {
+        for offset in 0..self.listeners.len() {
+            let index = (self.accept_from + offset) % self.listeners.len();
+            while self.room > 0 && self.acceptable[index] {
+                if let Some(completion) = self.accept_from_listener(index) {
+                    return Some(completion);
+                }
+            }
+        }
+        None
+    }
+
+    fn accept_from_listener(&mut self, index: usize) -> Option<Completion> {
+        let Some(listener) = &self.listeners[index] else {
+            self.acceptable[index] = false;
+            return None;
+        };
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let accepted = match listener.accept(flags) {
+            Ok(client) => {
+                self.room -= 1;
+                if self.refusing {
+                    client.welcome();
+                }
+                // Each in turn: near the limit there is room for one a turn.
+                self.accept_from = index + 1;
+                self.register(Socket::connected(client))
+            }
+            Err(Errno::AGAIN) => {
+                self.acceptable[index] = false;
+                return None;
+            }
+            Err(Errno::CONNABORTED | Errno::INTR) => return None,
+            Err(errno) => Err(errno.into()),
+        };
+        Some(accepted.map_or_else(
+            |error| {
+                self.room = 0;
+                Completion::AcceptFailed(error)
+            },
+            Completion::Accepted,
+        ))
+    }
+
+    /// Takes on all that a listener has accepted. Says whether it is closed: it stays open while
+    /// somebody waits for whom there is no descriptor.
+    pub(super) fn empty_listener(&mut self, index: usize) -> bool {
+        let Some(listener) = self.listeners[index].take() else { return true };
+        let (clients, emptied) = listener.empty_accept_queue();
+        self.acceptable[index] = !emptied;
+        self.listeners[index] = Some(listener).filter(|_| !emptied);
+        for client in clients {
+            let registered = rustix::io::ioctl_fionbio(&client, true).map_err(io::Error::from);
+            let completion =
+                match registered.and_then(|()| self.register(Socket::connected(client))) {
+                    Ok(conn) => Completion::Accepted(conn),
+                    Err(error) => Completion::AcceptFailed(error),
+                };
+            self.completions.push_back(completion);
+        }
+        emptied
+    }
+
+    /// Begins to connect.
+    pub(super) fn begin_connect(&mut self, address: &Address) -> io::Result<ConnId> {
+        let kind = Type::STREAM.nonblocking();
+        let stream = self.descriptors.make(|| Stream::outgoing(address, kind, &self.options))?;
+        let conn = self.register(Socket::connecting(stream))?;
+        match self.live(conn).stream.connect(address) {
+            Err(Errno::INPROGRESS | Errno::INTR) => {}
+            Ok(()) => self.finish_connect(conn, Ok(())),
+            Err(errno) => self.finish_connect(conn, Err(errno.into())),
+        }
+        Ok(conn)
+    }
+
+    /// The kernel tells that a connect is over.
+    pub(super) fn on_connect_event(&mut self, conn: ConnId, failed: bool) {
+        let stream = &self.live(conn).stream;
+        let error = if failed { SockRef::from(stream).take_error() } else { Ok(None) };
+        self.finish_connect(conn, error.and_then(|error| error.map_or(Ok(()), Err)));
+    }
+
+    fn finish_connect(&mut self, conn: ConnId, outcome: io::Result<()>) {
+        let sending = &mut self.live(conn).sending;
+        debug_assert_eq!(*sending, Sending::Connecting);
+        let completion = match outcome {
+            Ok(()) => {
+                sending.connect();
+                Completion::Connected(conn)
+            }
+            Err(error) => {
+                sending.break_off();
+                Completion::ConnectFailed(conn, error)
+            }
+        };
+        self.completions.push_back(completion);
+    }
+}

@@ -1,0 +1,268 @@
+//! The network as the drivers see it: addresses, listeners and streams, whatever carries them.
+//!
+//! | | TCP | Unix |
+//! | --- | --- | --- |
+//! | options | no delay, keep-alive, urgent data in line | urgent data in line |
+//! | a connect | takes time | is over at once; a full accept queue refuses it |
+//! | a reset | by `SO_LINGER` | only where bytes were left unread; else it looks like an end |
+//! | acknowledgements, probes | `TCP_INFO` | none: there is no network to lose anything |
+//! | taken and undelivered | what is not acknowledged | nothing: the peer has what the kernel took |
+//!
+//! What a transport does not have is answered here, so that nobody above needs to ask which it is.
+
+mod address;
+mod tcp;
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::SocketFlags;
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+
+use super::{Acks, Unheard};
+
+pub use address::{Address, AddressError};
+pub use tcp::{Options, is_local};
+
+/// What carries a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Transport {
+    Tcp,
+    Unix,
+}
+
+impl Transport {
+    fn of(domain: Domain) -> Self {
+        if domain == Domain::UNIX { Self::Unix } else { Self::Tcp }
+    }
+
+    /// A client that a listener of this transport has accepted.
+    pub(super) fn accepted(self, fd: OwnedFd) -> Stream {
+        if self == Self::Unix {
+            // A TCP socket has it from its listener. Where there is no urgent data there is no need.
+            let _ = SockRef::from(&fd).set_out_of_band_inline(true);
+        }
+        Stream { fd, transport: self }
+    }
+}
+
+/// A socket of a connection. To be closed it is dropped.
+#[derive(Debug)]
+pub struct Stream {
+    fd: OwnedFd,
+    transport: Transport,
+}
+
+impl Stream {
+    /// One for a connection to `address`, not yet connected.
+    pub(super) fn outgoing(address: &Address, kind: Type, options: &Options) -> io::Result<Self> {
+        let domain = address.domain();
+        let transport = Transport::of(domain);
+        let socket = match transport {
+            Transport::Tcp => {
+                let socket = Socket::new(domain, kind, Some(Protocol::TCP))?;
+                options.apply(&socket)?;
+                socket
+            }
+            Transport::Unix => {
+                let socket = Socket::new(domain, kind, None)?;
+                socket.set_out_of_band_inline(true)?;
+                socket
+            }
+        };
+        Ok(Self { fd: socket.into(), transport })
+    }
+
+    /// Whether a connect is over as soon as it is asked for.
+    pub(super) fn connects_at_once(&self) -> bool {
+        self.transport == Transport::Unix
+    }
+
+    /// Connects, or begins to: then it fails with `EINPROGRESS`. To be called while it does not block.
+    pub(super) fn connect(&self, address: &Address) -> Result<(), Errno> {
+        match address {
+            Address::Tcp(address) => rustix::net::connect(&self.fd, address),
+            Address::Unix(path) => {
+                rustix::net::connect(&self.fd, &rustix::net::SocketAddrUnix::new(&**path)?)
+            }
+        }
+    }
+
+    /// Receives from a client that may have been accepted after [`Listener::refuse_handshakes`].
+    pub(super) fn welcome(&self) {
+        if self.transport == Transport::Tcp {
+            tcp::welcome(&self.fd);
+        }
+    }
+
+    /// The peer's address, if it has one.
+    pub(super) fn peer(&self) -> Option<Address> {
+        Address::from_kernel(&SockRef::from(&self.fd).peer_addr().ok()?)
+    }
+
+    /// The address that the peer connected to.
+    pub(super) fn local(&self) -> Option<Address> {
+        Address::from_kernel(&SockRef::from(&self.fd).local_addr().ok()?)
+    }
+
+    /// Ends the direction towards the peer. Never blocks, and its failure shows in the next operation.
+    pub(super) fn end_direction(&self) {
+        let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Write);
+    }
+
+    /// Makes the coming close a reset, where the transport has them.
+    pub(super) fn close_with_reset(&self) {
+        if self.transport == Transport::Tcp {
+            // A socket that cannot take the option is broken already and resets by itself.
+            let _ = SockRef::from(&self.fd).set_linger(Some(Duration::ZERO));
+        }
+    }
+
+    /// What a connection shows at this moment.
+    pub(super) fn unheard(&self) -> Unheard {
+        let shown = poll_now(&self.fd, PollFlags::IN | PollFlags::RDHUP);
+        if shown.intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR) {
+            Unheard::End
+        } else if shown.is_empty() {
+            Unheard::Nothing
+        } else {
+            Unheard::Bytes
+        }
+    }
+
+    /// Bytes that the kernel has taken and not sent for the first time, since the peer has no room.
+    pub(super) fn unsent(&self) -> u64 {
+        match self.transport {
+            Transport::Tcp => tcp::unsent(&self.fd),
+            Transport::Unix => 0,
+        }
+    }
+
+    /// Bytes that the kernel has taken and the peer has not acknowledged; none once it never will.
+    pub(super) fn unacknowledged(&self) -> u64 {
+        match self.transport {
+            Transport::Tcp => tcp::unacknowledged(&self.fd),
+            Transport::Unix => 0,
+        }
+    }
+
+    /// What the peer has acknowledged, if the transport tells.
+    pub(super) fn acks(&self) -> Option<Acks> {
+        match self.transport {
+            Transport::Tcp => tcp::acks(&self.fd),
+            Transport::Unix => None,
+        }
+    }
+
+    /// Has the peer asked whether it is there, as [`super::Driver::ask`] says.
+    pub(super) fn ask(&self, options: &Options, silence: Option<Duration>) {
+        if self.transport == Transport::Tcp {
+            options.ask(&self.fd, silence);
+        }
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl AsRawFd for Stream {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl From<Stream> for OwnedFd {
+    fn from(stream: Stream) -> Self {
+        stream.fd
+    }
+}
+
+/// A listening socket.
+#[derive(Debug)]
+pub(super) struct Listener {
+    fd: OwnedFd,
+    transport: Transport,
+}
+
+impl Listener {
+    /// One that is bound and listens.
+    ///
+    /// # Errors
+    /// It is no socket.
+    pub(super) fn new(fd: OwnedFd) -> io::Result<Self> {
+        let transport = Transport::of(SockRef::from(&fd).domain()?);
+        Ok(Self { fd, transport })
+    }
+
+    /// Takes a client that the kernel has accepted, if one waits.
+    pub(super) fn accept(&self, flags: SocketFlags) -> Result<Stream, Errno> {
+        Ok(self.transport.accepted(rustix::net::accept_with(&self.fd, flags)?))
+    }
+
+    /// What carries the streams of its clients.
+    pub(super) fn transport(&self) -> Transport {
+        self.transport
+    }
+
+    /// Lets no handshake begin, where the transport has handshakes: see [`tcp::refuse_handshakes`].
+    pub(super) fn refuse_handshakes(&self) {
+        if self.transport == Transport::Tcp {
+            tcp::refuse_handshakes(&self.fd);
+        }
+    }
+
+    /// Whether so many clients wait that some handshakes may have to be repeated.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.transport == Transport::Tcp && tcp::is_crowded(&self.fd)
+    }
+
+    /// Takes every client that the kernel has accepted. Says whether all were taken: there may be no
+    /// descriptors for some.
+    pub(super) fn empty_accept_queue(&self) -> (Vec<Stream>, bool) {
+        let mut clients = Vec::new();
+        if rustix::io::ioctl_fionbio(&self.fd, true).is_err() {
+            return (clients, true);
+        }
+        loop {
+            match self.accept(SocketFlags::CLOEXEC) {
+                Ok(client) => {
+                    client.welcome();
+                    clients.push(client);
+                }
+                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                    return (clients, false);
+                }
+                Err(_) => return (clients, true),
+            }
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+/// Which of these hold now; an error or a hang-up is told in any case.
+fn poll_now(socket: &impl AsFd, flags: PollFlags) -> PollFlags {
+    let mut fds = [PollFd::new(socket, flags)];
+    match poll(&mut fds, Some(&Timespec::default())) {
+        Ok(_) => fds[0].revents(),
+        // It is not known to be well.
+        Err(_) => PollFlags::ERR,
+    }
+}

@@ -1,0 +1,336 @@
+//! How many sessions and pool connections there is room for, by the descriptors that the process may
+//! have.
+
+use std::fmt;
+use std::io;
+use std::num::NonZeroUsize;
+
+use rustix::process::{Resource, getrlimit, setrlimit};
+
+use crate::config::{Config, Discovery};
+use crate::limits::{
+    ADMIN_CONNECTIONS, DESCRIPTORS_RESERVED, ENDPOINTS_MAX, PIPES_MAX, POOL_CONNS_MAX,
+    SESSIONS_AUTO_MAX,
+};
+
+/// What the process has room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capacity {
+    /// Sessions at a time in the whole process.
+    pub sessions_max: NonZeroUsize,
+    /// Connections of all pools of one worker, idle or being made.
+    pub pool_conns_max: usize,
+}
+
+/// What there is room for with so many workers and `nofile` descriptors.
+///
+/// # Errors
+/// The number of sessions that is configured does not fit, or not even one does.
+pub(super) fn of(config: &Config, workers: usize, nofile: u64) -> Result<Capacity, CapacityError> {
+    capacity(config.max_sessions, nofile, &DescriptorUsers::of(config, workers))
+}
+
+/// Raises the limit on open descriptors (`RLIMIT_NOFILE`) as far as this process may, and returns
+/// it. The soft limit is usually 1024, for the sake of programs that use `select`.
+///
+/// # Errors
+/// What the kernel says, where it refuses.
+pub(super) fn raise_nofile() -> io::Result<u64> {
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        limit.current = limit.maximum;
+        setrlimit(Resource::Nofile, limit)?;
+    }
+    Ok(limit.current.unwrap_or(u64::MAX))
+}
+
+/// A session is a connection from the client and one to the backend.
+const DESCRIPTORS_PER_SESSION: u64 = 2;
+
+/// Endpoints counted for each configured address: pools hold their maximum only under load that
+/// comes and goes faster than they shrink, but an endpoint may go while another one comes.
+const POOL_ENDPOINTS_PER_BACKEND: u64 = 2;
+
+/// As many pool connections of each worker are reserved for even where descriptors are short: without
+/// any, no pool could make a connection.
+const POOL_CONNS_MIN: u64 = 16;
+
+/// The ring, or the epoll instance and its timer; the eventfd that wakes the worker, which it has
+/// twice; what the scheduler says about it; both ends of pipes; and those in reserve.
+const DESCRIPTORS_PER_WORKER: u64 = 5 + 2 * PIPES_MAX as u64 + DESCRIPTORS_RESERVED as u64;
+
+/// The admin listener and what is held back for it, the log, the runtime's own epoll, eventfd and signal
+/// pipe, and connections to name servers for answers that are cut.
+const CONTROL_DESCRIPTORS: u64 = 32;
+
+/// Sockets of one name's lookup: one for each family, while it is asked for.
+const DESCRIPTORS_PER_NAME: u64 = 2;
+
+/// Connections to the Kubernetes API, for the endpoints and for what declares the stores: the watch,
+/// the one that a new client makes while that of the last one is still closing, and for each a lookup
+/// in DNS and the files with its credentials.
+const KUBERNETES_DESCRIPTORS: u64 = 2 * 8;
+
+/// Standard input, output and error.
+const STANDARD_DESCRIPTORS: u64 = 3;
+
+/// Connections whose close is still under way in the kernel, files that libraries open for a
+/// moment, and what the parent process left open.
+const SLACK_DESCRIPTORS: u64 = 64;
+
+/// What descriptors are needed for, apart from sessions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct DescriptorUsers {
+    /// Worker threads.
+    workers: usize,
+    /// Addresses to listen on, each with a socket in every worker.
+    listeners: usize,
+    /// Warm connections at most, per worker and endpoint; those being made count as warm.
+    pool_max_idle: usize,
+    /// Configured addresses, a name counted as [`ADDRESSES_PER_NAME`](crate::limits::ADDRESSES_PER_NAME); `None` where the Kubernetes
+    /// API names the endpoints.
+    backends: Option<usize>,
+    /// Configured names, each of which may be looked up at any time.
+    names: usize,
+}
+
+impl DescriptorUsers {
+    fn of(config: &Config, workers: usize) -> Self {
+        let by_kubernetes = config.discovery == Discovery::Kubernetes;
+        Self {
+            workers,
+            listeners: config.listen.len(),
+            pool_max_idle: config.pool.most(),
+            backends: (!by_kubernetes).then(|| config.addresses()),
+            names: if by_kubernetes { 0 } else { config.names() },
+        }
+    }
+
+    /// Connections that all pools of one worker together may come to hold, at most
+    /// [`POOL_CONNS_MAX`].
+    fn pool_conns(&self) -> u64 {
+        // Nobody knows how many endpoints a Service will have: as many as there can be.
+        let unknown = ENDPOINTS_MAX as u64;
+        let endpoints =
+            self.backends.map_or(unknown, |n| unknown.min(n as u64 * POOL_ENDPOINTS_PER_BACKEND));
+        (self.pool_max_idle as u64 * endpoints).min(POOL_CONNS_MAX as u64)
+    }
+}
+
+/// How many sessions there can be at a time: as many as `requested`, or else what fits into
+/// `nofile_hard` descriptors, at most [`SESSIONS_AUTO_MAX`]. Pools have what they may come to hold,
+/// or what is left if that is less; where the sessions' number is open, half of it.
+fn capacity(
+    requested: Option<NonZeroUsize>,
+    nofile_hard: u64,
+    users: &DescriptorUsers,
+) -> Result<Capacity, CapacityError> {
+    let workers = users.workers as u64;
+    let wanted = users.pool_conns();
+    let least = wanted.min(POOL_CONNS_MIN);
+    let left = nofile_hard.saturating_sub(descriptors_needed(0, 0, users).total());
+    let left_for_sessions = left.saturating_sub(workers * least);
+    let fitting =
+        usize::try_from(left_for_sessions / DESCRIPTORS_PER_SESSION).unwrap_or(usize::MAX);
+    if fitting == 0 {
+        let needed = descriptors_needed(1, least, users);
+        return Err(CapacityError::NothingFits { needed, nofile_hard });
+    }
+    let share = |left: u64| (left / workers).clamp(least, wanted);
+    let (sessions, pool_conns) = match requested {
+        Some(requested) if requested.get() <= fitting => {
+            (requested, share(left - requested.get() as u64 * DESCRIPTORS_PER_SESSION))
+        }
+        Some(requested) => {
+            let needed = descriptors_needed(requested.get(), least, users);
+            return Err(CapacityError::Requested { requested, needed, nofile_hard, fitting });
+        }
+        None => {
+            let pool_conns = share(left / 2);
+            let fits = (left - workers * pool_conns) / DESCRIPTORS_PER_SESSION;
+            let fits = usize::try_from(fits).unwrap_or(usize::MAX).clamp(1, SESSIONS_AUTO_MAX);
+            (NonZeroUsize::new(fits).unwrap_or(NonZeroUsize::MIN), pool_conns)
+        }
+    };
+    Ok(Capacity { sessions_max: sessions, pool_conns_max: pool_conns as usize })
+}
+
+/// How many descriptors the process needs, part by part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DescriptorsNeeded {
+    /// The sessions' connections.
+    pub sessions: u64,
+    /// Warm connections.
+    pub pools: u64,
+    /// Listening sockets, and the workers' own.
+    pub workers: u64,
+    /// Connections to the admin port.
+    pub admin: u64,
+    /// The rest of the control thread's.
+    pub control: u64,
+    /// Standard input, output and error.
+    pub standard: u64,
+    /// Room to spare.
+    pub slack: u64,
+}
+
+/// How many descriptors `max_sessions` sessions, `pool_conns` pool connections of each worker and
+/// the other `users` need.
+fn descriptors_needed(
+    max_sessions: usize,
+    pool_conns: u64,
+    users: &DescriptorUsers,
+) -> DescriptorsNeeded {
+    let [workers, listeners] = [users.workers, users.listeners].map(|n| n as u64);
+    let kubernetes = if users.backends.is_none() { KUBERNETES_DESCRIPTORS } else { 0 };
+    DescriptorsNeeded {
+        sessions: max_sessions as u64 * DESCRIPTORS_PER_SESSION,
+        pools: workers * pool_conns,
+        workers: workers * (listeners + DESCRIPTORS_PER_WORKER),
+        admin: ADMIN_CONNECTIONS as u64,
+        control: CONTROL_DESCRIPTORS + kubernetes + users.names as u64 * DESCRIPTORS_PER_NAME,
+        standard: STANDARD_DESCRIPTORS,
+        slack: SLACK_DESCRIPTORS,
+    }
+}
+
+impl DescriptorsNeeded {
+    /// The sum of all parts.
+    pub fn total(&self) -> u64 {
+        let Self { sessions, pools, workers, admin, control, standard, slack } = self;
+        sessions + pools + workers + admin + control + standard + slack
+    }
+}
+
+impl fmt::Display for DescriptorsNeeded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { sessions, pools, workers, admin, control, standard, slack } = self;
+        write!(
+            f,
+            "{} = {sessions} for sessions + {pools} for pools + {workers} for workers + {admin} \
+             for admin connections + {control} for control + {standard} standard + {slack} slack",
+            self.total()
+        )
+    }
+}
+
+/// Why there cannot be that many sessions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum CapacityError {
+    /// The number asked for does not fit.
+    #[error(
+        "AEGIS_MAX_SESSIONS={requested} needs {needed} descriptors; RLIMIT_NOFILE allows \
+         {nofile_hard}, which is enough for {fitting} sessions"
+    )]
+    Requested {
+        /// Sessions asked for.
+        requested: NonZeroUsize,
+        /// Descriptors needed for them.
+        needed: DescriptorsNeeded,
+        /// Descriptors there can be.
+        nofile_hard: u64,
+        /// Sessions that would fit.
+        fitting: usize,
+    },
+    /// Not a single session fits.
+    #[error(
+        "one session needs {needed} descriptors; RLIMIT_NOFILE allows {nofile_hard}: raise it, or \
+         lower AEGIS_POOL_MAX_IDLE or AEGIS_WORKERS"
+    )]
+    NothingFits {
+        /// Descriptors needed for one session.
+        needed: DescriptorsNeeded,
+        /// Descriptors there can be.
+        nofile_hard: u64,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const USERS: DescriptorUsers = DescriptorUsers {
+        workers: 4,
+        listeners: 2,
+        pool_max_idle: 64,
+        backends: Some(3),
+        names: 0,
+    };
+    /// 4 × (5 + 2 + 2 × 16 + 16) + 32 + 32 + 3 + 64. All pools together may come to hold 4 × 64 × 6.
+    const FIXED: u64 = 220 + 131;
+
+    fn sessions(n: usize) -> Option<NonZeroUsize> {
+        NonZeroUsize::new(n)
+    }
+
+    fn capacity_of(requested: Option<NonZeroUsize>, nofile: u64) -> Option<(usize, usize)> {
+        capacity(requested, nofile, &USERS).ok().map(|c| (c.sessions_max.get(), c.pool_conns_max))
+    }
+
+    #[test]
+    fn pools_come_to_hold_no_more_than_all_of_a_worker_may() {
+        let pools = |pool_max_idle, backends| {
+            DescriptorUsers { pool_max_idle, backends, ..USERS }.pool_conns()
+        };
+        assert_eq!(pools(64, Some(3)), 64 * 6);
+        assert_eq!(pools(64, Some(ENDPOINTS_MAX)), 4096);
+        assert_eq!(pools(4096, Some(1)), 4096);
+        assert_eq!(pools(2, Some(ENDPOINTS_MAX)), 2 * 1024);
+        assert_eq!(pools(64, None), 4096, "of unknown number are as many as there can be");
+        assert_eq!(pools(3, None), 3 * 1024);
+        assert_eq!(pools(0, None), 0);
+    }
+
+    #[test]
+    fn endpoints_from_kubernetes_need_connections_to_its_api() {
+        let users = DescriptorUsers { backends: None, ..USERS };
+        let needed = |users| descriptors_needed(0, 0, users).control;
+        assert_eq!(needed(&users), needed(&USERS) + 16);
+        assert_eq!(needed(&DescriptorUsers { names: 100, ..USERS }), needed(&USERS) + 200);
+    }
+
+    #[test]
+    fn auto_takes_what_fits_up_to_the_cap_and_leaves_pools_half_of_what_is_short() {
+        let plenty = FIXED + 1536;
+        assert_eq!(capacity_of(None, u64::MAX), Some((SESSIONS_AUTO_MAX, 384)));
+        assert_eq!(capacity_of(None, plenty + 20_000), Some((SESSIONS_AUTO_MAX, 384)));
+        assert_eq!(capacity_of(None, plenty + 1536), Some((768, 384)));
+        assert_eq!(capacity_of(None, plenty), Some((384, 192)), "half and half");
+        assert_eq!(capacity_of(None, FIXED + 64 + 2), Some((1, 16)), "the least");
+    }
+
+    #[test]
+    fn a_request_is_granted_in_full_or_refused_with_the_sum() {
+        let request = sessions(20_000);
+        assert_eq!(capacity_of(request, FIXED + 40_000 + 1536), Some((20_000, 384)));
+        assert_eq!(capacity_of(request, FIXED + 40_000 + 400), Some((20_000, 100)));
+        assert_eq!(capacity_of(request, FIXED + 40_000 + 64), Some((20_000, 16)));
+        let error = capacity(request, FIXED + 40_000 + 63, &USERS).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "AEGIS_MAX_SESSIONS=20000 needs 40415 = 40000 for sessions + 64 for pools + 220 for \
+             workers + 32 for admin connections + 32 for control + 3 standard + 64 slack \
+             descriptors; RLIMIT_NOFILE allows 40414, which is enough for 19999 sessions"
+        );
+    }
+
+    #[test]
+    fn a_limit_below_the_needs_of_one_session_is_refused() {
+        for nofile in [0, FIXED, FIXED + 64 + 1] {
+            for requested in [None, sessions(1)] {
+                let error = capacity(requested, nofile, &USERS).unwrap_err();
+                assert!(matches!(error, CapacityError::NothingFits { .. }), "{error}");
+                let needs = format!("needs {} =", FIXED + 64 + 2);
+                assert!(error.to_string().contains(&needs), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_soft_limit_reaches_the_hard_one() {
+        let raised = raise_nofile().unwrap();
+        let limit = getrlimit(Resource::Nofile);
+        assert_eq!(limit.current, limit.maximum);
+        assert_eq!(limit.current.unwrap_or(u64::MAX), raised);
+    }
+}

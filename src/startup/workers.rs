@@ -1,0 +1,68 @@
+//! The workers' start: what each shares with the control plane and the others, handed to its thread.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+
+use super::listeners::Listeners;
+use super::{Capacity, StartError};
+use crate::config::Config;
+use crate::control::WorkerHandle;
+use crate::listening::Listening;
+use crate::worker::mailbox::Mailbox;
+use crate::worker::{Prepared, WorkerSetup};
+
+/// Workers that run.
+#[derive(Debug)]
+pub struct Workers {
+    /// In the order of their numbers.
+    pub handles: Vec<WorkerHandle>,
+    /// Closes once every worker thread has ended: each holds a sender and drops it with its end.
+    pub exited: mpsc::Receiver<Infallible>,
+    /// Where clients connect, with the ports that were bound.
+    pub addresses: Vec<SocketAddr>,
+}
+
+/// Starts the workers, each on its own set of listening sockets.
+///
+/// # Errors
+/// A mailbox or a worker's driver cannot be set up.
+pub fn start_workers(
+    prepared: Vec<Prepared>,
+    listeners: Listeners,
+    config: &Arc<Config>,
+    capacity: Capacity,
+    started: Instant,
+) -> Result<Workers, StartError> {
+    let workers = prepared.len();
+    let Listeners { addresses, sets } = listeners;
+    assert_eq!(sets.len(), workers, "a set of listening sockets per worker");
+    let stats: Arc<[_]> = (0..workers).map(|_| Arc::default()).collect();
+    let mailboxes: Arc<[_]> =
+        (0..workers).map(|_| Mailbox::new().map(Arc::new)).collect::<Result<_, _>>()?;
+    let (alive, exited) = mpsc::channel(1);
+    let listening = Listening::new(addresses.clone());
+    for (index, (worker, listeners)) in prepared.into_iter().zip(sets).enumerate() {
+        worker.start(WorkerSetup {
+            index,
+            listeners,
+            config: Arc::clone(config),
+            sessions_max: capacity.sessions_max.get(),
+            pool_conns_max: capacity.pool_conns_max,
+            mailboxes: Arc::clone(&mailboxes),
+            stats: Arc::clone(&stats),
+            started,
+            listening: listening.clone(),
+            exited: alive.clone(),
+        })?;
+    }
+    let handle = |(mailbox, stats): (&Arc<_>, &Arc<_>)| WorkerHandle {
+        mailbox: Arc::clone(mailbox),
+        stats: Arc::clone(stats),
+    };
+    let handles = mailboxes.iter().zip(&*stats).map(handle).collect();
+    Ok(Workers { handles, exited, addresses })
+}

@@ -1,0 +1,220 @@
+//! The same contract over Unix sockets, and what they lack.
+
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+
+use aegis::io::net::Address;
+
+use super::*;
+
+/// As for TCP, with a Unix socket of that name in place of the port.
+pub fn prepare(name: &str) -> (DriverSetup, Arc<Path>) {
+    let path = std::env::temp_dir().join(format!("aegis-{}-{name}", std::process::id()));
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(&path).unwrap();
+    let (setup, _) = super::prepare();
+    (DriverSetup { listeners: vec![listener.into()], ..setup }, path.into())
+}
+
+pub struct UnixRig<D> {
+    pub rig: Rig<D>,
+    pub path: Arc<Path>,
+}
+
+impl<D> Drop for UnixRig<D> {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+impl<D: Driver> UnixRig<D> {
+    /// A client and the driver's connection to it.
+    fn accept(&mut self) -> (UnixStream, ConnId) {
+        self.rig.driver.accept(4000);
+        let client = UnixStream::connect(&self.path).unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut accepted = None;
+        self.rig.until("accept", |_, seen| {
+            accepted = seen.pop().map(|seen| match seen {
+                Completion::Accepted(conn) => conn,
+                other => panic!("{other:?}"),
+            });
+            accepted.is_some()
+        });
+        (client, accepted.unwrap())
+    }
+
+    fn until_received(&mut self, wanted: &[u8]) {
+        let mut received = Vec::new();
+        let begun = Instant::now();
+        while received.len() < wanted.len() {
+            assert!(begun.elapsed() < PATIENCE, "{} of {}", received.len(), wanted.len());
+            self.rig.turn();
+            received.append(&mut self.rig.received());
+        }
+        assert!(received == wanted, "wrong bytes");
+    }
+
+    fn until_seen(&mut self, what: &str, wanted: impl Fn(&Completion) -> bool) {
+        self.rig.until(what, |_, seen| seen.iter().any(&wanted));
+        self.rig.seen.clear();
+    }
+}
+
+pub fn unix_clients_and_backends_exchange_bytes_and_ends<D: Driver>(mut unix: UnixRig<D>) {
+    let (client, accepted) = unix.accept();
+    let driver = &unix.rig.driver;
+    assert_eq!(driver.peer_address(accepted), None, "a client has no path");
+    assert_eq!(driver.local_address(accepted), Some(Address::Unix(unix.path.clone())));
+
+    let backend_path = unix.path.with_extension("backend");
+    let backend = UnixListener::bind(&backend_path).unwrap();
+    let address = Address::Unix(backend_path.clone().into());
+    let connected = unix.rig.driver.connect(&address).unwrap();
+    unix.until_seen("the connect", |seen| matches!(seen, Completion::Connected(_)));
+    let (peer, _) = backend.accept().unwrap();
+    peer.set_read_timeout(Some(PATIENCE)).unwrap();
+    std::fs::remove_file(backend_path).unwrap();
+    assert_eq!(unix.rig.driver.peer_address(connected), Some(address));
+
+    for (mut far, conn) in [(client, accepted), (peer, connected)] {
+        unix.rig.driver.ask(conn, Some(Duration::from_secs(1)));
+        unix.rig.driver.receive(conn, true);
+        far.write_all(b"a request").unwrap();
+        unix.until_received(b"a request");
+        unix.rig.send(conn, b"a reply");
+        unix.until_seen("the send", |seen| matches!(seen, Completion::Sent(_, 7)));
+        // Nothing is known of what the peer has read, and all of it has reached it.
+        assert_eq!(unix.rig.driver.acks(conn), None);
+        assert_eq!(unix.rig.driver.undelivered(conn), 0);
+        assert_eq!(unix.rig.driver.unsent(conn), 0);
+        assert_eq!(unix.rig.driver.unheard(conn), Unheard::Nothing);
+        let mut reply = [0; 7];
+        far.read_exact(&mut reply).unwrap();
+        assert_eq!(&reply, b"a reply");
+        // Each direction ends by itself.
+        far.shutdown(Shutdown::Write).unwrap();
+        unix.until_seen("the end", |seen| matches!(seen, Completion::Ended(_)));
+        unix.rig.send(conn, b"the last words");
+        unix.rig.driver.shutdown(conn);
+        unix.rig.turn();
+        let mut text = String::new();
+        far.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "the last words");
+        unix.rig.driver.close(conn, Close::Graceful);
+    }
+}
+
+pub fn unix_connects_that_fail_say_why<D: Driver>(mut unix: UnixRig<D>) {
+    let nobody = unix.path.with_extension("nobody");
+    let left = unix.path.with_extension("left");
+    drop(UnixListener::bind(&left).unwrap());
+    for (path, kind) in [(&nobody, ErrorKind::NotFound), (&left, ErrorKind::ConnectionRefused)] {
+        let conn = unix.rig.driver.connect(&Address::Unix(path.clone().into())).unwrap();
+        unix.until_seen(
+            &format!("{kind}"),
+            |seen| matches!(seen, Completion::ConnectFailed(_, error) if error.kind() == kind),
+        );
+        unix.rig.driver.close(conn, Close::Graceful);
+    }
+    std::fs::remove_file(left).unwrap();
+}
+
+pub fn a_unix_peer_that_leaves_bytes_unread_is_a_reset<D: Driver>(mut unix: UnixRig<D>) {
+    let (mut client, conn) = unix.accept();
+    unix.rig.driver.receive(conn, true);
+    unix.rig.send(conn, b"unread");
+    unix.until_seen("the send", |seen| matches!(seen, Completion::Sent(..)));
+    client.write_all(b"before").unwrap();
+    drop(client);
+    unix.until_received(b"before");
+    unix.until_seen("the reset", |seen| matches!(seen, Completion::ReceiveFailed(_)));
+}
+
+pub fn a_reset_of_a_unix_client_is_one_where_bytes_are_unread_and_else_an_end<D: Driver>(
+    mut unix: UnixRig<D>,
+) {
+    for unread in [true, false] {
+        let (mut client, conn) = unix.accept();
+        if unread {
+            client.write_all(b"unread").unwrap();
+        }
+        unix.rig.driver.close(conn, Close::Reset);
+        unix.rig.turn();
+        match client.read(&mut [0]) {
+            Ok(count) => assert!(!unread && count == 0),
+            Err(error) => assert!(unread && error.kind() == ErrorKind::ConnectionReset),
+        }
+    }
+}
+
+pub fn an_urgent_byte_of_a_unix_client_arrives_at_its_place<D: Driver>(mut unix: UnixRig<D>) {
+    let (mut client, conn) = unix.accept();
+    unix.rig.driver.receive(conn, true);
+    for _ in 0..3 {
+        client.write_all(b"be").unwrap();
+        match rustix::net::send(&client, b"f", rustix::net::SendFlags::OOB) {
+            Err(rustix::io::Errno::OPNOTSUPP) => {
+                return eprintln!("SKIPPED: the kernel has no urgent data on Unix sockets");
+            }
+            sent => assert_eq!(sent, Ok(1)),
+        }
+        client.write_all(b"ore").unwrap();
+        unix.until_received(b"before");
+    }
+}
+
+pub fn a_full_unix_socket_waits_for_room<D: Driver>(mut unix: UnixRig<D>) {
+    const TOTAL: usize = 4 << 20;
+    let (mut client, conn) = unix.accept();
+    let bytes = pattern(TOTAL);
+    for piece in bytes.chunks(BUFFER_SIZE) {
+        unix.rig.send(conn, piece);
+    }
+    unix.rig.driver.shutdown(conn);
+    for _ in 0..20 {
+        unix.rig.turn();
+    }
+    assert!(unix.rig.driver.undelivered(conn) > 0, "all of it fits into the socket");
+    let reader = std::thread::spawn(move || {
+        let mut received = Vec::new();
+        client.read_to_end(&mut received).map(|_| received)
+    });
+    unix.rig.until("the rest", |_, _| reader.is_finished());
+    assert!(reader.join().unwrap().unwrap() == bytes, "wrong bytes");
+}
+
+pub fn unix_bulk_arrives_whole_with_its_end<D: Driver>(mut unix: UnixRig<D>) {
+    const BULK: usize = 32 << 20;
+    let ((mut writer, from), (mut reader, to)) = (unix.accept(), unix.accept());
+    unix.rig.driver.join(from, to);
+    unix.rig.driver.receive(from, true);
+    unix.rig.driver.receive(to, true);
+    let (received, spliced, sent) = (0, 0, 0);
+    let (paused, failed, ended) = (false, None, false);
+    let mut relayed = Relayed { from, to, received, spliced, sent, paused, failed, ended };
+    let bytes = pattern(BULK);
+    let expected = bytes.clone();
+    std::thread::spawn(move || writer.write_all(&bytes));
+    let reads = std::thread::spawn(move || {
+        let mut received = Vec::new();
+        reader.read_to_end(&mut received).map(|_| received)
+    });
+    unix.rig.relay_until("everything", &mut relayed, |_| reads.is_finished());
+    assert!(reads.join().unwrap().unwrap() == expected, "wrong bytes");
+    assert!(relayed.spliced > 0, "nothing was spliced");
+}
+
+pub fn a_drain_empties_the_queue_of_a_unix_listener<D: Driver>(mut unix: UnixRig<D>) {
+    unix.rig.driver.accept(0);
+    unix.rig.turn();
+    let early: Vec<_> = (0..5).map(|_| UnixStream::connect(&unix.path).unwrap()).collect();
+    assert!(!unix.rig.driver.refuse_handshakes(), "there is no handshake to be repeated");
+    assert!(unix.rig.driver.stop_listening());
+    unix.rig.until("the accept queue", |_, seen| {
+        seen.iter().filter(|seen| matches!(seen, Completion::Accepted(_))).count() == early.len()
+    });
+    let late = UnixStream::connect(&unix.path).unwrap_err();
+    assert_eq!(late.kind(), ErrorKind::ConnectionRefused);
+}
