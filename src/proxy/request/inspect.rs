@@ -57,7 +57,7 @@ impl Client {
                 assert!(pending.awaits_endpoint.is_none_or(|at| Some(at) == first), "{self:?}");
             }
             State::InFlight(flight) => {
-                assert_eq!(flight.outgoing, 0, "all is sent that is said to be: {self:?}");
+                assert_eq!(flight.outgoing, 0, "a send is performed at once: {self:?}");
                 assert!(flight.held <= self.input.bytes(), "its request is there: {self:?}");
                 assert!(!flight.is_passed_on() || self.due, "it is over: {self:?}");
                 assert!(!(flight.is_answered() && flight.backend.broken), "{self:?}");

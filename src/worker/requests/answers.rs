@@ -66,7 +66,7 @@ impl<D: Driver> Engine<D> {
         self.act_for(key, &actions);
     }
 
-    /// Sends a client words of our own.
+    /// Sends a client what no backend has written.
     fn send_own(&mut self, key: Key<Client>, write: impl FnOnce(&mut [u8]) -> usize) {
         let buffers = self.cx.driver.buffers();
         let Some(mut buf) = buffers.take() else {
