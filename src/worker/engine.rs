@@ -28,7 +28,7 @@ use crate::proxy::balance::Table;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::health::HealthConfig;
 use crate::proxy::queue::Queue;
-use crate::proxy::request::{Client, Framing, Limits as ClientLimits};
+use crate::proxy::request::{Client, Framing, Policy};
 use crate::proxy::session::Timeouts;
 use crate::slab::{Key, Slab};
 
@@ -77,7 +77,7 @@ fn linger_of(config: &Config) -> Duration {
 /// Clients whose requests are told apart.
 pub(super) struct Requests {
     pub clients: Slab<Client>,
-    pub limits: ClientLimits,
+    pub policy: Policy,
     pub queue: Queue,
     /// Clients to be looked at before the turn ends.
     pub due: VecDeque<Key<Client>>,
@@ -111,13 +111,7 @@ impl Requests {
         let clients_max = if reuses_conns { places } else { 0 };
         Self {
             clients: Slab::with_capacity(clients_max),
-            limits: ClientLimits {
-                idle: config.idle_timeout,
-                half_close: config.half_close_timeout,
-                queue: config.requests.queue_timeout,
-                endpoint: config.endpoint_wait,
-                request: config.requests.timeout,
-            },
+            policy: Policy::new(config),
             queue: Queue::new(config.requests.queue_max, clients_max),
             due: VecDeque::with_capacity(clients_max),
             releasing: Vec::with_capacity(clients_max),
@@ -219,11 +213,6 @@ impl<D: Driver> Engine<D> {
         };
         let (Some(from), Some(to)) = (from.tcp(), to.tcp()) else { return false };
         from == to || self.pools.listening.reached_by(to, |ip| ip == from.ip()).is_some()
-    }
-
-    /// Bytes that one direction of a session may have in flight now.
-    pub(super) fn in_flight_limit(&mut self) -> u32 {
-        self.cx.in_flight_limit()
     }
 
     /// Whether buffers are short.

@@ -432,11 +432,8 @@ impl<D: Driver> Engine<D> {
 
     /// A client's connection was lost: what that says about its endpoint.
     pub(super) fn judge_lost(&mut self, key: Key<Client>, why: Retry) {
-        let Some(client) = self.requests.clients.get(key) else { return };
-        let Some(backend) = client.backend else { return };
-        if !client.is_asked() || client.has_reply() {
-            return;
-        }
+        let client = self.requests.clients.get(key);
+        let Some(&backend) = client.and_then(Client::unanswered_backend) else { return };
         let fresh =
             self.cx.now.saturating_duration_since(backend.made) < AT_ONCE && !backend.served;
         if fresh {

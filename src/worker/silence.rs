@@ -66,13 +66,13 @@ fn watched<'a>(
         }
         Owner::Client(key) => {
             let client = requests.clients.get_mut(key)?;
-            Some(Watched { pulse: &mut client.pulse, endpoint: None, waits: false })
+            Some(Watched { pulse: client.pulse(Side::Client)?, endpoint: None, waits: false })
         }
         Owner::InUse(key) => {
             let client = requests.clients.get_mut(key)?;
-            let endpoint = client.backend.map(|backend| backend.endpoint);
-            let waits = client.is_exchanging();
-            Some(Watched { pulse: &mut client.backend_pulse, endpoint, waits })
+            let endpoint = client.backend().map(|backend| backend.endpoint);
+            let waits = client.is_in_flight();
+            Some(Watched { pulse: client.pulse(Side::Backend)?, endpoint, waits })
         }
         // Idle ones are asked nothing, and what is flushed or made has a limit of its own.
         Owner::Warm { .. } | Owner::Warming { .. } | Owner::Flushing(_) | Owner::None => None,

@@ -1,68 +1,66 @@
-//! The connections in clients' hands: given back, dropped, lost.
+//! The connections in clients' hands: released, discarded, lost.
 
-use crate::io::{Close, ConnId, Driver};
-use crate::metrics::{Discard, Outcome, Retry};
+use crate::io::{Chain, Close, ConnId, Driver};
+use crate::metrics::{Discard, Retry};
 use crate::proxy::endpoints::EndpointId;
-use crate::proxy::request::{Client, ErrorReply, Lost};
+use crate::proxy::request::{BackendConn, Client, DiscardHow};
 use crate::slab::Key;
 use crate::worker::engine::{Engine, Owner};
 
 impl<D: Driver> Engine<D> {
+    /// The backend that a client holds took bytes of its request.
+    pub(in crate::worker) fn on_backend_sent(&mut self, key: Key<Client>, bytes: u32) {
+        self.tell(key, |client, moment| client.on_backend_sent(bytes, moment.now));
+    }
+
     /// Nothing more can be sent on a connection that a client holds.
     pub(in crate::worker) fn on_backend_broken(&mut self, key: Key<Client>) {
-        let Some(client) = self.requests.clients.get_mut(key) else { return };
-        if client.on_backend_broken() {
-            // Read on: what the backend sent before is the client's, up to the end that will come.
-            return self.mark_due(key);
-        }
-        self.on_backend_died(key, Retry::Broken);
+        self.tell(key, |client, _| client.on_backend_send_failed());
     }
 
     /// A connection that a client holds ended or broke.
     pub(in crate::worker) fn on_backend_died(&mut self, key: Key<Client>, why: Retry) {
-        let Some(client) = self.requests.clients.get(key) else { return };
-        let spent = client.framing().ends_with_connection() && !client.is_broken();
-        let why = if client.is_broken() { Retry::Broken } else { why };
-        let discard = if spent { Discard::Spent } else { Discard::Dead };
+        let client = self.requests.clients.get(key);
+        let why = if client.is_some_and(Client::is_backend_broken) { Retry::Broken } else { why };
         self.judge_lost(key, why);
-        self.lose(key, discard, why);
+        self.tell(key, |client, moment| client.on_backend_ended(why, moment));
     }
 
+    /// A client loses the connection that it holds.
     pub(in crate::worker) fn lose(&mut self, key: Key<Client>, discard: Discard, why: Retry) {
-        self.discard_backend(key, discard);
-        let attempts = self.cx.config.connect_attempts;
-        let in_order = why == Retry::Ended && discard != Discard::Endpoint;
-        let Some(client) = self.requests.clients.get_mut(key) else { return };
-        match client.on_lost(in_order, attempts, self.cx.now) {
-            Lost::Idle => {}
-            Lost::Answered | Lost::Rest => self.end_exchange(key),
-            Lost::Repeat => {
-                self.cx.stats.count_retry(why);
-                self.mark_due(key);
-            }
-            Lost::Fail => self.give_up(key, ErrorReply::Lost),
-            Lost::CutOff => self.cut_off(key, Outcome::Lost),
+        self.tell(key, |client, moment| client.on_backend_lost(discard, why, moment));
+    }
+
+    /// A client goes on with its connection, unless that was made to an endpoint that is gone.
+    pub(super) fn keep(&mut self, key: Key<Client>, endpoint: EndpointId) {
+        if self.pools.table.get_mut(endpoint).is_some_and(|entry| entry.is_gone()) {
+            self.requests.releasing.push(key);
         }
     }
 
-    /// A client gives its connection back, silent as it is.
-    pub(in crate::worker) fn release_backend(&mut self, key: Key<Client>) {
-        let Some(client) = self.requests.clients.get_mut(key) else { return };
-        if client.unasked() > 0 {
-            // Answered before it was asked.
-            return self.discard_backend(key, Discard::Unexpected);
+    /// Releases the connections of clients that are done with them.
+    pub(super) fn release_backends(&mut self) {
+        while let Some(key) = self.requests.releasing.pop() {
+            // One that was closed since has released it.
+            if let Some(client) = self.requests.clients.get_mut(key) {
+                let actions = client.release();
+                self.act_for(key, &actions);
+            }
         }
-        let Some(backend) = client.backend.take() else { return };
-        if client.backend_pulse.take_asked() {
+    }
+
+    /// A connection goes back to its pool, silent as it is.
+    pub(super) fn release_backend(&mut self, backend: &BackendConn, paused: bool, asked: bool) {
+        if asked {
             self.cx.driver.ask(backend.conn, None);
         }
-        if !client.backend_receiving {
+        if paused {
             self.cx.driver.receive(backend.conn, true);
         }
         // Whether there is room for it is seen once those that wait have had theirs.
         let useful = self.keeps_pools();
-        if self.pools.table.release(&backend, useful, self.cx.now) {
-            let greeting = crate::io::Chain::default();
+        if self.pools.table.release(backend, useful, self.cx.now) {
+            let greeting = Chain::default();
             self.own(backend.conn, Owner::Warm { endpoint: backend.endpoint, greeting });
             self.free(backend.endpoint);
         } else {
@@ -77,27 +75,20 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    /// A client's connection is of no more use.
-    pub(in crate::worker) fn discard_backend(&mut self, key: Key<Client>, why: Discard) {
-        let backend = self.requests.clients.get(key).and_then(|client| client.backend);
-        let how = match backend.filter(|backend| backend.unread) {
-            // What it reads there still is the upload of somebody who has been answered.
-            Some(backend) if self.cx.driver.unsent(backend.conn) > 0 => Close::Graceful,
-            // So that a backend does not go on with what nobody waits for.
-            _ => Close::Reset,
+    /// A connection is of no more use.
+    pub(super) fn discard_backend(&mut self, backend: &BackendConn, why: Discard, how: DiscardHow) {
+        let how = match how {
+            DiscardHow::Now(how) => how,
+            DiscardHow::ResetUnlessUnsent if self.cx.driver.unsent(backend.conn) > 0 => {
+                Close::Graceful
+            }
+            DiscardHow::ResetUnlessUnsent => Close::Reset,
         };
-        self.close_backend(key, why, how);
-    }
-
-    /// Closes a client's connection.
-    pub(in crate::worker) fn close_backend(&mut self, key: Key<Client>, why: Discard, how: Close) {
-        let backend = self.requests.clients.get_mut(key).and_then(|client| client.backend.take());
-        let Some(backend) = backend else { return };
         self.pools.table.discarded(backend.endpoint);
         self.retire(backend.conn, backend.endpoint, why, how);
     }
 
-    /// Closes a connection that was lent.
+    /// Closes a connection that was in use.
     fn retire(&mut self, conn: ConnId, endpoint: EndpointId, why: Discard, how: Close) {
         self.owner(conn);
         self.cx.stats.count_discard(why);
@@ -105,8 +96,8 @@ impl<D: Driver> Engine<D> {
         self.on_place_in_pool_free(endpoint);
     }
 
-    /// A lent connection was closed: another one may be made in its place. Those that wait may have
-    /// counted on it.
+    /// A connection that was in use was closed: another one may be made in its place. Those that wait
+    /// may have counted on it.
     pub(in crate::worker) fn on_place_in_pool_free(&mut self, endpoint: EndpointId) {
         if !self.requests.queue.is_empty() {
             self.want(endpoint, 1);

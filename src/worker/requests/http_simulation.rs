@@ -1,9 +1,9 @@
-//! The engine's lending modes on the simulator with HTTP: seeded runs, every answer and every upload
+//! The engine on the simulator where connections serve several clients with HTTP: seeded runs, every answer and every upload
 //! checked.
 
 use std::collections::{HashMap, HashSet};
 
-use super::simulation::Lending;
+use super::simulation::RequestRun;
 use crate::config::Protocol;
 use crate::io::sim::http::{Answer, SURPLUS, UNASKED, body_of, parse};
 use crate::io::sim::{Peer, Sim};
@@ -83,10 +83,10 @@ fn check_requests(driver: &Sim) -> HashSet<&str> {
 }
 
 fn run(seed: u64) -> (u64, u64) {
-    let mut lending = Lending::new(seed, Protocol::Http1);
-    lending.serve();
-    lending.check_liveness();
-    let driver = lending.run.engine.driver();
+    let mut run = RequestRun::new(seed, Protocol::Http1);
+    run.serve();
+    run.check_liveness();
+    let driver = run.run.engine.driver();
     let whole = check_requests(driver);
     let (mut answered, mut leaked) = (0, 0);
     for client in driver.peers.iter().filter(|peer| peer.is_client) {
@@ -97,8 +97,8 @@ fn run(seed: u64) -> (u64, u64) {
     let unasked: usize =
         driver.peers.iter().filter_map(|peer| peer.http.as_ref()).map(|http| http.unasked).sum();
     assert!(leaked <= unasked, "{leaked} words for {unasked}");
-    lending.run.stop();
-    (lending.run.stats.sessions_opened.get(), answered as u64)
+    run.run.stop();
+    (run.run.stats.sessions_opened.get(), answered as u64)
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The engine's lending modes on the simulator: a thousand seeded runs, every answer checked.
+//! The engine on the simulator where connections serve several clients: a thousand seeded runs, every answer checked.
 
 use crate::proxy::endpoints::EndpointId;
 use std::collections::HashMap;
@@ -50,7 +50,7 @@ fn config(protocol: Protocol, rng: &mut fastrand::Rng) -> Config {
     config
 }
 
-pub(super) struct Lending {
+pub(super) struct RequestRun {
     pub(super) run: Run,
     /// The endpoints have been the same from the start.
     steady: bool,
@@ -60,7 +60,7 @@ pub(super) struct Lending {
     drained: bool,
 }
 
-impl Lending {
+impl RequestRun {
     pub(super) fn new(seed: u64, protocol: Protocol) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
         let sessions_max = rng.usize(3..40);
@@ -98,6 +98,7 @@ impl Lending {
                 run.disturb();
             }
             run.turn();
+            run.engine.requests_invariants();
             check_accounts(&mut run.engine, &mut self.waits_since);
             turns += 1;
             assert!(turns < 100_000, "spins at {:?}", run.engine.driver().elapsed());
@@ -241,14 +242,14 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<EndpointId
     for slot in 0..engine.requests.clients.slots() {
         let Some(key) = engine.requests.clients.key_at(slot) else { continue };
         let Some(client) = engine.requests.clients.get(key) else { continue };
-        if let Some(backend) = client.backend {
+        if let Some(backend) = client.backend() {
             *in_use.entry(backend.endpoint).or_default() += 1;
         }
-        waiting += usize::from(client.is_waiting());
-        assert!(!client.is_ready() || client.due, "a request is forgotten");
-        let listens = client.receiving || client.has_ended();
-        let is_idle = client.is_reading() && client.unsent() == 0 && client.input.is_empty();
-        assert!(!is_idle || listens || client.due, "a client is not listened to");
+        waiting += usize::from(client.is_queued());
+        assert!(!client.is_ready() || client.is_due(), "a request is forgotten");
+        let listens = client.is_receiving() || client.has_ended();
+        let is_idle = client.is_idle() && client.unsent() == 0 && client.input().is_empty();
+        assert!(!is_idle || listens || client.is_due(), "a client is not listened to");
     }
     assert_eq!(engine.requests.queue.len(), waiting, "places in the queue");
     assert!(
@@ -299,13 +300,13 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<EndpointId
 }
 
 fn run(seed: u64) -> (u64, u64) {
-    let mut lending = Lending::new(seed, Protocol::Chronos);
-    lending.serve();
-    lending.check_liveness();
-    let answered = lending.check_answers();
-    lending.run.stop();
-    assert_eq!(lending.run.engine.requests.queue.len(), 0, "places in the queue leaked");
-    (lending.run.stats.sessions_opened.get(), answered as u64)
+    let mut run = RequestRun::new(seed, Protocol::Chronos);
+    run.serve();
+    run.check_liveness();
+    let answered = run.check_answers();
+    run.run.stop();
+    assert_eq!(run.run.engine.requests.queue.len(), 0, "places in the queue leaked");
+    (run.run.stats.sessions_opened.get(), answered as u64)
 }
 
 #[test]
@@ -325,6 +326,6 @@ fn run_all(first: u64) {
 }
 
 #[test]
-fn equal_seeds_lend_alike() {
+fn equal_seeds_run_alike() {
     assert_eq!(run(42), run(42));
 }
