@@ -319,6 +319,7 @@ impl<D: Driver> Engine<D> {
         self.acceptor.assert_invariants(&self.cx);
         self.sessions.assert_invariants(&self.cx);
         self.assert_pool_invariants();
+        self.requests_invariants();
         let is_flushing = |owned: &&Owned| matches!(owned.owner, Owner::Flushing(_));
         let flushing = self.cx.owners.iter().filter(is_flushing).count();
         self.cx

@@ -11,7 +11,7 @@ impl<D: Driver> Engine<D> {
     ///
     /// # Panics
     /// If one is not.
-    pub(super) fn requests_invariants(&self) {
+    pub(in crate::worker) fn requests_invariants(&self) {
         let requests = &self.requests;
         let keys = (0..requests.clients.slots()).filter_map(|slot| requests.clients.key_at(slot));
         let (mut queued, mut in_use) = (0, 0usize);

@@ -98,7 +98,6 @@ impl RequestRun {
                 run.disturb();
             }
             run.turn();
-            run.engine.requests_invariants();
             check_accounts(&mut run.engine, &mut self.waits_since);
             turns += 1;
             assert!(turns < 100_000, "spins at {:?}", run.engine.driver().elapsed());
