@@ -56,7 +56,7 @@ impl<D: Driver> Engine<D> {
                     return self.close_session(key, CloseReason::Overload);
                 }
                 Err(error) => {
-                    self.on_endpoint_unreachable(endpoint, &error);
+                    self.pools.on_endpoint_unreachable(&mut self.cx, endpoint, &error);
                     self.leave_endpoint(key);
                     otherwise = CloseReason::ConnectFailed;
                 }
@@ -135,13 +135,13 @@ impl<D: Driver> Engine<D> {
     }
 
     fn try_endpoint(&mut self, key: Key<Session>, endpoint: EndpointId) -> io::Result<()> {
-        self.prove_oldest(endpoint);
+        self.pools.prove_oldest(&mut self.cx, endpoint);
         let Some(entry) = self.pools.table.get_mut(endpoint) else {
             unreachable!("the table has what it chose")
         };
         let address = entry.endpoint.address;
         let warm = self.pools.table.enter(endpoint, self.cx.now);
-        self.mark_short(endpoint);
+        self.pools.mark_short(endpoint);
         self.sessions.of(key).on_trying(endpoint, warm.map(|(conn, _)| conn));
         if let Some((backend, made)) = warm {
             self.sessions.of(key).on_warm(made);
@@ -153,7 +153,7 @@ impl<D: Driver> Engine<D> {
             return Ok(());
         }
         self.cx.stats.count_checkout(Checkout::Miss);
-        let backend = self.connect(&address)?;
+        let backend = self.pools.connect(&mut self.cx, &address)?;
         self.own(backend, Owner::Session(key, Side::Backend));
         self.cx.timers.set(backend.index(), self.cx.now + self.cx.config.connect_timeout);
         self.sessions.of(key).on_connecting(backend, self.cx.now);
@@ -167,11 +167,11 @@ impl<D: Driver> Engine<D> {
             unreachable!("a session that connects has an endpoint")
         };
         self.cx.stats.connect_duration.record(self.cx.now.saturating_duration_since(since));
-        self.on_endpoint_connected(endpoint);
+        self.pools.on_endpoint_connected(&mut self.cx, endpoint);
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.pool.on_miss_served();
         }
-        self.mark_short(endpoint);
+        self.pools.mark_short(endpoint);
         self.open(key, backend, Chain::default());
     }
 
@@ -186,7 +186,7 @@ impl<D: Driver> Engine<D> {
         if let Some(endpoint) = self.sessions.of(key).endpoint()
             && !is_local(error)
         {
-            self.on_endpoint_unreachable(endpoint, error);
+            self.pools.on_endpoint_unreachable(&mut self.cx, endpoint, error);
         }
         self.leave_endpoint(key);
         let otherwise = match error.kind() {

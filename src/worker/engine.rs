@@ -1,10 +1,8 @@
 //! One worker's state: its parts, and what they are made of.
 
 use std::collections::VecDeque;
-use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::acceptor::Acceptor;
 use super::contention::CoreWait;
@@ -15,18 +13,16 @@ use super::mailbox::{Command, Mailbox};
 pub(super) use super::owners::Owner;
 use super::owners::Owners;
 use super::places::Places;
+use super::pools::Pools;
 use super::sessions::Sessions;
 use super::silence::Silence;
 use super::timers::Timers;
-use crate::config::{Config, Discovery, PoolMode};
-use crate::io::{ConnId, Driver, net};
+use crate::config::{Config, PoolMode};
+use crate::io::{ConnId, Driver};
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
 use crate::proxy::WorkerId;
-use crate::proxy::balance::Table;
-use crate::proxy::endpoints::EndpointId;
-use crate::proxy::health::HealthConfig;
 use crate::proxy::queue::Queue;
 use crate::proxy::request::{Client, Framing, Policy};
 use crate::proxy::session::Timeouts;
@@ -57,23 +53,6 @@ pub struct EngineSetup {
     pub seed: u64,
 }
 
-/// The address of a backend is one of this process.
-pub(super) fn leads_back() -> io::Error {
-    io::Error::other("its address leads back to this proxy itself")
-}
-
-/// For how long an endpoint that left the set is taken to come back.
-fn linger_of(config: &Config) -> Duration {
-    match config.discovery {
-        Discovery::Dns => {
-            let answers =
-                config.dns_refresh.min(limits::DNS_CONFIRM) * limits::DNS_ANSWERS_TO_LEAVE;
-            answers.max(limits::ENDPOINT_LINGER)
-        }
-        Discovery::Static | Discovery::Kubernetes => limits::ENDPOINT_LINGER,
-    }
-}
-
 /// Clients whose requests are told apart.
 pub(super) struct Requests {
     pub clients: Slab<Client>,
@@ -85,23 +64,6 @@ pub(super) struct Requests {
     pub releasing: Vec<Key<Client>>,
     /// For a request that lies in several buffers.
     pub scratch: Box<[u8]>,
-}
-
-/// The endpoints and their pools.
-pub(super) struct Pools {
-    pub table: Table,
-    /// Pool connections at most, idle or being made, of all endpoints.
-    pub conns_max: usize,
-    /// Endpoints whose pool may want connections.
-    pub short: Vec<EndpointId>,
-    /// Endpoints that may have connections for requests that wait.
-    pub freed: Vec<EndpointId>,
-    pub health: HealthConfig,
-    /// For so long an endpoint that left the set is taken to come back.
-    pub linger: Duration,
-    pub upkeep_at: Instant,
-    /// Where backends cannot be.
-    listening: Listening,
 }
 
 impl Requests {
@@ -116,31 +78,6 @@ impl Requests {
             due: VecDeque::with_capacity(clients_max),
             releasing: Vec::with_capacity(clients_max),
             scratch: vec![0; Framing::scratch_len(config.protocol, &config.requests)].into(),
-        }
-    }
-}
-
-impl Pools {
-    /// Without endpoints, and with room for so many connections.
-    fn new(
-        config: &Config,
-        worker: WorkerId,
-        conns_max: usize,
-        listening: Listening,
-        now: Instant,
-    ) -> Self {
-        Self {
-            table: Table::new(config.balance, worker),
-            conns_max: conns_max.min(limits::POOL_CONNS_MAX),
-            short: Vec::with_capacity(limits::ENDPOINTS_MAX),
-            freed: Vec::with_capacity(limits::ENDPOINTS_MAX),
-            health: HealthConfig {
-                eject_failures: config.eject_failures,
-                eject_time: config.eject_time,
-            },
-            linger: linger_of(config),
-            upkeep_at: now,
-            listening,
         }
     }
 }
@@ -190,29 +127,6 @@ impl<D: Driver> Engine<D> {
                 driver,
             },
         }
-    }
-
-    /// Starts a connection to a backend, unless that would be this process itself. The endpoints that
-    /// discovery finds are looked through for that too; here it is for addresses that have become
-    /// this host's since.
-    pub(super) fn connect(&mut self, address: &SocketAddr) -> io::Result<ConnId> {
-        if self.pools.listening.reached_by(*address, net::is_local).is_some() {
-            return Err(leads_back());
-        }
-        self.cx.driver.connect(&(*address).into())
-    }
-
-    /// Whether a connection that was just made has this process at both ends: one of its listeners,
-    /// or the connection itself, which the kernel connects to itself where it happens to give it the
-    /// port that it is to connect to and nobody listens there.
-    pub(super) fn leads_back(&self, conn: ConnId) -> bool {
-        let (Some(from), Some(to)) =
-            (self.cx.driver.local_address(conn), self.cx.driver.peer_address(conn))
-        else {
-            return false;
-        };
-        let (Some(from), Some(to)) = (from.tcp(), to.tcp()) else { return false };
-        from == to || self.pools.listening.reached_by(to, |ip| ip == from.ip()).is_some()
     }
 
     /// Whether buffers are short.

@@ -50,6 +50,7 @@ mod silence;
 mod simulation;
 pub mod timers;
 mod turn;
+mod upkeep;
 
 use contention::CoreWait;
 use engine::{Engine, EngineSetup};

@@ -1,319 +1,234 @@
-//! A worker's endpoints: keeping their pools filled, and their health.
+//! A worker's endpoints and their pools: what fills and empties them, and their health. What happens to
+//! sessions and requests with that is the business of whoever calls.
 
-use crate::proxy::endpoints::EndpointId;
 use std::io;
-use std::time::Instant;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
-use super::engine::{Engine, Owner};
-use super::mailbox::Command;
-use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
+use super::context::Context;
+use super::owners::Owner;
+use crate::config::{Config, Discovery};
+use crate::io::{Close, ConnId, Driver, Unheard, net};
 use crate::limits;
-use crate::metrics::{CloseReason, Discard, Retry};
-use crate::proxy::Side;
-use crate::proxy::health::{AT_ONCE, PROBE_SETTLED};
-use crate::proxy::request::Client;
-use crate::proxy::session::{Session, Verdict};
-use crate::slab::Key;
+use crate::listening::Listening;
+use crate::metrics::Discard;
+use crate::proxy::WorkerId;
+use crate::proxy::balance::Table;
+use crate::proxy::endpoints::EndpointId;
+use crate::proxy::health::{HealthConfig, PROBE_SETTLED};
 
-impl<D: Driver> Engine<D> {
+/// The endpoints and their pools.
+pub(super) struct Pools {
+    pub table: Table,
+    /// Pool connections at most, idle or being made, of all endpoints.
+    pub conns_max: usize,
+    /// Endpoints whose pool may want connections.
+    pub short: Vec<EndpointId>,
+    /// Endpoints that may have connections for requests that wait.
+    pub freed: Vec<EndpointId>,
+    pub health: HealthConfig,
+    /// For so long an endpoint that left the set is taken to come back.
+    pub linger: Duration,
+    pub upkeep_at: Instant,
+    /// Where backends cannot be.
+    listening: Listening,
+}
+
+/// For how long an endpoint that left the set is taken to come back.
+fn linger_of(config: &Config) -> Duration {
+    match config.discovery {
+        Discovery::Dns => {
+            let answers =
+                config.dns_refresh.min(limits::DNS_CONFIRM) * limits::DNS_ANSWERS_TO_LEAVE;
+            answers.max(limits::ENDPOINT_LINGER)
+        }
+        Discovery::Static | Discovery::Kubernetes => limits::ENDPOINT_LINGER,
+    }
+}
+
+/// The address of a backend is one of this process.
+pub(super) fn leads_back() -> io::Error {
+    io::Error::other("its address leads back to this proxy itself")
+}
+
+impl Pools {
+    /// Without endpoints, and with room for so many connections.
+    pub(super) fn new(
+        config: &Config,
+        worker: WorkerId,
+        conns_max: usize,
+        listening: Listening,
+        now: Instant,
+    ) -> Self {
+        Self {
+            table: Table::new(config.balance, worker),
+            conns_max: conns_max.min(limits::POOL_CONNS_MAX),
+            short: Vec::with_capacity(limits::ENDPOINTS_MAX),
+            freed: Vec::with_capacity(limits::ENDPOINTS_MAX),
+            health: HealthConfig {
+                eject_failures: config.eject_failures,
+                eject_time: config.eject_time,
+            },
+            linger: linger_of(config),
+            upkeep_at: now,
+            listening,
+        }
+    }
+
+    /// Starts a connection to a backend, unless that would be this process itself. The endpoints that
+    /// discovery finds are looked through for that too; here it is for addresses that have become
+    /// this host's since.
+    pub(super) fn connect<D: Driver>(
+        &self,
+        cx: &mut Context<D>,
+        address: &SocketAddr,
+    ) -> io::Result<ConnId> {
+        if self.listening.reached_by(*address, net::is_local).is_some() {
+            return Err(leads_back());
+        }
+        cx.driver.connect(&(*address).into())
+    }
+
+    /// Whether a connection that was just made has this process at both ends: one of its listeners,
+    /// or the connection itself, which the kernel connects to itself where it happens to give it the
+    /// port that it is to connect to and nobody listens there.
+    pub(super) fn leads_back<D: Driver>(&self, cx: &Context<D>, conn: ConnId) -> bool {
+        let (Some(from), Some(to)) = (cx.driver.local_address(conn), cx.driver.peer_address(conn))
+        else {
+            return false;
+        };
+        let (Some(from), Some(to)) = (from.tcp(), to.tcp()) else { return false };
+        from == to || self.listening.reached_by(to, |ip| ip == from.ip()).is_some()
+    }
+
+    /// Remembers that requests that wait may find a connection of an endpoint.
+    pub(super) fn free(&mut self, endpoint: EndpointId) {
+        if !self.freed.contains(&endpoint) {
+            self.freed.push(endpoint);
+        }
+    }
+
     /// Remembers that an endpoint's pool may want connections.
     pub(super) fn mark_short(&mut self, endpoint: EndpointId) {
-        if !self.pools.short.contains(&endpoint) {
-            self.pools.short.push(endpoint);
+        if !self.short.contains(&endpoint) {
+            self.short.push(endpoint);
         }
     }
 
-    pub(super) fn refill_short_pools(&mut self) {
-        while let Some(endpoint) = self.pools.short.pop() {
-            self.refill(endpoint);
-        }
-    }
-
-    fn refill(&mut self, endpoint: EndpointId) {
-        let (now, keeps, share) = (self.cx.now, self.keeps_pools(), self.pool_share());
-        let needed = self.is_needed(endpoint);
-        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
-        let tries = entry.health.is_usable() || needed;
-        let short =
-            if keeps && entry.is_present() && tries { entry.pool.shortage(share, now) } else { 0 };
-        for _ in 0..short {
-            if !self.has_room_for(endpoint) || !self.warm(endpoint) {
-                break;
-            }
-        }
-        self.publish_pool(endpoint);
-    }
-
-    /// How many connections there may be in pools, those that clients hold included. Each client
-    /// comes with the right to one.
-    fn pool_budget(&self) -> usize {
-        self.pools.conns_max + self.requests.clients.len()
-    }
-
-    fn pool_budget_used(&self) -> usize {
-        let totals = self.pools.table.totals();
+    pub(super) fn pool_budget_used(&self) -> usize {
+        let totals = self.table.totals();
         totals.pooled + totals.acquired
     }
 
     /// How many connections each endpoint may keep without need, so that there are some for all.
-    fn pool_share(&self) -> usize {
-        (self.pools.conns_max / self.pools.table.len().max(1)).max(1)
+    pub(super) fn pool_share(&self) -> usize {
+        (self.conns_max / self.table.len().max(1)).max(1)
     }
 
-    /// Whether one more connection to an endpoint may be made. If requests wait for it, or others
-    /// have more than their share, the one goes for it that has been idle for longest.
-    fn has_room_for(&mut self, endpoint: EndpointId) -> bool {
-        let waited_for = self.pools.table.get_mut(endpoint).is_some_and(|e| e.pool.wanted() > 0);
-        // What comes with clients goes with them, so it is for what they need.
-        let most = if waited_for { self.pool_budget() } else { self.pools.conns_max };
-        if self.pool_budget_used() < most {
-            return true;
-        }
-        let share = self.pool_share();
-        let oldest = self.pools.table.oldest_idle(|index, entry| {
-            let has_enough = entry.pool.idle() > share || !entry.is_present();
-            index != endpoint && (waited_for || has_enough)
-        });
-        oldest.is_some_and(|oldest| self.give_up_oldest(oldest))
-    }
-
-    /// Closes those that have been idle for longest while there are more than may be: clients have
-    /// left, and their connections have come back.
-    pub(super) fn trim_pools(&mut self) {
-        while self.pool_budget_used() > self.pool_budget() {
-            let oldest = self.pools.table.oldest_idle(|_, _| true);
-            if !oldest.is_some_and(|oldest| self.give_up_oldest(oldest)) {
-                return;
-            }
-        }
-    }
-
-    fn give_up_oldest(&mut self, endpoint: EndpointId) -> bool {
-        let oldest = self.pools.table.evict(endpoint);
+    pub(super) fn give_up_oldest<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+    ) -> bool {
+        let oldest = self.table.evict(endpoint);
         if let Some(conn) = oldest {
-            self.discard(conn, Discard::Surplus);
-            self.publish_pool(endpoint);
+            discard(cx, conn, Discard::Surplus);
+            self.publish_pool(cx, endpoint);
         }
         oldest.is_some()
     }
 
-    /// Starts a connection for the pool. Says whether it is under way.
-    pub(super) fn warm(&mut self, endpoint: EndpointId) -> bool {
-        if !self.reuses_conns() && self.cx.driver.is_short_of_descriptors() {
-            // Those in reserve are for clients that are here already.
-            return false;
-        }
-        let Some(entry) = self.pools.table.get_mut(endpoint) else { return false };
-        let address = entry.endpoint.address;
-        self.pools.table.start(endpoint);
-        match self.connect(&address) {
-            Ok(conn) => {
-                self.own(conn, Owner::Warming { endpoint, since: self.cx.now });
-                self.cx.timers.set(conn.index(), self.cx.now + self.cx.config.connect_timeout);
-                true
-            }
-            Err(error) => {
-                self.pool_failed(endpoint, &error);
-                false
-            }
-        }
-    }
-
-    pub(super) fn on_warmed(&mut self, endpoint: EndpointId, conn: ConnId, since: Instant) {
-        self.cx.timers.clear(conn.index());
-        self.cx.stats.connect_duration.record(self.cx.now.saturating_duration_since(since));
-        self.on_endpoint_connected(endpoint);
-        let (now, keeps, health) = (self.cx.now, self.keeps_pools(), self.pools.health);
-        let kept = self.pools.table.connected(endpoint, conn, now, &mut self.cx.rng);
-        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
-        if !kept && entry.health.on_settled(&health, now) {
-            // There is no room to see whether it lasts.
-            self.on_readmitted(endpoint);
-        }
-        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
-        let (useful, usable) = (!entry.is_gone() && keeps, entry.health.is_usable());
-        if kept && useful {
-            self.own(conn, Owner::Warm { endpoint, greeting: Chain::default() });
-            // Watched while idle: its end shows at once.
-            self.cx.driver.receive(conn, true);
-            // One to an endpoint in doubt is for nobody who can have another one.
-            if self.reuses_conns() && (usable || self.is_needed(endpoint)) {
-                self.free(endpoint);
-            }
-        } else {
-            self.pools.table.remove(endpoint, conn);
-            self.discard(conn, if useful { Discard::Surplus } else { Discard::Endpoint });
-        }
-        self.mark_short(endpoint);
-    }
-
-    pub(super) fn on_warming_failed(
-        &mut self,
-        endpoint: EndpointId,
-        conn: ConnId,
-        error: &io::Error,
-    ) {
-        self.cx.timers.clear(conn.index());
-        self.cx.driver.close(conn, Close::Reset);
-        self.pool_failed(endpoint, error);
-    }
-
-    fn pool_failed(&mut self, endpoint: EndpointId, error: &io::Error) {
-        let now = self.cx.now;
-        self.pools.table.connect_failed(endpoint, now, &mut self.cx.rng);
-        if is_local(error) {
-            if let Some(entry) = self.pools.table.get_mut(endpoint) {
-                entry.health.on_probe_lost(now);
-            }
-        } else {
-            self.on_endpoint_unreachable(endpoint, error);
-        }
-        self.on_endpoint_missed(endpoint);
-        self.publish_pool(endpoint);
-    }
-
-    /// A backend spoke before it was asked, as some protocols do. The bytes wait for the session
-    /// that gets the connection, which is still watched.
-    pub(super) fn on_greeting(&mut self, conn: ConnId, buf: Buf) {
-        let Owner::Warm { endpoint, mut greeting } = self.owner(conn) else {
-            return self.cx.driver.buffers().give(buf);
-        };
-        if self.reuses_conns() {
-            // It would pass for the answer to the next request.
-            self.cx.driver.buffers().give(buf);
-            return self.forget_warm(endpoint, conn, Discard::Unexpected);
-        }
-        if let Some(entry) = self.pools.table.get_mut(endpoint) {
-            entry.pool.on_greeting(self.cx.now);
-            if let Some(made) = entry.pool.made(conn) {
-                self.on_endpoint_well(endpoint, made);
-            }
-        }
-        self.cx.driver.buffers().push(&mut greeting, buf);
-        if greeting.buffers() > limits::POOL_GREETING_BUFFERS_MAX || self.is_short_of_buffers() {
-            self.cx.driver.buffers().clear(&mut greeting);
-            self.forget_warm(endpoint, conn, Discard::Unexpected);
-            return;
-        }
-        self.own(conn, Owner::Warm { endpoint, greeting });
-    }
-
-    /// A warm connection ended or broke while it was idle.
-    pub(super) fn on_warm_died(&mut self, endpoint: EndpointId, conn: ConnId) {
-        self.forget_warm(endpoint, conn, Discard::Dead);
-    }
-
     /// Discards the warm connections whose end nobody has heard yet, up to the first one that is
     /// open: the next to be taken is proved to be so, at the moment when it changes hands.
-    pub(super) fn prove_oldest(&mut self, endpoint: EndpointId) {
-        while let Some(entry) = self.pools.table.get_mut(endpoint)
-            && let Some(conn) = entry.pool.oldest_conn(self.cx.now)
+    pub(super) fn prove_oldest<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
+        while let Some(entry) = self.table.get_mut(endpoint)
+            && let Some(conn) = entry.pool.oldest_conn(cx.now)
             // Bytes are a greeting.
-            && self.cx.driver.unheard(conn) == Unheard::End
+            && cx.driver.unheard(conn) == Unheard::End
         {
-            self.forget_warm(endpoint, conn, Discard::Dead);
+            self.forget_warm(cx, endpoint, conn, Discard::Dead);
         }
     }
 
-    /// Likewise for those that are lent: the next one is open and silent, or there is none. What
-    /// the kernel had told by the end of a turn need not be all that there was to tell.
-    pub(super) fn prove_latest(&mut self, endpoint: EndpointId) {
-        while let Some(entry) = self.pools.table.get_mut(endpoint)
-            && let Some(conn) = entry.pool.latest_conn()
-            && let Some(why) = why_not_acquired(self.cx.driver.unheard(conn))
-        {
-            self.forget_warm(endpoint, conn, why);
-            if !self.requests.queue.is_empty() {
-                // Those that wait may have counted on it.
-                self.want(endpoint, 1);
-            }
-        }
-    }
-
-    fn forget_warm(&mut self, endpoint: EndpointId, conn: ConnId, why: Discard) {
-        let now = self.cx.now;
+    pub(super) fn forget_warm<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+        conn: ConnId,
+        why: Discard,
+    ) {
+        let now = cx.now;
         // One that has said something is well, whatever becomes of the connection.
         let is_silent = why == Discard::Dead
-            && matches!(self.peek_owner(conn), Some(Owner::Warm { greeting, .. }) if greeting.is_empty());
-        let failed = self.pools.table.died(endpoint, conn, now, &mut self.cx.rng);
-        self.discard(conn, why);
+            && matches!(cx.owners.get(conn), Some(Owner::Warm { greeting, .. }) if greeting.is_empty());
+        let failed = self.table.died(endpoint, conn, now, &mut cx.rng);
+        discard(cx, conn, why);
         if failed && is_silent {
-            self.on_endpoint_failure(endpoint, &ended_at_once());
+            self.on_endpoint_failure(cx, endpoint, &ended_at_once());
         }
         self.mark_short(endpoint);
     }
 
-    /// Closes a connection that has left its pool.
-    fn discard(&mut self, conn: ConnId, why: Discard) {
-        if let Owner::Warm { mut greeting, .. } = self.owner(conn) {
-            self.cx.driver.buffers().clear(&mut greeting);
-        }
-        self.cx.stats.count_discard(why);
-        self.cx.driver.close(conn, Close::Graceful);
-    }
-
-    fn evict(&mut self, endpoint: EndpointId, why: Discard) {
-        while let Some(conn) = self.pools.table.evict(endpoint) {
-            self.discard(conn, why);
+    pub(super) fn evict<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+        why: Discard,
+    ) {
+        while let Some(conn) = self.table.evict(endpoint) {
+            discard(cx, conn, why);
         }
     }
 
     /// Closes the warm connections of an endpoint that were made before this moment.
-    pub(super) fn evict_made_before(&mut self, endpoint: EndpointId, at: Instant) {
-        while let Some(conn) = self.pools.table.evict_made_before(endpoint, at) {
-            self.discard(conn, Discard::Silent);
+    pub(super) fn evict_made_before<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+        at: Instant,
+    ) {
+        while let Some(conn) = self.table.evict_made_before(endpoint, at) {
+            discard(cx, conn, Discard::Silent);
         }
-    }
-
-    /// Closes the warm connections of endpoints that have left for good. Those of one that may come
-    /// back stay for a little, unless nobody needs them.
-    pub(super) fn evict_removed(&mut self) {
-        let (now, linger) = (self.cx.now, self.pools.linger);
-        let keeps = self.keeps_pools();
-        for endpoint in self.pools.table.indices() {
-            let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
-            entry.let_go(linger, now);
-            if entry.is_gone() || !(keeps || entry.is_present()) {
-                self.evict(endpoint, Discard::Endpoint);
-            }
-        }
-        self.pools.table.forget_unused();
     }
 
     /// A connect to the endpoint succeeded, which proves little.
-    pub(super) fn on_endpoint_connected(&mut self, endpoint: EndpointId) {
-        let now = self.cx.now;
-        if let Some(entry) = self.pools.table.get_mut(endpoint) {
+    pub(super) fn on_endpoint_connected<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+    ) {
+        let now = cx.now;
+        if let Some(entry) = self.table.get_mut(endpoint) {
             entry.on_alive(now);
             entry.stats().connects.add(1);
         }
     }
 
-    /// The first byte of a session came from its backend.
-    pub(super) fn on_session_answered(&mut self, key: Key<Session>) {
-        let Some(session) = self.sessions.get(key) else { return };
-        let (endpoint, made) = (session.endpoint(), session.made());
-        let Some(endpoint) = endpoint else { return };
-        if let Some(entry) = self.pools.table.get_mut(endpoint) {
-            entry.pool.on_session_served();
-        }
-        self.on_endpoint_answered(endpoint, made);
-    }
-
     /// A byte came from the endpoint on a connection made at `made`.
-    pub(super) fn on_endpoint_answered(&mut self, endpoint: EndpointId, made: Instant) {
-        let now = self.cx.now;
-        if let Some(entry) = self.pools.table.get_mut(endpoint) {
+    pub(super) fn on_endpoint_answered<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+        made: Instant,
+    ) {
+        let now = cx.now;
+        if let Some(entry) = self.table.get_mut(endpoint) {
             entry.on_alive(now);
             entry.pool.on_proven(made);
         }
-        self.on_endpoint_well(endpoint, made);
+        self.on_endpoint_well(cx, endpoint, made);
     }
 
     /// The same without the pool's pace: what greets may end each connection that is kept warm.
-    fn on_endpoint_well(&mut self, endpoint: EndpointId, made: Instant) {
-        let now = self.cx.now;
-        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
+    pub(super) fn on_endpoint_well<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+        made: Instant,
+    ) {
+        let now = cx.now;
+        let Some(entry) = self.table.get_mut(endpoint) else { return };
         if entry.health.is_sound() {
             return;
         }
@@ -324,8 +239,8 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn on_readmitted(&mut self, endpoint: EndpointId) {
-        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
+    pub(super) fn on_readmitted(&mut self, endpoint: EndpointId) {
+        let Some(entry) = self.table.get_mut(endpoint) else { return };
         entry.stats().ejected.set(0);
         tracing::info!(endpoint = entry.endpoint.name, "usable again");
         self.free(endpoint);
@@ -333,18 +248,28 @@ impl<D: Driver> Engine<D> {
     }
 
     /// A connect to the endpoint failed.
-    pub(super) fn on_endpoint_unreachable(&mut self, endpoint: EndpointId, error: &io::Error) {
-        if let Some(entry) = self.pools.table.get_mut(endpoint) {
+    pub(super) fn on_endpoint_unreachable<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+        error: &io::Error,
+    ) {
+        if let Some(entry) = self.table.get_mut(endpoint) {
             entry.stats().connect_failures.add(1);
         }
-        self.on_endpoint_failure(endpoint, error);
+        self.on_endpoint_failure(cx, endpoint, error);
     }
 
     /// The endpoint has failed: a connect to it, or what it had accepted ended at once.
-    pub(super) fn on_endpoint_failure(&mut self, endpoint: EndpointId, error: &io::Error) {
-        let (now, health) = (self.cx.now, self.pools.health);
-        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
-        let ejected = entry.health.on_failure(&health, now, &mut self.cx.rng);
+    pub(super) fn on_endpoint_failure<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+        error: &io::Error,
+    ) {
+        let (now, health) = (cx.now, self.health);
+        let Some(entry) = self.table.get_mut(endpoint) else { return };
+        let ejected = entry.health.on_failure(&health, now, &mut cx.rng);
         let stats = entry.stats();
         stats.failures_in_a_row.set(u64::from(entry.health.failures()));
         if ejected {
@@ -354,145 +279,41 @@ impl<D: Driver> Engine<D> {
                 tracing::warn!(endpoint = entry.endpoint.name, %error, "ejected");
             }
             stats.ejected.set(1);
-            self.empty_pool(endpoint, Discard::Endpoint);
+            self.empty_pool(cx, endpoint, Discard::Endpoint);
         }
     }
 
     /// Closes all warm connections of an endpoint, which get replaced little by little.
-    fn empty_pool(&mut self, endpoint: EndpointId, why: Discard) {
-        let now = self.cx.now;
-        if let Some(entry) = self.pools.table.get_mut(endpoint) {
-            entry.pool.on_emptied(now, &mut self.cx.rng);
+    pub(super) fn empty_pool<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+        why: Discard,
+    ) {
+        let now = cx.now;
+        if let Some(entry) = self.table.get_mut(endpoint) {
+            entry.pool.on_emptied(now, &mut cx.rng);
         }
-        self.evict(endpoint, why);
-    }
-
-    /// The backend of a session ended or broke its connection. Says whether the session has got
-    /// another one; then it has not been touched by this.
-    pub(super) fn on_backend_gone(&mut self, key: Key<Session>, broken: bool) -> bool {
-        let Some(session) = self.sessions.get_mut(key) else { return false };
-        let untouched = session.is_untouched();
-        let (verdict, endpoint) = (session.judge(broken, self.cx.now), session.endpoint());
-        let Some(endpoint) = endpoint else { return false };
-        match verdict {
-            Verdict::None => return false,
-            Verdict::Stale => {}
-            Verdict::Forgotten => self.on_forgotten(endpoint),
-            Verdict::Failed => self.on_failed_at_once(endpoint),
-        }
-        untouched && self.move_session(key, verdict == Verdict::Failed)
-    }
-
-    /// Gives a session on which nothing has moved another backend, if it may have one. From one that
-    /// has failed it goes to another endpoint only: what all do may be what is wanted.
-    pub(super) fn move_session(&mut self, key: Key<Session>, failed: bool) -> bool {
-        let Some(session) = self.sessions.get_mut(key) else { return false };
-        let tried = *session.tried();
-        if tried.attempts() >= self.cx.config.connect_attempts
-            || (failed && !self.pools.table.has_other(&tried))
-        {
-            return false;
-        }
-        let endpoint = session.endpoint();
-        let (client, backend) = (session.conn(Side::Client), session.conn(Side::Backend));
-        session.on_moved();
-        if let Some(client) = client {
-            self.cx.timers.clear(client.index());
-            self.cx.driver.receive(client, false);
-        }
-        if let Some(backend) = backend {
-            self.cx.timers.clear(backend.index());
-            self.owner(backend);
-            self.cx.driver.close(backend, Close::Reset);
-        }
-        self.release(endpoint);
-        let otherwise = if failed { CloseReason::ConnectFailed } else { CloseReason::BackendReset };
-        self.dispatch(key, otherwise);
-        self.listen_to_early(key);
-        true
+        self.evict(cx, endpoint, why);
     }
 
     /// An endpoint ended a fresh connection at once, without a byte on it.
-    fn on_failed_at_once(&mut self, endpoint: EndpointId) {
-        let now = self.cx.now;
-        if let Some(entry) = self.pools.table.get_mut(endpoint) {
-            entry.pool.on_failed(now, &mut self.cx.rng);
+    pub(super) fn on_failed_at_once<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+    ) {
+        let now = cx.now;
+        if let Some(entry) = self.table.get_mut(endpoint) {
+            entry.pool.on_failed(now, &mut cx.rng);
         }
-        self.on_endpoint_failure(endpoint, &ended_at_once());
-    }
-
-    /// An endpoint has reset a warm connection at its first use: it does not know it any more, and
-    /// so none that was made before now. Its host was restarted, or its address has moved.
-    fn on_forgotten(&mut self, endpoint: EndpointId) {
-        self.empty_pool(endpoint, Discard::Dead);
-        self.discard_idle_in_use_of(endpoint);
-        self.on_failed_at_once(endpoint);
-        self.mark_short(endpoint);
-    }
-
-    /// A client's connection was lost: what that says about its endpoint.
-    pub(super) fn judge_lost(&mut self, key: Key<Client>, why: Retry) {
-        let client = self.requests.clients.get(key);
-        let Some(&backend) = client.and_then(Client::unanswered_backend) else { return };
-        let fresh =
-            self.cx.now.saturating_duration_since(backend.made) < AT_ONCE && !backend.served;
-        if fresh {
-            self.on_failed_at_once(backend.endpoint);
-        } else if why == Retry::Broken {
-            self.on_forgotten(backend.endpoint);
-        }
-    }
-
-    /// A session is closed. One that has lasted says that its endpoint is well, where that never
-    /// sends a byte.
-    pub(super) fn judge_closed(&mut self, session: &mut Session) {
-        let silent = session.has_lasted(self.cx.now) && session.take_heard();
-        if silent
-            && let Some(entry) = session.endpoint().and_then(|at| self.pools.table.get_mut(at))
-            && !entry.health.is_sound()
-        {
-            entry.health.on_lasted();
-            entry.stats().failures_in_a_row.set(u64::from(entry.health.failures()));
-        }
-    }
-
-    /// Closes what is too old, makes what is missing, and probes what may have recovered.
-    pub(super) fn upkeep(&mut self) {
-        let now = self.cx.now;
-        self.look_after_queue();
-        self.look_for_silence();
-        self.evict_removed();
-        for endpoint in self.pools.table.indices() {
-            while let Some((conn, why)) = self.pools.table.expire(endpoint, now) {
-                self.discard(conn, why);
-            }
-            let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
-            if let Some(slow_start) = self.cx.config.slow_start {
-                entry.ramp_up(slow_start, now);
-            }
-            if self.cx.config.backend_drain.is_some_and(|drain| entry.is_overdue(drain, now)) {
-                self.close_sessions_on(endpoint);
-                self.reclaim_from(endpoint);
-            }
-            let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
-            let running = self.cx.command < Command::Drain && entry.is_present();
-            if running && entry.health.take_probe(now) {
-                self.warm(endpoint);
-            } else if entry.health.is_probing() {
-                self.look_at_probe(endpoint);
-            }
-            if let Some(entry) = self.pools.table.get_mut(endpoint) {
-                entry.health.forgive(now);
-            }
-            self.refill(endpoint);
-        }
-        self.pools.table.forget_unused();
+        self.on_endpoint_failure(cx, endpoint, &ended_at_once());
     }
 
     /// Re-admits an endpoint whose probe has stayed open for a while.
-    fn look_at_probe(&mut self, endpoint: EndpointId) {
-        let (now, health) = (self.cx.now, self.pools.health);
-        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
+    pub(super) fn look_at_probe<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
+        let (now, health) = (cx.now, self.health);
+        let Some(entry) = self.table.get_mut(endpoint) else { return };
         if entry.pool.has_settled(PROBE_SETTLED, now) {
             if entry.health.on_settled(&health, now) {
                 self.on_readmitted(endpoint);
@@ -501,50 +322,26 @@ impl<D: Driver> Engine<D> {
             // Somebody took it, who has not been answered yet.
             entry.health.on_probe_lost(now);
         }
-        self.drop_surplus_of(endpoint);
+        self.drop_surplus_of(cx, endpoint);
     }
 
     /// A probe is kept even where no warm connections are; then it has served its purpose.
-    fn drop_surplus_of(&mut self, endpoint: EndpointId) {
-        let most = self.cx.config.pool.most();
-        while let Some(entry) = self.pools.table.get_mut(endpoint)
+    pub(super) fn drop_surplus_of<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
+        let most = cx.config.pool.most();
+        while let Some(entry) = self.table.get_mut(endpoint)
             && entry.health.is_usable()
             && entry.pool.idle() > most
         {
-            self.give_up_oldest(endpoint);
+            self.give_up_oldest(cx, endpoint);
         }
     }
 
-    fn publish_pool(&mut self, endpoint: EndpointId) {
-        let now = self.cx.now;
-        let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
+    pub(super) fn publish_pool<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
+        let now = cx.now;
+        let Some(entry) = self.table.get_mut(endpoint) else { return };
         let (pool, stats) = (&entry.pool, entry.stats());
         stats.pool_target.set(pool.target() as u64);
         stats.pool_oldest_ms.set(pool.oldest(now).map_or(0, |age| age.as_millis() as u64));
-    }
-
-    /// What the pools say they have is what connections say whose they are.
-    #[cfg(test)]
-    pub(super) fn assert_pool_invariants(&self) {
-        use std::collections::HashMap;
-
-        let table = &self.pools.table;
-        table.assert_invariants();
-        let mut found: HashMap<EndpointId, [usize; 2]> = HashMap::new();
-        for owned in &self.cx.owners {
-            match owned.owner {
-                Owner::Warm { endpoint, .. } => found.entry(endpoint).or_default()[0] += 1,
-                Owner::Warming { endpoint, .. } => found.entry(endpoint).or_default()[1] += 1,
-                _ => {}
-            }
-        }
-        for endpoint in table.indices() {
-            let Some(entry) = table.get(endpoint) else { continue };
-            let owned = found.remove(&endpoint).unwrap_or_default();
-            let counts = entry.pool.counts();
-            assert_eq!([counts.idle, counts.connecting], owned, "{}", entry.endpoint.name);
-        }
-        assert!(found.is_empty(), "connections of no endpoint: {found:?}");
     }
 }
 
@@ -558,7 +355,7 @@ pub(super) fn why_not_acquired(unheard: Unheard) -> Option<Discard> {
 }
 
 /// What an endpoint is ejected for that accepts only to close again.
-fn ended_at_once() -> io::Error {
+pub(super) fn ended_at_once() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "it ended a connection at once, without a byte")
 }
 
@@ -569,4 +366,13 @@ pub(super) fn is_local(error: &io::Error) -> bool {
             error.raw_os_error(),
             Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM | libc::EADDRNOTAVAIL)
         )
+}
+
+/// Closes a connection that has left its pool.
+pub(super) fn discard<D: Driver>(cx: &mut Context<D>, conn: ConnId, why: Discard) {
+    if let Owner::Warm { mut greeting, .. } = cx.owners.take(conn) {
+        cx.driver.buffers().clear(&mut greeting);
+    }
+    cx.stats.count_discard(why);
+    cx.driver.close(conn, Close::Graceful);
 }

@@ -198,14 +198,14 @@ impl<D: Driver> Engine<D> {
     /// What was made before an endpoint fell silent shares the fate of the connection that showed it.
     fn on_endpoint_silent(&mut self, endpoint: EndpointId, since: Instant) {
         let now = self.cx.now;
-        self.evict_made_before(endpoint, since);
+        self.pools.evict_made_before(&mut self.cx, endpoint, since);
         self.discard_idle_in_use_of(endpoint);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         if entry.is_present() && entry.alive_at().is_none_or(|at| at <= since) {
             entry.pool.on_emptied(now, &mut self.cx.rng);
-            self.on_endpoint_failure(endpoint, &acknowledges_nothing());
+            self.pools.on_endpoint_failure(&mut self.cx, endpoint, &acknowledges_nothing());
         }
-        self.mark_short(endpoint);
+        self.pools.mark_short(endpoint);
     }
 
     fn on_client_silent(&mut self, conn: ConnId) {

@@ -5,11 +5,12 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use super::batch::Plan;
-use super::engine::{Engine, leads_back};
+use super::engine::Engine;
 use super::flush;
 use super::handover::{Lighter, hand_over};
 use super::mailbox::Command;
 use super::owners::{Owned, Owner};
+use super::pools::leads_back;
 use crate::io::{Close, Completion, ConnId, Driver, Wait};
 use crate::limits;
 use crate::metrics::{CloseReason, Retry, WorkerState};
@@ -148,7 +149,7 @@ impl<D: Driver> Engine<D> {
     }
 
     fn on_connected(&mut self, conn: ConnId) {
-        if self.leads_back(conn) {
+        if self.pools.leads_back(&self.cx, conn) {
             return self.on_connect_failed(conn, &leads_back());
         }
         match self.owner(conn) {

@@ -102,7 +102,7 @@ impl<D: Driver> Engine<D> {
         if !self.requests.queue.is_empty() {
             self.want(endpoint, 1);
         }
-        self.mark_short(endpoint);
+        self.pools.mark_short(endpoint);
         self.pools.table.forget_unused();
     }
 }

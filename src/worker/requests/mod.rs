@@ -104,7 +104,9 @@ impl<D: Driver> Engine<D> {
             Action::LeaveQueue => self.requests.queue.leave(key),
             Action::Waited(time) => self.cx.stats.queue_wait.record(time),
             Action::Send(conn) => self.send_request(key, conn),
-            Action::Answered(endpoint, made) => self.on_endpoint_answered(endpoint, made),
+            Action::Answered(endpoint, made) => {
+                self.pools.on_endpoint_answered(&mut self.cx, endpoint, made);
+            }
             Action::Lost(why) => self.on_backend_died(key, why),
             Action::Pause(side) => self.receive_from(key, side, false),
             Action::Resume(side) => self.receive_from(key, side, true),

@@ -185,7 +185,7 @@ impl<D: Driver> Engine<D> {
     pub(in crate::worker) fn want(&mut self, endpoint: EndpointId, count: usize) {
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         entry.pool.want(count);
-        self.mark_short(endpoint);
+        self.pools.mark_short(endpoint);
     }
 
     /// Whether requests wait for an endpoint that has no alternative, be it ejected or not.
@@ -224,8 +224,8 @@ impl<D: Driver> Engine<D> {
 
     /// Takes note that an endpoint may have idle connections for those that wait.
     pub(in crate::worker) fn free(&mut self, endpoint: EndpointId) {
-        if !self.requests.queue.is_empty() && !self.pools.freed.contains(&endpoint) {
-            self.pools.freed.push(endpoint);
+        if !self.requests.queue.is_empty() {
+            self.pools.free(endpoint);
         }
     }
 
