@@ -142,14 +142,14 @@ pub fn connect(
     count: usize,
     ids: u64,
 ) -> Result<Vec<std::net::TcpStream>, String> {
-    let told = |error: io::Error| format!("connecting: {error}");
+    let context = |error: io::Error| format!("connecting: {error}");
     let mut streams = Vec::with_capacity(count);
     while streams.len() < count {
         let from = streams.len();
         while streams.len() < count.min(from + CONNECTING) {
-            let stream = std::net::TcpStream::connect(target).map_err(told)?;
-            stream.set_nodelay(true).map_err(told)?;
-            stream.set_read_timeout(Some(PATIENCE)).map_err(told)?;
+            let stream = std::net::TcpStream::connect(target).map_err(context)?;
+            stream.set_nodelay(true).map_err(context)?;
+            stream.set_read_timeout(Some(PATIENCE)).map_err(context)?;
             streams.push(stream);
         }
         exchange(&streams[from..], ids + from as u64).map_err(|error| format!("first {error}"))?;
