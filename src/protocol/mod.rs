@@ -11,7 +11,7 @@
 //!
 //! That is all of the program. The configuration learns the word and which modes and variables go
 //! with it, the metrics their labels, and a worker's clients speak it; the tests of this module hold
-//! each row to what its facts promise. The charts' schema and the page of variables repeat the words.
+//! each row to what its facts promise. The chart's schema and the generated pages in `docs` repeat the words.
 //!
 //! A protocol sees slices of bytes, in order, each of them once. It has no I/O, no clock, and does
 //! not know what holds the bytes, or which endpoints there are. It never guesses: what two readers

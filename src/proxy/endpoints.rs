@@ -40,7 +40,7 @@ pub struct Endpoint {
     near: AtomicBool,
     /// The first of the workers that keep its minimum of warm connections.
     first_worker: usize,
-    /// Its counters, one block a worker, indexed by worker.
+    /// Its counters, one block per worker, indexed by worker.
     pub stats: Box<[EndpointStats]>,
 }
 

@@ -29,15 +29,15 @@ impl Sim {
         })
     }
 
-    /// What the user could do and has not done, though it was told all that it needs to know, for
-    /// nothing will tell it again; or what it was told too late. To be asked after each turn.
+    /// What the user could do and has not done, though it was notified of all that it needs, for
+    /// nothing will notify it again; or of what it was notified too late. To be asked after each turn.
     pub fn undone(&mut self) -> Option<String> {
         let undone =
             (0..self.sockets.slots()).find_map(|slot| self.undone_with(self.sockets.key_at(slot)?));
         self.too_late.take().or(undone)
     }
 
-    /// The user is told that bytes were sent for which the source of them may have waited.
+    /// The user is notified that bytes were sent for which the source of them may have waited.
     pub(super) fn check_lateness(&mut self, conn: ConnId) {
         let Some(sink) = self.sockets.get(conn) else { return };
         let Some(source) = sink.joined.and_then(|source| self.sockets.get(source)) else { return };
