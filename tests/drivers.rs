@@ -127,8 +127,8 @@ on_each_driver![unix:
 
 impl<D: Driver> Rig<D> {
     fn turn(&mut self) {
-        let most = Duration::from_millis(10);
-        self.driver.wait(Wait::for_one(most)).unwrap();
+        let max = Duration::from_millis(10);
+        self.driver.wait(Wait::for_one(max)).unwrap();
         while let Some(completion) = self.driver.next() {
             self.seen.push(completion);
         }
@@ -265,8 +265,8 @@ impl<D: Driver> Rig<D> {
 
     /// One turn, in which everything is passed on at once. Much that is queued stops its source.
     fn relay(&mut self, pairs: &mut [Relayed]) {
-        let most = Duration::from_millis(10);
-        self.driver.wait(Wait::for_one(most)).unwrap();
+        let max = Duration::from_millis(10);
+        self.driver.wait(Wait::for_one(max)).unwrap();
         while let Some(completion) = self.driver.next() {
             let conn = completion.conn();
             let about = |pair: &&mut Relayed| conn == Some(pair.from) || conn == Some(pair.to);

@@ -127,7 +127,7 @@ pub fn run(
         }
         Ok::<_, String>(sum)
     })?;
-    exchange(&idle, 3 << 56).map_err(|error| format!("a connection that was idle: {error}"))?;
+    round_trips(&idle, 3 << 56).map_err(|error| format!("a connection that was idle: {error}"))?;
     Ok(outcome)
 }
 
@@ -152,13 +152,14 @@ pub fn connect(
             stream.set_read_timeout(Some(PATIENCE)).map_err(context)?;
             streams.push(stream);
         }
-        exchange(&streams[from..], ids + from as u64).map_err(|error| format!("first {error}"))?;
+        round_trips(&streams[from..], ids + from as u64)
+            .map_err(|error| format!("first {error}"))?;
     }
     Ok(streams)
 }
 
 /// One request on each of the connections.
-fn exchange(streams: &[std::net::TcpStream], ids: u64) -> Result<(), String> {
+fn round_trips(streams: &[std::net::TcpStream], ids: u64) -> Result<(), String> {
     let frame = |at: usize| Frame { id: ids + at as u64, len: 64, reply: 64 };
     for (at, mut stream) in streams.iter().enumerate() {
         Outgoing::new(frame(at)).write(&mut stream).map_err(|e| format!("request: {e}"))?;

@@ -129,7 +129,7 @@ pub trait Protocol: fmt::Debug + Sized {
 #[derive(Debug, Clone, Copy)]
 #[allow(clippy::struct_excessive_bools, reason = "each is independent of the others")]
 pub struct Facts {
-    /// Its requests and replies can be told apart, so a connection may serve several clients.
+    /// Its requests and replies are framed, so a connection may serve several clients.
     pub is_framed: bool,
     /// What requests ask for, by the labels under which they are counted; see [`Verb::named`].
     pub commands: &'static [&'static str],
@@ -148,7 +148,7 @@ pub struct Facts {
 }
 
 impl Facts {
-    /// Where messages can be told apart, and nothing else is special.
+    /// Where messages are framed, and nothing else is special.
     pub const FRAMED: Self = Self {
         is_framed: true,
         commands: &[],

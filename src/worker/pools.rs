@@ -215,8 +215,8 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    /// Likewise for those that are lent: the next one is open and silent, or there is none. What
-    /// the kernel had told by the end of a turn need not be all that there was to tell.
+    /// Likewise for those that are shared: the next one is open and silent, or there is none. What
+    /// the kernel had reported by the end of a turn need not be all that there was.
     pub(super) fn prove_latest(&mut self, endpoint: EndpointId) {
         while let Some(entry) = self.pools.table.get_mut(endpoint)
             && let Some(conn) = entry.pool.latest_conn()
@@ -232,7 +232,7 @@ impl<D: Driver> Engine<D> {
 
     fn forget_warm(&mut self, endpoint: EndpointId, conn: ConnId, why: Discard) {
         let now = self.cx.now;
-        // One that has said something is well, whatever becomes of the connection.
+        // One that has sent something is well, whatever becomes of the connection.
         let is_silent = why == Discard::Dead
             && matches!(self.peek_owner(conn), Some(Owner::Warm { greeting, .. }) if greeting.is_empty());
         let failed = self.pools.table.died(endpoint, conn, now, &mut self.cx.rng);

@@ -78,7 +78,7 @@ pub fn a_reset_is_told_once_while_receiving_is_stopped_and_loses_no_byte<D: Driv
         let bytes = pattern(40_000);
         client.write_all(&bytes).unwrap();
         if half_closed {
-            // What is told of this must not pass for the reset, nor hide it.
+            // What is reported of this must not pass for the reset, nor hide it.
             client.shutdown(Shutdown::Write).unwrap();
             for _ in 0..3 {
                 rig.turn();
@@ -103,8 +103,8 @@ pub fn a_reset_is_told_once_while_receiving_is_stopped_and_loses_no_byte<D: Driv
         assert!(is_end(last), "the end is not the last: {:?}", rig.seen);
         assert!(half_closed || matches!(last, Completion::ReceiveFailed(_)), "{last:?}");
         assert!(rig.received() == bytes, "wrong bytes");
-        let told = rig.seen.iter().filter(|c| matches!(c, Completion::SendFailed(_))).count();
-        assert_eq!(told, 1, "{:?}", rig.seen);
+        let failed = rig.seen.iter().filter(|c| matches!(c, Completion::SendFailed(_))).count();
+        assert_eq!(failed, 1, "{:?}", rig.seen);
         rig.seen.clear();
         rig.driver.close(conn, Close::Reset);
     }
@@ -158,7 +158,7 @@ pub fn the_end_goes_right_behind_a_send<D: Driver>(mut rig: Rig<D>) {
     }
 }
 
-/// The waits that end within `time` although nothing is to be told, each of at most 50 ms.
+/// The waits that end within `time` although nothing is to be reported, each of at most 50 ms.
 fn idle_turns<D: Driver>(rig: &mut Rig<D>, time: Duration) -> usize {
     let begun = Instant::now();
     let mut turns = 0;

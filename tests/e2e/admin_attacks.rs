@@ -14,7 +14,7 @@ use crate::support::kube_api::{KubeApi, Slice, host_ip};
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, SetOnDrop, eventually, heavy, measured};
 
-/// What a kubelet waits for an answer, unless told otherwise.
+/// What a kubelet waits for an answer, unless set otherwise.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A proxy for the tests of this module, and its admin port.

@@ -284,8 +284,8 @@ mod tests {
             assert!(socket.keepalive().unwrap());
             assert_eq!(socket.tcp_keepalive_time().unwrap(), silence.min(KEEPALIVE_TIME_MAX));
             let interval = socket.tcp_keepalive_interval().unwrap();
-            let most = interval * socket.tcp_keepalive_retries().unwrap();
-            assert!(most >= silence_max, "{most:?} of {silence_max:?}");
+            let max = interval * socket.tcp_keepalive_retries().unwrap();
+            assert!(max >= silence_max, "{max:?} of {silence_max:?}");
             assert!(silence_max > 60 * SECOND || interval == SECOND, "{interval:?}");
             Options::default().ask(&client, None);
             assert!(!socket.keepalive().unwrap());

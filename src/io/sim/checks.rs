@@ -65,7 +65,7 @@ impl Sim {
         if unread && !source.is_wanted() && source.sending != Sending::Broken {
             Some(format!("{} is not read from, though {} takes everything", from.id, to.id))
         } else if source.told_end && !from.reset && !sink.has_shut_down() {
-            Some(format!("{} has ended, and {} was not told", from.id, to.id))
+            Some(format!("{} has ended, and {} was not notified", from.id, to.id))
         } else if both_ended && source.queue.is_empty() && source.untold == 0 {
             Some(format!("{} and {} have ended, and stay", from.id, to.id))
         } else {

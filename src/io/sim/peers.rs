@@ -234,9 +234,9 @@ impl Sim {
             return;
         }
         let room = SOCKET_BYTES.saturating_sub(peer.received.len() - peer.read);
-        let most = room.min(peer.wire.len());
-        if most > 0 {
-            let len = self.rng.usize(1..=most);
+        let max = room.min(peer.wire.len());
+        if max > 0 {
+            let len = self.rng.usize(1..=max);
             let before = peer.received.len();
             peer.received.extend(peer.wire.drain(..len));
             if let Some(lines) = &mut peer.lines {

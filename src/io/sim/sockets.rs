@@ -229,11 +229,11 @@ impl Sim {
             socket.error_taken = true;
             return self.break_step(conn);
         }
-        let most = (SEND_BYTES - peer.wire.len()).min(socket.queue.bytes() as usize);
+        let max = (SEND_BYTES - peer.wire.len()).min(socket.queue.bytes() as usize);
         // What is small finds room where little else is on its way, and that is known at once.
         let is_small = peer.wire.len() + socket.queue.bytes() as usize <= BUFFER_SIZE;
-        if most > 0 {
-            let len = if is_small { most } else { self.rng.usize(1..=most) };
+        if max > 0 {
+            let len = if is_small { max } else { self.rng.usize(1..=max) };
             let before = peer.wire.len();
             for part in self.buffers.slices(&socket.queue) {
                 let rest = len - (peer.wire.len() - before);
@@ -257,7 +257,7 @@ impl Sim {
             self.peers[index].wire_ends = true;
         }
         self.carry_on(index);
-        if most > 0 {
+        if max > 0 {
             self.poke(conn);
         }
     }
