@@ -7,8 +7,8 @@
 //!                   [::]:8082 ◀── control thread: tokio; discovery, admin HTTP, signals
 //! ```
 //!
-//! Two planes meet in two places only: a [`worker::mailbox::Mailbox`] a worker, and the counters
-//! in [`metrics`], which a worker alone writes and the others read. Through the mailbox a worker
+//! Two planes meet in two places only: one [`worker::mailbox::Mailbox`] per worker, and the counters
+//! in [`metrics`], each of which one worker writes and the others read. Through the mailbox a worker
 //! with many sessions hands a new client over to one with few. Dependencies point inward:
 //!
 //! | module | what it is |
@@ -19,12 +19,25 @@
 //! | [`listening`] | which addresses lead back to this process |
 //! | [`startup`] | decided before anything is bound: cores, driver, capacity; then listeners |
 //! | [`metrics`] | one row per metric: a worker's counter, the text, the reference page |
-//! | [`slab`] | fixed-capacity slots with generations |
+//! | [`slab`], [`fifo`] | fixed-capacity slots with generations; a queue that stays in its memory |
 //! | [`proxy`] | decides: sessions, relays, requests, pools, balancing, health; no I/O, no clock, no unsafe |
 //! | [`protocol`] | all that is known of a protocol: TCP, Chronos, HTTP/1; the PROXY protocol's header |
-//! | [`io`] | does: the io_uring and epoll drivers and the seeded simulator; the only unsafe code |
+//! | [`io`] | does: the `io_uring` and epoll drivers and the seeded simulator; the only unsafe code |
 //! | [`worker`] | one core: binds `proxy` to `io`, turn by turn |
-//! | [`control`] | the tokio side: discovery, admin HTTP, lifecycle |
+//! | [`control`] | the control thread, on tokio: discovery, admin HTTP, lifecycle |
+//!
+//! Where to look first:
+//!
+//! | what | where |
+//! | --- | --- |
+//! | how many workers there are, and on which cores | `startup/cores.rs` |
+//! | a worker's loop, on any driver; how epoll waits | [`worker::engine`]; [`io::epoll`] |
+//! | the endpoints, and which one is chosen | [`proxy::endpoints`] as delivered, [`proxy::balance`] as a worker uses them |
+//! | how a connection moves in and out of a pool | `proxy/balance/conns.rs`; what a pool keeps: [`proxy::pool`] |
+//! | why a pooled connection is closed | [`metrics::Discard`] |
+//! | what a session does when a side ends or resets | [`proxy::session`] |
+//! | what an error looks like to the client | [`protocol::ErrorReply`], and `write_error` of each protocol |
+//! | what happens on SIGTERM | [`control::lifecycle`] |
 
 // Here alone: in the test and bench crates nothing is reachable from outside.
 #![warn(unreachable_pub)]

@@ -55,15 +55,15 @@ pub const RELAY_BUFFERS_MAX: u32 = 8;
 /// two, an HTTP head in more. As many a session are reserved.
 pub const PARTIAL_BUFFERS_SHORT_MAX: u32 = 2;
 
-/// Buffers lent to the kernel at a time for whichever socket receives next: at least, …
-pub const BUFFERS_LENT_MIN: usize = 32;
+/// Buffers provided to the kernel at a time for whichever socket receives next: at least, …
+pub const BUFFERS_PROVIDED_MIN: usize = 32;
 
 /// … and where more sockets than that receive in one turn, at most. A power of two. With 1024 there
 /// is no more to win.
 pub const BUFFER_RING_ENTRIES: u16 = 512;
 
-/// Buffers lent at a time at most while they are short.
-pub const BUFFERS_LENT_LEAN_MAX: usize = 128;
+/// Buffers provided at a time at most while they are short.
+pub const BUFFERS_PROVIDED_SHORT_MAX: usize = 128;
 
 /// Bytes that one pipe takes, through which bulk is moved within the kernel: that much is moved at a
 /// time. What a user may make larger without privileges is 1 MiB, and 64 MiB in all.
@@ -78,7 +78,7 @@ const BUFFERED_SESSIONS_MAX: usize = 32 * 1024;
 /// Sessions share so many buffers each, beside those that are reserved, …
 const BUFFERS_SHARED_PER_SESSION: usize = 14;
 
-/// … but all of a worker no more than this: 64 MiB, enough for five hundred directions that run as
+/// … but all of a worker at most this: 64 MiB, enough for five hundred directions that run as
 /// far ahead as any may.
 const BUFFERS_SHARED_MAX: usize = 4096;
 
@@ -90,7 +90,7 @@ const SPARE_PER_BUFFER: u32 = 16;
 /// in three buffers at most, as its first may be sent in part.
 const BUFFERS_RESERVED_PER_DIRECTION: usize = 3;
 
-/// Buffers of one worker: those that are reserved, those that are lent to the kernel, and those
+/// Buffers of one worker: those that are reserved, those that are provided to the kernel, and those
 /// that sessions share. It is address space: memory is what is in use.
 pub const fn buffers_max(sessions_max: usize) -> usize {
     let shared = sessions_max.saturating_mul(BUFFERS_SHARED_PER_SESSION);
@@ -124,7 +124,7 @@ pub const fn in_flight_max(spare: u32) -> u32 {
     buffers * BUFFER_SIZE as u32
 }
 
-/// Whether so few buffers are spare that a direction may hold no more than one when it is read.
+/// Whether so few buffers are spare that a direction may hold at most one when it is read.
 /// Then each receive takes one and no more: a multishot receive may run many ahead.
 pub const fn buffers_are_short(spare: u32) -> bool {
     spare < SPARE_PER_BUFFER
@@ -187,7 +187,7 @@ pub const fn sessions_of_worker_max(sessions_max: usize) -> usize {
 /// reader that thinks. One that sends nothing is held to [`UPLOAD_BEHIND_MAX`].
 pub const CLIENT_STALL_MAX: Duration = Duration::from_secs(60);
 
-/// A client that was told all may go on sending for so long without taking anything. What it sends
+/// A client that was sent everything may go on sending for so long without taking anything. What it sends
 /// is dropped, so that it gets to see the answer before its connection is closed.
 pub const LINGER_MAX: Duration = Duration::from_secs(30);
 
@@ -207,7 +207,7 @@ pub const UPLOAD_BEHIND_CONTENDED_MAX: Duration = Duration::from_secs(2);
 pub const UPLOAD_BEHIND_MAX: Duration = Duration::from_secs(30);
 
 /// In a drain, a client that has sent no request yet may take so long to send its first, and one
-/// that was told to leave to do so.
+/// that was asked to leave to do so.
 pub const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Connections of one worker.
@@ -222,7 +222,7 @@ pub const fn conns_max(sessions_max: usize) -> usize {
 /// round trips without a burst of handshakes at the backend.
 pub const POOL_CONNECTING_MAX: usize = 16;
 
-/// Buffers that an idle pooled connection may hold of what its backend sent unasked: a greeting,
+/// Buffers that an idle pooled connection may hold of what its backend sent unsolicited: a greeting,
 /// which may come in a few pieces.
 pub const POOL_GREETING_BUFFERS_MAX: u32 = 4;
 

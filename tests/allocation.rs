@@ -101,7 +101,7 @@ fn echo_server() -> SocketAddr {
     address
 }
 
-fn exchange(client: &mut TcpStream, count: usize) {
+fn round_trips(client: &mut TcpStream, count: usize) {
     let mut reply = [0; MESSAGE.len()];
     for _ in 0..count {
         client.write_all(&MESSAGE).unwrap();
@@ -113,7 +113,7 @@ fn exchange(client: &mut TcpStream, count: usize) {
 fn exchange_with_all(clients: &mut [TcpStream], count: usize) {
     thread::scope(|scope| {
         for client in clients {
-            scope.spawn(move || exchange(client, count));
+            scope.spawn(move || round_trips(client, count));
         }
     });
 }

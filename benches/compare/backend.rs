@@ -1,5 +1,5 @@
 //! The backend: a process of its own, which checks every byte of every frame and answers those that
-//! ask for it. One thread, as lean as it can be; or like Chronos a thread for each connection, which
+//! ask for it. One thread, as simple as it can be; or like Chronos a thread for each connection, which
 //! takes each read for one request.
 
 use std::collections::VecDeque;
@@ -32,17 +32,17 @@ impl Backend {
     /// Starts a backend that listens at `count` addresses, with a thread for each connection if it
     /// is to be `threaded`.
     pub fn start(count: usize, threaded: bool) -> Result<Self, String> {
-        let told = |error: io::Error| format!("starting the backend: {error}");
-        let mut child = Command::new(std::env::current_exe().map_err(told)?)
+        let context = |error: io::Error| format!("starting the backend: {error}");
+        let mut child = Command::new(std::env::current_exe().map_err(context)?)
             .args([ARGUMENT, &count.to_string()])
             .args(threaded.then_some("threaded"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .map_err(told)?;
+            .map_err(context)?;
         let mut line = String::new();
         let output = child.stdout.take().expect("it is piped");
-        BufReader::new(output).read_line(&mut line).map_err(told)?;
+        BufReader::new(output).read_line(&mut line).map_err(context)?;
         let addresses: Vec<_> = line.split_whitespace().filter_map(|a| a.parse().ok()).collect();
         if addresses.len() == count {
             Ok(Self { child, addresses })
@@ -60,7 +60,7 @@ impl Backend {
     pub fn check(&mut self) -> Result<(), String> {
         match self.child.try_wait() {
             Ok(None) => Ok(()),
-            ended => Err(format!("the backend ended: {ended:?}; what it said is above")),
+            ended => Err(format!("the backend ended: {ended:?}; what it printed is above")),
         }
     }
 }

@@ -26,7 +26,7 @@ pub fn measure(scenario: &Scenario, measured: Duration) -> io::Result<Option<Run
         Pace::Bulk => return Ok(None), // It may splice.
         Pace::Churn => cost(measured, 1, || {
             let mut pair = connect(&listener)?;
-            messages.exchange(std::slice::from_mut(&mut pair))?;
+            messages.round_trips(std::slice::from_mut(&mut pair))?;
             let (client, mut server) = pair;
             drop(client);
             server.read(&mut [0]).map(drop)
@@ -34,7 +34,7 @@ pub fn measure(scenario: &Scenario, measured: Duration) -> io::Result<Option<Run
         Pace::Closed | Pace::Open(_) => {
             let mut pairs: Vec<_> =
                 (0..scenario.connections).map(|_| connect(&listener)).collect::<io::Result<_>>()?;
-            cost(measured, pairs.len(), || messages.exchange(&mut pairs))
+            cost(measured, pairs.len(), || messages.round_trips(&mut pairs))
         }
     };
     Ok(Some(Run { cpu: Some(cost?), ..Run::default() }))
@@ -103,7 +103,7 @@ impl Messages {
     }
 
     /// A request and its reply on each of the connections.
-    fn exchange(&mut self, pairs: &mut [(TcpStream, TcpStream)]) -> io::Result<()> {
+    fn round_trips(&mut self, pairs: &mut [(TcpStream, TcpStream)]) -> io::Result<()> {
         let (requested, replied) = (self.request.len(), self.reply.len());
         for (client, _) in pairs.iter_mut() {
             client.write_all(&self.request)?;

@@ -350,8 +350,9 @@ impl<'a> Generator<'a> {
 
     /// Closes the connection, and makes a request on another one in its place.
     fn ask_anew(&mut self, at: usize, since: Instant) -> Result<(), String> {
-        let told = |error: io::Error| format!("connecting: {error}");
-        let stream = connect_from(at * self.part.of + self.part.at, self.target).map_err(told)?;
+        let context = |error: io::Error| format!("connecting: {error}");
+        let stream =
+            connect_from(at * self.part.of + self.part.at, self.target).map_err(context)?;
         if at == self.conns.len() {
             self.add(stream);
         } else {
@@ -360,7 +361,7 @@ impl<'a> Generator<'a> {
         }
         self.request(at, since)?;
         let is_written = self.conns[at].outgoing.is_none();
-        self.register(at, if is_written { Interest::READABLE } else { BOTH }).map_err(told)
+        self.register(at, if is_written { Interest::READABLE } else { BOTH }).map_err(context)
     }
 
     /// Lets nothing begin any more.

@@ -127,7 +127,7 @@ pub fn run(
         }
         Ok::<_, String>(sum)
     })?;
-    exchange(&idle, 3 << 56).map_err(|error| format!("a connection that was idle: {error}"))?;
+    round_trips(&idle, 3 << 56).map_err(|error| format!("a connection that was idle: {error}"))?;
     Ok(outcome)
 }
 
@@ -142,23 +142,24 @@ pub fn connect(
     count: usize,
     ids: u64,
 ) -> Result<Vec<std::net::TcpStream>, String> {
-    let told = |error: io::Error| format!("connecting: {error}");
+    let context = |error: io::Error| format!("connecting: {error}");
     let mut streams = Vec::with_capacity(count);
     while streams.len() < count {
         let from = streams.len();
         while streams.len() < count.min(from + CONNECTING) {
-            let stream = std::net::TcpStream::connect(target).map_err(told)?;
-            stream.set_nodelay(true).map_err(told)?;
-            stream.set_read_timeout(Some(PATIENCE)).map_err(told)?;
+            let stream = std::net::TcpStream::connect(target).map_err(context)?;
+            stream.set_nodelay(true).map_err(context)?;
+            stream.set_read_timeout(Some(PATIENCE)).map_err(context)?;
             streams.push(stream);
         }
-        exchange(&streams[from..], ids + from as u64).map_err(|error| format!("first {error}"))?;
+        round_trips(&streams[from..], ids + from as u64)
+            .map_err(|error| format!("first {error}"))?;
     }
     Ok(streams)
 }
 
 /// One request on each of the connections.
-fn exchange(streams: &[std::net::TcpStream], ids: u64) -> Result<(), String> {
+fn round_trips(streams: &[std::net::TcpStream], ids: u64) -> Result<(), String> {
     let frame = |at: usize| Frame { id: ids + at as u64, len: 64, reply: 64 };
     for (at, mut stream) in streams.iter().enumerate() {
         Outgoing::new(frame(at)).write(&mut stream).map_err(|e| format!("request: {e}"))?;

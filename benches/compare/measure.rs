@@ -175,11 +175,11 @@ fn put(
         Duration::from_millis(20)
             + Duration::from_micros(50) * (load.idle + load.connections) as u32,
     );
-    let told = |error| format!("{} through {}: {error}", scenario.name, proxy.contestant.name());
-    backend.check().map_err(told)?;
-    let outcome = outcome.map_err(told)?;
+    let context = |error| format!("{} through {}: {error}", scenario.name, proxy.contestant.name());
+    backend.check().map_err(context)?;
+    let outcome = outcome.map_err(context)?;
     if outcome.requests == 0 {
-        return Err(told("not one request was served in time".to_owned()));
+        return Err(context("not one request was served in time".to_owned()));
     }
     Ok(outcome)
 }

@@ -151,21 +151,21 @@ where
     X::CoordDescType: Ranged<ValueType = f64> + ValueFormatter<f64>,
     Y::CoordDescType: Ranged<ValueType = f64> + ValueFormatter<f64>,
 {
-    let told = |error: &dyn std::fmt::Display| format!("the plot {title}: {error}");
+    let context = |error: &dyn std::fmt::Display| format!("the plot {title}: {error}");
     let mut chart = ChartBuilder::on(area)
         .caption(title, ("sans-serif", 15))
         .margin(8)
         .x_label_area_size(25)
         .y_label_area_size(60)
         .build_cartesian_2d(x, y)
-        .map_err(|error| told(&error))?;
-    chart.configure_mesh().light_line_style(WHITE).draw().map_err(|error| told(&error))?;
+        .map_err(|error| context(&error))?;
+    chart.configure_mesh().light_line_style(WHITE).draw().map_err(|error| context(&error))?;
     for curve in curves {
         let color = color(curve.contestant);
         let line = LineSeries::new(curve.points.iter().copied(), color.stroke_width(2));
         chart
             .draw_series(line.point_size(3))
-            .map_err(|error| told(&error))?
+            .map_err(|error| context(&error))?
             .label(curve.contestant.name())
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color.stroke_width(2)));
     }
@@ -174,8 +174,8 @@ where
         .position(SeriesLabelPosition::UpperLeft)
         .background_style(WHITE.mix(0.8))
         .draw()
-        .map_err(|error| told(&error))?;
-    area.present().map_err(|error| told(&error))
+        .map_err(|error| context(&error))?;
+    area.present().map_err(|error| context(&error))
 }
 
 fn color(contestant: Contestant) -> RGBColor {

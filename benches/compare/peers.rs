@@ -19,7 +19,7 @@ use crate::usage::Processes;
 
 /// Workers or threads of every contestant.
 pub const WORKERS: usize = 2;
-/// Backend connections of each worker of Aegis where they are lent.
+/// Backend connections of each worker of Aegis where clients share them.
 const POOL_SIZE: usize = 8;
 /// Sessions that every contestant is set up for.
 const SESSIONS: usize = 9_000;
@@ -36,7 +36,7 @@ pub enum Contestant {
     Uring,
     /// Aegis on epoll
     Epoll,
-    /// Aegis on `io_uring`, connections lent for a request
+    /// Aegis on `io_uring`, connections shared request by request
     Request,
     /// What `--other` names, on `io_uring`
     Other,
@@ -164,11 +164,11 @@ impl Running {
         backend: SocketAddr,
         scenario: &Scenario,
     ) -> Result<Self, String> {
-        let told = |error: io::Error| format!("starting {}: {error}", contestant.name());
-        let folder = tempfile::tempdir().map_err(told)?;
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port().map_err(told)?));
+        let context = |error: io::Error| format!("starting {}: {error}", contestant.name());
+        let folder = tempfile::tempdir().map_err(context)?;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port().map_err(context)?));
         let command =
-            command(contestant, address, backend, scenario, folder.path()).map_err(told)?;
+            command(contestant, address, backend, scenario, folder.path()).map_err(context)?;
         let Some(mut command) = command else {
             return Ok(Self {
                 contestant,
@@ -180,9 +180,9 @@ impl Running {
             });
         };
         let log = folder.path().join("log");
-        let output = File::create(&log).map_err(told)?;
-        command.stdin(Stdio::null()).stdout(output.try_clone().map_err(told)?).stderr(output);
-        let child = command.spawn().map_err(told)?;
+        let output = File::create(&log).map_err(context)?;
+        command.stdin(Stdio::null()).stdout(output.try_clone().map_err(context)?).stderr(output);
+        let child = command.spawn().map_err(context)?;
         let processes = Processes(vec![child.id()]);
         let mut running = Self {
             contestant,
@@ -308,7 +308,7 @@ fn haproxy(listen: SocketAddr, backend: SocketAddr, splice: bool) -> String {
     text
 }
 
-/// As its documentation advises: a worker a core with a listener of its own each, connections
+/// As its documentation advises: one worker per core with a listener of its own, connections
 /// enough for both sides, no logging.
 fn nginx(listen: SocketAddr, backend: SocketAddr, folder: &Path) -> String {
     format!(

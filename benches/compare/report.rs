@@ -136,11 +136,11 @@ impl Report {
     pub fn save(&self) -> Result<(), String> {
         let folder = std::env::var_os("CARGO_TARGET_DIR").map_or("target".into(), PathBuf::from);
         let folder = folder.join("bench");
-        let told = |error: std::io::Error| format!("writing to {}: {error}", folder.display());
-        fs::create_dir_all(&folder).map_err(told)?;
+        let context = |error: std::io::Error| format!("writing to {}: {error}", folder.display());
+        fs::create_dir_all(&folder).map_err(context)?;
         let json = serde_json::to_string_pretty(self).map_err(|error| error.to_string())?;
-        fs::write(folder.join("report.json"), json).map_err(told)?;
-        fs::write(folder.join("report.html"), page::html(self)?).map_err(told)?;
+        fs::write(folder.join("report.json"), json).map_err(context)?;
+        fs::write(folder.join("report.html"), page::html(self)?).map_err(context)?;
         println!("\n{0}/report.html\n{0}/report.json", folder.display());
         Ok(())
     }

@@ -41,7 +41,7 @@ pub struct Scenario {
     pub request: u32,
     pub reply: u32,
     pub targets: Vec<Target>,
-    /// The backend has a thread for each connection, and the contestants lend connections.
+    /// The backend has a thread for each connection, and the contestants share connections.
     pub pools: bool,
     /// What the sweep varies, and its value here.
     pub sweep: Option<(Sweep, usize)>,
@@ -74,7 +74,7 @@ impl Scenario {
         all.iter().copied().filter(takes_part).collect()
     }
 
-    /// The same before a backend with a thread for each connection, where connections are lent.
+    /// The same before a backend with a thread for each connection, where clients share connections.
     fn with_pools(mut self) -> Self {
         self.pools = true;
         self
@@ -109,20 +109,21 @@ pub fn all() -> Vec<Scenario> {
     all
 }
 
+/// A target against the better of the peers.
+fn to(metric: Metric, bound: f64) -> Target {
+    Target { metric, bound, against: Against::Peers }
+}
+
 fn named() -> Vec<Scenario> {
-    use Metric::{Cpu, IdleP99, Memory, P50, P99, P999, Throughput};
-    let to = |metric, bound| Target { metric, bound, against: Against::Peers };
-    let haproxy = |metric, bound| Target { metric, bound, against: Against::Haproxy };
-    let itself = |metric, bound| Target { metric, bound, against: Against::Nothing };
-    let bulk = [haproxy(Throughput, 1.0), haproxy(Cpu, 0.8)];
-    let mut idle = Scenario::new(
-        "idle",
-        "8,000 idle connections, 200 busy ones among them",
-        Pace::Closed,
-        200,
-        &[itself(Memory, 1024.0), to(Memory, 0.25), itself(IdleP99, 1.1)],
-    );
-    idle.idle = 8000;
+    let mut all = small_messages();
+    all.extend(bulk());
+    all.push(idle());
+    all.extend(pools());
+    all
+}
+
+fn small_messages() -> Vec<Scenario> {
+    use Metric::{Cpu, P50, P99, P999, Throughput};
     vec![
         Scenario::new(
             "keepalive-200",
@@ -166,9 +167,35 @@ fn named() -> Vec<Scenario> {
             200,
             &[to(Throughput, 1.7), to(P99, 0.6)],
         ),
-        Scenario::new("bulk-1", "bulk, 1 stream, 64 KiB writes", Pace::Bulk, 1, &bulk),
-        Scenario::new("bulk-8", "bulk, 8 streams, 64 KiB writes", Pace::Bulk, 8, &bulk),
-        idle,
+    ]
+}
+
+fn bulk() -> [Scenario; 2] {
+    let to = |metric, bound| Target { metric, bound, against: Against::Haproxy };
+    let targets = [to(Metric::Throughput, 1.0), to(Metric::Cpu, 0.8)];
+    [
+        Scenario::new("bulk-1", "bulk, 1 stream, 64 KiB writes", Pace::Bulk, 1, &targets),
+        Scenario::new("bulk-8", "bulk, 8 streams, 64 KiB writes", Pace::Bulk, 8, &targets),
+    ]
+}
+
+fn idle() -> Scenario {
+    use Metric::{IdleP99, Memory};
+    let itself = |metric, bound| Target { metric, bound, against: Against::Nothing };
+    let mut idle = Scenario::new(
+        "idle",
+        "8,000 idle connections, 200 busy ones among them",
+        Pace::Closed,
+        200,
+        &[itself(Memory, 1024.0), to(Memory, 0.25), itself(IdleP99, 1.1)],
+    );
+    idle.idle = 8000;
+    idle
+}
+
+/// Before a backend with a thread for each connection.
+fn pools() -> [Scenario; 2] {
+    [
         Scenario::new(
             "crowd-4000",
             "4,000 connections, a backend with a thread for each of its own",
@@ -182,7 +209,7 @@ fn named() -> Vec<Scenario> {
             "a new connection for each request, 200 at a time, the same backend",
             Pace::Churn,
             200,
-            &[to(Throughput, 2.5)],
+            &[to(Metric::Throughput, 2.5)],
         )
         .with_pools(),
     ]

@@ -183,7 +183,7 @@ impl Reader {
         }
     }
 
-    /// A used connection is lent only where that is known to be safe.
+    /// A used connection is shared only where that is known to be safe.
     fn check_pooling(&mut self, config: &Config) {
         let mode = || (AEGIS_POOL_MODE, config.pool.mode.to_string());
         let lends = config.pool.mode != PoolMode::Preconnect;

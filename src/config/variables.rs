@@ -90,7 +90,7 @@ pub struct Config {
     /// The pools of backend connections.
     pool: PoolConfig;
     => "Requests"
-    /// What holds for requests, where used connections are lent.
+    /// What holds for requests, where clients share used connections.
     requests: RequestConfig;
     => "Connections"
     connect_timeout: Duration = AEGIS_CONNECT_TIMEOUT("1s") in durations(ms(1)..=minutes(5)),
@@ -206,7 +206,7 @@ pub struct PoolConfig {
         "Replaces warm connections that are older than this.";
 }
 
-/// What holds for requests, where used connections are lent.
+/// What holds for requests, where clients share used connections.
 pub struct RequestConfig {
     queue_max: usize = AEGIS_QUEUE_MAX("8192") in numbers(0..=limits::SESSIONS_MAX),
         "Requests of one worker that wait for a backend connection; further ones get an error.";

@@ -15,7 +15,7 @@ type Rule<'a> = (&'a [&'a Variable], bool, &'a str);
 
 impl Config {
     /// What is set and has no effect, each with the reason: somebody expects something of it. A
-    /// value that is the default is not told of, since charts write defaults out.
+    /// value that is the default brings no warning, since charts write defaults out.
     pub fn warnings(&self) -> Vec<String> {
         let default = Self::from_vars([]).map(|config| config.effective()).unwrap_or_default();
         let set: Vec<_> =

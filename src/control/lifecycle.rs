@@ -10,7 +10,7 @@
 //! While sessions hold the process up, newcomers are better served than refused: in a pod whose
 //! sidecar alone is restarted there is nowhere else to go until this process has ended. So it listens
 //! until nobody is left, or nearly until the deadline, which includes the time of both stages. Where
-//! clients are told to leave once they have nothing under way, only those are waited for that were
+//! clients are asked to leave once they have nothing under way, only those are waited for that were
 //! there before.
 //!
 //! SIGTERM and SIGINT mean the same. SIGHUP is ignored: the configuration comes from the
@@ -46,7 +46,7 @@ const FULL_MAX: Duration = Duration::from_secs(1);
 /// How often it is looked whether somebody is to be waited for.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Where the kubelet looks for the reason of a container's end, unless told otherwise.
+/// Where the kubelet looks for the reason of a container's end, unless configured otherwise.
 const TERMINATION_LOG: &str = "/dev/termination-log";
 
 /// The kubelet reads no more.
@@ -74,7 +74,7 @@ pub enum Outcome {
     Stuck,
     /// The workers ended without a command.
     WorkersEnded,
-    /// It was told to end before it had ever started, which it could not, because of an error of the
+    /// It was asked to end before it had ever started, which it could not, because of an error of the
     /// configuration or of rights.
     Misconfigured {
         /// What the error is.
@@ -150,7 +150,7 @@ pub(super) fn events(
 /// Waits for the signal to end, then drains; returns once all workers have ended or are stuck.
 pub(super) async fn run(view: &View, mut events: mpsc::Receiver<Event>) -> Outcome {
     let Some(Event::Terminate(signal)) = events.recv().await else {
-        return ended_unasked();
+        return ended_early();
     };
     // What is learned from now on comes too late for anybody who waited for the start.
     let misconfigured = view.misconfigured();
@@ -190,7 +190,7 @@ async fn drain(view: &View, mut events: mpsc::Receiver<Event>, signal: &str) -> 
     match timeout(config.drain_delay, events.recv()).await {
         Err(_) => {}
         Ok(Some(Event::Terminate(signal))) => return cut(view, events, signal).await,
-        Ok(_) => return ended_unasked(),
+        Ok(_) => return ended_early(),
     }
 
     let deadline = Instant::now() + config.drain_timeout;
@@ -205,7 +205,7 @@ async fn drain(view: &View, mut events: mpsc::Receiver<Event>, signal: &str) -> 
         biased;
         event = events.recv() => match event {
             Some(Event::Terminate(signal)) => return cut(view, events, signal).await,
-            _ => return ended_unasked(),
+            _ => return ended_early(),
         },
         _ = left => {}
     }
@@ -267,7 +267,7 @@ async fn stop(view: &View, mut events: mpsc::Receiver<Event>, outcome: Outcome) 
     }
 }
 
-fn ended_unasked() -> Outcome {
+fn ended_early() -> Outcome {
     error!("every worker has ended though none was asked to");
     Outcome::WorkersEnded
 }
@@ -336,7 +336,7 @@ mod tests {
             Config { drain_delay: Duration::ZERO, drain_timeout: HOUR, ..testing::config() };
         let drained = (Outcome::Drained, Command::Drain);
         assert_eq!(life_of(config.clone(), [0, 0], &script), drained);
-        // Clients that are told to leave need not all have left: these came later.
+        // Clients that are asked to leave need not all have left: these came later.
         let mut framed = config;
         framed.pool.mode = PoolMode::Request;
         assert_eq!(life_of(framed, [0, 3], &script), drained);
@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn workers_that_end_unasked_are_a_failure() {
+    fn workers_that_end_early_are_a_failure() {
         for script in [
             &[(Command::Run, Event::WorkersEnded)][..],
             &[(Command::Run, SIGTERM), (Command::Run, Event::WorkersEnded)],

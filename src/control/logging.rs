@@ -64,7 +64,7 @@ pub fn lines_dropped() -> u64 {
 /// Prints a message to standard error, behind what is logged, and waits until it is written, for
 /// [`LOG_FLUSH_MAX`] at most.
 pub fn complain(message: impl Display) {
-    // Without a thread to write it nothing can be said.
+    // Without a thread to write it nothing can be logged.
     if start().is_ok() {
         // One write each, so that they stay lines.
         let _ = Lines.write(format!("{message}\n").as_bytes());

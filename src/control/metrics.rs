@@ -1,7 +1,7 @@
 //! The page `/metrics`: what workers count, and what is read when it is asked for, a piece at a time.
 //!
 //! A scrape only reads memory that workers write anyway, and `/proc/self`. What there is to tell and
-//! how it is written is said in [`crate::metrics`].
+//! how it is written is decided in [`crate::metrics`].
 
 use std::sync::Arc;
 
@@ -111,7 +111,7 @@ fn pooled(counts: &EndpointCounts, state: PooledState) -> u64 {
         PooledState::Idle => counts.pool_idle,
         PooledState::Connecting => counts.pool_connecting,
         // The two are not read at the same moment.
-        PooledState::Lent => counts.sessions_active.saturating_sub(counts.sessions_opaque),
+        PooledState::InUse => counts.sessions_active.saturating_sub(counts.sessions_opaque),
         PooledState::Opaque => counts.sessions_opaque,
     }
 }

@@ -106,7 +106,7 @@ pub struct Plane {
 
 impl Plane {
     /// Runs discovery, the admin server and signal handling on the calling thread until every
-    /// worker has ended, or was told to end and did not within [`lifecycle::STOP_MAX`].
+    /// worker has ended, or was asked to end and did not within [`lifecycle::STOP_MAX`].
     ///
     /// # Errors
     /// The admin listener cannot be set up. Workers may still be running then.
@@ -177,7 +177,7 @@ mod tests {
     use crate::metrics::WorkerState;
     use crate::worker::mailbox::Command;
 
-    /// A worker that applies snapshots and ends once it is told to drain.
+    /// A worker that applies snapshots and ends once it is asked to drain.
     fn work(worker: &WorkerHandle) {
         worker.stats.set_state(WorkerState::Running);
         while worker.mailbox.current_command() == Command::Run {

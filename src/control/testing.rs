@@ -81,7 +81,7 @@ pub(super) fn endpoint(name: &str, address: &str) -> Arc<Endpoint> {
     Endpoint::new(name, address.parse().unwrap(), 2)
 }
 
-/// One HTTP exchange: the head of the response, and its body.
+/// One HTTP request: the head of the response, and its body.
 pub(super) fn http(address: SocketAddr, method: &str, path: &str) -> (String, String) {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();

@@ -156,7 +156,7 @@ impl View {
         self.discovery.held().or(stores)
     }
 
-    /// Workers that have not begun, or have ended. Those that drain are told of by `draining`.
+    /// Workers that have not begun, or have ended. Those that drain are shown by `draining`.
     fn not_running(&self) -> Vec<String> {
         let reason = |(i, stats): (usize, &WorkerStats)| match stats.state() {
             WorkerState::Starting => Some(format!("worker {i} is starting")),

@@ -20,7 +20,7 @@ const NONE: u32 = u32::MAX;
 
 /// So many buffers that nobody needs keep their memory, for the next burst.
 const KEPT: u32 = 64;
-/// More than these are not given back at a time: each is a system call.
+/// At most so many are returned at a time: each is a system call.
 const GIVEN_BACK_MAX: u32 = 16;
 
 /// Received bytes in one buffer of the pool. Not `Clone`: there is one owner.
@@ -109,9 +109,9 @@ pub struct Buffers {
     /// The first free buffer with memory of its own, and how many there are.
     free: u32,
     resident: u32,
-    /// The fewest that there were since memory was given back last.
+    /// The fewest that there were since memory was last returned.
     resident_min: u32,
-    /// The first free buffer whose memory was given back.
+    /// The first free buffer whose memory was returned.
     released: u32,
     /// So many are reserved, …
     reserved: u32,
@@ -358,7 +358,7 @@ impl Buffers {
         &scratch[..len]
     }
 
-    /// Takes bytes from the front of a chain, at most `len` and no more than one buffer holds: its
+    /// Takes bytes from the front of a chain, at most `len` and what one buffer holds: its
     /// first buffer if all of that is wanted, else a copy. None: no buffer is free for that.
     pub fn take_front(&mut self, chain: &mut Chain, len: u32) -> Option<Buf> {
         let first = self.entries.get(chain.head as usize).map_or(0, |entry| entry.len);
@@ -418,7 +418,7 @@ impl Buffers {
 impl Drop for Buffers {
     fn drop(&mut self) {
         // SAFETY: mapped with this size in `new`; drivers drop the pool only after the kernel has
-        // given back every operation on it.
+        // finished every operation on it.
         let _ =
             unsafe { munmap(self.memory.as_ptr().cast(), self.capacity as usize * BUFFER_SIZE) };
     }

@@ -1,6 +1,6 @@
 //! The two halves of a connection, alike in all drivers.
 //!
-//! What state a half is in follows from what its user has asked for and has been told. How far the
+//! What state a half is in follows from what its user has asked for and has been notified of. How far the
 //! driver is with it is the driver's own affair, `P`, and is there only in the states that have it:
 //! a half that has ended waits in no queue, and one that is broken waits for no room.
 //!
@@ -116,7 +116,7 @@ pub(super) enum Sending<P> {
     Ending(P),
     /// It has ended.
     Ended,
-    /// Nothing more can be sent, as the user was told.
+    /// Nothing more can be sent, as the user was notified.
     Broken,
 }
 
@@ -135,7 +135,7 @@ transitions! { impl[P: std::fmt::Debug + Copy + Default] Sending<P> {
     end() {
         Self::Ending(_) => Self::Ended,
     }
-    /// The connection broke, or could not be made. The user is told only once.
+    /// The connection broke, or could not be made. The user is notified only once.
     break_off() {
         Self::Connecting | Self::Open(_) | Self::Ending(_) | Self::Ended => Self::Broken,
     }

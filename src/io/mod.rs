@@ -9,7 +9,7 @@
 //! A driver owns its sockets, its buffers and each socket's queue of bytes to send. Its user
 //! names sockets by [`ConnId`] and never sees a descriptor. One turn is: [`Driver::wait`], then
 //! [`Driver::next`] until it is empty. A closed [`ConnId`] is dead at once for the user; the
-//! driver reclaims its slot when the kernel has given back every operation on it. What is asked of a
+//! driver reclaims its slot when the kernel has finished every operation on it. What is asked of a
 //! dead one does nothing.
 //!
 //! What all drivers have alike is apart from them: the states of a connection's two halves
@@ -64,7 +64,7 @@ pub enum Completion {
     ReceiveFailed(ConnId),
     /// So many bytes were taken by the socket.
     Sent(ConnId, u32),
-    /// The connection broke: what was queued is gone, and nothing more can be sent. It is told once,
+    /// The connection broke: what was queued is gone, and nothing more can be sent. It is reported once,
     /// by a send or, while receiving is stopped, by the break itself. What had arrived before can
     /// still be received; since the error has been taken, [`Completion::Ended`] may come behind it
     /// in place of [`Completion::ReceiveFailed`].
@@ -91,7 +91,7 @@ impl Completion {
     }
 }
 
-/// What a connection shows when it is looked at, whatever [`Driver::next`] has told so far.
+/// What a connection shows when it is looked at, whatever [`Driver::next`] has reported so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Unheard {
     /// It is open and silent.
@@ -214,8 +214,8 @@ pub trait Driver {
     /// Starts or stops receiving. What was received before the stop took effect still arrives.
     fn receive(&mut self, conn: ConnId, on: bool);
 
-    /// Queues bytes behind those already queued. The buffer is given back once they are sent, and at
-    /// once where [`Completion::SendFailed`] was told.
+    /// Queues bytes behind those already queued. The buffer is released once they are sent, and at
+    /// once where [`Completion::SendFailed`] was reported.
     fn send(&mut self, conn: ConnId, buf: Buf);
 
     /// Ends the direction towards the peer, behind all that is queued.
@@ -224,7 +224,7 @@ pub trait Driver {
     /// Closes a connection; what is still queued for it is dropped.
     fn close(&mut self, conn: ConnId, how: Close);
 
-    /// Looks at a connection itself: what the kernel knows of it at this moment, be it told or not.
+    /// Looks at a connection itself: what the kernel knows of it at this moment, be it reported or not.
     /// It costs a system call.
     fn unheard(&mut self, conn: ConnId) -> Unheard;
 

@@ -1,4 +1,4 @@
-//! The ring of buffers lent to the kernel, from which it takes one whenever a socket receives.
+//! The ring of buffers provided to the kernel, from which it takes one whenever a socket receives.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -11,9 +11,11 @@ use io_uring::IoUring;
 use io_uring::types::BufRingEntry;
 
 use super::buffers::{Buf, Buffers};
-use crate::limits::{BUFFER_RING_ENTRIES, BUFFER_SIZE, BUFFERS_LENT_LEAN_MAX, BUFFERS_LENT_MIN};
+use crate::limits::{
+    BUFFER_RING_ENTRIES, BUFFER_SIZE, BUFFERS_PROVIDED_MIN, BUFFERS_PROVIDED_SHORT_MAX,
+};
 
-/// So many more are lent after a turn with too few.
+/// So many more are provided after a turn with too few.
 const GROWTH: usize = 4;
 
 /// Lends buffers of a pool to the kernel. A buffer's id is its position in the ring, so that the
@@ -25,7 +27,7 @@ pub(super) struct ProvidedBuffers {
     ring: NonNull<BufRingEntry>,
     layout: Layout,
     /// The pool's buffer at each position; `None` where the kernel has given it back.
-    lent: Box<[Option<Buf>]>,
+    provided: Box<[Option<Buf>]>,
     tail: u16,
     available: usize,
     /// So many are to be available to each turn.
@@ -53,10 +55,10 @@ impl ProvidedBuffers {
         let this = Self {
             ring,
             layout,
-            lent: (0..entries).map(|_| None).collect(),
+            provided: (0..entries).map(|_| None).collect(),
             tail: 0,
             available: 0,
-            target: BUFFERS_LENT_MIN,
+            target: BUFFERS_PROVIDED_MIN,
             starved: false,
         };
         // SAFETY: the memory has `entries` entries and lives until after the ring is closed, as
@@ -86,15 +88,15 @@ impl ProvidedBuffers {
     /// none then, and otherwise one fewer; not many if they are short (`short`).
     pub(super) fn refill(&mut self, buffers: &mut Buffers, short: bool) {
         self.target = if mem::take(&mut self.starved) {
-            (self.target + GROWTH).min(self.lent.len())
+            (self.target + GROWTH).min(self.provided.len())
         } else {
-            (self.target - 1).max(BUFFERS_LENT_MIN)
+            (self.target - 1).max(BUFFERS_PROVIDED_MIN)
         };
-        let most = if short { BUFFERS_LENT_LEAN_MAX } else { self.lent.len() };
-        let target = self.target.min(most);
+        let max = if short { BUFFERS_PROVIDED_SHORT_MAX } else { self.provided.len() };
+        let target = self.target.min(max);
         let before = self.tail;
-        let mask = self.lent.len() as u16 - 1;
-        while self.available < target && self.lent[usize::from(self.tail & mask)].is_none() {
+        let mask = self.provided.len() as u16 - 1;
+        while self.available < target && self.provided[usize::from(self.tail & mask)].is_none() {
             let Some(buf) = buffers.take() else { break };
             let position = self.tail & mask;
             // SAFETY: the position is inside the ring, and the kernel reads an entry only between
@@ -106,7 +108,7 @@ impl ProvidedBuffers {
                 entry.set_len(BUFFER_SIZE as u32);
                 entry.set_bid(position);
             }
-            self.lent[usize::from(position)] = Some(buf);
+            self.provided[usize::from(position)] = Some(buf);
             self.tail = self.tail.wrapping_add(1);
             self.available += 1;
         }
@@ -122,7 +124,7 @@ impl ProvidedBuffers {
 
     /// The buffer that the kernel filled with `len` bytes.
     pub(super) fn take(&mut self, id: u16, len: u32) -> Option<Buf> {
-        let buf = self.lent.get_mut(usize::from(id))?.take()?;
+        let buf = self.provided.get_mut(usize::from(id))?.take()?;
         self.available -= 1;
         Some(Buf::filled(buf.index(), len))
     }
@@ -159,7 +161,7 @@ mod tests {
         };
         let mut provided = ProvidedBuffers::register(&uring).unwrap();
         let mut buffers = Buffers::new(2 * ALL).unwrap();
-        let mut lend = |starved: bool, short: bool, turns: usize| {
+        let mut provide = |starved: bool, short: bool, turns: usize| {
             use_up(&mut provided, &mut buffers);
             for _ in 0..turns {
                 (0..3).filter(|_| starved).for_each(|_| provided.on_none_left());
@@ -167,12 +169,12 @@ mod tests {
             }
             provided.available()
         };
-        assert_eq!(lend(false, false, 1), BUFFERS_LENT_MIN);
-        assert_eq!(lend(true, false, 25), BUFFERS_LENT_MIN + 25 * GROWTH);
-        assert_eq!(lend(false, true, 1), BUFFERS_LENT_LEAN_MAX, "buffers are short");
-        assert_eq!(lend(false, false, 1), BUFFERS_LENT_MIN + 98, "they no longer are");
-        assert_eq!(lend(true, false, ALL), ALL);
-        assert_eq!(lend(false, true, ALL), BUFFERS_LENT_LEAN_MAX);
-        assert_eq!(lend(false, false, 1), BUFFERS_LENT_MIN, "nobody wanted more for long");
+        assert_eq!(provide(false, false, 1), BUFFERS_PROVIDED_MIN);
+        assert_eq!(provide(true, false, 25), BUFFERS_PROVIDED_MIN + 25 * GROWTH);
+        assert_eq!(provide(false, true, 1), BUFFERS_PROVIDED_SHORT_MAX, "buffers are short");
+        assert_eq!(provide(false, false, 1), BUFFERS_PROVIDED_MIN + 98, "they no longer are");
+        assert_eq!(provide(true, false, ALL), ALL);
+        assert_eq!(provide(false, true, ALL), BUFFERS_PROVIDED_SHORT_MAX);
+        assert_eq!(provide(false, false, 1), BUFFERS_PROVIDED_MIN, "nobody wanted more for long");
     }
 }

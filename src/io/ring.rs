@@ -182,7 +182,7 @@ impl Ring {
     }
 
     /// Makes sure that a completion with the user data `data` comes after `delay` at the latest,
-    /// unless one is on its way already. [`Ring::on_timer`] is to be told of each.
+    /// unless one is on its way already. [`Ring::on_timer`] is to be called for each.
     ///
     /// A timer that stands costs nothing a turn; a limit given to each wait would set and clear
     /// one of the kernel's every time.
@@ -308,7 +308,7 @@ impl Ring {
         self.completions.len() >= events as usize
     }
 
-    /// Whether the kernel has taken all submissions, and told in the completions taken so far how
+    /// Whether the kernel has taken all submissions, and reported in the completions taken so far how
     /// those that complete at once went.
     pub(super) fn has_told_all(&self) -> bool {
         self.told_all

@@ -136,7 +136,7 @@ labels! {
     pub enum Outcome {
         /// The backend's answer went to the client.
         Answered = "answered",
-        /// It could not be told where it ends: its client got a connection of its own.
+        /// It is not certain where it ends: its client got a connection of its own.
         Opaque = "opaque" if MAY_BE_OPAQUE,
         /// The proxy answered it with an error: no backend may see it.
         Refused = "refused" if MAY_REFUSE,
@@ -200,7 +200,7 @@ labels! {
         Timeout = "timeout" if SHARED,
         /// Its client left in the middle of a request.
         Abandoned = "abandoned" if SHARED,
-        /// The protocol ends it here, or it cannot be told where the answer ended.
+        /// The protocol ends it here, or it is not certain where the reply ended.
         Spent = "spent" if SHARED,
         /// The backend acknowledges nothing, on it or on another one that was made as early.
         Silent = "silent",
@@ -225,8 +225,8 @@ labels! {
         /// It is being made.
         Connecting = "connecting",
         /// It serves a client.
-        Lent = "lent" if SHARED,
-        /// It serves one client until that leaves, since its requests cannot be told apart.
+        InUse = "lent" if SHARED,
+        /// It serves one client until that leaves, since its requests cannot be framed.
         Opaque = "opaque" if SHARED_MAY_BE_OPAQUE,
     }
 }

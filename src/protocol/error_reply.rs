@@ -1,9 +1,10 @@
-//! Why a client gets an error in place of a reply.
+//! Why a client gets an error in place of a reply. What it looks like is each protocol's
+//! [`write_error`](super::Protocol::write_error).
 
 use std::fmt;
 use std::time::Duration;
 
-/// What a client is told in place of an answer.
+/// The error that a client gets in place of a reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ErrorReply {
     /// The line holds nothing but white space.

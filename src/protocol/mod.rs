@@ -11,7 +11,7 @@
 //!
 //! That is all of the program. The configuration learns the word and which modes and variables go
 //! with it, the metrics their labels, and a worker's clients speak it; the tests of this module hold
-//! each row to what its facts promise. The charts' schema and the page of variables repeat the words.
+//! each row to what its facts promise. The chart's schema and the generated pages in `docs` repeat the words.
 //!
 //! A protocol sees slices of bytes, in order, each of them once. It has no I/O, no clock, and does
 //! not know what holds the bytes, or which endpoints there are. It never guesses: what two readers
@@ -129,7 +129,7 @@ pub trait Protocol: fmt::Debug + Sized {
 #[derive(Debug, Clone, Copy)]
 #[allow(clippy::struct_excessive_bools, reason = "each is independent of the others")]
 pub struct Facts {
-    /// Its requests and replies can be told apart, so a connection may serve several clients.
+    /// Its requests and replies are framed, so a connection may serve several clients.
     pub is_framed: bool,
     /// What requests ask for, by the labels under which they are counted; see [`Verb::named`].
     pub commands: &'static [&'static str],
@@ -148,7 +148,7 @@ pub struct Facts {
 }
 
 impl Facts {
-    /// Where messages can be told apart, and nothing else is special.
+    /// Where messages are framed, and nothing else is special.
     pub const FRAMED: Self = Self {
         is_framed: true,
         commands: &[],

@@ -41,7 +41,7 @@ pub struct Endpoint {
     near: AtomicBool,
     /// The first of the workers that keep its minimum of warm connections.
     first_worker: usize,
-    /// Its counters, one block a worker, indexed by worker.
+    /// Its counters, one block per worker, indexed by worker.
     pub stats: Box<[EndpointStats]>,
 }
 
@@ -153,8 +153,8 @@ mod tests {
             for count in [1, 2, 3, 4, 7, 63] {
                 for endpoints in [2, 3, 10, 1000] {
                     let kept = kept(workers, count, endpoints);
-                    let (least, most) = (kept.iter().min().unwrap(), kept.iter().max().unwrap());
-                    assert!(most - least <= 1, "{kept:?}");
+                    let (min, max) = (kept.iter().min().unwrap(), kept.iter().max().unwrap());
+                    assert!(max - min <= 1, "{kept:?}");
                 }
             }
         }

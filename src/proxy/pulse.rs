@@ -1,7 +1,7 @@
 //! Whether the peer of a connection still acknowledges what it is sent.
 //!
 //! A host that is gone without a word sends no reset and no end: only that it acknowledges nothing
-//! tells it. A peer that is slow, or whose process is stopped, is told apart by that: its kernel
+//! tells it. A peer that is slow, or whose process is stopped, is distinguished by that: its kernel
 //! acknowledges all the same, be it that there is no room.
 //!
 //! ```text
@@ -48,14 +48,14 @@ impl Patience {
 }
 
 /// What is known of one peer.
-#[allow(clippy::struct_excessive_bools, reason = "independent facts, each told by an event")]
+#[allow(clippy::struct_excessive_bools, reason = "independent facts, each reported by an event")]
 #[derive(Debug, Default)]
 pub struct Pulse {
     /// Bytes have moved, and no look has shown since that it is still there.
     unproved: bool,
     /// It is to say something.
     expects: bool,
-    /// It has said something since the latest look.
+    /// It has sent something since the latest look.
     heard: bool,
     /// The kernel asks it whether it is there.
     asked: bool,
@@ -86,7 +86,7 @@ impl Pulse {
         self.expects = true;
     }
 
-    /// It said something. Whether that was all that it had to say, nobody knows.
+    /// It sent something. Whether that was all that it had to send, nobody knows.
     pub fn on_heard(&mut self) {
         self.unproved = true;
         self.expects = false;
@@ -99,7 +99,7 @@ impl Pulse {
     }
 
     /// Whether the connection is to be looked at now. One that is `watched` is, whatever has moved on
-    /// it, but for those of which something was heard since the latest look.
+    /// it, except those of which something was heard since the latest look.
     pub fn is_due(&mut self, watched: bool) -> bool {
         if std::mem::take(&mut self.heard) {
             self.silent_since = None;

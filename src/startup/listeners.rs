@@ -1,4 +1,4 @@
-//! Listening sockets: one a worker and address, all bound before anything is announced.
+//! Listening sockets: one per worker and address, all bound before anything is announced.
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -86,7 +86,7 @@ pub fn listen(
     Ok(listeners)
 }
 
-/// As [`bind_all`], but gives a predecessor time to let go of the port: what a process had in an
+/// As [`bind_all`], but gives a predecessor time to free the port: what a process had in an
 /// `io_uring` the kernel closes only some time after its end.
 fn bind_patiently(
     address: SocketAddr,

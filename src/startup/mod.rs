@@ -7,9 +7,9 @@ mod driver;
 mod error;
 pub mod listeners;
 mod quota;
+mod spawn;
 #[cfg(test)]
 mod testing;
-mod workers;
 
 use crate::config::Config;
 
@@ -17,7 +17,7 @@ pub use capacity::Capacity;
 pub use cores::Plan;
 pub use driver::{Choice, prepare_workers};
 pub use error::StartError;
-pub use workers::start_workers;
+pub use spawn::start_workers;
 
 /// What is decided before anything is bound.
 #[derive(Debug)]

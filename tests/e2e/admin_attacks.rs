@@ -14,7 +14,7 @@ use crate::support::kube_api::{KubeApi, Slice, host_ip};
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, SetOnDrop, eventually, heavy, measured};
 
-/// What a kubelet waits for an answer, unless told otherwise.
+/// What a kubelet waits for an answer, unless set otherwise.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A proxy for the tests of this module, and its admin port.
@@ -100,6 +100,24 @@ fn silent_connections_leave_a_place_for_probes() {
     }
 }
 
+/// Keeps 10 connections open until it is over. Returns how many it opened.
+fn reopen(attacked: &Attacked, pod: u8, over: &AtomicBool) -> u32 {
+    let mut open: Vec<TcpStream> = Vec::new();
+    let mut count = 0;
+    while !over.load(Relaxed) {
+        open.retain(|stream| {
+            let _ = stream.set_nonblocking(true);
+            matches!((&*stream).read(&mut [0]), Err(e) if e.kind() == io::ErrorKind::WouldBlock)
+        });
+        while open.len() < 10 {
+            open.extend(attacked.connect_from(pod));
+            count += 1;
+        }
+        thread::yield_now();
+    }
+    count
+}
+
 #[test]
 fn connections_reopened_at_once_leave_a_place_for_probes() {
     let _heavy = heavy();
@@ -111,22 +129,7 @@ fn connections_reopened_at_once_leave_a_place_for_probes() {
             .map(|i| {
                 let pod = if i % 3 == 0 { NODE } else { 1 };
                 let (attacked, over) = (&attacked, &over);
-                scope.spawn(move || {
-                    let mut open: Vec<TcpStream> = Vec::new();
-                    let mut count = 0;
-                    while !over.load(Relaxed) {
-                        open.retain(|stream| {
-                            let _ = stream.set_nonblocking(true);
-                            matches!((&*stream).read(&mut [0]), Err(e) if e.kind() == io::ErrorKind::WouldBlock)
-                        });
-                        while open.len() < 10 {
-                            open.extend(attacked.connect_from(pod));
-                            count += 1;
-                        }
-                        thread::yield_now();
-                    }
-                    count
-                })
+                scope.spawn(move || reopen(attacked, pod, over))
             })
             .collect();
         let stop = SetOnDrop(&over);
@@ -140,6 +143,26 @@ fn connections_reopened_at_once_leave_a_place_for_probes() {
     measured(&format!("{reopened} connections were reopened during 20 probes"));
 }
 
+/// Sends a head, this header again and again, on one connection after the other.
+fn send_endless_heads(
+    attacked: &Attacked,
+    pod: u8,
+    header: &str,
+    pause: Duration,
+    over: &AtomicBool,
+) {
+    while !over.load(Relaxed) {
+        let Ok(mut stream) = attacked.connect_from(pod) else { continue };
+        let begun = Instant::now();
+        let _ = stream.write_all(b"GET /metrics HTTP/1.1\r\n");
+        while stream.write_all(header.as_bytes()).is_ok() && !over.load(Relaxed) {
+            thread::sleep(pause);
+        }
+        let lived = begun.elapsed();
+        assert!(lived < Duration::from_secs(4), "a head was read for {lived:?}");
+    }
+}
+
 #[test]
 fn heads_that_never_end_are_given_up() {
     let attacked = Attacked::start();
@@ -148,22 +171,12 @@ fn heads_that_never_end_are_given_up() {
         for pod in 0..20 {
             let (attacked, over) = (&attacked, &over);
             // Half of them send as much as they can, half a byte now and then.
-            scope.spawn(move || {
-                let (header, pause) = match pod % 2 {
-                    0 => ("x-filler: 0123456789\r\n".repeat(1000), 1),
-                    _ => ("x".to_owned(), 50),
-                };
-                while !over.load(Relaxed) {
-                    let Ok(mut stream) = attacked.connect_from(pod) else { continue };
-                    let begun = Instant::now();
-                    let _ = stream.write_all(b"GET /metrics HTTP/1.1\r\n");
-                    while stream.write_all(header.as_bytes()).is_ok() && !over.load(Relaxed) {
-                        thread::sleep(Duration::from_millis(pause));
-                    }
-                    let lived = begun.elapsed();
-                    assert!(lived < Duration::from_secs(4), "a head was read for {lived:?}");
-                }
-            });
+            let (header, pause) = match pod % 2 {
+                0 => ("x-filler: 0123456789\r\n".repeat(1000), 1),
+                _ => ("x".to_owned(), 50),
+            };
+            let pause = Duration::from_millis(pause);
+            scope.spawn(move || send_endless_heads(attacked, pod, &header, pause, over));
         }
         let _stop = SetOnDrop(&over);
         for _ in 0..30 {

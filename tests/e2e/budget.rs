@@ -1,5 +1,5 @@
-//! Who may hold a backend connection where they are shared, for how long, and what those are told
-//! that get none.
+//! Who may hold a backend connection where they are shared, for how long, and the errors that those get
+//! who find none.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -122,18 +122,18 @@ fn malformed_requests_have_no_more_connections_than_others(io: Io) {
     proxy.wait_for(POOL_CONNECTIONS, &[("state", "opaque")], |count| count == 2);
     let other = connect(proxy.address());
     assert_eq!(status(&other, GET), UNAVAILABLE);
-    let (mut told, mut held) = (0, 0);
+    let (mut refused, mut held) = (0, 0);
     for client in clients {
         client.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         match read_line(&client) {
             Ok(line) => {
                 assert_eq!(line.trim_end(), UNAVAILABLE);
-                told += 1;
+                refused += 1;
             }
             Err(_) => held += 1,
         }
     }
-    assert_eq!((told, held), (CLIENTS - 2, 2));
+    assert_eq!((refused, held), (CLIENTS - 2, 2));
     // With their clients they have gone, and so have their places.
     proxy.wait_for(POOL_CONNECTIONS, &[("state", "opaque")], |count| count == 0);
     assert_eq!(status(&connect(proxy.address()), GET), OK);
@@ -192,7 +192,7 @@ fn a_small_body_that_does_not_come_holds_no_connection(io: Io) {
         assert_eq!(status(&connect(proxy.address()), GET), OK);
     }
     assert!(begun.elapsed() < Duration::from_secs(2), "took {:?}", begun.elapsed());
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 0);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 0);
     for (mut client, last) in slow {
         client.write_all(&[last]).unwrap();
         assert_eq!(read_status(&client).unwrap(), OK);
@@ -204,7 +204,7 @@ fn uploading(proxy: &Proxy, head: &str) -> TcpStream {
     let mut client = connect(proxy.address());
     client.write_all(head.as_bytes()).unwrap();
     client.write_all(&vec![b'x'; 20_000]).unwrap();
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 1);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
     client
 }
 
@@ -311,8 +311,8 @@ fn a_request_without_endpoints_waits_for_one_and_its_error_says_so(io: Io) {
     };
     let impatient = proxy("300ms");
     let client = connect(impatient.address());
-    let told = "ERR no endpoint is known, and none came in 300ms";
-    assert_eq!(ask(&client, "GET a"), told);
+    let error = "ERR no endpoint is known, and none came in 300ms";
+    assert_eq!(ask(&client, "GET a"), error);
     assert_eq!(impatient.metric(REQUESTS, &[("outcome", "no_endpoint")]), 1);
     let patient = proxy("20s");
     let mut waiting = connect(patient.address());
@@ -334,8 +334,8 @@ fn an_error_says_that_every_endpoint_refuses(io: Io) {
                 .set("AEGIS_QUEUE_TIMEOUT", "300ms")
                 .start();
             backends.iter_mut().for_each(Backend::kill);
-            let told = "ERR no endpoint could be connected to in 300ms";
-            assert_eq!(ask(&connect(proxy.address()), "GET a"), told, "{mode} {balance}");
+            let error = "ERR no endpoint could be connected to in 300ms";
+            assert_eq!(ask(&connect(proxy.address()), "GET a"), error, "{mode} {balance}");
             assert_eq!(proxy.metric(REQUESTS, &[("outcome", "unreachable")]), 1);
             backends.iter_mut().for_each(Backend::start);
         }

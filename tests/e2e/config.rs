@@ -299,7 +299,7 @@ fn help_lists_every_variable_and_so_does_the_page_of_configuration() {
     }
 }
 
-/// The names of variables that a text mentions, but for the ones that concern the tests.
+/// The names of variables that a text mentions, except those that concern the tests.
 fn variables_in(text: &str) -> BTreeSet<String> {
     let words = text.split(|c: char| !(c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_'));
     let names = words.filter(|word| word.starts_with("AEGIS_") && !word.ends_with('_'));

@@ -266,7 +266,7 @@ fn crowd(io: Io, mode: &str, clients: usize, seed: u64) {
             thread::sleep(Duration::from_millis(rng.u64(..30)));
             victim.start();
             if mode == "request" {
-                // One that changes from idle to lent while it is scraped may be there twice.
+                // One that changes from idle to in use while it is scraped may be there twice.
                 let few = || proxy.metric(POOL_CONNECTIONS, &[]) as usize <= 4 * POOL_SIZE;
                 assert!((0..5).any(|_| few()), "more connections than the pools may have");
             }
@@ -288,5 +288,5 @@ fn crowd(io: Io, mode: &str, clients: usize, seed: u64) {
     let line = ask(&try_connect(address).unwrap(), "ECHO at-last");
     assert_eq!(line, "ECHOED at-last");
     proxy.wait_for(SESSIONS_ACTIVE, &[], |sessions| sessions == 0);
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 0);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 0);
 }

@@ -1,4 +1,4 @@
-//! Connections lent for requests of HTTP/1: framed as RFC 9112 says, and where that is uncertain,
+//! Connections shared by requests of HTTP/1: framed as RFC 9112 says, and where that is uncertain,
 //! never used again.
 
 use std::io::{Read, Write};
@@ -31,7 +31,7 @@ on_both_drivers![
     heads_that_never_end_do_not_take_all_buffers,
 ];
 
-fn lending(io: Io, backend: &Backend) -> Builder {
+fn pooled(io: Io, backend: &Backend) -> Builder {
     Builder::on(io)
         .backends(&[backend.address()])
         .set("AEGIS_WORKERS", "1")
@@ -109,11 +109,9 @@ fn server() -> Backend {
                 "/upgrade" => {
                     stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\n\r\nfirst").unwrap();
                     let mut buffer = [0; 4096];
-                    while let Ok(count @ 1..) = stream.read(&mut buffer) {
-                        if stream.write_all(&buffer[..count]).is_err() {
-                            return;
-                        }
-                    }
+                    while let Ok(count @ 1..) = stream.read(&mut buffer)
+                        && stream.write_all(&buffer[..count]).is_ok()
+                    {}
                     return;
                 }
                 "/until-close" => {
@@ -163,7 +161,7 @@ fn who(stream: &TcpStream) -> u64 {
 
 fn messages_of_every_framing_share_a_connection(io: Io) {
     let backend = server();
-    let proxy = lending(io, &backend).start();
+    let proxy = pooled(io, &backend).start();
     let clients: Vec<_> = (0..5).map(|_| connect(proxy.address())).collect();
     let ok = |body: &str| ("HTTP/1.1 200 OK".to_owned(), body.to_owned());
     for client in &clients {
@@ -196,7 +194,7 @@ fn messages_of_every_framing_share_a_connection(io: Io) {
 
 fn bodies_of_any_size_pass_through(io: Io) {
     let backend = server();
-    let proxy = lending(io, &backend).start();
+    let proxy = pooled(io, &backend).start();
     for (i, size) in [1, 16_000, 16_384, 16_385, 100_000, 8 << 20].into_iter().enumerate() {
         let client = connect(proxy.address());
         let body = pattern(i, size);
@@ -219,7 +217,7 @@ fn bodies_of_any_size_pass_through(io: Io) {
 
 fn a_body_may_wait_to_be_asked_for(io: Io) {
     let backend = server();
-    let proxy = lending(io, &backend).start();
+    let proxy = pooled(io, &backend).start();
     let mut client = connect(proxy.address());
     for _ in 0..3 {
         let head = b"POST /echo HTTP/1.1\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n";
@@ -234,7 +232,7 @@ fn a_body_may_wait_to_be_asked_for(io: Io) {
 
 fn an_upgrade_makes_a_session_of_it(io: Io) {
     let backend = server();
-    let proxy = lending(io, &backend).set("AEGIS_POOL_SIZE", "2").start();
+    let proxy = pooled(io, &backend).set("AEGIS_POOL_SIZE", "2").start();
     let mut client = connect(proxy.address());
     assert_eq!(who(&client), 0);
     let request = b"GET /upgrade HTTP/1.1\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n";
@@ -257,7 +255,7 @@ fn an_upgrade_makes_a_session_of_it(io: Io) {
 
 fn a_reply_that_lasts_until_the_end_ends_with_it(io: Io) {
     let backend = server();
-    let proxy = lending(io, &backend).start();
+    let proxy = pooled(io, &backend).start();
     for _ in 0..3 {
         let mut client = connect(proxy.address());
         client.write_all(b"GET /until-close HTTP/1.1\r\n\r\n").unwrap();
@@ -285,7 +283,7 @@ fn a_message_that_can_be_read_in_two_ways_has_a_connection_of_its_own(io: Io) {
             }
         }
     });
-    let proxy = lending(io, &backend).set("AEGIS_POOL_SIZE", "2").start();
+    let proxy = pooled(io, &backend).set("AEGIS_POOL_SIZE", "2").start();
     let bystander = connect(proxy.address());
     let plain = "GET / HTTP/1.1\r\n\r\n";
     let mut sent = 0;
@@ -333,7 +331,7 @@ fn a_request_that_is_safe_is_repeated_and_no_other(io: Io) {
             let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
         }
     });
-    let proxy = lending(io, &backend).start();
+    let proxy = pooled(io, &backend).start();
     for (i, safe) in ["GET", "HEAD", "PUT", "DELETE"].into_iter().enumerate() {
         let request = format!("{safe} / HTTP/1.1\r\nContent-Length: 0\r\n\r\n");
         assert_eq!(exchange(&connect(proxy.address()), &request).0, "HTTP/1.1 200 OK");
@@ -348,13 +346,13 @@ fn a_request_that_is_safe_is_repeated_and_no_other(io: Io) {
 
 fn a_reply_that_does_not_come_is_an_error(io: Io) {
     let backend = server();
-    let proxy = lending(io, &backend)
+    let proxy = pooled(io, &backend)
         .set("AEGIS_REQUEST_TIMEOUT", "3s")
         .set("AEGIS_QUEUE_TIMEOUT", "1s")
         .start();
     let (a, b) = (connect(proxy.address()), connect(proxy.address()));
     (&a).write_all(b"GET /silent HTTP/1.1\r\n\r\n").unwrap();
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 1);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
     let waiting = exchange(&b, "GET /who HTTP/1.1\r\n\r\n").0;
     assert_eq!(waiting, "HTTP/1.1 503 Service Unavailable");
     assert_eq!(read_head(&a).unwrap()[0], "HTTP/1.1 504 Gateway Timeout");
@@ -367,7 +365,7 @@ fn a_reply_that_does_not_come_is_an_error(io: Io) {
 
 fn a_reply_before_the_request_is_whole_spends_the_connection(io: Io) {
     let backend = server();
-    let proxy = lending(io, &backend).start();
+    let proxy = pooled(io, &backend).start();
     let mut client = connect(proxy.address());
     client.write_all(b"PUT /early HTTP/1.1\r\nContent-Length: 100000\r\n\r\n").unwrap();
     client.write_all(&vec![b'x'; 20_000]).unwrap();
@@ -378,7 +376,7 @@ fn a_reply_before_the_request_is_whole_spends_the_connection(io: Io) {
 
 fn a_client_that_wants_to_close_is_closed(io: Io) {
     let backend = server();
-    let proxy = lending(io, &backend).start();
+    let proxy = pooled(io, &backend).start();
     for request in [
         "POST /echo HTTP/1.1\r\nConnection: close\r\nContent-Length: 2\r\n\r\nab",
         "POST /echo HTTP/1.0\r\nContent-Length: 2\r\n\r\nab",
@@ -392,7 +390,7 @@ fn a_client_that_wants_to_close_is_closed(io: Io) {
 
 fn a_client_that_has_ended_is_closed_once_it_has_its_reply(io: Io) {
     let backend = server();
-    let proxy = lending(io, &backend).start();
+    let proxy = pooled(io, &backend).start();
     let mut client = connect(proxy.address());
     client.write_all(b"GET /who HTTP/1.1\r\nConnection: close\r\n\r\n").unwrap();
     client.shutdown(Shutdown::Write).unwrap();
@@ -402,11 +400,11 @@ fn a_client_that_has_ended_is_closed_once_it_has_its_reply(io: Io) {
 
 fn a_client_that_ends_within_its_request_holds_nothing(io: Io) {
     let backend = server();
-    let proxy = lending(io, &backend).start();
+    let proxy = pooled(io, &backend).start();
     let mut client = connect(proxy.address());
     client.write_all(b"POST /silent HTTP/1.1\r\nContent-Length: 100000\r\n\r\n").unwrap();
     client.write_all(&vec![b'x'; 20_000]).unwrap();
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 1);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
     client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(who(&connect(proxy.address())), 1);
     assert_eq!(proxy.metric(REQUESTS, &[("outcome", "client_gone")]), 1);
@@ -414,7 +412,7 @@ fn a_client_that_ends_within_its_request_holds_nothing(io: Io) {
 
 fn heads_that_never_end_do_not_take_all_buffers(io: Io) {
     let backend = server();
-    let proxy = lending(io, &backend).set("AEGIS_MAX_SESSIONS", "200").start();
+    let proxy = pooled(io, &backend).set("AEGIS_MAX_SESSIONS", "200").start();
     let beginning = format!("GET /who HTTP/1.1\r\nX: {}", "x".repeat(63_000));
     let attackers: Vec<_> = (0..190).map(|_| connect(proxy.address())).collect();
     for mut attacker in &attackers {

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use crate::support::backend::Backend;
 use crate::support::client::{connect, expect_echo};
 use crate::support::metrics::IO_DRIVER;
-use crate::support::proxy::{Builder, Proxy, can_drop_privileges};
+use crate::support::proxy::{Builder, Proxy};
+use crate::support::sandbox::can_drop_privileges;
 use crate::support::{Io, skip, uring_unavailable};
 
 const SETUP: i64 = libc::SYS_io_uring_setup;

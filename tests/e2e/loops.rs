@@ -6,7 +6,8 @@ use crate::support::backend::Backend;
 use crate::support::client::{ask, connect};
 use crate::support::kube_api::host_ip;
 use crate::support::metrics::{DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, SESSIONS_OPENED};
-use crate::support::proxy::{Builder, Hosts, Proxy, can_have_network};
+use crate::support::proxy::{Builder, Proxy};
+use crate::support::sandbox::{Hosts, can_have_network};
 use crate::support::{Io, PATIENCE, eventually, on_both_drivers, skip};
 
 on_both_drivers![

@@ -48,5 +48,7 @@ mod restart;
 mod routing;
 mod shares;
 mod transport;
+mod unheard;
 mod unprivileged;
+mod uploads;
 mod workers;

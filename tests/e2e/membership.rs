@@ -8,7 +8,8 @@ use crate::support::backend::{Backend, Memory};
 use crate::support::client::{ask, connect, wait_closed};
 use crate::support::kube_api::{KubeApi, NAMESPACE, Slice, host_ip};
 use crate::support::metrics::{ENDPOINT_CONNECTS, POOL_CONNECTIONS, STORE_PRESENT};
-use crate::support::proxy::{Builder, Hosts, Proxy};
+use crate::support::proxy::{Builder, Proxy};
+use crate::support::sandbox::Hosts;
 use crate::support::{Io, PATIENCE, SetOnDrop, eventually, on_both_drivers, skip};
 
 on_both_drivers![
@@ -415,6 +416,31 @@ fn the_ordinals_of_a_stateful_set_are_the_stores_whoever_is_there(io: Io) {
     assert_eq!(ask(&client, &format!("GET {}", before[0][0])), "moved");
 }
 
+/// Sets keys of its own until `stop`. Returns those that were acknowledged, with their values.
+fn write_until(
+    proxy: &Proxy,
+    writer: u32,
+    stop: &AtomicBool,
+    written: &AtomicU64,
+) -> Vec<(String, String)> {
+    let client = connect(proxy.address());
+    let mut acknowledged = Vec::new();
+    for i in 0.. {
+        if stop.load(Relaxed) {
+            break;
+        }
+        let key = format!("w{writer}-{i}");
+        let answer = ask(&client, &format!("SET {key} {i}"));
+        if answer == "OK" {
+            acknowledged.push((key, i.to_string()));
+            written.fetch_add(1, Relaxed);
+        } else {
+            assert!(answer.starts_with("ERR "), "{answer}");
+        }
+    }
+    acknowledged
+}
+
 fn no_acknowledged_write_is_lost_in_a_rolling_restart(io: Io) {
     let api = KubeApi::start();
     api.stateful_set("chronos", 3);
@@ -428,24 +454,7 @@ fn no_acknowledged_write_is_lost_in_a_rolling_restart(io: Io) {
         let writers: Vec<_> = (0..4)
             .map(|writer| {
                 let (proxy, stop, written) = (&proxy, &stop, &written);
-                scope.spawn(move || {
-                    let client = connect(proxy.address());
-                    let mut acknowledged = Vec::new();
-                    for i in 0.. {
-                        if stop.load(Relaxed) {
-                            break;
-                        }
-                        let key = format!("w{writer}-{i}");
-                        let answer = ask(&client, &format!("SET {key} {i}"));
-                        if answer == "OK" {
-                            acknowledged.push((key, i.to_string()));
-                            written.fetch_add(1, Relaxed);
-                        } else {
-                            assert!(answer.starts_with("ERR "), "{answer}");
-                        }
-                    }
-                    acknowledged
-                })
+                scope.spawn(move || write_until(proxy, writer, stop, written))
             })
             .collect();
         let more = || {

@@ -1,4 +1,4 @@
-//! What clients are told where nothing but an endpoint is missing.
+//! The errors that clients get where nothing but an endpoint is missing.
 
 use crate::support::client::{ask, connect};
 use crate::support::kube_api::{KubeApi, Slice};

@@ -327,17 +327,21 @@ fn connections_beyond_the_budget_are_not_made_anew_for_each_request(io: Io) {
         thread::scope(|scope| {
             for i in 0..CLIENTS {
                 let client = connect(proxy.address());
-                scope.spawn(move || {
-                    for round in 0..60 {
-                        assert_eq!(ask(&client, &format!("SET k{i} {round}")), "OK");
-                    }
-                });
+                let set = move |round| assert_eq!(ask(&client, &format!("SET k{i} {round}")), "OK");
+                scope.spawn(move || (0..60).for_each(set));
             }
         });
         let made: u64 = stores.iter().map(Backend::accepted).sum();
         measured(&format!("{policy}: {made} connections for {} requests", 60 * CLIENTS));
         assert!(made <= 160, "{policy}: {made} connections");
     }
+}
+
+/// Reads a line and answers it.
+fn answer_line(mut stream: &TcpStream, answer: impl Fn(&str) -> String) -> std::io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let line = read_line(stream)?;
+    stream.write_all(format!("{}\n", answer(&line)).as_bytes())
 }
 
 /// A backend whose host can be power-cycled: it forgets its connections without a word to anybody.
@@ -353,19 +357,13 @@ impl Forgetful {
     fn new(answer: impl Fn(&str) -> String + Send + Sync + 'static) -> Self {
         let (cycles, serving) = <(Arc<AtomicU64>, Arc<()>)>::default();
         let (power, served) = (cycles.clone(), serving.clone());
-        let backend = Backend::scripted(move |mut stream| {
+        let backend = Backend::scripted(move |stream| {
             let begun = power.load(Relaxed);
             let _served = served.clone();
             loop {
                 stream.set_read_timeout(Some(Duration::from_millis(5))).unwrap();
                 match stream.peek(&mut [0]) {
-                    Ok(1..) => {
-                        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-                        let Ok(line) = read_line(stream) else { return };
-                        if stream.write_all(format!("{}\n", answer(&line)).as_bytes()).is_err() {
-                            return;
-                        }
-                    }
+                    Ok(1..) if answer_line(stream, &answer).is_ok() => {}
                     Err(error) if is_timeout(&error) => {}
                     _ => return,
                 }

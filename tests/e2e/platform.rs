@@ -24,7 +24,8 @@ use crate::support::metrics::{DISCOVERY_ERRORS, POOL_CONNECTIONS};
 use crate::support::onlookers::{
     CLIENTS, LIMIT, Seen, Span, answered, dial, short, staying, watch, writing,
 };
-use crate::support::proxy::{Builder, Proxy, hand_over};
+use crate::support::proxy::{Builder, Proxy};
+use crate::support::sandbox::hand_over;
 use crate::support::{Io, PATIENCE, SetOnDrop, eventually, heavy, measured, skip};
 
 /// How long a fault lasts that clients should not notice.
@@ -146,13 +147,13 @@ fn probe(admin: SocketAddr, path: &str) -> io::Result<u16> {
     status.ok_or_else(|| io::Error::other(format!("not HTTP: {text:?}")))
 }
 
-/// How long it takes to end when it is told to, unless that takes longer than `within`.
+/// How long it takes to end when it is asked to, unless that takes longer than `within`.
 fn terminate(proxy: &mut Proxy, within: Duration) -> Option<Duration> {
     proxy.terminate();
-    let told = Instant::now();
-    while told.elapsed() < within {
+    let asked = Instant::now();
+    while asked.elapsed() < within {
         if proxy.ended().is_some() {
-            return Some(told.elapsed());
+            return Some(asked.elapsed());
         }
         thread::sleep(Duration::from_millis(5));
     }
@@ -338,6 +339,11 @@ struct Host {
     streams: Arc<Mutex<Vec<TcpStream>>>,
 }
 
+fn answer_lines(mut stream: &TcpStream) {
+    while read_line(stream).is_ok() && stream.write_all(b"v\n").is_ok() {}
+    let _ = stream.shutdown(Shutdown::Both);
+}
+
 impl Host {
     fn start() -> Self {
         let listener = TcpListener::bind((host_ip(), 0)).unwrap();
@@ -346,13 +352,10 @@ impl Host {
         let shared = streams.clone();
         // Its threads live as long as the test program.
         thread::spawn(move || {
-            for mut stream in accepting.incoming().map_while(Result::ok) {
+            for stream in accepting.incoming().map_while(Result::ok) {
                 stream.set_nodelay(true).unwrap();
                 shared.lock().unwrap().push(stream.try_clone().unwrap());
-                thread::spawn(move || {
-                    while read_line(&stream).is_ok() && stream.write_all(b"v\n").is_ok() {}
-                    let _ = stream.shutdown(Shutdown::Both);
-                });
+                thread::spawn(move || answer_lines(&stream));
             }
         });
         Self { address, listener, streams }

@@ -1,4 +1,4 @@
-//! Used connections, lent for one request at a time or for a session: whose answer is whose,
+//! Used connections, shared request by request or session by session: whose answer is whose,
 //! whatever clients and backends do.
 
 use std::io::{Read, Write};
@@ -35,7 +35,7 @@ on_both_drivers![
 
 const ONE_WORKER: &str = "1";
 
-fn lending(io: Io, mode: &str, backends: &[&Backend]) -> Builder {
+fn pooled(io: Io, mode: &str, backends: &[&Backend]) -> Builder {
     let addresses: Vec<_> = backends.iter().map(|backend| backend.address()).collect();
     Builder::on(io)
         .backends(&addresses)
@@ -45,7 +45,7 @@ fn lending(io: Io, mode: &str, backends: &[&Backend]) -> Builder {
 }
 
 fn request_mode(io: Io, backend: &Backend) -> Builder {
-    lending(io, "request", &[backend])
+    pooled(io, "request", &[backend])
 }
 
 fn wait_idle(proxy: &Proxy, count: u64) {
@@ -134,7 +134,7 @@ fn a_session_keeps_its_connection_and_leaves_it_to_the_next(io: Io) {
             && stream.write_all(format!("{number}\n").as_bytes()).is_ok()
         {}
     });
-    let proxy = lending(io, "session", &[&backend]).start();
+    let proxy = pooled(io, "session", &[&backend]).start();
     let (a, b) = (connect(proxy.address()), connect(proxy.address()));
     assert_eq!((ask(&a, "GET x"), ask(&b, "GET x")), ("0".to_owned(), "1".to_owned()));
     for _ in 0..20 {
@@ -283,7 +283,7 @@ fn a_client_that_leaves_takes_its_reply_with_it(io: Io) {
         let mut gone = connect(proxy.address());
         gone.write_all(b"GET 50 of somebody else|\n").unwrap();
         let client = connect(proxy.address());
-        proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 1);
+        proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
         socket2::SockRef::from(&gone).set_linger(Some(Duration::ZERO)).unwrap();
         drop(gone);
         assert_eq!(ask(&client, "GET 0 mine|"), "mine");
@@ -300,7 +300,7 @@ fn a_client_that_left_in_order_keeps_no_connection_for_ever(io: Io) {
         .start();
     let (mut gone, patient) = (connect(proxy.address()), connect(proxy.address()));
     gone.write_all(b"GET 60000 never|\n").unwrap();
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 1);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
     drop(gone);
     assert_eq!(ask(&patient, "GET 0 mine|"), "mine");
     retired(&proxy, "abandoned", 1);
@@ -317,7 +317,7 @@ fn requests_that_wait_too_long_or_are_too_many_get_an_error(io: Io) {
         .start();
     let [busy, waiting, refused] = [(); 3].map(|()| connect(proxy.address()));
     (&busy).write_all(b"GET 4000 done|\n").unwrap();
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 1);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
     (&waiting).write_all(b"GET 0 x|\n").unwrap();
     proxy.wait_for(QUEUE_DEPTH, &[], |depth| depth == 1);
     assert_eq!(ask(&refused, "GET 0 x|"), "ERR too many requests wait for a connection");
@@ -365,7 +365,7 @@ fn a_slow_reader_holds_no_more_than_its_own(io: Io) {
         assert_eq!(ask(&quick, "GET small"), "small");
     }
     let held = proxy.metric("aegis_buffers_in_use", &[]);
-    // Those lent to the kernel, and what one multishot receive may run ahead.
+    // Those provided to the kernel, and what one multishot receive may run ahead.
     assert!(held < 128 + 160, "{held} buffers are held");
     let mut answer = vec![0; LINE + 1];
     for _ in 0..2 {
@@ -404,7 +404,7 @@ fn a_drain_answers_requests_under_way_and_those_that_still_come(io: Io) {
     let address = proxy.address();
     let (busy, waiting) = (connect(address), connect(address));
     (&busy).write_all(b"GET 1500 first|\n").unwrap();
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |lent| lent == 1);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
     (&waiting).write_all(b"GET 0 second|!\nGET 0 on a new connection|\n").unwrap();
     proxy.wait_for(QUEUE_DEPTH, &[], |depth| depth == 1);
     proxy.terminate();

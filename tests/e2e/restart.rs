@@ -60,14 +60,14 @@ fn restart(builder: Builder, question: &str, hold: impl FnOnce(SocketAddr)) -> [
         hold(address);
         let gap = scope.spawn(|| longest_gap(address, question, &enough));
         thread::sleep(5 * INTERVAL);
-        let told = Instant::now();
+        let asked = Instant::now();
         proxy.terminate();
         eventually("/readyz says no", PATIENCE, || {
             (proxy.get("/readyz").status == 503).then_some(())
         });
-        assert!(told.elapsed() < DRAIN / 2, "/readyz took {:?}", told.elapsed());
+        assert!(asked.elapsed() < DRAIN / 2, "/readyz took {:?}", asked.elapsed());
         proxy.wait_clean(PATIENCE);
-        let took = told.elapsed();
+        let took = asked.elapsed();
         let next = builder.start();
         assert_eq!(next.address(), address);
         thread::sleep(5 * INTERVAL);

@@ -4,7 +4,8 @@ use std::fs;
 
 use crate::support::backend::Backend;
 use crate::support::client::ask_once;
-use crate::support::proxy::{Builder, UNPRIVILEGED, can_drop_privileges};
+use crate::support::proxy::Builder;
+use crate::support::sandbox::{UNPRIVILEGED, can_drop_privileges};
 use crate::support::{Io, PATIENCE, on_both_drivers, skip};
 
 on_both_drivers![all_works_without_any_privilege_and_without_a_warning];

@@ -108,8 +108,8 @@ fn trimmed(bytes: &[u8]) -> &[u8] {
 }
 
 #[derive(Debug, Default)]
-#[allow(clippy::struct_excessive_bools, reason = "each is said independently of the others")]
-struct Said {
+#[allow(clippy::struct_excessive_bools, reason = "each is given independently of the others")]
+struct Framing {
     length: Option<u64>,
     chunked: bool,
     close: bool,
@@ -119,47 +119,47 @@ struct Said {
 }
 
 /// Field lines up to the empty one, and where what follows begins.
-fn fields(input: &[u8], mut at: usize, trailer: bool) -> Result<(Said, usize), Stuck> {
-    let mut said = Said::default();
+fn fields(input: &[u8], mut at: usize, trailer: bool) -> Result<(Framing, usize), Stuck> {
+    let mut framing = Framing::default();
     loop {
         let (text, next) = line(input, at)?;
         at = next;
         if text.is_empty() {
-            return Ok((said, at));
+            return Ok((framing, at));
         }
         let colon = text.iter().position(|&b| b == b':').ok_or(Ambiguous)?;
         let (name, value) = (&text[..colon], &text[colon + 1..]);
         ensure(is_token(name) && is_text(value))?;
         let name = name.to_ascii_lowercase();
-        let framing: [&[u8]; 5] =
+        let reserved: [&[u8]; 5] =
             [b"content-length", b"transfer-encoding", b"connection", b"upgrade", b"expect"];
-        ensure(!(trailer && framing.contains(&&name[..])))?;
+        ensure(!(trailer && reserved.contains(&&name[..])))?;
         let items = || value.split(|&b| b == b',').map(|item| trimmed(item).to_ascii_lowercase());
         let no_blanks = |item: &Vec<u8>| !item.contains(&b' ') && !item.contains(&b'\t');
         match &name[..] {
             b"content-length" => {
                 let digits = trimmed(value);
-                ensure(said.length.is_none() && digits.iter().all(u8::is_ascii_digit))?;
+                ensure(framing.length.is_none() && digits.iter().all(u8::is_ascii_digit))?;
                 ensure(digits.len() <= 20)?;
                 let number = std::str::from_utf8(digits).ok().and_then(|text| text.parse().ok());
-                said.length = Some(number.ok_or(Ambiguous)?);
+                framing.length = Some(number.ok_or(Ambiguous)?);
             }
             b"transfer-encoding" => {
-                ensure(!said.chunked && trimmed(value).eq_ignore_ascii_case(b"chunked"))?;
-                said.chunked = true;
+                ensure(!framing.chunked && trimmed(value).eq_ignore_ascii_case(b"chunked"))?;
+                framing.chunked = true;
             }
             b"connection" => {
                 ensure(items().all(|item| no_blanks(&item)))?;
-                ensure(items().all(|item| !framing[..2].contains(&&item[..])))?;
-                said.close |= items().any(|item| item == b"close");
-                said.keep_alive |= items().any(|item| item == b"keep-alive");
-                said.upgrade |= items().any(|item| item == b"upgrade");
+                ensure(items().all(|item| !reserved[..2].contains(&&item[..])))?;
+                framing.close |= items().any(|item| item == b"close");
+                framing.keep_alive |= items().any(|item| item == b"keep-alive");
+                framing.upgrade |= items().any(|item| item == b"upgrade");
             }
             b"expect" => {
                 ensure(items().all(|item| no_blanks(&item)))?;
-                said.expects_continue |= items().any(|item| item == b"100-continue");
+                framing.expects_continue |= items().any(|item| item == b"100-continue");
             }
-            b"upgrade" => said.upgrade = true,
+            b"upgrade" => framing.upgrade = true,
             _ => {}
         }
     }
@@ -215,23 +215,26 @@ struct Message {
 
 fn slow_request(input: &[u8]) -> Result<Message, Stuck> {
     let (start, at) = line(input, 0)?;
-    // What is wrong with the fields would be told only after the start line.
-    let (said, at) = match (request_line(start), fields(input, at, false)) {
+    // What is wrong with the fields would be reported only after the start line.
+    let (framing, at) = match (request_line(start), fields(input, at, false)) {
         (Err(stuck), Ok(_) | Err(_)) => return Err(stuck),
         (Ok(_), fields) => fields?,
     };
     let (method, is_1_1) = request_line(start)?;
-    let body = said.chunked || said.length.is_some_and(|length| length > 0);
-    ensure(!(said.chunked && (said.length.is_some() || !is_1_1)))?;
+    let body = framing.chunked || framing.length.is_some_and(|length| length > 0);
+    ensure(!(framing.chunked && (framing.length.is_some() || !is_1_1)))?;
     ensure(!(body && method == Method::Connect))?;
-    let len =
-        if said.chunked { chunks(input, at)? } else { sized(input, at, said.length.unwrap_or(0))? };
+    let len = if framing.chunked {
+        chunks(input, at)?
+    } else {
+        sized(input, at, framing.length.unwrap_or(0))?
+    };
     Ok(Message {
         len,
         method,
-        keeps_alive: !said.close && (is_1_1 || said.keep_alive),
-        tunnel: said.upgrade || method == Method::Connect,
-        expects_continue: said.expects_continue,
+        keeps_alive: !framing.close && (is_1_1 || framing.keep_alive),
+        tunnel: framing.upgrade || method == Method::Connect,
+        expects_continue: framing.expects_continue,
     })
 }
 
@@ -257,24 +260,24 @@ fn slow_response(input: &[u8], method: Method) -> Result<Answer, Stuck> {
     loop {
         let (start, next) = line(input, at)?;
         let (status, is_1_1) = status_line(start)?;
-        let (said, next) = fields(input, next, false)?;
+        let (framing, next) = fields(input, next, false)?;
         at = next;
         if status == 101 || (method == Method::Connect && (200..300).contains(&status)) {
             return Ok(Answer::Tunnel(at));
         }
-        let body = said.chunked || said.length.is_some_and(|length| length > 0);
-        ensure(!(said.chunked && (said.length.is_some() || !is_1_1)))?;
+        let body = framing.chunked || framing.length.is_some_and(|length| length > 0);
+        ensure(!(framing.chunked && (framing.length.is_some() || !is_1_1)))?;
         ensure(!(body && (status < 200 || status == 204)))?;
         if status < 200 {
             continue;
         }
-        let end = match said.length {
+        let end = match framing.length {
             _ if status == 204 || status == 304 || method == Method::Head => at,
-            _ if said.chunked => chunks(input, at)?,
+            _ if framing.chunked => chunks(input, at)?,
             Some(length) => sized(input, at, length)?,
             None => return Err(Incomplete),
         };
-        return Ok(Answer::Complete(end, !said.close && (is_1_1 || said.keep_alive)));
+        return Ok(Answer::Complete(end, !framing.close && (is_1_1 || framing.keep_alive)));
     }
 }
 

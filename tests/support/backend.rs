@@ -140,13 +140,8 @@ impl Backend {
                     open.push(Arc::downgrade(&stream));
                     drop(open);
                     accepted.fetch_add(1, Relaxed);
-                    let handler = handler.clone();
-                    let run = move || {
-                        // It fails where the peer is gone already, as the handler will find.
-                        let _ = prepare_backend(&stream);
-                        handler(&stream);
-                    };
-                    thread::Builder::new().stack_size(256 << 10).spawn(run).unwrap();
+                    let serve = serving(handler.clone(), stream);
+                    thread::Builder::new().stack_size(256 << 10).spawn(serve).unwrap();
                 }
             }
         });
@@ -184,6 +179,15 @@ fn close(connections: &Mutex<Vec<Weak<TcpStream>>>) {
 }
 
 /// As for clients, but a warm connection may wait for its first bytes for as long as it takes.
+/// Runs the handler on a connection, for a thread of its own.
+fn serving(handler: Arc<Handler>, stream: Arc<TcpStream>) -> impl FnOnce() + Send {
+    move || {
+        // It fails where the peer is gone already, as the handler will find.
+        let _ = prepare_backend(&stream);
+        handler(&stream);
+    }
+}
+
 fn prepare_backend(stream: &TcpStream) -> io::Result<()> {
     prepare(stream)?;
     stream.set_read_timeout(None)

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tempfile::NamedTempFile;
 
-use super::proxy::{Hosts, hand_over};
+use super::sandbox::{Hosts, hand_over};
 
 /// What an answer by UDP may hold; longer ones are cut and had by TCP.
 const UDP_MAX: usize = 512;
@@ -24,7 +24,7 @@ const NO_ERROR: u8 = 0;
 const SERVER_FAILURE: u8 = 2;
 const NO_SUCH_NAME: u8 = 3;
 
-/// What is said of a name's addresses of one family.
+/// What is answered about a name's addresses of one family.
 #[derive(Clone)]
 pub enum Reply {
     Addresses(Vec<IpAddr>, u32),
@@ -45,7 +45,7 @@ struct State {
     asked: Mutex<Vec<(String, u16, &'static str)>>,
 }
 
-/// A name server. Names that it was not told of do not exist.
+/// A name server. Names that it was not given do not exist.
 pub struct NameServer {
     ip: Ipv4Addr,
     state: Arc<State>,
@@ -100,7 +100,7 @@ impl NameServer {
         self.resolv_conf.path()
     }
 
-    /// What is said of the name from now on, family by family.
+    /// What is answered about the name from now on, family by family.
     pub fn set(&self, name: &str, four: Reply, six: Reply) {
         let mut zone = self.state.zone.lock().unwrap();
         zone.insert((name.to_owned(), A), four);

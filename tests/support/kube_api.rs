@@ -17,7 +17,7 @@ use std::sync::Once;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::proxy::hand_over;
+use super::sandbox::hand_over;
 use super::say;
 pub use gate::Gate;
 pub use odd::Odd;

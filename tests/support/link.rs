@@ -42,7 +42,7 @@ pub enum Fate {
 /// A host, and the fates of both directions.
 #[derive(Debug, Clone, Copy)]
 struct Host {
-    /// Its server's port, by which its packets are told from those to it.
+    /// Its server's port, by which its packets are distinguished from those to it.
     port: u16,
     there: Fate,
     back: Fate,
@@ -139,7 +139,7 @@ fn tun() -> std::io::Result<OwnedFd> {
     Ok(tun)
 }
 
-/// Carries packets until it is told to end.
+/// Carries packets until it is asked to end.
 fn carry(tun: &OwnedFd, hosts: &Mutex<Hosts>, ends: &AtomicBool) {
     let mut rng = fastrand::Rng::with_seed(7);
     let mut under_way = BinaryHeap::new();

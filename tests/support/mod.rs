@@ -9,6 +9,7 @@ pub mod link;
 pub mod metrics;
 pub mod onlookers;
 pub mod proxy;
+pub mod sandbox;
 
 use std::cell::Cell;
 use std::fs::OpenOptions;

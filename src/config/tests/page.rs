@@ -28,7 +28,7 @@ what stands here, and `/config` on the admin port says what a running process wo
 - Spaces around a value do not matter. An empty value is a mistake, except for the node and the zone:
   a variable that is not set has its default.
 
-## What is said of mistakes
+## How mistakes are reported
 
 Values that are not accepted, values that do not go together, and variables that begin with `AEGIS_`
 and do not exist are all reported at once, on standard error, before anything is bound; the exit code
@@ -41,7 +41,7 @@ over.) With two mistakes, for example:
 const AFTER_MISTAKES: &str = "\
 ```
 
-A value that is in order but has no effect, because of the value of another variable, is told with the
+A value that is in order but has no effect, because of the value of another variable, is reported with the
 reason by `aegis-proxy check`, and by a warning in the log at the start.
 ";
 

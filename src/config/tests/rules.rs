@@ -38,7 +38,7 @@ fn used_connections_are_lent_only_where_that_is_safe() {
 fn what_has_no_effect_is_told_with_the_reason() {
     let kube = ("AEGIS_KUBE_SERVICE", "db");
     let chronos = ("AEGIS_PROTOCOL", "chronos");
-    let lent = ("AEGIS_POOL_MODE", "request");
+    let request_mode = ("AEGIS_POOL_MODE", "request");
     for (vars, warned) in [
         (&[][..], &[][..]),
         // Defaults may be written out.
@@ -54,7 +54,7 @@ fn what_has_no_effect_is_told_with_the_reason() {
             &["AEGIS_BACKENDS"],
         ),
         (&[kube, ("AEGIS_KUBE_STORES", "3")], &["AEGIS_KUBE_STORES"]),
-        (&[kube, chronos, lent, ("AEGIS_ROUTE", "key"), ("AEGIS_KUBE_STORES", "3")], &[]),
+        (&[kube, chronos, request_mode, ("AEGIS_ROUTE", "key"), ("AEGIS_KUBE_STORES", "3")], &[]),
         (&[("AEGIS_DNS_REFRESH", "1s")], &["AEGIS_DNS_REFRESH"]),
         (&[("AEGIS_DNS_REFRESH", "1s"), ("AEGIS_BACKENDS", "db:1")], &[]),
         (&[("AEGIS_LOCALITY", "zone")], &["AEGIS_LOCALITY"]),
@@ -71,17 +71,20 @@ fn what_has_no_effect_is_told_with_the_reason() {
         (&[kube, ("AEGIS_SLOW_START", "1s")], &[]),
         (&[kube, ("AEGIS_SLOW_START", "1s"), ("AEGIS_BALANCE", "source_hash")], &["AEGIS_SLOW"]),
         (&[chronos], &["AEGIS_PROTOCOL"]),
-        (&[chronos, lent], &[]),
+        (&[chronos, request_mode], &[]),
         (&[("AEGIS_POOL_SIZE", "8")], &["AEGIS_POOL_SIZE"]),
-        (&[chronos, lent, ("AEGIS_POOL_SIZE", "8")], &[]),
-        (&[chronos, lent, ("AEGIS_POOL_MAX_IDLE", "8")], &["AEGIS_POOL_MAX_IDLE"]),
-        (&[chronos, lent, ("AEGIS_POOL_MAX_IDLE", "0")], &[]),
+        (&[chronos, request_mode, ("AEGIS_POOL_SIZE", "8")], &[]),
+        (&[chronos, request_mode, ("AEGIS_POOL_MAX_IDLE", "8")], &["AEGIS_POOL_MAX_IDLE"]),
+        (&[chronos, request_mode, ("AEGIS_POOL_MAX_IDLE", "0")], &[]),
         (
             &[("AEGIS_QUEUE_MAX", "8"), ("AEGIS_REQUEST_TIMEOUT", "off")],
             &["AEGIS_QUEUE_MAX", "AEGIS_REQUEST_TIMEOUT"],
         ),
         (&[chronos, ("AEGIS_POOL_MODE", "session"), ("AEGIS_REQUEST_TIMEOUT", "off")], &[]),
-        (&[("AEGIS_PROTOCOL", "http1"), lent, ("AEGIS_LINE_MAX", "16")], &["AEGIS_LINE_MAX"]),
+        (
+            &[("AEGIS_PROTOCOL", "http1"), request_mode, ("AEGIS_LINE_MAX", "16")],
+            &["AEGIS_LINE_MAX"],
+        ),
         (
             &[("AEGIS_POOL_MAX_IDLE", "0"), ("AEGIS_POOL_MAX_LIFETIME", "1m")],
             &["AEGIS_POOL_MAX_LIFETIME"],

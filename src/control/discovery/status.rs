@@ -90,7 +90,7 @@ impl Status {
         replace(&self.unusable, why)
     }
 
-    /// These endpoints are left out now. Gives back those that were not before.
+    /// These endpoints are left out now. Returns those that were not before.
     pub fn set_left_out(&self, now: Vec<LeftOut>) -> Vec<LeftOut> {
         let mut left_out = lock(&self.left_out);
         let news = now.iter().filter(|one| !left_out.contains(one)).cloned().collect();

@@ -55,7 +55,7 @@ impl Epoll {
                 if self.refusing {
                     client.welcome();
                 }
-                // Each in turn: near the limit there is room for one a turn.
+                // Each in turn: near the limit there is room for one per turn.
                 self.accept_from = index + 1;
                 self.register(Socket::connected(client))
             }

@@ -70,7 +70,7 @@ transitions! { impl[] Room {
     }
 } }
 
-/// What the kernel has told of the peer's direction, whatever still waits in front of it.
+/// What the kernel has reported of the peer's direction, whatever still waits in front of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum HangUp {
     /// Nothing.

@@ -257,7 +257,7 @@ impl AsRawFd for Listener {
     }
 }
 
-/// Which of these hold now; an error or a hang-up is told in any case.
+/// Which of these hold now; an error or a hang-up is reported in any case.
 fn poll_now(socket: &impl AsFd, flags: PollFlags) -> PollFlags {
     let mut fds = [PollFd::new(socket, flags)];
     match poll(&mut fds, Some(&Timespec::default())) {

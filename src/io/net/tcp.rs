@@ -67,7 +67,7 @@ impl Options {
             (None, Some(idle)) => Some(usual_probes(idle)),
             (None, None) => None,
         };
-        // What fails here is a connection that is broken, which is told by itself.
+        // What fails here is a connection that is broken, which is reported by itself.
         let _ = match probes {
             Some(probes) => socket.set_tcp_keepalive(&probes),
             None => socket.set_keepalive(false),
@@ -80,7 +80,7 @@ impl Options {
 /// packets from one that loses all. (A smaller `TCP_RTO_MAX_MS` would do more, but at twice its value
 /// the kernel itself gives up a peer without room.)
 fn send_again_steadily(socket: &impl AsFd) {
-    // Where it fails the connection is broken, which is told by itself.
+    // Where it fails the connection is broken, which is reported by itself.
     let _ = set_int(socket, libc::IPPROTO_TCP, libc::TCP_THIN_LINEAR_TIMEOUTS, 1);
 }
 
@@ -193,9 +193,9 @@ const HOP_LIMIT_OUT_OF_REACH: libc::c_int = 255;
 /// capability, where a filter attached to the socket does. Clients are accepted with the same limit,
 /// so [`welcome`] has to lift it.
 pub(super) fn refuse_handshakes(listener: &OwnedFd) {
-    static TOLD: Once = Once::new();
+    static LOGGED: Once = Once::new();
     if let Err(error) = set_hop_limit_min(listener, HOP_LIMIT_OUT_OF_REACH) {
-        TOLD.call_once(|| {
+        LOGGED.call_once(|| {
             tracing::warn!(%error, "clients that connect while the listeners close may be reset");
         });
     }
@@ -284,8 +284,8 @@ mod tests {
             assert!(socket.keepalive().unwrap());
             assert_eq!(socket.tcp_keepalive_time().unwrap(), silence.min(KEEPALIVE_TIME_MAX));
             let interval = socket.tcp_keepalive_interval().unwrap();
-            let most = interval * socket.tcp_keepalive_retries().unwrap();
-            assert!(most >= silence_max, "{most:?} of {silence_max:?}");
+            let max = interval * socket.tcp_keepalive_retries().unwrap();
+            assert!(max >= silence_max, "{max:?} of {silence_max:?}");
             assert!(silence_max > 60 * SECOND || interval == SECOND, "{interval:?}");
             Options::default().ask(&client, None);
             assert!(!socket.keepalive().unwrap());

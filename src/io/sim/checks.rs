@@ -29,15 +29,15 @@ impl Sim {
         })
     }
 
-    /// What the user could do and has not done, though it was told all that it needs to know, for
-    /// nothing will tell it again; or what it was told too late. To be asked after each turn.
+    /// What the user could do and has not done, though it was notified of all that it needs, for
+    /// nothing will notify it again; or of what it was notified too late. To be asked after each turn.
     pub fn undone(&mut self) -> Option<String> {
         let undone =
             (0..self.sockets.slots()).find_map(|slot| self.undone_with(self.sockets.key_at(slot)?));
         self.too_late.take().or(undone)
     }
 
-    /// The user is told that bytes were sent for which the source of them may have waited.
+    /// The user is notified that bytes were sent for which the source of them may have waited.
     pub(super) fn check_lateness(&mut self, conn: ConnId) {
         let Some(sink) = self.sockets.get(conn) else { return };
         let Some(source) = sink.joined.and_then(|source| self.sockets.get(source)) else { return };
@@ -65,7 +65,7 @@ impl Sim {
         if unread && !source.is_wanted() && source.sending != Sending::Broken {
             Some(format!("{} is not read from, though {} takes everything", from.id, to.id))
         } else if source.told_end && !from.reset && !sink.has_shut_down() {
-            Some(format!("{} has ended, and {} was not told", from.id, to.id))
+            Some(format!("{} has ended, and {} was not notified", from.id, to.id))
         } else if both_ended && source.queue.is_empty() && source.untold == 0 {
             Some(format!("{} and {} have ended, and stay", from.id, to.id))
         } else {

@@ -1,7 +1,7 @@
 //! What the simulated driver tells of what has happened, and in which order and how many pieces.
 //!
 //! Kernels tell late, in batches of a limited size, in another order than things happened in, and
-//! two sends as one. Of one connection all is told in order.
+//! two sends as one. Of one connection all is reported in order.
 
 use std::collections::VecDeque;
 
@@ -9,17 +9,17 @@ use crate::io::{Completion, ConnId};
 
 /// As many as an `io_uring` runs the pending work of in one call.
 const BATCH_MAX: usize = 20;
-/// So many events may be told in any order.
+/// So many events may be reported in any order.
 const REORDERED_MAX: usize = 8;
 
-/// Events that have happened and are to be told.
+/// Events that have happened and are to be reported.
 #[derive(Debug)]
 pub(super) struct Hearing {
     events: VecDeque<Completion>,
-    /// Not all that there is to tell may be told in one turn.
+    /// Not all that there is may be reported in one turn.
     piecemeal: bool,
     reorders: bool,
-    /// How many may still be told in this turn.
+    /// How many may still be reported in this turn.
     left: usize,
 }
 
@@ -34,19 +34,19 @@ impl Hearing {
         }
     }
 
-    /// How many events are to be told, those of sends included or not.
+    /// How many events are to be reported, those of sends included or not.
     pub(super) fn len(&self, without_sends: bool) -> usize {
         let counts =
             |event: &&Completion| !(without_sends && matches!(event, Completion::Sent(..)));
         self.events.iter().filter(counts).count()
     }
 
-    /// Whether anything is to be told of a connection.
+    /// Whether anything is to be reported of a connection.
     pub(super) fn has(&self, conn: ConnId) -> bool {
         self.events.iter().any(|event| event.conn() == Some(conn))
     }
 
-    /// How many clients were accepted, and how many buffers filled, of which that was not told.
+    /// How many clients were accepted, and how many buffers filled, of which that was not reported.
     pub(super) fn untold(&self) -> (usize, usize) {
         self.events.iter().fold((0, 0), |(clients, buffers), event| match event {
             Completion::Accepted(_) => (clients + 1, buffers),
@@ -71,13 +71,13 @@ impl Hearing {
         self.events.push_back(event);
     }
 
-    /// A turn begins, in which perhaps not everything is told.
+    /// A turn begins, in which perhaps not everything is reported.
     pub(super) fn begin_turn(&mut self, rng: &mut fastrand::Rng) {
         let part = self.piecemeal && rng.u8(..3) == 0;
         self.left = if part { rng.usize(1..=BATCH_MAX) } else { usize::MAX };
     }
 
-    /// All that there is will be told in this turn.
+    /// All that there is will be reported in this turn.
     pub(super) fn tell_all(&mut self) {
         self.left = usize::MAX;
     }
@@ -88,7 +88,7 @@ impl Hearing {
             return None;
         }
         self.left -= 1;
-        // What was moved by itself is told before that it was sent.
+        // What was moved by itself is reported before that it was sent.
         let moved = self.events.iter().position(|event| matches!(event, Completion::Spliced(..)));
         let among = moved.map_or(self.events.len(), |moved| moved + 1).min(REORDERED_MAX);
         let drawn = if self.reorders { rng.usize(..among) } else { 0 };

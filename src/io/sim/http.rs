@@ -5,7 +5,7 @@
 use super::{Plan, Sim};
 use crate::limits::BUFFER_SIZE;
 
-/// The tag of what backends say unasked.
+/// The tag of what backends send before a request.
 pub const UNASKED: &str = "UNASKED";
 /// The tag of what they say behind an answer.
 pub const SURPLUS: &str = "MORE";
@@ -57,7 +57,7 @@ pub struct Http {
     pub endpoint: u16,
     /// The requests that reached a backend.
     pub heard: Vec<Heard>,
-    /// How often a backend spoke unasked.
+    /// How often a backend sent something unsolicited.
     pub unasked: usize,
     /// Whole answers that arrived.
     answers: usize,
@@ -430,7 +430,7 @@ impl Http {
         }
     }
 
-    /// The backend ends or breaks once it has said so much.
+    /// The backend ends or breaks once it has sent so much.
     fn die(&mut self, at: usize, plan: &mut Plan, rng: &mut fastrand::Rng) {
         self.over = true;
         if rng.bool() {

@@ -6,7 +6,7 @@ use crate::limits::BUFFER_SIZE;
 
 /// The longest line that is a request.
 pub const LINE_MAX: usize = 64;
-/// What backends say unasked starts so.
+/// What backends send unsolicited starts so.
 pub const UNASKED: &str = "UNASKED";
 
 /// What a client asks for.
@@ -33,7 +33,7 @@ pub struct Lines {
     pub endpoint: u16,
     /// The requests that reached a backend.
     pub heard: Vec<String>,
-    /// How often a backend spoke unasked.
+    /// How often a backend sent something unsolicited.
     pub unasked: usize,
     /// Where each of a client's lines ends.
     ends: Vec<usize>,
@@ -49,7 +49,7 @@ pub struct Lines {
     glued_at: Option<usize>,
     /// A backend answers no more.
     mute: bool,
-    /// A backend speaks unasked once it has said all else.
+    /// A backend sends something unsolicited once it has sent all else.
     will_speak: bool,
     /// A backend dies of the next request.
     fragile: bool,

@@ -3,7 +3,7 @@
 //! It drives the real engine through what real networks and kernels do and tests can hardly
 //! provoke: partial reads and writes, receives that stop late, refused, hanging and broken
 //! connections, slow and stalled readers, clients and backends that end or reset at any moment, too
-//! few buffers, what a reset destroys on its way, and events that are told late, in part, in
+//! few buffers, what a reset destroys on its way, and events that are reported late, in part, in
 //! another order or as one. Two runs from one seed are identical.
 
 use std::cmp::Reverse;
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use super::buffers::Buffers;
 use super::halves::Sending;
 use super::{Completion, Conn, ConnId};
-use crate::limits::BUFFERS_LENT_MIN;
+use crate::limits::BUFFERS_PROVIDED_MIN;
 use crate::slab::Slab;
 
 mod checks;
@@ -30,13 +30,13 @@ use self::hearing::Hearing;
 pub use self::peers::{ID_BYTES, Peer, Plan};
 use self::sockets::Socket;
 
-/// Buffers filled of which that was not told yet: as many as a driver lends to its kernel, at least.
-pub const UNTOLD_BUFFERS_MAX: usize = BUFFERS_LENT_MIN;
+/// Buffers filled of which that was not reported yet: as many as a driver provides to its kernel, at least.
+pub const UNTOLD_BUFFERS_MAX: usize = BUFFERS_PROVIDED_MIN;
 /// What a peer's socket buffers, in each direction.
 const SOCKET_BYTES: usize = 48 * 1024;
 /// What the proxy's kernel takes for one connection and has not delivered.
 const SEND_BYTES: usize = 32 * 1024;
-/// What was sent is to be told within this time.
+/// What was sent is to be reported within this time.
 const UNDONE_MAX: Duration = Duration::from_millis(2);
 /// For so long everybody who is not asked has been idle.
 const IDLE: Duration = Duration::from_secs(60);
@@ -93,7 +93,7 @@ pub struct Sim {
     sockets: Slab<Socket, Conn>,
     buffers: Buffers,
     hearing: Hearing,
-    /// Sends are told of up to so many microseconds after the kernel has taken them.
+    /// Sends are reported up to so many microseconds after the kernel has taken them.
     sent_late_us: u64,
     noise: Arc<[u8]>,
     backlog: std::collections::VecDeque<usize>,
@@ -258,7 +258,7 @@ impl Sim {
         }
     }
 
-    /// The process is stopped for a while: much happens, and nothing is told.
+    /// The process is stopped for a while: much happens, and nothing is reported.
     fn stop(&mut self) {
         let until = self.elapsed + STOP;
         while let Some(&Reverse((at, _, step))) = self.steps.peek()

@@ -34,7 +34,7 @@ pub struct Plan {
 /// A client or a backend at the far end of a connection.
 #[allow(
     clippy::struct_excessive_bools,
-    reason = "independent facts, each told by the kernel or the user"
+    reason = "independent facts, each reported by the kernel or the user"
 )]
 #[derive(Debug)]
 pub struct Peer {
@@ -48,9 +48,9 @@ pub struct Peer {
     pub sent: usize,
     /// All bytes that reached it.
     pub received: Vec<u8>,
-    /// It was told of the other's end.
+    /// It was notified of the other's end.
     pub saw_end: bool,
-    /// It was told of a reset.
+    /// It was notified of a reset.
     pub saw_reset: bool,
     /// It has ended its direction.
     pub ended: bool,
@@ -195,7 +195,7 @@ impl Sim {
             peer.ended |= peer.plan.ends_first || peer.saw_end || gives_in;
         }
         peer.ended |= peer.speaks() && !peer.is_client && peer.saw_end;
-        // What it was told is over, it leaves sooner or later.
+        // What it knows to be over, it leaves sooner or later.
         peer.ended |= peer.http.is_some() && peer.saw_end && self.rng.u8(..3) == 0;
         if peer.conn.is_some() && !is_served && peer.sent > before.0 {
             // As kernels answer what comes for a socket that was closed.
@@ -234,9 +234,9 @@ impl Sim {
             return;
         }
         let room = SOCKET_BYTES.saturating_sub(peer.received.len() - peer.read);
-        let most = room.min(peer.wire.len());
-        if most > 0 {
-            let len = self.rng.usize(1..=most);
+        let max = room.min(peer.wire.len());
+        if max > 0 {
+            let len = self.rng.usize(1..=max);
             let before = peer.received.len();
             peer.received.extend(peer.wire.drain(..len));
             if let Some(lines) = &mut peer.lines {

@@ -37,14 +37,14 @@ pub(super) struct Socket {
     pub(super) late: u8,
     /// The peer's bytes taken from its socket so far.
     pub(super) taken: usize,
-    /// The user was told of the peer's end.
+    /// The user was notified of the peer's end.
     pub(super) told_end: bool,
     /// An error that a send met first: receiving then shows an ordinary end.
     pub(super) error_taken: bool,
     /// What it receives may be sent there by itself.
     pub(super) joined: Option<ConnId>,
     pub(super) queue: Chain,
-    /// Bytes taken by the kernel of which that was not told yet.
+    /// Bytes taken by the kernel of which that was not reported yet.
     pub(super) untold: u32,
     /// When the kernel took the latest.
     pub(super) taken_at: Duration,
@@ -183,8 +183,8 @@ impl Sim {
         let sink = self.sink(conn);
         let Some(socket) = self.sockets.get_mut(conn) else { return self.buffers.give(buf) };
         let peer = &self.peers[socket.peer];
-        let said = peer.lines.as_ref().map_or(0, |lines| lines.out.len());
-        let piece = (said + peer.http.as_ref().map_or(0, |http| http.out.len())) / 100;
+        let queued = peer.lines.as_ref().map_or(0, |lines| lines.out.len());
+        let piece = (queued + peer.http.as_ref().map_or(0, |http| http.out.len())) / 100;
         let piece = peer.plan.piece.max(piece).min(BUFFER_SIZE);
         let mut len = self.rng.usize(1..=waiting.min(piece));
         let (id, at) = (peer.id, socket.taken);
@@ -229,11 +229,11 @@ impl Sim {
             socket.error_taken = true;
             return self.break_step(conn);
         }
-        let most = (SEND_BYTES - peer.wire.len()).min(socket.queue.bytes() as usize);
+        let max = (SEND_BYTES - peer.wire.len()).min(socket.queue.bytes() as usize);
         // What is small finds room where little else is on its way, and that is known at once.
         let is_small = peer.wire.len() + socket.queue.bytes() as usize <= BUFFER_SIZE;
-        if most > 0 {
-            let len = if is_small { most } else { self.rng.usize(1..=most) };
+        if max > 0 {
+            let len = if is_small { max } else { self.rng.usize(1..=max) };
             let before = peer.wire.len();
             for part in self.buffers.slices(&socket.queue) {
                 let rest = len - (peer.wire.len() - before);
@@ -257,7 +257,7 @@ impl Sim {
             self.peers[index].wire_ends = true;
         }
         self.carry_on(index);
-        if most > 0 {
+        if max > 0 {
             self.poke(conn);
         }
     }

@@ -109,7 +109,7 @@ impl Uring {
             descriptors: Descriptors::new(),
             start: Instant::now(),
             now: Instant::now(),
-            // A turn has few, but for the clients of a drain, which may well allocate.
+            // A turn has few, except for the clients of a drain, which may well allocate.
             ready: VecDeque::with_capacity(1024),
             pending: Vec::with_capacity(setup.conns_max),
             starving: VecDeque::with_capacity(setup.conns_max),
@@ -157,7 +157,7 @@ impl Uring {
         }
     }
 
-    /// A socket that its caller knows not to be given back.
+    /// A socket that its caller knows not to be reclaimed.
     fn live(&mut self, conn: ConnId) -> &mut Socket {
         self.sockets.get_mut(conn).expect("a socket of which the kernel holds something, or open")
     }
@@ -267,7 +267,7 @@ impl Uring {
     /// Gives the slot back once the kernel holds nothing of it.
     fn finish_close(&mut self, conn: ConnId) {
         let socket = self.live(conn);
-        debug_assert!(socket.is_closing(), "only a socket that was closed is given back");
+        debug_assert!(socket.is_closing(), "only a socket that was closed is reclaimed");
         if socket.ops.any() {
             return;
         }
@@ -304,9 +304,9 @@ impl Driver for Uring {
                 spare_time = wait.events == 1 || !self.ring.has(wait.events);
             } else if wait.events > 1 {
                 // A send that went well ends no wait, and somebody may wait for it: an end that
-                // goes behind it, a source that was stopped. So how sends went is told before
+                // goes behind it, a source that was stopped. So how sends went is reported before
                 // falling asleep. No other completion is asked for, so that a batch stays one. For
-                // a single event the look above has said it already.
+                // a single event the look above has shown it already.
                 self.ring.submit();
             }
         }

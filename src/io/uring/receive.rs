@@ -17,7 +17,7 @@ use crate::limits;
 
 impl Uring {
     pub(super) fn settle_socket(&mut self, conn: ConnId) {
-        // Its slot may have been given back since.
+        // Its slot may have been reclaimed since.
         let Some(socket) = self.sockets.get_mut(conn) else { return };
         if socket.is_closing() {
             return;
@@ -43,7 +43,7 @@ impl Uring {
         let fd = Fd(socket.stream.as_raw_fd());
         let (operation, entry) = if can_splice == Some(true) {
             // Each time that it fires it is followed by a move or by a receive, so it does not
-            // fire again for what it has told.
+            // fire again for what it has reported.
             let poll = opcode::PollAdd::new(fd, (libc::POLLIN | libc::POLLRDHUP) as u32);
             (Receive::Polled, poll.build())
         } else if short || queues || socket.single {

@@ -60,7 +60,7 @@ impl Uring {
             return None;
         }
         while let Some(conn) = fifo::pop(&mut self.submitted) {
-            // Others have failed, as was told.
+            // Others have failed, as was reported.
             let progress = self.sockets.get(conn).and_then(|socket| socket.sending.progress());
             if let Some(Send::Submitted(bytes)) = progress
                 && let Some(completion) = self.on_send(conn, Ok(bytes))

@@ -176,7 +176,7 @@ pub(super) struct Socket {
     /// What it brings may be moved to there by pipe.
     pub(super) joined: Option<ConnId>,
     pub(super) bulk: Bulk,
-    /// The watch has told of an error. A receive may have to tell it yet, behind what has arrived.
+    /// The watch has reported an error. A receive may have to report it yet, behind what has arrived.
     pub(super) has_error: bool,
     /// A move by pipe has taken the error that the next receive was to tell.
     pub(super) error_taken: bool,

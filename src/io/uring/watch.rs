@@ -2,7 +2,7 @@
 //!
 //! One multishot poll serves both. It is armed when it is first needed, and stays until the close:
 //! after its first completion, which says how things stand, it tells of wake-ups only, and the kernel
-//! wakes for room only where a send has found none. A poll is told of the peer's end, of a hang-up
+//! wakes for room only where a send has found none. A poll reports the peer's end, of a hang-up
 //! and of errors whatever was asked for, so one that is armed anew each time fires at once, for ever,
 //! on a socket whose peer has ended its direction.
 

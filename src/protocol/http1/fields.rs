@@ -46,8 +46,8 @@ enum Part {
 
 /// What the fields say.
 #[derive(Debug, Clone, Copy, Default)]
-#[allow(clippy::struct_excessive_bools)] // Each is said independently of the others.
-pub(super) struct Said {
+#[allow(clippy::struct_excessive_bools)] // Each is given independently of the others.
+pub(super) struct Framing {
     pub(super) length: Option<u64>,
     pub(super) chunked: bool,
     pub(super) close: bool,
@@ -56,7 +56,7 @@ pub(super) struct Said {
     pub(super) expects_continue: bool,
 }
 
-impl Said {
+impl Framing {
     /// Whether the connection lasts (RFC 9112, section 9.3).
     pub(super) fn keeps_alive(&self, is_1_1: bool) -> bool {
         !self.close && (is_1_1 || self.keep_alive)
@@ -72,21 +72,21 @@ pub(super) struct Fields {
     /// White space followed the item.
     item_over: bool,
     is_trailer: bool,
-    said: Said,
+    framing: Framing,
 }
 
 impl Fields {
     pub(super) fn new() -> Self {
-        let (part, word, said) = (Part::LineStart, Word::default(), Said::default());
-        Self { part, word, item_over: false, is_trailer: false, said }
+        let (part, word, framing) = (Part::LineStart, Word::default(), Framing::default());
+        Self { part, word, item_over: false, is_trailer: false, framing }
     }
 
     pub(super) fn new_trailer() -> Self {
         Self { is_trailer: true, ..Self::new() }
     }
 
-    pub(super) fn said(&self) -> &Said {
-        &self.said
+    pub(super) fn framing(&self) -> &Framing {
+        &self.framing
     }
 
     pub(super) fn on_bytes(&mut self, bytes: &[u8]) -> Step {
@@ -142,10 +142,10 @@ impl Fields {
         let is_new = match field {
             Field::Other => true,
             _ if self.is_trailer => return Err(Ambiguity::Trailer),
-            Field::ContentLength => self.said.length.is_none(),
-            Field::TransferEncoding => !self.said.chunked,
+            Field::ContentLength => self.framing.length.is_none(),
+            Field::TransferEncoding => !self.framing.chunked,
             Field::Upgrade => {
-                self.said.upgrade = true;
+                self.framing.upgrade = true;
                 true
             }
             Field::Connection | Field::Expect => true,
@@ -185,24 +185,24 @@ impl Fields {
     }
 
     fn on_item(&mut self, field: Field) -> Result<(), Ambiguity> {
-        let (word, said) = (&self.word, &mut self.said);
+        let (word, framing) = (&self.word, &mut self.framing);
         match field {
             Field::ContentLength => {
-                said.length = Some(number(word).ok_or(Ambiguity::ContentLength)?);
+                framing.length = Some(number(word).ok_or(Ambiguity::ContentLength)?);
             }
-            Field::TransferEncoding if word.is(b"chunked") => said.chunked = true,
+            Field::TransferEncoding if word.is(b"chunked") => framing.chunked = true,
             Field::TransferEncoding => return Err(Ambiguity::TransferEncoding),
             Field::Connection => match Field::named(word) {
                 Field::ContentLength | Field::TransferEncoding => {
                     return Err(Ambiguity::FramingRemoved);
                 }
                 _ => {
-                    said.close |= word.is(b"close");
-                    said.keep_alive |= word.is(b"keep-alive");
-                    said.upgrade |= word.is(b"upgrade");
+                    framing.close |= word.is(b"close");
+                    framing.keep_alive |= word.is(b"keep-alive");
+                    framing.upgrade |= word.is(b"upgrade");
                 }
             },
-            Field::Expect => said.expects_continue |= word.is(b"100-continue"),
+            Field::Expect => framing.expects_continue |= word.is(b"100-continue"),
             Field::Upgrade | Field::Other => {}
         }
         self.word.clear();

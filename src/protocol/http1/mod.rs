@@ -1,4 +1,4 @@
-//! Where messages of HTTP/1 begin and end, as RFC 9112 frames them, and no more than that.
+//! Where messages of HTTP/1 begin and end, as RFC 9112 frames them.
 //!
 //! What two readers could take for two different things is [`Ambiguity`], never a guess: its bytes
 //! may be passed on, but the connection they came on, and the one they go to, serve nobody else.
@@ -99,7 +99,7 @@ pub enum Ambiguity {
     TooLong,
     /// Bytes of a response to no request.
     #[error("response to no request")]
-    Unasked,
+    Unsolicited,
 }
 
 /// The method of a request, as far as it matters.

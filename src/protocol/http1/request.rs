@@ -80,8 +80,8 @@ impl RequestScanner {
 
     /// The body that the head announces (RFC 9112, section 6.3).
     fn body(&self) -> Result<Option<Body>, Ambiguity> {
-        let said = self.fields.said();
-        match (said.length, said.chunked) {
+        let framing = self.fields.framing();
+        match (framing.length, framing.chunked) {
             (Some(_), true) => Err(Ambiguity::LengthAndEncoding),
             (None, true) if !self.line.is_1_1() => Err(Ambiguity::EncodingInHttp10),
             (Some(1..), _) | (_, true) if self.method() == Method::Connect => Err(Ambiguity::Body),
@@ -115,24 +115,24 @@ impl RequestScanner {
         self.line.method()
     }
 
-    /// Whether the client wants the connection to last beyond this exchange.
+    /// Whether the client wants the connection to last beyond this request.
     pub fn keeps_alive(&self) -> bool {
-        self.fields.said().keeps_alive(self.line.is_1_1())
+        self.fields.framing().keeps_alive(self.line.is_1_1())
     }
 
     /// Whether the connection may leave HTTP with the response: the client asks for an upgrade, or
     /// for a tunnel. Nothing may be sent behind such a request before it is answered.
     pub fn asks_for_tunnel(&self) -> bool {
-        self.fields.said().upgrade || self.method() == Method::Connect
+        self.fields.framing().upgrade || self.method() == Method::Connect
     }
 
     /// Bytes of the body, where the head says so.
     pub fn body_len(&self) -> Option<u64> {
-        self.fields.said().length
+        self.fields.framing().length
     }
 
     /// Whether the client may hold the body back until the server says `100 Continue`.
     pub fn expects_continue(&self) -> bool {
-        self.fields.said().expects_continue
+        self.fields.framing().expects_continue
     }
 }

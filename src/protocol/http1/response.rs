@@ -77,7 +77,7 @@ impl ResponseScanner {
                 Phase::Ambiguous(ambiguity) => return Err(*ambiguity),
                 Phase::Tunnel => return Ok(Scan::Tunnel(0)),
                 Phase::Silent if rest.is_empty() => None,
-                Phase::Silent => return Err(Ambiguity::Unasked),
+                Phase::Silent => return Err(Ambiguity::Unsolicited),
             };
             if matches!(self.phase, Phase::Line | Phase::Fields) {
                 self.head.add(end.unwrap_or(rest.len()))?;
@@ -113,13 +113,13 @@ impl ResponseScanner {
 
     /// What follows the head (RFC 9112, section 6.3).
     fn next(&self) -> Result<Next, Ambiguity> {
-        let said = self.fields.said();
+        let framing = self.fields.framing();
         let status = self.line.status();
         if status == 101 || self.method == Method::Connect && (200..300).contains(&status) {
             return Ok(Next::Tunnel);
         }
-        let has_body = said.chunked || said.length.is_some_and(|length| length > 0);
-        match (said.length, said.chunked) {
+        let has_body = framing.chunked || framing.length.is_some_and(|length| length > 0);
+        match (framing.length, framing.chunked) {
             (Some(_), true) => Err(Ambiguity::LengthAndEncoding),
             (_, true) if !self.line.is_1_1() => Err(Ambiguity::EncodingInHttp10),
             _ if matches!(status, 100..200 | 204) && has_body => Err(Ambiguity::Body),
@@ -151,6 +151,6 @@ impl ResponseScanner {
     /// provided that nothing followed the response.
     pub fn is_reusable(&self) -> bool {
         let is_answered = matches!(self.phase, Phase::Silent) && self.begun;
-        is_answered && self.fields.said().keeps_alive(self.line.is_1_1())
+        is_answered && self.fields.framing().keeps_alive(self.line.is_1_1())
     }
 }

@@ -4,7 +4,7 @@ use super::Ambiguity as A;
 use super::{Method, RequestScanner, ResponseScanner, Scan};
 use crate::limits::HTTP1_HEAD_MAX;
 
-/// What became of a stream: where messages ended, and what was said last.
+/// What became of a stream: where messages ended, and what the scanner returned last.
 type Outcome = (Vec<usize>, Scan);
 
 fn outcome(pieces: &[&[u8]], mut scan: impl FnMut(&[u8]) -> Scan) -> Outcome {
@@ -260,7 +260,7 @@ fn responses_end_where_their_framing_says() {
     assert_eq!(response_to(Method::Head, head.as_bytes()), expected);
 
     let surplus = "HTTP/1.1 204 \r\n\r\nHTTP/1.1 204 \r\n\r\n";
-    assert_eq!(get(surplus), (vec![17], Scan::Ambiguous(A::Unasked)));
+    assert_eq!(get(surplus), (vec![17], Scan::Ambiguous(A::Unsolicited)));
     assert_eq!(get("HTTP/1.1 200 OK\r\n\r\nanything\r\n\r\n"), (vec![], Scan::Partial));
     let switch = "HTTP/1.1 101 S\r\nUpgrade: x\r\n\r\n";
     assert_eq!(get(&[switch, "abc"].concat()), (vec![], Scan::Tunnel(switch.len())));
@@ -296,7 +296,7 @@ fn ambiguous_responses_are_told() {
     let expected = (vec![], Scan::Ambiguous(A::LengthAndEncoding));
     assert_eq!(response_to(Method::Get, both), expected);
     assert_eq!(response_to(Method::Head, both), expected);
-    assert_eq!(ResponseScanner::new().scan(b"H"), Scan::Ambiguous(A::Unasked));
+    assert_eq!(ResponseScanner::new().scan(b"H"), Scan::Ambiguous(A::Unsolicited));
     assert_eq!(ResponseScanner::new().scan(b""), Scan::Partial);
 }
 

@@ -190,9 +190,9 @@ impl Table {
             totals.pooled += own.pooled;
             totals.acquired += own.acquired;
             let stats = entry.stats();
-            let told = [&stats.sessions_active, &stats.pool_idle, &stats.pool_connecting];
+            let gauges = [&stats.sessions_active, &stats.pool_idle, &stats.pool_connecting];
             let are = [counts.in_use, counts.idle, counts.connecting];
-            assert_eq!(told.map(|gauge| gauge.get() as usize), are, "{}", entry.endpoint.name);
+            assert_eq!(gauges.map(|gauge| gauge.get() as usize), are, "{}", entry.endpoint.name);
         }
         assert_eq!(self.totals, totals, "the connections of all endpoints");
     }

@@ -9,7 +9,7 @@
 
 use std::time::{Duration, Instant};
 
-/// No server ends a login sooner: a second is the least that `PostgreSQL` can be told.
+/// No server ends a login sooner: a second is the least of `PostgreSQL`'s setting.
 pub(super) const LOGIN_TIME_MIN: Duration = Duration::from_millis(950);
 /// Ends within this time have one cause.
 const SAME_MOMENT: Duration = Duration::from_millis(30);

@@ -1,4 +1,4 @@
-//! The network between the proxy and the API: passes bytes on until it is told otherwise.
+//! The network between the proxy and the API: passes bytes on until the test says otherwise.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};

@@ -58,10 +58,6 @@ pub fn talk(
     objects: &[Value],
     goes_on: impl Fn() -> bool,
 ) -> std::io::Result<()> {
-    let raw = |tls: &mut Tls, text: &str| {
-        tls.write_all(text.as_bytes())?;
-        tls.flush()
-    };
     let typed = |tls: &mut Tls, media_type: &str, length: usize, body: &str| {
         let head = format!("Content-Type: {media_type}\r\nContent-Length: {length}\r\n\r\n");
         raw(tls, &format!("HTTP/1.1 200 OK\r\n{head}{body}"))
@@ -83,6 +79,55 @@ pub fn talk(
             raw(tls, &format!("HTTP/1.1 429 -\r\n{head}\r\n\r\n{body}"))
         }
         Odd::Unauthorized => answer(tls, 401, &failure(401, "Unauthorized")),
+        Odd::EndlessPages if request.query.contains_key("sendInitialEvents") => {
+            answer(tls, 422, &failure(422, "sendInitialEvents: Forbidden"))
+        }
+        Odd::EndlessPages => {
+            let page = request.query.get("continue").and_then(|text| text.parse::<u64>().ok());
+            let next = (page.unwrap_or(0) + 1).to_string();
+            let metadata = json!({"resourceVersion": "1", "continue": next});
+            let list = json!({"kind": "List", "apiVersion": "v1", "metadata": metadata,
+                              "items": []});
+            answer(tls, 200, &list)
+        }
+        Odd::EndsAtOnce | Odd::GoneAtOnce | Odd::BackInTime => {
+            watch_that_ends(tls, odd, request, objects)
+        }
+        _ => go_on_forever(tls, odd, request, goes_on),
+    }
+}
+
+/// A watch that sends its objects, if it is asked for them, and something odd before it ends.
+fn watch_that_ends(
+    tls: &mut Tls,
+    odd: Odd,
+    request: &Request,
+    objects: &[Value],
+) -> std::io::Result<()> {
+    tls.write_all(CHUNKED)?;
+    if request.query.contains_key("sendInitialEvents") {
+        for object in objects {
+            chunk(tls, &json!({"type": "ADDED", "object": object}))?;
+        }
+        let ends = json!({"k8s.io/initial-events-end": "true"});
+        chunk(tls, &bookmark(request, 1000, ends))?;
+    }
+    match odd {
+        Odd::GoneAtOnce => chunk(tls, &error(410))?,
+        Odd::BackInTime => chunk(tls, &bookmark(request, 999, json!({})))?,
+        _ => {}
+    }
+    raw(tls, "0\r\n\r\n")
+}
+
+/// What has no end of its own.
+fn go_on_forever(
+    tls: &mut Tls,
+    odd: Odd,
+    request: &Request,
+    goes_on: impl Fn() -> bool,
+) -> std::io::Result<()> {
+    match odd {
         Odd::EndlessHead => {
             raw(tls, "HTTP/1.1 200 OK\r\n")?;
             while goes_on() {
@@ -120,40 +165,19 @@ pub fn talk(
             }
             Ok(())
         }
-        Odd::EndsAtOnce | Odd::GoneAtOnce | Odd::BackInTime => {
-            tls.write_all(CHUNKED)?;
-            if request.query.contains_key("sendInitialEvents") {
-                for object in objects {
-                    chunk(tls, &json!({"type": "ADDED", "object": object}))?;
-                }
-                let ends = json!({"k8s.io/initial-events-end": "true"});
-                chunk(tls, &bookmark(request, 1000, ends))?;
-            }
-            match odd {
-                Odd::GoneAtOnce => chunk(tls, &error(410))?,
-                Odd::BackInTime => chunk(tls, &bookmark(request, 999, json!({})))?,
-                _ => {}
-            }
-            raw(tls, "0\r\n\r\n")
-        }
-        Odd::EndlessPages if request.query.contains_key("sendInitialEvents") => {
-            answer(tls, 422, &failure(422, "sendInitialEvents: Forbidden"))
-        }
-        Odd::EndlessPages => {
-            let page = request.query.get("continue").and_then(|text| text.parse::<u64>().ok());
-            let next = (page.unwrap_or(0) + 1).to_string();
-            let metadata = json!({"resourceVersion": "1", "continue": next});
-            let list = json!({"kind": "List", "apiVersion": "v1", "metadata": metadata,
-                              "items": []});
-            answer(tls, 200, &list)
-        }
         Odd::Silent => {
             while goes_on() {
                 thread::sleep(Duration::from_millis(50));
             }
             Ok(())
         }
+        _ => unreachable!("{odd:?} has an end"),
     }
+}
+
+fn raw(tls: &mut Tls, text: &str) -> std::io::Result<()> {
+    tls.write_all(text.as_bytes())?;
+    tls.flush()
 }
 
 fn error(code: u16) -> Value {

@@ -17,7 +17,7 @@ use super::{ADMIN_TOKEN, PROXY_TOKEN};
 
 pub(super) type Tls = StreamOwned<ServerConnection, TcpStream>;
 
-/// What the server is told to do wrong.
+/// What the server is to do wrong.
 pub struct Faults(Arc<Store>);
 
 #[derive(Default)]
@@ -214,7 +214,7 @@ fn serve(stream: TcpStream, config: Arc<ServerConfig>, store: &Store) -> std::io
         } else if request.query.get("watch").is_some_and(|watch| watch == "true") {
             watch(tls, &request, store)?;
         } else {
-            let (status, body) = exchange(&request, store);
+            let (status, body) = answer_to(&request, store);
             answer(tls, status, &body)?;
         }
         if !request.keep {
@@ -311,7 +311,7 @@ pub(super) fn failure(code: u16, message: &str) -> Value {
            "message": message, "reason": "", "code": code, "details": details})
 }
 
-fn exchange(request: &Request, store: &Store) -> (u16, Value) {
+fn answer_to(request: &Request, store: &Store) -> (u16, Value) {
     let path = request.path.trim_end_matches("/status");
     let (collection, name) = path.rsplit_once('/').unwrap_or(("", path));
     let missing = || (404, failure(404, "not found"));

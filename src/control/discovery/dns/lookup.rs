@@ -14,7 +14,7 @@ use crate::limits::{DNS_ANSWERS_TO_LEAVE, DNS_CONFIRM, DNS_LOOKUP_MAX, DNS_TTL_M
 /// The wait after a first failed lookup; it doubles up to the refresh interval.
 const RETRY_MIN: Duration = Duration::from_millis(500);
 
-/// What a lookup of backend `index` has said of one family.
+/// What a lookup of backend `index` found for one family.
 #[derive(Debug)]
 pub(super) struct News {
     pub(super) index: usize,
@@ -83,7 +83,7 @@ fn trouble(answers: &[Answer]) -> Option<&str> {
 /// How soon a name is looked up again.
 #[derive(Debug, Default)]
 struct Pace {
-    /// The addresses of each family as they were last told of.
+    /// The addresses of each family as they were last reported.
     last: [Vec<IpAddr>; Family::ALL.len()],
     /// So many more answers are to come soon.
     soon: u32,

@@ -3,7 +3,7 @@
 //!
 //! Each query of a name server is hickory's. What is decided here is what an application relies on
 //! beyond that: which server is asked when, which name of the search list counts, and what an error
-//! says about a name. The families are asked for at the same time and told of one by one, so neither
+//! says about a name. The families are asked for at the same time and reported one by one, so neither
 //! waits for the other, nor stands for it.
 
 use std::fmt;
@@ -39,7 +39,7 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// blocks no longer than any page of the program's own.
 const FILES_AGE_MAX: Duration = Duration::from_millis(100);
 
-/// For how long a name server that said nothing is asked last. Each name of the search list that
+/// For how long a name server that did not answer is asked last. Each name of the search list that
 /// waited for it again would take its whole time: with six of them, as on GKE, and the usual five
 /// seconds, no lookup would end in time.
 const SILENT_FOR: Duration = Duration::from_secs(30);
@@ -226,7 +226,7 @@ impl Resolve for SystemResolver {
 struct Server {
     ip: IpAddr,
     resolver: TokioResolver,
-    /// When it last said nothing to a query, if it has said nothing since.
+    /// When it last left a query unanswered, if it has answered none since.
     silent_at: Mutex<Option<Instant>>,
 }
 
@@ -265,7 +265,7 @@ impl fmt::Debug for Servers {
 /// Why a query has no answer.
 struct Failure {
     why: String,
-    /// A server has refused to answer, rather than said nothing.
+    /// A server has refused to answer, rather than been silent.
     refused: bool,
 }
 

@@ -45,7 +45,7 @@ const TOKEN_AGE_MAX: Duration = Duration::from_secs(60);
 /// Tokens are a few KiB.
 const TOKEN_BYTES_MAX: u64 = 64 << 10;
 
-/// So much of an answer that tells of an error is read, and so much is told.
+/// So much of an error response is read, and so much of it is logged.
 const ERROR_BYTES_MAX: usize = 64 << 10;
 const ERROR_CHARS_MAX: usize = 500;
 

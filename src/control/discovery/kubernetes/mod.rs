@@ -366,7 +366,7 @@ impl Stores<'_> {
         let (kube, status) = (&self.source.config.kube, &self.source.status);
         let sets = self.sets.borrow_and_update();
         let sets = sets.as_ref().map_err(String::as_str);
-        // Why the StatefulSets are not known is told by who reads them.
+        // Why the StatefulSets are not known is reported by who reads them.
         let answered = sets.is_ok() || kube.stores.is_some();
         let service = kube.service.as_ref().map(|service| service.name.as_str());
         let last = self.known.as_ref().map(|known| known.set.as_str());

@@ -36,7 +36,7 @@ pub(super) struct Granted {
 }
 
 impl Granted {
-    /// Until when they are good, where that is said.
+    /// Until when they are valid, where that is given.
     pub(super) fn expires(&self) -> Option<SystemTime> {
         self.expiration_timestamp.as_ref().map(|time| time.0.into())
     }
@@ -149,7 +149,7 @@ fn command(exec: &ExecConfig, name: &str) -> Result<Command, String> {
 /// All that comes out of a pipe, up to [`OUTPUT_MAX`].
 fn read(pipe: Option<impl Read + Send + 'static>) -> mpsc::Receiver<Vec<u8>> {
     let (sender, receiver) = mpsc::channel();
-    // Without a thread, the sender is dropped, and the receiver told.
+    // Without a thread, the sender is dropped, and the receiver learns of it.
     let _ = thread::Builder::new().name("aegis-plugin".to_owned()).spawn(move || {
         let mut bytes = Vec::new();
         if let Some(pipe) = pipe {

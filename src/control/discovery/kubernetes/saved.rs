@@ -1,7 +1,7 @@
 //! The last endpoints that the API named, in a file: for a start while nobody answers.
 //!
 //! The file says whose endpoints they are and when the API confirmed them last. One that is of
-//! another Service, too old, or garbage is not used, and told of.
+//! another Service, too old, or garbage is not used, and reported.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};

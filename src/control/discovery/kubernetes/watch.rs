@@ -234,7 +234,7 @@ impl<'a, K: Source> Watcher<'a, K> {
             Err(trouble) => Err(trouble),
         };
         match watched {
-            // Said at once, or within the watch.
+            // Answered at once, or within the watch.
             Err(trouble) if self.version.is_none() && trouble.may_be_for_streaming() => {
                 debug!(why = trouble.what, "no streaming lists here: listing");
                 self.streaming = false;

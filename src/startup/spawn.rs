@@ -1,4 +1,5 @@
-//! The workers' start: what each shares with the control plane and the others, handed to its thread.
+//! Starts the workers' threads: what each shares with the control plane and the others is handed to
+//! it. How many there are, [`super::cores`] has decided.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
