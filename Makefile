@@ -24,8 +24,10 @@ bench: ## Run the benchmarks (QUICK=1: check that they work)
 	cargo bench --bench micro $(if $(QUICK),-- --sample-count 1 --sample-size 1)
 	cargo bench --bench compare -- $(if $(QUICK),--quick)
 
-lint: ## Check the format and the lints
+lint: ## Check the format, the lints and the length of files
 	cargo fmt --check
+	@find src tests benches examples -name '*.rs' -exec wc -l {} + | \
+	awk '$$2 != "total" && $$1 > 600 { print $$2 ": " $$1 " lines, and 600 are the limit"; long = 1 } END { exit long }'
 	cargo clippy --all-targets -- -D warnings
 
 ENGINE ?= docker
