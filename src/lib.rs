@@ -31,7 +31,7 @@
 //! | what | where |
 //! | --- | --- |
 //! | how many workers there are, and on which cores | `startup/cores.rs` |
-//! | a worker's loop, on any driver; how epoll waits | [`worker::engine`]; [`io::epoll`] |
+//! | a worker's loop, on any driver; how epoll waits | `worker/turn.rs`; [`io::epoll`] |
 //! | the endpoints, and which one is chosen | [`proxy::endpoints`] as delivered, [`proxy::balance`] as a worker uses them |
 //! | how a connection moves in and out of a pool | `proxy/balance/conns.rs`; what a pool keeps: [`proxy::pool`] |
 //! | why a pooled connection is closed | [`metrics::Discard`] |

@@ -186,14 +186,14 @@ impl Reader {
     /// A used connection is shared only where that is known to be safe.
     fn check_pooling(&mut self, config: &Config) {
         let mode = || (AEGIS_POOL_MODE, config.pool.mode.to_string());
-        let lends = config.pool.mode != PoolMode::Preconnect;
-        if lends && !config.protocol.facts().is_framed {
+        let reuses = config.pool.mode != PoolMode::Preconnect;
+        if reuses && !config.protocol.facts().is_framed {
             let protocol = (AEGIS_PROTOCOL, config.protocol.to_string());
             let why = "of unknown bytes nobody can tell when an answer is over, so a used \
                        connection could bring one client the answer to another";
             self.conflict(mode(), protocol, why);
         }
-        if lends && config.proxy_protocol != ProxyProtocol::Off {
+        if reuses && config.proxy_protocol != ProxyProtocol::Off {
             let header = (AEGIS_PROXY_PROTOCOL, config.proxy_protocol.to_string());
             self.conflict(
                 mode(),

@@ -39,7 +39,7 @@ pub struct Endpoint {
     /// Where to connect.
     pub address: SocketAddr,
     near: AtomicBool,
-    /// The first of the workers that keep its minimum of warm connections.
+    /// The first of the workers that keep its minimum of idle connections.
     first_worker: usize,
     /// Its counters, one block per worker, indexed by worker.
     pub stats: Box<[EndpointStats]>,
@@ -52,7 +52,7 @@ impl Endpoint {
     }
 
     /// The same, of which it is known how many others were there first: so the workers that keep
-    /// warm connections to each are not always the same ones.
+    /// idle connections to each are not always the same ones.
     pub fn numbered(
         number: usize,
         name: impl Into<String>,

@@ -24,7 +24,7 @@ pub(super) struct Acceptor {
     gate: Gate,
     /// Clients to be served at the end of the turn.
     accepted: Vec<ConnId>,
-    /// When the worker was told to let clients leave.
+    /// When the worker began to let clients leave.
     pub(super) drains_since: Option<Instant>,
     /// Sessions and clients that were open then, and are.
     before_drain: usize,
@@ -123,7 +123,7 @@ impl Acceptor {
         self.gate.waits_for_others().then_some(ROTATION)
     }
 
-    /// The worker was told to let clients leave.
+    /// The worker is to let clients leave.
     pub(super) fn on_leave<D: Driver>(&mut self, cx: &Context<D>) {
         assert!(self.drains_since.is_none(), "commands only move forward");
         self.drains_since = Some(cx.now);
@@ -144,7 +144,7 @@ impl Acceptor {
         cx.stats.sessions_before_drain.set(self.before_drain as u64);
     }
 
-    /// The worker was told to empty the accept queue.
+    /// The worker is to empty the accept queue.
     pub(super) fn on_drain<D: Driver>(&mut self, cx: &mut Context<D>) {
         assert!(self.listening_until.is_none(), "commands only move forward");
         let crowded = cx.driver.refuse_handshakes();

@@ -27,7 +27,7 @@ pub(super) struct Context<D> {
     pub(super) started: Instant,
     /// Whose each connection is.
     pub(super) owners: Owners,
-    /// What the worker was told to do at last.
+    /// The command in force.
     pub(super) command: Command,
     /// The room for sessions and clients.
     pub(super) places: Places,

@@ -37,7 +37,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    /// Finds the session a backend: a warm connection, or one made for it. Closes it for
+    /// Finds the session a backend: an idle connection, or one made for it. Closes it for
     /// `otherwise` when there is no endpoint left to try.
     pub(super) fn dispatch(&mut self, key: Key<Session>, mut otherwise: CloseReason) {
         loop {
@@ -87,7 +87,7 @@ impl<D: Driver> Engine<D> {
             chosen
         };
         // A handshake that got lost, in a full accept queue for one, is worth another try, and so is
-        // the endpoint of a warm connection that was dead. A refusal is an answer.
+        // the endpoint of an idle connection that was dead. A refusal is an answer.
         let lost = matches!(otherwise, CloseReason::ConnectTimeout | CloseReason::BackendReset);
         choose(tried).or_else(|| lost.then(|| choose(&Tried::default())).flatten())
     }
@@ -146,8 +146,8 @@ impl<D: Driver> Engine<D> {
         if let Some((backend, made)) = warm {
             self.sessions.of(key).on_warm(made);
             self.cx.stats.count_checkout(Checkout::Hit);
-            let Owner::Warm { greeting, .. } = self.owner(backend) else {
-                unreachable!("a pool's connection is warm")
+            let Owner::Idle { greeting, .. } = self.owner(backend) else {
+                unreachable!("a pool's connection is idle")
             };
             self.open(key, backend, greeting);
             return Ok(());

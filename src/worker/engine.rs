@@ -53,7 +53,7 @@ pub struct EngineSetup {
     pub seed: u64,
 }
 
-/// Clients whose requests are told apart.
+/// Clients whose requests are framed.
 pub(super) struct Requests {
     pub clients: Slab<Client>,
     pub policy: Policy,

@@ -43,7 +43,7 @@ impl Mail {
         self.own().take_snapshot()
     }
 
-    /// What the worker is told to do.
+    /// The command in force.
     pub(super) fn command(&self) -> Command {
         self.own().current_command()
     }

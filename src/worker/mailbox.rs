@@ -16,13 +16,13 @@ use crate::io::net::Stream;
 use crate::limits;
 use crate::proxy::endpoints::EndpointSnapshot;
 
-/// What a worker is told to do. Commands only move forward.
+/// What a worker is to do. Commands only move forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Command {
     /// Accept and forward.
     Run = 0,
-    /// Go on accepting and forwarding; clients whose requests are told apart leave with none under
+    /// Go on accepting and forwarding; clients whose requests are framed leave with none under
     /// way.
     Leave = 1,
     /// Empty the accept queue, stop accepting, end the thread once the last session has finished.
@@ -70,7 +70,7 @@ impl Mailbox {
     /// Hands a client over to the worker, and wakes it. From another worker.
     ///
     /// # Errors
-    /// The worker takes no more: it has been told to end, or too many wait already. The client
+    /// The worker takes no more: it is to end, or too many wait already. The client
     /// comes back.
     pub fn hand_over(&self, client: Stream) -> Result<(), Stream> {
         if self.current_command() >= Command::Drain {

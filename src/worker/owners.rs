@@ -19,13 +19,13 @@ pub(super) enum Owner {
     /// A session's, connected or being connected.
     Session(Key<Session>, Side),
     /// Being made for a pool, or to probe an endpoint.
-    Warming { endpoint: EndpointId, since: Instant },
-    /// A client's whose requests are told apart.
+    Connecting { endpoint: EndpointId, since: Instant },
+    /// A client's whose requests are framed.
     Client(Key<Client>),
     /// In the hands of such a client.
     InUse(Key<Client>),
-    /// Warm in a pool, with what the backend has sent unasked.
-    Warm { endpoint: EndpointId, greeting: Chain },
+    /// Idle in a pool, with what the backend has sent before any request.
+    Idle { endpoint: EndpointId, greeting: Chain },
     /// Nobody's, and to be closed once its peer has what was sent to it.
     Flushing(Flushing),
 }

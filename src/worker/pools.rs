@@ -138,7 +138,7 @@ impl Pools {
         oldest.is_some()
     }
 
-    /// Discards the warm connections whose end nobody has heard yet, up to the first one that is
+    /// Discards the idle connections whose end nobody has heard yet, up to the first one that is
     /// open: the next to be taken is proved to be so, at the moment when it changes hands.
     pub(super) fn prove_oldest<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
         while let Some(entry) = self.table.get_mut(endpoint)
@@ -146,11 +146,11 @@ impl Pools {
             // Bytes are a greeting.
             && cx.driver.unheard(conn) == Unheard::End
         {
-            self.forget_warm(cx, endpoint, conn, Discard::Dead);
+            self.discard_idle(cx, endpoint, conn, Discard::Dead);
         }
     }
 
-    pub(super) fn forget_warm<D: Driver>(
+    pub(super) fn discard_idle<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         endpoint: EndpointId,
@@ -160,7 +160,7 @@ impl Pools {
         let now = cx.now;
         // One that has said something is well, whatever becomes of the connection.
         let is_silent = why == Discard::Dead
-            && matches!(cx.owners.get(conn), Some(Owner::Warm { greeting, .. }) if greeting.is_empty());
+            && matches!(cx.owners.get(conn), Some(Owner::Idle { greeting, .. }) if greeting.is_empty());
         let failed = self.table.died(endpoint, conn, now, &mut cx.rng);
         discard(cx, conn, why);
         if failed && is_silent {
@@ -180,7 +180,7 @@ impl Pools {
         }
     }
 
-    /// Closes the warm connections of an endpoint that were made before this moment.
+    /// Closes the idle connections of an endpoint that were made before this moment.
     pub(super) fn evict_made_before<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
@@ -220,7 +220,7 @@ impl Pools {
         self.on_endpoint_well(cx, endpoint, made);
     }
 
-    /// The same without the pool's pace: what greets may end each connection that is kept warm.
+    /// The same without the pool's pace: what greets may end each connection that is kept idle.
     pub(super) fn on_endpoint_well<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
@@ -283,7 +283,7 @@ impl Pools {
         }
     }
 
-    /// Closes all warm connections of an endpoint, which get replaced little by little.
+    /// Closes all idle connections of an endpoint, which get replaced little by little.
     pub(super) fn empty_pool<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
@@ -325,7 +325,7 @@ impl Pools {
         self.drop_surplus_of(cx, endpoint);
     }
 
-    /// A probe is kept even where no warm connections are; then it has served its purpose.
+    /// A probe is kept even where no idle connections are; then it has served its purpose.
     pub(super) fn drop_surplus_of<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
         let most = cx.config.pool.most();
         while let Some(entry) = self.table.get_mut(endpoint)
@@ -370,7 +370,7 @@ pub(super) fn is_local(error: &io::Error) -> bool {
 
 /// Closes a connection that has left its pool.
 pub(super) fn discard<D: Driver>(cx: &mut Context<D>, conn: ConnId, why: Discard) {
-    if let Owner::Warm { mut greeting, .. } = cx.owners.take(conn) {
+    if let Owner::Idle { mut greeting, .. } = cx.owners.take(conn) {
         cx.driver.buffers().clear(&mut greeting);
     }
     cx.stats.count_discard(why);

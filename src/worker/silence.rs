@@ -75,7 +75,7 @@ fn watched<'a>(
             Some(Watched { pulse: client.pulse(Side::Backend)?, endpoint, waits })
         }
         // Idle ones are asked nothing, and what is flushed or made has a limit of its own.
-        Owner::Warm { .. } | Owner::Warming { .. } | Owner::Flushing(_) | Owner::None => None,
+        Owner::Idle { .. } | Owner::Connecting { .. } | Owner::Flushing(_) | Owner::None => None,
     }
 }
 
@@ -163,7 +163,7 @@ impl<D: Driver> Engine<D> {
         }
         for _ in 0..most {
             // Like probes, also where no connections are kept.
-            if !self.warm(endpoint) {
+            if !self.start_connect(endpoint) {
                 return;
             }
         }

@@ -20,7 +20,7 @@ use crate::proxy::Side;
 const TURN_MAX: Duration = Duration::from_millis(500);
 
 impl<D: Driver> Engine<D> {
-    /// Turns until it is told to end and the last session has ended.
+    /// Turns until it is to end and the last session has ended.
     ///
     /// # Errors
     /// The driver cannot go on.
@@ -33,7 +33,7 @@ impl<D: Driver> Engine<D> {
         self.cx.driver.wait(Wait::for_one(Duration::ZERO)).map(drop)
     }
 
-    /// Whether it was told to end and nothing is left to do.
+    /// Whether it is to end and nothing is left to do.
     pub fn is_finished(&self) -> bool {
         self.cx.command >= Command::Drain
             && !self.acceptor.is_listening()
@@ -93,7 +93,7 @@ impl<D: Driver> Engine<D> {
         Wait { events, batch, most, contended }
     }
 
-    /// Without warm connections or endpoints to watch there is nothing to look over.
+    /// Without idle connections or endpoints to watch there is nothing to look over.
     fn pools_need_upkeep_at(&self) -> Option<Instant> {
         self.pools.table.has_entries().then_some(self.pools.upkeep_at)
     }
@@ -122,7 +122,7 @@ impl<D: Driver> Engine<D> {
                 }
                 Some(&Owner::Client(client)) => self.on_client_received(client, buf),
                 Some(&Owner::InUse(client)) => self.on_reply(client, buf),
-                Some(Owner::Warm { .. }) => self.on_greeting(conn, buf),
+                Some(Owner::Idle { .. }) => self.on_greeting(conn, buf),
                 _ => self.cx.driver.buffers().give(buf),
             },
             Completion::Spliced(conn, bytes) => {
@@ -154,7 +154,7 @@ impl<D: Driver> Engine<D> {
         }
         match self.owner(conn) {
             Owner::Session(session, _) => self.on_session_connected(session, conn),
-            Owner::Warming { endpoint, since } => self.on_warmed(endpoint, conn, since),
+            Owner::Connecting { endpoint, since } => self.on_pool_connected(endpoint, conn, since),
             _ => {}
         }
     }
@@ -162,7 +162,9 @@ impl<D: Driver> Engine<D> {
     fn on_connect_failed(&mut self, conn: ConnId, error: &io::Error) {
         match self.owner(conn) {
             Owner::Session(session, _) => self.on_session_connect_failed(session, conn, error),
-            Owner::Warming { endpoint, .. } => self.on_warming_failed(endpoint, conn, error),
+            Owner::Connecting { endpoint, .. } => {
+                self.on_pool_connect_failed(endpoint, conn, error);
+            }
             _ => {}
         }
     }
@@ -172,7 +174,7 @@ impl<D: Driver> Engine<D> {
             Some(&Owner::Session(session, side)) => self.on_ended(session, side),
             Some(&Owner::Client(client)) => self.on_client_ended(client),
             Some(&Owner::InUse(client)) => self.on_backend_died(client, Retry::Ended),
-            Some(&Owner::Warm { endpoint, .. }) => self.on_warm_died(endpoint, conn),
+            Some(&Owner::Idle { endpoint, .. }) => self.on_idle_died(endpoint, conn),
             _ => {}
         }
     }
@@ -182,7 +184,7 @@ impl<D: Driver> Engine<D> {
             Some(&Owner::Session(session, side)) => self.on_receive_failed(session, side),
             Some(&Owner::Client(client)) => self.on_client_broken(client, Side::Client),
             Some(&Owner::InUse(client)) => self.on_client_broken(client, Side::Backend),
-            Some(&Owner::Warm { endpoint, .. }) => self.on_warm_died(endpoint, conn),
+            Some(&Owner::Idle { endpoint, .. }) => self.on_idle_died(endpoint, conn),
             Some(Owner::Flushing(_)) => flush::end(&mut self.cx, conn),
             _ => {}
         }
@@ -204,18 +206,18 @@ impl<D: Driver> Engine<D> {
         let &Owned { conn, ref owner } = self.cx.owners.at(slot);
         match *owner {
             Owner::Session(session, Side::Client) => self.on_session_deadline(session),
-            Owner::Session(_, Side::Backend) | Owner::Warming { .. } => {
+            Owner::Session(_, Side::Backend) | Owner::Connecting { .. } => {
                 self.on_connect_failed(conn, &io::ErrorKind::TimedOut.into());
             }
             Owner::Client(client) => self.on_client_deadline(client),
             Owner::Flushing(flushing) => flush::on_timer(&mut self.cx, conn, flushing),
-            Owner::InUse(_) | Owner::Warm { .. } | Owner::None => {
+            Owner::InUse(_) | Owner::Idle { .. } | Owner::None => {
                 debug_assert!(false, "a timer of {owner:?}, for whom none is set");
             }
         }
     }
 
-    /// Serves the clients that this turn brought, last: by now it is known which warm connections
+    /// Serves the clients that this turn brought, last: by now it is known which idle connections
     /// have ended.
     fn serve_accepted(&mut self) {
         let mut accepted = self.acceptor.take_accepted();
@@ -327,7 +329,7 @@ impl<D: Driver> Engine<D> {
             .places
             .assert_invariants(self.sessions.len() + self.requests.clients.len(), flushing);
         for (slot, owned) in self.cx.owners.iter().enumerate() {
-            let needs_timer = matches!(owned.owner, Owner::Warming { .. } | Owner::Flushing(_));
+            let needs_timer = matches!(owned.owner, Owner::Connecting { .. } | Owner::Flushing(_));
             let may_have_one = match owned.owner {
                 Owner::Session(key, Side::Backend) => {
                     self.sessions.get(key).is_some_and(|session| !session.is_open())

@@ -31,7 +31,7 @@ impl<D: Driver> Engine<D> {
         let short =
             if keeps && entry.is_present() && tries { entry.pool.shortage(share, now) } else { 0 };
         for _ in 0..short {
-            if !self.has_room_for(endpoint) || !self.warm(endpoint) {
+            if !self.has_room_for(endpoint) || !self.start_connect(endpoint) {
                 break;
             }
         }
@@ -73,7 +73,7 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Starts a connection for the pool. Says whether it is under way.
-    pub(super) fn warm(&mut self, endpoint: EndpointId) -> bool {
+    pub(super) fn start_connect(&mut self, endpoint: EndpointId) -> bool {
         if !self.reuses_conns() && self.cx.driver.is_short_of_descriptors() {
             // Those in reserve are for clients that are here already.
             return false;
@@ -83,7 +83,7 @@ impl<D: Driver> Engine<D> {
         self.pools.table.start(endpoint);
         match self.pools.connect(&mut self.cx, &address) {
             Ok(conn) => {
-                self.own(conn, Owner::Warming { endpoint, since: self.cx.now });
+                self.own(conn, Owner::Connecting { endpoint, since: self.cx.now });
                 self.cx.timers.set(conn.index(), self.cx.now + self.cx.config.connect_timeout);
                 true
             }
@@ -94,7 +94,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    pub(super) fn on_warmed(&mut self, endpoint: EndpointId, conn: ConnId, since: Instant) {
+    pub(super) fn on_pool_connected(&mut self, endpoint: EndpointId, conn: ConnId, since: Instant) {
         self.cx.timers.clear(conn.index());
         self.cx.stats.connect_duration.record(self.cx.now.saturating_duration_since(since));
         self.pools.on_endpoint_connected(&mut self.cx, endpoint);
@@ -108,7 +108,7 @@ impl<D: Driver> Engine<D> {
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         let (useful, usable) = (!entry.is_gone() && keeps, entry.health.is_usable());
         if kept && useful {
-            self.own(conn, Owner::Warm { endpoint, greeting: Chain::default() });
+            self.own(conn, Owner::Idle { endpoint, greeting: Chain::default() });
             // Watched while idle: its end shows at once.
             self.cx.driver.receive(conn, true);
             // One to an endpoint in doubt is for nobody who can have another one.
@@ -122,7 +122,7 @@ impl<D: Driver> Engine<D> {
         self.pools.mark_short(endpoint);
     }
 
-    pub(super) fn on_warming_failed(
+    pub(super) fn on_pool_connect_failed(
         &mut self,
         endpoint: EndpointId,
         conn: ConnId,
@@ -150,13 +150,13 @@ impl<D: Driver> Engine<D> {
     /// A backend spoke before it was asked, as some protocols do. The bytes wait for the session
     /// that gets the connection, which is still watched.
     pub(super) fn on_greeting(&mut self, conn: ConnId, buf: Buf) {
-        let Owner::Warm { endpoint, mut greeting } = self.owner(conn) else {
+        let Owner::Idle { endpoint, mut greeting } = self.owner(conn) else {
             return self.cx.driver.buffers().give(buf);
         };
         if self.reuses_conns() {
             // It would pass for the answer to the next request.
             self.cx.driver.buffers().give(buf);
-            return self.pools.forget_warm(&mut self.cx, endpoint, conn, Discard::Unexpected);
+            return self.pools.discard_idle(&mut self.cx, endpoint, conn, Discard::Unexpected);
         }
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.pool.on_greeting(self.cx.now);
@@ -167,15 +167,15 @@ impl<D: Driver> Engine<D> {
         self.cx.driver.buffers().push(&mut greeting, buf);
         if greeting.buffers() > limits::POOL_GREETING_BUFFERS_MAX || self.is_short_of_buffers() {
             self.cx.driver.buffers().clear(&mut greeting);
-            self.pools.forget_warm(&mut self.cx, endpoint, conn, Discard::Unexpected);
+            self.pools.discard_idle(&mut self.cx, endpoint, conn, Discard::Unexpected);
             return;
         }
-        self.own(conn, Owner::Warm { endpoint, greeting });
+        self.own(conn, Owner::Idle { endpoint, greeting });
     }
 
-    /// A warm connection ended or broke while it was idle.
-    pub(super) fn on_warm_died(&mut self, endpoint: EndpointId, conn: ConnId) {
-        self.pools.forget_warm(&mut self.cx, endpoint, conn, Discard::Dead);
+    /// A idle connection ended or broke while it was idle.
+    pub(super) fn on_idle_died(&mut self, endpoint: EndpointId, conn: ConnId) {
+        self.pools.discard_idle(&mut self.cx, endpoint, conn, Discard::Dead);
     }
 
     /// Likewise for those that are lent: the next one is open and silent, or there is none. What
@@ -185,7 +185,7 @@ impl<D: Driver> Engine<D> {
             && let Some(conn) = entry.pool.latest_conn()
             && let Some(why) = why_not_acquired(self.cx.driver.unheard(conn))
         {
-            self.pools.forget_warm(&mut self.cx, endpoint, conn, why);
+            self.pools.discard_idle(&mut self.cx, endpoint, conn, why);
             if !self.requests.queue.is_empty() {
                 // Those that wait may have counted on it.
                 self.want(endpoint, 1);
@@ -193,7 +193,7 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    /// Closes the warm connections of endpoints that have left for good. Those of one that may come
+    /// Closes the idle connections of endpoints that have left for good. Those of one that may come
     /// back stay for a little, unless nobody needs them.
     pub(super) fn evict_removed(&mut self) {
         let (now, linger) = (self.cx.now, self.pools.linger);
@@ -264,7 +264,7 @@ impl<D: Driver> Engine<D> {
         true
     }
 
-    /// An endpoint has reset a warm connection at its first use: it does not know it any more, and
+    /// An endpoint has reset an idle connection at its first use: it does not know it any more, and
     /// so none that was made before now. Its host was restarted, or its address has moved.
     fn on_forgotten(&mut self, endpoint: EndpointId) {
         self.pools.empty_pool(&mut self.cx, endpoint, Discard::Dead);
@@ -320,7 +320,7 @@ impl<D: Driver> Engine<D> {
             let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
             let running = self.cx.command < Command::Drain && entry.is_present();
             if running && entry.health.take_probe(now) {
-                self.warm(endpoint);
+                self.start_connect(endpoint);
             } else if entry.health.is_probing() {
                 self.pools.look_at_probe(&mut self.cx, endpoint);
             }
@@ -342,8 +342,8 @@ impl<D: Driver> Engine<D> {
         let mut found: HashMap<EndpointId, [usize; 2]> = HashMap::new();
         for owned in &self.cx.owners {
             match owned.owner {
-                Owner::Warm { endpoint, .. } => found.entry(endpoint).or_default()[0] += 1,
-                Owner::Warming { endpoint, .. } => found.entry(endpoint).or_default()[1] += 1,
+                Owner::Idle { endpoint, .. } => found.entry(endpoint).or_default()[0] += 1,
+                Owner::Connecting { endpoint, .. } => found.entry(endpoint).or_default()[1] += 1,
                 _ => {}
             }
         }

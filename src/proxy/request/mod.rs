@@ -1,4 +1,4 @@
-//! A client whose requests are told apart, so that it shares backend connections with others: a state
+//! A client whose requests are framed, so that it shares backend connections with others: a state
 //! machine without I/O.
 //!
 //! ```text

@@ -10,9 +10,9 @@ use crate::proxy::health::AT_ONCE;
 pub enum Verdict {
     /// Nothing.
     None,
-    /// It has ended a warm connection just before that was used.
+    /// It has ended an idle connection just before that was used.
     Stale,
-    /// It does not know a warm connection any more that was made before.
+    /// It does not know an idle connection any more that was made before.
     Forgotten,
     /// It has ended the session at once.
     Failed,

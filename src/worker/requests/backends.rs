@@ -61,7 +61,7 @@ impl<D: Driver> Engine<D> {
         let useful = self.keeps_pools();
         if self.pools.table.release(backend, useful, self.cx.now) {
             let greeting = Chain::default();
-            self.own(backend.conn, Owner::Warm { endpoint: backend.endpoint, greeting });
+            self.own(backend.conn, Owner::Idle { endpoint: backend.endpoint, greeting });
             self.free(backend.endpoint);
         } else {
             let aged = backend.retire_at.is_some_and(|at| at <= self.cx.now);

@@ -297,7 +297,7 @@ impl<D: Driver> Engine<D> {
         }
         self.cx.driver.join(client, backend.conn);
         if parts.backend_broken {
-            // The driver has told it, and tells it once.
+            // The driver has reported it, and does so once.
             self.apply(session, |session, now| session.on_send_failed(Side::Backend, now));
         }
         if parts.ended {
