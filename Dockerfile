@@ -7,8 +7,8 @@ ARG RUNTIME_IMAGE=scratch
 FROM ${RUST_IMAGE} AS dependencies
 WORKDIR /build
 # The C library is linked in, so the image needs none. `--target` keeps that from build scripts
-# and macros, which have to be loaded.
-ENV RUSTFLAGS="-C target-feature=+crt-static" CARGO_PROFILE_RELEASE_STRIP=symbols
+# and macros, which have to be loaded. What tells how to unwind is of no use without symbols.
+ENV RUSTFLAGS="-C target-feature=+crt-static -C force-unwind-tables=no" CARGO_PROFILE_RELEASE_STRIP=symbols
 # Empty sources in the places that the manifest names: this layer changes with the lock file only.
 COPY Cargo.toml Cargo.lock ./
 RUN mkdir -p src examples/demo benches/compare tests/e2e \
