@@ -4,12 +4,11 @@ use std::io;
 use std::time::Instant;
 
 use super::engine::Engine;
-use super::flush;
 use super::owners::Owner;
 use super::pools::is_local;
 use super::sessions::Outcome;
 use crate::config::{Balance, Locality};
-use crate::io::{Buf, Chain, Close, ConnId, Driver, Unheard};
+use crate::io::{Chain, Close, ConnId, Driver, Unheard};
 use crate::metrics::{Checkout, CloseReason};
 use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointId;
@@ -20,10 +19,6 @@ impl<D: Driver> Engine<D> {
     pub(super) fn on_accepted(&mut self, client: ConnId) {
         let key = self.sessions.begin(&mut self.cx, client);
         self.dispatch(key, CloseReason::NoEndpoint);
-        self.listen_to_early(key);
-    }
-
-    pub(super) fn listen_to_early(&mut self, key: Key<Session>) {
         self.sessions.listen_to_early(&mut self.cx, key);
     }
 
@@ -146,7 +141,7 @@ impl<D: Driver> Engine<D> {
         if let Some((backend, made)) = warm {
             self.sessions.of(key).on_warm(made);
             self.cx.stats.count_checkout(Checkout::Hit);
-            let Owner::Idle { greeting, .. } = self.owner(backend) else {
+            let Owner::Idle { greeting, .. } = self.cx.owners.take(backend) else {
                 unreachable!("a pool's connection is idle")
             };
             self.open(key, backend, greeting);
@@ -154,7 +149,7 @@ impl<D: Driver> Engine<D> {
         }
         self.cx.stats.count_checkout(Checkout::Miss);
         let backend = self.pools.connect(&mut self.cx, &address)?;
-        self.own(backend, Owner::Session(key, Side::Backend));
+        self.cx.owners.set(backend, Owner::Session(key, Side::Backend));
         self.cx.timers.set(backend.index(), self.cx.now + self.cx.config.connect_timeout);
         self.sessions.of(key).on_connecting(backend, self.cx.now);
         Ok(())
@@ -222,11 +217,6 @@ impl<D: Driver> Engine<D> {
         self.follow(key, outcome);
     }
 
-    /// Sends on what was counted before.
-    pub(super) fn pass_on(&mut self, key: Key<Session>, from: Side, buf: Buf) {
-        self.sessions.pass_on(&mut self.cx, key, from, buf);
-    }
-
     pub(super) fn on_ended(&mut self, key: Key<Session>, from: Side) {
         if from == Side::Backend && self.on_backend_gone(key, false) {
             return;
@@ -239,10 +229,6 @@ impl<D: Driver> Engine<D> {
             return;
         }
         self.apply(key, |session, now| session.on_receive_failed(from, now));
-    }
-
-    pub(super) fn arm_deadline(&mut self, key: Key<Session>) {
-        self.sessions.arm_deadline(&mut self.cx, key);
     }
 
     pub(super) fn on_session_deadline(&mut self, key: Key<Session>) {
@@ -288,10 +274,5 @@ impl<D: Driver> Engine<D> {
                 self.close_session(key, reason);
             }
         }
-    }
-
-    /// Closes a client's connection with a reset, behind all that is on its way to it.
-    pub(super) fn reset_behind(&mut self, conn: ConnId) {
-        flush::reset_behind(&mut self.cx, conn);
     }
 }

@@ -18,7 +18,7 @@ use super::sessions::Sessions;
 use super::silence::Silence;
 use super::timers::Timers;
 use crate::config::{Config, PoolMode};
-use crate::io::{ConnId, Driver};
+use crate::io::Driver;
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
@@ -127,25 +127,6 @@ impl<D: Driver> Engine<D> {
                 driver,
             },
         }
-    }
-
-    /// Whether buffers are short.
-    pub(super) fn is_short_of_buffers(&mut self) -> bool {
-        self.cx.is_short_of_buffers()
-    }
-
-    /// Takes note of whose a connection is from now on.
-    pub(super) fn own(&mut self, conn: ConnId, owner: Owner) {
-        self.cx.owners.set(conn, owner);
-    }
-
-    /// Takes a connection's owner out: for connections that change hands.
-    pub(super) fn owner(&mut self, conn: ConnId) -> Owner {
-        self.cx.owners.take(conn)
-    }
-
-    pub(super) fn peek_owner(&self, conn: ConnId) -> Option<&Owner> {
-        self.cx.owners.get(conn)
     }
 
     /// The engine's driver, for tests.

@@ -171,7 +171,7 @@ impl<D: Driver> Engine<D> {
 
     /// A backend's connection is given up: its peer has acknowledged nothing since then.
     fn on_backend_silent(&mut self, conn: ConnId, endpoint: EndpointId, since: Instant) {
-        let session = match self.peek_owner(conn) {
+        let session = match self.cx.owners.get(conn) {
             Some(&Owner::Session(key, _)) => self.sessions.get(key),
             _ => None,
         };
@@ -183,7 +183,7 @@ impl<D: Driver> Engine<D> {
         // Another one does as well where neither side has said anything, its end included.
         let is_fresh = session.is_some_and(|s| s.is_untouched() && !s.has_client_left());
         self.on_endpoint_silent(endpoint, since);
-        match self.peek_owner(conn) {
+        match self.cx.owners.get(conn) {
             Some(&Owner::Session(key, _)) => {
                 if is_fresh && self.move_session(key, true) {
                     return;
@@ -209,7 +209,7 @@ impl<D: Driver> Engine<D> {
     }
 
     fn on_client_silent(&mut self, conn: ConnId) {
-        match self.peek_owner(conn) {
+        match self.cx.owners.get(conn) {
             Some(&Owner::Session(key, side)) => {
                 self.apply(key, |session, now| session.on_silent(side, now));
             }

@@ -152,7 +152,7 @@ impl<D: Driver> Engine<D> {
         if self.pools.leads_back(&self.cx, conn) {
             return self.on_connect_failed(conn, &leads_back());
         }
-        match self.owner(conn) {
+        match self.cx.owners.take(conn) {
             Owner::Session(session, _) => self.on_session_connected(session, conn),
             Owner::Connecting { endpoint, since } => self.on_pool_connected(endpoint, conn, since),
             _ => {}
@@ -160,7 +160,7 @@ impl<D: Driver> Engine<D> {
     }
 
     fn on_connect_failed(&mut self, conn: ConnId, error: &io::Error) {
-        match self.owner(conn) {
+        match self.cx.owners.take(conn) {
             Owner::Session(session, _) => self.on_session_connect_failed(session, conn, error),
             Owner::Connecting { endpoint, .. } => {
                 self.on_pool_connect_failed(endpoint, conn, error);

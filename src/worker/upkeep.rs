@@ -83,7 +83,7 @@ impl<D: Driver> Engine<D> {
         self.pools.table.start(endpoint);
         match self.pools.connect(&mut self.cx, &address) {
             Ok(conn) => {
-                self.own(conn, Owner::Connecting { endpoint, since: self.cx.now });
+                self.cx.owners.set(conn, Owner::Connecting { endpoint, since: self.cx.now });
                 self.cx.timers.set(conn.index(), self.cx.now + self.cx.config.connect_timeout);
                 true
             }
@@ -108,7 +108,7 @@ impl<D: Driver> Engine<D> {
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         let (useful, usable) = (!entry.is_gone() && keeps, entry.health.is_usable());
         if kept && useful {
-            self.own(conn, Owner::Idle { endpoint, greeting: Chain::default() });
+            self.cx.owners.set(conn, Owner::Idle { endpoint, greeting: Chain::default() });
             // Watched while idle: its end shows at once.
             self.cx.driver.receive(conn, true);
             // One to an endpoint in doubt is for nobody who can have another one.
@@ -150,7 +150,7 @@ impl<D: Driver> Engine<D> {
     /// A backend spoke before it was asked, as some protocols do. The bytes wait for the session
     /// that gets the connection, which is still watched.
     pub(super) fn on_greeting(&mut self, conn: ConnId, buf: Buf) {
-        let Owner::Idle { endpoint, mut greeting } = self.owner(conn) else {
+        let Owner::Idle { endpoint, mut greeting } = self.cx.owners.take(conn) else {
             return self.cx.driver.buffers().give(buf);
         };
         if self.reuses_conns() {
@@ -165,12 +165,12 @@ impl<D: Driver> Engine<D> {
             }
         }
         self.cx.driver.buffers().push(&mut greeting, buf);
-        if greeting.buffers() > limits::POOL_GREETING_BUFFERS_MAX || self.is_short_of_buffers() {
+        if greeting.buffers() > limits::POOL_GREETING_BUFFERS_MAX || self.cx.is_short_of_buffers() {
             self.cx.driver.buffers().clear(&mut greeting);
             self.pools.discard_idle(&mut self.cx, endpoint, conn, Discard::Unexpected);
             return;
         }
-        self.own(conn, Owner::Idle { endpoint, greeting });
+        self.cx.owners.set(conn, Owner::Idle { endpoint, greeting });
     }
 
     /// A idle connection ended or broke while it was idle.
@@ -254,13 +254,13 @@ impl<D: Driver> Engine<D> {
         }
         if let Some(backend) = backend {
             self.cx.timers.clear(backend.index());
-            self.owner(backend);
+            self.cx.owners.take(backend);
             self.cx.driver.close(backend, Close::Reset);
         }
         self.release(endpoint);
         let otherwise = if failed { CloseReason::ConnectFailed } else { CloseReason::BackendReset };
         self.dispatch(key, otherwise);
-        self.listen_to_early(key);
+        self.sessions.listen_to_early(&mut self.cx, key);
         true
     }
 

@@ -127,7 +127,9 @@ fn echoing_paths() -> (Backend, Connections) {
     (backend, connections)
 }
 
-fn bytes_unheard_on_an_idle_connection_of_http_reach_nobody(io: Io) {
+/// Sixty clients whose requests, with these line ends, come while a reply that nobody asked for lies
+/// unheard on the one connection of the pool.
+fn asked_before_a_stray_reply_is_heard(io: Io, line_end: &str) -> (Backend, Proxy, Vec<TcpStream>) {
     let (backend, connections) = echoing_paths();
     let proxy = pooled(io, "http1", "request", &backend).set("AEGIS_POOL_SIZE", "1").start();
     let clients: Vec<_> = (0..60).map(|_| connect(proxy.address())).collect();
@@ -136,11 +138,16 @@ fn bytes_unheard_on_an_idle_connection_of_http_reach_nobody(io: Io) {
     });
     stopped(&proxy, || {
         for (i, mut client) in clients.iter().enumerate() {
-            client.write_all(format!("GET /k{i} HTTP/1.1\r\n\r\n").as_bytes()).unwrap();
+            client.write_all(format!("GET /k{i} HTTP/1.1{line_end}{line_end}").as_bytes()).unwrap();
         }
         let stray = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nstray";
         (&connections.lock().unwrap()[0]).write_all(stray).unwrap();
     });
+    (backend, proxy, clients)
+}
+
+fn bytes_unheard_on_an_idle_connection_of_http_reach_nobody(io: Io) {
+    let (_backend, proxy, clients) = asked_before_a_stray_reply_is_heard(io, "\r\n");
     for (i, client) in clients.iter().enumerate() {
         assert_eq!(read_answer(client), format!("/k{i}"));
     }
@@ -148,20 +155,8 @@ fn bytes_unheard_on_an_idle_connection_of_http_reach_nobody(io: Io) {
 }
 
 fn bytes_unheard_on_an_idle_connection_reach_no_opaque_client(io: Io) {
-    let (backend, connections) = echoing_paths();
-    let proxy = pooled(io, "http1", "request", &backend).set("AEGIS_POOL_SIZE", "1").start();
-    let clients: Vec<_> = (0..60).map(|_| connect(proxy.address())).collect();
-    fill(&proxy, &clients, b"GET /first HTTP/1.1\r\n\r\n", 1, |client| {
-        assert_eq!(read_answer(client), "/first");
-    });
-    stopped(&proxy, || {
-        for (i, mut client) in clients.iter().enumerate() {
-            // Its line ends make each of them opaque.
-            client.write_all(format!("GET /k{i} HTTP/1.1\n\n").as_bytes()).unwrap();
-        }
-        let stray = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nstray";
-        (&connections.lock().unwrap()[0]).write_all(stray).unwrap();
-    });
+    // Its line ends make each of them opaque.
+    let (_backend, proxy, clients) = asked_before_a_stray_reply_is_heard(io, "\n");
     // Each has the one connection for itself until it leaves.
     thread::scope(|scope| {
         for (i, client) in clients.iter().enumerate() {

@@ -61,7 +61,7 @@ impl<D: Driver> Engine<D> {
         let useful = self.keeps_pools();
         if self.pools.table.release(backend, useful, self.cx.now) {
             let greeting = Chain::default();
-            self.own(backend.conn, Owner::Idle { endpoint: backend.endpoint, greeting });
+            self.cx.owners.set(backend.conn, Owner::Idle { endpoint: backend.endpoint, greeting });
             self.free(backend.endpoint);
         } else {
             let aged = backend.retire_at.is_some_and(|at| at <= self.cx.now);
@@ -90,7 +90,7 @@ impl<D: Driver> Engine<D> {
 
     /// Closes a connection that was in use.
     fn retire(&mut self, conn: ConnId, endpoint: EndpointId, why: Discard, how: Close) {
-        self.owner(conn);
+        self.cx.owners.take(conn);
         self.cx.stats.count_discard(why);
         self.cx.driver.close(conn, how);
         self.on_place_in_pool_free(endpoint);

@@ -11,6 +11,7 @@ use crate::proxy::queue::Line;
 use crate::proxy::request::{Client, ClientEnding, ErrorReply, Framing};
 use crate::slab::Key;
 use crate::worker::engine::{Engine, Owner};
+use crate::worker::flush;
 
 impl<D: Driver> Engine<D> {
     /// Whether connections serve several clients.
@@ -24,7 +25,7 @@ impl<D: Driver> Engine<D> {
         let Ok(key) = self.requests.clients.insert(client) else {
             unreachable!("there are as many slots as places")
         };
-        self.own(conn, Owner::Client(key));
+        self.cx.owners.set(conn, Owner::Client(key));
         self.mark_due(key);
     }
 
@@ -119,13 +120,15 @@ impl<D: Driver> Engine<D> {
         };
         let Some(conn) = client.conn(Side::Client) else { unreachable!("it is one") };
         self.cx.timers.clear(conn.index());
-        self.owner(conn);
+        self.cx.owners.take(conn);
         match ending {
             ClientEnding::Now(how) => self.cx.driver.close(conn, how),
             ClientEnding::EndOrResetBehind if self.cx.driver.undelivered(conn) == 0 => {
                 self.cx.driver.close(conn, Close::Graceful);
             }
-            ClientEnding::ResetBehind | ClientEnding::EndOrResetBehind => self.reset_behind(conn),
+            ClientEnding::ResetBehind | ClientEnding::EndOrResetBehind => {
+                flush::reset_behind(&mut self.cx, conn);
+            }
         }
         self.on_session_gone(reason, client.age(self.cx.now));
         tracing::trace!(reason = ?reason, "client closed");

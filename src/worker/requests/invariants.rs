@@ -37,7 +37,7 @@ impl<D: Driver> Engine<D> {
             client.is_due(),
             "in the list if and only if it is marked: {client:?}"
         );
-        let owner = |side| client.conn(side).and_then(|conn| self.peek_owner(conn));
+        let owner = |side| client.conn(side).and_then(|conn| self.cx.owners.get(conn));
         let owns_client = matches!(owner(Side::Client), Some(&Owner::Client(of)) if of == key);
         assert!(owns_client, "its connection is another's: {client:?}");
         if client.backend().is_some() {

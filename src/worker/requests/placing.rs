@@ -251,7 +251,7 @@ impl<D: Driver> Engine<D> {
         let Some(backend) = self.pools.table.acquire(endpoint) else {
             unreachable!("it has just been proved")
         };
-        self.own(backend.conn, Owner::InUse(key));
+        self.cx.owners.set(backend.conn, Owner::InUse(key));
         self.tell(key, |client, moment| client.on_acquired(backend, moment));
     }
 
@@ -286,14 +286,14 @@ impl<D: Driver> Engine<D> {
         session.vouch();
         session.on_received(Side::Backend, parts.unsent, u32::MAX, self.cx.now);
         let session = self.sessions.insert(session);
-        self.own(client, Owner::Session(session, Side::Client));
-        self.own(backend.conn, Owner::Session(session, Side::Backend));
-        self.arm_deadline(session);
+        self.cx.owners.set(client, Owner::Session(session, Side::Client));
+        self.cx.owners.set(backend.conn, Owner::Session(session, Side::Backend));
+        self.sessions.arm_deadline(&mut self.cx, session);
         self.cx.driver.receive(client, true);
         self.cx.driver.receive(backend.conn, true);
         while let Some(buf) = self.cx.driver.buffers().pop(&mut input) {
             // It was counted when it came.
-            self.pass_on(session, Side::Client, buf);
+            self.sessions.pass_on(&mut self.cx, session, Side::Client, buf);
         }
         self.cx.driver.join(client, backend.conn);
         if parts.backend_broken {
