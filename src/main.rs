@@ -48,8 +48,8 @@ fn run(config: Arc<Config>) -> Result<ExitCode, StartError> {
     log_start(&plan, capacity, &driver);
 
     // Everything is bound before anything is announced or served.
-    let options = worker::socket_options(&config);
-    let listeners = listeners::listen(&config.listen, prepared.len(), &options)?;
+    let options = worker::socket_options(&config.routes[0]);
+    let listeners = listeners::listen(&config.routes[0].listen, prepared.len(), &options)?;
     let admin = admin::bind(config.admin)?;
     let workers = startup::start_workers(prepared, listeners, &config, capacity, started)?;
     for address in &workers.addresses {

@@ -36,7 +36,7 @@ pub async fn render(view: Arc<View>, mut to: Pieces) {
 }
 
 async fn write_workers(to: &mut Pieces, view: &View) {
-    let config = view.config();
+    let config = &view.config().routes[0];
     let workers: Vec<_> = view.stats().collect();
     for row in WorkerStats::ROWS.iter().filter(|row| row.family.when.holds(config)) {
         family(&mut to.text, &row.family);
@@ -94,7 +94,7 @@ async fn write_endpoints(to: &mut Pieces, view: &View) {
     }
 
     family(&mut to.text, &POOL_CONNECTIONS);
-    let states: Vec<_> = PooledState::shown(view.config()).collect();
+    let states: Vec<_> = PooledState::shown(&view.config().routes[0]).collect();
     for (label, endpoint) in labelled() {
         let counts = EndpointCounts::total(&endpoint.stats);
         for &state in &states {
@@ -264,8 +264,9 @@ mod tests {
     fn what_can_never_move_is_not_shown() {
         let shown = |mode, protocol| {
             let mut config = config();
-            config.pool.mode = mode;
-            config.protocol = protocol;
+            let route = Arc::make_mut(&mut config.routes[0]);
+            route.pool.mode = mode;
+            route.protocol = protocol;
             let text = text_of(view(config, vec![endpoint("db:1", "10.0.0.1:1")]));
             move |part: &str| text.contains(part)
         };
@@ -308,8 +309,9 @@ mod tests {
     #[test]
     fn the_text_has_the_families_of_the_rows_in_their_order() {
         let mut config = config();
-        (config.pool.mode, config.protocol) = (PoolMode::Session, Protocol::Http1);
-        config.locality = Locality::Zone;
+        let route = Arc::make_mut(&mut config.routes[0]);
+        (route.pool.mode, route.protocol) = (PoolMode::Session, Protocol::Http1);
+        route.locality = Locality::Zone;
         let text = text_of(view(config, vec![endpoint("db:1", "10.0.0.1:1")]));
         let families = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
         let found = families.map(|family| family.split(' ').next().unwrap());

@@ -152,7 +152,7 @@ impl View {
         }
         // Names are no stores only because of what they stand for.
         let stores = self.discovery.stores_trouble();
-        let stores = stores.filter(|_| self.config.discovery != Discovery::Kubernetes);
+        let stores = stores.filter(|_| self.config.routes[0].discovery != Discovery::Kubernetes);
         self.discovery.held().or(stores)
     }
 

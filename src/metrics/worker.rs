@@ -9,7 +9,7 @@ use super::labels::{
     Checkout, CloseReason, Discard, Label, LabelSet, Outcome, Retry, Spillover, Verb,
 };
 use super::text;
-use crate::config::Config;
+use crate::config::RouteConfig;
 
 /// Declares [`WorkerStats`] and its rows:
 ///
@@ -243,7 +243,7 @@ impl Row {
     }
 
     /// The series that can move in this configuration.
-    pub fn series(&self, config: &Config) -> Vec<Series> {
+    pub fn series(&self, config: &RouteConfig) -> Vec<Series> {
         let mut series = vec![Series::default()];
         for values in self.family.labels.iter().filter_map(|label| label.shown(config)) {
             let extend = |begun: Series| {

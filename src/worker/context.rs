@@ -7,7 +7,7 @@ use super::mailbox::Command;
 use super::owners::Owners;
 use super::places::Places;
 use super::timers::Timers;
-use crate::config::Config;
+use crate::config::RouteConfig;
 use crate::io::Driver;
 use crate::limits;
 use crate::metrics::WorkerStats;
@@ -17,7 +17,7 @@ use crate::proxy::WorkerId;
 pub(super) struct Context<D> {
     pub(super) worker: WorkerId,
     pub(super) driver: D,
-    pub(super) config: Arc<Config>,
+    pub(super) config: Arc<RouteConfig>,
     pub(super) stats: Arc<WorkerStats>,
     pub(super) timers: Timers,
     pub(super) rng: fastrand::Rng,

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::acceptor::Acceptor;
 use super::contention::CoreWait;
@@ -17,7 +17,7 @@ use super::pools::Pools;
 use super::sessions::Sessions;
 use super::silence::Silence;
 use super::timers::Timers;
-use crate::config::{Config, PoolMode};
+use crate::config::{Config, PoolMode, RouteConfig};
 use crate::io::Driver;
 use crate::limits;
 use crate::listening::Listening;
@@ -68,12 +68,12 @@ pub(super) struct Requests {
 
 impl Requests {
     /// None, of as many clients as there are places.
-    fn new(config: &Config, places: usize) -> Self {
+    fn new(config: &RouteConfig, drain_delay: Duration, places: usize) -> Self {
         let reuses_conns = config.pool.mode != PoolMode::Preconnect;
         let clients_max = if reuses_conns { places } else { 0 };
         Self {
             clients: Slab::with_capacity(clients_max),
-            policy: Policy::new(config),
+            policy: Policy::new(config, drain_delay),
             queue: Queue::new(config.requests.queue_max, clients_max),
             due: VecDeque::with_capacity(clients_max),
             releasing: Vec::with_capacity(clients_max),
@@ -101,7 +101,9 @@ impl<D: Driver> Engine<D> {
         let now = driver.now();
         let conns_max = limits::conns_max(setup.sessions_max);
         let slots = limits::sessions_of_worker_max(setup.sessions_max);
-        let EngineSetup { worker, config, .. } = setup;
+        let EngineSetup { worker, .. } = setup;
+        let drain_delay = setup.config.drain_delay;
+        let config = Arc::clone(&setup.config.routes[0]);
         let stats = Arc::clone(&setup.stats[usize::from(worker)]);
         let timeouts =
             Timeouts { idle: config.idle_timeout, half_close: config.half_close_timeout };
@@ -110,7 +112,7 @@ impl<D: Driver> Engine<D> {
             mail: Mail::new(worker, setup.mailboxes, setup.stats),
             load: Load::new(now, setup.core_wait),
             sessions: Sessions::new(slots, timeouts),
-            requests: Requests::new(&config, slots),
+            requests: Requests::new(&config, drain_delay, slots),
             silence: Silence::new(config.tcp_user_timeout),
             pools: Pools::new(&config, worker, setup.pool_conns_max, setup.listening, now),
             cx: Context {

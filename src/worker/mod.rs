@@ -19,7 +19,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Instant;
 
-use crate::config::Config;
+use crate::config::{Config, RouteConfig};
 use crate::io::epoll::Epoll;
 use crate::io::probe::{self, DriverKind};
 use crate::io::uring::Uring;
@@ -91,7 +91,7 @@ pub struct WorkerError {
 }
 
 /// The socket options that the configuration asks for.
-pub fn socket_options(config: &Config) -> net::Options {
+pub fn socket_options(config: &RouteConfig) -> net::Options {
     let limit = config.tcp_user_timeout.unwrap_or_default();
     let silence_max = limit * limits::SILENCE_WITNESSED_FACTOR;
     net::Options { keepalive: config.keepalive, silence_max }
@@ -184,7 +184,7 @@ fn driver_setup(setup: &mut WorkerSetup) -> io::Result<DriverSetup> {
         wake: setup.mailboxes[setup.index].wake_fd().as_fd().try_clone_to_owned()?,
         conns_max: limits::conns_max(setup.sessions_max),
         buffers_max: limits::buffers_max(setup.sessions_max),
-        options: socket_options(&setup.config),
+        options: socket_options(&setup.config.routes[0]),
     })
 }
 

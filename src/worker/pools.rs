@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::context::Context;
 use super::owners::Owner;
-use crate::config::{Config, Discovery};
+use crate::config::{Discovery, RouteConfig};
 use crate::io::{Close, ConnId, Driver, Unheard, net};
 use crate::limits;
 use crate::listening::Listening;
@@ -35,7 +35,7 @@ pub(super) struct Pools {
 }
 
 /// For how long an endpoint that left the set is taken to come back.
-fn linger_of(config: &Config) -> Duration {
+fn linger_of(config: &RouteConfig) -> Duration {
     match config.discovery {
         Discovery::Dns => {
             let answers =
@@ -54,7 +54,7 @@ pub(super) fn leads_back() -> io::Error {
 impl Pools {
     /// Without endpoints, and with room for so many connections.
     pub(super) fn new(
-        config: &Config,
+        config: &RouteConfig,
         worker: WorkerId,
         conns_max: usize,
         listening: Listening,

@@ -386,6 +386,8 @@ fn proxy_header<D: Driver>(cx: &mut Context<D>, client: ConnId) -> Result<Option
 mod tests {
     use std::time::Duration;
 
+    use std::sync::Arc;
+
     use crate::config::{Config, PoolMode, Protocol};
     use crate::io::sim::Speech;
     use crate::metrics::CloseReason;
@@ -397,10 +399,11 @@ mod tests {
         const SLOTS: usize = 5;
         for mode in [PoolMode::Preconnect, PoolMode::Request] {
             let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
+            let route = Arc::make_mut(&mut config.routes[0]);
             if mode == PoolMode::Request {
-                config.protocol = Protocol::Chronos;
+                route.protocol = Protocol::Chronos;
             }
-            config.pool.mode = mode;
+            route.pool.mode = mode;
             let mut run = Run::with(fastrand::Rng::with_seed(1), config, 1, 100);
             if mode == PoolMode::Request {
                 run.engine.driver().speech = Speech::Lines;

@@ -42,10 +42,11 @@ impl Run {
         let timeouts = rng.u8(..4) == 0;
         let idle_timeout = (timeouts && rng.bool()).then_some(10 * SECOND);
         let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
-        config.pool.min_idle = rng.usize(..3);
-        config.pool.max_idle = config.pool.min_idle + rng.usize(..4);
-        config.idle_timeout = idle_timeout;
-        config.half_close_timeout = timeouts.then_some(3 * SECOND);
+        let route = Arc::make_mut(&mut config.routes[0]);
+        route.pool.min_idle = rng.usize(..3);
+        route.pool.max_idle = route.pool.min_idle + rng.usize(..4);
+        route.idle_timeout = idle_timeout;
+        route.half_close_timeout = timeouts.then_some(3 * SECOND);
         // Short of buffers, or with plenty.
         let buffers = if lean { 6 * sessions_max + 64 } else { limits::buffers_max(sessions_max) };
         Self::with(rng, config, sessions_max, buffers)
@@ -58,7 +59,7 @@ impl Run {
         sessions_max: usize,
         buffers: usize,
     ) -> Self {
-        let everyone_ends = config.idle_timeout.is_some();
+        let everyone_ends = config.routes[0].idle_timeout.is_some();
         let endpoints: Vec<_> = (0..rng.u16(1..5))
             .map(|i| Endpoint::new(format!("e{i}"), ([127, 0, 0, 1], i).into(), 1))
             .collect();

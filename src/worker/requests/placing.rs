@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::config::{Balance, Locality, Route};
+use crate::config::{Balance, Locality};
 use crate::io::{ConnId, Driver};
 use crate::metrics::{Checkout, CloseReason, Outcome, Spillover};
 use crate::proxy::Side;
@@ -55,7 +55,7 @@ impl<D: Driver> Engine<D> {
         let Some(client) = self.requests.clients.get(key) else {
             unreachable!("it is being served")
         };
-        if self.cx.config.requests.route == Route::Key {
+        if self.cx.config.balance == Balance::KeyHash {
             let table = &self.pools.table;
             let store = match client.target() {
                 Target::Any => return Destination::Any,
@@ -79,7 +79,7 @@ impl<D: Driver> Engine<D> {
 
     /// Whether a client's requests go to one endpoint as long as that can be reached.
     pub(in crate::worker) fn is_bound_to_source(&self) -> bool {
-        self.cx.config.requests.route != Route::Key && self.cx.config.balance == Balance::SourceHash
+        self.cx.config.balance == Balance::SourceHash
     }
 
     /// There is no endpoint at all: the request waits for one.
