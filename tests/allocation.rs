@@ -16,6 +16,7 @@ use aegis::config::Config;
 use aegis::io::probe::{self, DriverKind, Features};
 use aegis::listening::Listening;
 use aegis::metrics::{Direction, WorkerStats};
+use aegis::proxy::RouteId;
 use aegis::proxy::endpoints::{Endpoint, EndpointSnapshot};
 use aegis::startup::listeners;
 use aegis::worker::mailbox::{Command, Mailbox};
@@ -131,7 +132,7 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
     let any = "127.0.0.1:0".parse().unwrap();
     let options = worker::socket_options(&config);
     let mut listeners = listeners::listen(&[any], 1, &options).unwrap();
-    let mailbox = Arc::new(Mailbox::new().unwrap());
+    let mailbox = Arc::new(Mailbox::new(1).unwrap());
     let stats: Arc<WorkerStats> = Arc::default();
     let (alive, mut exited) = tokio::sync::mpsc::channel(1);
     let setup = WorkerSetup {
@@ -149,6 +150,7 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
     worker::prepare(0, None, driver).unwrap().start(setup).unwrap();
     let endpoint = Endpoint::new("echo", echo_server(), 1);
     mailbox.deliver(Arc::new(EndpointSnapshot {
+        route: RouteId::default(),
         generation: 1,
         endpoints: vec![endpoint],
         stores: Vec::new(),

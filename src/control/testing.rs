@@ -47,7 +47,7 @@ pub(super) fn config() -> Config {
 /// Workers as they are before their first turn.
 pub(super) fn workers(count: usize) -> Vec<WorkerHandle> {
     let worker =
-        || WorkerHandle { mailbox: Arc::new(Mailbox::new().unwrap()), stats: Arc::default() };
+        || WorkerHandle { mailbox: Arc::new(Mailbox::new(1).unwrap()), stats: Arc::default() };
     (0..count).map(|_| worker()).collect()
 }
 

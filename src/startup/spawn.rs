@@ -43,7 +43,7 @@ pub fn start_workers(
     assert_eq!(sets.len(), workers, "a set of listening sockets per worker");
     let stats: Arc<[_]> = (0..workers).map(|_| Arc::default()).collect();
     let mailboxes: Arc<[_]> =
-        (0..workers).map(|_| Mailbox::new().map(Arc::new)).collect::<Result<_, _>>()?;
+        (0..workers).map(|_| Mailbox::new(1).map(Arc::new)).collect::<Result<_, _>>()?;
     let (alive, exited) = mpsc::channel(1);
     let listening = Listening::new(addresses.clone());
     for (index, (worker, listeners)) in prepared.into_iter().zip(sets).enumerate() {

@@ -3,21 +3,21 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::drain::Drain;
+use super::load::Load;
 use super::mailbox::Command;
 use super::owners::Owners;
 use super::places::Places;
 use super::timers::Timers;
-use crate::config::Config;
 use crate::io::Driver;
 use crate::limits;
-use crate::metrics::WorkerStats;
+use crate::metrics::{CloseReason, WorkerStats};
 use crate::proxy::WorkerId;
 
 /// The driver, the clock, the counters, randomness, and whose each connection is.
 pub(super) struct Context<D> {
     pub(super) worker: WorkerId,
     pub(super) driver: D,
-    pub(super) config: Arc<Config>,
     pub(super) stats: Arc<WorkerStats>,
     pub(super) timers: Timers,
     pub(super) rng: fastrand::Rng,
@@ -31,6 +31,10 @@ pub(super) struct Context<D> {
     pub(super) command: Command,
     /// The room for sessions and clients.
     pub(super) places: Places,
+    /// How much there is to do.
+    pub(super) load: Load,
+    /// How far a drain has come.
+    pub(super) drain: Drain,
 }
 
 impl<D: Driver> Context<D> {
@@ -47,6 +51,23 @@ impl<D: Driver> Context<D> {
     /// Whether buffers are short.
     pub(super) fn is_short_of_buffers(&mut self) -> bool {
         limits::buffers_are_short(self.driver.buffers().spare())
+    }
+
+    /// A session or a client of this age is gone.
+    pub(super) fn on_gone(&mut self, reason: CloseReason, age: Duration) {
+        self.stats.count_close(reason);
+        self.stats.session_duration.record(age);
+        self.load.on_gone(age);
+        self.drain.on_gone(age, self.now);
+        self.stats.sessions_before_drain.set(self.drain.before() as u64);
+        self.places.on_gone();
+        self.publish_sessions();
+    }
+
+    /// Clients are let leave from now on.
+    pub(super) fn begin_drain(&mut self) {
+        self.drain.begin(self.places.served(), self.now);
+        self.stats.sessions_before_drain.set(self.drain.before() as u64);
     }
 
     /// Publishes how many places are taken.

@@ -82,7 +82,7 @@ pub(super) fn end<D: Driver>(cx: &mut Context<D>, conn: ConnId) {
 /// Ends all flushes: there is no time left.
 pub(super) fn end_all<D: Driver>(cx: &mut Context<D>) {
     for slot in 0..cx.owners.len() {
-        let &Owned { conn, ref owner } = cx.owners.at(slot);
+        let &Owned { conn, ref owner, .. } = cx.owners.at(slot);
         if let Owner::Flushing(_) = owner {
             end(cx, conn);
         }

@@ -26,6 +26,11 @@ impl Places {
         self.slots = slots;
     }
 
+    /// How many there are.
+    pub(super) fn slots(&self) -> usize {
+        self.slots
+    }
+
     /// How many are taken.
     pub(super) fn taken(&self) -> usize {
         self.served + self.flushing

@@ -14,8 +14,8 @@ use crate::io::sim::{ID_BYTES, Peer, Reachability, Sim, UNTOLD_BUFFERS_MAX};
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::{CloseReason, LabelSet, WorkerStats};
-use crate::proxy::WorkerId;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
+use crate::proxy::{RouteId, WorkerId};
 
 const SECOND: Duration = Duration::from_secs(1);
 /// As long as anybody may wait for a peer that acknowledges nothing, where its host is there again in
@@ -64,11 +64,12 @@ impl Run {
             .collect();
         let conns_max = limits::conns_max(sessions_max);
         let sim = Sim::new(rng.u64(..), endpoints.len(), conns_max, buffers);
-        let mailbox = Arc::new(Mailbox::new().expect("a descriptor"));
+        let mailbox = Arc::new(Mailbox::new(1).expect("a descriptor"));
         let stats: Arc<WorkerStats> = Arc::default();
         let setup = EngineSetup {
             worker: WorkerId::new(0),
             config: Arc::new(config),
+            listener_routes: [RouteId::default()].into(),
             sessions_max,
             pool_conns_max: limits::POOL_CONNS_MAX,
             mailboxes: Arc::new([Arc::clone(&mailbox)]),
@@ -101,7 +102,12 @@ impl Run {
             why: None,
         });
         let stores = stores.collect();
-        self.mailbox.deliver(Arc::new(EndpointSnapshot { generation, endpoints, stores }));
+        self.mailbox.deliver(Arc::new(EndpointSnapshot {
+            route: RouteId::default(),
+            generation,
+            endpoints,
+            stores,
+        }));
         self.engine.driver().wake();
     }
 

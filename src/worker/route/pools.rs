@@ -5,8 +5,6 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::context::Context;
-use super::owners::Owner;
 use crate::config::{Config, Discovery};
 use crate::io::{Close, ConnId, Driver, Unheard, net};
 use crate::limits;
@@ -16,6 +14,9 @@ use crate::proxy::WorkerId;
 use crate::proxy::balance::Table;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::health::{HealthConfig, PROBE_SETTLED};
+use crate::worker::context::Context;
+use crate::worker::owners::Owner;
+use crate::worker::socket_options;
 
 /// The endpoints and their pools.
 pub(super) struct Pools {
@@ -29,9 +30,12 @@ pub(super) struct Pools {
     pub health: HealthConfig,
     /// For so long an endpoint that left the set is taken to come back.
     pub linger: Duration,
-    pub upkeep_at: Instant,
+    /// Of connections to backends.
+    pub options: net::Options,
     /// Where backends cannot be.
     listening: Listening,
+    /// Idle connections of an endpoint at most.
+    idle_max: usize,
 }
 
 /// For how long an endpoint that left the set is taken to come back.
@@ -58,7 +62,6 @@ impl Pools {
         worker: WorkerId,
         conns_max: usize,
         listening: Listening,
-        now: Instant,
     ) -> Self {
         Self {
             table: Table::new(config.balance, worker),
@@ -70,8 +73,9 @@ impl Pools {
                 eject_time: config.eject_time,
             },
             linger: linger_of(config),
-            upkeep_at: now,
+            options: socket_options(config),
             listening,
+            idle_max: config.pool.most(),
         }
     }
 
@@ -86,7 +90,7 @@ impl Pools {
         if self.listening.reached_by(*address, net::is_local).is_some() {
             return Err(leads_back());
         }
-        cx.driver.connect(&(*address).into())
+        cx.driver.connect(&(*address).into(), &self.options)
     }
 
     /// Whether a connection that was just made has this process at both ends: one of its listeners,
@@ -327,7 +331,7 @@ impl Pools {
 
     /// A probe is kept even where no idle connections are; then it has served its purpose.
     pub(super) fn drop_surplus_of<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
-        let most = cx.config.pool.most();
+        let most = self.idle_max;
         while let Some(entry) = self.table.get_mut(endpoint)
             && entry.health.is_usable()
             && entry.pool.idle() > most
