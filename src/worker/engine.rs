@@ -74,7 +74,7 @@ impl<D: Driver> Engine<D> {
             now,
             started: setup.started,
             command: Command::Run,
-            places: Places::new(limits::sessions_of_worker_max(setup.sessions_max)),
+            places: Places::new(limits::sessions_of_worker_max(setup.sessions_max), 1),
             load: Load::new(now, setup.core_wait),
             drain: Drain::default(),
             driver,

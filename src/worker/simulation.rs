@@ -13,7 +13,7 @@ use crate::io::Driver;
 use crate::io::sim::{ID_BYTES, Peer, Reachability, Sim, UNTOLD_BUFFERS_MAX};
 use crate::limits;
 use crate::listening::Listening;
-use crate::metrics::{CloseReason, LabelSet, WorkerStats};
+use crate::metrics::{CloseReason, LabelSet, RouteStats, WorkerStats};
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
 use crate::proxy::{RouteId, WorkerId};
 
@@ -25,7 +25,7 @@ const HANGING_MAX: Duration = Duration::from_secs(19);
 pub(super) struct Run {
     pub(super) engine: Engine<Sim>,
     mailbox: Arc<Mailbox>,
-    pub(super) stats: Arc<WorkerStats>,
+    pub(super) stats: Arc<RouteStats>,
     pub(super) endpoints: Vec<Arc<Endpoint>>,
     generation: u64,
     pub(super) rng: fastrand::Rng,
@@ -65,7 +65,7 @@ impl Run {
         let conns_max = limits::conns_max(sessions_max);
         let sim = Sim::new(rng.u64(..), endpoints.len(), conns_max, buffers);
         let mailbox = Arc::new(Mailbox::new(1).expect("a descriptor"));
-        let stats: Arc<WorkerStats> = Arc::default();
+        let stats = Arc::new(WorkerStats::new(1));
         let setup = EngineSetup {
             worker: WorkerId::new(0),
             config: Arc::new(config),
@@ -82,7 +82,7 @@ impl Run {
         Self {
             engine: Engine::new(sim, setup),
             mailbox,
-            stats,
+            stats: Arc::clone(&stats.routes[0]),
             endpoints,
             generation: 0,
             rng,

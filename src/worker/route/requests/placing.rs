@@ -126,7 +126,7 @@ impl Route {
             self.prove_latest(cx, endpoint);
             let idle = self.pools.table.get_mut(endpoint).map_or(0, |entry| entry.pool.idle());
             if idle > 0 {
-                cx.stats.count_checkout(Checkout::Hit);
+                self.stats.count_checkout(Checkout::Hit);
                 return self.acquire(cx, key, endpoint);
             }
         }
@@ -157,10 +157,10 @@ impl Route {
         };
         match chosen {
             Some((endpoint, Having::Idle)) if nobody_waits => {
-                cx.stats.count_checkout(Checkout::Hit);
+                self.stats.count_checkout(Checkout::Hit);
                 let far = self.pools.table.get_mut(endpoint).is_some_and(|e| !e.endpoint.is_near());
                 if near && far {
-                    cx.stats.count_spillover(Spillover::Few);
+                    self.stats.count_spillover(Spillover::Few);
                 }
                 self.acquire(cx, key, endpoint);
             }
@@ -265,7 +265,7 @@ impl Route {
                     break;
                 }
                 let Some(key) = self.requests.queue.serve_either(own, Line::Any) else { break };
-                cx.stats.count_checkout(Checkout::Miss);
+                self.stats.count_checkout(Checkout::Miss);
                 self.acquire(cx, key, endpoint);
             }
         }
@@ -311,7 +311,7 @@ impl Route {
         let parts = client.into_opaque_parts(cx.driver.buffers());
         let OpaqueParts { client, mut input, backend, .. } = parts;
         if let Some(verb) = parts.uncounted {
-            cx.stats.count_request(verb, Outcome::Opaque, Duration::ZERO);
+            self.stats.count_request(verb, Outcome::Opaque, Duration::ZERO);
         }
         self.pools.table.turned_opaque(backend.endpoint);
         cx.timers.clear(client.index());
