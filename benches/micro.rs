@@ -52,7 +52,11 @@ fn pool_enter_and_refill(bencher: Bencher) {
     };
     let now = Instant::now();
     let endpoint = Endpoint::new("one", ([127, 0, 0, 1], 1).into(), 1);
-    let snapshot = EndpointSnapshot { generation: 1, endpoints: vec![endpoint], stores: vec![] };
+    let snapshot = EndpointSnapshot {
+        generation: 1,
+        endpoints: vec![endpoint],
+        ..EndpointSnapshot::default()
+    };
     let (mut table, mut rng) =
         (Table::new(Balance::RoundRobin, WorkerId::new(0)), fastrand::Rng::with_seed(1));
     table.apply(&snapshot, &config, false, now);

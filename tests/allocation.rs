@@ -16,6 +16,7 @@ use aegis::config::Config;
 use aegis::io::probe::{self, DriverKind, Features};
 use aegis::listening::Listening;
 use aegis::metrics::{Direction, WorkerStats};
+use aegis::proxy::RouteId;
 use aegis::proxy::endpoints::{Endpoint, EndpointSnapshot};
 use aegis::startup::listeners;
 use aegis::worker::mailbox::{Command, Mailbox};
@@ -131,8 +132,8 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
     let any = "127.0.0.1:0".parse().unwrap();
     let options = worker::socket_options(&config.routes[0]);
     let mut listeners = listeners::listen(&[any], 1, &options).unwrap();
-    let mailbox = Arc::new(Mailbox::new().unwrap());
-    let stats: Arc<WorkerStats> = Arc::default();
+    let mailbox = Arc::new(Mailbox::new(1).unwrap());
+    let stats: Arc<WorkerStats> = Arc::new(WorkerStats::new(1));
     let (alive, mut exited) = tokio::sync::mpsc::channel(1);
     let setup = WorkerSetup {
         index: 0,
@@ -149,6 +150,7 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
     worker::prepare(0, None, driver).unwrap().start(setup).unwrap();
     let endpoint = Endpoint::new("echo", echo_server(), 1);
     mailbox.deliver(Arc::new(EndpointSnapshot {
+        route: RouteId::default(),
         generation: 1,
         endpoints: vec![endpoint],
         stores: Vec::new(),
@@ -162,10 +164,11 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
     }
     exchange_with_all(&mut clients, WARM_UP);
 
-    let (before, bytes) = (worker_allocations(), stats.bytes.of(Direction::ToClient).get());
+    let (before, bytes) =
+        (worker_allocations(), stats.routes[0].bytes.of(Direction::ToClient).get());
     exchange_with_all(&mut clients, MESSAGES / CLIENTS);
     let allocations = worker_allocations() - before;
-    let moved = stats.bytes.of(Direction::ToClient).get() - bytes;
+    let moved = stats.routes[0].bytes.of(Direction::ToClient).get() - bytes;
     assert_eq!(moved, (MESSAGES * MESSAGE.len()) as u64, "all went through the worker");
     eprintln!("MEASURED: {allocations} allocations for {MESSAGES} messages on {driver:?}, {mode}");
     assert_eq!(allocations, 0, "the worker allocated while it forwarded");

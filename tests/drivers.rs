@@ -34,13 +34,12 @@ struct Rig<D> {
 fn prepare() -> (DriverSetup, SocketAddr) {
     let any = "127.0.0.1:0".parse().unwrap();
     let mut listeners = listeners::listen(&[any], 1, &Options::default()).unwrap();
-    let wake = Mailbox::new().unwrap().wake_fd().try_clone_to_owned().unwrap();
+    let wake = Mailbox::new(1).unwrap().wake_fd().try_clone_to_owned().unwrap();
     let setup = DriverSetup {
         listeners: listeners.sets.remove(0),
         wake,
         conns_max: 4000,
         buffers_max: BUFFERS,
-        options: Options::default(),
     };
     (setup, listeners.addresses[0])
 }
@@ -151,7 +150,7 @@ impl<D: Driver> Rig<D> {
         let mut accepted = None;
         self.until("accept", |_, seen| {
             seen.retain(|completion| match completion {
-                Completion::Accepted(conn) => {
+                Completion::Accepted(conn, _) => {
                     accepted = Some(*conn);
                     false
                 }

@@ -307,7 +307,7 @@ mod tests {
     ) -> (Outcome, Command) {
         let view = testing::view(config, Vec::new());
         for (worker, sessions) in view.workers().iter().zip(sessions) {
-            worker.stats.sessions_active.set(sessions);
+            worker.stats.sessions.set(sessions);
             worker.stats.set_state(WorkerState::Draining);
         }
         let view = Arc::new(view);

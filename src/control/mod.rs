@@ -187,7 +187,7 @@ mod tests {
             let _ = poll(&mut fds, None);
             worker.mailbox.clear_wake();
             if let Some(snapshot) = worker.mailbox.take_snapshot() {
-                worker.stats.applied_generation.set(snapshot.generation);
+                worker.stats.routes[0].applied_generation.set(snapshot.generation);
             }
         }
         worker.stats.set_state(WorkerState::Stopped);

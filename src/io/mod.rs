@@ -45,8 +45,8 @@ pub enum Conn {}
 /// What has happened, one event at a time.
 #[derive(Debug)]
 pub enum Completion {
-    /// A client was accepted.
-    Accepted(ConnId),
+    /// A client was accepted from this one of [`DriverSetup::listeners`].
+    Accepted(ConnId, usize),
     /// Accepting failed for want of descriptors or memory; it goes on after the next
     /// [`Driver::accept`].
     AcceptFailed(io::Error),
@@ -77,7 +77,7 @@ impl Completion {
     /// The connection that the event is about, if it is about one.
     pub fn conn(&self) -> Option<ConnId> {
         match *self {
-            Self::Accepted(conn)
+            Self::Accepted(conn, _)
             | Self::Connected(conn)
             | Self::ConnectFailed(conn, _)
             | Self::Received(conn, _)
@@ -159,8 +159,6 @@ pub struct DriverSetup {
     pub conns_max: usize,
     /// Buffers of [`crate::limits::BUFFER_SIZE`].
     pub buffers_max: usize,
-    /// Options of connections to backends.
-    pub options: net::Options,
 }
 
 /// One way of doing I/O.
@@ -203,7 +201,7 @@ pub trait Driver {
     ///
     /// # Errors
     /// No descriptor or slot is free, or the address cannot be used at all.
-    fn connect(&mut self, address: &net::Address) -> io::Result<ConnId>;
+    fn connect(&mut self, address: &net::Address, options: &net::Options) -> io::Result<ConnId>;
 
     /// Says that what is received from either of two connections is to be sent to the other one as
     /// it is. The driver may then move bulk without [`Completion::Received`], and tells it by
@@ -241,8 +239,9 @@ pub trait Driver {
     fn acks(&self, conn: ConnId) -> Option<Acks>;
 
     /// Has the kernel ask the peer whether it is there, each second once it has been silent for so
-    /// long, and send what it does not acknowledge again more often than usual. `None`: as usual.
-    fn ask(&mut self, conn: ConnId, silence: Option<Duration>);
+    /// long, and send what it does not acknowledge again more often than usual. `None`: as usual, by
+    /// the options that it was connected with.
+    fn ask(&mut self, conn: ConnId, options: &net::Options, silence: Option<Duration>);
 
     /// The peer's address, if it has one: the clients of a Unix socket have none.
     fn peer_address(&self, conn: ConnId) -> Option<net::Address>;

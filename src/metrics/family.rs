@@ -75,6 +75,8 @@ pub struct LabelValue {
 impl LabelName {
     /// The number of the worker, from 0.
     pub const WORKER: Self = Self::open("worker", "the worker's number, from 0");
+    /// The name of the route.
+    pub const ROUTE: Self = Self::open("route", "the route's name; `default` where none is named");
     /// What users call the endpoint.
     pub const ENDPOINT: Self = Self::open(
         "endpoint",

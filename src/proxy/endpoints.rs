@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use super::WorkerId;
+use super::{RouteId, WorkerId};
 use crate::metrics::EndpointStats;
 
 /// Names an endpoint within one worker, which keeps the number as long as anything refers to it.
@@ -93,6 +93,8 @@ impl Endpoint {
 /// as anybody holds it, though the endpoint may leave and come back.
 #[derive(Debug, Default)]
 pub struct EndpointSnapshot {
+    /// Whose endpoints they are.
+    pub route: RouteId,
     /// Grows by one with every snapshot that discovery publishes.
     pub generation: u64,
     /// The endpoints, at most [`crate::limits::ENDPOINTS_MAX`].

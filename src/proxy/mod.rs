@@ -32,6 +32,30 @@ impl From<WorkerId> for usize {
     }
 }
 
+/// Names a route by its place in the configuration.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RouteId(u8);
+
+impl RouteId {
+    /// So many can be named.
+    pub const COUNT_MAX: usize = u8::MAX as usize + 1;
+
+    /// The route at this place.
+    ///
+    /// # Panics
+    /// The place is at or beyond [`RouteId::COUNT_MAX`].
+    pub const fn at(index: usize) -> Self {
+        assert!(index < Self::COUNT_MAX, "more routes than can be named");
+        Self(index as u8)
+    }
+}
+
+impl From<RouteId> for usize {
+    fn from(id: RouteId) -> Self {
+        id.0.into()
+    }
+}
+
 /// One end of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {

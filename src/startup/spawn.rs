@@ -13,6 +13,7 @@ use super::{Capacity, StartError};
 use crate::config::Config;
 use crate::control::WorkerHandle;
 use crate::listening::Listening;
+use crate::metrics::WorkerStats;
 use crate::worker::mailbox::Mailbox;
 use crate::worker::{Prepared, WorkerSetup};
 
@@ -41,9 +42,9 @@ pub fn start_workers(
     let workers = prepared.len();
     let Listeners { addresses, sets } = listeners;
     assert_eq!(sets.len(), workers, "a set of listening sockets per worker");
-    let stats: Arc<[_]> = (0..workers).map(|_| Arc::default()).collect();
+    let stats: Arc<[_]> = (0..workers).map(|_| Arc::new(WorkerStats::new(1))).collect();
     let mailboxes: Arc<[_]> =
-        (0..workers).map(|_| Mailbox::new().map(Arc::new)).collect::<Result<_, _>>()?;
+        (0..workers).map(|_| Mailbox::new(1).map(Arc::new)).collect::<Result<_, _>>()?;
     let (alive, exited) = mpsc::channel(1);
     let listening = Listening::new(addresses.clone());
     for (index, (worker, listeners)) in prepared.into_iter().zip(sets).enumerate() {

@@ -9,6 +9,7 @@ use super::mail::Mail;
 use super::mailbox::Command;
 use crate::io::{ConnId, Driver};
 use crate::limits;
+use crate::proxy::RouteId;
 use crate::proxy::admission::{Gate, RETRY_AFTER, ROTATION, View};
 
 /// In a drain, handshakes under way may take so long to end before the listeners are closed…
@@ -22,12 +23,10 @@ const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
 /// Lets clients in, up to the process's limit, until a drain has emptied the accept queue.
 pub(super) struct Acceptor {
     gate: Gate,
+    /// The routes of the listeners, in the order in which the driver has those.
+    routes: Box<[RouteId]>,
     /// Clients to be served at the end of the turn.
-    accepted: Vec<ConnId>,
-    /// When the worker began to let clients leave.
-    pub(super) drains_since: Option<Instant>,
-    /// Sessions and clients that were open then, and are.
-    before_drain: usize,
+    accepted: Vec<(ConnId, RouteId)>,
     /// In a drain, the listeners stay open until then.
     listening_until: Option<Instant>,
     /// Sessions at a time in the whole process.
@@ -36,14 +35,13 @@ pub(super) struct Acceptor {
 }
 
 impl Acceptor {
-    /// With so many sessions at a time in the whole process.
-    pub(super) fn new(sessions_max: usize) -> Self {
+    /// With so many sessions at a time in the whole process, from listeners of these routes.
+    pub(super) fn new(sessions_max: usize, routes: Box<[RouteId]>) -> Self {
         Self {
+            routes,
             gate: Gate::default(),
             // More than that come in the one turn of a drain, which may allocate.
             accepted: Vec::with_capacity(limits::LISTEN_BACKLOG as usize),
-            drains_since: None,
-            before_drain: 0,
             listening_until: None,
             sessions_max,
             complained_at: None,
@@ -66,7 +64,7 @@ impl Acceptor {
             worker: cx.worker,
             alive: cx.alive(),
             // Before the first snapshot there is nowhere to send a client.
-            serves: cx.stats.applied_generation.get() > 0,
+            serves: cx.serves(),
         };
         let share = self.gate.look(&view, cx.now);
         if share.has_filled {
@@ -86,17 +84,17 @@ impl Acceptor {
     }
 
     /// A client came, which is served at the end of the turn.
-    pub(super) fn on_accepted(&mut self, client: ConnId) {
-        self.accepted.push(client);
+    pub(super) fn on_accepted(&mut self, client: ConnId, listener: usize) {
+        self.accepted.push((client, self.routes[listener]));
     }
 
     /// A client that is to be served now. What is let in meanwhile counts.
-    pub(super) fn take_accepted(&mut self) -> Vec<ConnId> {
+    pub(super) fn take_accepted(&mut self) -> Vec<(ConnId, RouteId)> {
         std::mem::take(&mut self.accepted)
     }
 
     /// Gets its memory back, to use it again.
-    pub(super) fn on_served(&mut self, accepted: Vec<ConnId>) {
+    pub(super) fn on_served(&mut self, accepted: Vec<(ConnId, RouteId)>) {
         debug_assert!(accepted.is_empty() && self.accepted.is_empty(), "all were served");
         self.accepted = accepted;
     }
@@ -121,27 +119,6 @@ impl Acceptor {
     /// How long the worker may sleep, at most, where it has to look for other workers' places.
     pub(super) fn sleep_max(&self) -> Option<Duration> {
         self.gate.waits_for_others().then_some(ROTATION)
-    }
-
-    /// The worker is to let clients leave.
-    pub(super) fn on_leave<D: Driver>(&mut self, cx: &Context<D>) {
-        assert!(self.drains_since.is_none(), "commands only move forward");
-        self.drains_since = Some(cx.now);
-        self.before_drain = cx.places.served();
-        self.publish_before_drain(cx);
-    }
-
-    /// A session or a client of this age is gone.
-    pub(super) fn on_gone<D: Driver>(&mut self, cx: &Context<D>, age: Duration) {
-        let was_open = |since| age > cx.now.saturating_duration_since(since);
-        if self.drains_since.is_some_and(was_open) {
-            self.before_drain = self.before_drain.saturating_sub(1);
-            self.publish_before_drain(cx);
-        }
-    }
-
-    fn publish_before_drain<D>(&self, cx: &Context<D>) {
-        cx.stats.sessions_before_drain.set(self.before_drain as u64);
     }
 
     /// The worker is to empty the accept queue.
@@ -190,7 +167,7 @@ impl Acceptor {
     pub(super) fn assert_invariants<D>(&self, cx: &Context<D>) {
         assert!(self.accepted.is_empty(), "a client was let in and is not served");
         let drains = cx.command > Command::Run;
-        assert_eq!(self.drains_since.is_some(), drains, "since when it drains");
+        assert_eq!(cx.drain.since().is_some(), drains, "since when it drains");
         assert!(!self.is_listening() || cx.command == Command::Drain, "it listens on");
     }
 }

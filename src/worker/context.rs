@@ -3,21 +3,21 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::drain::Drain;
+use super::load::Load;
 use super::mailbox::Command;
 use super::owners::Owners;
 use super::places::Places;
 use super::timers::Timers;
-use crate::config::RouteConfig;
 use crate::io::Driver;
 use crate::limits;
 use crate::metrics::WorkerStats;
-use crate::proxy::WorkerId;
+use crate::proxy::{RouteId, WorkerId};
 
 /// The driver, the clock, the counters, randomness, and whose each connection is.
 pub(super) struct Context<D> {
     pub(super) worker: WorkerId,
     pub(super) driver: D,
-    pub(super) config: Arc<RouteConfig>,
     pub(super) stats: Arc<WorkerStats>,
     pub(super) timers: Timers,
     pub(super) rng: fastrand::Rng,
@@ -31,6 +31,10 @@ pub(super) struct Context<D> {
     pub(super) command: Command,
     /// The room for sessions and clients.
     pub(super) places: Places,
+    /// How much there is to do.
+    pub(super) load: Load,
+    /// How far a drain has come.
+    pub(super) drain: Drain,
 }
 
 impl<D: Driver> Context<D> {
@@ -49,9 +53,31 @@ impl<D: Driver> Context<D> {
         limits::buffers_are_short(self.driver.buffers().spare())
     }
 
+    /// Whether there is a route that has heard of its endpoints.
+    pub(super) fn serves(&self) -> bool {
+        self.stats.routes.iter().any(|route| route.applied_generation.get() > 0)
+    }
+
+    /// A session or a client of a route is gone, which was open for so long.
+    pub(super) fn on_gone(&mut self, route: RouteId, age: Duration) {
+        self.load.on_gone(age);
+        self.drain.on_gone(age, self.now);
+        self.stats.sessions_before_drain.set(self.drain.before() as u64);
+        self.places.on_gone(route);
+        self.publish_sessions(route);
+    }
+
+    /// Clients are let leave from now on.
+    pub(super) fn begin_drain(&mut self) {
+        self.drain.begin(self.places.served(), self.now);
+        self.stats.sessions_before_drain.set(self.drain.before() as u64);
+    }
+
     /// Publishes how many places are taken.
-    pub(super) fn publish_sessions(&self) {
-        self.stats.sessions_active.set(self.places.taken() as u64);
+    pub(super) fn publish_sessions(&self, route: RouteId) {
+        self.stats.sessions.set(self.places.taken() as u64);
+        let of_route = self.places.taken_by(route);
+        self.stats.routes[usize::from(route)].sessions_active.set(of_route as u64);
     }
 
     /// Publishes what a turn came to that handled so many events.

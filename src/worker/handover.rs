@@ -10,7 +10,7 @@
 use super::context::Context;
 use super::mail::Mail;
 use crate::io::{ConnId, Driver};
-use crate::proxy::WorkerId;
+use crate::proxy::{RouteId, WorkerId};
 
 /// A difference of one sixteenth is left as it is, for handing over wakes the other worker up.
 const TOLERANCE: usize = 16;
@@ -37,11 +37,11 @@ impl Lighter {
     }
 }
 
-/// Hands a client over to `lighter` if that has far fewer sessions; else it comes back.
+/// Hands a client of a route over to `lighter` if that has far fewer sessions; else it comes back.
 pub(super) fn hand_over<D: Driver>(
     cx: &mut Context<D>,
     mail: &Mail,
-    client: ConnId,
+    (client, route): (ConnId, RouteId),
     lighter: &mut Option<Lighter>,
 ) -> Option<ConnId> {
     let own = cx.places.taken();
@@ -49,7 +49,7 @@ pub(super) fn hand_over<D: Driver>(
         return Some(client);
     };
     let Some(socket) = cx.driver.release(client) else { return Some(client) };
-    match mail.hand_over(to.worker, socket) {
+    match mail.hand_over(to.worker, route, socket) {
         Ok(()) => {
             to.sessions += 1;
             cx.stats.handed_over.add(1);

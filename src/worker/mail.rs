@@ -5,8 +5,8 @@ use std::sync::Arc;
 use super::mailbox::{Command, Mailbox};
 use crate::io::net::Stream;
 use crate::metrics::WorkerStats;
-use crate::proxy::WorkerId;
 use crate::proxy::endpoints::EndpointSnapshot;
+use crate::proxy::{RouteId, WorkerId};
 
 /// The mailboxes and counters of all workers.
 pub(super) struct Mail {
@@ -38,7 +38,7 @@ impl Mail {
         self.has_clients = true;
     }
 
-    /// The endpoints, if there is news of them.
+    /// A route's endpoints, if there is news of any.
     pub(super) fn take_snapshot(&self) -> Option<Arc<EndpointSnapshot>> {
         self.own().take_snapshot()
     }
@@ -49,7 +49,7 @@ impl Mail {
     }
 
     /// A client that another worker has handed over since this one was woken.
-    pub(super) fn take_client(&mut self) -> Option<Stream> {
+    pub(super) fn take_client(&mut self) -> Option<(RouteId, Stream)> {
         if !self.has_clients {
             return None;
         }
@@ -63,12 +63,17 @@ impl Mail {
         self.own().clients() > 0
     }
 
-    /// Hands a client over to another worker.
+    /// Hands a client of a route over to another worker.
     ///
     /// # Errors
     /// That one takes no more; the client comes back.
-    pub(super) fn hand_over(&self, to: WorkerId, client: Stream) -> Result<(), Stream> {
-        self.mailboxes[usize::from(to)].hand_over(client)
+    pub(super) fn hand_over(
+        &self,
+        to: WorkerId,
+        route: RouteId,
+        client: Stream,
+    ) -> Result<(), Stream> {
+        self.mailboxes[usize::from(to)].hand_over(route, client)
     }
 
     /// How many workers there are.
@@ -85,7 +90,7 @@ impl Mail {
     /// A worker's sessions, with those on the way to it.
     pub(super) fn sessions_of(&self, worker: WorkerId) -> usize {
         let worker = usize::from(worker);
-        self.stats[worker].sessions_active.get() as usize + self.mailboxes[worker].clients()
+        self.stats[worker].sessions.get() as usize + self.mailboxes[worker].clients()
     }
 
     /// Likewise, of all workers together.

@@ -14,6 +14,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::io::net::Stream;
 use crate::limits;
+use crate::proxy::RouteId;
 use crate::proxy::endpoints::EndpointSnapshot;
 
 /// What a worker is to do. Commands only move forward.
@@ -34,30 +35,31 @@ pub enum Command {
 /// The mailbox of one worker.
 #[derive(Debug)]
 pub struct Mailbox {
-    snapshot: ArrayQueue<Arc<EndpointSnapshot>>,
-    clients: ArrayQueue<Stream>,
+    /// One for each route.
+    snapshots: Box<[ArrayQueue<Arc<EndpointSnapshot>>]>,
+    clients: ArrayQueue<(RouteId, Stream)>,
     command: AtomicU8,
     wake: OwnedFd,
 }
 
 impl Mailbox {
-    /// An empty mailbox with the command to run.
+    /// An empty mailbox for so many routes, with the command to run.
     ///
     /// # Errors
     /// The process is out of descriptors.
-    pub fn new() -> io::Result<Self> {
+    pub fn new(routes: usize) -> io::Result<Self> {
         let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
         Ok(Self {
-            snapshot: ArrayQueue::new(1),
+            snapshots: (0..routes).map(|_| ArrayQueue::new(1)).collect(),
             clients: ArrayQueue::new(limits::HANDED_OVER_MAX),
             command: AtomicU8::new(Command::Run as u8),
             wake,
         })
     }
 
-    /// Replaces the snapshot that waits for the worker, and wakes it.
+    /// Replaces the snapshot of its route that waits for the worker, and wakes it.
     pub fn deliver(&self, snapshot: Arc<EndpointSnapshot>) {
-        self.snapshot.force_push(snapshot);
+        self.snapshots[usize::from(snapshot.route)].force_push(snapshot);
         self.wake();
     }
 
@@ -67,19 +69,19 @@ impl Mailbox {
         self.wake();
     }
 
-    /// Hands a client over to the worker, and wakes it. From another worker.
+    /// Hands a client of a route over to the worker, and wakes it. From another worker.
     ///
     /// # Errors
     /// The worker takes no more: it is to end, or too many wait already. The client
     /// comes back.
-    pub fn hand_over(&self, client: Stream) -> Result<(), Stream> {
+    pub fn hand_over(&self, route: RouteId, client: Stream) -> Result<(), Stream> {
         if self.current_command() >= Command::Drain {
             return Err(client);
         }
-        self.clients.push(client)?;
+        self.clients.push((route, client)).map_err(|(_, client)| client)?;
         // The command may have come in between, and the worker have ended without another look.
         if self.current_command() >= Command::Drain
-            && let Some(client) = self.clients.pop()
+            && let Some((_, client)) = self.clients.pop()
         {
             return Err(client);
         }
@@ -88,7 +90,7 @@ impl Mailbox {
     }
 
     /// A client that was handed over, if any waits. For the worker.
-    pub fn take_client(&self) -> Option<Stream> {
+    pub fn take_client(&self) -> Option<(RouteId, Stream)> {
         self.clients.pop()
     }
 
@@ -97,9 +99,9 @@ impl Mailbox {
         self.clients.len()
     }
 
-    /// The snapshot that waits, if any. For the worker.
+    /// A snapshot that waits, if any does. For the worker.
     pub fn take_snapshot(&self) -> Option<Arc<EndpointSnapshot>> {
-        self.snapshot.pop()
+        self.snapshots.iter().find_map(ArrayQueue::pop)
     }
 
     /// The command in force. For the worker.
@@ -136,15 +138,21 @@ mod tests {
 
     #[test]
     fn the_latest_snapshot_wins_and_commands_only_move_forward() {
-        let mailbox = Mailbox::new().unwrap();
-        for generation in 1..=3 {
+        let mailbox = Mailbox::new(2).unwrap();
+        for (route, generation) in [(0, 1), (1, 2), (0, 3), (1, 4)] {
             mailbox.deliver(Arc::new(EndpointSnapshot {
+                route: RouteId::at(route),
                 generation,
                 endpoints: Vec::new(),
                 ..EndpointSnapshot::default()
             }));
         }
         assert_eq!(mailbox.take_snapshot().map(|s| s.generation), Some(3));
+        assert_eq!(
+            mailbox.take_snapshot().map(|s| s.generation),
+            Some(4),
+            "each route has its own"
+        );
         assert!(mailbox.take_snapshot().is_none());
         mailbox.command(Command::Stop);
         mailbox.command(Command::Drain);

@@ -4,13 +4,13 @@
 //! driver, sessions, buffers, pools and counters.
 //!
 //! ```text
-//! turn ──▶ acceptor, mail, load ────────────────▶ context: driver, clock, timers,
-//!   ├────▶ dispatch ──▶ sessions, pools ────────▶          counters, places, owners
-//!   └────▶ requests, silence ──▶ pools ─────────▶
+//! turn ──▶ acceptor, mail ─────────────────────▶ context: driver, clock, timers, counters,
+//!   └────▶ route: sessions, requests, pools ───▶          places, owners, load, drain
 //! ```
 //!
-//! A part is handed the context and does not know who calls it: what concerns others, it returns. The
-//! parts are put together in [`engine`].
+//! A part is handed the context and does not know who calls it: what concerns others, it returns. A
+//! route has all that is its own, and knows of no other; the turn tells by a connection's owner whose
+//! it is. The parts are put together in [`engine`].
 
 use std::convert::Infallible;
 use std::io;
@@ -27,13 +27,13 @@ use crate::io::{Driver, DriverSetup, net};
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::{WorkerState, WorkerStats};
-use crate::proxy::WorkerId;
+use crate::proxy::{RouteId, WorkerId};
 
 mod acceptor;
 pub mod batch;
 pub mod contention;
 mod context;
-mod dispatch;
+mod drain;
 pub mod engine;
 mod flush;
 mod handover;
@@ -42,15 +42,11 @@ mod mail;
 pub mod mailbox;
 mod owners;
 mod places;
-mod pools;
-mod requests;
-mod sessions;
-mod silence;
+mod route;
 #[cfg(test)]
 mod simulation;
 pub mod timers;
 mod turn;
-mod upkeep;
 
 use contention::CoreWait;
 use engine::{Engine, EngineSetup};
@@ -184,18 +180,19 @@ fn driver_setup(setup: &mut WorkerSetup) -> io::Result<DriverSetup> {
         wake: setup.mailboxes[setup.index].wake_fd().as_fd().try_clone_to_owned()?,
         conns_max: limits::conns_max(setup.sessions_max),
         buffers_max: limits::buffers_max(setup.sessions_max),
-        options: socket_options(&setup.config.routes[0]),
     })
 }
 
 fn serve<D: Driver>(driver: D, setup: WorkerSetup, started: &mpsc::Sender<io::Result<()>>) {
     let index = setup.index;
     let stats = Arc::clone(&setup.stats[index]);
+    let listener_routes = vec![RouteId::default(); setup.config.routes[0].listen.len()].into();
     let mut engine = Engine::new(
         driver,
         EngineSetup {
             worker: WorkerId::new(index),
             config: setup.config,
+            listener_routes,
             sessions_max: setup.sessions_max,
             pool_conns_max: setup.pool_conns_max,
             mailboxes: setup.mailboxes,

@@ -4,10 +4,10 @@ use std::time::Instant;
 
 use super::flush::Flushing;
 use crate::io::{Chain, ConnId};
-use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::request::Client;
 use crate::proxy::session::Session;
+use crate::proxy::{RouteId, Side};
 use crate::slab::Key;
 
 /// Whose a connection is.
@@ -34,6 +34,8 @@ pub(super) enum Owner {
 #[derive(Debug)]
 pub(super) struct Owned {
     pub conn: ConnId,
+    /// The route that it came by, or was made for.
+    pub route: RouteId,
     pub owner: Owner,
 }
 
@@ -49,13 +51,26 @@ impl Owners {
         Self { slots: Vec::with_capacity(conns_max) }
     }
 
-    /// Takes note of whose a connection is from now on.
-    pub(super) fn set(&mut self, conn: ConnId, owner: Owner) {
+    /// A new connection, and whose it is.
+    pub(super) fn insert(&mut self, conn: ConnId, route: RouteId, owner: Owner) {
         let slot = conn.index();
         while self.slots.len() <= slot {
-            self.slots.push(Owned { conn, owner: Owner::None });
+            self.slots.push(Owned { conn, route, owner: Owner::None });
         }
-        self.slots[slot] = Owned { conn, owner };
+        self.slots[slot] = Owned { conn, route, owner };
+    }
+
+    /// Takes note of whose a connection is from now on, of the same route.
+    pub(super) fn set(&mut self, conn: ConnId, owner: Owner) {
+        let slot = &mut self.slots[conn.index()];
+        debug_assert_eq!(slot.conn, conn, "a connection was closed that changes hands");
+        slot.owner = owner;
+    }
+
+    /// The route of a connection; none of one that was closed.
+    pub(super) fn route_of(&self, conn: ConnId) -> Option<RouteId> {
+        let owned = self.slots.get(conn.index())?;
+        (owned.conn == conn).then_some(owned.route)
     }
 
     /// Takes a connection's owner out: for connections that change hands.
@@ -108,10 +123,10 @@ mod tests {
         let mut owners = Owners::with_capacity(0);
         let (first, second) = (ConnId::from_parts(3, 0), ConnId::from_parts(3, 1));
         let client = |at| Owner::Client(Key::from_parts(at, 0));
-        owners.set(first, client(1));
+        owners.insert(first, RouteId::default(), client(1));
         assert_eq!(owners.len(), 4, "those below it are nobody's");
         assert!(matches!(owners.at(0).owner, Owner::None));
-        owners.set(second, client(2));
+        owners.insert(second, RouteId::default(), client(2));
         assert!(owners.get(first).is_none());
         assert!(matches!(owners.take(first), Owner::None), "it is nobody's any more");
         assert!(matches!(owners.get(second), Some(Owner::Client(key)) if key.index() == 2));

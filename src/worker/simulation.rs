@@ -13,9 +13,9 @@ use crate::io::Driver;
 use crate::io::sim::{ID_BYTES, Peer, Reachability, Sim, UNTOLD_BUFFERS_MAX};
 use crate::limits;
 use crate::listening::Listening;
-use crate::metrics::{CloseReason, LabelSet, WorkerStats};
-use crate::proxy::WorkerId;
+use crate::metrics::{CloseReason, LabelSet, RouteStats, WorkerStats};
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
+use crate::proxy::{RouteId, WorkerId};
 
 const SECOND: Duration = Duration::from_secs(1);
 /// As long as anybody may wait for a peer that acknowledges nothing, where its host is there again in
@@ -25,7 +25,7 @@ const HANGING_MAX: Duration = Duration::from_secs(19);
 pub(super) struct Run {
     pub(super) engine: Engine<Sim>,
     mailbox: Arc<Mailbox>,
-    pub(super) stats: Arc<WorkerStats>,
+    pub(super) stats: Arc<RouteStats>,
     pub(super) endpoints: Vec<Arc<Endpoint>>,
     generation: u64,
     pub(super) rng: fastrand::Rng,
@@ -65,11 +65,12 @@ impl Run {
             .collect();
         let conns_max = limits::conns_max(sessions_max);
         let sim = Sim::new(rng.u64(..), endpoints.len(), conns_max, buffers);
-        let mailbox = Arc::new(Mailbox::new().expect("a descriptor"));
-        let stats: Arc<WorkerStats> = Arc::default();
+        let mailbox = Arc::new(Mailbox::new(1).expect("a descriptor"));
+        let stats = Arc::new(WorkerStats::new(1));
         let setup = EngineSetup {
             worker: WorkerId::new(0),
             config: Arc::new(config),
+            listener_routes: [RouteId::default()].into(),
             sessions_max,
             pool_conns_max: limits::POOL_CONNS_MAX,
             mailboxes: Arc::new([Arc::clone(&mailbox)]),
@@ -82,7 +83,7 @@ impl Run {
         Self {
             engine: Engine::new(sim, setup),
             mailbox,
-            stats,
+            stats: Arc::clone(&stats.routes[0]),
             endpoints,
             generation: 0,
             rng,
@@ -102,7 +103,12 @@ impl Run {
             why: None,
         });
         let stores = stores.collect();
-        self.mailbox.deliver(Arc::new(EndpointSnapshot { generation, endpoints, stores }));
+        self.mailbox.deliver(Arc::new(EndpointSnapshot {
+            route: RouteId::default(),
+            generation,
+            endpoints,
+            stores,
+        }));
         self.engine.driver().wake();
     }
 

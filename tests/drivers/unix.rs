@@ -37,7 +37,7 @@ impl<D: Driver> UnixRig<D> {
         let mut accepted = None;
         self.rig.until("accept", |_, seen| {
             accepted = seen.pop().map(|seen| match seen {
-                Completion::Accepted(conn) => conn,
+                Completion::Accepted(conn, _) => conn,
                 other => panic!("{other:?}"),
             });
             accepted.is_some()
@@ -71,7 +71,7 @@ pub fn unix_clients_and_backends_exchange_bytes_and_ends<D: Driver>(mut unix: Un
     let backend_path = unix.path.with_extension("backend");
     let backend = UnixListener::bind(&backend_path).unwrap();
     let address = Address::Unix(backend_path.clone().into());
-    let connected = unix.rig.driver.connect(&address).unwrap();
+    let connected = unix.rig.driver.connect(&address, &Options::default()).unwrap();
     unix.until_seen("the connect", |seen| matches!(seen, Completion::Connected(_)));
     let (peer, _) = backend.accept().unwrap();
     peer.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -79,7 +79,7 @@ pub fn unix_clients_and_backends_exchange_bytes_and_ends<D: Driver>(mut unix: Un
     assert_eq!(unix.rig.driver.peer_address(connected), Some(address));
 
     for (mut far, conn) in [(client, accepted), (peer, connected)] {
-        unix.rig.driver.ask(conn, Some(Duration::from_secs(1)));
+        unix.rig.driver.ask(conn, &Options::default(), Some(Duration::from_secs(1)));
         unix.rig.driver.receive(conn, true);
         far.write_all(b"a request").unwrap();
         unix.until_received(b"a request");
@@ -111,7 +111,11 @@ pub fn unix_connects_that_fail_say_why<D: Driver>(mut unix: UnixRig<D>) {
     let left = unix.path.with_extension("left");
     drop(UnixListener::bind(&left).unwrap());
     for (path, kind) in [(&nobody, ErrorKind::NotFound), (&left, ErrorKind::ConnectionRefused)] {
-        let conn = unix.rig.driver.connect(&Address::Unix(path.clone().into())).unwrap();
+        let conn = unix
+            .rig
+            .driver
+            .connect(&Address::Unix(path.clone().into()), &Options::default())
+            .unwrap();
         unix.until_seen(
             &format!("{kind}"),
             |seen| matches!(seen, Completion::ConnectFailed(_, error) if error.kind() == kind),
@@ -213,7 +217,7 @@ pub fn a_drain_empties_the_queue_of_a_unix_listener<D: Driver>(mut unix: UnixRig
     assert!(!unix.rig.driver.refuse_handshakes(), "there is no handshake to be repeated");
     assert!(unix.rig.driver.stop_listening());
     unix.rig.until("the accept queue", |_, seen| {
-        seen.iter().filter(|seen| matches!(seen, Completion::Accepted(_))).count() == early.len()
+        seen.iter().filter(|seen| matches!(seen, Completion::Accepted(..))).count() == early.len()
     });
     let late = UnixStream::connect(&unix.path).unwrap_err();
     assert_eq!(late.kind(), ErrorKind::ConnectionRefused);

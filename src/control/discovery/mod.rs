@@ -215,7 +215,12 @@ impl Publisher {
         if self.left_out.swap(left_out, Relaxed) == 0 && left_out > 0 {
             warn!(left_out, max = ENDPOINTS_MAX, "too many endpoints: the last are left out");
         }
-        let snapshot = Arc::new(EndpointSnapshot { generation, endpoints, stores });
+        let snapshot = Arc::new(EndpointSnapshot {
+            route: crate::proxy::RouteId::default(),
+            generation,
+            endpoints,
+            stores,
+        });
         self.snapshots.send_replace(Arc::clone(&snapshot));
         for worker in &self.workers {
             worker.mailbox.deliver(Arc::clone(&snapshot));

@@ -10,7 +10,7 @@ use socket2::{SockRef, Type};
 use super::socket::Socket;
 use super::{Epoll, conn_data};
 use crate::io::halves::Sending;
-use crate::io::net::{Address, Stream};
+use crate::io::net::{self, Address, Stream};
 use crate::io::{Completion, ConnId};
 
 impl Epoll {
@@ -71,7 +71,7 @@ impl Epoll {
                 self.room = 0;
                 Completion::AcceptFailed(error)
             },
-            Completion::Accepted,
+            |conn| Completion::Accepted(conn, index),
         ))
     }
 
@@ -86,7 +86,7 @@ impl Epoll {
             let registered = rustix::io::ioctl_fionbio(&client, true).map_err(io::Error::from);
             let completion =
                 match registered.and_then(|()| self.register(Socket::connected(client))) {
-                    Ok(conn) => Completion::Accepted(conn),
+                    Ok(conn) => Completion::Accepted(conn, index),
                     Err(error) => Completion::AcceptFailed(error),
                 };
             self.completions.push_back(completion);
@@ -95,9 +95,13 @@ impl Epoll {
     }
 
     /// Begins to connect.
-    pub(super) fn begin_connect(&mut self, address: &Address) -> io::Result<ConnId> {
+    pub(super) fn begin_connect(
+        &mut self,
+        address: &Address,
+        options: &net::Options,
+    ) -> io::Result<ConnId> {
         let kind = Type::STREAM.nonblocking();
-        let stream = self.descriptors.make(|| Stream::outgoing(address, kind, &self.options))?;
+        let stream = self.descriptors.make(|| Stream::outgoing(address, kind, options))?;
         let conn = self.register(Socket::connecting(stream))?;
         match self.live(conn).stream.connect(address) {
             Err(Errno::INPROGRESS | Errno::INTR) => {}

@@ -65,7 +65,6 @@ pub struct Epoll {
     descriptors: Descriptors,
     sockets: Slab<Socket, Conn>,
     buffers: Buffers,
-    options: net::Options,
     start: Instant,
     now: Instant,
     events: Vec<epoll::Event>,
@@ -121,7 +120,6 @@ impl Epoll {
             descriptors: Descriptors::new(),
             sockets: Slab::with_capacity(setup.conns_max),
             buffers: Buffers::new(setup.buffers_max)?,
-            options: setup.options,
             start: Instant::now(),
             now: Instant::now(),
             events: Vec::with_capacity(EVENTS_MAX),
@@ -296,8 +294,8 @@ impl Driver for Epoll {
         self.register(Socket::connected(client)).ok()
     }
 
-    fn connect(&mut self, address: &Address) -> io::Result<ConnId> {
-        self.begin_connect(address)
+    fn connect(&mut self, address: &Address, options: &net::Options) -> io::Result<ConnId> {
+        self.begin_connect(address, options)
     }
 
     fn join(&mut self, a: ConnId, b: ConnId) {
@@ -375,9 +373,9 @@ impl Driver for Epoll {
         self.sockets.get(conn)?.stream.acks()
     }
 
-    fn ask(&mut self, conn: ConnId, silence: Option<Duration>) {
+    fn ask(&mut self, conn: ConnId, options: &net::Options, silence: Option<Duration>) {
         if let Some(socket) = self.sockets.get(conn) {
-            socket.stream.ask(&self.options, silence);
+            socket.stream.ask(options, silence);
         }
     }
 

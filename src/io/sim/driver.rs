@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::{IDLE, Reachability, Sim, Speech, Step};
 use crate::io::buffers::{Buf, Buffers};
 use crate::io::halves::Sending;
-use crate::io::net::{Address, Stream};
+use crate::io::net::{self, Address, Stream};
 use crate::io::{Acks, Close, Completion, ConnId, Driver, Unheard, Wait};
 
 impl Driver for Sim {
@@ -95,7 +95,7 @@ impl Driver for Sim {
         None
     }
 
-    fn connect(&mut self, address: &Address) -> io::Result<ConnId> {
+    fn connect(&mut self, address: &Address, _: &net::Options) -> io::Result<ConnId> {
         let address = address.tcp().expect("its network has TCP only");
         let peer = match self.speech {
             Speech::Lines => self.add_answerer(address.port()),
@@ -215,7 +215,7 @@ impl Driver for Sim {
         })
     }
 
-    fn ask(&mut self, conn: ConnId, silence: Option<Duration>) {
+    fn ask(&mut self, conn: ConnId, _: &net::Options, silence: Option<Duration>) {
         if let Some(socket) = self.sockets.get_mut(conn) {
             socket.asked = silence.is_some();
         }

@@ -49,7 +49,7 @@ impl Hearing {
     /// How many clients were accepted, and how many buffers filled, of which that was not reported.
     pub(super) fn untold(&self) -> (usize, usize) {
         self.events.iter().fold((0, 0), |(clients, buffers), event| match event {
-            Completion::Accepted(_) => (clients + 1, buffers),
+            Completion::Accepted(..) => (clients + 1, buffers),
             Completion::Received(..) => (clients, buffers + 1),
             _ => (clients, buffers),
         })

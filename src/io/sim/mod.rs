@@ -223,7 +223,7 @@ impl Sim {
         if let Some(peer) = self.backlog.pop_front()
             && let Some(conn) = self.add_socket(peer, false)
         {
-            self.hearing.push(Completion::Accepted(conn));
+            self.hearing.push(Completion::Accepted(conn, 0));
         }
     }
 

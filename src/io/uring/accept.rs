@@ -62,7 +62,7 @@ impl Uring {
                 if self.refusing {
                     client.welcome();
                 }
-                self.adopt(client).map(Completion::Accepted)
+                self.adopt(client).map(|conn| Completion::Accepted(conn, index))
             }
             Err(Errno::CANCELED | Errno::CONNABORTED | Errno::INTR) => None,
             Err(errno) => {

@@ -49,7 +49,6 @@ pub struct Uring {
     sockets: Slab<Socket, Conn>,
     listeners: Vec<Listener>,
     wake: OwnedFd,
-    options: net::Options,
     room: usize,
     /// No handshake begins any more.
     refusing: bool,
@@ -103,7 +102,6 @@ impl Uring {
                 .map(|fd| net::Listener::new(fd).map(Listener::new))
                 .collect::<io::Result<_>>()?,
             wake: setup.wake,
-            options: setup.options,
             room: 0,
             refusing: false,
             descriptors: Descriptors::new(),
@@ -355,7 +353,7 @@ impl Driver for Uring {
             }
             for client in clients {
                 if let Some(conn) = self.adopt(client) {
-                    self.ready.push_back(Completion::Accepted(conn));
+                    self.ready.push_back(Completion::Accepted(conn, index));
                 }
             }
         }
@@ -374,9 +372,9 @@ impl Driver for Uring {
         self.sockets.insert(Socket::connected(client)).ok()
     }
 
-    fn connect(&mut self, address: &Address) -> io::Result<ConnId> {
+    fn connect(&mut self, address: &Address, options: &net::Options) -> io::Result<ConnId> {
         let kernel_address = address.to_kernel()?;
-        let make = || Stream::outgoing(address, Type::STREAM, &self.options);
+        let make = || Stream::outgoing(address, Type::STREAM, options);
         let stream = self.descriptors.make(make)?;
         let fd = Fd(stream.as_raw_fd());
         // The ring would wait in a thread of the kernel's pool where an accept queue is full.
@@ -480,9 +478,9 @@ impl Driver for Uring {
         self.sockets.get(conn)?.stream.acks()
     }
 
-    fn ask(&mut self, conn: ConnId, silence: Option<Duration>) {
+    fn ask(&mut self, conn: ConnId, options: &net::Options, silence: Option<Duration>) {
         if let Some(socket) = self.sockets.get(conn) {
-            socket.stream.ask(&self.options, silence);
+            socket.stream.ask(options, silence);
         }
     }
 

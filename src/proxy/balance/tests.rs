@@ -1,6 +1,7 @@
 use super::entry::Ramp;
 use super::*;
 use crate::metrics::Spillover;
+use crate::proxy::RouteId;
 use crate::proxy::endpoints::Endpoint;
 use crate::proxy::session::Tried;
 use std::net::IpAddr;
@@ -290,6 +291,7 @@ fn gauges_of_an_earlier_time_are_not_believed() {
 fn a_key_belongs_to_a_declared_store_whoever_is_there() {
     let all = [0, 1, 2].map(endpoint);
     let declare = |generation, there: &[u16]| EndpointSnapshot {
+        route: RouteId::default(),
         generation,
         endpoints: there.iter().map(|&i| Arc::clone(&all[usize::from(i)])).collect(),
         stores: (0..3)

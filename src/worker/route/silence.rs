@@ -8,15 +8,16 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use super::engine::{Engine, Requests};
-use super::owners::{Owned, Owner};
 use super::sessions::Sessions;
+use super::{Requests, Route};
 use crate::io::{ConnId, Driver, Unheard};
 use crate::limits;
 use crate::metrics::{CloseReason, Discard, Retry};
 use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::pulse::{Patience, Pulse};
+use crate::worker::context::Context;
+use crate::worker::owners::{Owned, Owner};
 
 /// How long peers may acknowledge nothing, and which connection is looked at next for that.
 pub(super) struct Silence {
@@ -79,25 +80,30 @@ fn watched<'a>(
     }
 }
 
-impl<D: Driver> Engine<D> {
+impl Route {
     /// Looks at the next part of the connections, all of which have their turn between two looks.
-    pub(super) fn look_for_silence(&mut self) {
+    pub(super) fn look_for_silence<D: Driver>(&mut self, cx: &mut Context<D>) {
         let Some(patience) = self.silence.patience else { return };
         let turns = patience.look_after().as_millis() / limits::UPKEEP_INTERVAL.as_millis();
-        let slots = self.cx.owners.len();
+        let slots = cx.owners.len();
         let mut looks = 0;
         for _ in 0..slots.div_ceil((turns as usize).max(1)) {
             if looks == limits::SILENCE_LOOKS_MAX {
                 return;
             }
             let slot = self.silence.next_slot(slots);
-            looks += usize::from(self.look_at(slot, &patience));
+            looks += usize::from(self.look_at(cx, slot, &patience));
         }
     }
 
     /// Looks at one connection, if that is due. Says whether that cost a system call.
-    fn look_at(&mut self, slot: usize, patience: &Patience) -> bool {
-        let &Owned { conn, ref owner } = self.cx.owners.at(slot);
+    fn look_at<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        slot: usize,
+        patience: &Patience,
+    ) -> bool {
+        let &Owned { conn, ref owner, .. } = cx.owners.at(slot);
         let watched = watched(owner, &mut self.sessions, &mut self.requests);
         let Some(Watched { pulse, endpoint, waits }) = watched else { return false };
         let entry = endpoint.and_then(|endpoint| self.pools.table.get_mut(endpoint));
@@ -106,49 +112,50 @@ impl<D: Driver> Engine<D> {
         if !pulse.is_due(is_watched) {
             return false;
         }
-        let Some(acks) = self.cx.driver.acks(conn) else { return true };
+        let Some(acks) = cx.driver.acks(conn) else { return true };
         // A request is to be answered soon; sessions may be silent for hours, and there are many.
         let ask_after = if is_watched { patience.look_after() } else { patience.limit };
         // Clients may be silent for as long as they like.
         let may_ask = endpoint.is_some();
-        let look = pulse.look(acks, is_watched, may_ask.then_some(ask_after), self.cx.now);
+        let look = pulse.look(acks, is_watched, may_ask.then_some(ask_after), cx.now);
         if let Some(on) = look.ask {
-            self.cx.driver.ask(conn, on.then_some(ask_after));
+            cx.driver.ask(conn, &self.pools.options, on.then_some(ask_after));
         }
         let alive = entry.and_then(|entry| entry.alive_at());
         if let Some(since) = look.silent_since {
-            self.on_silence(conn, endpoint, since, alive, patience);
+            self.on_silence(cx, conn, endpoint, since, alive, patience);
         }
         true
     }
 
     /// A peer has acknowledged nothing since then; its endpoint was last seen to be there at `alive`.
-    fn on_silence(
+    fn on_silence<D: Driver>(
         &mut self,
+        cx: &mut Context<D>,
         conn: ConnId,
         endpoint: Option<EndpointId>,
         since: Instant,
         alive: Option<Instant>,
         patience: &Patience,
     ) {
-        let now = self.cx.now;
+        let now = cx.now;
         let Some(endpoint) = endpoint else {
             // There is nothing else to tell by that it is there.
             if patience.is_over(since, Some(now), now) {
-                self.on_client_silent(conn);
+                self.on_client_silent(cx, conn);
             }
             return;
         };
         if patience.is_suspicious(since, now) && alive.is_none_or(|at| at <= since) {
-            self.call_witnesses(endpoint);
+            self.call_witnesses(cx, endpoint);
         }
         if patience.is_over(since, alive, now) {
-            self.on_backend_silent(conn, endpoint, since);
+            self.on_backend_silent(cx, conn, endpoint, since);
         }
     }
 
     /// Connects to an endpoint, to see whether it is there at all.
-    fn call_witnesses(&mut self, endpoint: EndpointId) {
+    fn call_witnesses<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
         let Some(entry) = self.pools.table.get_mut(endpoint) else {
             unreachable!("an endpoint is kept as long as a connection to it is in use")
         };
@@ -163,57 +170,68 @@ impl<D: Driver> Engine<D> {
         }
         for _ in 0..most {
             // Like probes, also where no connections are kept.
-            if !self.start_connect(endpoint) {
+            if !self.start_connect(cx, endpoint) {
                 return;
             }
         }
     }
 
     /// A backend's connection is given up: its peer has acknowledged nothing since then.
-    fn on_backend_silent(&mut self, conn: ConnId, endpoint: EndpointId, since: Instant) {
-        let session = match self.cx.owners.get(conn) {
+    fn on_backend_silent<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        conn: ConnId,
+        endpoint: EndpointId,
+        since: Instant,
+    ) {
+        let session = match cx.owners.get(conn) {
             Some(&Owner::Session(key, _)) => self.sessions.get(key),
             _ => None,
         };
         let has_ended = session.is_some_and(|session| session.has_ended(Side::Backend));
-        if !has_ended && self.cx.driver.unheard(conn) != Unheard::Nothing {
+        if !has_ended && cx.driver.unheard(conn) != Unheard::Nothing {
             // It waits for whoever is to have what came before, and nobody waits for it.
             return;
         }
         // Another one does as well where neither side has said anything, its end included.
         let is_fresh = session.is_some_and(|s| s.is_untouched() && !s.has_client_left());
-        self.on_endpoint_silent(endpoint, since);
-        match self.cx.owners.get(conn) {
+        self.on_endpoint_silent(cx, endpoint, since);
+        match cx.owners.get(conn) {
             Some(&Owner::Session(key, _)) => {
-                if is_fresh && self.move_session(key, true) {
+                if is_fresh && self.move_session(cx, key, true) {
                     return;
                 }
-                self.apply(key, |session, now| session.on_silent(Side::Backend, now));
+                self.apply_event(cx, key, |session, now| session.on_silent(Side::Backend, now));
             }
-            Some(&Owner::InUse(key)) => self.lose(key, Discard::Silent, Retry::Silent),
+            Some(&Owner::InUse(key)) => self.lose(cx, key, Discard::Silent, Retry::Silent),
             _ => {}
         }
     }
 
     /// What was made before an endpoint fell silent shares the fate of the connection that showed it.
-    fn on_endpoint_silent(&mut self, endpoint: EndpointId, since: Instant) {
-        let now = self.cx.now;
-        self.pools.evict_made_before(&mut self.cx, endpoint, since);
-        self.discard_idle_in_use_of(endpoint);
+    fn on_endpoint_silent<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+        since: Instant,
+    ) {
+        let now = cx.now;
+        self.pools.evict_made_before(cx, endpoint, since);
+        self.discard_idle_in_use_of(cx, endpoint);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         if entry.is_present() && entry.alive_at().is_none_or(|at| at <= since) {
-            entry.pool.on_emptied(now, &mut self.cx.rng);
-            self.pools.on_endpoint_failure(&mut self.cx, endpoint, &acknowledges_nothing());
+            entry.pool.on_emptied(now, &mut cx.rng);
+            self.pools.on_endpoint_failure(cx, endpoint, &acknowledges_nothing());
         }
         self.pools.mark_short(endpoint);
     }
 
-    fn on_client_silent(&mut self, conn: ConnId) {
-        match self.cx.owners.get(conn) {
+    fn on_client_silent<D: Driver>(&mut self, cx: &mut Context<D>, conn: ConnId) {
+        match cx.owners.get(conn) {
             Some(&Owner::Session(key, side)) => {
-                self.apply(key, |session, now| session.on_silent(side, now));
+                self.apply_event(cx, key, |session, now| session.on_silent(side, now));
             }
-            Some(&Owner::Client(key)) => self.close_client(key, CloseReason::ClientSilent),
+            Some(&Owner::Client(key)) => self.close_client(cx, key, CloseReason::ClientSilent),
             _ => {}
         }
     }

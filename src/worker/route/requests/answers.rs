@@ -7,39 +7,56 @@ use crate::metrics::{CloseReason, Direction};
 use crate::proxy::request::{Client, ErrorReply, Replied, Target, write_away, write_error_reply};
 use crate::proxy::route::StableHash;
 use crate::slab::Key;
-use crate::worker::engine::Engine;
+use crate::worker::context::Context;
+use crate::worker::route::Route;
 
-impl<D: Driver> Engine<D> {
+impl Route {
     /// A backend sent bytes on a connection that a client holds.
-    pub(in crate::worker) fn on_reply(&mut self, key: Key<Client>, mut buf: Buf) {
-        let Some((client, mut moment)) = self.client(key) else {
+    pub(in crate::worker) fn on_reply<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        mut buf: Buf,
+    ) {
+        let Some((client, mut moment)) = self.client(cx, key) else {
             unreachable!("a connection in use has a client")
         };
         let Replied { passed, actions } = client.on_reply(&buf, &mut moment);
         match self.conn_of(key).filter(|_| passed > 0) {
             Some(conn) => {
-                self.cx.driver.buffers().set_len(&mut buf, passed);
-                self.cx.stats.bytes.of(Direction::ToClient).add(passed as u64);
-                self.cx.driver.send(conn, buf);
+                cx.driver.buffers().set_len(&mut buf, passed);
+                self.stats.bytes.of(Direction::ToClient).add(passed as u64);
+                cx.driver.send(conn, buf);
             }
-            None => self.cx.driver.buffers().give(buf),
+            None => cx.driver.buffers().give(buf),
         }
-        self.act_for(key, &actions);
+        self.act_for(cx, key, &actions);
     }
 
     /// A request gets an error in place of a connection.
-    pub(in crate::worker) fn fail(&mut self, key: Key<Client>, error: ErrorReply) {
+    pub(in crate::worker) fn fail<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        error: ErrorReply,
+    ) {
         let store = match self.requests.clients.get(key).map(Client::target) {
             Some(Target::Store(number)) => self.pools.table.store(number),
             _ => None,
         };
         let store = store.map(|store| Arc::clone(&store.name));
-        self.tell(key, |client, moment| client.fail(error, store.as_deref(), moment));
+        self.tell(cx, key, |client, moment| client.fail(error, store.as_deref(), moment));
     }
 
     /// Sends a client an error in place of a reply, to a request about this key.
-    pub(super) fn reply(&mut self, key: Key<Client>, error: ErrorReply, about: Option<StableHash>) {
-        let protocol = self.cx.config.protocol;
+    pub(super) fn reply<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        error: ErrorReply,
+        about: Option<StableHash>,
+    ) {
+        let protocol = self.config.protocol;
         // That no connection came in time is mostly the same, found out more slowly.
         if error.is_of_a_store()
             && let Some(number) = about.and_then(|hash| self.pools.table.owner(hash))
@@ -51,26 +68,31 @@ impl<D: Driver> Engine<D> {
                 ErrorReply::QueueTimeout(_) => text.as_deref().or(why.as_deref()),
                 _ => why.as_deref().or(text.as_deref()),
             };
-            return self.send_own(key, |space| write_away(protocol, error, &name, why, space));
+            return self.send_own(cx, key, |space| write_away(protocol, error, &name, why, space));
         }
-        self.send_own(key, |space| write_error_reply(protocol, error, space));
+        self.send_own(cx, key, |space| write_error_reply(protocol, error, space));
     }
 
     /// All stores have had a request: its client gets their replies as one.
-    pub(super) fn reply_of_all(&mut self, key: Key<Client>) {
-        let Some((client, mut moment)) = self.client(key) else {
+    pub(super) fn reply_of_all<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Client>) {
+        let Some((client, mut moment)) = self.client(cx, key) else {
             unreachable!("it has just been placed")
         };
         let (broadcast, actions) = client.on_stores_done(&mut moment);
-        self.send_own(key, |space| broadcast.write_answer(space));
-        self.act_for(key, &actions);
+        self.send_own(cx, key, |space| broadcast.write_answer(space));
+        self.act_for(cx, key, &actions);
     }
 
     /// Sends a client what no backend has written.
-    fn send_own(&mut self, key: Key<Client>, write: impl FnOnce(&mut [u8]) -> usize) {
-        let buffers = self.cx.driver.buffers();
+    fn send_own<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        write: impl FnOnce(&mut [u8]) -> usize,
+    ) {
+        let buffers = cx.driver.buffers();
         let Some(mut buf) = buffers.take() else {
-            return self.close_client(key, CloseReason::Overload);
+            return self.close_client(cx, key, CloseReason::Overload);
         };
         let len = write(buffers.space(&mut buf));
         buffers.set_len(&mut buf, len);
@@ -79,7 +101,7 @@ impl<D: Driver> Engine<D> {
         };
         client.on_queued(len as u32);
         if let Some(conn) = self.conn_of(key) {
-            self.cx.driver.send(conn, buf);
+            cx.driver.send(conn, buf);
         }
     }
 }

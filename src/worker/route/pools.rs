@@ -3,22 +3,25 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::context::Context;
-use super::owners::Owner;
 use crate::config::{Discovery, RouteConfig};
 use crate::io::{Close, ConnId, Driver, Unheard, net};
 use crate::limits;
 use crate::listening::Listening;
-use crate::metrics::Discard;
+use crate::metrics::{Discard, RouteStats};
 use crate::proxy::WorkerId;
 use crate::proxy::balance::Table;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::health::{HealthConfig, PROBE_SETTLED};
+use crate::worker::context::Context;
+use crate::worker::owners::Owner;
+use crate::worker::socket_options;
 
 /// The endpoints and their pools.
 pub(super) struct Pools {
+    stats: Arc<RouteStats>,
     pub table: Table,
     /// Pool connections at most, idle or being made, of all endpoints.
     pub conns_max: usize,
@@ -29,9 +32,12 @@ pub(super) struct Pools {
     pub health: HealthConfig,
     /// For so long an endpoint that left the set is taken to come back.
     pub linger: Duration,
-    pub upkeep_at: Instant,
+    /// Of connections to backends.
+    pub options: net::Options,
     /// Where backends cannot be.
     listening: Listening,
+    /// Idle connections of an endpoint at most.
+    idle_max: usize,
 }
 
 /// For how long an endpoint that left the set is taken to come back.
@@ -56,12 +62,13 @@ impl Pools {
     pub(super) fn new(
         config: &RouteConfig,
         worker: WorkerId,
+        stats: Arc<RouteStats>,
         conns_max: usize,
         listening: Listening,
-        now: Instant,
     ) -> Self {
         Self {
             table: Table::new(config.balance, worker),
+            stats,
             conns_max: conns_max.min(limits::POOL_CONNS_MAX),
             short: Vec::with_capacity(limits::ENDPOINTS_MAX),
             freed: Vec::with_capacity(limits::ENDPOINTS_MAX),
@@ -70,8 +77,9 @@ impl Pools {
                 eject_time: config.eject_time,
             },
             linger: linger_of(config),
-            upkeep_at: now,
+            options: socket_options(config),
             listening,
+            idle_max: config.pool.most(),
         }
     }
 
@@ -86,7 +94,7 @@ impl Pools {
         if self.listening.reached_by(*address, net::is_local).is_some() {
             return Err(leads_back());
         }
-        cx.driver.connect(&(*address).into())
+        cx.driver.connect(&(*address).into(), &self.options)
     }
 
     /// Whether a connection that was just made has this process at both ends: one of its listeners,
@@ -132,7 +140,7 @@ impl Pools {
     ) -> bool {
         let oldest = self.table.evict(endpoint);
         if let Some(conn) = oldest {
-            discard(cx, conn, Discard::Surplus);
+            self.discard(cx, conn, Discard::Surplus);
             self.publish_pool(cx, endpoint);
         }
         oldest.is_some()
@@ -150,6 +158,15 @@ impl Pools {
         }
     }
 
+    /// Closes a connection that has left its pool.
+    pub(super) fn discard<D: Driver>(&self, cx: &mut Context<D>, conn: ConnId, why: Discard) {
+        if let Owner::Idle { mut greeting, .. } = cx.owners.take(conn) {
+            cx.driver.buffers().clear(&mut greeting);
+        }
+        self.stats.count_discard(why);
+        cx.driver.close(conn, Close::Graceful);
+    }
+
     pub(super) fn discard_idle<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
@@ -162,7 +179,7 @@ impl Pools {
         let is_silent = why == Discard::Dead
             && matches!(cx.owners.get(conn), Some(Owner::Idle { greeting, .. }) if greeting.is_empty());
         let failed = self.table.died(endpoint, conn, now, &mut cx.rng);
-        discard(cx, conn, why);
+        self.discard(cx, conn, why);
         if failed && is_silent {
             self.on_endpoint_failure(cx, endpoint, &ended_at_once());
         }
@@ -176,7 +193,7 @@ impl Pools {
         why: Discard,
     ) {
         while let Some(conn) = self.table.evict(endpoint) {
-            discard(cx, conn, why);
+            self.discard(cx, conn, why);
         }
     }
 
@@ -188,7 +205,7 @@ impl Pools {
         at: Instant,
     ) {
         while let Some(conn) = self.table.evict_made_before(endpoint, at) {
-            discard(cx, conn, Discard::Silent);
+            self.discard(cx, conn, Discard::Silent);
         }
     }
 
@@ -327,7 +344,7 @@ impl Pools {
 
     /// A probe is kept even where no idle connections are; then it has served its purpose.
     pub(super) fn drop_surplus_of<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
-        let most = cx.config.pool.most();
+        let most = self.idle_max;
         while let Some(entry) = self.table.get_mut(endpoint)
             && entry.health.is_usable()
             && entry.pool.idle() > most
@@ -366,13 +383,4 @@ pub(super) fn is_local(error: &io::Error) -> bool {
             error.raw_os_error(),
             Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM | libc::EADDRNOTAVAIL)
         )
-}
-
-/// Closes a connection that has left its pool.
-pub(super) fn discard<D: Driver>(cx: &mut Context<D>, conn: ConnId, why: Discard) {
-    if let Owner::Idle { mut greeting, .. } = cx.owners.take(conn) {
-        cx.driver.buffers().clear(&mut greeting);
-    }
-    cx.stats.count_discard(why);
-    cx.driver.close(conn, Close::Graceful);
 }

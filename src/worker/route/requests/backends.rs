@@ -5,30 +5,52 @@ use crate::metrics::{Discard, Retry};
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::request::{BackendConn, Client, DiscardHow};
 use crate::slab::Key;
-use crate::worker::engine::{Engine, Owner};
+use crate::worker::context::Context;
+use crate::worker::owners::Owner;
+use crate::worker::route::Route;
 
-impl<D: Driver> Engine<D> {
+impl Route {
     /// The backend that a client holds took bytes of its request.
-    pub(in crate::worker) fn on_backend_sent(&mut self, key: Key<Client>, bytes: u32) {
-        self.tell(key, |client, moment| client.on_backend_sent(bytes, moment.now));
+    pub(in crate::worker) fn on_backend_sent<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        bytes: u32,
+    ) {
+        self.tell(cx, key, |client, moment| client.on_backend_sent(bytes, moment.now));
     }
 
     /// Nothing more can be sent on a connection that a client holds.
-    pub(in crate::worker) fn on_backend_broken(&mut self, key: Key<Client>) {
-        self.tell(key, |client, _| client.on_backend_send_failed());
+    pub(in crate::worker) fn on_backend_broken<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+    ) {
+        self.tell(cx, key, |client, _| client.on_backend_send_failed());
     }
 
     /// A connection that a client holds ended or broke.
-    pub(in crate::worker) fn on_backend_died(&mut self, key: Key<Client>, why: Retry) {
+    pub(in crate::worker) fn on_backend_died<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        why: Retry,
+    ) {
         let client = self.requests.clients.get(key);
         let why = if client.is_some_and(Client::is_backend_broken) { Retry::Broken } else { why };
-        self.judge_lost(key, why);
-        self.tell(key, |client, moment| client.on_backend_ended(why, moment));
+        self.judge_lost(cx, key, why);
+        self.tell(cx, key, |client, moment| client.on_backend_ended(why, moment));
     }
 
     /// A client loses the connection that it holds.
-    pub(in crate::worker) fn lose(&mut self, key: Key<Client>, discard: Discard, why: Retry) {
-        self.tell(key, |client, moment| client.on_backend_lost(discard, why, moment));
+    pub(in crate::worker) fn lose<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        discard: Discard,
+        why: Retry,
+    ) {
+        self.tell(cx, key, |client, moment| client.on_backend_lost(discard, why, moment));
     }
 
     /// A client goes on with its connection, unless that was made to an endpoint that is gone.
@@ -39,60 +61,77 @@ impl<D: Driver> Engine<D> {
     }
 
     /// Releases the connections of clients that are done with them.
-    pub(super) fn release_backends(&mut self) {
+    pub(super) fn release_backends<D: Driver>(&mut self, cx: &mut Context<D>) {
         while let Some(key) = self.requests.releasing.pop() {
             // One that was closed since has released it.
             if let Some(client) = self.requests.clients.get_mut(key) {
                 let actions = client.release();
-                self.act_for(key, &actions);
+                self.act_for(cx, key, &actions);
             }
         }
     }
 
     /// A connection goes back to its pool, silent as it is.
-    pub(super) fn release_backend(&mut self, backend: &BackendConn, paused: bool, asked: bool) {
+    pub(super) fn release_backend<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        backend: &BackendConn,
+        paused: bool,
+        asked: bool,
+    ) {
         if asked {
-            self.cx.driver.ask(backend.conn, None);
+            cx.driver.ask(backend.conn, &self.pools.options, None);
         }
         if paused {
-            self.cx.driver.receive(backend.conn, true);
+            cx.driver.receive(backend.conn, true);
         }
         // Whether there is room for it is seen once those that wait have had theirs.
-        let useful = self.keeps_pools();
-        if self.pools.table.release(backend, useful, self.cx.now) {
+        let useful = self.keeps_pools(cx);
+        if self.pools.table.release(backend, useful, cx.now) {
             let greeting = Chain::default();
-            self.cx.owners.set(backend.conn, Owner::Idle { endpoint: backend.endpoint, greeting });
+            cx.owners.set(backend.conn, Owner::Idle { endpoint: backend.endpoint, greeting });
             self.free(backend.endpoint);
         } else {
-            let aged = backend.retire_at.is_some_and(|at| at <= self.cx.now);
+            let aged = backend.retire_at.is_some_and(|at| at <= cx.now);
             let why = if aged { Discard::Lifetime } else { Discard::Surplus };
             // The backend may have answered before it has read all of the request.
-            let how = match self.cx.driver.undelivered(backend.conn) {
+            let how = match cx.driver.undelivered(backend.conn) {
                 0 => Close::Reset,
                 _ => Close::Graceful,
             };
-            self.retire(backend.conn, backend.endpoint, why, how);
+            self.retire(cx, backend.conn, backend.endpoint, why, how);
         }
     }
 
     /// A connection is of no more use.
-    pub(super) fn discard_backend(&mut self, backend: &BackendConn, why: Discard, how: DiscardHow) {
+    pub(super) fn discard_backend<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        backend: &BackendConn,
+        why: Discard,
+        how: DiscardHow,
+    ) {
         let how = match how {
             DiscardHow::Now(how) => how,
-            DiscardHow::ResetUnlessUnsent if self.cx.driver.unsent(backend.conn) > 0 => {
-                Close::Graceful
-            }
+            DiscardHow::ResetUnlessUnsent if cx.driver.unsent(backend.conn) > 0 => Close::Graceful,
             DiscardHow::ResetUnlessUnsent => Close::Reset,
         };
         self.pools.table.discarded(backend.endpoint);
-        self.retire(backend.conn, backend.endpoint, why, how);
+        self.retire(cx, backend.conn, backend.endpoint, why, how);
     }
 
     /// Closes a connection that was in use.
-    fn retire(&mut self, conn: ConnId, endpoint: EndpointId, why: Discard, how: Close) {
-        self.cx.owners.take(conn);
-        self.cx.stats.count_discard(why);
-        self.cx.driver.close(conn, how);
+    fn retire<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        conn: ConnId,
+        endpoint: EndpointId,
+        why: Discard,
+        how: Close,
+    ) {
+        cx.owners.take(conn);
+        self.stats.count_discard(why);
+        cx.driver.close(conn, how);
         self.on_place_in_pool_free(endpoint);
     }
 

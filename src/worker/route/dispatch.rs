@@ -3,8 +3,7 @@
 use std::io;
 use std::time::Instant;
 
-use super::engine::Engine;
-use super::owners::Owner;
+use super::Route;
 use super::pools::is_local;
 use super::sessions::Outcome;
 use crate::config::{Balance, Locality};
@@ -14,44 +13,56 @@ use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::session::{Action, Session, Tried};
 use crate::slab::Key;
+use crate::worker::context::Context;
+use crate::worker::owners::Owner;
 
-impl<D: Driver> Engine<D> {
-    pub(super) fn on_accepted(&mut self, client: ConnId) {
-        let key = self.sessions.begin(&mut self.cx, client);
-        self.dispatch(key, CloseReason::NoEndpoint);
-        self.sessions.listen_to_early(&mut self.cx, key);
+impl Route {
+    pub(super) fn begin_session<D: Driver>(&mut self, cx: &mut Context<D>, client: ConnId) {
+        let key = self.sessions.begin(cx, client);
+        self.dispatch(cx, key, CloseReason::NoEndpoint);
+        self.sessions.listen_to_early(cx, key);
     }
 
     /// Does for a session what concerns others than itself.
-    pub(super) fn follow(&mut self, key: Key<Session>, outcome: Outcome) {
+    pub(super) fn follow<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Session>,
+        outcome: Outcome,
+    ) {
         match outcome {
             Outcome::Done => {}
-            Outcome::Answered => self.on_session_answered(key),
-            Outcome::Waits => self.dispatch_heard(key),
-            Outcome::Over(reason) => self.close_session(key, reason),
+            Outcome::Answered => self.on_session_answered(cx, key),
+            Outcome::Waits => self.dispatch_heard(cx, key),
+            Outcome::Over(reason) => self.close_session(cx, key, reason),
         }
     }
 
     /// Finds the session a backend: an idle connection, or one made for it. Closes it for
     /// `otherwise` when there is no endpoint left to try.
-    pub(super) fn dispatch(&mut self, key: Key<Session>, mut otherwise: CloseReason) {
+    pub(super) fn dispatch<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Session>,
+        mut otherwise: CloseReason,
+    ) {
         loop {
             let session = self.sessions.of(key);
             let (client, tried) = (session.client(), *session.tried());
-            let Some(endpoint) = self.choose(client, &tried, otherwise) else {
-                return self.on_none_left(key, otherwise);
+            let Some(endpoint) = self.choose(cx, client, &tried, otherwise) else {
+                return self.on_none_left(cx, key, otherwise);
             };
             if tried.attempts() > 0 {
-                self.cx.stats.connect_retries.add(1);
+                self.stats.connect_retries.add(1);
             }
-            match self.try_endpoint(key, endpoint) {
+            match self.try_endpoint(cx, key, endpoint) {
                 Ok(()) => return,
                 Err(error) if is_local(&error) => {
                     tracing::debug!(%error, "cannot connect");
-                    return self.close_session(key, CloseReason::Overload);
+                    return self.close_session(cx, key, CloseReason::Overload);
                 }
                 Err(error) => {
-                    self.pools.on_endpoint_unreachable(&mut self.cx, endpoint, &error);
+                    self.pools.on_endpoint_unreachable(cx, endpoint, &error);
                     self.leave_endpoint(key);
                     otherwise = CloseReason::ConnectFailed;
                 }
@@ -60,25 +71,26 @@ impl<D: Driver> Engine<D> {
     }
 
     /// The endpoint to try next for a session whose latest attempt ended for `otherwise`.
-    fn choose(
+    fn choose<D: Driver>(
         &mut self,
+        cx: &mut Context<D>,
         client: ConnId,
         tried: &Tried,
         otherwise: CloseReason,
     ) -> Option<EndpointId> {
-        if tried.attempts() >= self.cx.config.connect_attempts {
+        if tried.attempts() >= self.config.connect_attempts {
             return None;
         }
-        let source = (self.cx.config.balance == Balance::SourceHash)
-            .then(|| self.cx.driver.peer_address(client))
+        let source = (self.config.balance == Balance::SourceHash)
+            .then(|| cx.driver.peer_address(client))
             .flatten()
             .and_then(|address| address.ip());
         let mut choose = |tried: &Tried| {
-            if self.cx.config.locality == Locality::Off {
-                return self.pools.table.choose(tried, source, &mut self.cx.rng);
+            if self.config.locality == Locality::Off {
+                return self.pools.table.choose(tried, source, &mut cx.rng);
             }
-            let (chosen, spilled) = self.pools.table.choose_near(tried, source, &mut self.cx.rng);
-            spilled.inspect(|&why| self.cx.stats.count_spillover(why));
+            let (chosen, spilled) = self.pools.table.choose_near(tried, source, &mut cx.rng);
+            spilled.inspect(|&why| self.stats.count_spillover(why));
             chosen
         };
         // A handshake that got lost, in a full accept queue for one, is worth another try, and so is
@@ -89,21 +101,26 @@ impl<D: Driver> Engine<D> {
 
     /// There is no endpoint left to try. Where there is none at all, a session waits until one comes or
     /// its time is up.
-    fn on_none_left(&mut self, key: Key<Session>, otherwise: CloseReason) {
+    fn on_none_left<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Session>,
+        otherwise: CloseReason,
+    ) {
         if !self.pools.table.is_empty() {
-            return self.close_session(key, otherwise);
+            return self.close_session(cx, key, otherwise);
         }
         let session = self.sessions.of(key);
-        let left = self.cx.config.endpoint_wait.saturating_sub(session.age(self.cx.now));
+        let left = self.config.endpoint_wait.saturating_sub(session.age(cx.now));
         if session.awaits_endpoint() && !left.is_zero() {
-            self.cx.timers.set(session.client().index(), self.cx.now + left);
+            cx.timers.set(session.client().index(), cx.now + left);
         } else {
-            self.close_session(key, CloseReason::NoEndpoint);
+            self.close_session(cx, key, CloseReason::NoEndpoint);
         }
     }
 
     /// There are endpoints again: those that wait for one are served.
-    pub(super) fn dispatch_waiting(&mut self) {
+    pub(super) fn dispatch_waiting<D: Driver>(&mut self, cx: &mut Context<D>) {
         for slot in 0..self.sessions.slots() {
             let Some(key) = self.sessions.key_at(slot) else { continue };
             let session = self.sessions.of(key);
@@ -113,82 +130,93 @@ impl<D: Driver> Engine<D> {
             // One that may have left is served once that is heard: if there are bytes before its end,
             // they come first.
             let (client, silent) = (session.client(), !session.has_early());
-            if silent && self.cx.driver.unheard(client) == Unheard::End {
+            if silent && cx.driver.unheard(client) == Unheard::End {
                 continue;
             }
-            self.cx.timers.clear(client.index());
-            self.dispatch(key, CloseReason::NoEndpoint);
+            cx.timers.clear(client.index());
+            self.dispatch(cx, key, CloseReason::NoEndpoint);
         }
     }
 
     /// A client that waits for an endpoint has sent something, so it has not left.
-    fn dispatch_heard(&mut self, key: Key<Session>) {
+    fn dispatch_heard<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) {
         if !self.pools.table.is_empty() {
-            self.cx.timers.clear(self.sessions.of(key).client().index());
-            self.dispatch(key, CloseReason::NoEndpoint);
+            cx.timers.clear(self.sessions.of(key).client().index());
+            self.dispatch(cx, key, CloseReason::NoEndpoint);
         }
     }
 
-    fn try_endpoint(&mut self, key: Key<Session>, endpoint: EndpointId) -> io::Result<()> {
-        self.pools.prove_oldest(&mut self.cx, endpoint);
+    fn try_endpoint<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Session>,
+        endpoint: EndpointId,
+    ) -> io::Result<()> {
+        self.pools.prove_oldest(cx, endpoint);
         let Some(entry) = self.pools.table.get_mut(endpoint) else {
             unreachable!("the table has what it chose")
         };
         let address = entry.endpoint.address;
-        let warm = self.pools.table.enter(endpoint, self.cx.now);
+        let warm = self.pools.table.enter(endpoint, cx.now);
         self.pools.mark_short(endpoint);
         self.sessions.of(key).on_trying(endpoint, warm.map(|(conn, _)| conn));
         if let Some((backend, made)) = warm {
             self.sessions.of(key).on_warm(made);
-            self.cx.stats.count_checkout(Checkout::Hit);
-            let Owner::Idle { greeting, .. } = self.cx.owners.take(backend) else {
+            self.stats.count_checkout(Checkout::Hit);
+            let Owner::Idle { greeting, .. } = cx.owners.take(backend) else {
                 unreachable!("a pool's connection is idle")
             };
-            self.open(key, backend, greeting);
+            self.open(cx, key, backend, greeting);
             return Ok(());
         }
-        self.cx.stats.count_checkout(Checkout::Miss);
-        let backend = self.pools.connect(&mut self.cx, &address)?;
-        self.cx.owners.set(backend, Owner::Session(key, Side::Backend));
-        self.cx.timers.set(backend.index(), self.cx.now + self.cx.config.connect_timeout);
-        self.sessions.of(key).on_connecting(backend, self.cx.now);
+        self.stats.count_checkout(Checkout::Miss);
+        let backend = self.pools.connect(cx, &address)?;
+        cx.owners.insert(backend, self.id, Owner::Session(key, Side::Backend));
+        cx.timers.set(backend.index(), cx.now + self.config.connect_timeout);
+        self.sessions.of(key).on_connecting(backend, cx.now);
         Ok(())
     }
 
-    pub(super) fn on_session_connected(&mut self, key: Key<Session>, backend: ConnId) {
-        self.cx.timers.clear(backend.index());
+    pub(super) fn on_session_connected<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Session>,
+        backend: ConnId,
+    ) {
+        cx.timers.clear(backend.index());
         let session = self.sessions.of(key);
         let (Some(since), Some(endpoint)) = (session.connecting_since(), session.endpoint()) else {
             unreachable!("a session that connects has an endpoint")
         };
-        self.cx.stats.connect_duration.record(self.cx.now.saturating_duration_since(since));
-        self.pools.on_endpoint_connected(&mut self.cx, endpoint);
+        self.stats.connect_duration.record(cx.now.saturating_duration_since(since));
+        self.pools.on_endpoint_connected(cx, endpoint);
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.pool.on_miss_served();
         }
         self.pools.mark_short(endpoint);
-        self.open(key, backend, Chain::default());
+        self.open(cx, key, backend, Chain::default());
     }
 
-    pub(super) fn on_session_connect_failed(
+    pub(super) fn on_session_connect_failed<D: Driver>(
         &mut self,
+        cx: &mut Context<D>,
         key: Key<Session>,
         conn: ConnId,
         error: &io::Error,
     ) {
-        self.cx.timers.clear(conn.index());
-        self.cx.driver.close(conn, Close::Reset);
+        cx.timers.clear(conn.index());
+        cx.driver.close(conn, Close::Reset);
         if let Some(endpoint) = self.sessions.of(key).endpoint()
             && !is_local(error)
         {
-            self.pools.on_endpoint_unreachable(&mut self.cx, endpoint, error);
+            self.pools.on_endpoint_unreachable(cx, endpoint, error);
         }
         self.leave_endpoint(key);
         let otherwise = match error.kind() {
             io::ErrorKind::TimedOut => CloseReason::ConnectTimeout,
             _ => CloseReason::ConnectFailed,
         };
-        self.dispatch(key, otherwise);
+        self.dispatch(cx, key, otherwise);
     }
 
     fn leave_endpoint(&mut self, key: Key<Session>) {
@@ -212,66 +240,100 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    fn open(&mut self, key: Key<Session>, backend: ConnId, greeting: Chain) {
-        let outcome = self.sessions.open(&mut self.cx, key, backend, greeting);
-        self.follow(key, outcome);
+    fn open<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Session>,
+        backend: ConnId,
+        greeting: Chain,
+    ) {
+        let outcome = self.sessions.open(cx, key, backend, greeting);
+        self.follow(cx, key, outcome);
     }
 
-    pub(super) fn on_ended(&mut self, key: Key<Session>, from: Side) {
-        if from == Side::Backend && self.on_backend_gone(key, false) {
+    pub(super) fn on_ended<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Session>,
+        from: Side,
+    ) {
+        if from == Side::Backend && self.on_backend_gone(cx, key, false) {
             return;
         }
-        self.apply(key, |session, now| session.on_ended(from, now));
+        self.apply_event(cx, key, |session, now| session.on_ended(from, now));
     }
 
-    pub(super) fn on_receive_failed(&mut self, key: Key<Session>, from: Side) {
-        if from == Side::Backend && self.on_backend_gone(key, true) {
+    pub(super) fn on_receive_failed<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Session>,
+        from: Side,
+    ) {
+        if from == Side::Backend && self.on_backend_gone(cx, key, true) {
             return;
         }
-        self.apply(key, |session, now| session.on_receive_failed(from, now));
+        self.apply_event(cx, key, |session, now| session.on_receive_failed(from, now));
     }
 
-    pub(super) fn on_session_deadline(&mut self, key: Key<Session>) {
+    pub(super) fn on_session_deadline<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Session>,
+    ) {
         if self.sessions.of(key).awaits_endpoint() {
             // The timer may have fired for a moment too early: it is set again then.
-            return self.dispatch(key, CloseReason::NoEndpoint);
+            return self.dispatch(cx, key, CloseReason::NoEndpoint);
         }
-        let outcome = self.sessions.on_deadline(&mut self.cx, key);
-        self.follow(key, outcome);
+        let outcome = self.sessions.on_deadline(cx, key);
+        self.follow(cx, key, outcome);
     }
 
     /// Tells a session what happened and does what it answers.
-    pub(super) fn apply(
+    pub(super) fn apply_event<D: Driver>(
         &mut self,
+        cx: &mut Context<D>,
         key: Key<Session>,
         event: impl FnOnce(&mut Session, Instant) -> Action,
     ) {
-        let outcome = self.sessions.on_event(&mut self.cx, key, event);
-        self.follow(key, outcome);
+        let outcome = self.sessions.on_event(cx, key, event);
+        self.follow(cx, key, outcome);
     }
 
-    pub(super) fn close_session(&mut self, key: Key<Session>, reason: CloseReason) {
-        let mut session = self.sessions.close(&mut self.cx, key, reason);
-        self.judge_closed(&mut session);
+    pub(super) fn close_session<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Session>,
+        reason: CloseReason,
+    ) {
+        let mut session = self.sessions.close(cx, key, reason);
+        self.judge_closed(cx, &mut session);
         self.release(session.endpoint());
-        self.on_session_gone(reason, session.age(self.cx.now));
+        self.on_gone(cx, reason, session.age(cx.now));
     }
 
     /// Ends the sessions on an endpoint that left the set long enough ago.
-    pub(super) fn close_sessions_on(&mut self, endpoint: EndpointId) {
+    pub(super) fn close_sessions_on<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+    ) {
         for slot in 0..self.sessions.slots() {
             if let Some(key) = self.sessions.key_at(slot)
                 && self.sessions.of(key).endpoint() == Some(endpoint)
             {
-                self.close_session(key, CloseReason::EndpointRemoved);
+                self.close_session(cx, key, CloseReason::EndpointRemoved);
             }
         }
     }
 
-    pub(super) fn close_all_sessions(&mut self, reason: CloseReason) {
+    pub(super) fn close_all_sessions<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        reason: CloseReason,
+    ) {
         for slot in 0..self.sessions.slots() {
             if let Some(key) = self.sessions.key_at(slot) {
-                self.close_session(key, reason);
+                self.close_session(cx, key, reason);
             }
         }
     }

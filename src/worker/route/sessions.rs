@@ -3,19 +3,19 @@
 //! What concerns others comes back as an [`Outcome`].
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Instant;
 
-use super::context::Context;
-use super::flush;
-use super::load::Load;
-use super::owners::Owner;
-use crate::config::ProxyProtocol;
+use crate::config::{ProxyProtocol, RouteConfig};
 use crate::io::{Buf, Chain, Close, ConnId, Driver};
-use crate::metrics::{CloseReason, Direction};
+use crate::metrics::{CloseReason, Direction, RouteStats};
 use crate::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
-use crate::proxy::Side;
 use crate::proxy::session::{Action, Ending, Session, Timeouts};
+use crate::proxy::{RouteId, Side};
 use crate::slab::{Key, Slab};
+use crate::worker::context::Context;
+use crate::worker::flush;
+use crate::worker::owners::Owner;
 
 /// All buffers are taken.
 struct NoBuffer;
@@ -36,14 +36,25 @@ pub(super) enum Outcome {
 
 /// The sessions, each of which both of its connections belong to.
 pub(super) struct Sessions {
+    route: RouteId,
     slab: Slab<Session>,
     timeouts: Timeouts,
+    proxy_protocol: ProxyProtocol,
+    stats: Arc<RouteStats>,
 }
 
 impl Sessions {
     /// None, and room for as many as there are places.
-    pub(super) fn new(places: usize, timeouts: Timeouts) -> Self {
-        Self { slab: Slab::with_capacity(places), timeouts }
+    pub(super) fn new(
+        route: RouteId,
+        config: &RouteConfig,
+        stats: Arc<RouteStats>,
+        places: usize,
+    ) -> Self {
+        let timeouts =
+            Timeouts { idle: config.idle_timeout, half_close: config.half_close_timeout };
+        let proxy_protocol = config.proxy_protocol;
+        Self { route, slab: Slab::with_capacity(places), timeouts, proxy_protocol, stats }
     }
 
     pub(super) fn get(&self, key: Key<Session>) -> Option<&Session> {
@@ -85,7 +96,7 @@ impl Sessions {
     /// Begins a session of a client that has a place.
     pub(super) fn begin<D: Driver>(&mut self, cx: &mut Context<D>, client: ConnId) -> Key<Session> {
         let key = self.insert(Session::new(client, cx.now));
-        cx.owners.set(client, Owner::Session(key, Side::Client));
+        cx.owners.insert(client, self.route, Owner::Session(key, Side::Client));
         key
     }
 
@@ -113,7 +124,7 @@ impl Sessions {
         cx.owners.set(backend, Owner::Session(key, Side::Backend));
         let session = &mut self.slab[key];
         let client = session.client();
-        let Ok(preface) = proxy_header(cx, client) else {
+        let Ok(preface) = proxy_header(cx, self.proxy_protocol, client) else {
             // Without it the backend would take the client's bytes for the header.
             cx.driver.buffers().clear(&mut greeting);
             session.on_connecting(backend, cx.now);
@@ -137,7 +148,7 @@ impl Sessions {
         }
         while let Some(buf) = cx.driver.buffers().pop(&mut greeting) {
             session.on_greeted();
-            cx.stats.bytes.of(Direction::ToClient).add(u64::from(buf.len()));
+            self.stats.bytes.of(Direction::ToClient).add(u64::from(buf.len()));
             pass_on(cx, session, Side::Backend, buf);
         }
         self.arm_deadline(cx, key);
@@ -148,13 +159,12 @@ impl Sessions {
     pub(super) fn on_received<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
-        load: &mut Load,
         key: Key<Session>,
         from: Side,
         buf: Buf,
     ) -> Outcome {
         let session = &mut self.slab[key];
-        let outcome = count(cx, load, session, from, buf.len());
+        let outcome = count(cx, &self.stats, session, from, buf.len());
         if session.is_open() {
             pass_on(cx, session, from, buf);
             return outcome;
@@ -178,13 +188,12 @@ impl Sessions {
     pub(super) fn on_spliced<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
-        load: &mut Load,
         key: Key<Session>,
         from: Side,
         bytes: u32,
     ) -> Outcome {
         let session = &mut self.slab[key];
-        let outcome = count(cx, load, session, from, bytes);
+        let outcome = count(cx, &self.stats, session, from, bytes);
         let action = session.on_received(from, bytes, u32::MAX, cx.now);
         let acted = act(cx, session, action);
         debug_assert_eq!(acted, Outcome::Done, "bytes end no session");
@@ -291,20 +300,20 @@ impl Sessions {
 
 /// Counts bytes that came from one side. Says whether they are the first from the backend.
 fn count<D: Driver>(
-    cx: &Context<D>,
-    load: &mut Load,
+    cx: &mut Context<D>,
+    stats: &RouteStats,
     session: &mut Session,
     from: Side,
     bytes: u32,
 ) -> Outcome {
-    load.batcher.on_active(session.window());
+    cx.load.batcher.on_active(session.window());
     if from == Side::Client {
-        cx.stats.bytes.of(Direction::ToBackend).add(u64::from(bytes));
+        stats.bytes.of(Direction::ToBackend).add(u64::from(bytes));
         return Outcome::Done;
     }
-    cx.stats.bytes.of(Direction::ToClient).add(u64::from(bytes));
+    stats.bytes.of(Direction::ToClient).add(u64::from(bytes));
     if let Some(waited) = session.take_first_byte(cx.now) {
-        cx.stats.first_byte.record(waited);
+        stats.first_byte.record(waited);
     }
     if session.take_heard() { Outcome::Answered } else { Outcome::Done }
 }
@@ -364,8 +373,12 @@ fn end<D: Driver>(cx: &mut Context<D>, conn: ConnId, ending: Ending) {
 }
 
 /// The PROXY protocol header that a client's backend is to get first, if any.
-fn proxy_header<D: Driver>(cx: &mut Context<D>, client: ConnId) -> Result<Option<Buf>, NoBuffer> {
-    let write = match cx.config.proxy_protocol {
+fn proxy_header<D: Driver>(
+    cx: &mut Context<D>,
+    version: ProxyProtocol,
+    client: ConnId,
+) -> Result<Option<Buf>, NoBuffer> {
+    let write = match version {
         ProxyProtocol::Off => return Ok(None),
         ProxyProtocol::V1 => write_v1,
         ProxyProtocol::V2 => write_v2,
@@ -384,9 +397,8 @@ fn proxy_header<D: Driver>(cx: &mut Context<D>, client: ConnId) -> Result<Option
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use std::sync::Arc;
+    use std::time::Duration;
 
     use crate::config::{Config, PoolMode, Protocol};
     use crate::io::sim::Speech;

@@ -2,7 +2,6 @@
 
 use std::time::Instant;
 
-use crate::config::PoolMode;
 use crate::io::{Buf, Close, ConnId, Driver};
 use crate::metrics::{CloseReason, Direction, Discard, Retry};
 use crate::proxy::Side;
@@ -10,56 +9,76 @@ use crate::proxy::endpoints::EndpointId;
 use crate::proxy::queue::Line;
 use crate::proxy::request::{Client, ClientEnding, ErrorReply, Framing};
 use crate::slab::Key;
-use crate::worker::engine::{Engine, Owner};
+use crate::worker::context::Context;
 use crate::worker::flush;
+use crate::worker::owners::Owner;
+use crate::worker::route::Route;
 
-impl<D: Driver> Engine<D> {
-    /// Whether connections serve several clients.
-    pub(in crate::worker) fn reuses_conns(&self) -> bool {
-        self.cx.config.pool.mode != PoolMode::Preconnect
-    }
-
-    pub(in crate::worker) fn on_client(&mut self, conn: ConnId) {
-        let framing = Framing::new(self.cx.config.protocol, &self.cx.config.requests);
-        let client = Client::new(conn, framing, self.cx.now);
+impl Route {
+    pub(in crate::worker) fn begin_client<D: Driver>(&mut self, cx: &mut Context<D>, conn: ConnId) {
+        let framing = Framing::new(self.config.protocol, &self.config.requests);
+        let client = Client::new(conn, framing, cx.now);
         let Ok(key) = self.requests.clients.insert(client) else {
             unreachable!("there are as many slots as places")
         };
-        self.cx.owners.set(conn, Owner::Client(key));
+        cx.owners.insert(conn, self.id, Owner::Client(key));
         self.mark_due(key);
     }
 
-    pub(in crate::worker) fn on_client_received(&mut self, key: Key<Client>, buf: Buf) {
-        self.cx.stats.bytes.of(Direction::ToBackend).add(u64::from(buf.len()));
+    pub(in crate::worker) fn on_client_received<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        buf: Buf,
+    ) {
+        self.stats.bytes.of(Direction::ToBackend).add(u64::from(buf.len()));
         if let Some(client) = self.requests.clients.get_mut(key) {
-            self.load.batcher.on_active(client.window());
+            cx.load.batcher.on_active(client.window());
         }
-        self.tell(key, |client, moment| client.on_received(buf, moment));
+        self.tell(cx, key, |client, moment| client.on_received(buf, moment));
     }
 
-    pub(in crate::worker) fn on_client_sent(&mut self, key: Key<Client>, bytes: u32) {
-        self.tell(key, |client, moment| client.on_sent(bytes, moment));
+    pub(in crate::worker) fn on_client_sent<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        bytes: u32,
+    ) {
+        self.tell(cx, key, |client, moment| client.on_sent(bytes, moment));
     }
 
-    pub(in crate::worker) fn on_client_ended(&mut self, key: Key<Client>) {
-        self.tell(key, |client, moment| client.on_ended(moment));
+    pub(in crate::worker) fn on_client_ended<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+    ) {
+        self.tell(cx, key, |client, moment| client.on_ended(moment));
     }
 
     /// Receiving from a client or its backend failed, or sending to the client.
-    pub(in crate::worker) fn on_client_broken(&mut self, key: Key<Client>, side: Side) {
+    pub(in crate::worker) fn on_client_broken<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        side: Side,
+    ) {
         match side {
-            Side::Client => self.close_client(key, CloseReason::ClientReset),
-            Side::Backend => self.on_backend_died(key, Retry::Broken),
+            Side::Client => self.close_client(cx, key, CloseReason::ClientReset),
+            Side::Backend => self.on_backend_died(cx, key, Retry::Broken),
         }
     }
 
-    pub(in crate::worker) fn on_client_deadline(&mut self, key: Key<Client>) {
+    pub(in crate::worker) fn on_client_deadline<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+    ) {
         let backend = self.requests.clients.get(key).and_then(Client::backend);
         let others_wait = backend.is_some_and(|backend| {
             let queue = &self.requests.queue;
             queue.waiting(Line::Any) + queue.waiting(Line::Endpoint(backend.endpoint)) > 0
         });
-        self.tell(key, |client, moment| client.on_deadline(others_wait, moment));
+        self.tell(cx, key, |client, moment| client.on_deadline(others_wait, moment));
     }
 
     /// What a request lacked that has waited for a connection for as long as it may.
@@ -89,21 +108,26 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    pub(super) fn look_before_leaving(&mut self, key: Key<Client>) {
+    pub(super) fn look_before_leaving<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Client>) {
         let Some(conn) = self.conn_of(key) else { return };
-        let unheard = self.cx.driver.unheard(conn);
-        let undelivered = self.cx.driver.undelivered(conn);
-        self.tell(key, |client, moment| client.on_looked(unheard, undelivered, moment.now));
+        let unheard = cx.driver.unheard(conn);
+        let undelivered = cx.driver.undelivered(conn);
+        self.tell(cx, key, |client, moment| client.on_looked(unheard, undelivered, moment.now));
     }
 
-    pub(super) fn shut_down(&mut self, key: Key<Client>) {
+    pub(super) fn shut_down<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Client>) {
         let Some(conn) = self.conn_of(key) else { return };
-        self.cx.driver.shutdown(conn);
+        cx.driver.shutdown(conn);
     }
 
-    pub(super) fn arm_client(&mut self, key: Key<Client>, at: Instant) {
+    pub(super) fn arm_client<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        at: Instant,
+    ) {
         let Some(conn) = self.conn_of(key) else { return };
-        self.cx.timers.set(conn.index(), at);
+        cx.timers.set(conn.index(), at);
     }
 
     /// A client's connection; none if it was closed for want of a buffer, in the middle of actions.
@@ -111,55 +135,72 @@ impl<D: Driver> Engine<D> {
         self.requests.clients.get(key)?.conn(Side::Client)
     }
 
-    pub(in crate::worker) fn close_client(&mut self, key: Key<Client>, reason: CloseReason) {
-        let Some((client, moment)) = self.client(key) else { return };
+    pub(in crate::worker) fn close_client<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        reason: CloseReason,
+    ) {
+        let Some((client, moment)) = self.client(cx, key) else { return };
         let (ending, actions) = client.on_closing(reason, moment.buffers);
-        self.act_for(key, &actions);
+        self.act_for(cx, key, &actions);
         let Some(client) = self.requests.clients.remove(key) else {
             unreachable!("nothing else has closed it")
         };
         let Some(conn) = client.conn(Side::Client) else { unreachable!("it is one") };
-        self.cx.timers.clear(conn.index());
-        self.cx.owners.take(conn);
+        cx.timers.clear(conn.index());
+        cx.owners.take(conn);
         match ending {
-            ClientEnding::Now(how) => self.cx.driver.close(conn, how),
-            ClientEnding::EndOrResetBehind if self.cx.driver.undelivered(conn) == 0 => {
-                self.cx.driver.close(conn, Close::Graceful);
+            ClientEnding::Now(how) => cx.driver.close(conn, how),
+            ClientEnding::EndOrResetBehind if cx.driver.undelivered(conn) == 0 => {
+                cx.driver.close(conn, Close::Graceful);
             }
             ClientEnding::ResetBehind | ClientEnding::EndOrResetBehind => {
-                flush::reset_behind(&mut self.cx, conn);
+                flush::reset_behind(cx, conn);
             }
         }
-        self.on_session_gone(reason, client.age(self.cx.now));
+        self.on_gone(cx, reason, client.age(cx.now));
         tracing::trace!(reason = ?reason, "client closed");
     }
 
-    pub(in crate::worker) fn close_all_clients(&mut self, reason: CloseReason) {
+    pub(in crate::worker) fn close_all_clients<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        reason: CloseReason,
+    ) {
         for slot in 0..self.requests.clients.slots() {
             if let Some(key) = self.requests.clients.key_at(slot) {
-                self.close_client(key, reason);
+                self.close_client(cx, key, reason);
             }
         }
     }
 
     /// Takes the connections of an endpoint that left the set long enough ago from their clients.
-    pub(in crate::worker) fn reclaim_from(&mut self, endpoint: EndpointId) {
+    pub(in crate::worker) fn reclaim_from<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+    ) {
         for slot in 0..self.requests.clients.slots() {
             if let Some(key) = self.requests.clients.key_at(slot)
                 && self.holds_one_of(key, endpoint)
             {
-                self.lose(key, Discard::Endpoint, Retry::Ended);
+                self.lose(cx, key, Discard::Endpoint, Retry::Ended);
             }
         }
     }
 
     /// Takes the connections of an endpoint from the clients that have no request on them.
-    pub(in crate::worker) fn discard_idle_in_use_of(&mut self, endpoint: EndpointId) {
+    pub(in crate::worker) fn discard_idle_in_use_of<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+    ) {
         for slot in 0..self.requests.clients.slots() {
             if let Some(key) = self.requests.clients.key_at(slot)
                 && self.holds_one_of(key, endpoint)
             {
-                self.tell(key, |client, _| client.discard_kept(Discard::Dead));
+                self.tell(cx, key, |client, _| client.discard_kept(Discard::Dead));
             }
         }
     }
@@ -170,20 +211,20 @@ impl<D: Driver> Engine<D> {
     }
 
     /// The endpoints have changed: whoever waits may have another one to go to.
-    pub(in crate::worker) fn place_waiting_again(&mut self) {
+    pub(in crate::worker) fn place_waiting_again<D: Driver>(&mut self, cx: &mut Context<D>) {
         for key in self.requests.queue.serve_all() {
-            self.tell(key, |client, _| client.on_placed_again());
+            self.tell(cx, key, |client, _| client.on_placed_again());
         }
     }
 
     /// Has connections made for those that wait, where the last attempt may have come to nothing.
-    pub(in crate::worker) fn look_after_queue(&mut self) {
+    pub(in crate::worker) fn look_after_queue<D: Driver>(&mut self, cx: &mut Context<D>) {
         if self.requests.queue.is_empty() {
             return;
         }
         let anywhere = self.requests.queue.waiting(Line::Any);
         for endpoint in self.pools.table.indices() {
-            self.pass_over(endpoint);
+            self.pass_over(cx, endpoint);
             let waiting = anywhere + self.requests.queue.waiting(Line::Endpoint(endpoint));
             let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
             entry.pool.stop_wanting();

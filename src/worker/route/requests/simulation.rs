@@ -124,7 +124,7 @@ impl RequestRun {
         let stalling = |peer: &&Peer| peer.plan.stalls_at.is_some();
         let stalled = engine.driver().peers.iter().filter(stalling).count();
         assert!(engine.sessions() <= stalled, "{} clients hang", engine.sessions());
-        assert_eq!(engine.requests.queue.len(), 0, "requests hang in the queue");
+        assert_eq!(engine.routes[0].requests.queue.len(), 0, "requests hang in the queue");
     }
 
     /// Returns how many requests were answered by backends.
@@ -154,7 +154,7 @@ impl RequestRun {
 
     /// No write is made twice, and keys go to their owner, whoever else is there.
     fn check_requests(&mut self) {
-        let by_key = self.run.engine.cx.config.balance == Balance::KeyHash;
+        let by_key = self.run.engine.routes[0].config.balance == Balance::KeyHash;
         let names: Vec<_> =
             self.run.endpoints.iter().map(|e| StableHash::of(e.name.as_bytes())).collect();
         let mut heard: HashMap<&str, usize> = HashMap::new();
@@ -240,9 +240,9 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<EndpointId
     let elapsed = engine.driver().elapsed();
     let mut in_use: HashMap<EndpointId, usize> = HashMap::new();
     let mut waiting = 0;
-    for slot in 0..engine.requests.clients.slots() {
-        let Some(key) = engine.requests.clients.key_at(slot) else { continue };
-        let Some(client) = engine.requests.clients.get(key) else { continue };
+    for slot in 0..engine.routes[0].requests.clients.slots() {
+        let Some(key) = engine.routes[0].requests.clients.key_at(slot) else { continue };
+        let Some(client) = engine.routes[0].requests.clients.get(key) else { continue };
         if let Some(backend) = client.backend() {
             *in_use.entry(backend.endpoint).or_default() += 1;
         }
@@ -252,26 +252,29 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<EndpointId
         let is_idle = client.is_idle() && client.unsent() == 0 && client.input().is_empty();
         assert!(!is_idle || listens || client.is_due(), "a client is not listened to");
     }
-    assert_eq!(engine.requests.queue.len(), waiting, "places in the queue");
+    assert_eq!(engine.routes[0].requests.queue.len(), waiting, "places in the queue");
     assert!(
-        engine.requests.queue.len() <= engine.cx.config.requests.queue_max,
+        engine.routes[0].requests.queue.len() <= engine.routes[0].config.requests.queue_max,
         "the queue is too long"
     );
     assert!(
-        engine.requests.releasing.is_empty()
-            && engine.pools.freed.len() <= engine.pools.table.indices().count()
+        engine.routes[0].requests.releasing.is_empty()
+            && engine.routes[0].pools.freed.len() <= engine.routes[0].pools.table.indices().count()
     );
     let mut opaque: HashMap<EndpointId, usize> = HashMap::new();
-    for slot in 0..engine.sessions.slots() {
-        let session = engine.sessions.key_at(slot).and_then(|key| engine.sessions.get(key));
+    for slot in 0..engine.routes[0].sessions.slots() {
+        let session = engine.routes[0]
+            .sessions
+            .key_at(slot)
+            .and_then(|key| engine.routes[0].sessions.get(key));
         if let Some(endpoint) = session.and_then(Session::endpoint) {
             *opaque.entry(endpoint).or_default() += 1;
         }
     }
-    let anywhere = engine.requests.queue.waiting(Line::Any);
-    let (mut conns, is_request) = (0, engine.cx.config.pool.mode == PoolMode::Request);
-    for index in engine.pools.table.indices() {
-        let Some(entry) = engine.pools.table.get_mut(index) else { continue };
+    let anywhere = engine.routes[0].requests.queue.waiting(Line::Any);
+    let (mut conns, is_request) = (0, engine.routes[0].config.pool.mode == PoolMode::Request);
+    for index in engine.routes[0].pools.table.indices() {
+        let Some(entry) = engine.routes[0].pools.table.get_mut(index) else { continue };
         let in_use = in_use.remove(&index).unwrap_or(0);
         let pool = &entry.pool;
         let sessions = in_use + opaque.remove(&index).unwrap_or(0);
@@ -281,7 +284,7 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<EndpointId
             "in use of {index:?}"
         );
         conns += pool.idle() + pool.connecting();
-        let waiting = anywhere + engine.requests.queue.waiting(Line::Endpoint(index));
+        let waiting = anywhere + engine.routes[0].requests.queue.waiting(Line::Endpoint(index));
         if waiting > 0 && pool.idle() > 0 && entry.is_present() {
             let since = *waits_since.entry(index).or_insert(elapsed);
             assert!(elapsed.saturating_sub(since) <= LOOK_AFTER, "one waits for what is idle");
@@ -291,13 +294,16 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<EndpointId
         if is_request {
             let all = sessions + pool.idle() + pool.connecting();
             // One more may be made to find out whether an endpoint is well again.
-            assert!(sessions + pool.idle() <= engine.cx.config.pool.size, "{all} connections");
-            assert!(all <= engine.cx.config.pool.size + 1, "{all} connections");
+            assert!(
+                sessions + pool.idle() <= engine.routes[0].config.pool.size,
+                "{all} connections"
+            );
+            assert!(all <= engine.routes[0].config.pool.size + 1, "{all} connections");
         }
     }
     assert!(in_use.is_empty(), "in use of no endpoint: {in_use:?}");
-    assert_eq!(engine.pools.table.totals().pooled, conns, "connections of all pools");
-    engine.assert_pool_invariants();
+    assert_eq!(engine.routes[0].pools.table.totals().pooled, conns, "connections of all pools");
+    engine.assert_invariants();
 }
 
 fn run(seed: u64) -> (u64, u64) {
@@ -306,7 +312,7 @@ fn run(seed: u64) -> (u64, u64) {
     run.check_liveness();
     let answered = run.check_answers();
     run.run.stop();
-    assert_eq!(run.run.engine.requests.queue.len(), 0, "places in the queue leaked");
+    assert_eq!(run.run.engine.routes[0].requests.queue.len(), 0, "places in the queue leaked");
     (run.run.stats.sessions_opened.get(), answered as u64)
 }
 

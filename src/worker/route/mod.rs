@@ -1,0 +1,152 @@
+//! What one worker has of a route: the sessions and clients that came by it, and the pools of its
+//! endpoints.
+//!
+//! A route's methods are handed the worker's context, and know nothing of other routes.
+
+mod dispatch;
+mod events;
+mod pools;
+mod requests;
+mod sessions;
+mod silence;
+mod upkeep;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::context::Context;
+use super::mailbox::Command;
+use crate::config::{PoolMode, RouteConfig};
+use crate::io::{Close, ConnId, Driver};
+use crate::listening::Listening;
+use crate::metrics::{CloseReason, RouteStats};
+use crate::proxy::RouteId;
+use crate::proxy::endpoints::EndpointSnapshot;
+#[cfg(test)]
+use crate::proxy::session::Session;
+#[cfg(test)]
+use crate::slab::Key;
+use pools::Pools;
+use requests::Requests;
+use sessions::Sessions;
+use silence::Silence;
+
+/// One route of one worker.
+pub(super) struct Route {
+    id: RouteId,
+    config: Arc<RouteConfig>,
+    stats: Arc<RouteStats>,
+    sessions: Sessions,
+    requests: Requests,
+    pools: Pools,
+    silence: Silence,
+}
+
+impl Route {
+    /// Without endpoints, with room for so many sessions, and for so many connections in pools, in a
+    /// process that announces for so long that it leaves.
+    pub(super) fn new<D: Driver>(
+        id: RouteId,
+        config: Arc<RouteConfig>,
+        drain_delay: Duration,
+        cx: &Context<D>,
+        pool_conns_max: usize,
+        listening: Listening,
+    ) -> Self {
+        let places = cx.places.slots();
+        let stats = &cx.stats.routes[usize::from(id)];
+        Self {
+            id,
+            sessions: Sessions::new(id, &config, Arc::clone(stats), places),
+            requests: Requests::new(&config, drain_delay, places),
+            pools: Pools::new(&config, cx.worker, Arc::clone(stats), pool_conns_max, listening),
+            stats: Arc::clone(stats),
+            silence: Silence::new(config.tcp_user_timeout),
+            config,
+        }
+    }
+
+    /// A client came.
+    pub(super) fn on_client<D: Driver>(&mut self, cx: &mut Context<D>, conn: ConnId) {
+        self.stats.sessions_opened.add(1);
+        if !cx.places.admit(self.id) {
+            self.stats.count_close(CloseReason::Overload);
+            return cx.driver.close(conn, Close::Reset);
+        }
+        cx.publish_sessions(self.id);
+        if self.reuses_conns() {
+            self.begin_client(cx, conn);
+        } else {
+            self.begin_session(cx, conn);
+        }
+    }
+
+    /// Has the endpoints of a snapshot from now on.
+    pub(super) fn apply<D: Driver>(&mut self, cx: &mut Context<D>, snapshot: &EndpointSnapshot) {
+        let slow_start = self.config.slow_start.is_some();
+        self.pools.table.apply(snapshot, &self.config.pool, slow_start, cx.now);
+        self.evict_removed(cx);
+        self.stats.applied_generation.set(snapshot.generation);
+        self.pools.short.clear();
+        self.pools.short.extend(self.pools.table.indices());
+        if !self.pools.table.is_empty() {
+            self.dispatch_waiting(cx);
+        }
+        self.place_waiting_again(cx);
+    }
+
+    /// Closes all sessions and clients.
+    pub(super) fn close_all<D: Driver>(&mut self, cx: &mut Context<D>, reason: CloseReason) {
+        self.close_all_sessions(cx, reason);
+        self.close_all_clients(cx, reason);
+    }
+
+    /// A session or a client is gone, which was open for so long.
+    fn on_gone<D: Driver>(&self, cx: &mut Context<D>, reason: CloseReason, age: Duration) {
+        self.stats.count_close(reason);
+        self.stats.session_duration.record(age);
+        cx.on_gone(self.id, age);
+    }
+
+    /// Whether there is something to do in this turn already.
+    pub(super) fn is_due(&self) -> bool {
+        !(self.requests.due.is_empty() && self.pools.freed.is_empty())
+    }
+
+    /// Without idle connections or endpoints to watch there is nothing to look over.
+    pub(super) fn needs_upkeep(&self) -> bool {
+        self.pools.table.has_entries()
+    }
+
+    /// Whether connections serve several clients.
+    pub(super) fn reuses_conns(&self) -> bool {
+        self.config.pool.mode != PoolMode::Preconnect
+    }
+
+    /// How many answers may come at a time, where connections serve several clients.
+    pub(super) fn answers_max(&self) -> Option<u32> {
+        let acquired = self.pools.table.totals().acquired as u32;
+        // Few connections for many clients bring few answers at a time.
+        self.reuses_conns().then_some((acquired / 2).max(1))
+    }
+
+    /// Whether connections are worth keeping: there may be a client that needs one.
+    fn keeps_pools<D>(&self, cx: &Context<D>) -> bool {
+        cx.command < Command::Drain || !self.requests.clients.is_empty()
+    }
+
+    /// Whether a session has no backend yet.
+    #[cfg(test)]
+    pub(super) fn is_connecting(&self, key: Key<Session>) -> bool {
+        self.sessions.get(key).is_some_and(|session| !session.is_open())
+    }
+
+    /// Checks what holds between two turns. Returns how many sessions and clients there are.
+    #[cfg(test)]
+    pub(super) fn assert_invariants<D: Driver>(&self, cx: &Context<D>) -> usize {
+        self.sessions.assert_invariants(cx);
+        self.assert_pool_invariants(cx);
+        self.requests_invariants(cx);
+        self.sessions.len() + self.requests.clients.len()
+    }
+}
