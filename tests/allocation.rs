@@ -138,7 +138,8 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
     let setup = WorkerSetup {
         index: 0,
         listeners: listeners.sets.remove(0),
-        config,
+        listener_routes: vec![RouteId::default()].into(),
+        routes: vec![config],
         sessions_max: 1000,
         pool_conns_max: 64,
         mailboxes: Arc::new([Arc::clone(&mailbox)]),

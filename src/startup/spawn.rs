@@ -14,6 +14,7 @@ use crate::config::Config;
 use crate::control::WorkerHandle;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
+use crate::proxy::RouteId;
 use crate::worker::mailbox::Mailbox;
 use crate::worker::{Prepared, WorkerSetup};
 
@@ -51,7 +52,8 @@ pub fn start_workers(
         worker.start(WorkerSetup {
             index,
             listeners,
-            config: Arc::clone(config),
+            listener_routes: vec![RouteId::default(); addresses.len()].into(),
+            routes: vec![Arc::clone(config)],
             sessions_max: capacity.sessions_max.get(),
             pool_conns_max: capacity.pool_conns_max,
             mailboxes: Arc::clone(&mailboxes),

@@ -26,8 +26,8 @@ use crate::proxy::{RouteId, WorkerId};
 pub struct EngineSetup {
     /// Which worker it is.
     pub worker: WorkerId,
-    /// The configuration.
-    pub config: Arc<Config>,
+    /// The configuration of each route, by their numbers.
+    pub routes: Vec<Arc<Config>>,
     /// The routes of the driver's listeners.
     pub listener_routes: Box<[RouteId]>,
     /// Sessions at a time in the whole process.
@@ -74,22 +74,24 @@ impl<D: Driver> Engine<D> {
             now,
             started: setup.started,
             command: Command::Run,
-            places: Places::new(limits::sessions_of_worker_max(setup.sessions_max), 1),
+            places: Places::new(
+                limits::sessions_of_worker_max(setup.sessions_max),
+                setup.routes.len(),
+            ),
             load: Load::new(now, setup.core_wait),
             drain: Drain::default(),
             driver,
         };
-        let routes = [Route::new(
-            RouteId::default(),
-            setup.config,
-            &cx,
-            setup.pool_conns_max,
-            setup.listening,
-        )];
+        // Each has an equal part, so that one whose endpoints are many takes nothing from the others.
+        let pool_conns_max = setup.pool_conns_max / setup.routes.len();
+        let routes = setup.routes.into_iter().enumerate().map(|(at, config)| {
+            Route::new(RouteId::at(at), config, &cx, pool_conns_max, setup.listening.clone())
+        });
+        let routes = routes.collect();
         Self {
             acceptor: Acceptor::new(setup.sessions_max, setup.listener_routes),
             mail: Mail::new(worker, setup.mailboxes, setup.stats),
-            routes: routes.into(),
+            routes,
             upkeep_at: now,
             cx,
         }
@@ -98,6 +100,12 @@ impl<D: Driver> Engine<D> {
     /// The engine's driver, for tests.
     pub fn driver(&mut self) -> &mut D {
         &mut self.cx.driver
+    }
+
+    /// What it counts, for tests.
+    #[cfg(test)]
+    pub(super) fn stats(&self) -> &WorkerStats {
+        &self.cx.stats
     }
 
     /// Open sessions, and what is left of some that have ended.
