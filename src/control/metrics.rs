@@ -11,7 +11,7 @@ use procfs::process::{LimitValue, Process};
 use super::admin::page::Pieces;
 use super::view::{labels, usable};
 use super::{View, logging};
-use crate::config::Config;
+use crate::config::RouteConfig;
 use crate::metrics::counted::Row;
 use crate::metrics::scraped::{
     BUILD_INFO, CPU_SECONDS, DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, DISCOVERY_GENERATION,
@@ -42,7 +42,8 @@ async fn write_workers(to: &mut Pieces, view: &View) {
     let workers: Vec<_> = view.stats().collect();
     for row in WorkerStats::ROWS {
         family(&mut to.text, &row.family);
-        write_row(to, row, view.config(), None, &workers).await;
+        // No series of a worker's own depends on it.
+        write_row(to, row, &view.config().routes[0], None, &workers).await;
     }
 }
 
@@ -61,7 +62,7 @@ async fn write_routes(to: &mut Pieces, view: &View) {
 async fn write_row<S>(
     to: &mut Pieces,
     row: &Row<S>,
-    config: &Config,
+    config: &RouteConfig,
     route: Option<&str>,
     workers: &[&S],
 ) {
@@ -118,7 +119,7 @@ async fn write_endpoints(to: &mut Pieces, view: &View) {
     }
 
     family(&mut to.text, &POOL_CONNECTIONS);
-    let states: Vec<_> = PooledState::shown(view.config()).collect();
+    let states: Vec<_> = PooledState::shown(&view.config().routes[0]).collect();
     for (label, endpoint) in labelled() {
         let counts = EndpointCounts::total(&endpoint.stats);
         for &state in &states {
@@ -292,8 +293,9 @@ mod tests {
     fn what_can_never_move_is_not_shown() {
         let shown = |mode, protocol| {
             let mut config = config();
-            config.pool.mode = mode;
-            config.protocol = protocol;
+            let route = Arc::make_mut(&mut config.routes[0]);
+            route.pool.mode = mode;
+            route.protocol = protocol;
             let text = text_of(view(config, vec![endpoint("db:1", "10.0.0.1:1")]));
             move |part: &str| text.contains(part)
         };
@@ -337,8 +339,9 @@ mod tests {
     #[test]
     fn the_text_has_the_families_of_the_rows_in_their_order() {
         let mut config = config();
-        (config.pool.mode, config.protocol) = (PoolMode::Session, Protocol::Http1);
-        config.locality = Locality::Zone;
+        let route = Arc::make_mut(&mut config.routes[0]);
+        (route.pool.mode, route.protocol) = (PoolMode::Session, Protocol::Http1);
+        route.locality = Locality::Zone;
         let text = text_of(view(config, vec![endpoint("db:1", "10.0.0.1:1")]));
         let families = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
         let found = families.map(|family| family.split(' ').next().unwrap());

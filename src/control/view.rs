@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 use super::discovery::status::Status;
 use super::{DriverInfo, WorkerHandle};
-use crate::config::{Config, Discovery};
+use crate::config::{Config, Discovery, RouteConfig};
 use crate::metrics::{RouteStats, WorkerState, WorkerStats};
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
 
@@ -35,7 +35,7 @@ pub struct RouteView<'a> {
     /// Its name.
     pub name: &'a str,
     /// Its configuration.
-    pub config: &'a Config,
+    pub config: &'a RouteConfig,
     /// What the workers count of it, in the order of their numbers.
     pub stats: Vec<&'a RouteStats>,
 }
@@ -77,12 +77,11 @@ impl View {
 
     /// The routes, in the order of their numbers.
     pub fn routes(&self) -> impl Iterator<Item = RouteView<'_>> {
-        [RouteView {
-            name: "default",
-            config: &self.config,
-            stats: self.stats().map(|stats| &*stats.routes[0]).collect(),
-        }]
-        .into_iter()
+        self.config.routes.iter().enumerate().map(|(at, config)| RouteView {
+            name: config.name.as_str(),
+            config,
+            stats: self.stats().map(|stats| &*stats.routes[at]).collect(),
+        })
     }
 
     /// Most sessions at a time in the whole process.
@@ -173,7 +172,7 @@ impl View {
         }
         // Names are no stores only because of what they stand for.
         let stores = self.discovery.stores_trouble();
-        let stores = stores.filter(|_| self.config.discovery != Discovery::Kubernetes);
+        let stores = stores.filter(|_| self.config.routes[0].discovery != Discovery::Kubernetes);
         self.discovery.held().or(stores)
     }
 

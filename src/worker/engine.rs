@@ -26,8 +26,8 @@ use crate::proxy::{RouteId, WorkerId};
 pub struct EngineSetup {
     /// Which worker it is.
     pub worker: WorkerId,
-    /// The configuration of each route, by their numbers.
-    pub routes: Vec<Arc<Config>>,
+    /// The configuration.
+    pub config: Arc<Config>,
     /// The routes of the driver's listeners.
     pub listener_routes: Box<[RouteId]>,
     /// Sessions at a time in the whole process.
@@ -76,16 +76,17 @@ impl<D: Driver> Engine<D> {
             command: Command::Run,
             places: Places::new(
                 limits::sessions_of_worker_max(setup.sessions_max),
-                setup.routes.len(),
+                setup.config.routes.len(),
             ),
             load: Load::new(now, setup.core_wait),
             drain: Drain::default(),
             driver,
         };
         // Each has an equal part, so that one whose endpoints are many takes nothing from the others.
-        let pool_conns_max = setup.pool_conns_max / setup.routes.len();
-        let routes = setup.routes.into_iter().enumerate().map(|(at, config)| {
-            Route::new(RouteId::at(at), config, &cx, pool_conns_max, setup.listening.clone())
+        let pool_conns_max = setup.pool_conns_max / setup.config.routes.len();
+        let routes = (0..setup.config.routes.len()).map(|at| {
+            let listening = setup.listening.clone();
+            Route::new(RouteId::at(at), &setup.config, &cx, pool_conns_max, listening)
         });
         let routes = routes.collect();
         Self {

@@ -19,7 +19,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Instant;
 
-use crate::config::Config;
+use crate::config::{Config, RouteConfig};
 use crate::io::epoll::Epoll;
 use crate::io::probe::{self, DriverKind};
 use crate::io::uring::Uring;
@@ -61,8 +61,8 @@ pub struct WorkerSetup {
     pub listeners: Vec<OwnedFd>,
     /// The routes of its listening sockets.
     pub listener_routes: Box<[RouteId]>,
-    /// The configuration of each route, by their numbers.
-    pub routes: Vec<Arc<Config>>,
+    /// The configuration.
+    pub config: Arc<Config>,
     /// Sessions at a time in the whole process.
     pub sessions_max: usize,
     /// Connections of this worker's pools, idle or being made.
@@ -89,7 +89,7 @@ pub struct WorkerError {
 }
 
 /// The socket options that the configuration asks for.
-pub fn socket_options(config: &Config) -> net::Options {
+pub fn socket_options(config: &RouteConfig) -> net::Options {
     let limit = config.tcp_user_timeout.unwrap_or_default();
     let silence_max = limit * limits::SILENCE_WITNESSED_FACTOR;
     net::Options { keepalive: config.keepalive, silence_max }
@@ -192,7 +192,7 @@ fn serve<D: Driver>(driver: D, setup: WorkerSetup, started: &mpsc::Sender<io::Re
         driver,
         EngineSetup {
             worker: WorkerId::new(index),
-            routes: setup.routes,
+            config: setup.config,
             listener_routes: setup.listener_routes,
             sessions_max: setup.sessions_max,
             pool_conns_max: setup.pool_conns_max,

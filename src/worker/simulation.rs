@@ -42,10 +42,11 @@ impl Run {
         let timeouts = rng.u8(..4) == 0;
         let idle_timeout = (timeouts && rng.bool()).then_some(10 * SECOND);
         let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
-        config.pool.min_idle = rng.usize(..3);
-        config.pool.max_idle = config.pool.min_idle + rng.usize(..4);
-        config.idle_timeout = idle_timeout;
-        config.half_close_timeout = timeouts.then_some(3 * SECOND);
+        let route = Arc::make_mut(&mut config.routes[0]);
+        route.pool.min_idle = rng.usize(..3);
+        route.pool.max_idle = route.pool.min_idle + rng.usize(..4);
+        route.idle_timeout = idle_timeout;
+        route.half_close_timeout = timeouts.then_some(3 * SECOND);
         // Short of buffers, or with plenty.
         let buffers = if lean { 6 * sessions_max + 64 } else { limits::buffers_max(sessions_max) };
         Self::with(rng, config, sessions_max, buffers)
@@ -53,35 +54,25 @@ impl Run {
 
     /// A run with this configuration.
     pub(super) fn with(
-        rng: fastrand::Rng,
+        mut rng: fastrand::Rng,
         config: Config,
         sessions_max: usize,
         buffers: usize,
     ) -> Self {
-        Self::with_routes(rng, vec![config], sessions_max, buffers)
-    }
-
-    /// A run with a route of each of these configurations.
-    fn with_routes(
-        mut rng: fastrand::Rng,
-        configs: Vec<Config>,
-        sessions_max: usize,
-        buffers: usize,
-    ) -> Self {
-        let config = &configs[0];
-        let everyone_ends = config.idle_timeout.is_some();
-        let endpoints: Vec<_> = (0..rng.u16(1..5) * configs.len() as u16)
+        let everyone_ends = config.routes[0].idle_timeout.is_some();
+        let routes = config.routes.len();
+        let endpoints: Vec<_> = (0..rng.u16(1..5) * routes as u16)
             .map(|i| Endpoint::new(format!("e{i}"), ([127, 0, 0, 1], i).into(), 1))
             .collect();
         let conns_max = limits::conns_max(sessions_max);
         let mut sim = Sim::new(rng.u64(..), endpoints.len(), conns_max, buffers);
-        sim.listeners = configs.len();
-        let mailbox = Arc::new(Mailbox::new(configs.len()).expect("a descriptor"));
-        let stats = Arc::new(WorkerStats::new(configs.len()));
+        sim.listeners = routes;
+        let mailbox = Arc::new(Mailbox::new(routes).expect("a descriptor"));
+        let stats = Arc::new(WorkerStats::new(routes));
         let setup = EngineSetup {
             worker: WorkerId::new(0),
-            listener_routes: (0..configs.len()).map(RouteId::at).collect(),
-            routes: configs.into_iter().map(Arc::new).collect(),
+            listener_routes: (0..routes).map(RouteId::at).collect(),
+            config: Arc::new(config),
             sessions_max,
             pool_conns_max: limits::POOL_CONNS_MAX,
             mailboxes: Arc::new([Arc::clone(&mailbox)]),
@@ -311,15 +302,15 @@ fn a_thousand_seeds_lose_no_byte_and_leak_nothing() {
 fn run_two_routes(seed: u64) -> (u64, u64) {
     let mut rng = fastrand::Rng::with_seed(seed);
     let sessions_max = rng.usize(3..40);
-    let mut configs = Vec::new();
-    for _ in 0..2 {
-        let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
-        config.pool.min_idle = rng.usize(..3);
-        config.pool.max_idle = config.pool.min_idle + rng.usize(..4);
-        configs.push(config);
+    let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
+    config.routes.push(Arc::clone(&config.routes[0]));
+    for route in &mut config.routes {
+        let route = Arc::make_mut(route);
+        route.pool.min_idle = rng.usize(..3);
+        route.pool.max_idle = route.pool.min_idle + rng.usize(..4);
     }
     let buffers = limits::buffers_max(sessions_max);
-    let mut run = Run::with_routes(rng, configs, sessions_max, buffers);
+    let mut run = Run::with(rng, config, sessions_max, buffers);
     let of = |run: &Run, route: usize| {
         let endpoints = run.endpoints.iter().enumerate();
         endpoints.filter(|(at, _)| at % 2 == route).map(|(_, one)| Arc::clone(one)).collect()

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::config::{self, Balance, Locality};
+use crate::config::{Balance, Locality};
 use crate::io::{ConnId, Driver};
 use crate::metrics::{Checkout, CloseReason, Outcome, Spillover};
 use crate::proxy::Side;
@@ -57,7 +57,7 @@ impl Route {
         let Some(client) = self.requests.clients.get(key) else {
             unreachable!("it is being served")
         };
-        if self.config.requests.route == config::Route::Key {
+        if self.config.balance == Balance::KeyHash {
             let table = &self.pools.table;
             let store = match client.target() {
                 Target::Any => return Destination::Any,
@@ -81,8 +81,7 @@ impl Route {
 
     /// Whether a client's requests go to one endpoint as long as that can be reached.
     pub(in crate::worker) fn is_bound_to_source(&self) -> bool {
-        self.config.requests.route != config::Route::Key
-            && self.config.balance == Balance::SourceHash
+        self.config.balance == Balance::SourceHash
     }
 
     /// There is no endpoint at all: the request waits for one.
