@@ -138,6 +138,7 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
     let setup = WorkerSetup {
         index: 0,
         listeners: listeners.sets.remove(0),
+        listener_routes: vec![RouteId::default()].into(),
         config,
         sessions_max: 1000,
         pool_conns_max: 64,

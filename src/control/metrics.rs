@@ -42,6 +42,7 @@ async fn write_workers(to: &mut Pieces, view: &View) {
     let workers: Vec<_> = view.stats().collect();
     for row in WorkerStats::ROWS {
         family(&mut to.text, &row.family);
+        // No series of a worker's own depends on it.
         write_row(to, row, &view.config().routes[0], None, &workers).await;
     }
 }

@@ -59,6 +59,8 @@ pub struct WorkerSetup {
     pub index: usize,
     /// Its listening sockets.
     pub listeners: Vec<OwnedFd>,
+    /// The routes of its listening sockets.
+    pub listener_routes: Box<[RouteId]>,
     /// The configuration.
     pub config: Arc<Config>,
     /// Sessions at a time in the whole process.
@@ -186,13 +188,12 @@ fn driver_setup(setup: &mut WorkerSetup) -> io::Result<DriverSetup> {
 fn serve<D: Driver>(driver: D, setup: WorkerSetup, started: &mpsc::Sender<io::Result<()>>) {
     let index = setup.index;
     let stats = Arc::clone(&setup.stats[index]);
-    let listener_routes = vec![RouteId::default(); setup.config.routes[0].listen.len()].into();
     let mut engine = Engine::new(
         driver,
         EngineSetup {
             worker: WorkerId::new(index),
             config: setup.config,
-            listener_routes,
+            listener_routes: setup.listener_routes,
             sessions_max: setup.sessions_max,
             pool_conns_max: setup.pool_conns_max,
             mailboxes: setup.mailboxes,

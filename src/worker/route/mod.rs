@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use super::context::Context;
 use super::mailbox::Command;
-use crate::config::{PoolMode, RouteConfig};
+use crate::config::{Config, PoolMode, RouteConfig};
 use crate::io::{Close, ConnId, Driver};
 use crate::listening::Listening;
 use crate::metrics::{CloseReason, RouteStats};
@@ -43,22 +43,21 @@ pub(super) struct Route {
 }
 
 impl Route {
-    /// Without endpoints, with room for so many sessions, and for so many connections in pools, in a
-    /// process that announces for so long that it leaves.
+    /// Without endpoints, with room for so many sessions, and for so many connections in pools.
     pub(super) fn new<D: Driver>(
         id: RouteId,
-        config: Arc<RouteConfig>,
-        drain_delay: Duration,
+        process: &Config,
         cx: &Context<D>,
         pool_conns_max: usize,
         listening: Listening,
     ) -> Self {
+        let config = Arc::clone(&process.routes[usize::from(id)]);
         let places = cx.places.slots();
         let stats = &cx.stats.routes[usize::from(id)];
         Self {
             id,
             sessions: Sessions::new(id, &config, Arc::clone(stats), places),
-            requests: Requests::new(&config, drain_delay, places),
+            requests: Requests::new(&config, process.drain_delay, places),
             pools: Pools::new(&config, cx.worker, Arc::clone(stats), pool_conns_max, listening),
             stats: Arc::clone(stats),
             silence: Silence::new(config.tcp_user_timeout),

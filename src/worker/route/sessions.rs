@@ -293,7 +293,8 @@ impl Sessions {
             assert!(!session.is_open() || !session.has_early(), "what came early is not sent");
         }
         let is_of_session = |owner: &Owner| matches!(owner, Owner::Session(..));
-        let owned = cx.owners.iter().filter(|owned| is_of_session(&owned.owner)).count();
+        let owned =
+            cx.owners.of_route(self.route).filter(|owned| is_of_session(&owned.owner)).count();
         assert_eq!(owned, conns, "connections that belong to sessions");
     }
 }
@@ -397,8 +398,9 @@ fn proxy_header<D: Driver>(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::time::Duration;
+
+    use std::sync::Arc;
 
     use crate::config::{Config, PoolMode, Protocol};
     use crate::io::sim::Speech;
