@@ -157,7 +157,7 @@ fn discover(config: &Config, at: usize, publisher: Publisher, status: Arc<Status
     let span = match config.routes.len() {
         1 => Span::none(),
         // Of the highest level, so that it is there whatever the lines' levels are.
-        _ => error_span!("route", name = route.name.as_str()),
+        _ => error_span!("discovery", route = route.name.as_str()),
     };
     tokio::spawn(discovery::log_changes(publisher.subscribe()).instrument(span.clone()));
     if route.discovery == Discovery::Kubernetes {

@@ -14,6 +14,7 @@ use crate::config::Config;
 use crate::control::WorkerHandle;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
+use crate::proxy::RouteId;
 use crate::worker::mailbox::Mailbox;
 use crate::worker::{Prepared, WorkerSetup};
 
@@ -26,6 +27,8 @@ pub struct Workers {
     pub exited: mpsc::Receiver<Infallible>,
     /// Where clients connect, with the ports that were bound.
     pub addresses: Vec<SocketAddr>,
+    /// The routes of these addresses.
+    pub routes: Box<[RouteId]>,
 }
 
 /// Starts the workers, each on its own set of listening sockets.
@@ -69,5 +72,5 @@ pub fn start_workers(
         stats: Arc::clone(stats),
     };
     let handles = mailboxes.iter().zip(&*stats).map(handle).collect();
-    Ok(Workers { handles, exited, addresses })
+    Ok(Workers { handles, exited, addresses, routes })
 }
