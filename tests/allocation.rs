@@ -128,16 +128,17 @@ fn forwarding_allocates_nothing(driver: DriverKind) {
 fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&str, &str)]) {
     let settings = settings.iter().map(|&(name, value)| (name.to_owned(), value.to_owned()));
     let config = Arc::new(Config::from_vars(settings).unwrap());
-    let mode = config.pool.mode;
+    let mode = config.routes[0].pool.mode;
     let any = "127.0.0.1:0".parse().unwrap();
-    let options = worker::socket_options(&config);
+    let options = worker::socket_options(&config.routes[0]);
     let mut listeners = listeners::listen(&[any], 1, &options).unwrap();
     let mailbox = Arc::new(Mailbox::new(1).unwrap());
-    let stats: Arc<WorkerStats> = Arc::default();
+    let stats: Arc<WorkerStats> = Arc::new(WorkerStats::new(1));
     let (alive, mut exited) = tokio::sync::mpsc::channel(1);
     let setup = WorkerSetup {
         index: 0,
         listeners: listeners.sets.remove(0),
+        listener_routes: vec![RouteId::default()].into(),
         config,
         sessions_max: 1000,
         pool_conns_max: 64,
@@ -164,10 +165,11 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
     }
     exchange_with_all(&mut clients, WARM_UP);
 
-    let (before, bytes) = (worker_allocations(), stats.bytes.of(Direction::ToClient).get());
+    let (before, bytes) =
+        (worker_allocations(), stats.routes[0].bytes.of(Direction::ToClient).get());
     exchange_with_all(&mut clients, MESSAGES / CLIENTS);
     let allocations = worker_allocations() - before;
-    let moved = stats.bytes.of(Direction::ToClient).get() - bytes;
+    let moved = stats.routes[0].bytes.of(Direction::ToClient).get() - bytes;
     assert_eq!(moved, (MESSAGES * MESSAGE.len()) as u64, "all went through the worker");
     eprintln!("MEASURED: {allocations} allocations for {MESSAGES} messages on {driver:?}, {mode}");
     assert_eq!(allocations, 0, "the worker allocated while it forwarded");

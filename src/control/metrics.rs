@@ -11,6 +11,8 @@ use procfs::process::{LimitValue, Process};
 use super::admin::page::Pieces;
 use super::view::{labels, usable};
 use super::{View, logging};
+use crate::config::RouteConfig;
+use crate::metrics::counted::Row;
 use crate::metrics::scraped::{
     BUILD_INFO, CPU_SECONDS, DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, DISCOVERY_GENERATION,
     DISCOVERY_LAST_SYNC, DISCOVERY_SNAPSHOT_AGE, DRAINING, ENDPOINT_USABLE, IO_DRIVER_INFO,
@@ -19,12 +21,13 @@ use crate::metrics::scraped::{
 };
 use crate::metrics::text::{family, sample, single};
 use crate::metrics::{
-    EndpointCounts, EndpointStats, ErrorKind, LabelSet, PooledState, WorkerStats,
+    EndpointCounts, EndpointStats, ErrorKind, LabelSet, PooledState, RouteStats, WorkerStats,
 };
 
 /// Writes all metrics of the process, each as of the moment when it is written.
 pub async fn render(view: Arc<View>, mut to: Pieces) {
     to.begin().await;
+    write_routes(&mut to, &view).await;
     write_workers(&mut to, &view).await;
     write_discovery(&mut to, &view).await;
     write_endpoints(&mut to, &view).await;
@@ -36,17 +39,39 @@ pub async fn render(view: Arc<View>, mut to: Pieces) {
 }
 
 async fn write_workers(to: &mut Pieces, view: &View) {
-    let config = view.config();
     let workers: Vec<_> = view.stats().collect();
-    for row in WorkerStats::ROWS.iter().filter(|row| row.family.when.holds(config)) {
+    for row in WorkerStats::ROWS {
         family(&mut to.text, &row.family);
-        let series = row.series(config);
-        let together = if row.per_worker() { 1 } else { workers.len() };
-        for (number, workers) in workers.chunks(together).enumerate() {
-            for one in &series {
-                row.write(&mut to.text, number, workers, one);
-                to.pause().await;
-            }
+        // No series of a worker's own depends on it.
+        write_row(to, row, &view.config().routes[0], None, &workers).await;
+    }
+}
+
+async fn write_routes(to: &mut Pieces, view: &View) {
+    for row in RouteStats::ROWS {
+        let routes: Vec<_> = view.routes().filter(|r| row.family.when.holds(r.config)).collect();
+        if !routes.is_empty() {
+            family(&mut to.text, &row.family);
+        }
+        for route in routes {
+            write_row(to, row, route.config, Some(route.name), &route.stats).await;
+        }
+    }
+}
+
+async fn write_row<S>(
+    to: &mut Pieces,
+    row: &Row<S>,
+    config: &RouteConfig,
+    route: Option<&str>,
+    workers: &[&S],
+) {
+    let series = row.series(config);
+    let together = if row.per_worker() { 1 } else { workers.len() };
+    for (number, workers) in workers.chunks(together).enumerate() {
+        for one in &series {
+            row.write(&mut to.text, (number, route), workers, one);
+            to.pause().await;
         }
     }
 }
@@ -94,7 +119,7 @@ async fn write_endpoints(to: &mut Pieces, view: &View) {
     }
 
     family(&mut to.text, &POOL_CONNECTIONS);
-    let states: Vec<_> = PooledState::shown(view.config()).collect();
+    let states: Vec<_> = PooledState::shown(&view.config().routes[0]).collect();
     for (label, endpoint) in labelled() {
         let counts = EndpointCounts::total(&endpoint.stats);
         for &state in &states {
@@ -200,8 +225,9 @@ mod tests {
         endpoints[2].stats.iter().for_each(|stats| stats.ejected.set(1));
         let view = view(config(), endpoints);
         for (i, stats) in view.stats().enumerate() {
-            stats.sessions_opened.add(10 + i as u64);
             stats.core_wait.set(Duration::from_millis(1500));
+            let stats = &stats.routes[0];
+            stats.sessions_opened.add(10 + i as u64);
             stats.count_close(CloseReason::ClientReset);
             stats.count_checkout(Checkout::Hit);
             stats.connect_duration.record(Duration::from_micros(60));
@@ -244,10 +270,13 @@ mod tests {
         let text = text_of(busy_view());
         let samples = parse(&text);
         for (series, value) in [
-            ("aegis_sessions_opened_total{worker=\"1\"}", 11.0),
-            ("aegis_sessions_closed_total{worker=\"0\",reason=\"client_reset\"}", 1.0),
+            ("aegis_sessions_opened_total{worker=\"1\",route=\"default\"}", 11.0),
+            (
+                "aegis_sessions_closed_total{worker=\"0\",route=\"default\",reason=\"client_reset\"}",
+                1.0,
+            ),
             ("aegis_worker_core_wait_seconds_total{worker=\"1\"}", 1.5),
-            ("aegis_pool_checkouts_total{result=\"hit\"}", 2.0),
+            ("aegis_pool_checkouts_total{route=\"default\",result=\"hit\"}", 2.0),
             ("aegis_pool_connections{endpoint=\"db:5432@10.0.0.1:5432\",state=\"idle\"}", 3.0),
             ("aegis_endpoint_usable{endpoint=\"db:5432@10.0.0.2:5432\"}", 1.0),
             ("aegis_endpoint_usable{endpoint=\"pod-\\\"0\\\"\\\\\\n\"}", 0.0),
@@ -264,8 +293,9 @@ mod tests {
     fn what_can_never_move_is_not_shown() {
         let shown = |mode, protocol| {
             let mut config = config();
-            config.pool.mode = mode;
-            config.protocol = protocol;
+            let route = Arc::make_mut(&mut config.routes[0]);
+            route.pool.mode = mode;
+            route.protocol = protocol;
             let text = text_of(view(config, vec![endpoint("db:1", "10.0.0.1:1")]));
             move |part: &str| text.contains(part)
         };
@@ -300,16 +330,18 @@ mod tests {
         assert_eq!(counts.len(), Histogram::BUCKETS);
         assert!(counts.is_sorted());
         let samples = parse(&text);
-        let bucket = |le: &str| samples[format!("{prefix}{{le=\"{le}\"}}").as_str()];
+        let bucket =
+            |le: &str| samples[format!("{prefix}{{route=\"default\",le=\"{le}\"}}").as_str()];
         assert_eq!((bucket("0.00005"), bucket("0.000075"), bucket("+Inf")), (0.0, 2.0, 4.0));
-        assert!(text.contains("\naegis_connect_duration_seconds_count 4\n"));
+        assert!(text.contains("\naegis_connect_duration_seconds_count{route=\"default\"} 4\n"));
     }
 
     #[test]
     fn the_text_has_the_families_of_the_rows_in_their_order() {
         let mut config = config();
-        (config.pool.mode, config.protocol) = (PoolMode::Session, Protocol::Http1);
-        config.locality = Locality::Zone;
+        let route = Arc::make_mut(&mut config.routes[0]);
+        (route.pool.mode, route.protocol) = (PoolMode::Session, Protocol::Http1);
+        route.locality = Locality::Zone;
         let text = text_of(view(config, vec![endpoint("db:1", "10.0.0.1:1")]));
         let families = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
         let found = families.map(|family| family.split(' ').next().unwrap());

@@ -25,7 +25,7 @@ pub use lifecycle::Outcome;
 use lifecycle::Signals;
 pub use view::View;
 
-use crate::config::{Config, Discovery, Route};
+use crate::config::{Balance, Config, Discovery};
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
 use crate::worker::mailbox::Mailbox;
@@ -136,16 +136,17 @@ impl Plane {
         tokio::spawn(discovery::log_changes(snapshots.subscribe()));
         let publisher = discovery::Publisher::new(self.workers, snapshots)
             .leaving_out(listening, Arc::clone(&status));
-        if self.config.discovery == Discovery::Kubernetes {
-            let source = kubernetes::Kubernetes::new(Arc::clone(&self.config), status);
+        let route = Arc::clone(&self.config.routes[0]);
+        if route.discovery == Discovery::Kubernetes {
+            let source = kubernetes::Kubernetes::new(&self.config, route, status);
             tokio::spawn(source.run(publisher));
         } else {
             let backends = dns::Backends {
-                hosts: self.config.backends.clone(),
-                refresh: self.config.dns_refresh,
+                hosts: route.backends.clone(),
+                refresh: route.dns_refresh,
                 first_answer_max: self.config.start_timeout,
                 resolver: dns::SystemResolver::default(),
-                by_key: self.config.requests.route == Route::Key,
+                by_key: route.balance == Balance::KeyHash,
                 status,
             };
             tokio::spawn(backends.run(publisher));
@@ -186,7 +187,7 @@ mod tests {
             let _ = poll(&mut fds, None);
             worker.mailbox.clear_wake();
             if let Some(snapshot) = worker.mailbox.take_snapshot() {
-                worker.stats.applied_generation.set(snapshot.generation);
+                worker.stats.routes[0].applied_generation.set(snapshot.generation);
             }
         }
         worker.stats.set_state(WorkerState::Stopped);

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use super::{DriverInfo, View, WorkerHandle};
 use crate::config::Config;
-use crate::metrics::WorkerState;
+use crate::metrics::{WorkerState, WorkerStats};
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
 use crate::worker::mailbox::Mailbox;
 
@@ -46,8 +46,10 @@ pub(super) fn config() -> Config {
 
 /// Workers as they are before their first turn.
 pub(super) fn workers(count: usize) -> Vec<WorkerHandle> {
-    let worker =
-        || WorkerHandle { mailbox: Arc::new(Mailbox::new(1).unwrap()), stats: Arc::default() };
+    let worker = || WorkerHandle {
+        mailbox: Arc::new(Mailbox::new(1).unwrap()),
+        stats: Arc::new(WorkerStats::new(1)),
+    };
     (0..count).map(|_| worker()).collect()
 }
 
@@ -69,7 +71,7 @@ pub(super) fn view_started(
     let workers = workers(2);
     for worker in &workers {
         worker.stats.set_state(WorkerState::Running);
-        worker.stats.applied_generation.set(1);
+        worker.stats.routes[0].applied_generation.set(1);
     }
     let snapshot =
         Arc::new(EndpointSnapshot { generation: 1, endpoints, ..EndpointSnapshot::default() });

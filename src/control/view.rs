@@ -9,8 +9,8 @@ use tokio::sync::watch;
 
 use super::discovery::status::Status;
 use super::{DriverInfo, WorkerHandle};
-use crate::config::{Config, Discovery};
-use crate::metrics::{WorkerState, WorkerStats};
+use crate::config::{Config, Discovery, RouteConfig};
+use crate::metrics::{RouteStats, WorkerState, WorkerStats};
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
 
 /// A worker that did not turn for this long is stuck: an idle one turns once a second.
@@ -27,6 +27,17 @@ pub struct View {
     draining: AtomicBool,
     snapshot: watch::Receiver<Arc<EndpointSnapshot>>,
     discovery: Arc<Status>,
+}
+
+/// A route as it is at one moment.
+#[derive(Debug)]
+pub struct RouteView<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its configuration.
+    pub config: &'a RouteConfig,
+    /// What the workers count of it, in the order of their numbers.
+    pub stats: Vec<&'a RouteStats>,
 }
 
 impl View {
@@ -64,6 +75,15 @@ impl View {
         self.workers.iter().map(|worker| &*worker.stats)
     }
 
+    /// The routes, in the order of their numbers.
+    pub fn routes(&self) -> impl Iterator<Item = RouteView<'_>> {
+        self.config.routes.iter().enumerate().map(|(at, config)| RouteView {
+            name: config.name.as_str(),
+            config,
+            stats: self.stats().map(|stats| &*stats.routes[at]).collect(),
+        })
+    }
+
     /// Most sessions at a time in the whole process.
     pub fn max_sessions(&self) -> usize {
         self.max_sessions
@@ -71,7 +91,7 @@ impl View {
 
     /// Sessions now open in all workers.
     pub fn sessions_active(&self) -> u64 {
-        self.stats().map(|stats| stats.sessions_active.get()).sum()
+        self.stats().map(|stats| stats.sessions.get()).sum()
     }
 
     /// The snapshot that discovery published last; of generation 0 before the first.
@@ -137,7 +157,7 @@ impl View {
             reasons.extend(
                 self.stats()
                     .enumerate()
-                    .filter(|(_, stats)| stats.applied_generation.get() == 0)
+                    .filter(|(_, stats)| stats.routes[0].applied_generation.get() == 0)
                     .map(|(i, _)| format!("worker {i} has no endpoints yet")),
             );
         }
@@ -152,7 +172,7 @@ impl View {
         }
         // Names are no stores only because of what they stand for.
         let stores = self.discovery.stores_trouble();
-        let stores = stores.filter(|_| self.config.discovery != Discovery::Kubernetes);
+        let stores = stores.filter(|_| self.config.routes[0].discovery != Discovery::Kubernetes);
         self.discovery.held().or(stores)
     }
 

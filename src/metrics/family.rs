@@ -2,7 +2,7 @@
 
 use super::labels::Label;
 use super::when::When;
-use crate::config::Config;
+use crate::config::RouteConfig;
 
 /// What the values of a metric are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +75,8 @@ pub struct LabelValue {
 impl LabelName {
     /// The number of the worker, from 0.
     pub const WORKER: Self = Self::open("worker", "the worker's number, from 0");
+    /// The name of the route.
+    pub const ROUTE: Self = Self::open("route", "the route's name; `default` where none is named");
     /// What users call the endpoint.
     pub const ENDPOINT: Self = Self::open(
         "endpoint",
@@ -103,7 +105,7 @@ impl LabelName {
     }
 
     /// Its values in this configuration, with their indices; `None` where nobody knows them before.
-    pub fn shown(&self, config: &Config) -> Option<Vec<(usize, &'static str)>> {
+    pub fn shown(&self, config: &RouteConfig) -> Option<Vec<(usize, &'static str)>> {
         match self.values {
             Values::Open(_) => None,
             Values::OneOf(values) => {

@@ -3,11 +3,13 @@
 //!
 //! | module | what it is |
 //! | --- | --- |
-//! | [`worker`] | the rows of what each worker counts, and its block of counters |
+//! | [`route`] | the rows of what each worker counts of a route, and its block of counters |
+//! | [`worker`] | the same of itself |
 //! | [`endpoint`] | the rows of what each worker counts per endpoint, and how workers are added up |
 //! | [`scraped`] | the rows of what nobody counts: the control thread reads it when it is asked |
 //! | [`labels`] | the closed sets of label values, one row per value |
 //! | [`when`] | the conditions under which a metric or a label value is shown |
+//! | [`counted`] | how a row of a worker's becomes a counter and text |
 //! | [`cells`] | what a counter, a gauge and a histogram are to the thread that writes them |
 //! | [`text`] | the Prometheus text of a row |
 //!
@@ -21,11 +23,13 @@
 //! in `OpenMetrics`, which is not the text that we promise.
 
 pub mod cells;
+pub mod counted;
 pub mod endpoint;
 pub mod family;
 pub mod labels;
 #[cfg(test)]
 mod page;
+pub mod route;
 pub mod scraped;
 pub mod text;
 pub mod when;
@@ -38,14 +42,17 @@ pub use labels::{
     Checkout, CloseReason, Direction, Discard, ErrorKind, Label, LabelSet, Outcome, PooledState,
     Retry, Spillover,
 };
+pub use route::RouteStats;
 pub use worker::{WorkerState, WorkerStats};
 
 /// All metrics in the order of the text, by what they are about.
-pub fn sections() -> [(&'static str, Vec<&'static Family>); 4] {
+pub fn sections() -> [(&'static str, Vec<&'static Family>); 5] {
+    let routes = RouteStats::ROWS.iter().map(|row| &row.family).collect();
     let workers = WorkerStats::ROWS.iter().map(|row| &row.family).collect();
     let endpoints = EndpointStats::rows().into_iter().map(|row| &row.family);
     [
-        ("Sessions, pools and requests", workers),
+        ("Sessions, pools and requests", routes),
+        ("Workers", workers),
         ("Discovery", scraped::DISCOVERY.to_vec()),
         ("Endpoints", endpoints.chain(scraped::ENDPOINTS.iter().copied()).collect()),
         ("The process", scraped::PROCESS.to_vec()),

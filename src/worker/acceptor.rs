@@ -64,7 +64,7 @@ impl Acceptor {
             worker: cx.worker,
             alive: cx.alive(),
             // Before the first snapshot there is nowhere to send a client.
-            serves: cx.stats.applied_generation.get() > 0,
+            serves: cx.serves(),
         };
         let share = self.gate.look(&view, cx.now);
         if share.has_filled {

@@ -11,8 +11,8 @@ use super::places::Places;
 use super::timers::Timers;
 use crate::io::Driver;
 use crate::limits;
-use crate::metrics::{CloseReason, WorkerStats};
-use crate::proxy::WorkerId;
+use crate::metrics::WorkerStats;
+use crate::proxy::{RouteId, WorkerId};
 
 /// The driver, the clock, the counters, randomness, and whose each connection is.
 pub(super) struct Context<D> {
@@ -53,15 +53,18 @@ impl<D: Driver> Context<D> {
         limits::buffers_are_short(self.driver.buffers().spare())
     }
 
-    /// A session or a client of this age is gone.
-    pub(super) fn on_gone(&mut self, reason: CloseReason, age: Duration) {
-        self.stats.count_close(reason);
-        self.stats.session_duration.record(age);
+    /// Whether there is a route that has heard of its endpoints.
+    pub(super) fn serves(&self) -> bool {
+        self.stats.routes.iter().any(|route| route.applied_generation.get() > 0)
+    }
+
+    /// A session or a client of a route is gone, which was open for so long.
+    pub(super) fn on_gone(&mut self, route: RouteId, age: Duration) {
         self.load.on_gone(age);
         self.drain.on_gone(age, self.now);
         self.stats.sessions_before_drain.set(self.drain.before() as u64);
-        self.places.on_gone();
-        self.publish_sessions();
+        self.places.on_gone(route);
+        self.publish_sessions(route);
     }
 
     /// Clients are let leave from now on.
@@ -71,8 +74,10 @@ impl<D: Driver> Context<D> {
     }
 
     /// Publishes how many places are taken.
-    pub(super) fn publish_sessions(&self) {
-        self.stats.sessions_active.set(self.places.taken() as u64);
+    pub(super) fn publish_sessions(&self, route: RouteId) {
+        self.stats.sessions.set(self.places.taken() as u64);
+        let of_route = self.places.taken_by(route);
+        self.stats.routes[usize::from(route)].sessions_active.set(of_route as u64);
     }
 
     /// Publishes what a turn came to that handled so many events.

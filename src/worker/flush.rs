@@ -11,6 +11,7 @@ use super::mailbox::Command;
 use super::owners::{Owned, Owner};
 use crate::io::{Close, ConnId, Driver};
 use crate::limits;
+use crate::proxy::RouteId;
 
 /// The first look comes after this; each further one after twice the time,
 const LOOK_AFTER_MIN: Duration = Duration::from_millis(8);
@@ -53,7 +54,7 @@ pub(super) fn reset_behind<D: Driver>(cx: &mut Context<D>, conn: ConnId) {
     }
     // What it still sends is for nobody, but while it cannot send, it may not get to receiving.
     cx.driver.receive(conn, true);
-    cx.places.on_flushing();
+    cx.places.on_flushing(route_of(cx, conn));
     go_on(cx, conn, Flushing::new(left, cx.now));
 }
 
@@ -72,11 +73,17 @@ pub(super) fn on_timer<D: Driver>(cx: &mut Context<D>, conn: ConnId, flushing: F
 
 /// A connection that is being flushed has broken, or there is no time left for it.
 pub(super) fn end<D: Driver>(cx: &mut Context<D>, conn: ConnId) {
+    let route = route_of(cx, conn);
     cx.timers.clear(conn.index());
     cx.owners.take(conn);
     cx.driver.close(conn, Close::Reset);
-    cx.places.on_flushed();
-    cx.publish_sessions();
+    cx.places.on_flushed(route);
+    cx.publish_sessions(route);
+}
+
+fn route_of<D>(cx: &Context<D>, conn: ConnId) -> RouteId {
+    let Some(route) = cx.owners.route_of(conn) else { unreachable!("it is open") };
+    route
 }
 
 /// Ends all flushes: there is no time left.

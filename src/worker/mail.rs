@@ -90,7 +90,7 @@ impl Mail {
     /// A worker's sessions, with those on the way to it.
     pub(super) fn sessions_of(&self, worker: WorkerId) -> usize {
         let worker = usize::from(worker);
-        self.stats[worker].sessions_active.get() as usize + self.mailboxes[worker].clients()
+        self.stats[worker].sessions.get() as usize + self.mailboxes[worker].clients()
     }
 
     /// Likewise, of all workers together.

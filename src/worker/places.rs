@@ -1,5 +1,7 @@
 //! The room of one worker.
 
+use crate::proxy::RouteId;
+
 /// Counts what takes a place: sessions, clients, and connections that are being flushed. Each of the
 /// first two has a slot in a slab of its own, and the slabs have as many slots each: so whatever was
 /// let in has one, whatever becomes of it.
@@ -10,14 +12,16 @@ pub(super) struct Places {
     served: usize,
     /// Connections that are closed once their peers have what was sent to them.
     flushing: usize,
+    /// What both come to, by route.
+    by_route: Box<[usize]>,
     /// One has become free since [`Places::take_freed`].
     freed: bool,
 }
 
 impl Places {
-    /// So many, all free.
-    pub(super) fn new(slots: usize) -> Self {
-        Self { slots, served: 0, flushing: 0, freed: false }
+    /// So many, all free, for so many routes.
+    pub(super) fn new(slots: usize, routes: usize) -> Self {
+        Self { slots, served: 0, flushing: 0, by_route: vec![0; routes].into(), freed: false }
     }
 
     /// Fewer slots than were reserved, for tests of what happens beyond them.
@@ -36,6 +40,11 @@ impl Places {
         self.served + self.flushing
     }
 
+    /// How many of them a route has taken.
+    pub(super) fn taken_by(&self, route: RouteId) -> usize {
+        self.by_route[usize::from(route)]
+    }
+
     /// How many are free.
     pub(super) fn free(&self) -> usize {
         self.slots.saturating_sub(self.taken())
@@ -46,31 +55,35 @@ impl Places {
         self.served
     }
 
-    /// A session or a client takes a place. Says whether there was one.
-    pub(super) fn admit(&mut self) -> bool {
+    /// A session or a client of a route takes a place. Says whether there was one.
+    pub(super) fn admit(&mut self, route: RouteId) -> bool {
         let admits = self.free() > 0;
         self.served += usize::from(admits);
+        self.by_route[usize::from(route)] += usize::from(admits);
         admits
     }
 
-    /// A session or a client is gone. One of its connections may be flushed in its place: then that
+    /// A session or a client of a route is gone. One of its connections may be flushed in its place: then that
     /// was counted before.
-    pub(super) fn on_gone(&mut self) {
+    pub(super) fn on_gone(&mut self, route: RouteId) {
         assert!(self.served > 0, "one is gone that was not let in");
         self.served -= 1;
+        self.by_route[usize::from(route)] -= 1;
         self.freed = true;
         debug_assert!(self.taken() <= self.slots, "one session leaves one connection at most");
     }
 
     /// A connection is being flushed.
-    pub(super) fn on_flushing(&mut self) {
+    pub(super) fn on_flushing(&mut self, route: RouteId) {
+        self.by_route[usize::from(route)] += 1;
         self.flushing += 1;
     }
 
     /// A connection was flushed.
-    pub(super) fn on_flushed(&mut self) {
+    pub(super) fn on_flushed(&mut self, route: RouteId) {
         assert!(self.flushing > 0, "one was flushed that nobody counted");
         self.flushing -= 1;
+        self.by_route[usize::from(route)] -= 1;
         self.freed = true;
     }
 
@@ -85,6 +98,8 @@ impl Places {
     pub(super) fn assert_invariants(&self, served: usize, flushing: usize) {
         assert_eq!(self.served, served, "places of sessions and clients");
         assert_eq!(self.flushing, flushing, "places of what is flushed");
+        let of_routes: usize = self.by_route.iter().sum();
+        assert_eq!(of_routes, self.taken(), "places of all routes");
         assert!(self.taken() <= self.slots, "more places are taken than there are");
     }
 }
@@ -93,25 +108,27 @@ impl Places {
 mod tests {
     use super::*;
 
+    const A: RouteId = RouteId::at(1);
+
     #[test]
     fn a_place_is_free_again_once_what_is_left_of_a_session_is_flushed() {
-        let mut places = Places::new(2);
-        assert!(places.admit() && places.admit());
-        assert!(!places.admit(), "both are taken");
+        let mut places = Places::new(2, 2);
+        assert!(places.admit(A) && places.admit(A));
+        assert!(!places.admit(A), "both are taken");
         assert!(!places.take_freed());
-        places.on_flushing();
-        places.on_gone();
+        places.on_flushing(A);
+        places.on_gone(A);
         assert!(places.take_freed());
         assert_eq!((places.taken(), places.served()), (2, 1));
-        assert!(!places.admit(), "one is flushed");
-        places.on_flushed();
+        assert!(!places.admit(A), "one is flushed");
+        places.on_flushed(A);
         assert!(places.take_freed() && !places.take_freed());
-        assert!(places.admit());
+        assert!(places.admit(A));
     }
 
     #[test]
     #[should_panic(expected = "was not let in")]
     fn nobody_is_gone_who_was_not_let_in() {
-        Places::new(2).on_gone();
+        Places::new(2, 2).on_gone(A);
     }
 }

@@ -12,10 +12,9 @@ use super::mailbox::Command;
 #[cfg(test)]
 use super::owners::{Owned, Owner};
 use super::route::Route;
-use crate::io::{Close, Completion, ConnId, Driver, Wait};
+use crate::io::{Completion, Driver, Wait};
 use crate::limits;
 use crate::metrics::{CloseReason, WorkerState};
-use crate::proxy::RouteId;
 #[cfg(test)]
 use crate::proxy::Side;
 
@@ -150,13 +149,13 @@ impl<D: Driver> Engine<D> {
         let mut lighter = if accepted.is_empty() { None } else { self.lighter_worker() };
         for (conn, route) in accepted.drain(..) {
             if let Some(conn) = hand_over(&mut self.cx, &self.mail, (conn, route), &mut lighter) {
-                self.admit(conn, route);
+                self.routes[usize::from(route)].on_client(&mut self.cx, conn);
             }
         }
         self.acceptor.on_served(accepted);
         while let Some((route, client)) = self.mail.take_client() {
             if let Some(conn) = self.cx.driver.adopt(client) {
-                self.admit(conn, route);
+                self.routes[usize::from(route)].on_client(&mut self.cx, conn);
             }
         }
     }
@@ -168,16 +167,6 @@ impl<D: Driver> Engine<D> {
             return None;
         }
         Lighter::than(own, &self.mail)
-    }
-
-    fn admit(&mut self, client: ConnId, route: RouteId) {
-        self.cx.stats.sessions_opened.add(1);
-        if !self.cx.places.admit() {
-            self.cx.stats.count_close(CloseReason::Overload);
-            return self.cx.driver.close(client, Close::Reset);
-        }
-        self.cx.publish_sessions();
-        self.routes[usize::from(route)].on_client(&mut self.cx, client);
     }
 
     /// Looks into the mailbox.

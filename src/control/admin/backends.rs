@@ -102,7 +102,8 @@ pub(super) async fn write(view: Arc<View>, query: Query, mut to: Pieces) {
     to.begin().await;
     let snapshot = view.snapshot();
     let (endpoints, stores) = (&snapshot.endpoints, &snapshot.stores);
-    let applied: Vec<_> = view.stats().map(|stats| stats.applied_generation.get()).collect();
+    let applied: Vec<_> =
+        view.stats().map(|stats| stats.routes[0].applied_generation.get()).collect();
     // Writing to a string cannot fail.
     let _ = write!(
         to.text,

@@ -304,9 +304,9 @@ mod tests {
     #[test]
     fn start_up_is_over_when_every_worker_has_endpoints() {
         with_admin(running(), |address, view| {
-            view.workers()[1].stats.applied_generation.set(0);
+            view.workers()[1].stats.routes[0].applied_generation.set(0);
             assert_probe(address, "/startupz?wait=0", 503, "worker 1 has no endpoints yet\n");
-            view.workers()[1].stats.applied_generation.set(1);
+            view.workers()[1].stats.routes[0].applied_generation.set(1);
             assert_probe(address, "/startupz", 200, "ok\n");
         });
     }

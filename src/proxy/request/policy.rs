@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::config::{Config, PoolMode, Protocol, Route};
+use crate::config::{Balance, PoolMode, Protocol, RouteConfig};
 use crate::io::buffers::Buffers;
 use crate::limits;
 
@@ -41,8 +41,8 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// The policy for a configuration.
-    pub fn new(config: &Config) -> Self {
+    /// The policy of a route, in a process that announces for so long that it leaves.
+    pub fn new(config: &RouteConfig, drain_delay: Duration) -> Self {
         Self {
             protocol: config.protocol,
             limits: Limits {
@@ -54,9 +54,9 @@ impl Policy {
             },
             attempts_max: config.connect_attempts,
             releases_after_reply: config.pool.mode == PoolMode::Request,
-            routes_by_key: config.requests.route == Route::Key,
+            routes_by_key: config.balance == Balance::KeyHash,
             ends_after_error: config.protocol.facts().ends_after_error,
-            drain_delay: config.drain_delay,
+            drain_delay,
         }
     }
 }

@@ -53,7 +53,7 @@ impl Route {
                 return self.on_none_left(cx, key, otherwise);
             };
             if tried.attempts() > 0 {
-                cx.stats.connect_retries.add(1);
+                self.stats.connect_retries.add(1);
             }
             match self.try_endpoint(cx, key, endpoint) {
                 Ok(()) => return,
@@ -90,7 +90,7 @@ impl Route {
                 return self.pools.table.choose(tried, source, &mut cx.rng);
             }
             let (chosen, spilled) = self.pools.table.choose_near(tried, source, &mut cx.rng);
-            spilled.inspect(|&why| cx.stats.count_spillover(why));
+            spilled.inspect(|&why| self.stats.count_spillover(why));
             chosen
         };
         // A handshake that got lost, in a full accept queue for one, is worth another try, and so is
@@ -162,14 +162,14 @@ impl Route {
         self.sessions.of(key).on_trying(endpoint, warm.map(|(conn, _)| conn));
         if let Some((backend, made)) = warm {
             self.sessions.of(key).on_warm(made);
-            cx.stats.count_checkout(Checkout::Hit);
+            self.stats.count_checkout(Checkout::Hit);
             let Owner::Idle { greeting, .. } = cx.owners.take(backend) else {
                 unreachable!("a pool's connection is idle")
             };
             self.open(cx, key, backend, greeting);
             return Ok(());
         }
-        cx.stats.count_checkout(Checkout::Miss);
+        self.stats.count_checkout(Checkout::Miss);
         let backend = self.pools.connect(cx, &address)?;
         cx.owners.insert(backend, self.id, Owner::Session(key, Side::Backend));
         cx.timers.set(backend.index(), cx.now + self.config.connect_timeout);
@@ -188,7 +188,7 @@ impl Route {
         let (Some(since), Some(endpoint)) = (session.connecting_since(), session.endpoint()) else {
             unreachable!("a session that connects has an endpoint")
         };
-        cx.stats.connect_duration.record(cx.now.saturating_duration_since(since));
+        self.stats.connect_duration.record(cx.now.saturating_duration_since(since));
         self.pools.on_endpoint_connected(cx, endpoint);
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.pool.on_miss_served();
@@ -308,7 +308,7 @@ impl Route {
         let mut session = self.sessions.close(cx, key, reason);
         self.judge_closed(cx, &mut session);
         self.release(session.endpoint());
-        cx.on_gone(reason, session.age(cx.now));
+        self.on_gone(cx, reason, session.age(cx.now));
     }
 
     /// Ends the sessions on an endpoint that left the set long enough ago.

@@ -12,13 +12,14 @@ mod silence;
 mod upkeep;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::context::Context;
 use super::mailbox::Command;
-use crate::config::{Config, PoolMode};
-use crate::io::{ConnId, Driver};
+use crate::config::{Config, PoolMode, RouteConfig};
+use crate::io::{Close, ConnId, Driver};
 use crate::listening::Listening;
-use crate::metrics::CloseReason;
+use crate::metrics::{CloseReason, RouteStats};
 use crate::proxy::RouteId;
 use crate::proxy::endpoints::EndpointSnapshot;
 #[cfg(test)]
@@ -33,7 +34,8 @@ use silence::Silence;
 /// One route of one worker.
 pub(super) struct Route {
     id: RouteId,
-    config: Arc<Config>,
+    config: Arc<RouteConfig>,
+    stats: Arc<RouteStats>,
     sessions: Sessions,
     requests: Requests,
     pools: Pools,
@@ -44,24 +46,33 @@ impl Route {
     /// Without endpoints, with room for so many sessions, and for so many connections in pools.
     pub(super) fn new<D: Driver>(
         id: RouteId,
-        config: Arc<Config>,
+        process: &Config,
         cx: &Context<D>,
         pool_conns_max: usize,
         listening: Listening,
     ) -> Self {
+        let config = Arc::clone(&process.routes[usize::from(id)]);
         let places = cx.places.slots();
+        let stats = &cx.stats.routes[usize::from(id)];
         Self {
             id,
-            sessions: Sessions::new(id, &config, places),
-            requests: Requests::new(&config, places),
-            pools: Pools::new(&config, cx.worker, pool_conns_max, listening),
+            sessions: Sessions::new(id, &config, Arc::clone(stats), places),
+            requests: Requests::new(&config, process.drain_delay, places),
+            pools: Pools::new(&config, cx.worker, Arc::clone(stats), pool_conns_max, listening),
+            stats: Arc::clone(stats),
             silence: Silence::new(config.tcp_user_timeout),
             config,
         }
     }
 
-    /// A client came, which has a place.
+    /// A client came.
     pub(super) fn on_client<D: Driver>(&mut self, cx: &mut Context<D>, conn: ConnId) {
+        self.stats.sessions_opened.add(1);
+        if !cx.places.admit(self.id) {
+            self.stats.count_close(CloseReason::Overload);
+            return cx.driver.close(conn, Close::Reset);
+        }
+        cx.publish_sessions(self.id);
         if self.reuses_conns() {
             self.begin_client(cx, conn);
         } else {
@@ -74,7 +85,7 @@ impl Route {
         let slow_start = self.config.slow_start.is_some();
         self.pools.table.apply(snapshot, &self.config.pool, slow_start, cx.now);
         self.evict_removed(cx);
-        cx.stats.applied_generation.set(snapshot.generation);
+        self.stats.applied_generation.set(snapshot.generation);
         self.pools.short.clear();
         self.pools.short.extend(self.pools.table.indices());
         if !self.pools.table.is_empty() {
@@ -87,6 +98,13 @@ impl Route {
     pub(super) fn close_all<D: Driver>(&mut self, cx: &mut Context<D>, reason: CloseReason) {
         self.close_all_sessions(cx, reason);
         self.close_all_clients(cx, reason);
+    }
+
+    /// A session or a client is gone, which was open for so long.
+    fn on_gone<D: Driver>(&self, cx: &mut Context<D>, reason: CloseReason, age: Duration) {
+        self.stats.count_close(reason);
+        self.stats.session_duration.record(age);
+        cx.on_gone(self.id, age);
     }
 
     /// Whether there is something to do in this turn already.

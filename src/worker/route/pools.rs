@@ -3,13 +3,14 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::config::{Config, Discovery};
+use crate::config::{Discovery, RouteConfig};
 use crate::io::{Close, ConnId, Driver, Unheard, net};
 use crate::limits;
 use crate::listening::Listening;
-use crate::metrics::Discard;
+use crate::metrics::{Discard, RouteStats};
 use crate::proxy::WorkerId;
 use crate::proxy::balance::Table;
 use crate::proxy::endpoints::EndpointId;
@@ -20,6 +21,7 @@ use crate::worker::socket_options;
 
 /// The endpoints and their pools.
 pub(super) struct Pools {
+    stats: Arc<RouteStats>,
     pub table: Table,
     /// Pool connections at most, idle or being made, of all endpoints.
     pub conns_max: usize,
@@ -39,7 +41,7 @@ pub(super) struct Pools {
 }
 
 /// For how long an endpoint that left the set is taken to come back.
-fn linger_of(config: &Config) -> Duration {
+fn linger_of(config: &RouteConfig) -> Duration {
     match config.discovery {
         Discovery::Dns => {
             let answers =
@@ -58,13 +60,15 @@ pub(super) fn leads_back() -> io::Error {
 impl Pools {
     /// Without endpoints, and with room for so many connections.
     pub(super) fn new(
-        config: &Config,
+        config: &RouteConfig,
         worker: WorkerId,
+        stats: Arc<RouteStats>,
         conns_max: usize,
         listening: Listening,
     ) -> Self {
         Self {
             table: Table::new(config.balance, worker),
+            stats,
             conns_max: conns_max.min(limits::POOL_CONNS_MAX),
             short: Vec::with_capacity(limits::ENDPOINTS_MAX),
             freed: Vec::with_capacity(limits::ENDPOINTS_MAX),
@@ -136,7 +140,7 @@ impl Pools {
     ) -> bool {
         let oldest = self.table.evict(endpoint);
         if let Some(conn) = oldest {
-            discard(cx, conn, Discard::Surplus);
+            self.discard(cx, conn, Discard::Surplus);
             self.publish_pool(cx, endpoint);
         }
         oldest.is_some()
@@ -154,6 +158,15 @@ impl Pools {
         }
     }
 
+    /// Closes a connection that has left its pool.
+    pub(super) fn discard<D: Driver>(&self, cx: &mut Context<D>, conn: ConnId, why: Discard) {
+        if let Owner::Idle { mut greeting, .. } = cx.owners.take(conn) {
+            cx.driver.buffers().clear(&mut greeting);
+        }
+        self.stats.count_discard(why);
+        cx.driver.close(conn, Close::Graceful);
+    }
+
     pub(super) fn discard_idle<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
@@ -166,7 +179,7 @@ impl Pools {
         let is_silent = why == Discard::Dead
             && matches!(cx.owners.get(conn), Some(Owner::Idle { greeting, .. }) if greeting.is_empty());
         let failed = self.table.died(endpoint, conn, now, &mut cx.rng);
-        discard(cx, conn, why);
+        self.discard(cx, conn, why);
         if failed && is_silent {
             self.on_endpoint_failure(cx, endpoint, &ended_at_once());
         }
@@ -180,7 +193,7 @@ impl Pools {
         why: Discard,
     ) {
         while let Some(conn) = self.table.evict(endpoint) {
-            discard(cx, conn, why);
+            self.discard(cx, conn, why);
         }
     }
 
@@ -192,7 +205,7 @@ impl Pools {
         at: Instant,
     ) {
         while let Some(conn) = self.table.evict_made_before(endpoint, at) {
-            discard(cx, conn, Discard::Silent);
+            self.discard(cx, conn, Discard::Silent);
         }
     }
 
@@ -370,13 +383,4 @@ pub(super) fn is_local(error: &io::Error) -> bool {
             error.raw_os_error(),
             Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM | libc::EADDRNOTAVAIL)
         )
-}
-
-/// Closes a connection that has left its pool.
-pub(super) fn discard<D: Driver>(cx: &mut Context<D>, conn: ConnId, why: Discard) {
-    if let Owner::Idle { mut greeting, .. } = cx.owners.take(conn) {
-        cx.driver.buffers().clear(&mut greeting);
-    }
-    cx.stats.count_discard(why);
-    cx.driver.close(conn, Close::Graceful);
 }

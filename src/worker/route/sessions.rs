@@ -3,11 +3,12 @@
 //! What concerns others comes back as an [`Outcome`].
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Instant;
 
-use crate::config::{Config, ProxyProtocol};
+use crate::config::{ProxyProtocol, RouteConfig};
 use crate::io::{Buf, Chain, Close, ConnId, Driver};
-use crate::metrics::{CloseReason, Direction};
+use crate::metrics::{CloseReason, Direction, RouteStats};
 use crate::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
 use crate::proxy::session::{Action, Ending, Session, Timeouts};
 use crate::proxy::{RouteId, Side};
@@ -39,15 +40,21 @@ pub(super) struct Sessions {
     slab: Slab<Session>,
     timeouts: Timeouts,
     proxy_protocol: ProxyProtocol,
+    stats: Arc<RouteStats>,
 }
 
 impl Sessions {
     /// None, and room for as many as there are places.
-    pub(super) fn new(route: RouteId, config: &Config, places: usize) -> Self {
+    pub(super) fn new(
+        route: RouteId,
+        config: &RouteConfig,
+        stats: Arc<RouteStats>,
+        places: usize,
+    ) -> Self {
         let timeouts =
             Timeouts { idle: config.idle_timeout, half_close: config.half_close_timeout };
         let proxy_protocol = config.proxy_protocol;
-        Self { route, slab: Slab::with_capacity(places), timeouts, proxy_protocol }
+        Self { route, slab: Slab::with_capacity(places), timeouts, proxy_protocol, stats }
     }
 
     pub(super) fn get(&self, key: Key<Session>) -> Option<&Session> {
@@ -141,7 +148,7 @@ impl Sessions {
         }
         while let Some(buf) = cx.driver.buffers().pop(&mut greeting) {
             session.on_greeted();
-            cx.stats.bytes.of(Direction::ToClient).add(u64::from(buf.len()));
+            self.stats.bytes.of(Direction::ToClient).add(u64::from(buf.len()));
             pass_on(cx, session, Side::Backend, buf);
         }
         self.arm_deadline(cx, key);
@@ -157,7 +164,7 @@ impl Sessions {
         buf: Buf,
     ) -> Outcome {
         let session = &mut self.slab[key];
-        let outcome = count(cx, session, from, buf.len());
+        let outcome = count(cx, &self.stats, session, from, buf.len());
         if session.is_open() {
             pass_on(cx, session, from, buf);
             return outcome;
@@ -186,7 +193,7 @@ impl Sessions {
         bytes: u32,
     ) -> Outcome {
         let session = &mut self.slab[key];
-        let outcome = count(cx, session, from, bytes);
+        let outcome = count(cx, &self.stats, session, from, bytes);
         let action = session.on_received(from, bytes, u32::MAX, cx.now);
         let acted = act(cx, session, action);
         debug_assert_eq!(acted, Outcome::Done, "bytes end no session");
@@ -286,21 +293,28 @@ impl Sessions {
             assert!(!session.is_open() || !session.has_early(), "what came early is not sent");
         }
         let is_of_session = |owner: &Owner| matches!(owner, Owner::Session(..));
-        let owned = cx.owners.iter().filter(|owned| is_of_session(&owned.owner)).count();
+        let owned =
+            cx.owners.of_route(self.route).filter(|owned| is_of_session(&owned.owner)).count();
         assert_eq!(owned, conns, "connections that belong to sessions");
     }
 }
 
 /// Counts bytes that came from one side. Says whether they are the first from the backend.
-fn count<D: Driver>(cx: &mut Context<D>, session: &mut Session, from: Side, bytes: u32) -> Outcome {
+fn count<D: Driver>(
+    cx: &mut Context<D>,
+    stats: &RouteStats,
+    session: &mut Session,
+    from: Side,
+    bytes: u32,
+) -> Outcome {
     cx.load.batcher.on_active(session.window());
     if from == Side::Client {
-        cx.stats.bytes.of(Direction::ToBackend).add(u64::from(bytes));
+        stats.bytes.of(Direction::ToBackend).add(u64::from(bytes));
         return Outcome::Done;
     }
-    cx.stats.bytes.of(Direction::ToClient).add(u64::from(bytes));
+    stats.bytes.of(Direction::ToClient).add(u64::from(bytes));
     if let Some(waited) = session.take_first_byte(cx.now) {
-        cx.stats.first_byte.record(waited);
+        stats.first_byte.record(waited);
     }
     if session.take_heard() { Outcome::Answered } else { Outcome::Done }
 }
@@ -386,6 +400,8 @@ fn proxy_header<D: Driver>(
 mod tests {
     use std::time::Duration;
 
+    use std::sync::Arc;
+
     use crate::config::{Config, PoolMode, Protocol};
     use crate::io::sim::Speech;
     use crate::metrics::CloseReason;
@@ -397,10 +413,11 @@ mod tests {
         const SLOTS: usize = 5;
         for mode in [PoolMode::Preconnect, PoolMode::Request] {
             let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
+            let route = Arc::make_mut(&mut config.routes[0]);
             if mode == PoolMode::Request {
-                config.protocol = Protocol::Chronos;
+                route.protocol = Protocol::Chronos;
             }
-            config.pool.mode = mode;
+            route.pool.mode = mode;
             let mut run = Run::with(fastrand::Rng::with_seed(1), config, 1, 100);
             if mode == PoolMode::Request {
                 run.engine.driver().speech = Speech::Lines;

@@ -5,7 +5,7 @@ use std::io;
 use std::time::Instant;
 
 use super::Route;
-use super::pools::{discard, is_local, why_not_acquired};
+use super::pools::{is_local, why_not_acquired};
 use crate::io::{Buf, Chain, Close, ConnId, Driver};
 use crate::limits;
 use crate::metrics::{CloseReason, Discard, Retry};
@@ -108,7 +108,7 @@ impl Route {
         since: Instant,
     ) {
         cx.timers.clear(conn.index());
-        cx.stats.connect_duration.record(cx.now.saturating_duration_since(since));
+        self.stats.connect_duration.record(cx.now.saturating_duration_since(since));
         self.pools.on_endpoint_connected(cx, endpoint);
         let (now, keeps, health) = (cx.now, self.keeps_pools(cx), self.pools.health);
         let kept = self.pools.table.connected(endpoint, conn, now, &mut cx.rng);
@@ -129,7 +129,7 @@ impl Route {
             }
         } else {
             self.pools.table.remove(endpoint, conn);
-            discard(cx, conn, if useful { Discard::Surplus } else { Discard::Endpoint });
+            self.pools.discard(cx, conn, if useful { Discard::Surplus } else { Discard::Endpoint });
         }
         self.pools.mark_short(endpoint);
     }
@@ -348,7 +348,7 @@ impl Route {
         self.evict_removed(cx);
         for endpoint in self.pools.table.indices() {
             while let Some((conn, why)) = self.pools.table.expire(endpoint, now) {
-                discard(cx, conn, why);
+                self.pools.discard(cx, conn, why);
             }
             let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
             if let Some(slow_start) = self.config.slow_start {
@@ -381,7 +381,7 @@ impl Route {
         let table = &self.pools.table;
         table.assert_invariants();
         let mut found: HashMap<EndpointId, [usize; 2]> = HashMap::new();
-        for owned in &cx.owners {
+        for owned in cx.owners.of_route(self.id) {
             match owned.owner {
                 Owner::Idle { endpoint, .. } => found.entry(endpoint).or_default()[0] += 1,
                 Owner::Connecting { endpoint, .. } => found.entry(endpoint).or_default()[1] += 1,

@@ -66,7 +66,7 @@ pub(super) fn stores<'a>(
         names.insert(set_of(pod).ok_or_else(|| {
             format!(
                 "pod {pod:?} is not of a StatefulSet, so nobody can say whose keys it holds: \
-                 AEGIS_ROUTE=key needs a StatefulSet, AEGIS_ROUTE=balance does not"
+                 AEGIS_BALANCE=key_hash needs a StatefulSet, other ways of balancing do not"
             )
         })?);
     }

@@ -25,7 +25,7 @@ impl Route {
         match self.conn_of(key).filter(|_| passed > 0) {
             Some(conn) => {
                 cx.driver.buffers().set_len(&mut buf, passed);
-                cx.stats.bytes.of(Direction::ToClient).add(passed as u64);
+                self.stats.bytes.of(Direction::ToClient).add(passed as u64);
                 cx.driver.send(conn, buf);
             }
             None => cx.driver.buffers().give(buf),

@@ -130,7 +130,7 @@ impl Route {
         how: Close,
     ) {
         cx.owners.take(conn);
-        cx.stats.count_discard(why);
+        self.stats.count_discard(why);
         cx.driver.close(conn, how);
         self.on_place_in_pool_free(endpoint);
     }

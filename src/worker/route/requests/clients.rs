@@ -31,7 +31,7 @@ impl Route {
         key: Key<Client>,
         buf: Buf,
     ) {
-        cx.stats.bytes.of(Direction::ToBackend).add(u64::from(buf.len()));
+        self.stats.bytes.of(Direction::ToBackend).add(u64::from(buf.len()));
         if let Some(client) = self.requests.clients.get_mut(key) {
             cx.load.batcher.on_active(client.window());
         }
@@ -159,7 +159,7 @@ impl Route {
                 flush::reset_behind(cx, conn);
             }
         }
-        cx.on_gone(reason, client.age(cx.now));
+        self.on_gone(cx, reason, client.age(cx.now));
         tracing::trace!(reason = ?reason, "client closed");
     }
 

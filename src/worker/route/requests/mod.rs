@@ -16,8 +16,9 @@ mod simulation;
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
+use std::time::Duration;
 
-use crate::config::{Config, PoolMode};
+use crate::config::{PoolMode, RouteConfig};
 use crate::fifo;
 use crate::io::Driver;
 use crate::proxy::Side;
@@ -43,12 +44,12 @@ pub(in crate::worker) struct Requests {
 
 impl Requests {
     /// None, of as many clients as there are places.
-    pub(super) fn new(config: &Config, places: usize) -> Self {
+    pub(super) fn new(config: &RouteConfig, drain_delay: Duration, places: usize) -> Self {
         let reuses_conns = config.pool.mode != PoolMode::Preconnect;
         let clients_max = if reuses_conns { places } else { 0 };
         Self {
             clients: Slab::with_capacity(clients_max),
-            policy: Policy::new(config),
+            policy: Policy::new(config, drain_delay),
             queue: Queue::new(config.requests.queue_max, clients_max),
             due: VecDeque::with_capacity(clients_max),
             releasing: Vec::with_capacity(clients_max),
@@ -77,7 +78,7 @@ impl Route {
             self.serve_freed(cx);
         }
         self.trim_pools(cx);
-        cx.stats.queue_depth.set(self.requests.queue.len() as u64);
+        self.stats.queue_depth.set(self.requests.queue.len() as u64);
     }
 
     fn serve<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Client>) {
@@ -140,7 +141,7 @@ impl Route {
                 self.tell(cx, key, |client, moment| client.on_proved(why_not, moment));
             }
             Action::LeaveQueue => self.requests.queue.leave(key),
-            Action::Waited(time) => cx.stats.queue_wait.record(time),
+            Action::Waited(time) => self.stats.queue_wait.record(time),
             Action::Send(conn) => self.send_request(cx, key, conn),
             Action::Answered(endpoint, made) => {
                 self.pools.on_endpoint_answered(cx, endpoint, made);
@@ -154,8 +155,8 @@ impl Route {
                 self.release_backend(cx, &conn, paused, asked);
             }
             Action::Discard(conn, why, how) => self.discard_backend(cx, &conn, why, how),
-            Action::Count(verb, outcome, took) => cx.stats.count_request(verb, outcome, took),
-            Action::CountRetry(why) => cx.stats.count_retry(why),
+            Action::Count(verb, outcome, took) => self.stats.count_request(verb, outcome, took),
+            Action::CountRetry(why) => self.stats.count_retry(why),
             Action::Reply(error, about) => self.reply(cx, key, error, about),
             Action::Fail(error) => {
                 let error = self.why_it_waited(key, error);

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::config::{self, Balance, Locality};
+use crate::config::{Balance, Locality};
 use crate::io::{ConnId, Driver};
 use crate::metrics::{Checkout, CloseReason, Outcome, Spillover};
 use crate::proxy::Side;
@@ -57,7 +57,7 @@ impl Route {
         let Some(client) = self.requests.clients.get(key) else {
             unreachable!("it is being served")
         };
-        if self.config.requests.route == config::Route::Key {
+        if self.config.balance == Balance::KeyHash {
             let table = &self.pools.table;
             let store = match client.target() {
                 Target::Any => return Destination::Any,
@@ -81,8 +81,7 @@ impl Route {
 
     /// Whether a client's requests go to one endpoint as long as that can be reached.
     pub(in crate::worker) fn is_bound_to_source(&self) -> bool {
-        self.config.requests.route != config::Route::Key
-            && self.config.balance == Balance::SourceHash
+        self.config.balance == Balance::SourceHash
     }
 
     /// There is no endpoint at all: the request waits for one.
@@ -126,7 +125,7 @@ impl Route {
             self.prove_latest(cx, endpoint);
             let idle = self.pools.table.get_mut(endpoint).map_or(0, |entry| entry.pool.idle());
             if idle > 0 {
-                cx.stats.count_checkout(Checkout::Hit);
+                self.stats.count_checkout(Checkout::Hit);
                 return self.acquire(cx, key, endpoint);
             }
         }
@@ -157,10 +156,10 @@ impl Route {
         };
         match chosen {
             Some((endpoint, Having::Idle)) if nobody_waits => {
-                cx.stats.count_checkout(Checkout::Hit);
+                self.stats.count_checkout(Checkout::Hit);
                 let far = self.pools.table.get_mut(endpoint).is_some_and(|e| !e.endpoint.is_near());
                 if near && far {
-                    cx.stats.count_spillover(Spillover::Few);
+                    self.stats.count_spillover(Spillover::Few);
                 }
                 self.acquire(cx, key, endpoint);
             }
@@ -265,7 +264,7 @@ impl Route {
                     break;
                 }
                 let Some(key) = self.requests.queue.serve_either(own, Line::Any) else { break };
-                cx.stats.count_checkout(Checkout::Miss);
+                self.stats.count_checkout(Checkout::Miss);
                 self.acquire(cx, key, endpoint);
             }
         }
@@ -311,7 +310,7 @@ impl Route {
         let parts = client.into_opaque_parts(cx.driver.buffers());
         let OpaqueParts { client, mut input, backend, .. } = parts;
         if let Some(verb) = parts.uncounted {
-            cx.stats.count_request(verb, Outcome::Opaque, Duration::ZERO);
+            self.stats.count_request(verb, Outcome::Opaque, Duration::ZERO);
         }
         self.pools.table.turned_opaque(backend.endpoint);
         cx.timers.clear(client.index());
