@@ -154,10 +154,11 @@ impl Plane {
 /// Starts discovery for the route at this place. What it logs names the route, where there are several.
 fn discover(config: &Config, at: usize, publisher: Publisher, status: Arc<Status>) {
     let route = Arc::clone(&config.routes[at]);
-    let span = match config.routes.len() {
-        1 => Span::none(),
+    let span = if config.routes.len() == 1 {
+        Span::none()
+    } else {
         // Of the highest level, so that it is there whatever the lines' levels are.
-        _ => error_span!("discovery", route = route.name.as_str()),
+        error_span!("discovery", route = route.name.as_str())
     };
     tokio::spawn(discovery::log_changes(publisher.subscribe()).instrument(span.clone()));
     if route.discovery == Discovery::Kubernetes {
