@@ -27,7 +27,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
-use tracing::warn;
+use tracing::{Instrument, warn};
 
 use super::status::{ErrorKind, Status};
 use super::{Publisher, Wanted};
@@ -68,7 +68,8 @@ impl<R: Resolve> Backends<R> {
             let known = Host::new(&host);
             if known.is_name() {
                 let (resolver, answers) = (self.resolver.clone(), answers.clone());
-                lookups.spawn(follow(index, host, self.refresh, resolver, answers));
+                let lookup = follow(index, host, self.refresh, resolver, answers);
+                lookups.spawn(lookup.in_current_span());
             }
             hosts.push(known);
         }
