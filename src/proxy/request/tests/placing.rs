@@ -144,7 +144,7 @@ fn a_request_to_all_stores_is_done_behind_the_last() {
         scene.bench.acquire();
         scene.bench.backend_sent(8);
         scene.bench.reply("OK_COMPACTED\n");
-        scene.bench.tell(|client, _| client.release());
+        scene.bench.client.release();
     }
     assert_eq!(scene.place(), Placement::Done);
 }
