@@ -248,8 +248,16 @@ pub const LOG_FLUSH_MAX: Duration = Duration::from_secs(1);
 
 // ---- What can be configured ---------------------------------------------------------------------
 
-/// Addresses in `AEGIS_LISTEN`: each is a listening socket in every worker.
-pub const LISTEN_ADDRESSES_MAX: usize = 16;
+/// Routes of the process: more than the databases of one application. Each has pools of its own in every
+/// worker.
+pub const ROUTES_MAX: usize = 16;
+
+/// Bytes of a route's name, which stands in the names of variables, in labels and in the log.
+pub const ROUTE_NAME_BYTES_MAX: usize = 24;
+
+/// Addresses in `AEGIS_LISTEN` of all routes together: one of each family for each. Each is a listening
+/// socket in every worker.
+pub const LISTEN_ADDRESSES_MAX: usize = 2 * ROUTES_MAX;
 
 /// Worker threads: more cores than this are no sidecar's.
 pub const WORKERS_MAX: usize = 256;

@@ -8,7 +8,6 @@ use aegis::cli::{self, Command, EXIT_CONFIG, EXIT_USAGE};
 use aegis::config::Config;
 use aegis::control::{DriverInfo, Outcome, Plane, Runtime, admin, logging};
 use aegis::startup::{self, Capacity, Decisions, Plan, StartError, listeners};
-use aegis::worker;
 
 fn main() -> ExitCode {
     let command = match cli::parse(std::env::args_os()) {
@@ -48,8 +47,7 @@ fn run(config: Arc<Config>) -> Result<ExitCode, StartError> {
     log_start(&plan, capacity, &driver);
 
     // Everything is bound before anything is announced or served.
-    let options = worker::socket_options(&config);
-    let listeners = listeners::listen(&config.listen, prepared.len(), &options)?;
+    let listeners = listeners::listen_by_route(&config, prepared.len())?;
     let admin = admin::bind(config.admin)?;
     let workers = startup::start_workers(prepared, listeners, &config, capacity, started)?;
     for address in &workers.addresses {

@@ -128,9 +128,9 @@ fn forwarding_allocates_nothing(driver: DriverKind) {
 fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&str, &str)]) {
     let settings = settings.iter().map(|&(name, value)| (name.to_owned(), value.to_owned()));
     let config = Arc::new(Config::from_vars(settings).unwrap());
-    let mode = config.pool.mode;
+    let mode = config.routes[0].pool.mode;
     let any = "127.0.0.1:0".parse().unwrap();
-    let options = worker::socket_options(&config);
+    let options = worker::socket_options(&config.routes[0]);
     let mut listeners = listeners::listen(&[any], 1, &options).unwrap();
     let mailbox = Arc::new(Mailbox::new(1).unwrap());
     let stats: Arc<WorkerStats> = Arc::new(WorkerStats::new(1));
@@ -138,6 +138,7 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
     let setup = WorkerSetup {
         index: 0,
         listeners: listeners.sets.remove(0),
+        listener_routes: vec![RouteId::default()].into(),
         config,
         sessions_max: 1000,
         pool_conns_max: 64,

@@ -23,19 +23,24 @@ pub fn check(config: &Config) -> Result<ExitCode, StartError> {
     Ok(print(&lines(&all)))
 }
 
-fn describe(config: &Config, decisions: &Decisions) -> [String; 5] {
+fn describe(config: &Config, decisions: &Decisions) -> Vec<String> {
     let Decisions { plan, driver, capacity } = decisions;
-    let (min_idle, max_idle) = (config.pool.min_idle, config.pool.most());
-    [
+    let mut lines = vec![
         format!("workers: {} ({})", plan.cores.len(), plan.reason),
         format!("sessions at a time: {}", capacity.sessions_max),
         format!("pool connections of a worker: {} at most", capacity.pool_conns_max),
-        format!(
-            "warm connections to an endpoint: {min_idle} at least, of all workers; {max_idle} at \
+    ];
+    for route in &config.routes {
+        let (min_idle, max_idle) = (route.pool.min_idle, route.pool.most());
+        let of =
+            if config.routes.len() > 1 { format!("route {}: ", route.name) } else { String::new() };
+        lines.push(format!(
+            "{of}warm connections to an endpoint: {min_idle} at least, of all workers; {max_idle} at \
              most, of each"
-        ),
-        format!("driver: {} ({})", driver.driver.name(), driver.reason),
-    ]
+        ));
+    }
+    lines.push(format!("driver: {} ({})", driver.driver.name(), driver.reason));
+    lines
 }
 
 fn lines(lines: &[String]) -> String {

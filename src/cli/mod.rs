@@ -91,6 +91,13 @@ mod tests {
                 assert!(help.lines().any(|l| l == line), "{line}\n{help}");
             }
         }
+        let (of_routes, of_process) =
+            (help.find("Of each route").unwrap(), help.find("Of the process").unwrap());
+        let at = |name| help.find(&format!("\n  {name}=")).unwrap();
+        assert!(
+            at("AEGIS_ROUTES") < of_routes && (of_routes..of_process).contains(&at("AEGIS_LISTEN"))
+        );
+        assert!(at("AEGIS_WORKERS") > of_process);
         for line in help.lines() {
             assert!(line.chars().count() <= 100, "{line}");
         }

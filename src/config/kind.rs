@@ -265,30 +265,17 @@ impl Kind for Span {
 // ---- Words -------------------------------------------------------------------------------------
 
 /// One of the words that stand for the variants of an enum.
-pub(super) struct Words<T> {
-    /// A remark on the last word.
-    remark: &'static str,
-    value: PhantomData<fn() -> T>,
-}
+pub(super) struct Words<T>(PhantomData<fn() -> T>);
 
 pub(super) const fn words<T>() -> Words<T> {
-    Words { remark: "", value: PhantomData }
-}
-
-/// The same, with a remark on the last word.
-pub(super) const fn words_with<T>(remark: &'static str) -> Words<T> {
-    Words { remark, value: PhantomData }
+    Words(PhantomData)
 }
 
 impl<T: Word> Describe for Words<T> {
     fn accepts(&self) -> String {
         let words: Vec<_> = T::ALL.iter().map(|value| value.word()).collect();
         let (last, others) = words.split_last().expect("an enum has variants");
-        let others = others.join(", ");
-        match self.remark {
-            "" => format!("{others} or {last}"),
-            remark => format!("{others}, or {last} ({remark})"),
-        }
+        format!("{} or {last}", others.join(", "))
     }
 
     #[cfg(test)]

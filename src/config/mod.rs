@@ -4,6 +4,7 @@
 mod error;
 mod kind;
 mod read;
+mod routes;
 mod service_links;
 mod value;
 mod variable;
@@ -16,8 +17,9 @@ mod tests;
 use std::net::IpAddr;
 
 pub use error::{ConfigErrors, Problem};
+pub use routes::RouteName;
 pub use variable::{PREFIX, VARIABLES, Variable};
-pub use variables::{Config, KubeConfig, PoolConfig, RequestConfig, Resources};
+pub use variables::{Config, KubeConfig, PoolConfig, RequestConfig, Resources, RouteConfig};
 
 use crate::limits;
 pub use crate::protocol::ProtocolName as Protocol;
@@ -25,13 +27,15 @@ use variable::Section;
 
 impl Config {
     /// What is in force: every variable in the order of [`VARIABLES`], with a text that would set
-    /// it to the value that it has.
-    pub fn effective(&self) -> Vec<(&'static str, String)> {
+    /// it to the value that it has. Where routes differ it is there once for each, as its own.
+    pub fn effective(&self) -> Vec<(String, String)> {
         let mut texts = Vec::new();
         self.print(&mut texts);
         texts
     }
+}
 
+impl RouteConfig {
     /// How many addresses the backends may come to stand for, for what is reserved for them.
     pub fn addresses(&self) -> usize {
         let names = self.names();
@@ -104,15 +108,6 @@ pub enum PoolMode {
     Request,
 }
 
-/// Where a request goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Route {
-    /// To any endpoint, by [`Balance`].
-    Balance,
-    /// To the one that holds its key (rendezvous hashing).
-    Key,
-}
-
 impl PoolConfig {
     /// Idle connections at most.
     pub fn most(&self) -> usize {
@@ -146,7 +141,7 @@ pub enum IoChoice {
     Epoll,
 }
 
-/// How the endpoint of a new session is chosen.
+/// How the endpoint of a new session, or of a request, is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Balance {
     /// The endpoint with the fewest sessions of this worker; ties take turns.
@@ -157,6 +152,9 @@ pub enum Balance {
     RandomTwo,
     /// By the client's address, stable while the endpoints are (rendezvous hashing).
     SourceHash,
+    /// The one that holds the request's key (rendezvous hashing); where there is none as by
+    /// [`Self::LeastConn`].
+    KeyHash,
 }
 
 /// The PROXY protocol header sent to backends.

@@ -1,22 +1,27 @@
 //! From the environment to [`RawConfig`] and on to [`Config`], with all problems at once.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 
 use super::kind::Kind;
+use super::routes::{AEGIS_ROUTES, Names};
 use super::service_links;
-use super::value::{Word, list_text, takes_in};
-use super::variable::{PREFIX, RawConfig, Section, VARIABLES, Variable};
+use super::value::{Word, list_text, overlap, takes_in};
+use super::variable::{PREFIX, RawConfig, Section, Variable};
 use super::variables::{
-    AEGIS_ADMIN, AEGIS_BACKENDS, AEGIS_DISCOVERY, AEGIS_KUBE_NAMESPACE, AEGIS_KUBE_SELECTOR,
-    AEGIS_KUBE_SERVICE, AEGIS_LISTEN, AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MIN_IDLE, AEGIS_POOL_MODE,
-    AEGIS_PROTOCOL, AEGIS_PROXY_PROTOCOL, AEGIS_ROUTE,
+    AEGIS_ADMIN, AEGIS_BACKENDS, AEGIS_BALANCE, AEGIS_DISCOVERY, AEGIS_KUBE_NAMESPACE,
+    AEGIS_KUBE_SELECTOR, AEGIS_KUBE_SERVICE, AEGIS_KUBE_SNAPSHOT, AEGIS_LISTEN,
+    AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MIN_IDLE, AEGIS_POOL_MODE, AEGIS_PROTOCOL,
+    AEGIS_PROXY_PROTOCOL,
 };
 use super::{
-    Config, ConfigErrors, Discovery, HostPort, PoolMode, Problem, Protocol, ProxyProtocol, Route,
-    ServiceName,
+    Balance, Config, ConfigErrors, Discovery, HostPort, PoolMode, Problem, Protocol, ProxyProtocol,
+    RouteConfig, RouteName, ServiceName,
 };
+use crate::limits::LISTEN_ADDRESSES_MAX;
 use crate::listening::Listening;
 
 impl Config {
@@ -42,27 +47,25 @@ impl Config {
     pub(super) fn from_os_vars(
         vars: impl Iterator<Item = (OsString, OsString)>,
     ) -> Result<Self, ConfigErrors> {
-        let (mut known, mut not_unicode, mut unknown) = (Vec::new(), Vec::new(), Vec::new());
-        let ours: Vec<_> = vars
+        let mut ours: Vec<_> = vars
             .map(|(name, value)| (name.to_string_lossy().into_owned(), value))
             .filter(|(name, _)| name.starts_with(PREFIX))
             .collect();
         let texts = ours.iter().map(|(name, value)| (name.clone(), value.to_string_lossy().into()));
-        let of_services = service_links::names(&texts.collect());
+        let texts: BTreeMap<_, String> = texts.collect();
+        let of_services = service_links::names(&texts);
+        ours.retain(|(name, _)| !of_services.contains(name));
+        let names = Names::of(texts.get(AEGIS_ROUTES.name).map(String::as_str));
+
+        let (mut known, mut not_unicode, mut unknown) = (Vec::new(), Vec::new(), Vec::new());
         for (name, value) in ours {
-            if of_services.contains(&name) {
-                continue;
-            }
-            match VARIABLES.iter().find(|variable| variable.name == name) {
-                Some(variable) => match value.into_string() {
-                    Ok(value) => known.push((name, value)),
-                    Err(value) => not_unicode.push(Problem::value(
-                        variable,
-                        &value.to_string_lossy(),
-                        "not Unicode text".to_owned(),
-                    )),
-                },
-                None => unknown.push(Problem::unknown(name)),
+            match (names.variable(&name), value.into_string()) {
+                (Some(_), Ok(value)) => known.push((name, value)),
+                (Some(variable), Err(value)) => {
+                    let (value, why) = (value.to_string_lossy(), "not Unicode text".to_owned());
+                    not_unicode.push(Problem::value(name, variable, &value, why));
+                }
+                (None, _) => unknown.extend(Problem::no_variable(name, &names)),
             }
         }
         unknown.sort_by_key(Problem::to_string);
@@ -70,16 +73,10 @@ impl Config {
             .from_iter(known)
             .map_err(|error| ConfigErrors(vec![Problem::Environment(error.to_string())]))?;
 
-        let mut reader = Reader { raw, problems: not_unicode };
+        let mut reader = Reader { raw, names, route: None, problems: not_unicode };
         let mut config = Self::read(&mut reader);
-        reader.settle_discovery(&mut config);
-        reader.settle_min_idle(&mut config);
-        // What stands in for a refused value is not to be blamed for anything.
-        if reader.problems.is_empty() {
-            reader.check_addresses(&config);
-            reader.check_discovery(&config);
-            reader.check_pooling(&config);
-        }
+        reader.settle(&mut config);
+        reader.check(&config);
         reader.problems.sort_by_key(Problem::position);
         reader.problems.extend(unknown);
         if reader.problems.is_empty() { Ok(config) } else { Err(ConfigErrors(reader.problems)) }
@@ -89,73 +86,172 @@ impl Config {
 /// Parses values and collects what is wrong with them.
 pub(super) struct Reader {
     raw: RawConfig,
+    names: Names,
+    /// The route whose variables are read or checked now.
+    route: Option<RouteName>,
     problems: Vec<Problem>,
 }
 
 impl Reader {
-    /// The variable's value. After a problem, which is noted, it is the default, so that reading
-    /// goes on and finds the others.
+    /// The variable's value: of a route its own, or else that of all. After a problem, which is noted,
+    /// it is the default, so that reading goes on and finds the others.
     pub(super) fn read<K: Kind>(&mut self, variable: &Variable, kind: &K) -> K::Value {
-        if let Some(text) = self.raw.text(variable) {
+        let mut value = None;
+        for name in self.names_of(variable) {
+            let Some(text) = self.raw.text(&name) else { continue };
             match kind.parse_found(text) {
-                Ok(value) => return value,
-                Err(why) => self.problems.push(Problem::value(variable, text, why)),
+                Ok(parsed) => value = Some(parsed),
+                Err(why) => {
+                    let problem = Problem::value(name, variable, text, why);
+                    self.note(problem);
+                }
             }
         }
-        match kind.parse(variable.default) {
+        value.unwrap_or_else(|| match kind.parse(variable.default) {
             Ok(value) => value,
             Err(why) => unreachable!("the default of {}: {why}", variable.name),
+        })
+    }
+
+    /// Every route, with what is its own.
+    pub(super) fn read_routes(&mut self) -> Vec<Arc<RouteConfig>> {
+        let names = self.names.all.clone();
+        let routes = names.into_iter().map(|name| {
+            self.route = Some(name);
+            Arc::new(RouteConfig::read(self))
+        });
+        let routes = routes.collect();
+        self.route = None;
+        routes
+    }
+
+    /// The name of the route that is being read.
+    pub(super) fn route(&self) -> &RouteName {
+        self.route.as_ref().unwrap_or_else(|| unreachable!("its variables are being read"))
+    }
+
+    /// The names that a variable may have now, the weaker one first.
+    fn names_of(&self, variable: &Variable) -> impl Iterator<Item = String> + use<> {
+        let own = self.route.as_ref().map(|route| route.own(variable.name));
+        std::iter::once(variable.name.to_owned()).chain(own)
+    }
+
+    /// The text that is in force, if any is, and the name it was found by.
+    fn text(&self, variable: &Variable) -> Option<(String, &str)> {
+        let found = self.names_of(variable).filter_map(|name| {
+            let text = self.raw.text(&name)?;
+            Some((name, text))
+        });
+        found.last()
+    }
+
+    /// By which name people know the variable: by that it was set by, or its plain one.
+    fn name(&self, variable: &Variable) -> String {
+        self.text(variable).map_or_else(|| variable.name.to_owned(), |(name, _)| name)
+    }
+
+    /// The name to set the variable by, of the route that is looked at.
+    fn name_to_set(&self, variable: &Variable) -> String {
+        let route = self.route.as_ref().filter(|_| self.names.are_given);
+        route.map_or_else(|| variable.name.to_owned(), |route| route.own(variable.name))
+    }
+
+    /// Takes note of a problem. What all routes share is wrong once.
+    fn note(&mut self, problem: Problem) {
+        if !self.problems.contains(&problem) {
+            self.problems.push(problem);
         }
     }
 
+    /// Whether the variable's text is refused, of whichever route.
+    fn is_refused(&self, variable: &Variable) -> bool {
+        let is_value = |problem: &&Problem| matches!(problem, Problem::Value { .. });
+        self.problems.iter().filter(is_value).any(|problem| problem.is_about(variable))
+    }
+
+    /// Decides what is left open and follows from other variables.
+    fn settle(&mut self, config: &mut Config) {
+        let workers = config.workers;
+        for route in &mut config.routes {
+            let route = Arc::make_mut(route);
+            self.route = Some(route.name.clone());
+            self.settle_discovery(route);
+            self.settle_min_idle(route, workers);
+        }
+        self.route = None;
+    }
+
+    /// Finds what does not go together.
+    fn check(&mut self, config: &Config) {
+        for route in &config.routes {
+            self.route = Some(route.name.clone());
+            self.check_addresses(config, route);
+            self.check_discovery(route);
+            self.check_pooling(route);
+        }
+        self.route = None;
+        self.check_listeners(config);
+        let file = |route: &RouteConfig| match route.discovery {
+            Discovery::Kubernetes => route.kube.snapshot.clone(),
+            Discovery::Static | Discovery::Dns => None,
+        };
+        let text = |route: &RouteConfig| file(route).unwrap_or_default().display().to_string();
+        self.check_pairs(
+            config,
+            (AEGIS_KUBE_SNAPSHOT, "write to the same file"),
+            text,
+            |one, other| file(one).is_some() && file(one) == file(other),
+        );
+    }
+
     /// Where endpoints come from, if that is left open, follows from what else is set.
-    fn settle_discovery(&mut self, config: &mut Config) {
-        let text = self.raw.text(AEGIS_DISCOVERY);
-        if text.is_some_and(|text| Discovery::of_word(text.trim()).is_some()) {
+    fn settle_discovery(&mut self, route: &mut RouteConfig) {
+        let text = self.text(AEGIS_DISCOVERY);
+        if text.is_some_and(|(_, text)| Discovery::of_word(text.trim()).is_some()) {
             return;
         }
-        let named = match (&config.kube.service, &config.kube.selector) {
+        let named = match (&route.kube.service, &route.kube.selector) {
             (Some(service), _) => Some((AEGIS_KUBE_SERVICE, service.to_string())),
             (None, Some(selector)) => Some((AEGIS_KUBE_SELECTOR, selector.clone())),
             (None, None) => None,
         };
-        config.discovery = match named {
+        route.discovery = match named {
             Some(named) => {
-                if let Some(backends) = self.raw.text(AEGIS_BACKENDS).map(str::to_owned) {
-                    let why = "both name endpoints, and AEGIS_DISCOVERY does not say which";
-                    self.conflict((AEGIS_BACKENDS, backends), named, why);
+                let backends = self.text(AEGIS_BACKENDS).map(|(_, text)| text.to_owned());
+                if let Some(backends) = backends {
+                    let discovery = self.name_to_set(AEGIS_DISCOVERY);
+                    let why = format!("both name endpoints, and {discovery} does not say which");
+                    self.conflict((AEGIS_BACKENDS, backends), named, &why);
                 }
                 Discovery::Kubernetes
             }
-            None if config.backends.iter().any(is_name) => Discovery::Dns,
+            None if route.backends.iter().any(is_name) => Discovery::Dns,
             None => Discovery::Static,
         };
     }
 
     /// The default of the minimum gives way to the maximum; one that is set does not.
-    fn settle_min_idle(&mut self, config: &mut Config) {
-        let is_refused = |problem: &Problem| {
-            [AEGIS_POOL_MIN_IDLE, AEGIS_POOL_MAX_IDLE].iter().any(|v| problem.is_about(v))
-        };
+    fn settle_min_idle(&mut self, route: &mut RouteConfig, workers: Option<NonZeroUsize>) {
         // All workers keep the minimum together, and each may keep the maximum. Where their number is
         // left open one has to be enough, so that what is right does not depend on the machine.
-        let kept_max = config.pool.max_idle * config.workers.map_or(1, NonZeroUsize::get);
-        if config.pool.min_idle <= kept_max || self.problems.iter().any(is_refused) {
+        let pool = &mut route.pool;
+        let kept_max = pool.max_idle * workers.map_or(1, NonZeroUsize::get);
+        if pool.min_idle <= kept_max {
             return;
         }
-        if self.raw.text(AEGIS_POOL_MIN_IDLE).is_some() {
+        if self.text(AEGIS_POOL_MIN_IDLE).is_some() {
             self.conflict(
-                (AEGIS_POOL_MIN_IDLE, config.pool.min_idle.to_string()),
-                (AEGIS_POOL_MAX_IDLE, config.pool.max_idle.to_string()),
+                (AEGIS_POOL_MIN_IDLE, pool.min_idle.to_string()),
+                (AEGIS_POOL_MAX_IDLE, pool.max_idle.to_string()),
                 "the minimum of all workers together is above what they may keep",
             );
         }
-        config.pool.min_idle = kept_max;
+        pool.min_idle = kept_max;
     }
 
-    fn check_discovery(&mut self, config: &Config) {
-        let discovery = || (AEGIS_DISCOVERY, config.discovery.to_string());
-        let kube = &config.kube;
+    fn check_discovery(&mut self, route: &RouteConfig) {
+        let discovery = || (AEGIS_DISCOVERY, route.discovery.to_string());
+        let kube = &route.kube;
         let service = kube.service.as_ref().map(ToString::to_string);
         if let (Some(service), Some(selector)) = (&service, &kube.selector) {
             let selector = (AEGIS_KUBE_SELECTOR, selector.clone());
@@ -170,13 +266,14 @@ impl Reader {
             let namespace = (AEGIS_KUBE_NAMESPACE, namespace.clone());
             self.conflict(service, namespace, "they name different namespaces");
         }
-        let nothing_named = service.is_none() && kube.selector.is_none();
-        if config.discovery == Discovery::Kubernetes && nothing_named {
+        let nothing_named =
+            service.is_none() && kube.selector.is_none() && !self.is_refused(AEGIS_KUBE_SELECTOR);
+        if route.discovery == Discovery::Kubernetes && nothing_named {
             let service = (AEGIS_KUBE_SERVICE, "none".to_owned());
             self.conflict(discovery(), service, "a Service or a selector has to be named");
         }
-        if config.discovery == Discovery::Static
-            && let Some(name) = config.backends.iter().find(|backend| is_name(backend))
+        if route.discovery == Discovery::Static
+            && let Some(name) = route.backends.iter().find(|backend| is_name(backend))
         {
             let backend = (AEGIS_BACKENDS, name.to_string());
             self.conflict(discovery(), backend, "names have to be resolved; dns does that");
@@ -184,43 +281,43 @@ impl Reader {
     }
 
     /// A used connection is shared only where that is known to be safe.
-    fn check_pooling(&mut self, config: &Config) {
-        let mode = || (AEGIS_POOL_MODE, config.pool.mode.to_string());
-        let reuses = config.pool.mode != PoolMode::Preconnect;
-        if reuses && !config.protocol.facts().is_framed {
-            let protocol = (AEGIS_PROTOCOL, config.protocol.to_string());
+    fn check_pooling(&mut self, route: &RouteConfig) {
+        let mode = || (AEGIS_POOL_MODE, route.pool.mode.to_string());
+        let reuses = route.pool.mode != PoolMode::Preconnect;
+        if reuses && !route.protocol.facts().is_framed {
+            let protocol = (AEGIS_PROTOCOL, route.protocol.to_string());
             let why = "of unknown bytes nobody can tell when an answer is over, so a used \
                        connection could bring one client the answer to another";
             self.conflict(mode(), protocol, why);
         }
-        if reuses && config.proxy_protocol != ProxyProtocol::Off {
-            let header = (AEGIS_PROXY_PROTOCOL, config.proxy_protocol.to_string());
+        if reuses && route.proxy_protocol != ProxyProtocol::Off {
+            let header = (AEGIS_PROXY_PROTOCOL, route.proxy_protocol.to_string());
             self.conflict(
                 mode(),
                 header,
                 "the header names one client, and many share a connection",
             );
         }
-        let route = || (AEGIS_ROUTE, config.requests.route.to_string());
-        if config.requests.route == Route::Key {
-            if config.pool.mode != PoolMode::Request {
+        let balance = || (AEGIS_BALANCE, route.balance.to_string());
+        if route.balance == Balance::KeyHash {
+            if route.pool.mode != PoolMode::Request {
                 self.conflict(
-                    route(),
+                    balance(),
                     mode(),
                     "keys of one client may belong to several endpoints",
                 );
             }
-            if !config.protocol.facts().has_keys {
-                let protocol = (AEGIS_PROTOCOL, config.protocol.to_string());
+            if !route.protocol.facts().has_keys {
+                let protocol = (AEGIS_PROTOCOL, route.protocol.to_string());
                 let with_keys = Protocol::words_where(|facts| facts.has_keys);
                 let why = format!("only the requests of {with_keys} have keys");
-                self.conflict(route(), protocol, &why);
+                self.conflict(balance(), protocol, &why);
             }
         }
     }
 
-    fn check_addresses(&mut self, config: &Config) {
-        let listen = || (AEGIS_LISTEN, list_text(&config.listen));
+    fn check_addresses(&mut self, config: &Config, route: &RouteConfig) {
+        let listen = || (AEGIS_LISTEN, list_text(&route.listen));
         // The admin port's `::` takes connections of both families, and the data port's does not.
         let both_families = config.admin.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
         let admin_takes_in = |other: SocketAddr| {
@@ -229,26 +326,82 @@ impl Reader {
         let shared = |&listen: &SocketAddr| {
             listen.port() != 0 && (admin_takes_in(listen) || takes_in(listen, config.admin))
         };
-        if config.listen.iter().any(shared) {
+        if route.listen.iter().any(shared) {
             let admin = (AEGIS_ADMIN, config.admin.to_string());
             self.conflict(listen(), admin, "both would listen at the same address");
         }
-        let own = Listening::new(config.listen.iter().copied());
-        let is_own = |backend: &&HostPort| {
-            let Ok(ip) = backend.host.parse::<IpAddr>() else { return false };
-            let target = SocketAddr::new(ip, backend.port);
-            // Which other addresses are the host's own may have changed by the time of a connect.
-            own.reached_by(target, |_| false).is_some()
-        };
-        if let Some(backend) = config.backends.iter().find(is_own) {
+        for other in &config.routes {
+            let own = Listening::new(other.listen.iter().copied());
+            let is_own = |backend: &&HostPort| {
+                let Ok(ip) = backend.host.parse::<IpAddr>() else { return false };
+                let target = SocketAddr::new(ip, backend.port);
+                // Which other addresses are the host's own may have changed by the time of a connect.
+                own.reached_by(target, |_| false).is_some()
+            };
+            let Some(backend) = route.backends.iter().find(is_own) else { continue };
             let backend = (AEGIS_BACKENDS, backend.to_string());
-            self.conflict(listen(), backend, "the proxy would connect to itself without end");
+            if other.name == route.name {
+                self.conflict(listen(), backend, "the proxy would connect to itself without end");
+            } else if !self.is_refused(AEGIS_LISTEN) {
+                let of = self.route.clone();
+                let own = (other.name.own(AEGIS_LISTEN.name), list_text(&other.listen));
+                let pairs = [own, (self.name(AEGIS_BACKENDS), backend.1)];
+                let why = format!("the proxy would connect to itself, by its route {}", other.name);
+                self.note(Problem::Conflict { route: of, pairs, why });
+            }
         }
     }
 
+    /// Each route needs addresses of its own.
+    fn check_listeners(&mut self, config: &Config) {
+        if self.is_refused(AEGIS_LISTEN) {
+            return;
+        }
+        let text = |route: &RouteConfig| list_text(&route.listen);
+        self.check_pairs(
+            config,
+            (AEGIS_LISTEN, "listen at the same address"),
+            text,
+            |one, other| overlap(&one.listen, &other.listen).is_some(),
+        );
+        let routes = &config.routes;
+        let count: usize = routes.iter().map(|route| route.listen.len()).sum();
+        if count > LISTEN_ADDRESSES_MAX {
+            let names: Vec<_> = routes.iter().map(|route| route.name.clone()).collect();
+            let why = format!(
+                "these routes listen at {count} addresses together, {LISTEN_ADDRESSES_MAX} at most"
+            );
+            let name = AEGIS_ROUTES.name.to_owned();
+            self.note(Problem::value(name, AEGIS_ROUTES, &list_text(&names), why));
+        }
+    }
+
+    /// What no two routes may share: each that shares it with one before it is told of once.
+    fn check_pairs(
+        &mut self,
+        config: &Config,
+        (variable, what): (&Variable, &str),
+        text: impl Fn(&RouteConfig) -> String,
+        share: impl Fn(&RouteConfig, &RouteConfig) -> bool,
+    ) {
+        for (at, route) in config.routes.iter().enumerate() {
+            let Some(other) = config.routes[..at].iter().find(|other| share(other, route)) else {
+                continue;
+            };
+            let own = |route: &RouteConfig| (route.name.own(variable.name), text(route));
+            let why = format!("both routes would {what}. Set another one for each");
+            self.note(Problem::Conflict { route: None, pairs: [own(other), own(route)], why });
+        }
+    }
+
+    /// Two values that do not go together, unless one of them only stands in for a refused one.
     fn conflict(&mut self, a: (&Variable, String), b: (&Variable, String), why: &str) {
-        let pairs = [(a.0.name, a.1), (b.0.name, b.1)];
-        self.problems.push(Problem::Conflict { pairs, why: why.to_owned() });
+        if self.is_refused(a.0) || self.is_refused(b.0) {
+            return;
+        }
+        let route = self.route.clone().filter(|_| self.names.are_given);
+        let pairs = [(self.name(a.0), a.1), (self.name(b.0), b.1)];
+        self.note(Problem::Conflict { route, pairs, why: why.to_owned() });
     }
 }
 

@@ -12,7 +12,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 use super::{
     Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, PoolMode, Protocol,
-    ProxyProtocol, Route, ServiceName, Switch,
+    ProxyProtocol, ServiceName, Switch,
 };
 
 /// A value, or why the text is none.
@@ -101,20 +101,21 @@ pub(super) fn socket_address(text: &str) -> Parsed<SocketAddr> {
 pub(super) fn listen_addresses(text: &str, max: usize) -> Parsed<Vec<SocketAddr>> {
     let addresses = list(text, max, socket_address)?;
     for (at, &one) in addresses.iter().enumerate() {
-        for &other in &addresses[at + 1..] {
-            let overlap = if takes_in(one, other) {
-                Some((one, other))
-            } else if takes_in(other, one) {
-                Some((other, one))
-            } else {
-                None
-            };
-            if let Some((wide, narrow)) = overlap {
-                return Err(format!("{wide} takes in {narrow}: leave one of them out"));
-            }
+        if let Some((wide, narrow)) = overlap(&[one], &addresses[at + 1..]) {
+            return Err(format!("{wide} takes in {narrow}: leave one of them out"));
         }
     }
     Ok(addresses)
+}
+
+/// An address of the one side that takes in one of the other side, and that one.
+pub(super) fn overlap(
+    one_side: &[SocketAddr],
+    other_side: &[SocketAddr],
+) -> Option<(SocketAddr, SocketAddr)> {
+    let pairs = one_side.iter().flat_map(|&one| other_side.iter().map(move |&other| (one, other)));
+    let mut both_ways = pairs.flat_map(|(one, other)| [(one, other), (other, one)]);
+    both_ways.find(|&(wide, narrow)| takes_in(wide, narrow))
 }
 
 /// Whether a socket that listens at the one address leaves none for another socket at the other.
@@ -399,7 +400,6 @@ words! {
     }
     Locality { "off" => Off, "zone" => Zone, "node" => Node, }
     PoolMode { "preconnect" => Preconnect, "session" => Session, "request" => Request, }
-    Route { "balance" => Balance, "key" => Key, }
     Switch { "auto" => Auto, "on" => On, "off" => Off, }
     IoChoice { "auto" => Auto, "uring" => Uring, "epoll" => Epoll, }
     Balance {
@@ -407,6 +407,7 @@ words! {
         "round_robin" => RoundRobin,
         "random_two" => RandomTwo,
         "source_hash" => SourceHash,
+        "key_hash" => KeyHash,
     }
     ProxyProtocol { "off" => Off, "v1" => V1, "v2" => V2, }
     LogFormat { "text" => Text, "json" => Json, }

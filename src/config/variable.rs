@@ -31,25 +31,33 @@ impl Variable {
 }
 
 /// Every variable, in the order in which people read about them.
-pub static VARIABLES: LazyLock<Vec<&'static Variable>> = LazyLock::new(|| {
-    let rows = rows().into_iter();
-    rows.filter_map(|row| if let Row::Variable(variable) = row { Some(variable) } else { None })
-        .collect()
-});
+pub static VARIABLES: LazyLock<Vec<&'static Variable>> = LazyLock::new(|| variables(Config::ROWS));
 
 /// The whole table, with its headings, and without sections.
+#[cfg(test)]
 pub(super) fn rows() -> Vec<Row> {
-    fn flat(rows: &[Row]) -> Vec<Row> {
-        rows.iter()
-            .flat_map(|row| if let Row::Section(rows) = row { flat(rows) } else { vec![*row] })
-            .collect()
-    }
     flat(Config::ROWS)
+}
+
+/// The variables among rows and in their sections.
+pub(super) fn variables(rows: &[Row]) -> Vec<&'static Variable> {
+    let rows = flat(rows).into_iter();
+    rows.filter_map(|row| if let Row::Variable(variable) = row { Some(variable) } else { None })
+        .collect()
+}
+
+fn flat(rows: &[Row]) -> Vec<Row> {
+    rows.iter()
+        .flat_map(|row| if let Row::Section(rows) = row { flat(rows) } else { vec![*row] })
+        .collect()
 }
 
 /// A row of the table.
 #[derive(Clone, Copy)]
 pub(super) enum Row {
+    /// Whose the rows from here on are.
+    #[cfg_attr(not(test), expect(dead_code, reason = "it is for the reference page"))]
+    Part(&'static str),
     /// What the rows from here on are about.
     #[cfg_attr(not(test), expect(dead_code, reason = "it is for the reference page"))]
     Heading(&'static str),
@@ -65,7 +73,7 @@ pub(super) trait Section {
     fn read(reader: &mut Reader) -> Self;
 
     /// Appends the name of each variable and the text of its field.
-    fn print(&self, texts: &mut Vec<(&'static str, String)>);
+    fn print(&self, texts: &mut Vec<(String, String)>);
 }
 
 /// The environment as found: the text of each variable that is set, by its name in lower case
@@ -75,9 +83,9 @@ pub(super) trait Section {
 pub(super) struct RawConfig(HashMap<String, String>);
 
 impl RawConfig {
-    /// The text of a variable, if it is set.
-    pub(super) fn text(&self, variable: &Variable) -> Option<&str> {
-        let name = variable.name.trim_start_matches(PREFIX).to_ascii_lowercase();
+    /// The text of the variable with this name, if it is set.
+    pub(super) fn text(&self, name: &str) -> Option<&str> {
+        let name = name.trim_start_matches(PREFIX).to_ascii_lowercase();
         self.0.get(&name).map(String::as_str)
     }
 }
@@ -126,7 +134,7 @@ macro_rules! settings {
                 Self { $($field: settings!(@read reader, $Type $(, $NAME, $kind)?),)+ }
             }
 
-            fn print(&self, texts: &mut Vec<(&'static str, String)>) {
+            fn print(&self, texts: &mut Vec<(String, String)>) {
                 $(settings!(@print texts, self.$field $(, $NAME, $kind)?);)+
             }
         }
@@ -137,7 +145,7 @@ macro_rules! settings {
     (@read $reader:ident, $Type:ty, $NAME:ident, $kind:expr) => { $reader.read($NAME, &$kind) };
     (@print $texts:ident, $field:expr) => { $field.print($texts) };
     (@print $texts:ident, $field:expr, $NAME:ident, $kind:expr) => {
-        $texts.push(($NAME.name, Kind::print(&$kind, &$field)))
+        $texts.push(($NAME.name.to_owned(), Kind::print(&$kind, &$field)))
     };
 }
 

@@ -4,28 +4,77 @@
 use std::net::SocketAddr;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::kind::{
     Kind, List, Place, Text, auto_or_words, days, describe, durations, hours, minutes, ms, noted,
     numbers, numbers_of, or, seconds, text, whole_seconds, word_or, word_or_zero_or, words,
-    words_with,
 };
 use super::read::Reader;
+use super::routes::RouteName;
 use super::value::{
     absolute_path, dns_label, list, listen_addresses, log_filter, selector, socket_address,
 };
 use super::variable::{Row, Section, Variable, settings};
 use super::{
     Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, PoolMode, Protocol,
-    ProxyProtocol, Route, ServiceName, Switch,
+    ProxyProtocol, ServiceName, Switch,
 };
 use crate::limits;
 
 settings! {
 
-/// The effective configuration.
+/// The effective configuration of the process.
 pub struct Config {
+    /// The routes, at least one, each with what is its own.
+    routes: Vec<Arc<RouteConfig>>;
+    => "Workers and resources"
+    // The downward API says 0 where the container has no request.
+    workers: Option<NonZeroUsize> = AEGIS_WORKERS("auto")
+        in word_or_zero_or("auto", numbers(1..=limits::WORKERS_MAX)),
+        "Worker threads. auto: by AEGIS_CPU_REQUEST, else by the CPU quota, else 4 at most.";
+    pin: Switch = AEGIS_PIN("auto") in words(),
+        "Whether workers are pinned to cores. auto: where the next four prove them to be its own.";
+    /// What the container was given.
+    resources: Resources;
+    io: IoChoice = AEGIS_IO("auto") in words(),
+        "What drives the sockets. auto: io_uring where it works, else epoll.";
+    max_sessions: Option<NonZeroUsize> = AEGIS_MAX_SESSIONS("auto")
+        in word_or("auto", numbers(1..=limits::SESSIONS_MAX)),
+        "Sessions at a time in the whole process. auto: what RLIMIT_NOFILE allows, 10000 at most.";
+    => "Node and zone"
+    node_name: Option<String> = AEGIS_NODE_NAME("none") in Place("a node's name"),
+        "The node that this runs on, from the downward API.";
+    zone: Option<String> = AEGIS_ZONE("none") in Place("a zone's name"),
+        "The zone that this runs in, from the downward API.";
+    => "Start and shutdown"
+    start_timeout: Duration = AEGIS_START_TIMEOUT("5s") in durations(seconds(0)..=minutes(5)),
+        "How long a start waits for an API or name server out of reach; wrong settings hold it forever.";
+    // Native sidecars stop after the application, often with about two seconds left: the delay has
+    // to fit there, and delay and timeout together within the usual grace period of 30 seconds.
+    drain_delay: Duration = AEGIS_DRAIN_DELAY("1s") in durations(seconds(0)..=minutes(5)),
+        "How long to go on accepting after SIGTERM, while clients notice.";
+    drain_timeout: Duration = AEGIS_DRAIN_TIMEOUT("25s") in durations(seconds(0)..=hours(1)),
+        "How long sessions may take to finish after that.";
+    => "The admin port"
+    admin: SocketAddr = AEGIS_ADMIN("[::]:8082")
+        in text("IP:PORT; port 0 picks a free one", socket_address),
+        "Where metrics and the probes answer.";
+    => "The log"
+    log: String = AEGIS_LOG("info") in text(
+        "off, error, warn, info, debug, trace, or directives such as info,aegis::io=debug",
+        log_filter,
+    ),
+        "What is logged.";
+    log_format: LogFormat = AEGIS_LOG_FORMAT("text") in words(),
+        "How it is logged: lines for people, or one JSON object a line.";
+}
+
+/// What is a route's own: where its clients connect, where they are sent, and how.
+pub struct RouteConfig {
+    /// What it is called.
+    name: RouteName;
     => "Addresses"
     listen: Vec<SocketAddr> = AEGIS_LISTEN("127.0.0.1:8081,[::1]:8081") in List {
         of: "IP:PORT",
@@ -34,9 +83,6 @@ pub struct Config {
         parse: listen_addresses,
     },
         "Where clients connect. Address families that the host lacks are skipped.";
-    admin: SocketAddr = AEGIS_ADMIN("[::]:8082")
-        in text("IP:PORT; port 0 picks a free one", socket_address),
-        "Where metrics and the probes answer.";
     backends: Vec<HostPort> = AEGIS_BACKENDS("127.0.0.1:8080") in List {
         of: "HOST:PORT",
         count_max: limits::ENDPOINTS_MAX,
@@ -52,14 +98,8 @@ pub struct Config {
     /// What of Kubernetes the endpoints are.
     kube: KubeConfig;
     => "Endpoints"
-    start_timeout: Duration = AEGIS_START_TIMEOUT("5s") in durations(seconds(0)..=minutes(5)),
-        "How long a start waits for an API or name server out of reach; wrong settings hold it forever.";
     locality: Locality = AEGIS_LOCALITY("off") in words(),
-        "Prefers endpoints of the same zone or node. Needs Kubernetes, and the next two.";
-    node_name: Option<String> = AEGIS_NODE_NAME("none") in Place("a node's name"),
-        "The node that this runs on, from the downward API.";
-    zone: Option<String> = AEGIS_ZONE("none") in Place("a zone's name"),
-        "The zone that this runs in, from the downward API.";
+        "Prefers endpoints of the same zone or node. Needs Kubernetes, AEGIS_ZONE or AEGIS_NODE_NAME.";
     backend_drain: Option<Duration> = AEGIS_BACKEND_DRAIN("off")
         in or("off", durations(seconds(0)..=days(1))),
         "Ends sessions on an endpoint this long after it left. off: they end by themselves.";
@@ -69,21 +109,7 @@ pub struct Config {
     endpoint_wait: Duration = AEGIS_ENDPOINT_WAIT("5s") in durations(seconds(0)..=minutes(5)),
         "How long a new session or a request waits for an endpoint while there is none at all.";
     balance: Balance = AEGIS_BALANCE("least_conn") in words(),
-        "How the endpoint of a new session is chosen.";
-    => "Workers and resources"
-    // The downward API says 0 where the container has no request.
-    workers: Option<NonZeroUsize> = AEGIS_WORKERS("auto")
-        in word_or_zero_or("auto", numbers(1..=limits::WORKERS_MAX)),
-        "Worker threads. auto: by AEGIS_CPU_REQUEST, else by the CPU quota, else 4 at most.";
-    pin: Switch = AEGIS_PIN("auto") in words(),
-        "Whether workers are pinned to cores. auto: where the next four prove them to be its own.";
-    /// What the container was given.
-    resources: Resources;
-    io: IoChoice = AEGIS_IO("auto") in words(),
-        "What drives the sockets. auto: io_uring where it works, else epoll.";
-    max_sessions: Option<NonZeroUsize> = AEGIS_MAX_SESSIONS("auto")
-        in word_or("auto", numbers(1..=limits::SESSIONS_MAX)),
-        "Sessions at a time in the whole process. auto: what RLIMIT_NOFILE allows, 10000 at most.";
+        "How an endpoint is chosen. key_hash: for each request of chronos the store that holds its key.";
     => "Pools"
     protocol: Protocol = AEGIS_PROTOCOL("tcp") in words(),
         "What clients and backends speak. tcp: anything, passed on as it is.";
@@ -112,26 +138,11 @@ pub struct Config {
         "TCP keep-alive probes start after this idle time.";
     proxy_protocol: ProxyProtocol = AEGIS_PROXY_PROTOCOL("off") in words(),
         "The PROXY protocol header sent to backends.";
-    => "Shutdown"
-    // Native sidecars stop after the application, often with about two seconds left: the delay has
-    // to fit there, and delay and timeout together within the usual grace period of 30 seconds.
-    drain_delay: Duration = AEGIS_DRAIN_DELAY("1s") in durations(seconds(0)..=minutes(5)),
-        "How long to go on accepting after SIGTERM, while clients notice.";
-    drain_timeout: Duration = AEGIS_DRAIN_TIMEOUT("25s") in durations(seconds(0)..=hours(1)),
-        "How long sessions may take to finish after that.";
     => "Failing endpoints"
     eject_failures: u32 = AEGIS_EJECT_FAILURES("3") in numbers(1..=1000),
         "Failures in a row that take an endpoint out of use for a while.";
     eject_time: Duration = AEGIS_EJECT_TIME("1s") in durations(ms(10)..=hours(1)),
         "How long it stays out the first time. Doubles with each further one, up to a cap.";
-    => "The log"
-    log: String = AEGIS_LOG("info") in text(
-        "off, error, warn, info, debug, trace, or directives such as info,aegis::io=debug",
-        log_filter,
-    ),
-        "What is logged.";
-    log_format: LogFormat = AEGIS_LOG_FORMAT("text") in words(),
-        "How it is logged: lines for people, or one JSON object a line.";
 }
 
 /// What of Kubernetes the endpoints are: one of service and selector where it is used.
@@ -150,7 +161,7 @@ pub struct KubeConfig {
         "The endpoints' port. auto: the only TCP port there is.";
     stores: Option<NonZeroUsize> = AEGIS_KUBE_STORES("auto")
         in word_or("auto", numbers(1..=limits::ENDPOINTS_MAX)),
-        "Stores that AEGIS_ROUTE=key shares the keys among. auto: their StatefulSet's replicas.";
+        "Stores that AEGIS_BALANCE=key_hash shares the keys among. auto: their StatefulSet's replicas.";
     watch_timeout: Duration = AEGIS_KUBE_WATCH_TIMEOUT("5m")
         in whole_seconds(seconds(1)..=minutes(5)),
         "How long one watch lasts at most; a connection gone silent is given up 5s after that.";
@@ -215,9 +226,6 @@ pub struct RequestConfig {
     timeout: Option<Duration> = AEGIS_REQUEST_TIMEOUT("30s")
         in or("off", durations(ms(10)..=days(1))),
         "How long a backend may pause: before its answer, within it, or while it is sent a request.";
-    route: Route = AEGIS_ROUTE("balance")
-        in words_with("of chronos, where a connection is lent for a request"),
-        "Where a request goes: to any endpoint, or to the store that holds its key.";
     line_max: usize = AEGIS_LINE_MAX("512") in numbers_of(" of bytes", 16..=limits::BUFFER_SIZE),
         "Longest request line of chronos, its line feed included: as much as the server reads.";
     repeat_writes: bool = AEGIS_REPEAT_WRITES("off") in words(),

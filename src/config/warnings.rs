@@ -1,5 +1,6 @@
 //! Values that are in order, and do nothing in the configuration at hand.
 
+use super::routes::plain;
 use super::value::unknown_targets;
 use super::variable::{VARIABLES, Variable};
 use super::variables::{
@@ -8,29 +9,30 @@ use super::variables::{
     AEGIS_POOL_SIZE, AEGIS_PROTOCOL, AEGIS_QUEUE_MAX, AEGIS_QUEUE_TIMEOUT, AEGIS_REPEAT_WRITES,
     AEGIS_REQUEST_TIMEOUT, AEGIS_SLOW_START,
 };
-use super::{Balance, Config, Discovery, Locality, PoolMode, Protocol, Route};
+use super::{Balance, Config, Discovery, Locality, PoolMode, Protocol, RouteConfig};
 
 /// Variables, whether what else is configured leaves them an effect, and if not, why.
 type Rule<'a> = (&'a [&'a Variable], bool, &'a str);
 
 impl Config {
     /// What is set and has no effect, each with the reason: somebody expects something of it. A
-    /// value that is the default brings no warning, since charts write defaults out.
+    /// value that is the default brings no warning, since charts write defaults out, and one that is
+    /// for all routes none where it has an effect on some of them.
     pub fn warnings(&self) -> Vec<String> {
         let default = Self::from_vars([]).map(|config| config.effective()).unwrap_or_default();
-        let set: Vec<_> =
-            self.effective().into_iter().filter(|variable| !default.contains(variable)).collect();
-        let kube: Vec<_> =
-            VARIABLES.iter().copied().filter(|v| v.name.starts_with("AEGIS_KUBE_")).collect();
+        let mut set = self.effective();
+        set.retain(|(name, value)| !default.contains(&(plain(name), value.clone())));
+        let idle: Vec<_> = self.routes.iter().map(|route| self.without_effect(route)).collect();
         let mut warnings = Vec::new();
-        let readers = Protocol::words_where(|facts| !facts.variables.is_empty());
-        let not_read = format!("requests of {readers} are not told apart here");
-        for (variables, has_effect, why) in self.rules(&kube, &not_read) {
-            let idle = set.iter().filter(|(name, _)| variables.iter().any(|v| v.name == *name));
-            if !has_effect {
-                let text =
-                    |(name, value): &(_, String)| format!("{name}={value:?} has no effect: {why}");
-                warnings.extend(idle.map(text));
+        for (name, value) in set {
+            let bare = plain(&name);
+            let concerned = self.routes.iter().zip(&idle);
+            let concerned =
+                concerned.filter(|(route, _)| name == bare || name == route.name.own(&bare));
+            let whys = concerned.map(|(_, idle)| idle.iter().find(|(idle, _)| *idle == bare));
+            let whys: Option<Vec<_>> = whys.collect();
+            if let Some((_, why)) = whys.as_ref().and_then(|whys| whys.first()) {
+                warnings.push(format!("{name}={value:?} has no effect: {why}"));
             }
         }
         for target in unknown_targets(&self.log) {
@@ -39,42 +41,57 @@ impl Config {
         warnings
     }
 
-    fn rules<'a>(&self, kube: &'a [&'a Variable], not_read: &'a str) -> Vec<Rule<'a>> {
-        let kubernetes = self.discovery == Discovery::Kubernetes;
-        let mode = self.pool.mode;
+    /// The variables that have no effect on this route, each with the reason.
+    fn without_effect(&self, route: &RouteConfig) -> Vec<(&'static str, String)> {
+        let kube: Vec<_> =
+            VARIABLES.iter().copied().filter(|v| v.name.starts_with("AEGIS_KUBE_")).collect();
+        let readers = Protocol::words_where(|facts| !facts.variables.is_empty());
+        let not_read = format!("requests of {readers} are not told apart here");
+        let at_once =
+            format!("AEGIS_BALANCE={} gives each endpoint its share at once", route.balance);
+        let rules = self.rules(route, &kube, [&not_read, &at_once]);
+        let idle = rules.into_iter().filter(|(_, has_effect, _)| !has_effect);
+        idle.flat_map(|(variables, _, why)| variables.iter().map(|v| (v.name, why.to_owned())))
+            .collect()
+    }
+
+    fn rules<'a>(
+        &self,
+        route: &RouteConfig,
+        kube: &'a [&'a Variable],
+        [not_read, at_once]: [&'a str; 2],
+    ) -> Vec<Rule<'a>> {
+        let kubernetes = route.discovery == Discovery::Kubernetes;
+        let mode = route.pool.mode;
         let is_shared = mode != PoolMode::Preconnect;
         let is_read = |variable: &Variable| {
-            is_shared && self.protocol.facts().variables.contains(&variable.name)
+            is_shared && route.protocol.facts().variables.contains(&variable.name)
         };
-        let by_key = self.requests.route == Route::Key;
-        let keeps_idle = mode == PoolMode::Request || self.pool.max_idle > 0;
-        let ramps = self.balance != Balance::SourceHash;
+        let by_key = route.balance == Balance::KeyHash;
+        let keeps_idle = mode == PoolMode::Request || route.pool.max_idle > 0;
+        let ramps = ![Balance::SourceHash, Balance::KeyHash].contains(&route.balance);
         vec![
             (kube, kubernetes, "the endpoints do not come from Kubernetes"),
             (&[AEGIS_BACKENDS], !kubernetes, "the endpoints come from Kubernetes"),
-            (&[AEGIS_KUBE_STORES], !kubernetes || by_key, "AEGIS_ROUTE is not key"),
-            (&[AEGIS_DNS_REFRESH], self.discovery == Discovery::Dns, "no names are resolved"),
+            (&[AEGIS_KUBE_STORES], !kubernetes || by_key, "AEGIS_BALANCE is not key_hash"),
+            (&[AEGIS_DNS_REFRESH], route.discovery == Discovery::Dns, "no names are resolved"),
             (&[AEGIS_LOCALITY], kubernetes, "only Kubernetes says where endpoints are"),
             (
                 &[AEGIS_LOCALITY],
-                !kubernetes || self.locality != Locality::Zone || self.zone.is_some(),
+                !kubernetes || route.locality != Locality::Zone || self.zone.is_some(),
                 "AEGIS_ZONE does not say which zone is near",
             ),
             (
                 &[AEGIS_LOCALITY],
-                !kubernetes || self.locality != Locality::Node || self.node_name.is_some(),
+                !kubernetes || route.locality != Locality::Node || self.node_name.is_some(),
                 "AEGIS_NODE_NAME does not say which node is near",
             ),
             (
                 &[AEGIS_BACKEND_DRAIN, AEGIS_SLOW_START],
-                self.discovery != Discovery::Static,
+                route.discovery != Discovery::Static,
                 "the endpoints are always the same ones",
             ),
-            (
-                &[AEGIS_SLOW_START],
-                self.discovery == Discovery::Static || ramps,
-                "AEGIS_BALANCE=source_hash gives each endpoint its share at once",
-            ),
+            (&[AEGIS_SLOW_START], route.discovery == Discovery::Static || ramps, at_once),
             (
                 &[AEGIS_PROTOCOL],
                 is_shared,
@@ -94,7 +111,7 @@ impl Config {
             ),
             (
                 &[AEGIS_POOL_MAX_IDLE],
-                mode != PoolMode::Request || self.pool.max_idle == 0,
+                mode != PoolMode::Request || route.pool.max_idle == 0,
                 "with AEGIS_POOL_MODE=request AEGIS_POOL_SIZE says how many",
             ),
             (

@@ -228,7 +228,8 @@ async fn drain(view: &View, mut events: mpsc::Receiver<Event>, signal: &str) -> 
 
 /// Waits until no session is left for which the process goes on.
 async fn nobody_to_wait_for(view: &View) {
-    let leave = view.config().pool.mode != PoolMode::Preconnect;
+    let routes = &view.config().routes;
+    let leave = routes.iter().all(|route| route.pool.mode != PoolMode::Preconnect);
     // Newcomers leave as well, each after its first request.
     let has_left = |stats: &WorkerStats| {
         stats.state() == WorkerState::Draining && stats.sessions_before_drain.get() == 0
@@ -338,7 +339,7 @@ mod tests {
         assert_eq!(life_of(config.clone(), [0, 0], &script), drained);
         // Clients that are asked to leave need not all have left: these came later.
         let mut framed = config;
-        framed.pool.mode = PoolMode::Request;
+        Arc::make_mut(&mut framed.routes[0]).pool.mode = PoolMode::Request;
         assert_eq!(life_of(framed, [0, 3], &script), drained);
     }
 

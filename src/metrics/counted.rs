@@ -3,7 +3,7 @@
 use super::cells::Value;
 use super::family::{Family, LabelName};
 use super::text;
-use crate::config::Config;
+use crate::config::RouteConfig;
 
 /// Declares a block of counters, all of which one worker writes, and its rows:
 ///
@@ -99,7 +99,7 @@ impl<S> Row<S> {
     }
 
     /// The series that can move in this configuration.
-    pub fn series(&self, config: &Config) -> Vec<Series> {
+    pub fn series(&self, config: &RouteConfig) -> Vec<Series> {
         let mut series = vec![Series::default()];
         for values in self.family.labels.iter().filter_map(|label| label.shown(config)) {
             let extend = |begun: Series| {

@@ -2,7 +2,7 @@
 
 use super::labels::Label;
 use super::when::When;
-use crate::config::Config;
+use crate::config::RouteConfig;
 
 /// What the values of a metric are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,7 +105,7 @@ impl LabelName {
     }
 
     /// Its values in this configuration, with their indices; `None` where nobody knows them before.
-    pub fn shown(&self, config: &Config) -> Option<Vec<(usize, &'static str)>> {
+    pub fn shown(&self, config: &RouteConfig) -> Option<Vec<(usize, &'static str)>> {
         match self.values {
             Values::Open(_) => None,
             Values::OneOf(values) => {

@@ -5,7 +5,7 @@ use std::fmt::Debug;
 
 use super::family::{LabelValue, Values};
 use super::when::When;
-use crate::config::Config;
+use crate::config::RouteConfig;
 pub(super) use crate::protocol::Verb;
 
 /// What labels the series of a metric.
@@ -34,7 +34,7 @@ pub trait LabelSet: Label {
     }
 
     /// Those whose series are there in this configuration.
-    fn shown(config: &Config) -> impl Iterator<Item = Self> {
+    fn shown(config: &RouteConfig) -> impl Iterator<Item = Self> {
         Self::ALL.iter().copied().filter(|label| Self::ROWS[label.index()].when.holds(config))
     }
 }

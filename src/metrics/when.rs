@@ -1,14 +1,14 @@
 //! Under which conditions a metric or one of its label values is there. What can never move in the
 //! configuration at hand is not shown.
 
-use crate::config::{Config, Locality, PoolMode};
+use crate::config::{Locality, PoolMode, RouteConfig};
 
 /// A condition.
 #[derive(Debug, Clone, Copy)]
 pub struct When {
     /// The condition in words; empty where there is none.
     pub text: &'static str,
-    holds: fn(&Config) -> bool,
+    holds: fn(&RouteConfig) -> bool,
 }
 
 impl When {
@@ -62,7 +62,7 @@ impl When {
         holds: |config| config.backend_drain.is_some(),
     };
     /// Whoever writes it knows whether there are stores.
-    pub const STORES: Self = Self { text: "`AEGIS_ROUTE` is `key`", ..Self::ALWAYS };
+    pub const STORES: Self = Self { text: "`AEGIS_BALANCE` is `key_hash`", ..Self::ALWAYS };
     /// Whoever writes it knows where the endpoints are from.
     pub const SAVED_ENDPOINTS: Self =
         Self { text: "endpoints of a former run are in use", ..Self::ALWAYS };
@@ -70,8 +70,8 @@ impl When {
     pub const LIMITED_FDS: Self =
         Self { text: "the number of descriptors is limited", ..Self::ALWAYS };
 
-    /// Whether it holds in this configuration. Conditions that the configuration does not decide hold.
-    pub fn holds(&self, config: &Config) -> bool {
+    /// Whether it holds on this route. Conditions that the configuration does not decide hold.
+    pub fn holds(&self, config: &RouteConfig) -> bool {
         (self.holds)(config)
     }
 }

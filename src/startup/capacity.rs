@@ -4,10 +4,11 @@
 use std::fmt;
 use std::io;
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 
 use rustix::process::{Resource, getrlimit, setrlimit};
 
-use crate::config::{Config, Discovery};
+use crate::config::{Config, Discovery, RouteConfig};
 use crate::limits::{
     ADMIN_CONNECTIONS, DESCRIPTORS_RESERVED, ENDPOINTS_MAX, PIPES_MAX, POOL_CONNS_MAX,
     SESSIONS_AUTO_MAX,
@@ -49,7 +50,7 @@ const DESCRIPTORS_PER_SESSION: u64 = 2;
 
 /// Endpoints counted for each configured address: pools hold their maximum only under load that
 /// comes and goes faster than they shrink, but an endpoint may go while another one comes.
-const POOL_ENDPOINTS_PER_BACKEND: u64 = 2;
+const POOL_ENDPOINTS_PER_BACKEND: usize = 2;
 
 /// As many pool connections of each worker are reserved for even where descriptors are short: without
 /// any, no pool could make a connection.
@@ -66,7 +67,7 @@ const CONTROL_DESCRIPTORS: u64 = 32;
 /// Sockets of one name's lookup: one for each family, while it is asked for.
 const DESCRIPTORS_PER_NAME: u64 = 2;
 
-/// Connections to the Kubernetes API, for the endpoints and for what declares the stores: the watch,
+/// Connections to the Kubernetes API for one route, for the endpoints and for what declares the stores: the watch,
 /// the one that a new client makes while that of the last one is still closing, and for each a lookup
 /// in DNS and the files with its credentials.
 const KUBERNETES_DESCRIPTORS: u64 = 2 * 8;
@@ -83,38 +84,39 @@ const SLACK_DESCRIPTORS: u64 = 64;
 struct DescriptorUsers {
     /// Worker threads.
     workers: usize,
-    /// Addresses to listen on, each with a socket in every worker.
+    /// Addresses to listen on of all routes, each with a socket in every worker.
     listeners: usize,
-    /// Warm connections at most, per worker and endpoint; those being made count as warm.
-    pool_max_idle: usize,
-    /// Configured addresses, a name counted as [`ADDRESSES_PER_NAME`](crate::limits::ADDRESSES_PER_NAME); `None` where the Kubernetes
-    /// API names the endpoints.
-    backends: Option<usize>,
+    /// Connections that all pools of one worker together may come to hold.
+    pool_conns: usize,
+    /// Routes whose endpoints the Kubernetes API names.
+    kubernetes: usize,
     /// Configured names, each of which may be looked up at any time.
     names: usize,
 }
 
 impl DescriptorUsers {
     fn of(config: &Config, workers: usize) -> Self {
-        let by_kubernetes = config.discovery == Discovery::Kubernetes;
+        let by_kubernetes = |route: &&Arc<RouteConfig>| route.discovery == Discovery::Kubernetes;
+        let routes = || config.routes.iter();
+        let pool_conns: usize = routes().map(|route| pool_conns(route)).sum();
         Self {
             workers,
-            listeners: config.listen.len(),
-            pool_max_idle: config.pool.most(),
-            backends: (!by_kubernetes).then(|| config.addresses()),
-            names: if by_kubernetes { 0 } else { config.names() },
+            listeners: routes().map(|route| route.listen.len()).sum(),
+            pool_conns: pool_conns.min(POOL_CONNS_MAX),
+            kubernetes: routes().filter(by_kubernetes).count(),
+            names: routes().filter(|route| !by_kubernetes(route)).map(|route| route.names()).sum(),
         }
     }
+}
 
-    /// Connections that all pools of one worker together may come to hold, at most
-    /// [`POOL_CONNS_MAX`].
-    fn pool_conns(&self) -> u64 {
-        // Nobody knows how many endpoints a Service will have: as many as there can be.
-        let unknown = ENDPOINTS_MAX as u64;
-        let endpoints =
-            self.backends.map_or(unknown, |n| unknown.min(n as u64 * POOL_ENDPOINTS_PER_BACKEND));
-        (self.pool_max_idle as u64 * endpoints).min(POOL_CONNS_MAX as u64)
-    }
+/// Connections that a route's pools of one worker may come to hold; those being made count as idle.
+fn pool_conns(route: &RouteConfig) -> usize {
+    // Nobody knows how many endpoints a Service will have: as many as there can be.
+    let endpoints = match route.discovery {
+        Discovery::Kubernetes => ENDPOINTS_MAX,
+        _ => ENDPOINTS_MAX.min(route.addresses() * POOL_ENDPOINTS_PER_BACKEND),
+    };
+    (route.pool.most() * endpoints).min(POOL_CONNS_MAX)
 }
 
 /// How many sessions there can be at a time: as many as `requested`, or else what fits into
@@ -126,7 +128,7 @@ fn capacity(
     users: &DescriptorUsers,
 ) -> Result<Capacity, CapacityError> {
     let workers = users.workers as u64;
-    let wanted = users.pool_conns();
+    let wanted = users.pool_conns as u64;
     let least = wanted.min(POOL_CONNS_MIN);
     let left = nofile_hard.saturating_sub(descriptors_needed(0, 0, users).total());
     let left_for_sessions = left.saturating_sub(workers * least);
@@ -182,7 +184,7 @@ fn descriptors_needed(
     users: &DescriptorUsers,
 ) -> DescriptorsNeeded {
     let [workers, listeners] = [users.workers, users.listeners].map(|n| n as u64);
-    let kubernetes = if users.backends.is_none() { KUBERNETES_DESCRIPTORS } else { 0 };
+    let kubernetes = users.kubernetes as u64 * KUBERNETES_DESCRIPTORS;
     DescriptorsNeeded {
         sessions: max_sessions as u64 * DESCRIPTORS_PER_SESSION,
         pools: workers * pool_conns,
@@ -249,13 +251,8 @@ pub enum CapacityError {
 mod tests {
     use super::*;
 
-    const USERS: DescriptorUsers = DescriptorUsers {
-        workers: 4,
-        listeners: 2,
-        pool_max_idle: 64,
-        backends: Some(3),
-        names: 0,
-    };
+    const USERS: DescriptorUsers =
+        DescriptorUsers { workers: 4, listeners: 2, pool_conns: 64 * 6, kubernetes: 0, names: 0 };
     /// 4 × (5 + 2 + 2 × 16 + 16) + 32 + 32 + 3 + 64. All pools together may come to hold 4 × 64 × 6.
     const FIXED: u64 = 220 + 131;
 
@@ -267,23 +264,64 @@ mod tests {
         capacity(requested, nofile, &USERS).ok().map(|c| (c.sessions_max.get(), c.pool_conns_max))
     }
 
+    fn users(vars: &[(&str, &str)]) -> DescriptorUsers {
+        let vars = vars.iter().map(|&(name, value)| (name.to_owned(), value.to_owned()));
+        DescriptorUsers::of(&Config::from_vars(vars).unwrap(), 4)
+    }
+
     #[test]
     fn pools_come_to_hold_no_more_than_all_of_a_worker_may() {
-        let pools = |pool_max_idle, backends| {
-            DescriptorUsers { pool_max_idle, backends, ..USERS }.pool_conns()
+        let pools = |max_idle, backends: usize| {
+            let backends: Vec<_> = (0..backends).map(|n| format!("10.0.0.1:{}", n + 1)).collect();
+            let vars = [
+                ("AEGIS_POOL_MAX_IDLE", max_idle),
+                ("AEGIS_POOL_MIN_IDLE", "0"),
+                ("AEGIS_BACKENDS", &backends.join(",")),
+            ];
+            users(&vars).pool_conns
         };
-        assert_eq!(pools(64, Some(3)), 64 * 6);
-        assert_eq!(pools(64, Some(ENDPOINTS_MAX)), 4096);
-        assert_eq!(pools(4096, Some(1)), 4096);
-        assert_eq!(pools(2, Some(ENDPOINTS_MAX)), 2 * 1024);
-        assert_eq!(pools(64, None), 4096, "of unknown number are as many as there can be");
-        assert_eq!(pools(3, None), 3 * 1024);
-        assert_eq!(pools(0, None), 0);
+        assert_eq!(pools("64", 3), 64 * 6);
+        assert_eq!(pools("64", ENDPOINTS_MAX), 4096);
+        assert_eq!(pools("4096", 1), 4096);
+        assert_eq!(pools("2", ENDPOINTS_MAX), 2 * 1024);
+        let unknown = |max_idle| {
+            let kube = ("AEGIS_KUBE_SERVICE", "db");
+            users(&[kube, ("AEGIS_POOL_MIN_IDLE", "0"), ("AEGIS_POOL_MAX_IDLE", max_idle)])
+        };
+        assert_eq!(unknown("64").pool_conns, 4096, "as many endpoints as there can be");
+        assert_eq!(unknown("3").pool_conns, 3 * 1024);
+        assert_eq!(unknown("0").pool_conns, 0);
+    }
+
+    #[test]
+    fn what_is_reserved_counts_over_all_routes() {
+        let three = users(&[
+            ("AEGIS_ROUTES", "orders,cache,stock"),
+            ("AEGIS_ORDERS__LISTEN", "127.0.0.1:1,[::1]:1"),
+            ("AEGIS_CACHE__LISTEN", "127.0.0.1:2"),
+            ("AEGIS_STOCK__LISTEN", "127.0.0.1:3"),
+            ("AEGIS_POOL_MAX_IDLE", "8"),
+            ("AEGIS_CACHE__POOL_MAX_IDLE", "4"),
+            ("AEGIS_BACKENDS", "10.0.0.1:1,db:1"),
+            ("AEGIS_STOCK__BACKENDS", "a:1,b:1,c:1"),
+            ("AEGIS_ORDERS__DISCOVERY", "kubernetes"),
+            ("AEGIS_ORDERS__KUBE_SERVICE", "orders"),
+            ("AEGIS_ORDERS__POOL_MIN_IDLE", "0"),
+            ("AEGIS_ORDERS__POOL_MAX_IDLE", "1"),
+        ]);
+        assert_eq!((three.listeners, three.kubernetes, three.names), (4, 1, 4));
+        assert_eq!(three.pool_conns, 1024 + 4 * 2 * 9 + 8 * 2 * 24);
+        let many = users(&[
+            ("AEGIS_ROUTES", "a,b"),
+            ("AEGIS_LISTEN", "127.0.0.1:0"),
+            ("AEGIS_POOL_MAX_IDLE", "4096"),
+        ]);
+        assert_eq!(many.pool_conns, POOL_CONNS_MAX, "of one worker");
     }
 
     #[test]
     fn endpoints_from_kubernetes_need_connections_to_its_api() {
-        let users = DescriptorUsers { backends: None, ..USERS };
+        let users = DescriptorUsers { kubernetes: 1, ..USERS };
         let needed = |users| descriptors_needed(0, 0, users).control;
         assert_eq!(needed(&users), needed(&USERS) + 16);
         assert_eq!(needed(&DescriptorUsers { names: 100, ..USERS }), needed(&USERS) + 200);

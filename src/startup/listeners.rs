@@ -8,8 +8,11 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::config::Config;
 use crate::io::net::Options;
 use crate::limits::LISTEN_BACKLOG;
+use crate::proxy::RouteId;
+use crate::worker::socket_options;
 
 /// A port that is in use is tried again for so long: far longer than a kernel takes to close what a
 /// process that was killed has left, and short for a user who waits for the error.
@@ -47,11 +50,36 @@ impl ListenError {
 pub struct Listeners {
     /// The addresses, with the real port where 0 was asked for.
     pub addresses: Vec<SocketAddr>,
+    /// Their routes.
+    pub routes: Box<[RouteId]>,
     /// One set a worker.
     pub sets: Vec<Vec<OwnedFd>>,
 }
 
-/// Binds every address once a worker, with `SO_REUSEPORT`, and listens. An address whose family
+/// Binds the addresses of all routes, each as [`listen`] does.
+///
+/// # Errors
+/// The first address that cannot be had.
+pub fn listen_by_route(config: &Config, workers: usize) -> Result<Listeners, ListenError> {
+    let mut all = Listeners {
+        addresses: Vec::new(),
+        routes: Box::default(),
+        sets: (0..workers).map(|_| Vec::new()).collect(),
+    };
+    let mut routes = Vec::new();
+    for (number, route) in config.routes.iter().enumerate() {
+        let own = listen(&route.listen, workers, &socket_options(route))?;
+        routes.resize(routes.len() + own.addresses.len(), RouteId::at(number));
+        all.addresses.extend(own.addresses);
+        for (set, sockets) in all.sets.iter_mut().zip(own.sets) {
+            set.extend(sockets);
+        }
+    }
+    all.routes = routes.into();
+    Ok(all)
+}
+
+/// Binds every address of one route once a worker, with `SO_REUSEPORT`, and listens. An address whose family
 /// the host lacks is skipped with a log line, unless no other is left.
 ///
 /// # Errors
@@ -61,8 +89,11 @@ pub fn listen(
     workers: usize,
     options: &Options,
 ) -> Result<Listeners, ListenError> {
-    let mut listeners =
-        Listeners { addresses: Vec::new(), sets: (0..workers).map(|_| Vec::new()).collect() };
+    let mut listeners = Listeners {
+        addresses: Vec::new(),
+        routes: Box::default(),
+        sets: (0..workers).map(|_| Vec::new()).collect(),
+    };
     for &address in addresses {
         match bind_patiently(address, workers, options) {
             Ok((bound, sockets)) => {
@@ -83,6 +114,7 @@ pub fn listen(
     if listeners.addresses.is_empty() {
         return Err(ListenError::NoFamily(addresses.to_vec()));
     }
+    listeners.routes = vec![RouteId::default(); listeners.addresses.len()].into();
     Ok(listeners)
 }
 

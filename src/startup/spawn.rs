@@ -40,17 +40,20 @@ pub fn start_workers(
     started: Instant,
 ) -> Result<Workers, StartError> {
     let workers = prepared.len();
-    let Listeners { addresses, sets } = listeners;
+    let Listeners { addresses, routes, sets } = listeners;
     assert_eq!(sets.len(), workers, "a set of listening sockets per worker");
-    let stats: Arc<[_]> = (0..workers).map(|_| Arc::new(WorkerStats::new(1))).collect();
-    let mailboxes: Arc<[_]> =
-        (0..workers).map(|_| Mailbox::new(1).map(Arc::new)).collect::<Result<_, _>>()?;
+    let stats: Arc<[_]> =
+        (0..workers).map(|_| Arc::new(WorkerStats::new(config.routes.len()))).collect();
+    let mailboxes: Arc<[_]> = (0..workers)
+        .map(|_| Mailbox::new(config.routes.len()).map(Arc::new))
+        .collect::<Result<_, _>>()?;
     let (alive, exited) = mpsc::channel(1);
     let listening = Listening::new(addresses.clone());
     for (index, (worker, listeners)) in prepared.into_iter().zip(sets).enumerate() {
         worker.start(WorkerSetup {
             index,
             listeners,
+            listener_routes: routes.clone(),
             config: Arc::clone(config),
             sessions_max: capacity.sessions_max.get(),
             pool_conns_max: capacity.pool_conns_max,

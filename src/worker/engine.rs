@@ -74,22 +74,25 @@ impl<D: Driver> Engine<D> {
             now,
             started: setup.started,
             command: Command::Run,
-            places: Places::new(limits::sessions_of_worker_max(setup.sessions_max), 1),
+            places: Places::new(
+                limits::sessions_of_worker_max(setup.sessions_max),
+                setup.config.routes.len(),
+            ),
             load: Load::new(now, setup.core_wait),
             drain: Drain::default(),
             driver,
         };
-        let routes = [Route::new(
-            RouteId::default(),
-            setup.config,
-            &cx,
-            setup.pool_conns_max,
-            setup.listening,
-        )];
+        // Each has an equal part, so that one whose endpoints are many takes nothing from the others.
+        let pool_conns_max = setup.pool_conns_max / setup.config.routes.len();
+        let routes = (0..setup.config.routes.len()).map(|at| {
+            let listening = setup.listening.clone();
+            Route::new(RouteId::at(at), &setup.config, &cx, pool_conns_max, listening)
+        });
+        let routes = routes.collect();
         Self {
             acceptor: Acceptor::new(setup.sessions_max, setup.listener_routes),
             mail: Mail::new(worker, setup.mailboxes, setup.stats),
-            routes: routes.into(),
+            routes,
             upkeep_at: now,
             cx,
         }
@@ -98,6 +101,12 @@ impl<D: Driver> Engine<D> {
     /// The engine's driver, for tests.
     pub fn driver(&mut self) -> &mut D {
         &mut self.cx.driver
+    }
+
+    /// What it counts, for tests.
+    #[cfg(test)]
+    pub(super) fn stats(&self) -> &WorkerStats {
+        &self.cx.stats
     }
 
     /// Open sessions, and what is left of some that have ended.

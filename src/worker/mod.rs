@@ -19,7 +19,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Instant;
 
-use crate::config::Config;
+use crate::config::{Config, RouteConfig};
 use crate::io::epoll::Epoll;
 use crate::io::probe::{self, DriverKind};
 use crate::io::uring::Uring;
@@ -59,6 +59,8 @@ pub struct WorkerSetup {
     pub index: usize,
     /// Its listening sockets.
     pub listeners: Vec<OwnedFd>,
+    /// The routes of its listening sockets.
+    pub listener_routes: Box<[RouteId]>,
     /// The configuration.
     pub config: Arc<Config>,
     /// Sessions at a time in the whole process.
@@ -87,7 +89,7 @@ pub struct WorkerError {
 }
 
 /// The socket options that the configuration asks for.
-pub fn socket_options(config: &Config) -> net::Options {
+pub fn socket_options(config: &RouteConfig) -> net::Options {
     let limit = config.tcp_user_timeout.unwrap_or_default();
     let silence_max = limit * limits::SILENCE_WITNESSED_FACTOR;
     net::Options { keepalive: config.keepalive, silence_max }
@@ -186,13 +188,12 @@ fn driver_setup(setup: &mut WorkerSetup) -> io::Result<DriverSetup> {
 fn serve<D: Driver>(driver: D, setup: WorkerSetup, started: &mpsc::Sender<io::Result<()>>) {
     let index = setup.index;
     let stats = Arc::clone(&setup.stats[index]);
-    let listener_routes = vec![RouteId::default(); setup.config.listen.len()].into();
     let mut engine = Engine::new(
         driver,
         EngineSetup {
             worker: WorkerId::new(index),
             config: setup.config,
-            listener_routes,
+            listener_routes: setup.listener_routes,
             sessions_max: setup.sessions_max,
             pool_conns_max: setup.pool_conns_max,
             mailboxes: setup.mailboxes,

@@ -97,6 +97,12 @@ impl Owners {
         self.slots.len()
     }
 
+    /// Those of a route.
+    #[cfg(test)]
+    pub(super) fn of_route(&self, route: RouteId) -> impl Iterator<Item = &Owned> {
+        self.slots.iter().filter(move |owned| owned.route == route)
+    }
+
     /// All slots.
     #[cfg(test)]
     pub(super) fn iter(&self) -> std::slice::Iter<'_, Owned> {

@@ -42,10 +42,11 @@ impl Run {
         let timeouts = rng.u8(..4) == 0;
         let idle_timeout = (timeouts && rng.bool()).then_some(10 * SECOND);
         let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
-        config.pool.min_idle = rng.usize(..3);
-        config.pool.max_idle = config.pool.min_idle + rng.usize(..4);
-        config.idle_timeout = idle_timeout;
-        config.half_close_timeout = timeouts.then_some(3 * SECOND);
+        let route = Arc::make_mut(&mut config.routes[0]);
+        route.pool.min_idle = rng.usize(..3);
+        route.pool.max_idle = route.pool.min_idle + rng.usize(..4);
+        route.idle_timeout = idle_timeout;
+        route.half_close_timeout = timeouts.then_some(3 * SECOND);
         // Short of buffers, or with plenty.
         let buffers = if lean { 6 * sessions_max + 64 } else { limits::buffers_max(sessions_max) };
         Self::with(rng, config, sessions_max, buffers)
@@ -58,18 +59,20 @@ impl Run {
         sessions_max: usize,
         buffers: usize,
     ) -> Self {
-        let everyone_ends = config.idle_timeout.is_some();
-        let endpoints: Vec<_> = (0..rng.u16(1..5))
+        let everyone_ends = config.routes[0].idle_timeout.is_some();
+        let routes = config.routes.len();
+        let endpoints: Vec<_> = (0..rng.u16(1..5) * routes as u16)
             .map(|i| Endpoint::new(format!("e{i}"), ([127, 0, 0, 1], i).into(), 1))
             .collect();
         let conns_max = limits::conns_max(sessions_max);
-        let sim = Sim::new(rng.u64(..), endpoints.len(), conns_max, buffers);
-        let mailbox = Arc::new(Mailbox::new(1).expect("a descriptor"));
-        let stats = Arc::new(WorkerStats::new(1));
+        let mut sim = Sim::new(rng.u64(..), endpoints.len(), conns_max, buffers);
+        sim.listeners = routes;
+        let mailbox = Arc::new(Mailbox::new(routes).expect("a descriptor"));
+        let stats = Arc::new(WorkerStats::new(routes));
         let setup = EngineSetup {
             worker: WorkerId::new(0),
+            listener_routes: (0..routes).map(RouteId::at).collect(),
             config: Arc::new(config),
-            listener_routes: [RouteId::default()].into(),
             sessions_max,
             pool_conns_max: limits::POOL_CONNS_MAX,
             mailboxes: Arc::new([Arc::clone(&mailbox)]),
@@ -93,6 +96,10 @@ impl Run {
     }
 
     pub(super) fn deliver(&mut self, endpoints: Vec<Arc<Endpoint>>) {
+        self.deliver_to(RouteId::default(), endpoints);
+    }
+
+    fn deliver_to(&mut self, route: RouteId, endpoints: Vec<Arc<Endpoint>>) {
         self.generation += 1;
         let generation = self.generation;
         // All of them are declared, whoever is there.
@@ -102,12 +109,7 @@ impl Run {
             why: None,
         });
         let stores = stores.collect();
-        self.mailbox.deliver(Arc::new(EndpointSnapshot {
-            route: RouteId::default(),
-            generation,
-            endpoints,
-            stores,
-        }));
+        self.mailbox.deliver(Arc::new(EndpointSnapshot { route, generation, endpoints, stores }));
         self.engine.driver().wake();
     }
 
@@ -187,8 +189,10 @@ impl Run {
         let driver = self.engine.driver();
         assert_eq!(driver.open_sockets(), 0, "connections leaked");
         assert_eq!(driver.buffers().free(), self.buffers, "buffers leaked");
-        let ended: u64 = CloseReason::ALL.iter().map(|&reason| self.stats.closed(reason)).sum();
-        assert_eq!(self.stats.sessions_opened.get(), ended, "every session ends for one reason");
+        for stats in &self.engine.stats().routes {
+            let ended: u64 = CloseReason::ALL.iter().map(|&reason| stats.closed(reason)).sum();
+            assert_eq!(stats.sessions_opened.get(), ended, "every session ends for one reason");
+        }
     }
 
     fn check_bytes(&mut self) {
@@ -292,6 +296,59 @@ fn a_thousand_seeds_lose_no_byte_and_leak_nothing() {
     let (opened, finished) = run_seeds(0, 1000, run);
     println!("{opened} sessions, {finished} finished in order");
     assert!(finished > opened / 4, "{finished} of {opened}: the runs test too little");
+}
+
+/// Two routes share a worker; of the endpoints every other one is the second one's.
+fn run_two_routes(seed: u64) -> (u64, u64) {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let sessions_max = rng.usize(3..40);
+    let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
+    config.routes.push(Arc::clone(&config.routes[0]));
+    for route in &mut config.routes {
+        let route = Arc::make_mut(route);
+        route.pool.min_idle = rng.usize(..3);
+        route.pool.max_idle = route.pool.min_idle + rng.usize(..4);
+    }
+    let buffers = limits::buffers_max(sessions_max);
+    let mut run = Run::with(rng, config, sessions_max, buffers);
+    let of = |run: &Run, route: usize| {
+        let endpoints = run.endpoints.iter().enumerate();
+        endpoints.filter(|(at, _)| at % 2 == route).map(|(_, one)| Arc::clone(one)).collect()
+    };
+    for _ in 0..run.rng.usize(1..60) {
+        let delay = Duration::from_micros(run.rng.u64(..2_000_000));
+        run.engine.driver().add_client(delay);
+    }
+    while run.engine.driver().elapsed() < 30 * SECOND {
+        // Discovery hears of each by itself, and of one it may hear that there are none.
+        if run.rng.u8(..100) == 0 || run.generation < 2 {
+            let route = run.generation as usize % 2;
+            let endpoints = if run.rng.u8(..4) == 0 { Vec::new() } else { of(&run, route) };
+            run.deliver_to(RouteId::at(route), endpoints);
+        }
+        run.turn();
+    }
+    run.check_bytes();
+    let driver = run.engine.driver();
+    let mut met = 0;
+    for (at, peer) in driver.peers.iter().enumerate().filter(|(_, peer)| peer.is_client) {
+        let Some(endpoint) = partner(driver, peer).and_then(|partner| partner.endpoint) else {
+            continue;
+        };
+        let came_by = driver.listener_of(at);
+        assert_eq!(usize::from(endpoint) % 2, came_by, "client {at} met another route's endpoint");
+        met += 1;
+    }
+    let stats: Vec<_> = run.engine.stats().routes.iter().map(Arc::clone).collect();
+    run.deliver_to(RouteId::at(1), Vec::new());
+    run.stop();
+    (met, stats[1].sessions_opened.get())
+}
+
+#[test]
+fn two_routes_of_a_worker_never_meet() {
+    let (met, of_second) = run_seeds(0, 100, run_two_routes);
+    assert!(met > 0 && of_second > 0, "{met} and {of_second}: the runs test too little");
 }
 
 #[test]

@@ -144,8 +144,9 @@ impl Timers {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::sync::Arc;
 
+    use super::*;
     use crate::config::Config;
     use crate::io::sim::Sim;
     use crate::io::{Driver, Wait};
@@ -235,8 +236,9 @@ mod tests {
     fn a_worker_that_is_years_old_serves_and_sleeps_as_a_young_one_does() {
         for years in [0, 2] {
             let mut config = Config::from_vars(std::iter::empty()).unwrap();
-            config.idle_timeout = Some(Duration::from_secs(300));
-            (config.pool.min_idle, config.pool.max_idle) = (0, 0);
+            let route = Arc::make_mut(&mut config.routes[0]);
+            route.idle_timeout = Some(Duration::from_secs(300));
+            (route.pool.min_idle, route.pool.max_idle) = (0, 0);
             let rng = fastrand::Rng::with_seed(3);
             let mut run = Run::with(rng, config, 8, limits::buffers_max(8));
             let endpoints = run.endpoints.clone();

@@ -302,13 +302,13 @@ def test_a_pod_overrides_by_annotation(injecting):
 
 def test_a_pod_chooses_everything_by_annotation(injecting):
     created = dry(injecting, pod({
-        "service": "other", "namespace": "data", "port": "5432", "route": "key", "log-level": "info,aegis::io=debug",
+        "service": "other", "namespace": "data", "port": "5432", "balance": "key_hash", "log-level": "info,aegis::io=debug",
         "queue-timeout": "1s", "request-timeout": "off", "connect-timeout": "3ms", "tcp-user-timeout": "4s",
         "backend-drain": "5s", "image": "registry.example:5000/aegis-proxy:0.2.0@sha256:" + "a" * 64}))
     chosen_ = {name: env(created)[f"AEGIS_{name}"] for name in [
-        "KUBE_SERVICE", "KUBE_NAMESPACE", "KUBE_PORT", "ROUTE", "LOG", "QUEUE_TIMEOUT", "REQUEST_TIMEOUT",
+        "KUBE_SERVICE", "KUBE_NAMESPACE", "KUBE_PORT", "BALANCE", "LOG", "QUEUE_TIMEOUT", "REQUEST_TIMEOUT",
         "CONNECT_TIMEOUT", "TCP_USER_TIMEOUT", "BACKEND_DRAIN"]}
-    assert list(chosen_.values()) == ["other", "data", "5432", "key", "info,aegis::io=debug", "1s", "off", "3ms", "4s", "5s"]
+    assert list(chosen_.values()) == ["other", "data", "5432", "key_hash", "info,aegis::io=debug", "1s", "off", "3ms", "4s", "5s"]
     assert sidecar(created)["image"].startswith("registry.example:5000/aegis-proxy:0.2.0@")
     assert created["metadata"]["labels"]["aegis.aegis-proxy.io/version"] == "0.2.0"
     # What nobody chose is the program's own default, and a limit that is not there is not asked for.
@@ -350,8 +350,8 @@ REFUSED = [
     *((pod({name: value}), f"the annotation aegis-proxy.io/{name}") for name, value in DURATIONS),
     (pod({"cpu-request": "2", "cpu-limit": "1"}), "so that the limit is at least the request"),
     (pod({"memory-request": "1Gi"}), "so that the limit is at least the request"),
-    (pod({"route": "hash"}), "set it to balance or key"),
-    (pod({"route": "key", "protocol": "http1"}), "or set aegis-proxy.io/route to balance"),
+    (pod({"balance": "hash"}), "set it to least_conn, round_robin, random_two, source_hash or key_hash"),
+    (pod({"balance": "key_hash", "protocol": "http1"}), "or set aegis-proxy.io/balance to least_conn"),
     (pod({"log-level": "wran"}), "set it to off, error, warn, info, debug or trace"),
     (pod({"image": " "}), "set it to an image, such as aegis-proxy:0.1.0"),
     *((pod({"image": value}), "set it to an image") for value in ["", "$(X)", "UPPER", "a:b:c", "a//b", "a:" + "b" * 129, "a" * 513]),
@@ -483,10 +483,10 @@ def test_a_release_without_a_service_asks_for_the_annotation(injecting):
 
 
 def test_routing_by_key_refuses_a_pod_that_chooses_otherwise(injecting):
-    keyed = {**VALUES, "sidecar": {**VALUES["sidecar"], "route": "key"}}
+    keyed = {**VALUES, "sidecar": {**VALUES["sidecar"], "balance": "key_hash"}}
     install(injecting, "upgrade", keyed)
     eventually(lambda: "remove the annotations" in refusal(injecting, pod({"pool-mode": "session"})), lambda: "not refused")
-    assert env(dry(injecting, POD))["AEGIS_ROUTE"] == "key"
+    assert env(dry(injecting, POD))["AEGIS_BALANCE"] == "key_hash"
     install(injecting, "upgrade")
 
 
@@ -605,7 +605,7 @@ def test_a_second_release_leaves_the_pods_of_the_first_alone(server, releases):
     releases("first")
     before = dry(server, POD)
     clients = [{"namespace": namespace, "serviceAccount": "*"} for namespace in ["shop", "stock", "db"]]
-    values = {"sidecar": {"backend": {"service": ""}, "route": "key", "name": "aegis"}, "clients": clients}
+    values = {"sidecar": {"backend": {"service": ""}, "balance": "key_hash", "name": "aegis"}, "clients": clients}
     server.helm("install", "second", CHART, "--namespace", "db", "--values", "-", input=yaml.dump(values))
     unknown = pod({"service": "a", "x": ""}, chosen("second"))
     eventually(lambda: refusal(server, unknown), lambda: "not in force")

@@ -48,8 +48,8 @@ MATRIX = {
     "pods": {**CLIENTS, "sidecar": {"backend": {"selector": "app=db", "port": 8080}}},
     "dns": {**CLIENTS, "sidecar": {"backend": {"addresses": "db.example:5432"}}},
     "zone": {**CLIENTS, **sidecar(locality="zone", readiness=True)},
-    "one-store-of-many": {**CLIENTS, **sidecar(route="key")},
-    "one-store-of-three": {**CLIENTS, **sidecar(route="key", stores=3)},
+    "one-store-of-many": {**CLIENTS, **sidecar(balance="key_hash")},
+    "one-store-of-three": {**CLIENTS, **sidecar(balance="key_hash", stores=3)},
     "http": {**CLIENTS, **sidecar(protocol="http1", pool={"mode": "session"}, requestTimeout="off")},
     "any-bytes": {**CLIENTS, **sidecar(protocol="tcp")},
     "io_uring": {**CLIENTS, **sidecar(seccomp={"type": "Localhost"}), "seccomp": {"operator": True}},
@@ -110,12 +110,12 @@ REFUSALS = {
     "too long a queue": (sidecar(queue={"max": 1000001}), "/queue/max"),
     "time without unit": (sidecar(queue={"timeout": 5}), "/queue/timeout"),
     "switch that YAML makes of a bare off": (sidecar(requestTimeout=False), "got boolean, want string"),
-    "no such route": (sidecar(route="hash"), "'balance', 'key'"),
-    "no number of stores": (sidecar(route="key", stores=0), "/stores"),
+    "no such way of balancing": (sidecar(balance="hash"), "'source_hash', 'key_hash'"),
+    "no number of stores": (sidecar(balance="key_hash", stores=0), "/stores"),
     "lending for unknown bytes": (sidecar(protocol="tcp", pool={"mode": "session"}),
                                   "empty pool.mode, or set protocol to chronos or http1"),
-    "keys without keys": (sidecar(protocol="http1", route="key"), "set route to balance, or protocol to chronos"),
-    "keys for a whole session": (sidecar(pool={"mode": "session"}, route="key"), "or pool.mode to request"),
+    "keys without keys": (sidecar(protocol="http1", balance="key_hash"), "set balance to least_conn, or protocol to chronos"),
+    "keys for a whole session": (sidecar(pool={"mode": "session"}, balance="key_hash"), "or pool.mode to request"),
     "service in capitals": (sidecar(backend={"service": "UPPER"}), "/backend/service"),
     "two services": (sidecar(backend={"service": "a,b"}), "/backend/service"),
     "path for a service": (sidecar(backend={"service": "../../x"}), "/backend/service"),
@@ -224,7 +224,7 @@ def test_every_value_reaches_the_environment():
         "backend": {"selector": "app=db", "namespace": "data", "port": 5432}, "locality": "zone",
         "listenPort": 5000, "adminPort": 5001,
         "protocol": "chronos", "pool": {"mode": "request", "size": 3}, "queue": {"max": 1000000, "timeout": "6s"},
-        "requestTimeout": "off", "connectTimeout": "2s", "route": "key", "stores": 3,
+        "requestTimeout": "off", "connectTimeout": "2s", "balance": "key_hash", "stores": 3,
         "tcpUserTimeout": "11s", "backendDrain": "12s", "startTimeout": "13s", "log": "warn", "workers": 2,
         "resources": {"limits": {"cpu": 2}},
         "drain": {"delay": "2s", "timeout": "3s"}, "env": {"AEGIS_MAX_SESSIONS": "50"}})
@@ -234,7 +234,7 @@ def test_every_value_reaches_the_environment():
         "AEGIS_DISCOVERY": "kubernetes", "AEGIS_KUBE_SELECTOR": "app=db", "AEGIS_KUBE_NAMESPACE": "data",
         "AEGIS_KUBE_PORT": "5432", "AEGIS_KUBE_SNAPSHOT": "/run/aegis/endpoints.json",
         "AEGIS_PROTOCOL": "chronos", "AEGIS_POOL_MODE": "request", "AEGIS_POOL_SIZE": "3",
-        "AEGIS_QUEUE_MAX": "1000000", "AEGIS_QUEUE_TIMEOUT": "6s", "AEGIS_REQUEST_TIMEOUT": "off", "AEGIS_ROUTE": "key",
+        "AEGIS_QUEUE_MAX": "1000000", "AEGIS_QUEUE_TIMEOUT": "6s", "AEGIS_REQUEST_TIMEOUT": "off", "AEGIS_BALANCE": "key_hash",
         "AEGIS_KUBE_STORES": "3",
         "AEGIS_LOCALITY": "zone", "AEGIS_NODE_NAME": "spec.nodeName",
         "AEGIS_ZONE": "metadata.labels['topology.kubernetes.io/zone']",
@@ -295,9 +295,9 @@ def test_clients_may_watch_each_namespace_that_they_may_choose():
         assert found == ["db", "data"], kind
 
 
-@pytest.mark.parametrize("route, stores, reads", [("key", "auto", True), ("key", 3, False), ("balance", "auto", False)])
-def test_stateful_sets_may_be_read_where_they_tell_the_stores(route, stores, reads):
-    role = one(template(CHART, values={**CLIENTS, **sidecar(route=route, stores=stores)}), "Role")
+@pytest.mark.parametrize("balance, stores, reads", [("key_hash", "auto", True), ("key_hash", 3, False), ("least_conn", "auto", False)])
+def test_stateful_sets_may_be_read_where_they_tell_the_stores(balance, stores, reads):
+    role = one(template(CHART, values={**CLIENTS, **sidecar(balance=balance, stores=stores)}), "Role")
     assert ("statefulsets" in str(role["rules"])) is reads, role
 
 
@@ -337,7 +337,7 @@ def cel_to_json(text):
 @pytest.mark.parametrize("values", [{}, {"readiness": True, "locality": "zone"}, {"seccomp": {"type": "Localhost"}},
                                     {"env": {"AEGIS_NODE_NAME": 'a"b\\c'}, "resources": {"requests": {"cpu": 1}}},
                                     {"workers": "auto", "resources": {"limits": {"cpu": 4}}},
-                                    {"route": "key"}, {"protocol": "tcp"}, {"pool": {"mode": "session"}}])
+                                    {"balance": "key_hash"}, {"protocol": "tcp"}, {"pool": {"mode": "session"}}])
 def test_the_policy_injects_what_the_library_renders(values):
     values = {"backend": {"service": "db", "namespace": "data"}, **values}
     objects = template(CHART, *INJECTS, values={"sidecar": values}, release="aegis")

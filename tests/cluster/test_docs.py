@@ -66,7 +66,7 @@ def test_the_example_of_the_library_chart_is_whole(library_chart):
     (sidecar,) = pod["spec"]["initContainers"]
     assert sidecar["image"] == "registry.example/aegis-proxy:0.1.0"
     env = {item["name"]: item.get("value") for item in sidecar["env"]}
-    assert (env["AEGIS_KUBE_SERVICE"], env["AEGIS_KUBE_NAMESPACE"], env["AEGIS_ROUTE"]) == ("chronos", "db", "key")
+    assert (env["AEGIS_KUBE_SERVICE"], env["AEGIS_KUBE_NAMESPACE"], env["AEGIS_BALANCE"]) == ("chronos", "db", "key_hash")
     role, binding = one(objects, "Role"), one(objects, "RoleBinding")
     assert role["metadata"]["namespace"] == binding["metadata"]["namespace"] == "db"
     assert {resource for rule in role["rules"] for resource in rule["resources"]} == {"endpointslices", "statefulsets"}
@@ -157,7 +157,7 @@ def readme_values():
 def test_the_readmes_cluster_finds_every_key_in_two_stores():
     pod = one(template(CHART, *readme_values(), release="aegis"), "Pod")
     settings = {item["name"]: item.get("value") for item in pod["spec"]["initContainers"][0]["env"]}
-    chosen = {name: settings[name] for name in ["AEGIS_PROTOCOL", "AEGIS_POOL_MODE", "AEGIS_ROUTE"]}
+    chosen = {name: settings[name] for name in ["AEGIS_PROTOCOL", "AEGIS_POOL_MODE", "AEGIS_BALANCE"]}
     with store(kind=Native) as a, store(kind=Native) as b, \
             aegis(env={"AEGIS_BACKENDS": f"{a},{b}", **chosen}, kind=Native) as proxy:
         for turn in range(20):

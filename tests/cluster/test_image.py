@@ -182,7 +182,7 @@ def test_the_client_of_the_demo_finds_what_it_stored_in_two_stores(script_env):
                       if item["kind"] == "Deployment" and item["metadata"]["name"] == "client")
     spec = deployment["spec"]["template"]["spec"]
     settings = {item["name"]: item.get("value") for item in spec["initContainers"][0]["env"]}
-    chosen = {name: settings[name] for name in ["AEGIS_PROTOCOL", "AEGIS_POOL_MODE", "AEGIS_ROUTE"]}
+    chosen = {name: settings[name] for name in ["AEGIS_PROTOCOL", "AEGIS_POOL_MODE", "AEGIS_BALANCE"]}
     shell, option, script = spec["containers"][0]["command"]
     with store() as one_store, store() as other, aegis(env={"AEGIS_BACKENDS": f"{one_store},{other}", **chosen}) as proxy:
         script = script.replace("127.0.0.1 8081", f"127.0.0.1 {proxy.port}")
@@ -265,7 +265,7 @@ def test_a_charted_sidecar_runs_while_everything_refuses_it(by, tmp_path):
 @pytest.mark.parametrize("values", [
     {"backend": {"service": "chronos"}},
     {"backend": {"service": "chronos", "port": "db"}, "locality": "zone"},
-    {"backend": {"selector": "app=db"}, "locality": "node", "route": "key"},
+    {"backend": {"selector": "app=db"}, "locality": "node", "balance": "key_hash"},
     {"backend": {"service": "web"}, "protocol": "http1", "pool": {"mode": "session", "size": 4096},
      "queue": {"max": 1000000, "timeout": "1h"}, "requestTimeout": "off"},
     {"backend": {"service": "db"}, "protocol": "tcp"},

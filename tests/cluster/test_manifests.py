@@ -31,7 +31,7 @@ def test_the_component_adds_the_sidecar_where_the_label_is_and_nowhere_else():
     (sidecar,) = pod["spec"]["initContainers"]
     env = {item["name"]: item.get("value") for item in sidecar["env"]}
     assert env["AEGIS_KUBE_SERVICE"] == "store"
-    assert (env["AEGIS_MAX_SESSIONS"], env["AEGIS_ROUTE"]) == ("100", "key"), "the demo's own patch"
+    assert (env["AEGIS_MAX_SESSIONS"], env["AEGIS_BALANCE"]) == ("100", "key_hash"), "the demo's own patch"
     assert (env["AEGIS_PROTOCOL"], env["AEGIS_POOL_MODE"]) == ("chronos", "request"), "which routing by key needs"
     assert pod["metadata"]["labels"]["aegis-proxy.io/inject"] == "enabled"
     assert "initContainers" not in by_name(objects, "StatefulSet", "store")["spec"]["template"]["spec"]

@@ -375,7 +375,7 @@ fn starting(api: &KubeApi, store: &Backend) -> (Proxy, SocketAddr) {
     let proxy = Builder::on(Io::Epoll)
         .kubernetes(api)
         .protocol("chronos", "request")
-        .set("AEGIS_ROUTE", "key")
+        .set("AEGIS_BALANCE", "key_hash")
         .launch();
     let admin = proxy.admin();
     eventually("it says why it does not start", PATIENCE, || {

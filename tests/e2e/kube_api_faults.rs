@@ -130,7 +130,8 @@ fn both_watches_of_keyed_routing_keep_their_pace() {
     for odd in [Odd::Redirect, Odd::EndsAtOnce, Odd::Empty] {
         faults.talk(Some(odd));
         let (begun, before) = (Instant::now(), faults.requests());
-        let _proxy = on(&api).protocol("chronos", "request").set("AEGIS_ROUTE", "key").launch();
+        let _proxy =
+            on(&api).protocol("chronos", "request").set("AEGIS_BALANCE", "key_hash").launch();
         eventually("it has been heard for a while", WINDOW + PATIENCE, || {
             (begun.elapsed() >= WINDOW).then_some(())
         });

@@ -147,7 +147,7 @@ fn connections_that_requests_share_outlive_a_rewritten_slice(io: Io) {
 const KEYS: usize = 60;
 
 fn by_key(builder: Builder) -> Builder {
-    builder.protocol("chronos", "request").set("AEGIS_ROUTE", "key").pool(0, 4)
+    builder.protocol("chronos", "request").set("AEGIS_BALANCE", "key_hash").pool(0, 4)
 }
 
 /// Stores, as far as the test sees them.
@@ -536,7 +536,7 @@ fn nothing_starts_without_a_membership(io: Io) {
             parts.iter().all(|part| answer.body.contains(part)).then_some(())
         });
     };
-    wait_for(&["web-5d8f7c9b-x2x4z", "is not of a StatefulSet", "AEGIS_ROUTE"]);
+    wait_for(&["web-5d8f7c9b-x2x4z", "is not of a StatefulSet", "AEGIS_BALANCE=key_hash"]);
     assert_eq!(proxy.get("/livez").status, 200);
     api.slice("s", &slice("chronos-0"));
     wait_for(&["no StatefulSet \"chronos\"", "AEGIS_KUBE_STORES"]);

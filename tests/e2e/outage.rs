@@ -306,7 +306,7 @@ fn short_of_descriptors(io: Io, stores: &[Backend]) -> Builder {
 
 fn stores_that_are_needed_get_connections_whatever_others_keep(io: Io) {
     let stores: Vec<_> = (0..12).map(|_| Backend::chronos()).collect();
-    let proxy = short_of_descriptors(io, &stores).set("AEGIS_ROUTE", "key").start();
+    let proxy = short_of_descriptors(io, &stores).set("AEGIS_BALANCE", "key_hash").start();
     let clients: Vec<_> = (0..8).map(|_| connect(proxy.address())).collect();
     for round in 0..50 {
         for (i, client) in clients.iter().enumerate() {

@@ -26,7 +26,7 @@ fn by_key(io: Io, backends: &[Backend]) -> Proxy {
     Builder::on(io)
         .backends(&addresses)
         .protocol("chronos", "request")
-        .set("AEGIS_ROUTE", "key")
+        .set("AEGIS_BALANCE", "key_hash")
         .set("AEGIS_EJECT_FAILURES", "1")
         .set("AEGIS_EJECT_TIME", "1h")
         .start()
@@ -120,7 +120,7 @@ fn a_request_for_any_store_has_its_turn_among_those_for_one(io: Io) {
         .set("AEGIS_WORKERS", "1")
         .protocol("chronos", "request")
         .set("AEGIS_POOL_SIZE", "1")
-        .set("AEGIS_ROUTE", "key")
+        .set("AEGIS_BALANCE", "key_hash")
         .start();
     // So many that there is always one that waits for the only connection.
     let (stop, asking) = (AtomicBool::new(false), AtomicU64::new(0));

@@ -125,7 +125,7 @@ timeoutSeconds: {{ index . 4 }}
 - {name: {{ $variable }}, value: {{ toJson . }}}
 {{- end }}
 {{- end }}
-- {name: AEGIS_ROUTE, value: {{ toJson .route }}}
+- {name: AEGIS_BALANCE, value: {{ toJson .balance }}}
 {{- if ne (toString .stores) "auto" }}
 - {name: AEGIS_KUBE_STORES, value: {{ int .stores | toString | toJson }}}
 {{- end }}
@@ -227,11 +227,11 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- if and (eq .protocol "tcp") (ne $mode "preconnect") }}
 {{- fail (printf "aegis-sidecar: protocol is tcp and pool.mode is %s: nobody can tell when an answer of unknown bytes is over, so no used connection may be lent: empty pool.mode, or set protocol to chronos or http1" $mode) }}
 {{- end }}
-{{- if and (eq .route "key") (ne .protocol "chronos") }}
-{{- fail (printf "aegis-sidecar: route is key and protocol is %s: only the requests of chronos have keys: set route to balance, or protocol to chronos" .protocol) }}
+{{- if and (eq .balance "key_hash") (ne .protocol "chronos") }}
+{{- fail (printf "aegis-sidecar: balance is key_hash and protocol is %s: only the requests of chronos have keys: set balance to least_conn, or protocol to chronos" .protocol) }}
 {{- end }}
-{{- if and (eq .route "key") (ne $mode "request") }}
-{{- fail (printf "aegis-sidecar: route is key and pool.mode is %s: keys of one client may belong to several endpoints: set route to balance, or pool.mode to request" $mode) }}
+{{- if and (eq .balance "key_hash") (ne $mode "request") }}
+{{- fail (printf "aegis-sidecar: balance is key_hash and pool.mode is %s: keys of one client may belong to several endpoints: set balance to least_conn, or pool.mode to request" $mode) }}
 {{- end }}
 {{- range include "aegis-sidecar.env" (set (deepCopy .) "env" dict) | fromYamlArray }}
 {{- if hasKey $.env .name }}

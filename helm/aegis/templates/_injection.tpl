@@ -142,7 +142,7 @@ it is chosen or set. `amount`: a quantity, and where it belongs.
 {{- end }}
 - {annotation: protocol, variable: protocol, value: protocol, default: {{ $sidecar.protocol }}}
 - {annotation: pool-mode, variable: poolMode, value: pool.mode, default: {{ $sidecar.pool.mode | toJson }}}
-- {annotation: route, variable: route, value: route, default: {{ $sidecar.route }}}
+- {annotation: balance, variable: balance, value: balance, default: {{ $sidecar.balance }}}
 - {annotation: queue-timeout, variable: queueTimeout, value: queue.timeout, default: {{ $sidecar.queue.timeout }}}
 - {annotation: request-timeout, variable: requestTimeout, value: requestTimeout, default: {{ toJson $sidecar.requestTimeout }}}
 - {annotation: connect-timeout, variable: connectTimeout, value: connectTimeout, default: {{ $sidecar.connectTimeout }}}
@@ -280,15 +280,15 @@ does not; `verb` in place of "is". `first`: what the API server would refuse by 
   what: the protocol is tcp, whose bytes nobody can tell apart, and the pool mode
   is: {{ $x }}
   change: set {{ $annotation }}pool-mode to preconnect, or aegis-proxy.io/protocol to chronos or http1
-{{- else if eq .annotation "route" }}
-- expression: {{ $x }} in ["balance", "key"]
-  what: {{ $annotation }}route
+{{- else if eq .annotation "balance" }}
+- expression: {{ $x }} in ["least_conn", "round_robin", "random_two", "source_hash", "key_hash"]
+  what: {{ $annotation }}balance
   is: {{ $x }}
-  change: set it to balance or key
-- expression: {{ $x }} != "key" || variables.protocol == "chronos" && variables.poolMode == "request"
-  what: routing by key needs the protocol chronos and the pool mode request, and what there
+  change: set it to least_conn, round_robin, random_two, source_hash or key_hash
+- expression: {{ $x }} != "key_hash" || variables.protocol == "chronos" && variables.poolMode == "request"
+  what: balancing by key_hash needs the protocol chronos and the pool mode request, and what there
   is: variables.protocol + " and " + variables.poolMode
-  change: remove the annotations aegis-proxy.io/protocol and aegis-proxy.io/pool-mode, or set aegis-proxy.io/route to balance
+  change: remove the annotations aegis-proxy.io/protocol and aegis-proxy.io/pool-mode, or set aegis-proxy.io/balance to least_conn
 {{- else if eq .annotation "log-level" }}
 - expression: >-
     {{ $x }}.size() <= 1024 &&

@@ -1,6 +1,7 @@
 mod charts;
 mod mistakes;
 mod page;
+mod routes;
 mod rules;
 mod table;
 

@@ -15,7 +15,8 @@ const INTRODUCTION: &str = "\
 # Configuration
 
 All configuration is in the environment, one variable for each setting, and is read once at the
-start. `aegis-proxy check` prints what is in force and starts nothing, `aegis-proxy --help` prints
+start. Most variables are [of each route](#of-each-route), the others [of the process](#of-the-process).
+`aegis-proxy check` prints what is in force and starts nothing, `aegis-proxy --help` prints
 what stands here, and `/config` on the admin port says what a running process works with.
 
 ## How values are written
@@ -45,15 +46,34 @@ A value that is in order but has no effect, because of the value of another vari
 reason by `aegis-proxy check`, and by a warning in the log at the start.
 ";
 
+/// What stands below the heading of a part.
+fn about(part: &str) -> &'static str {
+    match part {
+        "Of each route" => {
+            "Where there is one route, as without `AEGIS_ROUTES`, these are its variables. Where there are several, \
+             the name\nas it stands here is the default of all, and each route may have it of its own: \
+             `AEGIS_ORDERS_EU__LISTEN` is\nthat of the route `orders-eu`, in capitals, with underscores for dashes \
+             and two of them behind it."
+        }
+        "Of the process" => "These are for all routes together; no route has one of its own.",
+        part => panic!("{part} is not described"),
+    }
+}
+
 fn page() -> String {
     let mistakes = read(&[("AEGIS_WORKERS", "many"), ("AEGIS_IDLE_TIMEOUT", "60")]);
     let mut page =
         format!("{INTRODUCTION}aegis-proxy: {}\n{AFTER_MISTAKES}", mistakes.unwrap_err());
+    let mut level = "##";
     for row in rows() {
         match row {
+            Row::Part(part) => {
+                level = "###";
+                write!(page, "\n## {part}\n\n{}\n", about(part))
+            }
             Row::Heading(heading) => write!(
                 page,
-                "\n## {heading}\n\n\
+                "\n{level} {heading}\n\n\
                  | variable | default | what it does (what it accepts) |\n| --- | --- | --- |\n"
             ),
             Row::Variable(variable) => {

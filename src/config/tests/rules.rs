@@ -20,12 +20,16 @@ fn used_connections_are_lent_only_where_that_is_safe() {
             &[
                 ("AEGIS_PROTOCOL", "chronos"),
                 ("AEGIS_POOL_MODE", "session"),
-                ("AEGIS_ROUTE", "key"),
+                ("AEGIS_BALANCE", "key_hash"),
             ],
             "keys of one client may belong to several endpoints",
         ),
         (
-            &[("AEGIS_PROTOCOL", "http1"), ("AEGIS_POOL_MODE", "request"), ("AEGIS_ROUTE", "key")],
+            &[
+                ("AEGIS_PROTOCOL", "http1"),
+                ("AEGIS_POOL_MODE", "request"),
+                ("AEGIS_BALANCE", "key_hash"),
+            ],
             "only the requests of chronos have keys",
         ),
     ] {
@@ -54,7 +58,16 @@ fn what_has_no_effect_is_told_with_the_reason() {
             &["AEGIS_BACKENDS"],
         ),
         (&[kube, ("AEGIS_KUBE_STORES", "3")], &["AEGIS_KUBE_STORES"]),
-        (&[kube, chronos, request_mode, ("AEGIS_ROUTE", "key"), ("AEGIS_KUBE_STORES", "3")], &[]),
+        (
+            &[
+                kube,
+                chronos,
+                request_mode,
+                ("AEGIS_BALANCE", "key_hash"),
+                ("AEGIS_KUBE_STORES", "3"),
+            ],
+            &[],
+        ),
         (&[("AEGIS_DNS_REFRESH", "1s")], &["AEGIS_DNS_REFRESH"]),
         (&[("AEGIS_DNS_REFRESH", "1s"), ("AEGIS_BACKENDS", "db:1")], &[]),
         (&[("AEGIS_LOCALITY", "zone")], &["AEGIS_LOCALITY"]),
@@ -102,7 +115,7 @@ fn what_has_no_effect_is_told_with_the_reason() {
 
 #[test]
 fn the_minimum_is_of_all_workers_and_the_maximum_of_each() {
-    let pool = |vars: &[(&str, &str)]| read(vars).map(|config| config.pool.min_idle).ok();
+    let pool = |vars: &[(&str, &str)]| read(vars).map(|config| config.routes[0].pool.min_idle).ok();
     let max = ("AEGIS_POOL_MAX_IDLE", "3");
     assert_eq!(pool(&[("AEGIS_WORKERS", "4"), ("AEGIS_POOL_MIN_IDLE", "12"), max]), Some(12));
     assert_eq!(pool(&[("AEGIS_WORKERS", "4"), ("AEGIS_POOL_MIN_IDLE", "13"), max]), None);
@@ -116,7 +129,8 @@ fn the_minimum_is_of_all_workers_and_the_maximum_of_each() {
 
 #[test]
 fn the_default_minimum_gives_way_to_a_small_maximum() {
-    let pool = read(&[("AEGIS_POOL_MAX_IDLE", "0")]).unwrap().pool;
+    let config = read(&[("AEGIS_POOL_MAX_IDLE", "0")]).unwrap();
+    let pool = &config.routes[0].pool;
     assert_eq!((pool.min_idle, pool.max_idle), (0, 0));
     // A refused maximum is not reported a second time as being below the minimum.
     let vars = [("AEGIS_POOL_MIN_IDLE", "100"), ("AEGIS_POOL_MAX_IDLE", "x")];
@@ -178,9 +192,8 @@ fn where_endpoints_come_from_follows_from_what_is_set() {
         (&[("AEGIS_DISCOVERY", "static"), ("AEGIS_KUBE_SERVICE", "a")], Discovery::Static),
     ] {
         let config = read(vars).unwrap_or_else(|problems| panic!("{vars:?}: {problems}"));
-        assert_eq!(config.discovery, discovery, "{vars:?}");
-        let again = config.effective().into_iter().map(|(n, text)| (n.to_owned(), text));
-        assert_eq!(Config::from_vars(again), Ok(config), "{vars:?}");
+        assert_eq!(config.routes[0].discovery, discovery, "{vars:?}");
+        assert_eq!(Config::from_vars(config.effective()), Ok(config), "{vars:?}");
     }
     for (vars, part) in [
         (&[("AEGIS_DISCOVERY", "kubernetes")][..], "has to be named"),
@@ -201,7 +214,7 @@ fn where_endpoints_come_from_follows_from_what_is_set() {
 
 #[test]
 fn a_name_is_counted_as_the_addresses_that_it_may_stand_for() {
-    let addresses = |backends| read(&[("AEGIS_BACKENDS", backends)]).unwrap().addresses();
+    let addresses = |backends| read(&[("AEGIS_BACKENDS", backends)]).unwrap().routes[0].addresses();
     assert_eq!(addresses("10.0.0.1:80,[::1]:80"), 2);
     assert_eq!(addresses("10.0.0.1:80,db:80"), 1 + crate::limits::ADDRESSES_PER_NAME);
 }

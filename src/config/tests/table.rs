@@ -11,13 +11,15 @@ use crate::limits;
 #[test]
 fn an_empty_environment_gives_the_defaults() {
     let config = read(&[]).unwrap();
-    assert_eq!(config.listen, ["127.0.0.1:8081", "[::1]:8081"].map(|a| a.parse().unwrap()));
-    assert_eq!(config.backends, [HostPort { host: "127.0.0.1".to_owned(), port: 8080 }]);
+    let [route] = &config.routes[..] else { panic!("{config:?}") };
+    assert_eq!(route.name.as_str(), "default");
+    assert_eq!(route.listen, ["127.0.0.1:8081", "[::1]:8081"].map(|a| a.parse().unwrap()));
+    assert_eq!(route.backends, [HostPort { host: "127.0.0.1".to_owned(), port: 8080 }]);
     assert_eq!(config.workers, None);
-    assert_eq!(config.balance, Balance::LeastConn);
-    assert_eq!((config.pool.min_idle, config.pool.max_idle), (4, 64));
-    assert_eq!(config.pool.max_lifetime, Some(Duration::from_secs(900)));
-    assert_eq!(config.idle_timeout, None);
+    assert_eq!(route.balance, Balance::LeastConn);
+    assert_eq!((route.pool.min_idle, route.pool.max_idle), (4, 64));
+    assert_eq!(route.pool.max_lifetime, Some(Duration::from_secs(900)));
+    assert_eq!(route.idle_timeout, None);
     assert_eq!(config.drain_delay, Duration::from_secs(1));
 }
 
@@ -45,6 +47,7 @@ fn random_text(variable: &Variable, rng: &mut fastrand::Rng) -> String {
         ports.iter().map(|p| format!("{host}:{p}")).collect::<Vec<_>>().join(" , ")
     };
     match variable.name {
+        "AEGIS_ROUTES" => word(rng, &["default", "orders"]),
         "AEGIS_LISTEN" => list(rng, limits::LISTEN_ADDRESSES_MAX, "[2001:db8:0::1]"),
         "AEGIS_ADMIN" => format!("0.0.0.0:{}", rng.u16(..9000)),
         "AEGIS_BACKENDS" => {
@@ -86,7 +89,7 @@ const TOGETHER: [&[(&str, &str)]; 4] = [
     &[("AEGIS_PROXY_PROTOCOL", "v1")],
     &[("AEGIS_PROXY_PROTOCOL", "v2"), ("AEGIS_PROTOCOL", "http1")],
     &[("AEGIS_PROTOCOL", "http1"), ("AEGIS_POOL_MODE", "session")],
-    &[("AEGIS_PROTOCOL", "chronos"), ("AEGIS_POOL_MODE", "request"), ("AEGIS_ROUTE", "key")],
+    &[("AEGIS_PROTOCOL", "chronos"), ("AEGIS_POOL_MODE", "request"), ("AEGIS_BALANCE", "key_hash")],
 ];
 
 #[test]
@@ -103,8 +106,7 @@ fn what_is_in_force_reads_back_as_the_same() {
         let together = rng.choice(TOGETHER).unwrap();
         vars.extend(together.iter().map(|&(name, text)| (name.to_owned(), text.to_owned())));
         let config = Config::from_vars(vars.clone()).unwrap_or_else(|e| panic!("{vars:?}: {e}"));
-        let again = config.effective().into_iter().map(|(n, text)| (n.to_owned(), text));
-        assert_eq!(Config::from_vars(again), Ok(config), "{vars:?}");
+        assert_eq!(Config::from_vars(config.effective()), Ok(config), "{vars:?}");
     }
 }
 

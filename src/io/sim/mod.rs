@@ -107,6 +107,8 @@ pub struct Sim {
     pub endpoints: Vec<Reachability>,
     /// Whether backends greet.
     pub greetings: bool,
+    /// How many listeners there are.
+    pub listeners: usize,
     /// What peers speak.
     pub speech: Speech,
     /// The most that was held for one connection, in bytes.
@@ -140,6 +142,7 @@ impl Sim {
             peers: Vec::new(),
             endpoints: vec![Reachability::Up; endpoints],
             greetings: rng.bool(),
+            listeners: 1,
             speech: Speech::Bytes,
             queue_peak: 0,
             withholds_sends: false,
@@ -160,6 +163,11 @@ impl Sim {
             }
         };
         self.schedule(delay, Step::ClientArrives(peer));
+    }
+
+    /// The listener that a client comes to, by its place among all peers.
+    pub fn listener_of(&self, peer: usize) -> usize {
+        peer % self.listeners
     }
 
     /// How an endpoint answers from now on.
@@ -223,7 +231,7 @@ impl Sim {
         if let Some(peer) = self.backlog.pop_front()
             && let Some(conn) = self.add_socket(peer, false)
         {
-            self.hearing.push(Completion::Accepted(conn, 0));
+            self.hearing.push(Completion::Accepted(conn, self.listener_of(peer)));
         }
     }
 

@@ -68,7 +68,7 @@ pub struct Peer {
     pub(super) read: usize,
     pause_us: u64,
     /// The endpoint that it is of, if it is a backend.
-    pub(super) endpoint: Option<u16>,
+    pub endpoint: Option<u16>,
     /// Its host has been gone without a word since then.
     pub(super) swallowed: Option<Duration>,
     /// Since when it has not acknowledged what it was sent, and never will.

@@ -205,7 +205,10 @@ impl Table {
         let turns = |entry: &Entry| entry.turns.max(self.turns);
         let chosen = match self.policy {
             Balance::RoundRobin => candidates.min_by_key(|(_, entry)| turns(entry)),
-            Balance::LeastConn => candidates.min_by_key(|(_, entry)| (entry.load(), turns(entry))),
+            // What has no key goes where the load is least.
+            Balance::LeastConn | Balance::KeyHash => {
+                candidates.min_by_key(|(_, entry)| (entry.load(), turns(entry)))
+            }
             Balance::RandomTwo => {
                 let all = candidates.clone().count();
                 if all == 0 {

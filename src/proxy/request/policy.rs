@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::Binding;
-use crate::config::{Balance, Config, Locality, PoolMode, Protocol, Route};
+use crate::config::{Balance, Locality, PoolMode, Protocol, RouteConfig};
 use crate::io::buffers::Buffers;
 use crate::limits;
 
@@ -44,8 +44,8 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// The policy for a configuration.
-    pub fn new(config: &Config) -> Self {
+    /// The policy of a route, in a process that announces for so long that it leaves.
+    pub fn new(config: &RouteConfig, drain_delay: Duration) -> Self {
         Self {
             protocol: config.protocol,
             limits: Limits {
@@ -57,14 +57,14 @@ impl Policy {
             },
             attempts_max: config.connect_attempts,
             releases_after_reply: config.pool.mode == PoolMode::Request,
-            binding: match (config.requests.route, config.balance) {
-                (Route::Key, _) => Binding::Key,
-                (_, Balance::SourceHash) => Binding::Source,
+            binding: match config.balance {
+                Balance::KeyHash => Binding::Key,
+                Balance::SourceHash => Binding::Source,
                 _ => Binding::Nothing,
             },
             prefers_near: config.locality != Locality::Off,
             ends_after_error: config.protocol.facts().ends_after_error,
-            drain_delay: config.drain_delay,
+            drain_delay,
         }
     }
 }

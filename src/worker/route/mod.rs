@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use super::context::Context;
 use super::mailbox::Command;
-use crate::config::{Config, PoolMode};
+use crate::config::{Config, PoolMode, RouteConfig};
 use crate::io::{Close, ConnId, Driver};
 use crate::listening::Listening;
 use crate::metrics::{CloseReason, RouteStats};
@@ -34,7 +34,7 @@ use silence::Silence;
 /// One route of one worker.
 pub(super) struct Route {
     id: RouteId,
-    config: Arc<Config>,
+    config: Arc<RouteConfig>,
     stats: Arc<RouteStats>,
     sessions: Sessions,
     requests: Requests,
@@ -46,17 +46,18 @@ impl Route {
     /// Without endpoints, with room for so many sessions, and for so many connections in pools.
     pub(super) fn new<D: Driver>(
         id: RouteId,
-        config: Arc<Config>,
+        process: &Config,
         cx: &Context<D>,
         pool_conns_max: usize,
         listening: Listening,
     ) -> Self {
+        let config = Arc::clone(&process.routes[usize::from(id)]);
         let places = cx.places.slots();
         let stats = &cx.stats.routes[usize::from(id)];
         Self {
             id,
             sessions: Sessions::new(id, &config, Arc::clone(stats), places),
-            requests: Requests::new(&config, places),
+            requests: Requests::new(&config, process.drain_delay, places),
             pools: Pools::new(&config, cx.worker, Arc::clone(stats), pool_conns_max, listening),
             stats: Arc::clone(stats),
             silence: Silence::new(config.tcp_user_timeout),

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::config::{Config, Discovery};
+use crate::config::{Discovery, RouteConfig};
 use crate::io::{Close, ConnId, Driver, Unheard, net};
 use crate::limits;
 use crate::listening::Listening;
@@ -41,7 +41,7 @@ pub(super) struct Pools {
 }
 
 /// For how long an endpoint that left the set is taken to come back.
-fn linger_of(config: &Config) -> Duration {
+fn linger_of(config: &RouteConfig) -> Duration {
     match config.discovery {
         Discovery::Dns => {
             let answers =
@@ -60,7 +60,7 @@ pub(super) fn leads_back() -> io::Error {
 impl Pools {
     /// Without endpoints, and with room for so many connections.
     pub(super) fn new(
-        config: &Config,
+        config: &RouteConfig,
         worker: WorkerId,
         stats: Arc<RouteStats>,
         conns_max: usize,

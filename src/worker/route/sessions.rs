@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::config::{Config, ProxyProtocol};
+use crate::config::{ProxyProtocol, RouteConfig};
 use crate::io::{Buf, Chain, Close, ConnId, Driver};
 use crate::metrics::{CloseReason, Direction, RouteStats};
 use crate::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
@@ -47,7 +47,7 @@ impl Sessions {
     /// None, and room for as many as there are places.
     pub(super) fn new(
         route: RouteId,
-        config: &Config,
+        config: &RouteConfig,
         stats: Arc<RouteStats>,
         places: usize,
     ) -> Self {
@@ -293,7 +293,8 @@ impl Sessions {
             assert!(!session.is_open() || !session.has_early(), "what came early is not sent");
         }
         let is_of_session = |owner: &Owner| matches!(owner, Owner::Session(..));
-        let owned = cx.owners.iter().filter(|owned| is_of_session(&owned.owner)).count();
+        let owned =
+            cx.owners.of_route(self.route).filter(|owned| is_of_session(&owned.owner)).count();
         assert_eq!(owned, conns, "connections that belong to sessions");
     }
 }
@@ -399,6 +400,8 @@ fn proxy_header<D: Driver>(
 mod tests {
     use std::time::Duration;
 
+    use std::sync::Arc;
+
     use crate::config::{Config, PoolMode, Protocol};
     use crate::io::sim::Speech;
     use crate::metrics::CloseReason;
@@ -410,10 +413,11 @@ mod tests {
         const SLOTS: usize = 5;
         for mode in [PoolMode::Preconnect, PoolMode::Request] {
             let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
+            let route = Arc::make_mut(&mut config.routes[0]);
             if mode == PoolMode::Request {
-                config.protocol = Protocol::Chronos;
+                route.protocol = Protocol::Chronos;
             }
-            config.pool.mode = mode;
+            route.pool.mode = mode;
             let mut run = Run::with(fastrand::Rng::with_seed(1), config, 1, 100);
             if mode == PoolMode::Request {
                 run.engine.driver().speech = Speech::Lines;

@@ -103,7 +103,10 @@ impl Route {
         slot: usize,
         patience: &Patience,
     ) -> bool {
-        let &Owned { conn, ref owner, .. } = cx.owners.at(slot);
+        let &Owned { conn, route, ref owner } = cx.owners.at(slot);
+        if route != self.id {
+            return false;
+        }
         let watched = watched(owner, &mut self.sessions, &mut self.requests);
         let Some(Watched { pulse, endpoint, waits }) = watched else { return false };
         let entry = endpoint.and_then(|endpoint| self.pools.table.get_mut(endpoint));

@@ -381,7 +381,7 @@ impl Route {
         let table = &self.pools.table;
         table.assert_invariants();
         let mut found: HashMap<EndpointId, [usize; 2]> = HashMap::new();
-        for owned in &cx.owners {
+        for owned in cx.owners.of_route(self.id) {
             match owned.owner {
                 Owner::Idle { endpoint, .. } => found.entry(endpoint).or_default()[0] += 1,
                 Owner::Connecting { endpoint, .. } => found.entry(endpoint).or_default()[1] += 1,

@@ -3,10 +3,9 @@
 use std::collections::{BTreeSet, HashMap};
 use std::num::NonZeroUsize;
 
-use k8s_openapi::api::apps::v1::StatefulSet;
-
 use super::convert::Extract;
 use super::known::Weight;
+use super::objects::StatefulSet;
 use crate::control::discovery::{Declared, Wanted};
 use crate::limits::ENDPOINTS_MAX;
 
@@ -67,7 +66,7 @@ pub(super) fn stores<'a>(
         names.insert(set_of(pod).ok_or_else(|| {
             format!(
                 "pod {pod:?} is not of a StatefulSet, so nobody can say whose keys it holds: \
-                 AEGIS_ROUTE=key needs a StatefulSet, AEGIS_ROUTE=balance does not"
+                 AEGIS_BALANCE=key_hash needs a StatefulSet, other ways of balancing do not"
             )
         })?);
     }

@@ -18,6 +18,7 @@ mod connection;
 mod convert;
 mod known;
 mod membership;
+mod objects;
 mod offload;
 mod plugin;
 mod saved;
@@ -31,18 +32,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use futures_util::future;
-use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use tokio::sync::watch as channel;
 use tracing::{info, warn};
 
 use super::Publisher;
 use super::status::Status;
-use crate::config::{Config, KubeConfig, Route};
+use crate::config::{Balance, Config, KubeConfig, RouteConfig};
 use convert::{Extract, Rules, Union};
 use known::{Known, Location};
 use membership::{Membership, Ordinals};
+use objects::{Pod, StatefulSet};
 use offload::Offload;
 use saved::{Identity, Named, Snapshot, Writer};
 use watch::{Source, Subject, Watcher};
@@ -103,19 +103,20 @@ const STORES: &str = "stores";
 /// The Kubernetes API as a source of endpoints.
 #[derive(Debug)]
 pub(crate) struct Kubernetes {
-    config: Arc<Config>,
+    config: Arc<RouteConfig>,
+    start_timeout: Duration,
     status: Arc<Status>,
     rules: Rules,
 }
 
 impl Kubernetes {
-    /// The source that the configuration describes.
-    pub(crate) fn new(config: Arc<Config>, status: Arc<Status>) -> Self {
-        let (node, zone) = (config.node_name.clone(), config.zone.clone());
-        let (port, locality) = (config.kube.port.clone(), config.locality);
-        let by_key = config.requests.route == Route::Key;
+    /// The source that the configuration describes for a route.
+    pub(crate) fn new(process: &Config, route: Arc<RouteConfig>, status: Arc<Status>) -> Self {
+        let (node, zone) = (process.node_name.clone(), process.zone.clone());
+        let (port, locality) = (route.kube.port.clone(), route.locality);
+        let by_key = route.balance == Balance::KeyHash;
         let rules = Rules { port, locality, node, zone, by_key };
-        Self { config, status, rules }
+        Self { config: route, start_timeout: process.start_timeout, status, rules }
     }
 
     /// Keeps the endpoints published, for ever.
@@ -125,7 +126,7 @@ impl Kubernetes {
         let reads_sets = self.rules.by_key && self.config.kube.stores.is_none();
         let saved = SavedEndpoints::open(&self.config).await;
         let mut stores = Stores { source: &self, sets: sets.clone(), known: None };
-        let first_answer_max = Some(self.config.start_timeout);
+        let first_answer_max = Some(self.start_timeout);
         let mut known = Known::new(first_answer_max, |objects, complete| {
             if complete {
                 self.publish(&publisher, &mut stores, &saved, objects);
@@ -286,7 +287,7 @@ struct SavedEndpoints {
 }
 
 impl SavedEndpoints {
-    async fn open(config: &Config) -> Self {
+    async fn open(config: &RouteConfig) -> Self {
         let Some(path) = config.kube.snapshot.clone() else { return Self::default() };
         let shown = path.display().to_string();
         let file = path.clone();
@@ -309,7 +310,7 @@ impl SavedEndpoints {
         }
     }
 
-    fn locate(&self, config: &Config, Location { server, namespace }: &Location) {
+    fn locate(&self, config: &RouteConfig, Location { server, namespace }: &Location) {
         let identity = Identity::new(config, server, namespace);
         if let Some(writer) = &self.writer {
             writer.identify(identity.clone());

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use crate::config::{Config, Route};
+use crate::config::{Balance, RouteConfig};
 use crate::control::discovery::{Declared, Wanted};
 use crate::limits::ENDPOINTS_MAX;
 
@@ -47,7 +47,7 @@ pub(super) struct Identity {
 
 impl Identity {
     /// What this configuration means at this server, in this namespace.
-    pub(super) fn new(config: &Config, server: &str, namespace: &str) -> Self {
+    pub(super) fn new(config: &RouteConfig, server: &str, namespace: &str) -> Self {
         let kube = &config.kube;
         Self {
             server: server.to_owned(),
@@ -55,7 +55,7 @@ impl Identity {
             service: kube.service.as_ref().map(|service| service.name.clone()),
             selector: kube.selector.clone(),
             port: kube.port.as_ref().map(ToString::to_string),
-            by_key: config.requests.route == Route::Key,
+            by_key: config.balance == Balance::KeyHash,
             stores: kube.stores.map(Into::into),
         }
     }

@@ -1,5 +1,6 @@
 //! The state machine without worker or driver: state by event, and what it answers.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::state::State;
@@ -48,12 +49,13 @@ fn backend(made: Instant) -> BackendConn {
 impl Bench {
     fn new(protocol: Protocol) -> Self {
         let mut config = Config::from_vars([]).unwrap();
-        config.protocol = protocol;
-        config.requests.line_max = 16;
-        config.pool.mode = PoolMode::Request;
+        let route = Arc::make_mut(&mut config.routes[0]);
+        route.protocol = protocol;
+        route.requests.line_max = 16;
+        route.pool.mode = PoolMode::Request;
         let now = Instant::now();
-        let framing = Framing::new(protocol, &config.requests);
-        let mut policy = Policy::new(&config);
+        let framing = Framing::new(protocol, &route.requests);
+        let mut policy = Policy::new(route, Duration::ZERO);
         let (queue, endpoint) = (SECOND, SECOND);
         policy.limits = Limits { idle: None, half_close: None, queue, endpoint, request: None };
         Self {

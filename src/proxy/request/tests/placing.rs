@@ -42,7 +42,7 @@ impl Scene {
         bench.policy.binding = binding;
         bench.feed(request);
         assert_eq!(bench.next(), [Action::Acquire], "{request:?}");
-        let mut config = Config::from_vars([]).unwrap().pool;
+        let mut config = Config::from_vars([]).unwrap().routes[0].pool.clone();
         config.mode = PoolMode::Request;
         config.size = 2;
         let names: Vec<String> = (0..endpoints).map(|number| format!("s{number}")).collect();
@@ -111,7 +111,7 @@ fn a_request_acquires_what_is_idle_or_waits_or_fails() {
     let by_key = |request| Scene::new(1, Binding::Key, request);
     let room = |endpoint| Some((at(endpoint), Having::Room));
     let idle = |endpoint| Some((at(endpoint), Having::Idle));
-    for (what, mut scene, wanted) in [
+    for (what, mut scene, wanted) in vec![
         ("no endpoint is known", any(0), Wait(ANY, None)),
         ("nor is there room to wait", any(0).waiting(ANY, 3), Fail(ErrorReply::NoneKnown)),
         ("one is idle", any(2).idle(1), Acquire(at(1), None)),
@@ -216,7 +216,7 @@ fn a_connection_is_missing_for_each_that_waits() {
     assert_eq!(scene.placing().missing(at(0)), Some(2));
     assert_eq!(scene.placing().missing(at(1)), Some(2), "one is being made");
     let none = EndpointSnapshot::default();
-    let pool = Config::from_vars([]).unwrap().pool;
+    let pool = Config::from_vars([]).unwrap().routes[0].pool.clone();
     scene.table.apply(&none, &pool, false, scene.bench.now);
     assert_eq!(scene.placing().missing(at(1)), None, "it has left");
 }

@@ -27,7 +27,8 @@ impl Route {
         assert_eq!(requests.queue.len(), queued, "places in the queue");
         assert_eq!(self.pools.table.totals().acquired, in_use, "connections in use");
         assert!(requests.releasing.is_empty(), "connections are released before a turn ends");
-        let owned = cx.owners.iter().filter(|owned| matches!(owned.owner, Owner::InUse(_)));
+        let owned =
+            cx.owners.of_route(self.id).filter(|owned| matches!(owned.owner, Owner::InUse(_)));
         assert_eq!(owned.count(), in_use, "connections that clients own");
     }
 

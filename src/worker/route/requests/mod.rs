@@ -15,8 +15,9 @@ mod placing;
 mod simulation;
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
-use crate::config::{Config, PoolMode};
+use crate::config::{PoolMode, RouteConfig};
 use crate::fifo;
 use crate::io::Driver;
 use crate::proxy::Side;
@@ -45,12 +46,12 @@ pub(in crate::worker) struct Requests {
 
 impl Requests {
     /// None, of as many clients as there are places.
-    pub(super) fn new(config: &Config, places: usize) -> Self {
+    pub(super) fn new(config: &RouteConfig, drain_delay: Duration, places: usize) -> Self {
         let reuses_conns = config.pool.mode != PoolMode::Preconnect;
         let clients_max = if reuses_conns { places } else { 0 };
         Self {
             clients: Slab::with_capacity(clients_max),
-            policy: Policy::new(config),
+            policy: Policy::new(config, drain_delay),
             queue: Queue::new(config.requests.queue_max, clients_max),
             due: VecDeque::with_capacity(clients_max),
             releasing: Vec::with_capacity(clients_max),

@@ -2,9 +2,10 @@
 
 use crate::proxy::endpoints::EndpointId;
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::config::{Balance, Config, PoolMode, Protocol, Route};
+use crate::config::{Balance, Config, PoolMode, Protocol};
 use crate::io::sim::lines::{Asked, LINE_MAX, UNASKED, answer};
 use crate::io::sim::{Peer, Sim, Speech};
 use crate::limits;
@@ -24,29 +25,30 @@ const LOOK_AFTER: Duration = Duration::from_millis(250);
 
 fn config(protocol: Protocol, rng: &mut fastrand::Rng) -> Config {
     let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
-    config.protocol = protocol;
-    config.pool.mode = if rng.u8(..3) > 0 { PoolMode::Request } else { PoolMode::Session };
-    config.pool.size = rng.usize(1..5);
-    config.pool.min_idle = rng.usize(..2);
-    config.pool.max_idle = config.pool.min_idle + rng.usize(..4);
-    config.pool.idle_timeout = Some(rng.u32(1..10) * SECOND);
-    config.pool.max_lifetime = (rng.u8(..4) == 0).then(|| rng.u32(1..4) * SECOND);
-    config.balance =
+    let route = Arc::make_mut(&mut config.routes[0]);
+    route.protocol = protocol;
+    route.pool.mode = if rng.u8(..3) > 0 { PoolMode::Request } else { PoolMode::Session };
+    route.pool.size = rng.usize(1..5);
+    route.pool.min_idle = rng.usize(..2);
+    route.pool.max_idle = route.pool.min_idle + rng.usize(..4);
+    route.pool.idle_timeout = Some(rng.u32(1..10) * SECOND);
+    route.pool.max_lifetime = (rng.u8(..4) == 0).then(|| rng.u32(1..4) * SECOND);
+    route.balance =
         [Balance::LeastConn, Balance::RoundRobin, Balance::SourceHash, Balance::RandomTwo]
             [rng.usize(..4)];
-    config.requests.line_max = LINE_MAX;
-    config.requests.queue_max = [1, 4, 1000][rng.usize(..3)];
-    config.requests.queue_timeout = [30 * MS, 300 * MS, 3 * SECOND][rng.usize(..3)];
-    config.endpoint_wait = config.requests.queue_timeout;
-    config.requests.timeout = Some([100 * MS, 4 * SECOND][rng.usize(..2)]);
-    let has_keys = protocol == Protocol::Chronos && config.pool.mode == PoolMode::Request;
+    route.requests.line_max = LINE_MAX;
+    route.requests.queue_max = [1, 4, 1000][rng.usize(..3)];
+    route.requests.queue_timeout = [30 * MS, 300 * MS, 3 * SECOND][rng.usize(..3)];
+    route.endpoint_wait = route.requests.queue_timeout;
+    route.requests.timeout = Some([100 * MS, 4 * SECOND][rng.usize(..2)]);
+    let has_keys = protocol == Protocol::Chronos && route.pool.mode == PoolMode::Request;
     if has_keys && rng.bool() {
-        config.requests.route = Route::Key;
+        route.balance = Balance::KeyHash;
     }
-    config.connect_timeout = [200 * MS, 3 * SECOND][rng.usize(..2)];
-    config.backend_drain = (rng.u8(..4) == 0).then_some(SECOND);
-    config.idle_timeout = (rng.u8(..6) == 0).then_some(10 * SECOND);
-    config.half_close_timeout = (rng.u8(..4) == 0).then_some(3 * SECOND);
+    route.connect_timeout = [200 * MS, 3 * SECOND][rng.usize(..2)];
+    route.backend_drain = (rng.u8(..4) == 0).then_some(SECOND);
+    route.idle_timeout = (rng.u8(..6) == 0).then_some(10 * SECOND);
+    route.half_close_timeout = (rng.u8(..4) == 0).then_some(3 * SECOND);
     config
 }
 
@@ -152,7 +154,7 @@ impl RequestRun {
 
     /// No write is made twice, and keys go to their owner, whoever else is there.
     fn check_requests(&mut self) {
-        let by_key = self.run.engine.routes[0].config.requests.route == Route::Key;
+        let by_key = self.run.engine.routes[0].config.balance == Balance::KeyHash;
         let names: Vec<_> =
             self.run.endpoints.iter().map(|e| StableHash::of(e.name.as_bytes())).collect();
         let mut heard: HashMap<&str, usize> = HashMap::new();
