@@ -1,6 +1,7 @@
 //! Real databases behind the proxy: their own clients and load tools, what their servers make of warm
 //! connections, and what `docs/DATABASES.md` says about them.
 
+mod cancel;
 mod facts;
 mod loads;
 mod logins;
