@@ -16,13 +16,15 @@ pub(super) struct Cancel {
     request: Chain,
     /// The last endpoint that has had it since it was known for what it is.
     reached: Option<EndpointId>,
+    /// One has been through with it.
+    delivered: bool,
 }
 
 impl Session {
     /// Its client has begun with a cancel request, whose bytes are these.
     pub fn on_cancel(&mut self, request: Chain) {
         assert!(self.cancel.is_none(), "a client begins once");
-        self.cancel = Some(Cancel { request, reached: None });
+        self.cancel = Some(Cancel { request, reached: None, delivered: false });
         // That the connection is ended without a word is how it is done.
         self.vouch();
     }
@@ -35,6 +37,18 @@ impl Session {
     /// The last endpoint that has had it, beside those tried before it was known for what it is.
     pub fn cancel_reached(&self) -> Option<EndpointId> {
         self.cancel.as_ref().and_then(|cancel| cancel.reached)
+    }
+
+    /// The present endpoint is through with it.
+    pub fn on_cancel_delivered(&mut self) {
+        if let Some(cancel) = &mut self.cancel {
+            cancel.delivered = true;
+        }
+    }
+
+    /// Whether it is a request that an endpoint has been through with: it is over where none is left.
+    pub fn is_cancel_delivered(&self) -> bool {
+        self.cancel.as_ref().is_some_and(|cancel| cancel.delivered)
     }
 
     /// Takes the request out, to be freed.

@@ -113,10 +113,13 @@ impl Route {
         key: Key<Session>,
         otherwise: CloseReason,
     ) {
+        let session = self.sessions.of(key);
+        if session.is_cancel_delivered() {
+            return self.close_session(cx, key, CloseReason::Finished);
+        }
         if !self.pools.table.is_empty() {
             return self.close_session(cx, key, otherwise);
         }
-        let session = self.sessions.of(key);
         let left = self.config.endpoint_wait.saturating_sub(session.age(cx.now));
         if session.awaits_endpoint() && !left.is_zero() {
             cx.timers.set(session.client().index(), cx.now + left);
@@ -288,6 +291,7 @@ impl Route {
     /// An endpoint is through with a cancel request: the next one gets it. Says whether there is one.
     fn ask_next_to_cancel<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) -> bool {
         let session = self.sessions.of(key);
+        session.on_cancel_delivered();
         let endpoint = session.endpoint();
         let (tried, reached) = (*session.tried(), session.cancel_reached());
         if session.cancel().is_none()

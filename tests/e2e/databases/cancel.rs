@@ -23,6 +23,7 @@ const CANCEL: [u8; 16] = [0, 0, 0, 16, 4, 210, 22, 46, 0, 0, 0, 42, 1, 2, 3, 4];
 on_both_drivers!(
     a_cancel_request_reaches_every_endpoint_before_its_client_hears_the_end,
     an_endpoint_that_does_not_answer_is_passed_over,
+    an_endpoint_that_refuses_is_passed_over,
     what_else_a_client_begins_with_goes_to_one_endpoint,
 );
 
@@ -111,6 +112,20 @@ fn an_endpoint_that_does_not_answer_is_passed_over(io: Io) {
         assert_eq!(hears.try_iter().collect::<Vec<_>>(), [CANCEL]);
     }
     assert_all_finished(&proxy);
+}
+
+fn an_endpoint_that_refuses_is_passed_over(io: Io) {
+    let (heard, hears) = channel();
+    let answer = [(); 2].map(|()| server(Then::End, heard.clone()));
+    let refuse = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    let refuse = refuse.map(|listener| listener.local_addr().unwrap());
+    let servers = [refuse[0], answer[0], refuse[1], answer[1]];
+    let builder = Builder::on(io).backends(&servers).set("AEGIS_PRESET", "postgres");
+    let proxy = builder.without_pool().start();
+    for _ in 0..5 {
+        hears_the_end(begin_with(&proxy, &CANCEL));
+        assert_eq!(hears.try_iter().collect::<Vec<_>>(), [CANCEL, CANCEL]);
+    }
 }
 
 fn what_else_a_client_begins_with_goes_to_one_endpoint(io: Io) {
