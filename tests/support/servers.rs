@@ -281,15 +281,15 @@ impl MariaDb {
 
     /// The client `mariadb` at `target`.
     pub fn mariadb(&self, target: &Target) -> Command {
-        self.client(&self.mariadb, target)
+        Self::client(&self.mariadb, target)
     }
 
     /// `mariadb-slap`, formerly mysqlslap, at `target`.
     pub fn slap(&self, target: &Target) -> Command {
-        self.client(&self.slap, target)
+        Self::client(&self.slap, target)
     }
 
-    fn client(&self, program: &Path, target: &Target) -> Command {
+    fn client(program: &Path, target: &Target) -> Command {
         let mut client = Command::new(program);
         client.args(["--no-defaults", "-uaegis", "-pword"]);
         of_mariadb(&mut client, target);
