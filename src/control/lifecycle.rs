@@ -228,7 +228,8 @@ async fn drain(view: &View, mut events: mpsc::Receiver<Event>, signal: &str) -> 
 
 /// Waits until no session is left for which the process goes on.
 async fn nobody_to_wait_for(view: &View) {
-    let leave = view.config().routes[0].pool.mode != PoolMode::Preconnect;
+    let routes = &view.config().routes;
+    let leave = routes.iter().all(|route| route.pool.mode != PoolMode::Preconnect);
     // Newcomers leave as well, each after its first request.
     let has_left = |stats: &WorkerStats| {
         stats.state() == WorkerState::Draining && stats.sessions_before_drain.get() == 0

@@ -3,16 +3,18 @@
 //! A scrape only reads memory that workers write anyway, and `/proc/self`. What there is to tell and
 //! how it is written is decided in [`crate::metrics`].
 
+use std::fmt::Display;
 use std::sync::Arc;
 
 use procfs::WithCurrentSystemInfo;
 use procfs::process::{LimitValue, Process};
 
 use super::admin::page::Pieces;
-use super::view::{labels, usable};
+use super::view::{RouteView, labels, usable};
 use super::{View, logging};
 use crate::config::RouteConfig;
 use crate::metrics::counted::Row;
+use crate::metrics::family::Family;
 use crate::metrics::scraped::{
     BUILD_INFO, CPU_SECONDS, DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, DISCOVERY_GENERATION,
     DISCOVERY_LAST_SYNC, DISCOVERY_SNAPSHOT_AGE, DRAINING, ENDPOINT_USABLE, IO_DRIVER_INFO,
@@ -77,54 +79,79 @@ async fn write_row<S>(
 }
 
 async fn write_discovery(to: &mut Pieces, view: &View) {
-    let snapshot = view.snapshot();
-    single(&mut to.text, &DISCOVERY_GENERATION, snapshot.generation);
-    single(&mut to.text, &DISCOVERY_ENDPOINTS, snapshot.endpoints.len());
-    if !snapshot.stores.is_empty() {
+    let routes: Vec<_> = view.routes().collect();
+    each(&mut to.text, &DISCOVERY_GENERATION, &routes, |route| Some(route.snapshot.generation));
+    each(&mut to.text, &DISCOVERY_ENDPOINTS, &routes, |r| Some(r.snapshot.endpoints.len()));
+    if routes.iter().any(|route| !route.snapshot.stores.is_empty()) {
         family(&mut to.text, &STORE_PRESENT);
-        for store in &snapshot.stores {
+    }
+    for route in &routes {
+        for store in &route.snapshot.stores {
             let present = u8::from(store.endpoint.is_some());
-            sample(&mut to.text, &STORE_PRESENT, &[&store.name], present);
+            sample(&mut to.text, &STORE_PRESENT, &[route.name, &store.name], present);
             to.pause().await;
         }
     }
-    let discovery = view.discovery();
-    single(&mut to.text, &DISCOVERY_LAST_SYNC, discovery.last_sync_seconds());
-    if let Some(age) = discovery.saved_age() {
-        single(&mut to.text, &DISCOVERY_SNAPSHOT_AGE, age.as_secs());
-    }
+    let last_sync = |route: &RouteView<'_>| Some(route.discovery.last_sync_seconds());
+    each(&mut to.text, &DISCOVERY_LAST_SYNC, &routes, last_sync);
+    let saved_age = |route: &RouteView<'_>| route.discovery.saved_age().map(|age| age.as_secs());
+    each(&mut to.text, &DISCOVERY_SNAPSHOT_AGE, &routes, saved_age);
     family(&mut to.text, &DISCOVERY_ERRORS);
-    for &kind in ErrorKind::ALL {
-        sample(&mut to.text, &DISCOVERY_ERRORS, &[kind.name()], discovery.errors(kind));
+    for route in &routes {
+        for &kind in ErrorKind::ALL {
+            let errors = route.discovery.errors(kind);
+            sample(&mut to.text, &DISCOVERY_ERRORS, &[route.name, kind.name()], errors);
+        }
+    }
+}
+
+/// Writes one number of each route that has it.
+fn each<T: Display>(
+    text: &mut String,
+    row: &Family,
+    routes: &[RouteView<'_>],
+    value: impl Fn(&RouteView<'_>) -> Option<T>,
+) {
+    let values: Vec<_> =
+        routes.iter().filter_map(|route| Some((route.name, value(route)?))).collect();
+    if !values.is_empty() {
+        family(text, row);
+    }
+    for (name, value) in values {
+        sample(text, row, &[name], value);
     }
 }
 
 async fn write_endpoints(to: &mut Pieces, view: &View) {
-    let endpoints = &view.snapshot().endpoints;
-    let labels = labels(endpoints);
-    let labelled = || labels.iter().zip(endpoints);
+    let routes: Vec<_> = view.routes().collect();
+    let labels: Vec<_> = routes.iter().map(|route| labels(&route.snapshot.endpoints)).collect();
+    let mut labelled = Vec::new();
+    for (route, labels) in routes.iter().zip(&labels) {
+        let endpoints = labels.iter().zip(&route.snapshot.endpoints);
+        labelled.extend(endpoints.map(|(label, endpoint)| (route, label, endpoint)));
+    }
     for row in EndpointStats::rows() {
         family(&mut to.text, &row.family);
-        for (label, endpoint) in labelled() {
+        for (route, label, endpoint) in &labelled {
             let counts = EndpointCounts::total(&endpoint.stats);
-            sample(&mut to.text, &row.family, &[label], (row.read)(&counts));
+            sample(&mut to.text, &row.family, &[route.name, label], (row.read)(&counts));
             to.pause().await;
         }
     }
 
     family(&mut to.text, &ENDPOINT_USABLE);
-    for (label, endpoint) in labelled() {
-        sample(&mut to.text, &ENDPOINT_USABLE, &[label], u8::from(usable(endpoint)));
+    for (route, label, endpoint) in &labelled {
+        let usable = u8::from(usable(endpoint));
+        sample(&mut to.text, &ENDPOINT_USABLE, &[route.name, label], usable);
         to.pause().await;
     }
 
     family(&mut to.text, &POOL_CONNECTIONS);
-    let states: Vec<_> = PooledState::shown(&view.config().routes[0]).collect();
-    for (label, endpoint) in labelled() {
+    for (route, label, endpoint) in &labelled {
         let counts = EndpointCounts::total(&endpoint.stats);
-        for &state in &states {
+        for state in PooledState::shown(route.config) {
             let count = pooled(&counts, state);
-            sample(&mut to.text, &POOL_CONNECTIONS, &[label, state.name()], count);
+            sample(&mut to.text, &POOL_CONNECTIONS, &[route.name, label, state.name()], count);
         }
         to.pause().await;
     }
@@ -277,10 +304,13 @@ mod tests {
             ),
             ("aegis_worker_core_wait_seconds_total{worker=\"1\"}", 1.5),
             ("aegis_pool_checkouts_total{route=\"default\",result=\"hit\"}", 2.0),
-            ("aegis_pool_connections{endpoint=\"db:5432@10.0.0.1:5432\",state=\"idle\"}", 3.0),
-            ("aegis_endpoint_usable{endpoint=\"db:5432@10.0.0.2:5432\"}", 1.0),
-            ("aegis_endpoint_usable{endpoint=\"pod-\\\"0\\\"\\\\\\n\"}", 0.0),
-            ("aegis_discovery_generation", 1.0),
+            (
+                "aegis_pool_connections{route=\"default\",endpoint=\"db:5432@10.0.0.1:5432\",state=\"idle\"}",
+                3.0,
+            ),
+            ("aegis_endpoint_usable{route=\"default\",endpoint=\"db:5432@10.0.0.2:5432\"}", 1.0),
+            ("aegis_endpoint_usable{route=\"default\",endpoint=\"pod-\\\"0\\\"\\\\\\n\"}", 0.0),
+            ("aegis_discovery_generation{route=\"default\"}", 1.0),
             ("aegis_draining", 0.0),
         ] {
             assert_eq!(samples.get(series), Some(&value), "{series}");

@@ -19,15 +19,19 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::{mpsc, watch};
+use tracing::{Instrument, Span, error_span};
 
-use discovery::{dns, kubernetes};
+use discovery::status::Status;
+use discovery::{Publisher, dns, kubernetes};
 pub use lifecycle::Outcome;
 use lifecycle::Signals;
+use view::Discovered;
 pub use view::View;
 
 use crate::config::{Balance, Config, Discovery};
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
+use crate::proxy::RouteId;
 use crate::worker::mailbox::Mailbox;
 
 /// Threads in which the Kubernetes client looks the name of its API server up. Nothing else waits
@@ -122,37 +126,54 @@ impl Plane {
         let events = lifecycle::events(signals, self.exited);
         let admin = tokio::net::TcpListener::from_std(self.admin)?;
         let listening = listening(self.listening, admin.local_addr()?);
-        let snapshots = watch::Sender::default();
-        let status = Arc::new(discovery::status::Status::default());
+        let routes = self.config.routes.iter().map(|_| (watch::Sender::default(), Arc::default()));
+        let routes: Vec<(watch::Sender<_>, Arc<Status>)> = routes.collect();
+        let discovered = |(snapshots, status): &(watch::Sender<_>, _)| Discovered {
+            snapshot: snapshots.subscribe(),
+            status: Arc::clone(status),
+        };
         let view = Arc::new(View::new(
             Arc::clone(&self.config),
             self.started,
             self.workers.clone(),
             self.driver,
             self.max_sessions,
-            snapshots.subscribe(),
-            Arc::clone(&status),
+            routes.iter().map(discovered).collect(),
         ));
-        tokio::spawn(discovery::log_changes(snapshots.subscribe()));
-        let publisher = discovery::Publisher::new(self.workers, snapshots)
-            .leaving_out(listening, Arc::clone(&status));
-        let route = Arc::clone(&self.config.routes[0]);
-        if route.discovery == Discovery::Kubernetes {
-            let source = kubernetes::Kubernetes::new(&self.config, route, status);
-            tokio::spawn(source.run(publisher));
-        } else {
-            let backends = dns::Backends {
-                hosts: route.backends.clone(),
-                refresh: route.dns_refresh,
-                first_answer_max: self.config.start_timeout,
-                resolver: dns::SystemResolver::default(),
-                by_key: route.balance == Balance::KeyHash,
-                status,
-            };
-            tokio::spawn(backends.run(publisher));
+        for (at, (snapshots, status)) in routes.into_iter().enumerate() {
+            let publisher =
+                discovery::Publisher::new(self.workers.clone(), RouteId::at(at), snapshots)
+                    .leaving_out(listening.clone(), Arc::clone(&status));
+            discover(&self.config, at, publisher, status);
         }
         tokio::spawn(admin::serve(admin, Arc::clone(&view)));
         Ok(lifecycle::run(&view, events).await)
+    }
+}
+
+/// Starts discovery for the route at this place. What it logs names the route, where there are several.
+fn discover(config: &Config, at: usize, publisher: Publisher, status: Arc<Status>) {
+    let route = Arc::clone(&config.routes[at]);
+    let span = if config.routes.len() == 1 {
+        Span::none()
+    } else {
+        // Of the highest level, so that it is there whatever the lines' levels are.
+        error_span!("route", name = route.name.as_str())
+    };
+    tokio::spawn(discovery::log_changes(publisher.subscribe()).instrument(span.clone()));
+    if route.discovery == Discovery::Kubernetes {
+        let source = kubernetes::Kubernetes::new(config, route, status);
+        tokio::spawn(source.run(publisher).instrument(span));
+    } else {
+        let backends = dns::Backends {
+            hosts: route.backends.clone(),
+            refresh: route.dns_refresh,
+            first_answer_max: config.start_timeout,
+            resolver: dns::SystemResolver::default(),
+            by_key: route.balance == Balance::KeyHash,
+            status,
+        };
+        tokio::spawn(backends.run(publisher).instrument(span));
     }
 }
 

@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use super::view::Discovered;
 use super::{DriverInfo, View, WorkerHandle};
 use crate::config::Config;
 use crate::metrics::{WorkerState, WorkerStats};
+use crate::proxy::RouteId;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
 use crate::worker::mailbox::Mailbox;
 
@@ -44,11 +46,16 @@ pub(super) fn config() -> Config {
     Config::from_vars(vars.map(|(name, value)| (name.to_owned(), value.to_owned()))).unwrap()
 }
 
-/// Workers as they are before their first turn.
+/// Workers of one route as they are before their first turn.
 pub(super) fn workers(count: usize) -> Vec<WorkerHandle> {
+    workers_of(1, count)
+}
+
+/// The same, of so many routes.
+pub(super) fn workers_of(routes: usize, count: usize) -> Vec<WorkerHandle> {
     let worker = || WorkerHandle {
-        mailbox: Arc::new(Mailbox::new(1).unwrap()),
-        stats: Arc::new(WorkerStats::new(1)),
+        mailbox: Arc::new(Mailbox::new(routes).unwrap()),
+        stats: Arc::new(WorkerStats::new(routes)),
     };
     (0..count).map(|_| worker()).collect()
 }
@@ -68,15 +75,29 @@ pub(super) fn view_started(
     config: Config,
     endpoints: Vec<Arc<Endpoint>>,
 ) -> View {
-    let workers = workers(2);
+    view_of_routes(started, config, vec![(1, endpoints)])
+}
+
+/// The same, where each route has a generation of endpoints.
+pub(super) fn view_of_routes(
+    started: Instant,
+    config: Config,
+    routes: Vec<(u64, Vec<Arc<Endpoint>>)>,
+) -> View {
+    let workers = workers_of(routes.len(), 2);
     for worker in &workers {
         worker.stats.set_state(WorkerState::Running);
-        worker.stats.routes[0].applied_generation.set(1);
+        for ((generation, _), stats) in routes.iter().zip(&worker.stats.routes) {
+            stats.applied_generation.set(*generation);
+        }
     }
-    let snapshot =
-        Arc::new(EndpointSnapshot { generation: 1, endpoints, ..EndpointSnapshot::default() });
-    let (_, snapshots) = watch::channel(snapshot);
-    View::new(Arc::new(config), started, workers, driver(), 1000, snapshots, Arc::default())
+    let discovered = routes.into_iter().enumerate().map(|(at, (generation, endpoints))| {
+        let route = RouteId::at(at);
+        let snapshot = EndpointSnapshot { route, generation, endpoints, ..Default::default() };
+        let (_, snapshot) = watch::channel(Arc::new(snapshot));
+        Discovered { snapshot, status: Arc::default() }
+    });
+    View::new(Arc::new(config), started, workers, driver(), 1000, discovered.collect())
 }
 
 pub(super) fn endpoint(name: &str, address: &str) -> Arc<Endpoint> {

@@ -25,8 +25,17 @@ pub struct View {
     driver: DriverInfo,
     max_sessions: usize,
     draining: AtomicBool,
-    snapshot: watch::Receiver<Arc<EndpointSnapshot>>,
-    discovery: Arc<Status>,
+    /// Of each route, by their numbers.
+    discovery: Vec<Discovered>,
+}
+
+/// What discovery shows of one route.
+#[derive(Debug)]
+pub struct Discovered {
+    /// The snapshots that it publishes.
+    pub snapshot: watch::Receiver<Arc<EndpointSnapshot>>,
+    /// How it fares.
+    pub status: Arc<Status>,
 }
 
 /// A route as it is at one moment.
@@ -38,21 +47,64 @@ pub struct RouteView<'a> {
     pub config: &'a RouteConfig,
     /// What the workers count of it, in the order of their numbers.
     pub stats: Vec<&'a RouteStats>,
+    /// The snapshot that discovery published last; of generation 0 before the first.
+    pub snapshot: Arc<EndpointSnapshot>,
+    /// How discovery fares.
+    pub discovery: &'a Status,
+}
+
+impl RouteView<'_> {
+    /// Why there is nowhere to send its clients, if so.
+    fn not_ready(&self) -> Option<String> {
+        let endpoints = &self.snapshot.endpoints;
+        if endpoints.is_empty() {
+            let why = self.discovery.stores_trouble().or_else(|| self.discovery.trouble());
+            let why = why.unwrap_or_else(|| "discovery has found none".to_owned());
+            return Some(format!("no endpoint: {why}"));
+        }
+        let is_usable = endpoints.iter().any(|endpoint| usable(endpoint));
+        (!is_usable).then(|| format!("no endpoint usable: all {} are ejected", endpoints.len()))
+    }
+
+    /// Why it has not started yet, one reason each.
+    fn not_started(&self) -> Vec<String> {
+        if self.snapshot.generation == 0 {
+            let stores = self.discovery.stores_trouble();
+            let stores =
+                stores.map(|why| format!("which stores share the keys is not known: {why}"));
+            let reason = self.discovery.held().or(stores).or_else(|| self.discovery.trouble());
+            return vec![reason.unwrap_or_else(|| "discovery has not answered yet".to_owned())];
+        }
+        let applied = self.stats.iter().map(|stats| stats.applied_generation.get());
+        let not_applied = applied.enumerate().filter(|(_, generation)| *generation == 0);
+        not_applied.map(|(i, _)| format!("worker {i} has no endpoints yet")).collect()
+    }
+
+    /// Why it can never start as it is configured, as far as is known.
+    fn misconfigured(&self) -> Option<String> {
+        if self.snapshot.generation > 0 {
+            return None;
+        }
+        // Names are no stores only because of what they stand for.
+        let stores = self.discovery.stores_trouble();
+        let stores = stores.filter(|_| self.config.discovery != Discovery::Kubernetes);
+        self.discovery.held().or(stores)
+    }
 }
 
 impl View {
-    /// A view of these workers, not draining, which follows discovery by `snapshot`.
+    /// A view of these workers, not draining, which follows the discovery of each route.
     pub fn new(
         config: Arc<Config>,
         started: Instant,
         workers: Vec<WorkerHandle>,
         driver: DriverInfo,
         max_sessions: usize,
-        snapshot: watch::Receiver<Arc<EndpointSnapshot>>,
-        discovery: Arc<Status>,
+        discovery: Vec<Discovered>,
     ) -> Self {
+        assert_eq!(config.routes.len(), discovery.len(), "each route has its own");
         let draining = AtomicBool::new(false);
-        Self { config, started, workers, driver, max_sessions, draining, snapshot, discovery }
+        Self { config, started, workers, driver, max_sessions, draining, discovery }
     }
 
     /// The configuration.
@@ -77,10 +129,13 @@ impl View {
 
     /// The routes, in the order of their numbers.
     pub fn routes(&self) -> impl Iterator<Item = RouteView<'_>> {
-        self.config.routes.iter().enumerate().map(|(at, config)| RouteView {
+        let routes = self.config.routes.iter().zip(&self.discovery).enumerate();
+        routes.map(|(at, (config, discovery))| RouteView {
             name: config.name.as_str(),
             config,
             stats: self.stats().map(|stats| &*stats.routes[at]).collect(),
+            snapshot: Arc::clone(&discovery.snapshot.borrow()),
+            discovery: &discovery.status,
         })
     }
 
@@ -92,16 +147,6 @@ impl View {
     /// Sessions now open in all workers.
     pub fn sessions_active(&self) -> u64 {
         self.stats().map(|stats| stats.sessions.get()).sum()
-    }
-
-    /// The snapshot that discovery published last; of generation 0 before the first.
-    pub fn snapshot(&self) -> Arc<EndpointSnapshot> {
-        Arc::clone(&self.snapshot.borrow())
-    }
-
-    /// How discovery fares.
-    pub fn discovery(&self) -> &Status {
-        &self.discovery
     }
 
     /// Whether the process was asked to end.
@@ -127,53 +172,52 @@ impl View {
     }
 
     /// Why new sessions should go elsewhere, one reason each; empty if they are welcome.
+    ///
+    /// While one route has an endpoint the others' outages are no reason: its clients would suffer from
+    /// what they have nothing to do with. In the beginning all have to be there.
     pub fn not_ready(&self) -> Vec<String> {
         let mut reasons = self.not_running();
         if self.draining() {
             reasons.push("draining".to_owned());
         }
-        let snapshot = self.snapshot();
-        if snapshot.endpoints.is_empty() {
-            let why = self.discovery.stores_trouble().or_else(|| self.discovery.trouble());
-            let why = why.unwrap_or_else(|| "discovery has found none".to_owned());
-            reasons.push(format!("no endpoint: {why}"));
-        } else if !snapshot.endpoints.iter().any(|endpoint| usable(endpoint)) {
-            let count = snapshot.endpoints.len();
-            reasons.push(format!("no endpoint usable: all {count} are ejected"));
+        let routes: Vec<_> = self.routes().map(|route| (route.not_ready(), route)).collect();
+        let all_began = routes.iter().all(|(_, route)| route.snapshot.generation > 0);
+        if all_began && routes.iter().any(|(reason, _)| reason.is_none()) {
+            return reasons;
         }
+        let of_routes =
+            routes.into_iter().filter_map(|(reason, route)| Some((route.name, reason?)));
+        reasons.extend(of_routes.map(|(name, reason)| self.of_route(name, &reason)));
         reasons
     }
 
     /// Why the process has not started yet, one reason each; empty once it has.
     pub fn not_started(&self) -> Vec<String> {
         let mut reasons = self.not_running();
-        if self.snapshot().generation == 0 {
-            let stores = self.discovery.stores_trouble();
-            let stores =
-                stores.map(|why| format!("which stores share the keys is not known: {why}"));
-            let reason = self.discovery.held().or(stores).or_else(|| self.discovery.trouble());
-            reasons.push(reason.unwrap_or_else(|| "discovery has not answered yet".to_owned()));
-        } else {
-            reasons.extend(
-                self.stats()
-                    .enumerate()
-                    .filter(|(_, stats)| stats.routes[0].applied_generation.get() == 0)
-                    .map(|(i, _)| format!("worker {i} has no endpoints yet")),
-            );
+        for route in self.routes() {
+            let of_route = route.not_started().into_iter();
+            reasons.extend(of_route.map(|reason| self.of_route(route.name, &reason)));
         }
         reasons
     }
 
-    /// Why the process can never start as it is configured, as far as is known: what the source of
-    /// endpoints says of the configuration or of rights, where it was not used before.
+    /// Why the process can never start as it is configured, as far as is known: what the sources of
+    /// endpoints say of the configuration or of rights, where they were not used before.
     pub fn misconfigured(&self) -> Option<String> {
-        if self.snapshot().generation > 0 {
-            return None;
+        let routes = self.routes();
+        let reasons: Vec<_> = routes
+            .filter_map(|route| Some(self.of_route(route.name, &route.misconfigured()?)))
+            .collect();
+        (!reasons.is_empty()).then(|| reasons.join("; "))
+    }
+
+    /// A reason with the name of its route, where there are several.
+    fn of_route(&self, name: &str, reason: &str) -> String {
+        if self.config.routes.len() > 1 {
+            format!("route {name}: {reason}")
+        } else {
+            reason.to_owned()
         }
-        // Names are no stores only because of what they stand for.
-        let stores = self.discovery.stores_trouble();
-        let stores = stores.filter(|_| self.config.routes[0].discovery != Discovery::Kubernetes);
-        self.discovery.held().or(stores)
     }
 
     /// Workers that have not begun, or have ended. Those that drain are shown by `draining`.

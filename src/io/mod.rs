@@ -259,7 +259,7 @@ pub trait Driver {
     }
 
     /// Buffers that hold nothing yet, and are with the kernel for what comes.
-    fn buffers_lent(&self) -> u32 {
+    fn buffers_provided(&self) -> u32 {
         0
     }
 

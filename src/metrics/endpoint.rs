@@ -54,7 +54,7 @@ macro_rules! endpoint_stats {
     (@row [$($doc:literal)+] $field:ident $cell:ident) => { None };
     (@row [$($doc:literal)+] $field:ident $cell:ident $name:literal) => {
         Some(Row {
-            family: family!([$($doc)+] $cell::KIND, $name, &[LabelName::ENDPOINT], []),
+            family: family!([$($doc)+] $cell::KIND, $name, &[LabelName::ROUTE, LabelName::ENDPOINT], []),
             read: |counts| counts.$field,
         })
     };

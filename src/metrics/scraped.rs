@@ -36,17 +36,17 @@ scraped! {
     /// Of discovery.
     DISCOVERY {
         /// Generation of the latest endpoint snapshot, 0 before the first.
-        DISCOVERY_GENERATION: Gauge = "aegis_discovery_generation";
+        DISCOVERY_GENERATION: Gauge = "aegis_discovery_generation" per ROUTE;
         /// Endpoints in the latest snapshot.
-        DISCOVERY_ENDPOINTS: Gauge = "aegis_discovery_endpoints";
+        DISCOVERY_ENDPOINTS: Gauge = "aegis_discovery_endpoints" per ROUTE;
         /// 1 while the store is there to be asked for its keys, else 0.
-        STORE_PRESENT: Gauge = "aegis_store_present" per STORE if STORES;
+        STORE_PRESENT: Gauge = "aegis_store_present" per ROUTE, STORE if STORES;
         /// When the source of endpoints answered last, 0 before the first time.
-        DISCOVERY_LAST_SYNC: Gauge = "aegis_discovery_last_sync_timestamp_seconds";
+        DISCOVERY_LAST_SYNC: Gauge = "aegis_discovery_last_sync_timestamp_seconds" per ROUTE;
         /// How old the endpoints are, while they are those of a former run.
-        DISCOVERY_SNAPSHOT_AGE: Gauge = "aegis_discovery_snapshot_age_seconds" if SAVED_ENDPOINTS;
+        DISCOVERY_SNAPSHOT_AGE: Gauge = "aegis_discovery_snapshot_age_seconds" per ROUTE if SAVED_ENDPOINTS;
         /// What went wrong between discovery and its source.
-        DISCOVERY_ERRORS: Counter [kind: ErrorKind] = "aegis_discovery_errors_total";
+        DISCOVERY_ERRORS: Counter [kind: ErrorKind] = "aegis_discovery_errors_total" per ROUTE;
     }
 }
 
@@ -54,9 +54,9 @@ scraped! {
     /// Of endpoints, after what workers count of them.
     ENDPOINTS {
         /// 1 while some worker sends sessions to the endpoint, else 0.
-        ENDPOINT_USABLE: Gauge = "aegis_endpoint_usable" per ENDPOINT;
+        ENDPOINT_USABLE: Gauge = "aegis_endpoint_usable" per ROUTE, ENDPOINT;
         /// Pooled connections, by what they are doing.
-        POOL_CONNECTIONS: Gauge [state: PooledState] = "aegis_pool_connections" per ENDPOINT;
+        POOL_CONNECTIONS: Gauge [state: PooledState] = "aegis_pool_connections" per ROUTE, ENDPOINT;
     }
 }
 

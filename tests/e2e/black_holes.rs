@@ -234,30 +234,44 @@ fn sessions_that_connect_to_a_host_that_is_gone_pay_for_it_once(io: Io) {
 }
 
 fn a_backend_that_reads_nothing_for_long_is_left_alone(io: Io) {
+    let Some(link) = &Link::new() else { return };
+    thread::scope(|scope| {
+        let cases = [("1s", 8, 4 << 10), ("1s", 8, 1 << 20), ("5s", 15, 64 << 10)];
+        for (host, (limit, pause, window)) in (0..).zip(cases) {
+            scope.spawn(move || upload_to_one_that_pauses(io, link, host, limit, pause, window));
+        }
+    });
+}
+
+fn upload_to_one_that_pauses(
+    io: Io,
+    link: &Link,
+    host: u8,
+    limit: &str,
+    pause: u64,
+    window: usize,
+) {
     const LEN: usize = 2 << 20;
-    let Some(link) = Link::new() else { return };
-    for (limit, pause, window) in [("1s", 8, 4 << 10), ("1s", 8, 1 << 20), ("5s", 15, 64 << 10)] {
-        let server = Backend::scripted_at(Link::here(), move |mut stream| {
-            SockRef::from(stream).set_recv_buffer_size(window).unwrap();
-            thread::sleep(Duration::from_secs(pause));
-            // The proxy's kernel takes its time to find out that there is room again.
-            stream.set_read_timeout(Some(Duration::from_secs(90))).unwrap();
-            let took = read_expected(stream, pattern(1, LEN), 64 << 10);
-            let _ = stream.write_all(format!("{took:?}\n").as_bytes());
-        });
-        let proxy = Builder::on(io)
-            .backends(&[link.behind(0, server.address())])
-            .set("AEGIS_TCP_USER_TIMEOUT", limit)
-            .without_pool()
-            .start();
-        let mut session = connect(proxy.address());
-        session.set_read_timeout(Some(Duration::from_secs(90))).unwrap();
-        session.set_write_timeout(Some(Duration::from_secs(90))).unwrap();
-        session.write_all(pattern(1, LEN)).unwrap();
-        let answer = read_line(&session).unwrap();
-        assert_eq!(answer, "Ok(())", "{limit} {window}");
-        assert_eq!(proxy.metric("aegis_sessions_closed_total", BACKEND_SILENT), 0);
-    }
+    let server = Backend::scripted_at(Link::here(), move |mut stream| {
+        SockRef::from(stream).set_recv_buffer_size(window).unwrap();
+        thread::sleep(Duration::from_secs(pause));
+        // The proxy's kernel takes its time to find out that there is room again.
+        stream.set_read_timeout(Some(Duration::from_secs(90))).unwrap();
+        let took = read_expected(stream, pattern(1, LEN), 64 << 10);
+        let _ = stream.write_all(format!("{took:?}\n").as_bytes());
+    });
+    let proxy = Builder::on(io)
+        .backends(&[link.behind(host, server.address())])
+        .set("AEGIS_TCP_USER_TIMEOUT", limit)
+        .without_pool()
+        .start();
+    let mut session = connect(proxy.address());
+    session.set_read_timeout(Some(Duration::from_secs(90))).unwrap();
+    session.set_write_timeout(Some(Duration::from_secs(90))).unwrap();
+    session.write_all(pattern(1, LEN)).unwrap();
+    let answer = read_line(&session).unwrap();
+    assert_eq!(answer, "Ok(())", "{limit} {window}");
+    assert_eq!(proxy.metric("aegis_sessions_closed_total", BACKEND_SILENT), 0);
 }
 
 fn a_link_that_loses_a_third_of_all_round_trips_is_left_alone(io: Io) {

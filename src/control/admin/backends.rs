@@ -18,11 +18,13 @@ use crate::proxy::endpoints::{Endpoint, Store};
 const LIMIT: usize = 100;
 
 /// What can be asked for.
-pub(super) const PARAMETERS: &str = "limit=1 to 1024 (100 if not given), offset=0 and above, workers=1 for the counts of each worker";
+pub(super) const PARAMETERS: &str = "route=NAME (the first if not given), limit=1 to 1024 (100 if not given), offset=0 and above, workers=1 for the counts of each worker";
 
 /// Which part of the list is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Query {
+    /// The number of the route.
+    route: usize,
     offset: usize,
     limit: usize,
     workers: bool,
@@ -30,10 +32,17 @@ pub(super) struct Query {
 
 impl Query {
     /// Reads what follows the `?`; the error is what to tell the client.
-    pub(super) fn parse(query: &str) -> Result<Self, String> {
-        let mut this = Self { offset: 0, limit: LIMIT, workers: false };
+    pub(super) fn parse(query: &str, routes: &[&str]) -> Result<Self, String> {
+        let mut this = Self { route: 0, offset: 0, limit: LIMIT, workers: false };
         for part in query.split('&').filter(|part| !part.is_empty()) {
             let (name, value) = part.split_once('=').unwrap_or((part, ""));
+            if name == "route" {
+                let at = routes.iter().position(|route| *route == value);
+                let unknown =
+                    || format!("there is no route {value:?}; there are: {}\n", routes.join(", "));
+                this.route = at.ok_or_else(unknown)?;
+                continue;
+            }
             let number = value.parse::<usize>().ok();
             match (name, number) {
                 ("offset", Some(offset)) => this.offset = offset,
@@ -100,15 +109,18 @@ fn endpoint_row<'a>(endpoint: &Endpoint, name: &'a str, of_workers: bool) -> End
 /// Writes the part of the list as JSON, an endpoint a line.
 pub(super) async fn write(view: Arc<View>, query: Query, mut to: Pieces) {
     to.begin().await;
-    let snapshot = view.snapshot();
+    let names: Vec<_> = view.routes().map(|route| route.name).collect();
+    let Some(route) = view.routes().nth(query.route) else { unreachable!("it was found by name") };
+    let snapshot = &route.snapshot;
     let (endpoints, stores) = (&snapshot.endpoints, &snapshot.stores);
-    let applied: Vec<_> =
-        view.stats().map(|stats| stats.routes[0].applied_generation.get()).collect();
+    let applied: Vec<_> = route.stats.iter().map(|stats| stats.applied_generation.get()).collect();
     // Writing to a string cannot fail.
     let _ = write!(
         to.text,
-        "{{\"generation\": {}, \"applied_generations\": {applied:?},\n \"offset\": {}, \
+        "{{\"route\": {:?}, \"routes\": {names:?},\n \"generation\": {}, \
+         \"applied_generations\": {applied:?},\n \"offset\": {}, \
          \"endpoints_total\": {}, \"endpoints\": [",
+        route.name,
         snapshot.generation,
         query.offset,
         endpoints.len(),
@@ -130,7 +142,7 @@ pub(super) async fn write(view: Arc<View>, query: Query, mut to: Pieces) {
         write_row(&mut to.text, &mut before, &StoreRow { name, address, why: why.as_deref() });
         to.pause().await;
     }
-    let left_out = view.discovery().left_out();
+    let left_out = route.discovery.left_out();
     let _ = write!(to.text, "],\n \"left_out_total\": {}, \"left_out\": [", left_out.len());
     let mut before = "\n  ";
     for out in &left_out[part(left_out.len())] {
@@ -158,24 +170,28 @@ mod tests {
 
     #[test]
     fn parameters_are_checked() {
-        let query = |offset, limit, workers| Ok(Query { offset, limit, workers });
+        let query = |offset, limit, workers| Ok(Query { route: 0, offset, limit, workers });
+        let routes = ["orders", "cache"];
         for (text, expected) in [
             ("", query(0, 100, false)),
             ("limit=1024&offset=7&workers=1", query(7, 1024, true)),
             ("&offset=18446744073709551615&", query(usize::MAX, 100, false)),
             ("workers=0", query(0, 100, false)),
         ] {
-            assert_eq!(Query::parse(text), expected, "{text}");
+            assert_eq!(Query::parse(text, &routes), expected, "{text}");
         }
         for text in
             ["limit=0", "limit=1025", "offset=-1", "offset", "workers=2", "page=1", "=", "a=b=c"]
         {
-            let error = Query::parse(text).unwrap_err();
+            let error = Query::parse(text, &routes).unwrap_err();
             assert!(
-                error.starts_with(&format!("cannot read {text:?}; there are: limit=")),
+                error.starts_with(&format!("cannot read {text:?}; there are: route=")),
                 "{error}"
             );
         }
+        assert_eq!(Query::parse("route=cache&limit=1", &routes).unwrap().route, 1);
+        let unknown = "there is no route \"stock\"; there are: orders, cache\n";
+        assert_eq!(Query::parse("route=stock", &routes), Err(unknown.to_owned()));
     }
 
     #[test]
@@ -184,7 +200,7 @@ mod tests {
             (1..=250).map(|i| endpoint(&format!("db-{i}\""), &format!("10.0.0.{i}:1"))).collect();
         let view = Arc::new(view(config(), endpoints));
         let page = |query: &str| {
-            let query = Query::parse(query).unwrap();
+            let query = Query::parse(query, &["default"]).unwrap();
             let text = whole(|pieces| write(Arc::clone(&view), query, pieces));
             let page: serde_json::Value = serde_json::from_str(&text).unwrap();
             assert_eq!(page["endpoints_total"], 250);

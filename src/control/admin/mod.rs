@@ -201,7 +201,8 @@ fn startup_wait(query: &str) -> Option<Duration> {
 }
 
 fn backends_page(view: Arc<View>, query: &str) -> Page {
-    match backends::Query::parse(query) {
+    let routes: Vec<_> = view.routes().map(|route| route.name).collect();
+    match backends::Query::parse(query, &routes) {
         Ok(query) => {
             streamed("application/json", move |pieces| backends::write(view, query, pieces))
         }
@@ -279,7 +280,8 @@ mod tests {
     #[test]
     fn readiness_can_be_taken_back_and_says_why() {
         with_admin(running(), |address, view| {
-            let endpoints = &view.snapshot().endpoints;
+            let snapshot = view.routes().next().unwrap().snapshot;
+            let endpoints = &snapshot.endpoints;
             for stats in endpoints.iter().flat_map(|endpoint| &endpoint.stats) {
                 stats.ejected.set(1);
             }
@@ -331,7 +333,8 @@ mod tests {
     #[test]
     fn backends_tell_of_each_worker_and_of_all() {
         with_admin(running(), |address, view| {
-            let stats = &view.snapshot().endpoints[0].stats;
+            let snapshot = view.routes().next().unwrap().snapshot;
+            let stats = &snapshot.endpoints[0].stats;
             stats[0].connects.add(2);
             stats[1].connects.add(3);
             stats[1].ejected.set(1);

@@ -22,6 +22,7 @@ use super::WorkerHandle;
 use crate::io::net::is_local;
 use crate::limits::ENDPOINTS_MAX;
 use crate::listening::Listening;
+use crate::proxy::RouteId;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
 use status::{ErrorKind, LeftOut, Status};
 
@@ -63,6 +64,7 @@ const REMEMBERED_FOR: Duration = Duration::from_secs(600);
 #[derive(Debug)]
 pub(super) struct Publisher {
     workers: Vec<WorkerHandle>,
+    route: RouteId,
     snapshots: watch::Sender<Arc<EndpointSnapshot>>,
     /// How many endpoints the last snapshot had no room for.
     left_out: AtomicUsize,
@@ -112,13 +114,16 @@ impl Known {
 }
 
 impl Publisher {
-    /// A publisher to these workers; `snapshots` shows the rest of the control plane the latest.
+    /// A publisher of a route to these workers; `snapshots` shows the rest of the control plane the
+    /// latest.
     pub(super) fn new(
         workers: Vec<WorkerHandle>,
+        route: RouteId,
         snapshots: watch::Sender<Arc<EndpointSnapshot>>,
     ) -> Self {
         Self {
             workers,
+            route,
             snapshots,
             left_out: AtomicUsize::new(0),
             known: Mutex::default(),
@@ -131,6 +136,11 @@ impl Publisher {
     #[must_use]
     pub(super) fn leaving_out(self, listening: Listening, status: Arc<Status>) -> Self {
         Self { listening, status, ..self }
+    }
+
+    /// What is published from now on.
+    pub(super) fn subscribe(&self) -> watch::Receiver<Arc<EndpointSnapshot>> {
+        self.snapshots.subscribe()
     }
 
     /// Whether anything was published.
@@ -215,12 +225,8 @@ impl Publisher {
         if self.left_out.swap(left_out, Relaxed) == 0 && left_out > 0 {
             warn!(left_out, max = ENDPOINTS_MAX, "too many endpoints: the last are left out");
         }
-        let snapshot = Arc::new(EndpointSnapshot {
-            route: crate::proxy::RouteId::default(),
-            generation,
-            endpoints,
-            stores,
-        });
+        let snapshot =
+            Arc::new(EndpointSnapshot { route: self.route, generation, endpoints, stores });
         self.snapshots.send_replace(Arc::clone(&snapshot));
         for worker in &self.workers {
             worker.mailbox.deliver(Arc::clone(&snapshot));
@@ -300,7 +306,7 @@ mod tests {
     }
 
     fn publisher() -> Publisher {
-        Publisher::new(testing::workers(2), watch::Sender::default())
+        Publisher::new(testing::workers(2), RouteId::default(), watch::Sender::default())
     }
 
     #[test]

@@ -500,7 +500,7 @@ impl Driver for Uring {
         self.descriptors.are_short()
     }
 
-    fn buffers_lent(&self) -> u32 {
+    fn buffers_provided(&self) -> u32 {
         self.provided.available() as u32
     }
 

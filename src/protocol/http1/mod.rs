@@ -5,6 +5,7 @@
 
 mod body;
 mod fields;
+mod head;
 mod protocol;
 mod request;
 mod response;

@@ -1,16 +1,15 @@
 //! Responses.
 
 use super::body::Body;
-use super::fields::Fields;
+use super::head::Head;
 use super::start::StatusLine;
-use super::{Ambiguity, Length, Method, Scan};
+use super::{Ambiguity, Method, Scan};
 
 #[derive(Debug)]
 enum Phase {
     /// No request was sent, or it is answered.
     Silent,
-    Line,
-    Fields,
+    Head,
     Body(Body),
     Tunnel,
     Ambiguous(Ambiguity),
@@ -33,9 +32,7 @@ pub struct ResponseScanner {
     method: Method,
     /// Bytes of any response to the request were seen.
     begun: bool,
-    head: Length,
-    line: StatusLine,
-    fields: Fields,
+    head: Head<StatusLine>,
 }
 
 impl Default for ResponseScanner {
@@ -47,14 +44,13 @@ impl Default for ResponseScanner {
 impl ResponseScanner {
     /// A scanner for a connection on which no request was sent yet.
     pub fn new() -> Self {
-        let (line, fields) = (StatusLine::new(), Fields::new());
         let (phase, method) = (Phase::Silent, Method::Other);
-        Self { phase, method, begun: false, head: Length(0), line, fields }
+        Self { phase, method, begun: false, head: Head::new(StatusLine::new()) }
     }
 
     /// A request was sent: a response follows. Its method decides how that is framed.
     pub fn begin(&mut self, method: Method) {
-        *self = Self { phase: Phase::Line, method, ..Self::new() };
+        *self = Self { phase: Phase::Head, method, ..Self::new() };
     }
 
     /// Takes the bytes that follow those taken before, up to the end of the final response.
@@ -71,36 +67,29 @@ impl ResponseScanner {
         loop {
             let rest = &bytes[at..];
             let end = match &mut self.phase {
-                Phase::Line => self.line.on_bytes(rest)?,
-                Phase::Fields => self.fields.on_bytes(rest)?,
+                Phase::Head => self.head.on_bytes(rest)?,
                 Phase::Body(body) => body.on_bytes(rest)?,
                 Phase::Ambiguous(ambiguity) => return Err(*ambiguity),
                 Phase::Tunnel => return Ok(Scan::Tunnel(0)),
                 Phase::Silent if rest.is_empty() => None,
                 Phase::Silent => return Err(Ambiguity::Unsolicited),
             };
-            if matches!(self.phase, Phase::Line | Phase::Fields) {
-                self.head.add(end.unwrap_or(rest.len()))?;
-            }
             let Some(end) = end else { return Ok(Scan::Partial) };
             at += end;
-            match self.phase {
-                Phase::Line => self.phase = Phase::Fields,
-                Phase::Fields => match self.next()? {
-                    Next::Body(body) => self.phase = Phase::Body(body),
-                    Next::Response => self.begin_next_head(),
-                    Next::Nothing => {
-                        self.phase = Phase::Silent;
-                        return Ok(Scan::Complete(at));
-                    }
-                    Next::Tunnel => {
-                        self.phase = Phase::Tunnel;
-                        return Ok(Scan::Tunnel(at));
-                    }
-                },
-                _ => {
+            let next = match self.phase {
+                Phase::Head => self.next()?,
+                _ => Next::Nothing,
+            };
+            match next {
+                Next::Body(body) => self.phase = Phase::Body(body),
+                Next::Response => self.begin_next_head(),
+                Next::Nothing => {
                     self.phase = Phase::Silent;
                     return Ok(Scan::Complete(at));
+                }
+                Next::Tunnel => {
+                    self.phase = Phase::Tunnel;
+                    return Ok(Scan::Tunnel(at));
                 }
             }
         }
@@ -111,24 +100,21 @@ impl ResponseScanner {
         self.begun = true;
     }
 
-    /// What follows the head (RFC 9112, section 6.3).
+    /// What follows the head.
     fn next(&self) -> Result<Next, Ambiguity> {
-        let framing = self.fields.framing();
-        let status = self.line.status();
+        let status = self.head.line().status();
         if status == 101 || self.method == Method::Connect && (200..300).contains(&status) {
             return Ok(Next::Tunnel);
         }
-        let has_body = framing.chunked || framing.length.is_some_and(|length| length > 0);
-        match (framing.length, framing.chunked) {
-            (Some(_), true) => Err(Ambiguity::LengthAndEncoding),
-            (_, true) if !self.line.is_1_1() => Err(Ambiguity::EncodingInHttp10),
-            _ if matches!(status, 100..200 | 204) && has_body => Err(Ambiguity::Body),
+        let body = self.head.body()?;
+        let is_announced = !matches!(body, None | Some(Body::Length(0)));
+        match body {
+            _ if matches!(status, 100..200 | 204) && is_announced => Err(Ambiguity::Body),
             _ if status < 200 => Ok(Next::Response),
             _ if matches!(status, 204 | 304) || self.method == Method::Head => Ok(Next::Nothing),
-            (_, true) => Ok(Next::Body(Body::chunked())),
-            (Some(0), _) => Ok(Next::Nothing),
-            (Some(length), _) => Ok(Next::Body(Body::Length(length))),
-            (None, _) => Ok(Next::Body(Body::UntilClose)),
+            Some(Body::Length(0)) => Ok(Next::Nothing),
+            Some(body) => Ok(Next::Body(body)),
+            None => Ok(Next::Body(Body::UntilClose)),
         }
     }
 
@@ -139,7 +125,7 @@ impl ResponseScanner {
 
     /// The status, once there is one; that of an interim response until the next one begins.
     pub fn status(&self) -> Option<u16> {
-        (self.line.status() >= 100).then(|| self.line.status())
+        Some(self.head.line().status()).filter(|&status| status >= 100)
     }
 
     /// Whether the body lasts until the connection closes: its end is then the response's.
@@ -151,6 +137,6 @@ impl ResponseScanner {
     /// provided that nothing followed the response.
     pub fn is_reusable(&self) -> bool {
         let is_answered = matches!(self.phase, Phase::Silent) && self.begun;
-        is_answered && self.fields.framing().keeps_alive(self.line.is_1_1())
+        is_answered && self.head.keeps_alive()
     }
 }

@@ -1,5 +1,6 @@
 //! Start lines: of a request, and of a response.
 
+use super::head::StartLine;
 use super::{Ambiguity, Method, Step, TARGET, TEXT, TOKEN, Word, line_feed, run, unexpected};
 
 /// The version so far: bytes of it that were seen, and its minor number.
@@ -54,12 +55,14 @@ impl RequestLine {
     pub(super) fn method(&self) -> Method {
         self.method
     }
+}
 
-    pub(super) fn is_1_1(&self) -> bool {
+impl StartLine for RequestLine {
+    fn is_1_1(&self) -> bool {
         self.version.is_1_1
     }
 
-    pub(super) fn on_bytes(&mut self, bytes: &[u8]) -> Step {
+    fn on_bytes(&mut self, bytes: &[u8]) -> Step {
         let mut at = 0;
         while at < bytes.len() {
             match self.part {
@@ -132,12 +135,14 @@ impl StatusLine {
     pub(super) fn status(&self) -> u16 {
         self.status
     }
+}
 
-    pub(super) fn is_1_1(&self) -> bool {
+impl StartLine for StatusLine {
+    fn is_1_1(&self) -> bool {
         self.version.is_1_1
     }
 
-    pub(super) fn on_bytes(&mut self, bytes: &[u8]) -> Step {
+    fn on_bytes(&mut self, bytes: &[u8]) -> Step {
         let mut at = 0;
         while let Some(&byte) = bytes.get(at) {
             match (self.part, byte) {

@@ -8,7 +8,7 @@ use super::action::{Action, Actions, ClientEnding};
 use super::backend::Backend;
 use super::policy::{Moment, Room};
 use super::state::{History, Pending, Progress, State, Wanted};
-use super::{BackendConn, Broadcast, Framing, Front, Limits, Request};
+use super::{BackendConn, Binding, Broadcast, Framing, Front, Limits, Request};
 use crate::io::buffers::Buffers;
 use crate::io::{Buf, Chain, Close, ConnId, Unheard};
 use crate::limits::{BUFFER_SIZE, DRAIN_PATIENCE, PARTIAL_BUFFERS_SHORT_MAX};
@@ -178,7 +178,7 @@ impl Client {
     }
 
     /// The endpoints that were tried for that request.
-    pub fn tried(&self) -> Tried {
+    pub(super) fn tried(&self) -> Tried {
         self.state.pending().map_or_else(Tried::default, |pending| pending.history.tried)
     }
 
@@ -316,7 +316,7 @@ impl Client {
     }
 
     fn begin(&mut self, request: Request, moment: &Moment<'_>) -> Actions {
-        let goes_to_all = moment.policy.routes_by_key && request.to_all;
+        let goes_to_all = moment.policy.binding == Binding::Key && request.to_all;
         let broadcast = goes_to_all.then(|| Box::new(Broadcast::new(moment.policy.protocol)));
         self.on_begun(Wanted::Request(request), broadcast, moment.now)
     }
@@ -425,7 +425,7 @@ impl Client {
 
     /// There is no endpoint at all: its request is to wait for one. Says until when, however often
     /// endpoints come and go meanwhile.
-    pub fn on_no_endpoint(&mut self, limits: &Limits, now: Instant) -> Instant {
+    pub(super) fn on_no_endpoint(&mut self, limits: &Limits, now: Instant) -> Instant {
         let Some(pending) = self.state.pending_mut() else { unreachable!("it wants none") };
         let since = *pending.history.no_endpoint_since.get_or_insert(now);
         pending.awaits_endpoint = Some(since);
@@ -433,7 +433,7 @@ impl Client {
     }
 
     /// There are endpoints. If its request has waited for one, it now waits for a connection.
-    pub fn on_endpoints(&mut self, now: Instant) {
+    pub(super) fn on_endpoints(&mut self, now: Instant) {
         let Some(pending) = self.state.pending_mut() else { unreachable!("it wants none") };
         if pending.awaits_endpoint.take().is_some() {
             pending.wanting = now;

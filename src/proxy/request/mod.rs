@@ -34,6 +34,7 @@ mod error_reply;
 mod framing;
 #[cfg(test)]
 mod inspect;
+mod placing;
 mod policy;
 mod reply;
 mod state;
@@ -48,6 +49,7 @@ pub use broadcast::Broadcast;
 pub use client::{Client, OpaqueParts, Target};
 pub use error_reply::{write_away, write_error_reply};
 pub use framing::Framing;
+pub use placing::{Binding, Placement, Placing, Unserved};
 pub use policy::{Limits, Moment, Policy};
 pub use reply::{NoBuffer, Replied};
 pub use upload::Upload;

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::config::{Balance, PoolMode, Protocol, RouteConfig};
+use super::Binding;
+use crate::config::{Balance, Locality, PoolMode, Protocol, RouteConfig};
 use crate::io::buffers::Buffers;
 use crate::limits;
 
@@ -32,8 +33,10 @@ pub struct Policy {
     pub attempts_max: u32,
     /// A connection is released after each reply, and not only as its client ends.
     pub releases_after_reply: bool,
-    /// Requests go to the store that holds their key, some to all stores.
-    pub routes_by_key: bool,
+    /// What says which endpoints a request may go to.
+    pub binding: Binding,
+    /// An endpoint nearby is preferred.
+    pub prefers_near: bool,
     /// An error says that the connection ends with it.
     pub ends_after_error: bool,
     /// In a drain, clients still come for so long as the worker is announced as leaving.
@@ -54,7 +57,12 @@ impl Policy {
             },
             attempts_max: config.connect_attempts,
             releases_after_reply: config.pool.mode == PoolMode::Request,
-            routes_by_key: config.balance == Balance::KeyHash,
+            binding: match config.balance {
+                Balance::KeyHash => Binding::Key,
+                Balance::SourceHash => Binding::Source,
+                _ => Binding::Nothing,
+            },
+            prefers_near: config.locality != Locality::Off,
             ends_after_error: config.protocol.facts().ends_after_error,
             drain_delay,
         }

@@ -27,7 +27,7 @@ impl Route {
 
     fn refill<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
         let (now, keeps, share) = (cx.now, self.keeps_pools(cx), self.pools.pool_share());
-        let needed = self.is_needed(endpoint);
+        let needed = self.placing(cx).is_needed(endpoint);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         let tries = entry.health.is_usable() || needed;
         let short =
@@ -124,7 +124,7 @@ impl Route {
             // Watched while idle: its end shows at once.
             cx.driver.receive(conn, true);
             // One to an endpoint in doubt is for nobody who can have another one.
-            if self.reuses_conns() && (usable || self.is_needed(endpoint)) {
+            if self.reuses_conns() && (usable || self.placing(cx).is_needed(endpoint)) {
                 self.free(endpoint);
             }
         } else {

@@ -205,7 +205,7 @@ mod tests {
     ) -> (Arc<EndpointSnapshot>, Script) {
         let snapshots = watch::Sender::default();
         let mut receiver = snapshots.subscribe();
-        let publisher = Publisher::new(workers(1), snapshots);
+        let publisher = Publisher::new(workers(1), crate::proxy::RouteId::default(), snapshots);
         let backends = Backends {
             hosts: backends.iter().map(|h| host(h)).collect(),
             refresh: Duration::from_millis(1),

@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 
 use super::known::Weight;
+use super::objects::Pod;
 use crate::config::{KubePort, Locality};
 use crate::control::discovery::Wanted;
 
@@ -138,13 +138,13 @@ fn pod_serving(pod: &Pod, rules: &Rules) -> Extract {
         status.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True");
     let running = status.phase.as_deref() == Some("Running");
     let spec = pod.spec.as_ref();
-    let containers = spec.map(|spec| &spec.containers[..]).unwrap_or_default();
+    let containers = spec.and_then(|spec| spec.containers.as_deref()).unwrap_or_default();
     let sidecars = spec.and_then(|spec| spec.init_containers.as_deref()).unwrap_or_default();
     let sidecars = sidecars.iter().filter(|c| c.restart_policy.as_deref() == Some("Always"));
     let ports = containers.iter().chain(sidecars).flat_map(|c| c.ports.iter().flatten());
     let ports = ports.filter_map(|port| {
         let tcp = port.protocol.as_deref().is_none_or(|protocol| protocol == "TCP");
-        let number = u16::try_from(port.container_port).ok()?;
+        let number = u16::try_from(port.number).ok()?;
         tcp.then(|| (port.name.as_deref().unwrap_or(""), number))
     });
     let serves = ready && running;

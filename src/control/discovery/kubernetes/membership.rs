@@ -3,10 +3,9 @@
 use std::collections::{BTreeSet, HashMap};
 use std::num::NonZeroUsize;
 
-use k8s_openapi::api::apps::v1::StatefulSet;
-
 use super::convert::Extract;
 use super::known::Weight;
+use super::objects::StatefulSet;
 use crate::control::discovery::{Declared, Wanted};
 use crate::limits::ENDPOINTS_MAX;
 

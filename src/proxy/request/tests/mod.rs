@@ -13,6 +13,7 @@ use crate::metrics::{CloseReason, Discard, Outcome, Retry};
 use crate::proxy::Side;
 
 mod limits;
+mod placing;
 
 const SECOND: Duration = Duration::from_secs(1);
 const GET: Verb = Verb::named("get");
@@ -500,7 +501,7 @@ fn a_request_waits_for_an_endpoint_once_however_often_they_come_and_go() {
 #[test]
 fn a_broadcast_goes_from_store_to_store_and_gets_one_reply() {
     let mut bench = Bench::new(Protocol::Chronos);
-    bench.policy.routes_by_key = true;
+    bench.policy.binding = Binding::Key;
     bench.feed("COMPACT\n");
     assert_eq!(bench.next(), [Action::Acquire]);
     let away = |client: &mut Client, moment: &mut Moment<'_>| {

@@ -6,8 +6,7 @@ use crate::io::{Buf, Close, ConnId, Driver};
 use crate::metrics::{CloseReason, Direction, Discard, Retry};
 use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointId;
-use crate::proxy::queue::Line;
-use crate::proxy::request::{Client, ClientEnding, ErrorReply, Framing};
+use crate::proxy::request::{Client, ClientEnding, Framing};
 use crate::slab::Key;
 use crate::worker::context::Context;
 use crate::worker::flush;
@@ -74,29 +73,9 @@ impl Route {
         key: Key<Client>,
     ) {
         let backend = self.requests.clients.get(key).and_then(Client::backend);
-        let others_wait = backend.is_some_and(|backend| {
-            let queue = &self.requests.queue;
-            queue.waiting(Line::Any) + queue.waiting(Line::Endpoint(backend.endpoint)) > 0
-        });
+        let endpoint = backend.map(|backend| backend.endpoint);
+        let others_wait = endpoint.is_some_and(|at| self.placing(cx).is_waited_for(at));
         self.tell(cx, key, |client, moment| client.on_deadline(others_wait, moment));
-    }
-
-    /// What a request lacked that has waited for a connection for as long as it may.
-    pub(super) fn why_it_waited(&mut self, key: Key<Client>, error: ErrorReply) -> ErrorReply {
-        let ErrorReply::QueueTimeout(limit) = error else { return error };
-        match self.requests.queue.line_of(key) {
-            Some(Line::Endpoint(endpoint)) if !self.pools.table.is_connected(Some(endpoint)) => {
-                if self.is_bound_to_source() {
-                    ErrorReply::NoneReachable(limit)
-                } else {
-                    ErrorReply::Unreachable
-                }
-            }
-            Some(Line::Any) if !self.pools.table.is_connected(None) => {
-                ErrorReply::NoneReachable(limit)
-            }
-            _ => error,
-        }
     }
 
     /// The worker drains: clients with nothing under way are to leave.
@@ -222,14 +201,9 @@ impl Route {
         if self.requests.queue.is_empty() {
             return;
         }
-        let anywhere = self.requests.queue.waiting(Line::Any);
         for endpoint in self.pools.table.indices() {
             self.pass_over(cx, endpoint);
-            let waiting = anywhere + self.requests.queue.waiting(Line::Endpoint(endpoint));
-            let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
-            entry.pool.stop_wanting();
-            let missing = waiting.saturating_sub(entry.pool.connecting());
-            if entry.is_present() {
+            if let Some(missing) = self.placing(cx).missing(endpoint) {
                 self.want(endpoint, missing);
                 self.free(endpoint);
             }

@@ -159,7 +159,7 @@ impl Route {
             Action::CountRetry(why) => self.stats.count_retry(why),
             Action::Reply(error, about) => self.reply(cx, key, error, about),
             Action::Fail(error) => {
-                let error = self.why_it_waited(key, error);
+                let error = self.placing(cx).why_it_waited(key, error);
                 self.fail(cx, key, error);
             }
             Action::Shutdown => self.shut_down(cx, key),
