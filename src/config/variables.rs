@@ -18,8 +18,8 @@ use super::value::{
 };
 use super::variable::{Row, Section, Variable, settings};
 use super::{
-    Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, PoolMode, Protocol,
-    ProxyProtocol, ServiceName, Switch,
+    Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, PoolMode, Preset,
+    Protocol, ProxyProtocol, ServiceName, Switch,
 };
 use crate::limits;
 
@@ -113,6 +113,8 @@ pub struct RouteConfig {
     => "Pools"
     protocol: Protocol = AEGIS_PROTOCOL("tcp") in words(),
         "What clients and backends speak. tcp: anything, passed on as it is.";
+    preset: Preset = AEGIS_PRESET("none") in words(),
+        "Defaults that suit a kind of server. postgres: cancel requests also go to every endpoint.";
     /// The pools of backend connections.
     pool: PoolConfig;
     => "Requests"

@@ -102,6 +102,17 @@ impl Table {
         chosen.inspect(|&index| self.take_turn(index))
     }
 
+    /// The first usable endpoint behind `behind` that was not tried, of those that may have sessions:
+    /// so all of them have their turn.
+    pub fn next_of_all(&self, behind: Option<EndpointId>, tried: &Tried) -> Option<EndpointId> {
+        let from = behind.map_or(0, |behind| usize::from(behind) + 1);
+        let has_turn = |entry: &Entry| {
+            entry.health.is_usable() && (entry.is_present() || entry.sessions() > 0)
+        };
+        let mut others = self.indices().skip(from).filter(|&index| !tried.contains(index));
+        others.find(|&index| self.get(index).is_some_and(has_turn))
+    }
+
     /// Whether there is a usable endpoint that was not tried.
     pub fn has_other(&self, tried: &Tried) -> bool {
         let entries = self.present.iter().filter(|&&index| !tried.contains(index));

@@ -198,6 +198,27 @@ fn ejected_endpoints_are_passed_over_unless_there_is_no_other() {
 }
 
 #[test]
+fn all_that_may_have_sessions_have_their_turn_once() {
+    let all = [endpoint(0), endpoint(1), endpoint(2), endpoint(3), endpoint(4)];
+    let mut table = table(Balance::LeastConn, &all);
+    let left = EndpointSnapshot {
+        generation: 2,
+        endpoints: all[2..].to_vec(),
+        ..EndpointSnapshot::default()
+    };
+    table.get_mut(at(1)).unwrap().pool.set_in_use(1);
+    table.apply(&left, &pool(), true, Instant::now());
+    eject(&mut table, at(3));
+    let (tried, mut behind, mut turns) = (tried(&[2]), None, Vec::new());
+    while let Some(next) = table.next_of_all(behind, &tried) {
+        turns.push(next);
+        behind = Some(next);
+    }
+    // Not 0, which left, 2, which was tried, and 3, which is ejected.
+    assert_eq!(turns, [at(1), at(4)]);
+}
+
+#[test]
 fn a_snapshot_keeps_what_is_known_and_an_index_while_it_is_used() {
     let mut rng = fastrand::Rng::with_seed(1);
     let (a, b, c) = (endpoint(0), endpoint(1), endpoint(2));

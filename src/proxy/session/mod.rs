@@ -29,6 +29,7 @@ use super::relay::{Flow, Relay};
 use crate::io::{Chain, ConnId};
 use crate::metrics::CloseReason;
 
+mod cancel;
 mod deadline;
 mod ending;
 #[cfg(test)]
@@ -108,6 +109,8 @@ pub struct Session {
     to_client: Relay,
     /// What the client sent before there was a backend.
     early: Chain,
+    /// A request that every endpoint is to have.
+    cancel: Option<cancel::Cancel>,
     failure: Option<Failure>,
     opened: Instant,
     active: Instant,
@@ -139,6 +142,7 @@ impl Session {
             to_backend: Relay::default(),
             to_client: Relay::default(),
             early: Chain::default(),
+            cancel: None,
             failure: None,
             opened: now,
             active: now,
@@ -164,7 +168,7 @@ impl Session {
         self.failure = None;
         self.warm_since = None;
         self.prefaced = false;
-        self.heard = false;
+        self.heard = self.cancel.is_some();
         self.backend_pulse = Pulse::default();
     }
 
@@ -229,6 +233,11 @@ impl Session {
         self.state == State::Connecting && self.tried.attempts() == 0
     }
 
+    /// Whether the client has sent nothing yet.
+    pub fn is_unasked(&self) -> bool {
+        self.first_byte == FirstByte::Unasked
+    }
+
     /// How long ago the client was accepted.
     pub fn age(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.opened)
@@ -245,6 +254,7 @@ impl Session {
         self.endpoint = Some(endpoint);
         self.backend = backend;
         self.tried.push(endpoint);
+        self.on_cancel_trying(endpoint);
     }
 
     /// A connection is being made for the session.

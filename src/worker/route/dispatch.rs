@@ -49,10 +49,16 @@ impl Route {
         loop {
             let session = self.sessions.of(key);
             let (client, tried) = (session.client(), *session.tried());
-            let Some(endpoint) = self.choose(cx, client, &tried, otherwise) else {
+            let is_cancel = session.cancel().is_some();
+            let chosen = if is_cancel {
+                self.pools.table.next_of_all(session.cancel_reached(), &tried)
+            } else {
+                self.choose(cx, client, &tried, otherwise)
+            };
+            let Some(endpoint) = chosen else {
                 return self.on_none_left(cx, key, otherwise);
             };
-            if tried.attempts() > 0 {
+            if tried.attempts() > 0 && !is_cancel {
                 self.stats.connect_retries.add(1);
             }
             match self.try_endpoint(cx, key, endpoint) {
@@ -107,10 +113,13 @@ impl Route {
         key: Key<Session>,
         otherwise: CloseReason,
     ) {
+        let session = self.sessions.of(key);
+        if session.is_cancel_delivered() {
+            return self.close_session(cx, key, CloseReason::Finished);
+        }
         if !self.pools.table.is_empty() {
             return self.close_session(cx, key, otherwise);
         }
-        let session = self.sessions.of(key);
         let left = self.config.endpoint_wait.saturating_sub(session.age(cx.now));
         if session.awaits_endpoint() && !left.is_zero() {
             cx.timers.set(session.client().index(), cx.now + left);
@@ -257,7 +266,9 @@ impl Route {
         key: Key<Session>,
         from: Side,
     ) {
-        if from == Side::Backend && self.on_backend_gone(cx, key, false) {
+        if from == Side::Backend
+            && (self.ask_next_to_cancel(cx, key) || self.on_backend_gone(cx, key, false))
+        {
             return;
         }
         self.apply_event(cx, key, |session, now| session.on_ended(from, now));
@@ -269,10 +280,29 @@ impl Route {
         key: Key<Session>,
         from: Side,
     ) {
-        if from == Side::Backend && self.on_backend_gone(cx, key, true) {
+        if from == Side::Backend
+            && (self.ask_next_to_cancel(cx, key) || self.on_backend_gone(cx, key, true))
+        {
             return;
         }
         self.apply_event(cx, key, |session, now| session.on_receive_failed(from, now));
+    }
+
+    /// An endpoint is through with a cancel request: the next one gets it. Says whether there is one.
+    fn ask_next_to_cancel<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) -> bool {
+        let session = self.sessions.of(key);
+        session.on_cancel_delivered();
+        let endpoint = session.endpoint();
+        let (tried, reached) = (*session.tried(), session.cancel_reached());
+        if session.cancel().is_none()
+            || self.pools.table.next_of_all(reached, &tried).is_none()
+            || !self.sessions.move_cancel(cx, key)
+        {
+            return false;
+        }
+        self.release(endpoint);
+        self.dispatch(cx, key, CloseReason::Finished);
+        true
     }
 
     pub(super) fn on_session_deadline<D: Driver>(
@@ -283,6 +313,9 @@ impl Route {
         if self.sessions.of(key).awaits_endpoint() {
             // The timer may have fired for a moment too early: it is set again then.
             return self.dispatch(cx, key, CloseReason::NoEndpoint);
+        }
+        if self.sessions.of(key).is_cancel_overdue(cx.now) && self.ask_next_to_cancel(cx, key) {
+            return;
         }
         let outcome = self.sessions.on_deadline(cx, key);
         self.follow(cx, key, outcome);

@@ -6,9 +6,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::config::{ProxyProtocol, RouteConfig};
+use crate::config::{Preset, ProxyProtocol, RouteConfig};
 use crate::io::{Buf, Chain, Close, ConnId, Driver};
 use crate::metrics::{CloseReason, Direction, RouteStats};
+use crate::protocol::postgres::{CANCEL_REQUEST_MAX, is_cancel_request};
 use crate::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
 use crate::proxy::session::{Action, Ending, Session, Timeouts};
 use crate::proxy::{RouteId, Side};
@@ -41,6 +42,8 @@ pub(super) struct Sessions {
     timeouts: Timeouts,
     proxy_protocol: ProxyProtocol,
     stats: Arc<RouteStats>,
+    /// Clients may begin with a cancel request of `PostgreSQL`.
+    has_cancels: bool,
 }
 
 impl Sessions {
@@ -53,8 +56,14 @@ impl Sessions {
     ) -> Self {
         let timeouts =
             Timeouts { idle: config.idle_timeout, half_close: config.half_close_timeout };
-        let proxy_protocol = config.proxy_protocol;
-        Self { route, slab: Slab::with_capacity(places), timeouts, proxy_protocol, stats }
+        Self {
+            route,
+            slab: Slab::with_capacity(places),
+            timeouts,
+            proxy_protocol: config.proxy_protocol,
+            stats,
+            has_cancels: config.preset == Preset::Postgres,
+        }
     }
 
     pub(super) fn get(&self, key: Key<Session>) -> Option<&Session> {
@@ -163,6 +172,9 @@ impl Sessions {
         from: Side,
         buf: Buf,
     ) -> Outcome {
+        if self.has_cancels && from == Side::Client && self.slab[key].is_unasked() {
+            self.look_for_cancel(cx, key, &buf);
+        }
         let session = &mut self.slab[key];
         let outcome = count(cx, &self.stats, session, from, buf.len());
         if session.is_open() {
@@ -171,6 +183,57 @@ impl Sessions {
         }
         debug_assert_eq!(from, Side::Client, "there is no backend");
         keep(cx, session, buf)
+    }
+
+    /// Takes note if a client begins with a cancel request. Without a buffer to keep it in, it goes to
+    /// one endpoint only.
+    fn look_for_cancel<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>, buf: &Buf) {
+        let mut bytes = [0; CANCEL_REQUEST_MAX];
+        let begins = cx.driver.buffers().bytes(buf);
+        let len = begins.len();
+        if !is_cancel_request(begins) {
+            return;
+        }
+        bytes[..len].copy_from_slice(begins);
+        let buffers = cx.driver.buffers();
+        let Some(mut copy) = buffers.take() else { return };
+        buffers.space(&mut copy)[..len].copy_from_slice(&bytes[..len]);
+        buffers.set_len(&mut copy, len);
+        let mut request = Chain::default();
+        buffers.push(&mut request, copy);
+        self.slab[key].on_cancel(request);
+        if self.slab[key].is_open() {
+            self.arm_deadline(cx, key);
+        }
+    }
+
+    /// Takes a cancel request from the endpoint that has had it: there is to be another one. Says whether
+    /// it is one. Without a buffer it has come to its end.
+    pub(super) fn move_cancel<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Session>,
+    ) -> bool {
+        let session = &mut self.slab[key];
+        let Some(request) = session.cancel() else { return false };
+        let Some(again) = cx.driver.buffers().duplicate(request, request.bytes()) else {
+            return false;
+        };
+        let ended = session.has_ended(Side::Client);
+        cx.timers.clear(session.client().index());
+        if let Some(backend) = session.conn(Side::Backend) {
+            cx.owners.take(backend);
+            cx.driver.close(backend, Close::Reset);
+        }
+        session.on_moved();
+        cx.driver.buffers().push(session.early(), again);
+        if ended {
+            let action = session.on_ended(Side::Client, cx.now);
+            debug_assert_eq!(action, Action::None, "it has asked for something");
+        } else {
+            cx.driver.receive(session.client(), false);
+        }
+        true
     }
 
     /// The same for bytes that were counted before.
@@ -263,6 +326,7 @@ impl Sessions {
             unreachable!("a session is closed once")
         };
         cx.driver.buffers().clear(&mut session.take_early());
+        cx.driver.buffers().clear(&mut session.take_cancel());
         for side in [Side::Client, Side::Backend] {
             if let Some(conn) = session.conn(side) {
                 cx.timers.clear(conn.index());

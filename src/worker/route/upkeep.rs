@@ -177,7 +177,7 @@ impl Route {
             return self.pools.discard_idle(cx, endpoint, conn, Discard::Unexpected);
         }
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
-            entry.pool.on_greeting(cx.now);
+            entry.pool.on_greeting();
             if let Some(made) = entry.pool.made(conn) {
                 self.pools.on_endpoint_well(cx, endpoint, made);
             }
