@@ -91,10 +91,10 @@ impl Client {
             return Action::BecomeOpaque.into();
         };
         self.framing.on_asked();
-        let waited = Action::Waited(moment.now.saturating_duration_since(wanting));
-        let send = Action::Send(backend.conn.conn);
+        let BackendConn { conn, endpoint, .. } = backend.conn;
+        let asks = Action::Asks(endpoint, conn, moment.now.saturating_duration_since(wanting));
         self.state = State::InFlight(InFlight::new(request, history, backend, moment.now));
-        let mut actions = Actions::from(waited).and(send);
+        let mut actions = Actions::from(asks).and(Action::Send(conn));
         self.arm(moment, &mut actions);
         actions
     }
@@ -178,7 +178,7 @@ impl Client {
         };
         self.active = moment.now;
         flight.on_reply(moment.now);
-        let BackendConn { endpoint, made, .. } = flight.backend.conn;
+        let answered = Actions::from(Action::Answered(flight.backend.conn));
         let bytes = moment.buffers.bytes(buf);
         let reply = self.framing.reply(bytes);
         let count = if let Reply::Surplus(count) = reply { count } else { bytes.len() };
@@ -196,7 +196,6 @@ impl Client {
             Reply::Surplus(_) => self.conclude(Some(Discard::Unexpected), moment),
             Reply::Opaque => self.on_opaque_reply(moment.now),
         };
-        let answered = Actions::from(Action::Answered(endpoint, made));
         Replied { passed, actions: answered.then(&actions) }
     }
 
@@ -482,6 +481,10 @@ impl Client {
         let attempts = flight.history.tried.attempts();
         if !flight.request.repeatable || attempts >= moment.policy.attempts_max {
             return self.fail_in_flight(ErrorReply::Lost, discard, moment);
+        }
+        if !why.is_free() && !moment.retries.take(moment.now) {
+            let failed = self.fail_in_flight(ErrorReply::Lost, discard, moment);
+            return Actions::from(Action::CountRefusedRetry).then(&failed);
         }
         let State::InFlight(flight) = mem::replace(&mut self.state, State::EMPTY) else {
             unreachable!("it is in flight")

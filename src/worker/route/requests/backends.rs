@@ -38,7 +38,7 @@ impl Route {
     ) {
         let client = self.requests.clients.get(key);
         let why = if client.is_some_and(Client::is_backend_broken) { Retry::Broken } else { why };
-        self.judge_lost(cx, key, why);
+        let why = self.judge_lost(cx, key, why);
         self.tell(cx, key, |client, moment| client.on_backend_ended(why, moment));
     }
 
@@ -116,6 +116,7 @@ impl Route {
             DiscardHow::ResetUnlessUnsent if cx.driver.unsent(backend.conn) > 0 => Close::Graceful,
             DiscardHow::ResetUnlessUnsent => Close::Reset,
         };
+        self.pools.table.unanswered(backend.endpoint, backend.conn, cx.now);
         self.pools.table.discarded(backend.endpoint);
         self.retire(cx, backend.conn, backend.endpoint, why, how);
     }

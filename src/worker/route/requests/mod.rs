@@ -23,7 +23,7 @@ use crate::fifo;
 use crate::io::Driver;
 use crate::proxy::Side;
 use crate::proxy::queue::Queue;
-use crate::proxy::request::{Action, Actions, Client, Framing, Moment, Policy};
+use crate::proxy::request::{Action, Actions, BackendConn, Client, Framing, Moment, Policy};
 use crate::slab::{Key, Slab};
 use crate::worker::context::Context;
 use crate::worker::route::Route;
@@ -105,6 +105,7 @@ impl Route {
         let moment = Moment {
             policy,
             buffers: cx.driver.buffers(),
+            retries: &mut self.retries,
             scratch,
             drains_since: cx.drain.since(),
             now: cx.now,
@@ -141,10 +142,14 @@ impl Route {
                 self.tell(cx, key, |client, moment| client.on_proved(why_not, moment));
             }
             Action::LeaveQueue => self.requests.queue.leave(key),
-            Action::Waited(time) => self.stats.queue_wait.record(time),
+            Action::Asks(endpoint, conn, waited) => {
+                self.stats.queue_wait.record(waited);
+                self.pools.table.asked(endpoint, conn, cx.now);
+            }
             Action::Send(conn) => self.send_request(cx, key, conn),
-            Action::Answered(endpoint, made) => {
+            Action::Answered(BackendConn { conn, endpoint, made, .. }) => {
                 self.pools.on_endpoint_answered(cx, endpoint, made);
+                self.pools.table.answered(endpoint, conn, cx.now);
             }
             Action::Lost(why) => self.on_backend_died(cx, key, why),
             Action::Pause(side) => self.receive_from(cx, key, side, false),
@@ -157,6 +162,7 @@ impl Route {
             Action::Discard(conn, why, how) => self.discard_backend(cx, &conn, why, how),
             Action::Count(verb, outcome, took) => self.stats.count_request(verb, outcome, took),
             Action::CountRetry(why) => self.stats.count_retry(why),
+            Action::CountRefusedRetry => self.stats.retries_refused.add(1),
             Action::Reply(error, about) => self.reply(cx, key, error, about),
             Action::Fail(error) => {
                 let error = self.placing(cx).why_it_waited(key, error);
