@@ -42,8 +42,8 @@ pub enum Action {
     Prove(ConnId),
     /// The request waits no longer.
     LeaveQueue,
-    /// The request has waited so long for its connection.
-    Waited(Duration),
+    /// The request goes to the endpoint on this connection, for which it has waited so long.
+    Asks(EndpointId, ConnId, Duration),
     /// Send to the backend what [`Client::take_outgoing`](super::Client::take_outgoing) gives.
     Send(ConnId),
     /// Its connection has ended or broken: judge the endpoint by that, then call
@@ -65,6 +65,8 @@ pub enum Action {
     Count(Verb, Outcome, Duration),
     /// Count a request that is sent again.
     CountRetry(Retry),
+    /// Count one that would be, if there were a retry left.
+    CountRefusedRetry,
     /// Send an error in place of a reply, to a request for the store of this number, if for one.
     Reply(ErrorReply, Option<u16>),
     /// Call [`Client::fail`](super::Client::fail) with this error, or what is known better.

@@ -300,7 +300,8 @@ impl Client {
         }
     }
 
-    fn begin(&mut self, request: Request, moment: &Moment<'_>) -> Actions {
+    fn begin(&mut self, request: Request, moment: &mut Moment<'_>) -> Actions {
+        moment.retries.on_request(moment.now);
         let goes_to_all = moment.policy.binding == Binding::Key && request.to_all;
         let broadcast = goes_to_all.then(|| Box::new(Broadcast::new(moment.policy.protocol)));
         self.on_begun(Wanted::Request(request), broadcast, moment.now)

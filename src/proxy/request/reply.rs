@@ -9,8 +9,8 @@ use super::client::Client;
 use super::policy::Moment;
 use super::state::{History, InFlight, Pending, Progress, State, Wanted};
 use super::{BackendConn, Broadcast, ErrorReply, Reply, Request};
-use crate::io::Buf;
 use crate::io::buffers::Buffers;
+use crate::io::{Buf, ConnId};
 use crate::metrics::{CloseReason, Discard, Outcome, Retry};
 use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointId;
@@ -21,8 +21,8 @@ use crate::proxy::session::Tried;
 pub struct Replied {
     /// So many of them, at the front, are sent to the client; the rest is dropped.
     pub passed: usize,
-    /// The endpoint has answered, on a connection that was made then.
-    pub answered: Option<(EndpointId, Instant)>,
+    /// The endpoint has answered on this connection, which was made then.
+    pub answered: Option<(EndpointId, ConnId, Instant)>,
     /// And then this.
     pub actions: Actions,
 }
@@ -101,10 +101,10 @@ impl Client {
             return Action::BecomeOpaque.into();
         };
         self.framing.on_asked();
-        let waited = Action::Waited(moment.now.saturating_duration_since(wanting));
-        let send = Action::Send(backend.conn.conn);
+        let BackendConn { conn, endpoint, .. } = backend.conn;
+        let asks = Action::Asks(endpoint, conn, moment.now.saturating_duration_since(wanting));
         self.state = State::InFlight(InFlight::new(request, history, backend, moment.now));
-        let mut actions = Actions::from(waited).and(send);
+        let mut actions = Actions::from(asks).and(Action::Send(conn));
         if request.whole {
             self.settle_after(moment.room(), moment, &mut actions);
         } else {
@@ -195,7 +195,7 @@ impl Client {
         };
         self.active = moment.now;
         flight.on_reply(moment.now);
-        let BackendConn { endpoint, made, .. } = flight.backend.conn;
+        let BackendConn { conn, endpoint, made, .. } = flight.backend.conn;
         let bytes = moment.buffers.bytes(buf);
         let reply = self.framing.reply(bytes);
         let count = if let Reply::Surplus(count) = reply { count } else { bytes.len() };
@@ -213,7 +213,7 @@ impl Client {
             Reply::Surplus(_) => self.conclude(Some(Discard::Unexpected), moment),
             Reply::Opaque => self.on_opaque_reply(moment.now),
         };
-        Replied { passed, answered: Some((endpoint, made)), actions }
+        Replied { passed, answered: Some((endpoint, conn, made)), actions }
     }
 
     fn on_part(&mut self, moment: &Moment<'_>) -> Actions {
@@ -499,6 +499,10 @@ impl Client {
         let attempts = flight.history.tried.attempts();
         if !flight.request.repeatable || attempts >= moment.policy.attempts_max {
             return self.fail_in_flight(ErrorReply::Lost, discard, moment);
+        }
+        if !why.is_free() && !moment.retries.take(moment.now) {
+            let failed = self.fail_in_flight(ErrorReply::Lost, discard, moment);
+            return Actions::from(Action::CountRefusedRetry).then(&failed);
         }
         let State::InFlight(flight) = mem::replace(&mut self.state, State::EMPTY) else {
             unreachable!("it is in flight")

@@ -19,7 +19,7 @@ fn each_state_has_its_own_time_limit() {
     bench.wait();
     assert_eq!(bench.after(Duration::ZERO), []);
     assert_eq!(bench.after(SECOND), [Action::Fail(ErrorReply::QueueTimeout(SECOND))]);
-    assert_eq!(bench.acquire()[0], Action::Waited(SECOND));
+    assert_eq!(bench.acquire()[0], Action::Asks(EndpointId::at(0), conn(), SECOND));
     assert_eq!(bench.deadline(), Some(3 * SECOND));
     bench.backend_sent(8);
     bench.reply("OK\n");

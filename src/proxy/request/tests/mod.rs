@@ -10,6 +10,7 @@ use crate::io::buffers::Buffers;
 use crate::io::{Buf, Close, Unheard};
 use crate::metrics::{CloseReason, Discard, Outcome, Retry};
 use crate::proxy::Side;
+use crate::proxy::retry_budget::RetryBudget;
 
 mod limits;
 mod placing;
@@ -32,6 +33,7 @@ struct Bench {
     client: Client,
     buffers: Buffers,
     policy: Policy,
+    retries: RetryBudget,
     scratch: [u8; 16],
     drains_since: Option<Instant>,
     now: Instant,
@@ -61,6 +63,7 @@ impl Bench {
         Self {
             client: Client::new(ConnId::from_parts(0, 0), framing, now),
             buffers: Buffers::new(16).unwrap(),
+            retries: RetryBudget::new(Some(20), now),
             policy,
             scratch: [0; 16],
             drains_since: None,
@@ -81,6 +84,7 @@ impl Bench {
         let mut moment = Moment {
             policy: &self.policy,
             buffers: &mut self.buffers,
+            retries: &mut self.retries,
             scratch: &mut self.scratch,
             drains_since: self.drains_since,
             now: self.now,
@@ -220,6 +224,40 @@ fn only_what_is_safe_is_sent_again_and_only_before_its_answer() {
 }
 
 #[test]
+fn without_a_retry_left_a_lost_request_gets_the_error_of_the_last_attempt() {
+    for (why, is_free) in [
+        (Retry::Ended, false),
+        (Retry::Broken, false),
+        (Retry::Silent, true),
+        (Retry::Forgotten, true),
+    ] {
+        let mut bench = Bench::asked(Protocol::Chronos, "GET a\n");
+        while bench.retries.take(bench.now) {}
+        let actions = bench.lose(why);
+        assert_eq!(actions.contains(&Action::CountRetry(why)), is_free, "{actions:?}");
+        assert_eq!(actions.contains(&Action::CountRefusedRetry), !is_free, "{actions:?}");
+        let replied = |action: &Action| matches!(action, Action::Reply(ErrorReply::Lost, _));
+        assert_eq!(actions.iter().any(replied), !is_free, "{actions:?}");
+    }
+}
+
+#[test]
+fn each_request_earns_a_part_of_a_retry() {
+    let mut bench = Bench::new(Protocol::Chronos);
+    while bench.retries.take(bench.now) {}
+    for number in 1..=5 {
+        assert!(!bench.retries.take(bench.now), "after {} of five", number - 1);
+        bench.feed("GET a\n");
+        assert_eq!(bench.next(), [Action::Acquire]);
+        bench.acquire();
+        bench.backend_sent(6);
+        bench.reply("a\n");
+        bench.client.release();
+    }
+    assert!(bench.retries.take(bench.now));
+}
+
+#[test]
 fn a_request_that_is_sent_again_waits_anew() {
     let mut bench = Bench::asked(Protocol::Chronos, "GET a\n");
     bench.now += 5 * SECOND;
@@ -227,8 +265,8 @@ fn a_request_that_is_sent_again_waits_anew() {
     assert!(bench.lose(Retry::Ended).contains(&Action::CountRetry(Retry::Ended)));
     assert_eq!(bench.after(Duration::ZERO), [], "it has just begun to wait");
     bench.now = start + SECOND / 2;
-    let waited = Action::Waited(SECOND / 2);
-    assert_eq!(bench.acquire()[..2], [waited, Action::Send(conn())], "the wait for a connection");
+    let asks = Action::Asks(EndpointId::at(0), conn(), SECOND / 2);
+    assert_eq!(bench.acquire()[..2], [asks, Action::Send(conn())], "the wait for a connection");
     bench.now = start + SECOND;
     bench.backend_sent(6);
     let count = Action::Count(GET, Outcome::Answered, 6 * SECOND);

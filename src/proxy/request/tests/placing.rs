@@ -59,7 +59,7 @@ impl Scene {
         let stores = names.iter().enumerate().map(store).collect();
         let snapshot =
             EndpointSnapshot { generation: 1, endpoints, stores, ..EndpointSnapshot::default() };
-        let mut table = Table::new(crate::config::Balance::LeastConn, WorkerId::new(0));
+        let mut table = Table::new(crate::config::Balance::LeastConn, WorkerId::new(0), 0);
         table.apply(&snapshot, &config, false, bench.now);
         let rng = fastrand::Rng::with_seed(1);
         Self { bench, table, queue: Queue::new(3, 8), rng, conns: 0 }

@@ -29,8 +29,9 @@ impl Route {
             }
             None => cx.driver.buffers().give(buf),
         }
-        if let Some((endpoint, made)) = answered {
+        if let Some((endpoint, conn, made)) = answered {
             self.pools.on_endpoint_answered(cx, endpoint, made);
+            self.pools.table.answered(endpoint, conn, cx.now);
         }
         self.act_for(cx, key, &actions);
     }

@@ -38,7 +38,7 @@ impl Route {
     ) {
         let client = self.requests.clients.get(key);
         let why = if client.is_some_and(Client::is_backend_broken) { Retry::Broken } else { why };
-        self.judge_lost(cx, key, why);
+        let why = self.judge_lost(cx, key, why);
         self.tell(cx, key, |client, moment| client.on_backend_ended(why, moment));
     }
 
@@ -125,6 +125,7 @@ impl Route {
             DiscardHow::ResetUnlessUnsent if cx.driver.unsent(conn) > 0 => Close::Graceful,
             DiscardHow::ResetUnlessUnsent => Close::Reset,
         };
+        self.pools.table.unanswered(endpoint, conn, cx.now);
         self.pools.table.discarded(endpoint);
         self.retire(cx, conn, endpoint, why, how);
     }

@@ -98,6 +98,7 @@ impl Route {
         let moment = Moment {
             policy,
             buffers: cx.driver.buffers(),
+            retries: &mut self.retries,
             scratch,
             drains_since: cx.drain.since(),
             now: cx.now,
@@ -132,7 +133,10 @@ impl Route {
                 self.tell(cx, key, |client, moment| client.on_proved(why_not, moment));
             }
             Action::LeaveQueue => self.requests.queue.leave(key),
-            Action::Waited(time) => self.stats.queue_wait.record(time),
+            Action::Asks(endpoint, conn, waited) => {
+                self.stats.queue_wait.record(waited);
+                self.pools.table.asked(endpoint, conn, cx.now);
+            }
             Action::Send(conn) => self.send_request(cx, key, conn),
             Action::Lost(why) => self.on_backend_died(cx, key, why),
             Action::Pause(side) => self.receive_from(cx, key, side, false),
@@ -144,6 +148,7 @@ impl Route {
             }
             Action::Count(verb, outcome, took) => self.stats.count_request(verb, outcome, took),
             Action::CountRetry(why) => self.stats.count_retry(why),
+            Action::CountRefusedRetry => self.stats.retries_refused.add(1),
             Action::Reply(error, store) => self.reply(cx, key, error, store),
             Action::Fail(error) => {
                 let error = self.placing(cx).why_it_waited(key, error);

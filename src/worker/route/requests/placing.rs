@@ -68,7 +68,7 @@ impl Route {
         match supply {
             Some((endpoint, Having::Room)) => self.want(endpoint, 1),
             Some((endpoint, Having::Idle)) => self.free(endpoint),
-            Some((_, Having::Anything)) | None => {}
+            Some((_, Having::Anything | Having::Conn)) | None => {}
         }
     }
 
@@ -174,6 +174,7 @@ impl Route {
         if let Some(verb) = parts.uncounted {
             self.stats.count_request(verb, Outcome::Opaque, Duration::ZERO);
         }
+        self.pools.table.unanswered(backend.endpoint, backend.conn, cx.now);
         self.pools.table.turned_opaque(backend.endpoint);
         cx.timers.clear(client.index());
         let mut session = Session::new(client, cx.now);
@@ -186,6 +187,9 @@ impl Route {
         cx.owners.set(client, Owner::Session(session, Side::Client));
         cx.owners.set(backend.conn, Owner::Session(session, Side::Backend));
         self.sessions.arm_deadline(cx, session);
+        if !input.is_empty() {
+            self.pools.table.asked(backend.endpoint, backend.conn, cx.now);
+        }
         cx.driver.receive(client, true);
         cx.driver.receive(backend.conn, true);
         while let Some(buf) = cx.driver.buffers().pop(&mut input) {
