@@ -153,6 +153,10 @@ pub const HANDED_OVER_MAX: usize = 64;
 /// Connections that all pools of one worker together may hold, warm or being made.
 pub const POOL_CONNS_MAX: usize = 4096;
 
+/// How long an endpoint may take to end the connection of a cancel request, which says that it has
+/// taken note of it, before the next endpoint is asked. It takes a millisecond or two.
+pub const CANCEL_WAIT: Duration = Duration::from_secs(1);
+
 /// A client that is to get what a broken backend had sent may pause for so long; then it is reset.
 /// As long as proxies give clients that take nothing, and far above any pause of a healthy one.
 pub const FLUSH_STALL_MAX: Duration = Duration::from_secs(30);

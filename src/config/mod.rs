@@ -3,6 +3,7 @@
 
 mod error;
 mod kind;
+mod preset;
 mod read;
 mod routes;
 mod service_links;
@@ -17,6 +18,7 @@ mod tests;
 use std::net::IpAddr;
 
 pub use error::{ConfigErrors, Problem};
+pub use preset::Preset;
 pub use routes::RouteName;
 pub use variable::{PREFIX, VARIABLES, Variable};
 pub use variables::{Config, KubeConfig, PoolConfig, RequestConfig, Resources, RouteConfig};
@@ -36,6 +38,17 @@ impl Config {
 }
 
 impl RouteConfig {
+    /// The variables that are as `AEGIS_PRESET` suggests, with their values.
+    pub fn by_preset(&self) -> Vec<(&'static str, &'static str)> {
+        let mut texts = Vec::new();
+        self.print(&mut texts);
+        let suggested =
+            self.preset.defaults().iter().map(|&(variable, text)| (variable.name, text));
+        suggested
+            .filter(|&(name, text)| texts.contains(&(name.to_owned(), text.to_owned())))
+            .collect()
+    }
+
     /// How many addresses the backends may come to stand for, for what is reserved for them.
     pub fn addresses(&self) -> usize {
         let names = self.names();
@@ -150,6 +163,8 @@ pub enum Balance {
     RoundRobin,
     /// The better of two drawn at random (Mitzenmacher, "The power of two choices").
     RandomTwo,
+    /// The one that has answered fastest lately, and has little to answer (peak EWMA, as in Finagle).
+    PeakEwma,
     /// By the client's address, stable while the endpoints are (rendezvous hashing).
     SourceHash,
     /// The one that holds the request's key (rendezvous hashing); where there is none as by

@@ -14,12 +14,12 @@ use super::variable::{PREFIX, RawConfig, Section, Variable};
 use super::variables::{
     AEGIS_ADMIN, AEGIS_BACKENDS, AEGIS_BALANCE, AEGIS_DISCOVERY, AEGIS_KUBE_NAMESPACE,
     AEGIS_KUBE_SELECTOR, AEGIS_KUBE_SERVICE, AEGIS_KUBE_SNAPSHOT, AEGIS_LISTEN,
-    AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MIN_IDLE, AEGIS_POOL_MODE, AEGIS_PROTOCOL,
+    AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MIN_IDLE, AEGIS_POOL_MODE, AEGIS_PRESET, AEGIS_PROTOCOL,
     AEGIS_PROXY_PROTOCOL,
 };
 use super::{
-    Balance, Config, ConfigErrors, Discovery, HostPort, PoolMode, Problem, Protocol, ProxyProtocol,
-    RouteConfig, RouteName, ServiceName,
+    Balance, Config, ConfigErrors, Discovery, HostPort, PoolMode, Preset, Problem, Protocol,
+    ProxyProtocol, RouteConfig, RouteName, ServiceName,
 };
 use crate::limits::LISTEN_ADDRESSES_MAX;
 use crate::listening::Listening;
@@ -107,10 +107,16 @@ impl Reader {
                 }
             }
         }
-        value.unwrap_or_else(|| match kind.parse(variable.default) {
+        value.unwrap_or_else(|| match kind.parse(self.preset().default_of(variable)) {
             Ok(value) => value,
             Err(why) => unreachable!("the default of {}: {why}", variable.name),
         })
+    }
+
+    /// The preset of the route that is being read.
+    fn preset(&self) -> Preset {
+        let text = self.route.as_ref().and_then(|_| self.text(AEGIS_PRESET));
+        text.and_then(|(_, text)| Preset::of_word(text.trim())).unwrap_or(Preset::None)
     }
 
     /// Every route, with what is its own.

@@ -11,8 +11,8 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
 use super::{
-    Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, PoolMode, Protocol,
-    ProxyProtocol, ServiceName, Switch,
+    Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, PoolMode, Preset,
+    Protocol, ProxyProtocol, ServiceName, Switch,
 };
 
 /// A value, or why the text is none.
@@ -399,6 +399,7 @@ words! {
         "kubernetes" => Kubernetes,
     }
     Locality { "off" => Off, "zone" => Zone, "node" => Node, }
+    Preset { "none" => None, "postgres" => Postgres, "mysql" => Mysql, "redis" => Redis, }
     PoolMode { "preconnect" => Preconnect, "session" => Session, "request" => Request, }
     Switch { "auto" => Auto, "on" => On, "off" => Off, }
     IoChoice { "auto" => Auto, "uring" => Uring, "epoll" => Epoll, }
@@ -406,6 +407,7 @@ words! {
         "least_conn" => LeastConn,
         "round_robin" => RoundRobin,
         "random_two" => RandomTwo,
+        "peak_ewma" => PeakEwma,
         "source_hash" => SourceHash,
         "key_hash" => KeyHash,
     }

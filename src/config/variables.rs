@@ -18,8 +18,8 @@ use super::value::{
 };
 use super::variable::{Row, Section, Variable, settings};
 use super::{
-    Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, PoolMode, Protocol,
-    ProxyProtocol, ServiceName, Switch,
+    Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, PoolMode, Preset,
+    Protocol, ProxyProtocol, ServiceName, Switch,
 };
 use crate::limits;
 
@@ -113,6 +113,8 @@ pub struct RouteConfig {
     => "Pools"
     protocol: Protocol = AEGIS_PROTOCOL("tcp") in words(),
         "What clients and backends speak. tcp: anything, passed on as it is.";
+    preset: Preset = AEGIS_PRESET("none") in words(),
+        "Defaults that suit a kind of server. postgres: cancel requests also go to every endpoint.";
     /// The pools of backend connections.
     pool: PoolConfig;
     => "Requests"
@@ -123,6 +125,9 @@ pub struct RouteConfig {
         "How long one attempt to connect to an endpoint may take.";
     connect_attempts: u32 = AEGIS_CONNECT_ATTEMPTS("3") in numbers(1..=8),
         "How many endpoints are tried for a session before it is given up.";
+    retry_budget: Option<u32> = AEGIS_RETRY_BUDGET("20")
+        in or("off", numbers_of(" of percent", 0..=1000)),
+        "Retries per 100 sessions or requests at most, beside ten per second. off: any number.";
     idle_timeout: Option<Duration> = AEGIS_IDLE_TIMEOUT("off")
         in or("off", durations(ms(10)..=days(30))),
         "Ends sessions on which no byte moved for this long.";

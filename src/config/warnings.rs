@@ -6,8 +6,8 @@ use super::variable::{VARIABLES, Variable};
 use super::variables::{
     AEGIS_BACKEND_DRAIN, AEGIS_BACKENDS, AEGIS_DNS_REFRESH, AEGIS_KUBE_STORES, AEGIS_LINE_MAX,
     AEGIS_LOCALITY, AEGIS_POOL_IDLE_TIMEOUT, AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MAX_LIFETIME,
-    AEGIS_POOL_SIZE, AEGIS_PROTOCOL, AEGIS_QUEUE_MAX, AEGIS_QUEUE_TIMEOUT, AEGIS_REPEAT_WRITES,
-    AEGIS_REQUEST_TIMEOUT, AEGIS_SLOW_START,
+    AEGIS_POOL_SIZE, AEGIS_PRESET, AEGIS_PROTOCOL, AEGIS_QUEUE_MAX, AEGIS_QUEUE_TIMEOUT,
+    AEGIS_REPEAT_WRITES, AEGIS_REQUEST_TIMEOUT, AEGIS_SLOW_START,
 };
 use super::{Balance, Config, Discovery, Locality, PoolMode, Protocol, RouteConfig};
 
@@ -92,6 +92,11 @@ impl Config {
                 "the endpoints are always the same ones",
             ),
             (&[AEGIS_SLOW_START], route.discovery == Discovery::Static || ramps, at_once),
+            (
+                &[AEGIS_PRESET],
+                !is_shared,
+                "it is for servers whose bytes are passed on as they are",
+            ),
             (
                 &[AEGIS_PROTOCOL],
                 is_shared,

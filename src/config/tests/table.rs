@@ -30,6 +30,31 @@ fn defaults_written_out_are_the_defaults() {
 }
 
 #[test]
+fn a_preset_gives_defaults_which_what_is_set_overrides() {
+    let config = read(&[
+        ("AEGIS_ROUTES", "orders,logs,cache"),
+        ("AEGIS_ORDERS__PRESET", "postgres"),
+        ("AEGIS_ORDERS__POOL_MAX_IDLE", "9"),
+        ("AEGIS_LOGS__PRESET", " mysql "),
+        ("AEGIS_ORDERS__LISTEN", "127.0.0.1:1"),
+        ("AEGIS_LOGS__LISTEN", "127.0.0.1:2"),
+    ]);
+    let config = config.unwrap();
+    let pools: Vec<_> = config.routes.iter().map(|route| &route.pool).collect();
+    let sizes: Vec<_> = pools.iter().map(|pool| (pool.min_idle, pool.max_idle)).collect();
+    assert_eq!(sizes, [(0, 9), (0, 0), (4, 64)]);
+    assert_eq!(pools[0].idle_timeout, Some(Duration::from_secs(30)));
+    let by_preset: Vec<_> = config.routes.iter().map(|route| route.by_preset()).collect();
+    let (min, max, idle) = (
+        ("AEGIS_POOL_MIN_IDLE", "0"),
+        ("AEGIS_POOL_MAX_IDLE", "0"),
+        ("AEGIS_POOL_IDLE_TIMEOUT", "30s"),
+    );
+    assert_eq!(by_preset, [vec![min, idle], vec![min, max], vec![]]);
+    assert_eq!(Config::from_vars(config.effective()), Ok(config));
+}
+
+#[test]
 fn what_is_in_force_names_every_variable_in_order() {
     let names: Vec<_> = read(&[]).unwrap().effective().into_iter().map(|(name, _)| name).collect();
     let table: Vec<_> = VARIABLES.iter().map(|v| v.name).collect();
@@ -60,6 +85,8 @@ fn random_text(variable: &Variable, rng: &mut fastrand::Rng) -> String {
         "AEGIS_KUBE_PORT" => word(rng, &["auto", "chronos", "8080"]),
         "AEGIS_KUBE_SNAPSHOT" => word(rng, &["none", "/run/aegis/endpoints.json"]),
         "AEGIS_NODE_NAME" | "AEGIS_ZONE" => word(rng, &["none", "", "eu-1a"]),
+        // Others suggest less than the minimum below.
+        "AEGIS_PRESET" => word(rng, &["none", "redis"]),
         "AEGIS_POOL_MIN_IDLE" => rng.usize(0..=64).to_string(),
         "AEGIS_POOL_MAX_IDLE" => rng.usize(64..=limits::POOL_IDLE_MAX).to_string(),
         "AEGIS_LOG" => word(rng, &["off", "warn,aegis::io=debug", "info"]),

@@ -29,6 +29,7 @@ use super::relay::{Flow, Relay};
 use crate::io::{Chain, ConnId};
 use crate::metrics::CloseReason;
 
+mod cancel;
 mod deadline;
 mod ending;
 #[cfg(test)]
@@ -108,6 +109,8 @@ pub struct Session {
     to_client: Relay,
     /// What the client sent before there was a backend.
     early: Chain,
+    /// A request that every endpoint is to have.
+    cancel: Option<cancel::Cancel>,
     failure: Option<Failure>,
     opened: Instant,
     active: Instant,
@@ -139,6 +142,7 @@ impl Session {
             to_backend: Relay::default(),
             to_client: Relay::default(),
             early: Chain::default(),
+            cancel: None,
             failure: None,
             opened: now,
             active: now,
@@ -164,7 +168,7 @@ impl Session {
         self.failure = None;
         self.warm_since = None;
         self.prefaced = false;
-        self.heard = false;
+        self.heard = self.cancel.is_some();
         self.backend_pulse = Pulse::default();
     }
 
@@ -209,6 +213,23 @@ impl Session {
         }
     }
 
+    /// The endpoint and the connection to it, once there is one.
+    pub fn backend(&self) -> Option<(EndpointId, ConnId)> {
+        Some((self.endpoint?, self.backend?))
+    }
+
+    /// Whether its backend has been sent nothing yet that the client sent.
+    pub fn is_unasked(&self) -> bool {
+        self.is_open() && self.first_byte == FirstByte::Unasked && !self.to_backend.is_broken()
+    }
+
+    /// Whether the end of a handshake or the first byte of a reply is to come.
+    #[cfg(test)]
+    pub fn awaits_backend(&self) -> bool {
+        let is_asked = matches!(self.first_byte, FirstByte::Asked(_));
+        self.backend.is_some() && (!self.is_open() || is_asked)
+    }
+
     /// The endpoint that serves the session or is being tried for it.
     pub fn endpoint(&self) -> Option<EndpointId> {
         self.endpoint
@@ -229,6 +250,11 @@ impl Session {
         self.state == State::Connecting && self.tried.attempts() == 0
     }
 
+    /// Whether the client has sent something.
+    pub fn has_client_spoken(&self) -> bool {
+        self.first_byte != FirstByte::Unasked
+    }
+
     /// How long ago the client was accepted.
     pub fn age(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.opened)
@@ -245,6 +271,7 @@ impl Session {
         self.endpoint = Some(endpoint);
         self.backend = backend;
         self.tried.push(endpoint);
+        self.on_cancel_trying(endpoint);
     }
 
     /// A connection is being made for the session.

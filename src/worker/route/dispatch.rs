@@ -19,6 +19,7 @@ use crate::worker::owners::Owner;
 impl Route {
     pub(super) fn begin_session<D: Driver>(&mut self, cx: &mut Context<D>, client: ConnId) {
         let key = self.sessions.begin(cx, client);
+        self.retries.on_request(cx.now);
         self.dispatch(cx, key, CloseReason::NoEndpoint);
         self.sessions.listen_to_early(cx, key);
     }
@@ -32,7 +33,9 @@ impl Route {
     ) {
         match outcome {
             Outcome::Done => {}
+            Outcome::Asked => self.on_session_asked(cx, key),
             Outcome::Answered => self.on_session_answered(cx, key),
+            Outcome::Replied => self.on_session_replied(cx, key),
             Outcome::Waits => self.dispatch_heard(cx, key),
             Outcome::Over(reason) => self.close_session(cx, key, reason),
         }
@@ -49,10 +52,21 @@ impl Route {
         loop {
             let session = self.sessions.of(key);
             let (client, tried) = (session.client(), *session.tried());
-            let Some(endpoint) = self.choose(cx, client, &tried, otherwise) else {
+            let is_cancel = session.cancel().is_some();
+            let chosen = if is_cancel {
+                self.pools.table.next_of_all(session.cancel_reached(), &tried)
+            } else {
+                self.choose(cx, client, &tried, otherwise)
+            };
+            let Some(endpoint) = chosen else {
                 return self.on_none_left(cx, key, otherwise);
             };
-            if tried.attempts() > 0 {
+            let costs = !is_cancel
+                && matches!(otherwise, CloseReason::ConnectFailed | CloseReason::ConnectTimeout);
+            if costs && !self.takes_retry(cx) {
+                return self.close_session(cx, key, otherwise);
+            }
+            if tried.attempts() > 0 && !is_cancel {
                 self.stats.connect_retries.add(1);
             }
             match self.try_endpoint(cx, key, endpoint) {
@@ -63,7 +77,7 @@ impl Route {
                 }
                 Err(error) => {
                     self.pools.on_endpoint_unreachable(cx, endpoint, &error);
-                    self.leave_endpoint(key);
+                    self.leave_endpoint(cx, key);
                     otherwise = CloseReason::ConnectFailed;
                 }
             }
@@ -87,9 +101,10 @@ impl Route {
             .and_then(|address| address.ip());
         let mut choose = |tried: &Tried| {
             if self.config.locality == Locality::Off {
-                return self.pools.table.choose(tried, source, &mut cx.rng);
+                return self.pools.table.choose(tried, source, cx.now, &mut cx.rng);
             }
-            let (chosen, spilled) = self.pools.table.choose_near(tried, source, &mut cx.rng);
+            let (chosen, spilled) =
+                self.pools.table.choose_near(tried, source, cx.now, &mut cx.rng);
             spilled.inspect(|&why| self.stats.count_spillover(why));
             chosen
         };
@@ -107,10 +122,13 @@ impl Route {
         key: Key<Session>,
         otherwise: CloseReason,
     ) {
+        let session = self.sessions.of(key);
+        if session.is_cancel_delivered() {
+            return self.close_session(cx, key, CloseReason::Finished);
+        }
         if !self.pools.table.is_empty() {
             return self.close_session(cx, key, otherwise);
         }
-        let session = self.sessions.of(key);
         let left = self.config.endpoint_wait.saturating_sub(session.age(cx.now));
         if session.awaits_endpoint() && !left.is_zero() {
             cx.timers.set(session.client().index(), cx.now + left);
@@ -174,7 +192,24 @@ impl Route {
         cx.owners.insert(backend, self.id, Owner::Session(key, Side::Backend));
         cx.timers.set(backend.index(), cx.now + self.config.connect_timeout);
         self.sessions.of(key).on_connecting(backend, cx.now);
+        self.pools.table.asked(endpoint, backend, cx.now);
         Ok(())
+    }
+
+    /// Takes one of the retries that may be made, if one is left.
+    pub(super) fn takes_retry<D: Driver>(&mut self, cx: &Context<D>) -> bool {
+        let taken = self.retries.take(cx.now);
+        if !taken {
+            self.stats.retries_refused.add(1);
+        }
+        taken
+    }
+
+    /// The first bytes of a session went to its backend.
+    fn on_session_asked<D: Driver>(&mut self, cx: &Context<D>, key: Key<Session>) {
+        if let Some((endpoint, conn)) = self.sessions.of(key).backend() {
+            self.pools.table.asked(endpoint, conn, cx.now);
+        }
     }
 
     pub(super) fn on_session_connected<D: Driver>(
@@ -189,6 +224,7 @@ impl Route {
             unreachable!("a session that connects has an endpoint")
         };
         self.stats.connect_duration.record(cx.now.saturating_duration_since(since));
+        self.pools.table.shook_hands(endpoint, backend, cx.now);
         self.pools.on_endpoint_connected(cx, endpoint);
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.pool.on_miss_served();
@@ -211,7 +247,7 @@ impl Route {
         {
             self.pools.on_endpoint_unreachable(cx, endpoint, error);
         }
-        self.leave_endpoint(key);
+        self.leave_endpoint(cx, key);
         let otherwise = match error.kind() {
             io::ErrorKind::TimedOut => CloseReason::ConnectTimeout,
             _ => CloseReason::ConnectFailed,
@@ -219,16 +255,24 @@ impl Route {
         self.dispatch(cx, key, otherwise);
     }
 
-    fn leave_endpoint(&mut self, key: Key<Session>) {
+    fn leave_endpoint<D: Driver>(&mut self, cx: &Context<D>, key: Key<Session>) {
         let session = self.sessions.of(key);
-        let endpoint = session.endpoint();
+        let (endpoint, backend) = (session.endpoint(), session.conn(Side::Backend));
         session.on_connect_failed();
-        self.release(endpoint);
+        self.leave(cx, endpoint, backend);
     }
 
-    /// A session no longer counts as one of its endpoint's.
-    pub(super) fn release(&mut self, endpoint: Option<EndpointId>) {
+    /// A session no longer counts as one of its endpoint's, nor does what it waits for there.
+    pub(super) fn leave<D: Driver>(
+        &mut self,
+        cx: &Context<D>,
+        endpoint: Option<EndpointId>,
+        backend: Option<ConnId>,
+    ) {
         let Some(endpoint) = endpoint else { return };
+        if let Some(conn) = backend {
+            self.pools.table.unanswered(endpoint, conn, cx.now);
+        }
         if self.reuses_conns() {
             // It was a client whose bytes had become opaque: its place is free for who waits.
             self.pools.table.opaque_closed(endpoint);
@@ -257,7 +301,9 @@ impl Route {
         key: Key<Session>,
         from: Side,
     ) {
-        if from == Side::Backend && self.on_backend_gone(cx, key, false) {
+        if from == Side::Backend
+            && (self.ask_next_to_cancel(cx, key) || self.on_backend_gone(cx, key, false))
+        {
             return;
         }
         self.apply_event(cx, key, |session, now| session.on_ended(from, now));
@@ -269,10 +315,29 @@ impl Route {
         key: Key<Session>,
         from: Side,
     ) {
-        if from == Side::Backend && self.on_backend_gone(cx, key, true) {
+        if from == Side::Backend
+            && (self.ask_next_to_cancel(cx, key) || self.on_backend_gone(cx, key, true))
+        {
             return;
         }
         self.apply_event(cx, key, |session, now| session.on_receive_failed(from, now));
+    }
+
+    /// An endpoint is through with a cancel request: the next one gets it. Says whether there is one.
+    fn ask_next_to_cancel<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) -> bool {
+        let session = self.sessions.of(key);
+        session.on_cancel_delivered();
+        let (endpoint, backend) = (session.endpoint(), session.conn(Side::Backend));
+        let (tried, reached) = (*session.tried(), session.cancel_reached());
+        if session.cancel().is_none()
+            || self.pools.table.next_of_all(reached, &tried).is_none()
+            || !self.sessions.move_cancel(cx, key)
+        {
+            return false;
+        }
+        self.leave(cx, endpoint, backend);
+        self.dispatch(cx, key, CloseReason::Finished);
+        true
     }
 
     pub(super) fn on_session_deadline<D: Driver>(
@@ -283,6 +348,9 @@ impl Route {
         if self.sessions.of(key).awaits_endpoint() {
             // The timer may have fired for a moment too early: it is set again then.
             return self.dispatch(cx, key, CloseReason::NoEndpoint);
+        }
+        if self.sessions.of(key).is_cancel_overdue(cx.now) && self.ask_next_to_cancel(cx, key) {
+            return;
         }
         let outcome = self.sessions.on_deadline(cx, key);
         self.follow(cx, key, outcome);
@@ -307,7 +375,7 @@ impl Route {
     ) {
         let mut session = self.sessions.close(cx, key, reason);
         self.judge_closed(cx, &mut session);
-        self.release(session.endpoint());
+        self.leave(cx, session.endpoint(), session.conn(Side::Backend));
         self.on_gone(cx, reason, session.age(cx.now));
     }
 

@@ -6,9 +6,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::config::{ProxyProtocol, RouteConfig};
+use crate::config::{Preset, ProxyProtocol, RouteConfig};
 use crate::io::{Buf, Chain, Close, ConnId, Driver};
 use crate::metrics::{CloseReason, Direction, RouteStats};
+use crate::protocol::postgres::{CANCEL_REQUEST_MAX, is_cancel_request};
 use crate::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
 use crate::proxy::session::{Action, Ending, Session, Timeouts};
 use crate::proxy::{RouteId, Side};
@@ -26,8 +27,12 @@ struct NoBuffer;
 pub(super) enum Outcome {
     /// Nothing.
     Done,
+    /// The first bytes from its client went to its backend.
+    Asked,
     /// The first byte came from its backend.
     Answered,
+    /// The first byte came from its backend since that was asked; it had greeted before.
+    Replied,
     /// Its client waits for an endpoint and has sent something, so it has not left.
     Waits,
     /// It is over, and to be closed.
@@ -41,6 +46,8 @@ pub(super) struct Sessions {
     timeouts: Timeouts,
     proxy_protocol: ProxyProtocol,
     stats: Arc<RouteStats>,
+    /// Clients may begin with a cancel request of `PostgreSQL`.
+    has_cancels: bool,
 }
 
 impl Sessions {
@@ -53,8 +60,14 @@ impl Sessions {
     ) -> Self {
         let timeouts =
             Timeouts { idle: config.idle_timeout, half_close: config.half_close_timeout };
-        let proxy_protocol = config.proxy_protocol;
-        Self { route, slab: Slab::with_capacity(places), timeouts, proxy_protocol, stats }
+        Self {
+            route,
+            slab: Slab::with_capacity(places),
+            timeouts,
+            proxy_protocol: config.proxy_protocol,
+            stats,
+            has_cancels: config.preset == Preset::Postgres,
+        }
     }
 
     pub(super) fn get(&self, key: Key<Session>) -> Option<&Session> {
@@ -135,7 +148,7 @@ impl Sessions {
             cx.driver.send(backend, buf);
         }
         let mut early = session.take_early();
-        let ended = session.has_ended(Side::Client);
+        let (asks, ended) = (!early.is_empty(), session.has_ended(Side::Client));
         cx.driver.join(client, backend);
         cx.driver.receive(client, true);
         cx.driver.receive(backend, true);
@@ -152,7 +165,7 @@ impl Sessions {
             pass_on(cx, session, Side::Backend, buf);
         }
         self.arm_deadline(cx, key);
-        Outcome::Done
+        if asks { Outcome::Asked } else { Outcome::Done }
     }
 
     /// Bytes came from one side: they go to the other one, or are kept while there is none.
@@ -163,6 +176,9 @@ impl Sessions {
         from: Side,
         buf: Buf,
     ) -> Outcome {
+        if self.has_cancels && from == Side::Client && !self.slab[key].has_client_spoken() {
+            self.look_for_cancel(cx, key, &buf);
+        }
         let session = &mut self.slab[key];
         let outcome = count(cx, &self.stats, session, from, buf.len());
         if session.is_open() {
@@ -171,6 +187,57 @@ impl Sessions {
         }
         debug_assert_eq!(from, Side::Client, "there is no backend");
         keep(cx, session, buf)
+    }
+
+    /// Takes note if a client begins with a cancel request. Without a buffer to keep it in, it goes to
+    /// one endpoint only.
+    fn look_for_cancel<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>, buf: &Buf) {
+        let mut bytes = [0; CANCEL_REQUEST_MAX];
+        let begins = cx.driver.buffers().bytes(buf);
+        let len = begins.len();
+        if !is_cancel_request(begins) {
+            return;
+        }
+        bytes[..len].copy_from_slice(begins);
+        let buffers = cx.driver.buffers();
+        let Some(mut copy) = buffers.take() else { return };
+        buffers.space(&mut copy)[..len].copy_from_slice(&bytes[..len]);
+        buffers.set_len(&mut copy, len);
+        let mut request = Chain::default();
+        buffers.push(&mut request, copy);
+        self.slab[key].on_cancel(request);
+        if self.slab[key].is_open() {
+            self.arm_deadline(cx, key);
+        }
+    }
+
+    /// Takes a cancel request from the endpoint that has had it: there is to be another one. Says whether
+    /// it is one. Without a buffer it has come to its end.
+    pub(super) fn move_cancel<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Session>,
+    ) -> bool {
+        let session = &mut self.slab[key];
+        let Some(request) = session.cancel() else { return false };
+        let Some(again) = cx.driver.buffers().duplicate(request, request.bytes()) else {
+            return false;
+        };
+        let ended = session.has_ended(Side::Client);
+        cx.timers.clear(session.client().index());
+        if let Some(backend) = session.conn(Side::Backend) {
+            cx.owners.take(backend);
+            cx.driver.close(backend, Close::Reset);
+        }
+        session.on_moved();
+        cx.driver.buffers().push(session.early(), again);
+        if ended {
+            let action = session.on_ended(Side::Client, cx.now);
+            debug_assert_eq!(action, Action::None, "it has asked for something");
+        } else {
+            cx.driver.receive(session.client(), false);
+        }
+        true
     }
 
     /// The same for bytes that were counted before.
@@ -263,6 +330,7 @@ impl Sessions {
             unreachable!("a session is closed once")
         };
         cx.driver.buffers().clear(&mut session.take_early());
+        cx.driver.buffers().clear(&mut session.take_cancel());
         for side in [Side::Client, Side::Backend] {
             if let Some(conn) = session.conn(side) {
                 cx.timers.clear(conn.index());
@@ -299,7 +367,7 @@ impl Sessions {
     }
 }
 
-/// Counts bytes that came from one side. Says whether they are the first from the backend.
+/// Counts bytes that came from one side. Says what is new in that they came.
 fn count<D: Driver>(
     cx: &mut Context<D>,
     stats: &RouteStats,
@@ -310,13 +378,16 @@ fn count<D: Driver>(
     cx.load.batcher.on_active(session.window());
     if from == Side::Client {
         stats.bytes.of(Direction::ToBackend).add(u64::from(bytes));
-        return Outcome::Done;
+        return if session.is_unasked() { Outcome::Asked } else { Outcome::Done };
     }
     stats.bytes.of(Direction::ToClient).add(u64::from(bytes));
-    if let Some(waited) = session.take_first_byte(cx.now) {
-        stats.first_byte.record(waited);
+    let waited = session.take_first_byte(cx.now);
+    waited.inspect(|&waited| stats.first_byte.record(waited));
+    match (session.take_heard(), waited) {
+        (true, _) => Outcome::Answered,
+        (false, Some(_)) => Outcome::Replied,
+        (false, None) => Outcome::Done,
     }
-    if session.take_heard() { Outcome::Answered } else { Outcome::Done }
 }
 
 /// Sends bytes that one side of an open session has sent to the other.
