@@ -58,7 +58,7 @@ fn pool_enter_and_refill(bencher: Bencher) {
         ..EndpointSnapshot::default()
     };
     let (mut table, mut rng) =
-        (Table::new(Balance::RoundRobin, WorkerId::new(0)), fastrand::Rng::with_seed(1));
+        (Table::new(Balance::RoundRobin, WorkerId::new(0), 0), fastrand::Rng::with_seed(1));
     table.apply(&snapshot, &config, false, now);
     let one = EndpointId::at(0);
     let mut connect = |table: &mut Table, conn| {

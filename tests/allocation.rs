@@ -28,8 +28,9 @@ const MESSAGES: usize = 100_000;
 /// A request line of Chronos, and as its echo an answer.
 const MESSAGE: [u8; 64] = *b"GET a-key-of-fifty-nine-bytes-to-make-the-message-sixty-four-by\n";
 /// How the variables are set in each run: as they are, and with requests that share connections.
-const SETTINGS: [&[(&str, &str)]; 2] = [
+const SETTINGS: [&[(&str, &str)]; 3] = [
     &[],
+    &[("AEGIS_BALANCE", "peak_ewma")],
     &[("AEGIS_PROTOCOL", "chronos"), ("AEGIS_POOL_MODE", "request"), ("AEGIS_POOL_SIZE", "4")],
 ];
 

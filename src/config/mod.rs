@@ -163,6 +163,8 @@ pub enum Balance {
     RoundRobin,
     /// The better of two drawn at random (Mitzenmacher, "The power of two choices").
     RandomTwo,
+    /// The one that has answered fastest lately, and has little to answer (peak EWMA, as in Finagle).
+    PeakEwma,
     /// By the client's address, stable while the endpoints are (rendezvous hashing).
     SourceHash,
     /// The one that holds the request's key (rendezvous hashing); where there is none as by

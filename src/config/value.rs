@@ -407,6 +407,7 @@ words! {
         "least_conn" => LeastConn,
         "round_robin" => RoundRobin,
         "random_two" => RandomTwo,
+        "peak_ewma" => PeakEwma,
         "source_hash" => SourceHash,
         "key_hash" => KeyHash,
     }

@@ -125,6 +125,9 @@ pub struct RouteConfig {
         "How long one attempt to connect to an endpoint may take.";
     connect_attempts: u32 = AEGIS_CONNECT_ATTEMPTS("3") in numbers(1..=8),
         "How many endpoints are tried for a session before it is given up.";
+    retry_budget: Option<u32> = AEGIS_RETRY_BUDGET("20")
+        in or("off", numbers_of(" of percent", 0..=1000)),
+        "Retries per 100 sessions or requests at most, beside ten per second. off: any number.";
     idle_timeout: Option<Duration> = AEGIS_IDLE_TIMEOUT("off")
         in or("off", durations(ms(10)..=days(30))),
         "Ends sessions on which no byte moved for this long.";

@@ -168,6 +168,16 @@ labels! {
         Broken = "broken",
         /// The backend acknowledged nothing on it.
         Silent = "silent",
+        /// It broke, as others had that were made as early: the endpoint does not know them any more.
+        Forgotten = "forgotten",
+    }
+}
+
+impl Retry {
+    /// Whether the request has not reached a server, so that it may be sent again whatever the retry
+    /// budget says: it was no load there.
+    pub fn is_free(self) -> bool {
+        matches!(self, Self::Silent | Self::Forgotten)
     }
 }
 

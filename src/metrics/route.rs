@@ -20,6 +20,8 @@ counted! {
             sessions_active: Gauge = "aegis_sessions_active" per WORKER;
             /// Attempts to connect beyond a session's first.
             connect_retries: Counter = "aegis_connect_retries_total" per WORKER;
+            /// Retries, of connects and of requests, that `AEGIS_RETRY_BUDGET` did not allow.
+            retries_refused: Counter = "aegis_retries_refused_total" per WORKER;
             /// Generation of the endpoint snapshot in force.
             applied_generation: Gauge = "aegis_worker_applied_generation" per WORKER;
             /// Sessions ended, by how.

@@ -12,6 +12,7 @@ pub mod pulse;
 pub mod queue;
 pub mod relay;
 pub mod request;
+pub mod retry_budget;
 pub mod route;
 pub mod session;
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::contention::CoreWait;
 use super::engine::{Engine, EngineSetup};
 use super::mailbox::{Command, Mailbox};
-use crate::config::Config;
+use crate::config::{Balance, Config};
 use crate::io::Driver;
 use crate::io::sim::{ID_BYTES, Peer, Reachability, Sim, UNTOLD_BUFFERS_MAX};
 use crate::limits;
@@ -46,6 +46,7 @@ impl Run {
         route.pool.min_idle = rng.usize(..3);
         route.pool.max_idle = route.pool.min_idle + rng.usize(..4);
         route.idle_timeout = idle_timeout;
+        route.balance = [Balance::LeastConn, Balance::PeakEwma][sessions_max % 2];
         route.half_close_timeout = timeouts.then_some(3 * SECOND);
         // Short of buffers, or with plenty.
         let buffers = if lean { 6 * sessions_max + 64 } else { limits::buffers_max(sessions_max) };

@@ -11,6 +11,7 @@ mod support;
 
 mod admin;
 mod admin_attacks;
+mod balance;
 mod black_holes;
 mod budget;
 mod chaos;

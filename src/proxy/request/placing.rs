@@ -148,8 +148,9 @@ impl Placing<'_> {
 
     fn place_anywhere(&mut self, tried: &Tried, rng: &mut fastrand::Rng) -> Placement {
         let prefers_near = self.policy.prefers_near;
+        let now = self.now;
         let mut choose =
-            |tried: &Tried| self.table.choose_for_request(tried, None, prefers_near, rng);
+            |tried: &Tried| self.table.choose_for_request(tried, None, prefers_near, now, rng);
         // A connection that broke says little about the next one to the same endpoint.
         let chosen = choose(tried).or_else(|| choose(&Tried::default()));
         match chosen {

@@ -213,6 +213,23 @@ impl Session {
         }
     }
 
+    /// The endpoint and the connection to it, once there is one.
+    pub fn backend(&self) -> Option<(EndpointId, ConnId)> {
+        Some((self.endpoint?, self.backend?))
+    }
+
+    /// Whether its backend has been sent nothing yet that the client sent.
+    pub fn is_unasked(&self) -> bool {
+        self.is_open() && self.first_byte == FirstByte::Unasked && !self.to_backend.is_broken()
+    }
+
+    /// Whether the end of a handshake or the first byte of a reply is to come.
+    #[cfg(test)]
+    pub fn awaits_backend(&self) -> bool {
+        let is_asked = matches!(self.first_byte, FirstByte::Asked(_));
+        self.backend.is_some() && (!self.is_open() || is_asked)
+    }
+
     /// The endpoint that serves the session or is being tried for it.
     pub fn endpoint(&self) -> Option<EndpointId> {
         self.endpoint
@@ -233,9 +250,9 @@ impl Session {
         self.state == State::Connecting && self.tried.attempts() == 0
     }
 
-    /// Whether the client has sent nothing yet.
-    pub fn is_unasked(&self) -> bool {
-        self.first_byte == FirstByte::Unasked
+    /// Whether the client has sent something.
+    pub fn has_client_spoken(&self) -> bool {
+        self.first_byte != FirstByte::Unasked
     }
 
     /// How long ago the client was accepted.

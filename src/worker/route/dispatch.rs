@@ -19,6 +19,7 @@ use crate::worker::owners::Owner;
 impl Route {
     pub(super) fn begin_session<D: Driver>(&mut self, cx: &mut Context<D>, client: ConnId) {
         let key = self.sessions.begin(cx, client);
+        self.retries.on_request(cx.now);
         self.dispatch(cx, key, CloseReason::NoEndpoint);
         self.sessions.listen_to_early(cx, key);
     }
@@ -32,7 +33,9 @@ impl Route {
     ) {
         match outcome {
             Outcome::Done => {}
+            Outcome::Asked => self.on_session_asked(cx, key),
             Outcome::Answered => self.on_session_answered(cx, key),
+            Outcome::Replied => self.on_session_replied(cx, key),
             Outcome::Waits => self.dispatch_heard(cx, key),
             Outcome::Over(reason) => self.close_session(cx, key, reason),
         }
@@ -58,6 +61,11 @@ impl Route {
             let Some(endpoint) = chosen else {
                 return self.on_none_left(cx, key, otherwise);
             };
+            let costs = !is_cancel
+                && matches!(otherwise, CloseReason::ConnectFailed | CloseReason::ConnectTimeout);
+            if costs && !self.takes_retry(cx) {
+                return self.close_session(cx, key, otherwise);
+            }
             if tried.attempts() > 0 && !is_cancel {
                 self.stats.connect_retries.add(1);
             }
@@ -69,7 +77,7 @@ impl Route {
                 }
                 Err(error) => {
                     self.pools.on_endpoint_unreachable(cx, endpoint, &error);
-                    self.leave_endpoint(key);
+                    self.leave_endpoint(cx, key);
                     otherwise = CloseReason::ConnectFailed;
                 }
             }
@@ -93,9 +101,10 @@ impl Route {
             .and_then(|address| address.ip());
         let mut choose = |tried: &Tried| {
             if self.config.locality == Locality::Off {
-                return self.pools.table.choose(tried, source, &mut cx.rng);
+                return self.pools.table.choose(tried, source, cx.now, &mut cx.rng);
             }
-            let (chosen, spilled) = self.pools.table.choose_near(tried, source, &mut cx.rng);
+            let (chosen, spilled) =
+                self.pools.table.choose_near(tried, source, cx.now, &mut cx.rng);
             spilled.inspect(|&why| self.stats.count_spillover(why));
             chosen
         };
@@ -183,7 +192,24 @@ impl Route {
         cx.owners.insert(backend, self.id, Owner::Session(key, Side::Backend));
         cx.timers.set(backend.index(), cx.now + self.config.connect_timeout);
         self.sessions.of(key).on_connecting(backend, cx.now);
+        self.pools.table.asked(endpoint, backend, cx.now);
         Ok(())
+    }
+
+    /// Takes one of the retries that may be made, if one is left.
+    pub(super) fn takes_retry<D: Driver>(&mut self, cx: &Context<D>) -> bool {
+        let taken = self.retries.take(cx.now);
+        if !taken {
+            self.stats.retries_refused.add(1);
+        }
+        taken
+    }
+
+    /// The first bytes of a session went to its backend.
+    fn on_session_asked<D: Driver>(&mut self, cx: &Context<D>, key: Key<Session>) {
+        if let Some((endpoint, conn)) = self.sessions.of(key).backend() {
+            self.pools.table.asked(endpoint, conn, cx.now);
+        }
     }
 
     pub(super) fn on_session_connected<D: Driver>(
@@ -198,6 +224,7 @@ impl Route {
             unreachable!("a session that connects has an endpoint")
         };
         self.stats.connect_duration.record(cx.now.saturating_duration_since(since));
+        self.pools.table.shook_hands(endpoint, backend, cx.now);
         self.pools.on_endpoint_connected(cx, endpoint);
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.pool.on_miss_served();
@@ -220,7 +247,7 @@ impl Route {
         {
             self.pools.on_endpoint_unreachable(cx, endpoint, error);
         }
-        self.leave_endpoint(key);
+        self.leave_endpoint(cx, key);
         let otherwise = match error.kind() {
             io::ErrorKind::TimedOut => CloseReason::ConnectTimeout,
             _ => CloseReason::ConnectFailed,
@@ -228,16 +255,24 @@ impl Route {
         self.dispatch(cx, key, otherwise);
     }
 
-    fn leave_endpoint(&mut self, key: Key<Session>) {
+    fn leave_endpoint<D: Driver>(&mut self, cx: &Context<D>, key: Key<Session>) {
         let session = self.sessions.of(key);
-        let endpoint = session.endpoint();
+        let (endpoint, backend) = (session.endpoint(), session.conn(Side::Backend));
         session.on_connect_failed();
-        self.release(endpoint);
+        self.leave(cx, endpoint, backend);
     }
 
-    /// A session no longer counts as one of its endpoint's.
-    pub(super) fn release(&mut self, endpoint: Option<EndpointId>) {
+    /// A session no longer counts as one of its endpoint's, nor does what it waits for there.
+    pub(super) fn leave<D: Driver>(
+        &mut self,
+        cx: &Context<D>,
+        endpoint: Option<EndpointId>,
+        backend: Option<ConnId>,
+    ) {
         let Some(endpoint) = endpoint else { return };
+        if let Some(conn) = backend {
+            self.pools.table.unanswered(endpoint, conn, cx.now);
+        }
         if self.reuses_conns() {
             // It was a client whose bytes had become opaque: its place is free for who waits.
             self.pools.table.opaque_closed(endpoint);
@@ -292,7 +327,7 @@ impl Route {
     fn ask_next_to_cancel<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) -> bool {
         let session = self.sessions.of(key);
         session.on_cancel_delivered();
-        let endpoint = session.endpoint();
+        let (endpoint, backend) = (session.endpoint(), session.conn(Side::Backend));
         let (tried, reached) = (*session.tried(), session.cancel_reached());
         if session.cancel().is_none()
             || self.pools.table.next_of_all(reached, &tried).is_none()
@@ -300,7 +335,7 @@ impl Route {
         {
             return false;
         }
-        self.release(endpoint);
+        self.leave(cx, endpoint, backend);
         self.dispatch(cx, key, CloseReason::Finished);
         true
     }
@@ -340,7 +375,7 @@ impl Route {
     ) {
         let mut session = self.sessions.close(cx, key, reason);
         self.judge_closed(cx, &mut session);
-        self.release(session.endpoint());
+        self.leave(cx, session.endpoint(), session.conn(Side::Backend));
         self.on_gone(cx, reason, session.age(cx.now));
     }
 

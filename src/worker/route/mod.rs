@@ -21,7 +21,10 @@ use crate::io::{Close, ConnId, Driver};
 use crate::listening::Listening;
 use crate::metrics::{CloseReason, RouteStats};
 use crate::proxy::RouteId;
+#[cfg(test)]
+use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointSnapshot;
+use crate::proxy::retry_budget::RetryBudget;
 #[cfg(test)]
 use crate::proxy::session::Session;
 #[cfg(test)]
@@ -40,6 +43,7 @@ pub(super) struct Route {
     requests: Requests,
     pools: Pools,
     silence: Silence,
+    retries: RetryBudget,
 }
 
 impl Route {
@@ -58,9 +62,10 @@ impl Route {
             id,
             sessions: Sessions::new(id, &config, Arc::clone(stats), places),
             requests: Requests::new(&config, process.drain_delay, places),
-            pools: Pools::new(&config, cx.worker, Arc::clone(stats), pool_conns_max, listening),
+            pools: Pools::new(&config, cx, Arc::clone(stats), pool_conns_max, listening),
             stats: Arc::clone(stats),
             silence: Silence::new(config.tcp_user_timeout),
+            retries: RetryBudget::new(config.retry_budget, cx.now),
             config,
         }
     }
@@ -140,12 +145,24 @@ impl Route {
         self.sessions.get(key).is_some_and(|session| !session.is_open())
     }
 
+    /// What is owed to sessions counts by its age, and nothing else.
+    #[cfg(test)]
+    fn outstanding_invariants(&self) {
+        let keys = (0..self.sessions.slots()).filter_map(|slot| self.sessions.key_at(slot));
+        for session in keys.filter_map(|key| self.sessions.get(key)) {
+            let Some(conn) = session.conn(Side::Backend) else { continue };
+            let owed = self.pools.table.owes(conn);
+            assert!(owed.is_none_or(|owed| owed == session.awaits_backend()), "{session:?}");
+        }
+    }
+
     /// Checks what holds between two turns. Returns how many sessions and clients there are.
     #[cfg(test)]
     pub(super) fn assert_invariants<D: Driver>(&self, cx: &Context<D>) -> usize {
         self.sessions.assert_invariants(cx);
         self.assert_pool_invariants(cx);
         self.requests_invariants(cx);
+        self.outstanding_invariants();
         self.sessions.len() + self.requests.clients.len()
     }
 }

@@ -11,7 +11,6 @@ use crate::io::{Close, ConnId, Driver, Unheard, net};
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::{Discard, RouteStats};
-use crate::proxy::WorkerId;
 use crate::proxy::balance::Table;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::health::{HealthConfig, PROBE_SETTLED};
@@ -59,15 +58,15 @@ pub(super) fn leads_back() -> io::Error {
 
 impl Pools {
     /// Without endpoints, and with room for so many connections.
-    pub(super) fn new(
+    pub(super) fn new<D>(
         config: &RouteConfig,
-        worker: WorkerId,
+        cx: &Context<D>,
         stats: Arc<RouteStats>,
         conns_max: usize,
         listening: Listening,
     ) -> Self {
         Self {
-            table: Table::new(config.balance, worker),
+            table: Table::new(config.balance, cx.worker, cx.owners.capacity()),
             stats,
             conns_max: conns_max.min(limits::POOL_CONNS_MAX),
             short: Vec::with_capacity(limits::ENDPOINTS_MAX),
@@ -286,7 +285,7 @@ impl Pools {
     ) {
         let (now, health) = (cx.now, self.health);
         let Some(entry) = self.table.get_mut(endpoint) else { return };
-        let ejected = entry.health.on_failure(&health, now, &mut cx.rng);
+        let ejected = entry.on_failure(&health, now, &mut cx.rng);
         let stats = entry.stats();
         stats.failures_in_a_row.set(u64::from(entry.health.failures()));
         if ejected {

@@ -27,8 +27,12 @@ struct NoBuffer;
 pub(super) enum Outcome {
     /// Nothing.
     Done,
+    /// The first bytes from its client went to its backend.
+    Asked,
     /// The first byte came from its backend.
     Answered,
+    /// The first byte came from its backend since that was asked; it had greeted before.
+    Replied,
     /// Its client waits for an endpoint and has sent something, so it has not left.
     Waits,
     /// It is over, and to be closed.
@@ -144,7 +148,7 @@ impl Sessions {
             cx.driver.send(backend, buf);
         }
         let mut early = session.take_early();
-        let ended = session.has_ended(Side::Client);
+        let (asks, ended) = (!early.is_empty(), session.has_ended(Side::Client));
         cx.driver.join(client, backend);
         cx.driver.receive(client, true);
         cx.driver.receive(backend, true);
@@ -161,7 +165,7 @@ impl Sessions {
             pass_on(cx, session, Side::Backend, buf);
         }
         self.arm_deadline(cx, key);
-        Outcome::Done
+        if asks { Outcome::Asked } else { Outcome::Done }
     }
 
     /// Bytes came from one side: they go to the other one, or are kept while there is none.
@@ -172,7 +176,7 @@ impl Sessions {
         from: Side,
         buf: Buf,
     ) -> Outcome {
-        if self.has_cancels && from == Side::Client && self.slab[key].is_unasked() {
+        if self.has_cancels && from == Side::Client && !self.slab[key].has_client_spoken() {
             self.look_for_cancel(cx, key, &buf);
         }
         let session = &mut self.slab[key];
@@ -363,7 +367,7 @@ impl Sessions {
     }
 }
 
-/// Counts bytes that came from one side. Says whether they are the first from the backend.
+/// Counts bytes that came from one side. Says what is new in that they came.
 fn count<D: Driver>(
     cx: &mut Context<D>,
     stats: &RouteStats,
@@ -374,13 +378,16 @@ fn count<D: Driver>(
     cx.load.batcher.on_active(session.window());
     if from == Side::Client {
         stats.bytes.of(Direction::ToBackend).add(u64::from(bytes));
-        return Outcome::Done;
+        return if session.is_unasked() { Outcome::Asked } else { Outcome::Done };
     }
     stats.bytes.of(Direction::ToClient).add(u64::from(bytes));
-    if let Some(waited) = session.take_first_byte(cx.now) {
-        stats.first_byte.record(waited);
+    let waited = session.take_first_byte(cx.now);
+    waited.inspect(|&waited| stats.first_byte.record(waited));
+    match (session.take_heard(), waited) {
+        (true, _) => Outcome::Answered,
+        (false, Some(_)) => Outcome::Replied,
+        (false, None) => Outcome::Done,
     }
-    if session.take_heard() { Outcome::Answered } else { Outcome::Done }
 }
 
 /// Sends bytes that one side of an open session has sent to the other.

@@ -62,8 +62,8 @@ fn server(then: Then, heard: Sender<Vec<u8>>) -> SocketAddr {
 /// Several servers, what they hear, and a proxy in front of them with so many warm connections to each.
 fn start(io: Io, servers: &[Then], warm: u64) -> (Vec<Receiver<Vec<u8>>>, Proxy) {
     let begin = |then: &Then| {
-        let (heard, hears) = channel();
-        (server(*then, heard), hears)
+        let (sender, hears) = channel();
+        (server(*then, sender), hears)
     };
     let (addresses, hear): (Vec<_>, Vec<_>) = servers.iter().map(begin).unzip();
     let builder = Builder::on(io).backends(&addresses).set("AEGIS_PRESET", "postgres");
@@ -115,8 +115,8 @@ fn an_endpoint_that_does_not_answer_is_passed_over(io: Io) {
 }
 
 fn an_endpoint_that_refuses_is_passed_over(io: Io) {
-    let (heard, hears) = channel();
-    let answer = [(); 2].map(|()| server(Then::End, heard.clone()));
+    let (sender, hears) = channel();
+    let answer = [(); 2].map(|()| server(Then::End, sender.clone()));
     let refuse = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
     let refuse = refuse.map(|listener| listener.local_addr().unwrap());
     let servers = [refuse[0], answer[0], refuse[1], answer[1]];

@@ -15,7 +15,7 @@ use super::{drivers, in_front_of, installed};
 /// A certificate of `db.example` by itself, and its key, for a server that runs as nobody.
 struct Certificate {
     _folder: TempDir,
-    certificate: PathBuf,
+    pem: PathBuf,
     key: PathBuf,
 }
 
@@ -31,21 +31,21 @@ impl Certificate {
         if rustix::process::geteuid().is_root() {
             chown(&key, Some(65534), Some(65534)).unwrap();
         }
-        Self { _folder: folder, certificate, key }
+        Self { _folder: folder, pem: certificate, key }
     }
 }
 
 #[test]
 fn tls_of_postgres_passes_through() {
     let made = Certificate::new();
-    let certificate = format!("ssl_cert_file={}", made.certificate.display());
+    let certificate = format!("ssl_cert_file={}", made.pem.display());
     let key = format!("ssl_key_file={}", made.key.display());
     let Some(server) = installed(Postgres::start(&["ssl=on", &certificate, &key])) else { return };
     for io in drivers() {
         let proxy = in_front_of(io, server.address()).start();
         let mut psql = server.psql(&proxy.address().into());
         // The name is that of the certificate, the address the proxy's.
-        psql.env("PGSSLMODE", "verify-full").env("PGSSLROOTCERT", &made.certificate);
+        psql.env("PGSSLMODE", "verify-full").env("PGSSLROOTCERT", &made.pem);
         psql.env("PGHOST", "db.example").env("PGHOSTADDR", proxy.address().ip().to_string());
         psql.args(["-Atc", "select ssl from pg_stat_ssl where pid = pg_backend_pid()"]);
         assert_eq!(crate::support::servers::output(&mut psql).as_deref(), Ok("t"));
@@ -55,13 +55,13 @@ fn tls_of_postgres_passes_through() {
 #[test]
 fn tls_of_mariadb_passes_through() {
     let made = Certificate::new();
-    let certificate = format!("--ssl-cert={}", made.certificate.display());
+    let certificate = format!("--ssl-cert={}", made.pem.display());
     let key = format!("--ssl-key={}", made.key.display());
     let Some(server) = installed(MariaDb::start(&[&certificate, &key])) else { return };
     for io in drivers() {
         let proxy = in_front_of(io, server.address()).start();
         let mut client = server.mariadb(&proxy.address().into());
-        client.arg("--ssl").arg(format!("--ssl-ca={}", made.certificate.display()));
+        client.arg("--ssl").arg(format!("--ssl-ca={}", made.pem.display()));
         client.args(["-N", "-e", "show status like 'Ssl_version'"]);
         let version = crate::support::servers::output(&mut client).unwrap();
         assert!(version.contains("TLSv1"), "{version}");

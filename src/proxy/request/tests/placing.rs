@@ -59,7 +59,7 @@ impl Scene {
         let stores = names.iter().enumerate().map(store).collect();
         let snapshot =
             EndpointSnapshot { generation: 1, endpoints, stores, ..EndpointSnapshot::default() };
-        let mut table = Table::new(crate::config::Balance::LeastConn, WorkerId::new(0));
+        let mut table = Table::new(crate::config::Balance::LeastConn, WorkerId::new(0), 0);
         table.apply(&snapshot, &config, false, bench.now);
         let rng = fastrand::Rng::with_seed(1);
         Self { bench, table, queue: Queue::new(3, 8), rng, conns: 0 }
@@ -144,7 +144,7 @@ fn a_request_to_all_stores_is_done_behind_the_last() {
         scene.bench.acquire();
         scene.bench.backend_sent(8);
         scene.bench.reply("OK_COMPACTED\n");
-        scene.bench.tell(|client, _| client.release());
+        scene.bench.client.release();
     }
     assert_eq!(scene.place(), Placement::Done);
 }

@@ -31,10 +31,13 @@ impl Route {
         buf: Buf,
     ) {
         self.stats.bytes.of(Direction::ToBackend).add(u64::from(buf.len()));
-        if let Some(client) = self.requests.clients.get_mut(key) {
-            cx.load.batcher.on_active(client.window());
+        let Some(client) = self.requests.clients.get_mut(key) else {
+            unreachable!("{}", super::NAMED)
+        };
+        cx.load.batcher.on_active(client.window());
+        if client.on_received(buf, cx.driver.buffers(), cx.now) {
+            self.requests.due.push_back(key);
         }
-        self.tell(cx, key, |client, moment| client.on_received(buf, moment));
     }
 
     pub(in crate::worker) fn on_client_sent<D: Driver>(
@@ -51,7 +54,12 @@ impl Route {
         cx: &mut Context<D>,
         key: Key<Client>,
     ) {
-        self.tell(cx, key, |client, moment| client.on_ended(moment));
+        let Some(client) = self.requests.clients.get_mut(key) else {
+            unreachable!("{}", super::NAMED)
+        };
+        if client.on_ended(cx.now) {
+            self.requests.due.push_back(key);
+        }
     }
 
     /// Receiving from a client or its backend failed, or sending to the client.
@@ -123,6 +131,7 @@ impl Route {
         let Some((client, moment)) = self.client(cx, key) else { return };
         let (ending, actions) = client.on_closing(reason, moment.buffers);
         self.act_for(cx, key, &actions);
+        self.release_backend_of(cx, key);
         let Some(client) = self.requests.clients.remove(key) else {
             unreachable!("nothing else has closed it")
         };
