@@ -10,6 +10,7 @@ mod requests;
 mod sessions;
 mod silence;
 mod upkeep;
+mod waiting;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,6 +23,7 @@ use crate::listening::Listening;
 use crate::metrics::{CloseReason, RouteStats};
 use crate::proxy::RouteId;
 use crate::proxy::endpoints::EndpointSnapshot;
+use crate::proxy::outage::Outage;
 #[cfg(test)]
 use crate::proxy::session::Session;
 #[cfg(test)]
@@ -40,6 +42,7 @@ pub(super) struct Route {
     requests: Requests,
     pools: Pools,
     silence: Silence,
+    outage: Outage,
 }
 
 impl Route {
@@ -61,6 +64,7 @@ impl Route {
             pools: Pools::new(&config, cx.worker, Arc::clone(stats), pool_conns_max, listening),
             stats: Arc::clone(stats),
             silence: Silence::new(config.tcp_user_timeout),
+            outage: Outage::default(),
             config,
         }
     }
@@ -88,9 +92,6 @@ impl Route {
         self.stats.applied_generation.set(snapshot.generation);
         self.pools.short.clear();
         self.pools.short.extend(self.pools.table.indices());
-        if !self.pools.table.is_empty() {
-            self.dispatch_waiting(cx);
-        }
         self.place_waiting_again(cx);
     }
 
@@ -138,6 +139,12 @@ impl Route {
     #[cfg(test)]
     pub(super) fn is_connecting(&self, key: Key<Session>) -> bool {
         self.sessions.get(key).is_some_and(|session| !session.is_open())
+    }
+
+    /// Sessions that wait for an endpoint.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.sessions.line.held()
     }
 
     /// Checks what holds between two turns. Returns how many sessions and clients there are.
