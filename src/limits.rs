@@ -237,6 +237,15 @@ pub const CONNECT_ATTEMPTS_MAX: usize = 8;
 /// passed on, but not understood. Servers take between 8 and 64 KiB.
 pub const HTTP1_HEAD_MAX: usize = 64 * 1024;
 
+/// Connects at a time of sessions that have waited for an endpoint, per endpoint and worker: it begins
+/// with one, and with each that succeeds there may be one more. Sixteen proxies that reach this at once
+/// leave room in the accept queue of a server that asks for 512, and one alone makes ten thousand
+/// connects a second where each takes 3 ms.
+///
+/// How many may wait is no limit of its own: each that waits has its place among `AEGIS_MAX_SESSIONS`,
+/// and holds at most one buffer of what it has sent.
+pub const WAITING_CONNECTS_MAX: u32 = 32;
+
 // ---- The log ------------------------------------------------------------------------------------
 
 /// Lines of the log that wait to be written: seconds of any log but `trace`.

@@ -107,7 +107,7 @@ pub struct RouteConfig {
         in or("off", durations(ms(100)..=minutes(10))),
         "An endpoint that joins others gets its full share of sessions only after this time.";
     endpoint_wait: Duration = AEGIS_ENDPOINT_WAIT("5s") in durations(seconds(0)..=minutes(5)),
-        "How long a new session or a request waits for an endpoint while there is none at all.";
+        "How long new clients wait while no endpoint is usable: absent, refusing, silent or ejected.";
     balance: Balance = AEGIS_BALANCE("least_conn") in words(),
         "How an endpoint is chosen. key_hash: for each request of chronos the store that holds its key.";
     => "Pools"
@@ -124,7 +124,7 @@ pub struct RouteConfig {
     connect_timeout: Duration = AEGIS_CONNECT_TIMEOUT("1s") in durations(ms(1)..=minutes(5)),
         "How long one attempt to connect to an endpoint may take.";
     connect_attempts: u32 = AEGIS_CONNECT_ATTEMPTS("3") in numbers(1..=8),
-        "How many endpoints are tried for a session before it is given up.";
+        "How many endpoints are tried for a session at once, before it waits or is given up.";
     retry_budget: Option<u32> = AEGIS_RETRY_BUDGET("20")
         in or("off", numbers_of(" of percent", 0..=1000)),
         "Retries per 100 sessions or requests at most, beside ten per second. off: any number.";

@@ -7,6 +7,7 @@ mod discovery;
 mod lifecycle;
 pub mod logging;
 pub mod metrics;
+mod outages;
 pub mod view;
 
 #[cfg(test)]
@@ -146,6 +147,7 @@ impl Plane {
                     .leaving_out(listening.clone(), Arc::clone(&status));
             discover(&self.config, at, publisher, status);
         }
+        tokio::spawn(outages::log_outages(Arc::clone(&view)));
         tokio::spawn(admin::serve(admin, Arc::clone(&view)));
         Ok(lifecycle::run(&view, events).await)
     }

@@ -139,6 +139,11 @@ impl View {
         })
     }
 
+    /// For how long the process has run.
+    pub fn alive(&self) -> Duration {
+        self.started.elapsed()
+    }
+
     /// Most sessions at a time in the whole process.
     pub fn max_sessions(&self) -> usize {
         self.max_sessions

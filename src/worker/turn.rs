@@ -67,6 +67,7 @@ impl<D: Driver> Engine<D> {
         }
         for route in &mut self.routes {
             route.serve_clients(&mut self.cx);
+            route.serve_waiting(&mut self.cx);
             route.refill_short_pools(&mut self.cx);
         }
         if self.cx.now >= self.upkeep_at {

@@ -21,6 +21,7 @@ mod databases;
 mod dns;
 mod drain;
 mod endings;
+mod endpoint_wait;
 mod failover;
 mod http;
 mod integrity;

@@ -235,9 +235,21 @@ impl Placing<'_> {
         entry.is_present().then(|| waiting.saturating_sub(entry.pool.connecting()))
     }
 
+    /// Whether a client's request that has waited for a connection for as long as it may lacks an endpoint
+    /// that takes one, whichever.
+    pub fn waits_for_any_endpoint(&self, client: Key<Client>, error: ErrorReply) -> bool {
+        matches!(error, ErrorReply::QueueTimeout(_))
+            && self.queue.line_of(client) == Some(Line::Any)
+            && !self.table.is_connected(None)
+    }
+
     /// What a client's request lacked that has waited for a connection for as long as it may.
     pub fn why_it_waited(&self, client: Key<Client>, error: ErrorReply) -> ErrorReply {
-        let ErrorReply::QueueTimeout(limit) = error else { return error };
+        let limit = match error {
+            ErrorReply::QueueTimeout(limit) => limit,
+            ErrorReply::NoEndpoint(limit) if !self.table.is_empty() => limit,
+            _ => return error,
+        };
         match self.queue.line_of(client) {
             Some(Line::Endpoint(endpoint)) if !self.table.is_connected(Some(endpoint)) => {
                 if self.policy.binding == Binding::Source {
@@ -247,7 +259,7 @@ impl Placing<'_> {
                 }
             }
             Some(Line::Any) if !self.table.is_connected(None) => ErrorReply::NoneReachable(limit),
-            _ => error,
+            _ => ErrorReply::QueueTimeout(limit),
         }
     }
 }

@@ -10,6 +10,7 @@ mod requests;
 mod sessions;
 mod silence;
 mod upkeep;
+mod waiting;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +25,7 @@ use crate::proxy::RouteId;
 #[cfg(test)]
 use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointSnapshot;
+use crate::proxy::outage::Outage;
 use crate::proxy::retry_budget::RetryBudget;
 #[cfg(test)]
 use crate::proxy::session::Session;
@@ -44,6 +46,7 @@ pub(super) struct Route {
     pools: Pools,
     silence: Silence,
     retries: RetryBudget,
+    outage: Outage,
 }
 
 impl Route {
@@ -66,6 +69,7 @@ impl Route {
             stats: Arc::clone(stats),
             silence: Silence::new(config.tcp_user_timeout),
             retries: RetryBudget::new(config.retry_budget, cx.now),
+            outage: Outage::default(),
             config,
         }
     }
@@ -93,9 +97,6 @@ impl Route {
         self.stats.applied_generation.set(snapshot.generation);
         self.pools.short.clear();
         self.pools.short.extend(self.pools.table.indices());
-        if !self.pools.table.is_empty() {
-            self.dispatch_waiting(cx);
-        }
         self.place_waiting_again(cx);
     }
 
@@ -154,6 +155,12 @@ impl Route {
             let owed = self.pools.table.owes(conn);
             assert!(owed.is_none_or(|owed| owed == session.awaits_backend()), "{session:?}");
         }
+    }
+
+    /// Sessions that wait for an endpoint.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.sessions.line.held()
     }
 
     /// Checks what holds between two turns. Returns how many sessions and clients there are.

@@ -10,10 +10,11 @@ use crate::config::{Discovery, RouteConfig};
 use crate::io::{Close, ConnId, Driver, Unheard, net};
 use crate::limits;
 use crate::listening::Listening;
-use crate::metrics::{Discard, RouteStats};
+use crate::metrics::{Discard, Failure, RouteStats};
 use crate::proxy::balance::Table;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::health::{HealthConfig, PROBE_SETTLED};
+use crate::proxy::session::Session;
 use crate::worker::context::Context;
 use crate::worker::owners::Owner;
 use crate::worker::socket_options;
@@ -217,6 +218,7 @@ impl Pools {
         let now = cx.now;
         if let Some(entry) = self.table.get_mut(endpoint) {
             entry.on_alive(now);
+            entry.recovery.on_connected();
             entry.stats().connects.add(1);
         }
     }
@@ -249,10 +251,22 @@ impl Pools {
             return;
         }
         let readmitted = entry.health.on_success(made, now);
+        if entry.health.is_sound() {
+            entry.recovery.on_well();
+        }
         entry.stats().failures_in_a_row.set(u64::from(entry.health.failures()));
         if readmitted {
             self.on_readmitted(endpoint);
         }
+    }
+
+    /// A session's connect is over, or of no use any more. Says when it was started, if there was one.
+    pub(super) fn on_connect_over(&mut self, session: &mut Session) -> Option<Instant> {
+        let since = session.take_connect()?;
+        if let Some(entry) = session.endpoint().and_then(|at| self.table.get_mut(at)) {
+            entry.recovery.on_connect_over();
+        }
+        Some(since)
     }
 
     pub(super) fn on_readmitted(&mut self, endpoint: EndpointId) {
@@ -285,8 +299,10 @@ impl Pools {
     ) {
         let (now, health) = (cx.now, self.health);
         let Some(entry) = self.table.get_mut(endpoint) else { return };
+        entry.recovery.on_failed(now, &mut cx.rng);
         let ejected = entry.on_failure(&health, now, &mut cx.rng);
         let stats = entry.stats();
+        stats.set_failure(Failure::of(error));
         stats.failures_in_a_row.set(u64::from(entry.health.failures()));
         if ejected {
             stats.ejections.add(1);

@@ -301,7 +301,7 @@ impl Route {
         let session = self.sessions.of(key);
         let endpoint = session.endpoint();
         let (client, backend) = (session.conn(Side::Client), session.conn(Side::Backend));
-        session.on_moved();
+        session.on_moved(cx.now);
         if let Some(client) = client {
             cx.timers.clear(client.index());
             cx.driver.receive(client, false);
@@ -367,6 +367,7 @@ impl Route {
     pub(in crate::worker) fn upkeep<D: Driver>(&mut self, cx: &mut Context<D>) {
         let now = cx.now;
         self.look_after_queue(cx);
+        self.look_for_outage(cx);
         self.look_for_silence(cx);
         self.evict_removed(cx);
         for endpoint in self.pools.table.indices() {
