@@ -54,6 +54,8 @@ fn run(config: Arc<Config>) -> Result<ExitCode, StartError> {
         tracing::info!(%address, "listening");
     }
 
+    // Dropped at the end, which removes them.
+    let _files = workers.files;
     let plane = Plane {
         config,
         started,

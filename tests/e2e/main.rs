@@ -50,6 +50,7 @@ mod routing;
 mod shares;
 mod transport;
 mod unheard;
+mod unix;
 mod unprivileged;
 mod uploads;
 mod workers;

@@ -98,7 +98,7 @@ impl Route {
         let source = (self.config.balance == Balance::SourceHash)
             .then(|| cx.driver.peer_address(client))
             .flatten()
-            .and_then(|address| address.ip());
+            .map(|address| address.ip());
         let mut choose = |tried: &Tried| {
             if self.config.locality == Locality::Off {
                 return self.pools.table.choose(tried, source, cx.now, &mut cx.rng);
@@ -174,7 +174,7 @@ impl Route {
         let Some(entry) = self.pools.table.get_mut(endpoint) else {
             unreachable!("the table has what it chose")
         };
-        let address = entry.endpoint.address;
+        let address = entry.endpoint.address.clone();
         let warm = self.pools.table.enter(endpoint, cx.now);
         self.pools.mark_short(endpoint);
         self.sessions.of(key).on_trying(endpoint, warm.map(|(conn, _)| conn));
