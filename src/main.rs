@@ -57,6 +57,8 @@ fn run(config: Arc<Config>) -> Result<ExitCode, StartError> {
         tracing::info!(%address, route, "listening");
     }
 
+    // Dropped at the end, which removes them.
+    let _files = workers.files;
     let plane = Plane {
         config,
         started,

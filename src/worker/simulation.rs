@@ -63,7 +63,13 @@ impl Run {
         let everyone_ends = config.routes[0].idle_timeout.is_some();
         let routes = config.routes.len();
         let endpoints: Vec<_> = (0..rng.u16(1..5) * routes as u16)
-            .map(|i| Endpoint::new(format!("e{i}"), ([127, 0, 0, 1], i).into(), 1))
+            .map(|i| {
+                Endpoint::new(
+                    format!("e{i}"),
+                    std::net::SocketAddr::from(([127, 0, 0, 1], i)).into(),
+                    1,
+                )
+            })
             .collect();
         let conns_max = limits::conns_max(sessions_max);
         let mut sim = Sim::new(rng.u64(..), endpoints.len(), conns_max, buffers);

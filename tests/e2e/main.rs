@@ -52,6 +52,7 @@ mod routing;
 mod shares;
 mod transport;
 mod unheard;
+mod unix;
 mod unprivileged;
 mod uploads;
 mod workers;

@@ -100,8 +100,10 @@ impl Placing<'_> {
         match self.policy.binding {
             Binding::Nothing => Destination::Any,
             Binding::Source => {
-                // The same one as long as it can be reached.
-                let chosen = self.table.choose_for_source(&client.tried(), source, self.now);
+                // The same one as long as it can be reached. Clients of a Unix socket have no address.
+                let chosen = source.and_then(|source| {
+                    self.table.choose_for_source(&client.tried(), Some(source), self.now)
+                });
                 chosen.map_or(Destination::Any, Destination::Endpoint)
             }
             Binding::Key => {

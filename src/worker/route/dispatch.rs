@@ -159,7 +159,7 @@ impl Route {
         (self.config.balance == Balance::SourceHash)
             .then(|| cx.driver.peer_address(client))
             .flatten()
-            .and_then(|address| address.ip())
+            .map(|address| address.ip())
     }
 
     /// There is no endpoint left to try for a session. It waits for one, if it may.
@@ -192,7 +192,7 @@ impl Route {
         let Some(entry) = self.pools.table.get_mut(endpoint) else {
             unreachable!("the table has what it chose")
         };
-        let address = entry.endpoint.address;
+        let address = entry.endpoint.address.clone();
         let warm = self.pools.table.enter(endpoint, cx.now);
         self.pools.mark_short(endpoint);
         self.sessions.of(key).on_trying(endpoint, warm.map(|(conn, _)| conn));

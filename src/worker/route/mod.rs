@@ -18,6 +18,7 @@ use std::time::Duration;
 use super::context::Context;
 use super::mailbox::Command;
 use crate::config::{Config, PoolMode, RouteConfig};
+use crate::io::net::Credentials;
 use crate::io::{Close, ConnId, Driver};
 use crate::listening::Listening;
 use crate::metrics::{CloseReason, RouteStats};
@@ -82,6 +83,11 @@ impl Route {
             return cx.driver.close(conn, Close::Reset);
         }
         cx.publish_sessions(self.id);
+        if tracing::enabled!(tracing::Level::TRACE)
+            && let Some(Credentials { pid, uid, gid }) = cx.driver.credentials(conn)
+        {
+            tracing::trace!(pid, uid, gid, "a client came by a Unix socket");
+        }
         if self.reuses_conns() {
             self.begin_client(cx, conn);
         } else {

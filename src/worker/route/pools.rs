@@ -2,11 +2,11 @@
 //! sessions and requests with that is the business of whoever calls.
 
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::config::{Discovery, RouteConfig};
+use crate::io::net::Address;
 use crate::io::{Close, ConnId, Driver, Unheard, net};
 use crate::limits;
 use crate::listening::Listening;
@@ -89,12 +89,12 @@ impl Pools {
     pub(super) fn connect<D: Driver>(
         &self,
         cx: &mut Context<D>,
-        address: &SocketAddr,
+        address: &Address,
     ) -> io::Result<ConnId> {
-        if self.listening.reached_by(*address, net::is_local).is_some() {
+        if self.listening.reached_by(address, net::is_local).is_some() {
             return Err(leads_back());
         }
-        cx.driver.connect(&(*address).into(), &self.options)
+        cx.driver.connect(address, &self.options)
     }
 
     /// Whether a connection that was just made has this process at both ends: one of its listeners,
@@ -103,10 +103,10 @@ impl Pools {
     pub(super) fn leads_back<D: Driver>(&self, cx: &Context<D>, conn: ConnId) -> bool {
         let (Some(from), Some(to)) = (cx.driver.local_address(conn), cx.driver.peer_address(conn))
         else {
-            return false;
+            // By which other path a Unix socket may have been reached, nobody needs to know.
+            return self.listening.paths().any(|path| cx.driver.leads_back_to(conn, path));
         };
-        let (Some(from), Some(to)) = (from.tcp(), to.tcp()) else { return false };
-        from == to || self.listening.reached_by(to, |ip| ip == from.ip()).is_some()
+        from == to || self.listening.reached_by(&to.into(), |ip| ip == from.ip()).is_some()
     }
 
     /// Remembers that requests that wait may find a connection of an endpoint.

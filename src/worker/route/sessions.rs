@@ -2,7 +2,6 @@
 //!
 //! What concerns others comes back as an [`Outcome`].
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,7 +9,7 @@ use crate::config::{Preset, ProxyProtocol, RouteConfig};
 use crate::io::{Buf, Chain, Close, ConnId, Driver};
 use crate::metrics::{CloseReason, Direction, RouteStats};
 use crate::protocol::postgres::{CANCEL_REQUEST_MAX, is_cancel_request};
-use crate::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
+use crate::protocol::proxy_header::{Addresses, HEADER_MAX, write_v1, write_v2};
 use crate::proxy::outage::Line;
 use crate::proxy::session::{Action, Ending, Session, Timeouts};
 use crate::proxy::{RouteId, Side};
@@ -494,11 +493,13 @@ fn proxy_header<D: Driver>(
         ProxyProtocol::V1 => write_v1,
         ProxyProtocol::V2 => write_v2,
     };
-    let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
-    let source = cx.driver.peer_address(client).and_then(|a| a.tcp()).unwrap_or(nowhere);
-    let destination = cx.driver.local_address(client).and_then(|a| a.tcp()).unwrap_or(nowhere);
+    let addresses = match (cx.driver.peer_address(client), cx.driver.local_address(client)) {
+        (Some(source), Some(destination)) => Some(Addresses { source, destination }),
+        // A Unix socket's client has none, and neither has one that is gone.
+        _ => None,
+    };
     let mut header = [0; HEADER_MAX];
-    let len = write(&mut header, source, destination);
+    let len = write(&mut header, addresses);
     let buffers = cx.driver.buffers();
     let mut buf = buffers.take().ok_or(NoBuffer)?;
     buffers.space(&mut buf)[..len].copy_from_slice(&header[..len]);

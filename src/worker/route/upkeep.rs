@@ -85,7 +85,7 @@ impl Route {
             return false;
         }
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return false };
-        let address = entry.endpoint.address;
+        let address = entry.endpoint.address.clone();
         self.pools.table.start(endpoint);
         match self.pools.connect(cx, &address) {
             Ok(conn) => {

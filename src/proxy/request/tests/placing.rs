@@ -1,6 +1,6 @@
 //! Where requests go: endpoints and queue by request, and what is decided.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use super::*;
@@ -49,7 +49,9 @@ impl Scene {
         let endpoints: Vec<_> = names
             .iter()
             .zip(1..)
-            .map(|(name, port)| Endpoint::new(name.clone(), ([127, 0, 0, 1], port).into(), 1))
+            .map(|(name, port)| {
+                Endpoint::new(name.clone(), SocketAddr::from(([127, 0, 0, 1], port)).into(), 1)
+            })
             .collect();
         let store = |(endpoint, name): (usize, &String)| Store {
             name: Arc::from(name.as_str()),
