@@ -96,14 +96,14 @@ fn same_family(addresses: Addresses) -> (SocketAddr, SocketAddr) {
 mod tests {
     use super::*;
 
-    fn addresses(source: &str, destination: &str) -> Option<Addresses> {
+    fn addresses(source: &str, destination: &str) -> Addresses {
         let (source, destination) = (source.parse().unwrap(), destination.parse().unwrap());
-        Some(Addresses { source, destination })
+        Addresses { source, destination }
     }
 
     fn v1(source: &str, destination: &str) -> String {
         let mut out = [0; HEADER_MAX];
-        let len = write_v1(&mut out, addresses(source, destination));
+        let len = write_v1(&mut out, Some(addresses(source, destination)));
         String::from_utf8(out[..len].to_vec()).unwrap()
     }
 
@@ -126,7 +126,7 @@ mod tests {
     #[test]
     fn version_2_is_binary() {
         let mut out = [0; HEADER_MAX];
-        let len = write_v2(&mut out, addresses("1.2.3.4:258", "5.6.7.8:772"));
+        let len = write_v2(&mut out, Some(addresses("1.2.3.4:258", "5.6.7.8:772")));
         assert_eq!(
             out[..len],
             [
@@ -135,7 +135,7 @@ mod tests {
             ]
             .concat()
         );
-        let len = write_v2(&mut out, addresses("[::1]:1", "[::2]:2"));
+        let len = write_v2(&mut out, Some(addresses("[::1]:1", "[::2]:2")));
         assert_eq!((len, out[13], &out[14..16]), (52, 0x21, &[0, 36][..]));
     }
 

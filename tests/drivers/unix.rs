@@ -296,8 +296,10 @@ pub fn a_connection_to_a_socket_of_this_process_leads_back<D: Driver>(mut unix: 
         let address = Address::Unix(reached.into());
         let conn = unix.rig.driver.connect(&address, &Options::default()).unwrap();
         unix.until_seen("the connect", |seen| matches!(seen, Completion::Connected(_)));
-        assert_eq!(unix.rig.driver.leads_back_to(conn, &own), leads_back, "{reached:?}");
+        assert_eq!(unix.rig.driver.leads_back_to(conn, &own), leads_back, "{}", reached.display());
         unix.rig.driver.close(conn, Close::Graceful);
     }
-    [link, other].iter().for_each(|path| std::fs::remove_file(path).unwrap());
+    for path in [link, other] {
+        std::fs::remove_file(path).unwrap();
+    }
 }

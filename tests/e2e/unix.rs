@@ -314,7 +314,7 @@ fn what_was_cut_looks_cut_where_the_client_had_sent_more(io: Io) {
         assert_eq!(&part, b"part");
         // Until nobody on the way takes any more.
         client.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
-        while sends_more && client.write(&[0; 64 << 10]).is_ok() {}
+        while sends_more && client.write(&[0; 4096]).is_ok() {}
         let outcome = client.read(&mut [0]).map_err(|error| error.kind());
         // The kernel shows a reset only to whom bytes were left unread.
         let wanted = if sends_more { Err(ErrorKind::ConnectionReset) } else { Ok(0) };
