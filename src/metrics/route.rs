@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::cells::{Cell, cells};
+use super::cells::{Cell, Gauge, cells};
 use super::counted::{Row, counted};
 use super::family::{LabelName, family, or};
 use super::labels::{
@@ -51,7 +51,10 @@ counted! {
             request_duration: Histogram [command: Verb] = "aegis_request_duration_seconds"
                 if SHARED where can_be_answered;
         }
-        others {}
+        others {
+            /// In a drain, those of the open sessions that were so when it began.
+            pub sessions_before_drain: Gauge;
+        }
     }
 }
 

@@ -79,7 +79,7 @@ impl<D: Driver> Engine<D> {
                 setup.config.routes.len(),
             ),
             load: Load::new(now, setup.core_wait),
-            drain: Drain::default(),
+            drain: Drain::new(setup.config.routes.len()),
             driver,
         };
         // Each has an equal part, so that one whose endpoints are many takes nothing from the others.

@@ -45,6 +45,7 @@ mod relay;
 mod replies;
 mod requests;
 mod restart;
+mod routes_attacks;
 mod routing;
 mod shares;
 mod transport;
