@@ -55,7 +55,12 @@ impl<D: Driver> Context<D> {
 
     /// Whether there is a route that has heard of its endpoints.
     pub(super) fn serves(&self) -> bool {
-        self.stats.routes.iter().any(|route| route.applied_generation.get() > 0)
+        (0..self.stats.routes.len()).any(|at| self.has_begun(RouteId::at(at)))
+    }
+
+    /// Whether a route has heard of its endpoints.
+    pub(super) fn has_begun(&self, route: RouteId) -> bool {
+        self.stats.routes[usize::from(route)].applied_generation.get() > 0
     }
 
     /// A session or a client of a route is gone, which was open for so long.

@@ -19,6 +19,7 @@ use crate::io::Driver;
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
+use crate::proxy::admission::Parts;
 use crate::proxy::{RouteId, WorkerId};
 
 /// What an engine needs, apart from its driver.
@@ -90,7 +91,11 @@ impl<D: Driver> Engine<D> {
         });
         let routes = routes.collect();
         Self {
-            acceptor: Acceptor::new(setup.sessions_max, setup.listener_routes),
+            acceptor: Acceptor::new(
+                setup.sessions_max,
+                setup.listener_routes,
+                Parts::new(setup.sessions_max, setup.config.routes.len()),
+            ),
             mail: Mail::new(worker, setup.mailboxes, setup.stats),
             routes,
             upkeep_at: now,

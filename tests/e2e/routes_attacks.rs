@@ -1,18 +1,22 @@
 //! What one route does to the clients of another: nothing, whatever becomes of it.
 
-use std::net::SocketAddr;
+use std::io::Write;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
 use crate::support::backend::Backend;
-use crate::support::client::{ask, connect, is_silent, try_ask, try_connect};
-use crate::support::metrics::SESSIONS_ACTIVE;
+use crate::support::client::{ask, ask_once, connect, is_silent, read_line, try_ask, try_connect};
+use crate::support::kube_api::{KubeApi, host_ip};
+use crate::support::metrics::{ACCEPT_PAUSES, SESSIONS_ACTIVE};
 use crate::support::proxy::Builder;
-use crate::support::{Io, PATIENCE, SetOnDrop, on_both_drivers};
+use crate::support::{Io, PATIENCE, SetOnDrop, eventually, on_both_drivers};
 
 on_both_drivers![
     a_drain_ends_though_clients_of_a_framed_route_come_again_and_again,
+    a_client_waits_until_its_own_route_knows_its_endpoints,
+    clients_of_one_route_do_not_take_all_places,
 ];
 
 /// Nothing comes within this, where nothing is to come.
@@ -73,4 +77,81 @@ fn a_drain_ends_though_clients_of_a_framed_route_come_again_and_again(io: Io) {
         drop(session);
         proxy.wait_clean(PATIENCE);
     });
+}
+
+/// What a route has not heard it does not know: that there is no endpoint, for one.
+fn a_client_waits_until_its_own_route_knows_its_endpoints(io: Io) {
+    let backends = [Backend::named("a"), Backend::named_at("b", host_ip())];
+    let mut api = KubeApi::start();
+    api.announce("b", backends[1].address());
+    api.kill();
+    let (builder, [a, b]) = two_routes(io);
+    let proxy = builder
+        .set("AEGIS_A__BACKENDS", text(&backends[0]))
+        .set("KUBECONFIG", api.kubeconfig())
+        .set("AEGIS_B__KUBE_SERVICE", "chronos")
+        .set("AEGIS_START_TIMEOUT", "5m")
+        .set("AEGIS_ENDPOINT_WAIT", "0s")
+        .launch();
+    eventually("the other route serves", PATIENCE, || ask_once(a, "who").ok());
+    let waiting: Vec<_> = (0..20).map(|_| connect(b)).collect();
+    for mut client in &waiting {
+        client.write_all(b"who\n").unwrap();
+    }
+    assert!(is_silent(&waiting[0], QUIET));
+    assert_eq!(ask_once(a, "who").unwrap(), "a");
+    assert_eq!(proxy.metric(SESSIONS_ACTIVE, &[("route", "b")]), 0, "they take no places");
+    api.restart();
+    for client in &waiting {
+        assert_eq!(read_line(client).unwrap(), "b");
+    }
+}
+
+/// However many come by one route, the other one has places.
+fn clients_of_one_route_do_not_take_all_places(io: Io) {
+    const PLACES: usize = 64;
+    let backends = [Backend::named("a"), Backend::named("b")];
+    for workers in ["1", "2"] {
+        let (builder, [a, b]) = two_routes(io);
+        let proxy = builder
+            .set("AEGIS_WORKERS", workers)
+            .set("AEGIS_MAX_SESSIONS", PLACES.to_string())
+            .set("AEGIS_A__BACKENDS", text(&backends[0]))
+            .set("AEGIS_B__BACKENDS", text(&backends[1]))
+            .without_pool()
+            .start();
+        let mut crowd: Vec<TcpStream> = (0..2 * PLACES).map(|_| connect(a)).collect();
+        for mut client in &crowd {
+            client.write_all(b"who\n").unwrap();
+        }
+        proxy.wait_for(ACCEPT_PAUSES, &[], |pauses| pauses > 0);
+        let others: Vec<_> = (0..4).map(|_| connect(b)).collect();
+        for client in &others {
+            assert_eq!(ask(client, "who"), "b");
+        }
+        let taken = proxy.metric(SESSIONS_ACTIVE, &[("route", "a")]) as usize;
+        assert!((PLACES * 3 / 4..PLACES).contains(&taken), "{taken} of {PLACES} places");
+        // And everybody has his turn.
+        let mut served = 0;
+        while let Some(client) = crowd.pop() {
+            // Of those that wait it is not known which comes first.
+            if is_silent_now(&client) {
+                crowd.insert(0, client);
+            } else {
+                assert_eq!(read_line(&client).unwrap(), "a");
+                served += 1;
+            }
+        }
+        assert_eq!(served, 2 * PLACES);
+        for client in &others {
+            assert_eq!(ask(client, "who"), "b");
+        }
+    }
+}
+
+fn is_silent_now(client: &TcpStream) -> bool {
+    client.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
+    let silent = client.peek(&mut [0]).is_err();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    silent
 }
