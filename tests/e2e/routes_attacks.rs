@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::support::backend::Backend;
 use crate::support::client::{ask, ask_once, connect, is_silent, read_line, try_ask, try_connect};
 use crate::support::kube_api::{KubeApi, host_ip};
-use crate::support::metrics::{ACCEPT_PAUSES, SESSIONS_ACTIVE};
+use crate::support::metrics::{ACCEPT_PAUSES, POOL_CONNECTIONS, SESSIONS_ACTIVE};
 use crate::support::proxy::Builder;
 use crate::support::{Io, PATIENCE, SetOnDrop, eventually, on_both_drivers};
 
@@ -17,6 +17,7 @@ on_both_drivers![
     a_drain_ends_though_clients_of_a_framed_route_come_again_and_again,
     a_client_waits_until_its_own_route_knows_its_endpoints,
     clients_of_one_route_do_not_take_all_places,
+    a_route_without_pools_leaves_its_part_to_the_others,
 ];
 
 /// Nothing comes within this, where nothing is to come.
@@ -154,4 +155,25 @@ fn is_silent_now(client: &TcpStream) -> bool {
     let silent = client.peek(&mut [0]).is_err();
     client.set_read_timeout(Some(PATIENCE)).unwrap();
     silent
+}
+
+/// What is reserved for pools is for those that have some.
+fn a_route_without_pools_leaves_its_part_to_the_others(io: Io) {
+    const IDLE: u64 = 32;
+    let backend = Backend::named("a");
+    let [a, b] = addresses();
+    let [c, d] = addresses();
+    let mut builder = Builder::on(io)
+        .set("AEGIS_WORKERS", "1")
+        .set("AEGIS_ROUTES", "a,b,c,d")
+        .set("AEGIS_BACKENDS", text(&backend))
+        .without_pool()
+        .set("AEGIS_A__POOL_MIN_IDLE", IDLE.to_string())
+        .set("AEGIS_A__POOL_MAX_IDLE", IDLE.to_string());
+    for (name, address) in [("A", a), ("B", b), ("C", c), ("D", d)] {
+        builder = builder.set(&format!("AEGIS_{name}__LISTEN"), address.to_string());
+    }
+    let proxy = builder.start();
+    let idle = [("route", "a"), ("state", "idle")];
+    proxy.wait_for(POOL_CONNECTIONS, &idle, |connections| connections == IDLE);
 }
