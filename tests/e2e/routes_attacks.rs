@@ -63,12 +63,7 @@ fn a_drain_ends_though_clients_of_a_framed_route_come_again_and_again(io: Io) {
     thread::scope(|scope| {
         let _over = SetOnDrop(&over);
         for _ in 0..8 {
-            scope.spawn(|| {
-                while !over.load(Relaxed) {
-                    let Ok(client) = try_connect(b) else { continue };
-                    while try_ask(&client, "PING").is_ok() {}
-                }
-            });
+            scope.spawn(|| come_again(&over, b));
         }
         proxy.wait_for(SESSIONS_ACTIVE, &[("route", "b")], |clients| clients == 8);
         proxy.terminate();
@@ -78,6 +73,14 @@ fn a_drain_ends_though_clients_of_a_framed_route_come_again_and_again(io: Io) {
         drop(session);
         proxy.wait_clean(PATIENCE);
     });
+}
+
+/// A client that asks until it is sent away, and then comes again.
+fn come_again(over: &AtomicBool, address: SocketAddr) {
+    while !over.load(Relaxed) {
+        let Ok(client) = try_connect(address) else { continue };
+        while try_ask(&client, "PING").is_ok() {}
+    }
 }
 
 /// What a route has not heard it does not know: that there is no endpoint, for one.
