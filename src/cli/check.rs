@@ -38,6 +38,13 @@ fn describe(config: &Config, decisions: &Decisions) -> Vec<String> {
             "{of}warm connections to an endpoint: {min_idle} at least, of all workers; {max_idle} at \
              most, of each"
         ));
+        let by_preset =
+            route.by_preset().into_iter().map(|(name, value)| format!("{name}={value}"));
+        let by_preset: Vec<_> = by_preset.collect();
+        if !by_preset.is_empty() {
+            let preset = route.preset;
+            lines.push(format!("{of}by AEGIS_PRESET={preset}: {}", by_preset.join(", ")));
+        }
     }
     lines.push(format!("driver: {} ({})", driver.driver.name(), driver.reason));
     lines

@@ -3,9 +3,11 @@
 
 mod error;
 mod kind;
+mod preset;
 mod read;
 mod routes;
 mod service_links;
+mod unix;
 mod value;
 mod variable;
 mod variables;
@@ -14,13 +16,16 @@ mod warnings;
 #[cfg(test)]
 mod tests;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 pub use error::{ConfigErrors, Problem};
+pub use preset::Preset;
 pub use routes::RouteName;
+pub use unix::{SocketMode, SocketOwner};
 pub use variable::{PREFIX, VARIABLES, Variable};
 pub use variables::{Config, KubeConfig, PoolConfig, RequestConfig, Resources, RouteConfig};
 
+use crate::io::net::Address;
 use crate::limits;
 pub use crate::protocol::ProtocolName as Protocol;
 use variable::Section;
@@ -36,6 +41,17 @@ impl Config {
 }
 
 impl RouteConfig {
+    /// The variables that are as `AEGIS_PRESET` suggests, with their values.
+    pub fn by_preset(&self) -> Vec<(&'static str, &'static str)> {
+        let mut texts = Vec::new();
+        self.print(&mut texts);
+        let suggested =
+            self.preset.defaults().iter().map(|&(variable, text)| (variable.name, text));
+        suggested
+            .filter(|&(name, text)| texts.contains(&(name.to_owned(), text.to_owned())))
+            .collect()
+    }
+
     /// How many addresses the backends may come to stand for, for what is reserved for them.
     pub fn addresses(&self) -> usize {
         let names = self.names();
@@ -56,7 +72,7 @@ impl RouteConfig {
 
     /// How many of the backends are names.
     pub fn names(&self) -> usize {
-        self.backends.iter().filter(|backend| backend.host.parse::<IpAddr>().is_err()).count()
+        self.backends.iter().filter(|backend| backend.is_name()).count()
     }
 }
 
@@ -98,6 +114,33 @@ pub enum KubePort {
     Name(String),
     /// Its number at the endpoints.
     Number(u16),
+}
+
+/// Where connections go.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Backend {
+    /// A port of a host, which is resolved where it is a name.
+    Tcp(HostPort),
+    /// A Unix socket.
+    Unix(Address),
+}
+
+impl Backend {
+    /// Whether it has to be resolved.
+    pub fn is_name(&self) -> bool {
+        self.address().is_none()
+    }
+
+    /// Where it is, unless that is to be resolved.
+    pub fn address(&self) -> Option<Address> {
+        match self {
+            Self::Tcp(host) => {
+                let ip = host.host.parse::<IpAddr>().ok()?;
+                Some(SocketAddr::new(ip, host.port).into())
+            }
+            Self::Unix(address) => Some(address.clone()),
+        }
+    }
 }
 
 /// A host (name or IP address) and a port.
@@ -162,6 +205,8 @@ pub enum Balance {
     RoundRobin,
     /// The better of two drawn at random (Mitzenmacher, "The power of two choices").
     RandomTwo,
+    /// The one that has answered fastest lately, and has little to answer (peak EWMA, as in Finagle).
+    PeakEwma,
     /// By the client's address, stable while the endpoints are (rendezvous hashing).
     SourceHash,
     /// The one that holds the request's key (rendezvous hashing); where there is none as by

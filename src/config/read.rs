@@ -14,13 +14,14 @@ use super::variable::{PREFIX, RawConfig, Section, Variable};
 use super::variables::{
     AEGIS_ADMIN, AEGIS_BACKENDS, AEGIS_BALANCE, AEGIS_DISCOVERY, AEGIS_KUBE_NAMESPACE,
     AEGIS_KUBE_SELECTOR, AEGIS_KUBE_SERVICE, AEGIS_KUBE_SNAPSHOT, AEGIS_LISTEN,
-    AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MIN_IDLE, AEGIS_POOL_MODE, AEGIS_PROTOCOL,
+    AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MIN_IDLE, AEGIS_POOL_MODE, AEGIS_PRESET, AEGIS_PROTOCOL,
     AEGIS_PROXY_PROTOCOL,
 };
 use super::{
-    Balance, Config, ConfigErrors, Discovery, HostPort, PoolMode, Problem, Protocol, ProxyProtocol,
-    RouteConfig, RouteName, ServiceName,
+    Backend, Balance, Config, ConfigErrors, Discovery, PoolMode, Preset, Problem, Protocol,
+    ProxyProtocol, RouteConfig, RouteName, ServiceName,
 };
+use crate::io::net::Address;
 use crate::limits::LISTEN_ADDRESSES_MAX;
 use crate::listening::Listening;
 
@@ -107,10 +108,16 @@ impl Reader {
                 }
             }
         }
-        value.unwrap_or_else(|| match kind.parse(variable.default) {
+        value.unwrap_or_else(|| match kind.parse(self.preset().default_of(variable)) {
             Ok(value) => value,
             Err(why) => unreachable!("the default of {}: {why}", variable.name),
         })
+    }
+
+    /// The preset of the route that is being read.
+    fn preset(&self) -> Preset {
+        let text = self.route.as_ref().and_then(|_| self.text(AEGIS_PRESET));
+        text.and_then(|(_, text)| Preset::of_word(text.trim())).unwrap_or(Preset::None)
     }
 
     /// Every route, with what is its own.
@@ -225,7 +232,7 @@ impl Reader {
                 }
                 Discovery::Kubernetes
             }
-            None if route.backends.iter().any(is_name) => Discovery::Dns,
+            None if route.backends.iter().any(Backend::is_name) => Discovery::Dns,
             None => Discovery::Static,
         };
     }
@@ -273,7 +280,7 @@ impl Reader {
             self.conflict(discovery(), service, "a Service or a selector has to be named");
         }
         if route.discovery == Discovery::Static
-            && let Some(name) = route.backends.iter().find(|backend| is_name(backend))
+            && let Some(name) = route.backends.iter().find(|backend| backend.is_name())
         {
             let backend = (AEGIS_BACKENDS, name.to_string());
             self.conflict(discovery(), backend, "names have to be resolved; dns does that");
@@ -323,20 +330,18 @@ impl Reader {
         let admin_takes_in = |other: SocketAddr| {
             takes_in(config.admin, other) || both_families && config.admin.port() == other.port()
         };
-        let shared = |&listen: &SocketAddr| {
+        let shared = |listen: SocketAddr| {
             listen.port() != 0 && (admin_takes_in(listen) || takes_in(listen, config.admin))
         };
-        if route.listen.iter().any(shared) {
+        if route.listen.iter().filter_map(Address::tcp).any(shared) {
             let admin = (AEGIS_ADMIN, config.admin.to_string());
             self.conflict(listen(), admin, "both would listen at the same address");
         }
         for other in &config.routes {
-            let own = Listening::new(other.listen.iter().copied());
-            let is_own = |backend: &&HostPort| {
-                let Ok(ip) = backend.host.parse::<IpAddr>() else { return false };
-                let target = SocketAddr::new(ip, backend.port);
+            let own = Listening::new(other.listen.iter().cloned());
+            let is_own = |backend: &&Backend| {
                 // Which other addresses are the host's own may have changed by the time of a connect.
-                own.reached_by(target, |_| false).is_some()
+                backend.address().is_some_and(|target| own.reached_by(&target, |_| false).is_some())
             };
             let Some(backend) = route.backends.iter().find(is_own) else { continue };
             let backend = (AEGIS_BACKENDS, backend.to_string());
@@ -403,8 +408,4 @@ impl Reader {
         let pairs = [(self.name(a.0), a.1), (self.name(b.0), b.1)];
         self.note(Problem::Conflict { route, pairs, why: why.to_owned() });
     }
-}
-
-fn is_name(backend: &HostPort) -> bool {
-    backend.host.parse::<IpAddr>().is_err()
 }

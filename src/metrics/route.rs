@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::cells::{Cell, Gauge, cells};
+use super::cells::{Cell, Counter, Gauge, cells};
 use super::counted::{Row, counted};
 use super::family::{LabelName, family, or};
 use super::labels::{
@@ -20,10 +20,17 @@ counted! {
             sessions_active: Gauge = "aegis_sessions_active" per WORKER;
             /// Attempts to connect beyond a session's first.
             connect_retries: Counter = "aegis_connect_retries_total" per WORKER;
+            /// Retries, of connects and of requests, that `AEGIS_RETRY_BUDGET` did not allow.
+            retries_refused: Counter = "aegis_retries_refused_total" per WORKER;
             /// Generation of the endpoint snapshot in force.
             applied_generation: Gauge = "aegis_worker_applied_generation" per WORKER;
             /// Sessions ended, by how.
             sessions_closed: Counter [reason: CloseReason] = "aegis_sessions_closed_total" per WORKER;
+            /// Time for which clients found no usable endpoint: from the first that did until there was
+            /// one and nobody waited.
+            outage: DurationTotal = "aegis_outage_seconds_total" per WORKER;
+            /// Sessions that wait for a usable endpoint, or are being connected after they have waited.
+            clients_waiting: Gauge = "aegis_clients_waiting" per WORKER;
             /// Payload bytes received, by where they were sent on to.
             bytes: Counter [direction: Direction] = "aegis_bytes_total" per WORKER;
             /// How sessions came by their backend connections.
@@ -54,6 +61,15 @@ counted! {
         others {
             /// In a drain, those of the open sessions that were so when it began.
             pub sessions_before_drain: Gauge;
+            /// Since when clients find no usable endpoint, in milliseconds since the process started;
+            /// 0 if that is not so.
+            pub outage_since_ms: Gauge;
+            /// Sessions that had to wait for an endpoint.
+            pub outage_waited: Counter;
+            /// Sessions that were closed for want of one.
+            pub outage_given_up: Counter;
+            /// The longest wait of the latest outage, in milliseconds.
+            pub outage_longest_ms: Gauge;
         }
     }
 }

@@ -23,6 +23,7 @@
 
 pub mod chronos;
 pub mod http1;
+pub mod postgres;
 pub mod proxy_header;
 pub mod tcp;
 

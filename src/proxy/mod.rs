@@ -4,14 +4,17 @@
 //! value returned. The same code runs on every driver, the simulator included.
 
 pub mod admission;
+mod backoff;
 pub mod balance;
 pub mod endpoints;
 pub mod health;
+pub mod outage;
 pub mod pool;
 pub mod pulse;
 pub mod queue;
 pub mod relay;
 pub mod request;
+pub mod retry_budget;
 pub mod route;
 pub mod session;
 

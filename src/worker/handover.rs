@@ -6,6 +6,10 @@
 //!
 //! Where sessions last for less than a second, a difference says only who was on a core lately, and
 //! goes away by itself.
+//!
+//! A Unix socket is listened on by all workers together, and the kernel wakes the first of them that
+//! waits: on `io_uring` that is the same one for all clients, on epoll the next one only while that one
+//! is busy. So each such client goes to whoever has the fewest sessions then, however long those last.
 
 use super::context::Context;
 use super::mail::Mail;

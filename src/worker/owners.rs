@@ -51,6 +51,11 @@ impl Owners {
         Self { slots: Vec::with_capacity(conns_max) }
     }
 
+    /// How many there may be.
+    pub(super) fn capacity(&self) -> usize {
+        self.slots.capacity()
+    }
+
     /// A new connection, and whose it is.
     pub(super) fn insert(&mut self, conn: ConnId, route: RouteId, owner: Owner) {
         let slot = conn.index();

@@ -350,7 +350,7 @@ REFUSED = [
     *((pod({name: value}), f"the annotation aegis-proxy.io/{name}") for name, value in DURATIONS),
     (pod({"cpu-request": "2", "cpu-limit": "1"}), "so that the limit is at least the request"),
     (pod({"memory-request": "1Gi"}), "so that the limit is at least the request"),
-    (pod({"balance": "hash"}), "set it to least_conn, round_robin, random_two, source_hash or key_hash"),
+    (pod({"balance": "hash"}), "set it to least_conn, round_robin, random_two, peak_ewma, source_hash or key_hash"),
     (pod({"balance": "key_hash", "protocol": "http1"}), "or set aegis-proxy.io/balance to least_conn"),
     (pod({"log-level": "wran"}), "set it to off, error, warn, info, debug or trace"),
     (pod({"image": " "}), "set it to an image, such as aegis-proxy:0.1.0"),

@@ -281,7 +281,7 @@ fn a_client_that_leaves_takes_its_reply_with_it(io: Io) {
     let proxy = request_mode(io, &backend).set("AEGIS_POOL_SIZE", "1").start();
     for round in 1..=5 {
         let mut gone = connect(proxy.address());
-        gone.write_all(b"GET 50 of somebody else|\n").unwrap();
+        gone.write_all(b"GET 5000 of somebody else|\n").unwrap();
         let client = connect(proxy.address());
         proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
         socket2::SockRef::from(&gone).set_linger(Some(Duration::ZERO)).unwrap();

@@ -21,6 +21,7 @@ pub const POOL_DISCARDS: &str = "aegis_pool_discards_total";
 pub const QUEUE_DEPTH: &str = "aegis_queue_depth";
 pub const REQUESTS: &str = "aegis_requests_total";
 pub const RETRIES: &str = "aegis_retries_total";
+pub const RETRIES_REFUSED: &str = "aegis_retries_refused_total";
 pub const SESSIONS_ACTIVE: &str = "aegis_sessions_active";
 pub const SESSIONS_OPENED: &str = "aegis_sessions_opened_total";
 pub const SESSIONS_CLOSED: &str = "aegis_sessions_closed_total";

@@ -10,6 +10,7 @@ pub mod metrics;
 pub mod onlookers;
 pub mod proxy;
 pub mod sandbox;
+pub mod servers;
 
 use std::cell::Cell;
 use std::fs::OpenOptions;

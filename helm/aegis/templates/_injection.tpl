@@ -281,10 +281,10 @@ does not; `verb` in place of "is". `first`: what the API server would refuse by 
   is: {{ $x }}
   change: set {{ $annotation }}pool-mode to preconnect, or aegis-proxy.io/protocol to chronos or http1
 {{- else if eq .annotation "balance" }}
-- expression: {{ $x }} in ["least_conn", "round_robin", "random_two", "source_hash", "key_hash"]
+- expression: {{ $x }} in ["least_conn", "round_robin", "random_two", "peak_ewma", "source_hash", "key_hash"]
   what: {{ $annotation }}balance
   is: {{ $x }}
-  change: set it to least_conn, round_robin, random_two, source_hash or key_hash
+  change: set it to least_conn, round_robin, random_two, peak_ewma, source_hash or key_hash
 - expression: {{ $x }} != "key_hash" || variables.protocol == "chronos" && variables.poolMode == "request"
   what: balancing by key_hash needs the protocol chronos and the pool mode request, and what there
   is: variables.protocol + " and " + variables.poolMode

@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::{env, fs};
 
 use super::{file, path, read};
+use crate::config::Preset;
 use crate::config::variable::{Row, rows};
 
 const PAGE: &str = "docs/CONFIGURATION.md";
@@ -86,7 +87,24 @@ fn page() -> String {
         }
         .unwrap();
     }
-    page
+    page + &presets()
+}
+
+/// What `AEGIS_PRESET` stands for.
+fn presets() -> String {
+    let mut text = "\n## Presets\n\n\
+         `AEGIS_PRESET` puts other defaults in place of these; a variable that is set wins. \
+         [DATABASES](DATABASES.md) says why.\n\n| preset | defaults |\n| --- | --- |\n"
+        .to_owned();
+    for preset in [Preset::Postgres, Preset::Mysql, Preset::Redis] {
+        let defaults = preset.defaults().iter();
+        let defaults: Vec<_> =
+            defaults.map(|(variable, text)| format!("`{}={text}`", variable.name)).collect();
+        let defaults =
+            if defaults.is_empty() { "as they are".to_owned() } else { defaults.join(", ") };
+        writeln!(text, "| `{preset}` | {defaults} |").unwrap();
+    }
+    text
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{problems, read};
 use crate::config::kind::Shape;
-use crate::config::{Balance, Config, HostPort, PREFIX, VARIABLES, Variable};
+use crate::config::{Backend, Balance, Config, HostPort, PREFIX, VARIABLES, Variable};
 use crate::limits;
 
 #[test]
@@ -14,7 +14,8 @@ fn an_empty_environment_gives_the_defaults() {
     let [route] = &config.routes[..] else { panic!("{config:?}") };
     assert_eq!(route.name.as_str(), "default");
     assert_eq!(route.listen, ["127.0.0.1:8081", "[::1]:8081"].map(|a| a.parse().unwrap()));
-    assert_eq!(route.backends, [HostPort { host: "127.0.0.1".to_owned(), port: 8080 }]);
+    let host = "127.0.0.1".to_owned();
+    assert_eq!(route.backends, [Backend::Tcp(HostPort { host, port: 8080 })]);
     assert_eq!(config.workers, None);
     assert_eq!(route.balance, Balance::LeastConn);
     assert_eq!((route.pool.min_idle, route.pool.max_idle), (4, 64));
@@ -27,6 +28,31 @@ fn an_empty_environment_gives_the_defaults() {
 fn defaults_written_out_are_the_defaults() {
     let written: Vec<_> = VARIABLES.iter().map(|v| (v.name, v.default)).collect();
     assert_eq!(read(&written), read(&[]));
+}
+
+#[test]
+fn a_preset_gives_defaults_which_what_is_set_overrides() {
+    let config = read(&[
+        ("AEGIS_ROUTES", "orders,logs,cache"),
+        ("AEGIS_ORDERS__PRESET", "postgres"),
+        ("AEGIS_ORDERS__POOL_MAX_IDLE", "9"),
+        ("AEGIS_LOGS__PRESET", " mysql "),
+        ("AEGIS_ORDERS__LISTEN", "127.0.0.1:1"),
+        ("AEGIS_LOGS__LISTEN", "127.0.0.1:2"),
+    ]);
+    let config = config.unwrap();
+    let pools: Vec<_> = config.routes.iter().map(|route| &route.pool).collect();
+    let sizes: Vec<_> = pools.iter().map(|pool| (pool.min_idle, pool.max_idle)).collect();
+    assert_eq!(sizes, [(0, 9), (0, 0), (4, 64)]);
+    assert_eq!(pools[0].idle_timeout, Some(Duration::from_secs(30)));
+    let by_preset: Vec<_> = config.routes.iter().map(|route| route.by_preset()).collect();
+    let (min, max, idle) = (
+        ("AEGIS_POOL_MIN_IDLE", "0"),
+        ("AEGIS_POOL_MAX_IDLE", "0"),
+        ("AEGIS_POOL_IDLE_TIMEOUT", "30s"),
+    );
+    assert_eq!(by_preset, [vec![min, idle], vec![min, max], vec![]]);
+    assert_eq!(Config::from_vars(config.effective()), Ok(config));
 }
 
 #[test]
@@ -49,9 +75,11 @@ fn random_text(variable: &Variable, rng: &mut fastrand::Rng) -> String {
     match variable.name {
         "AEGIS_ROUTES" => word(rng, &["default", "orders"]),
         "AEGIS_LISTEN" => list(rng, limits::LISTEN_ADDRESSES_MAX, "[2001:db8:0::1]"),
+        "AEGIS_SOCKET_MODE" => word(rng, &["0600", "666", "0"]),
+        "AEGIS_SOCKET_OWNER" => word(rng, &["none", "0", "1000:2000", ":2000"]),
         "AEGIS_ADMIN" => format!("0.0.0.0:{}", rng.u16(..9000)),
         "AEGIS_BACKENDS" => {
-            let host = word(rng, &["a.b", "C-D", "[::2]", "10.0.0.1"]);
+            let host = word(rng, &["a.b", "C-D", "[::2]", "10.0.0.1", "unix:/run/db.sock"]);
             list(rng, 100, &host)
         }
         "AEGIS_DISCOVERY" => word(rng, &["auto", "dns"]),
@@ -60,6 +88,8 @@ fn random_text(variable: &Variable, rng: &mut fastrand::Rng) -> String {
         "AEGIS_KUBE_PORT" => word(rng, &["auto", "chronos", "8080"]),
         "AEGIS_KUBE_SNAPSHOT" => word(rng, &["none", "/run/aegis/endpoints.json"]),
         "AEGIS_NODE_NAME" | "AEGIS_ZONE" => word(rng, &["none", "", "eu-1a"]),
+        // Others suggest less than the minimum below.
+        "AEGIS_PRESET" => word(rng, &["none", "redis"]),
         "AEGIS_POOL_MIN_IDLE" => rng.usize(0..=64).to_string(),
         "AEGIS_POOL_MAX_IDLE" => rng.usize(64..=limits::POOL_IDLE_MAX).to_string(),
         "AEGIS_LOG" => word(rng, &["off", "warn,aegis::io=debug", "info"]),

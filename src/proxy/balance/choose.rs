@@ -24,6 +24,17 @@ enum Among {
     Far,
 }
 
+impl Among {
+    fn holds(self, entry: &Entry) -> bool {
+        match self {
+            Self::All => true,
+            Self::Usable => entry.health.is_usable(),
+            Self::Near => entry.health.is_usable() && entry.endpoint.is_near(),
+            Self::Far => entry.health.is_usable() && !entry.endpoint.is_near(),
+        }
+    }
+}
+
 /// What an endpoint must have to be looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Having {
@@ -33,6 +44,8 @@ pub enum Having {
     Idle,
     /// Room for one more connection.
     Room,
+    /// Either.
+    Conn,
 }
 
 impl Having {
@@ -41,8 +54,19 @@ impl Having {
             Self::Anything => true,
             Self::Idle => entry.pool.idle() > 0,
             Self::Room => entry.pool.room() > 0,
+            Self::Conn => entry.pool.idle() > 0 || entry.pool.room() > 0,
         }
     }
+}
+
+/// What is looked for.
+#[derive(Clone, Copy)]
+struct Search<'a> {
+    tried: &'a Tried,
+    source: Option<IpAddr>,
+    among: Among,
+    having: Having,
+    now: Instant,
 }
 
 impl Table {
@@ -54,20 +78,33 @@ impl Table {
         tried: &Tried,
         source: Option<IpAddr>,
         prefers_near: bool,
+        now: Instant,
         rng: &mut fastrand::Rng,
     ) -> Option<(EndpointId, Having)> {
         self.turn = self.turn.wrapping_add(1);
         let near: &[Among] =
             if prefers_near { &[Among::Near, Among::Far] } else { &[Among::Usable] };
+        // A connection that is there is worth less than the time that a slow endpoint takes.
+        let having: &[Having] = match self.policy {
+            Balance::PeakEwma => &[Having::Conn],
+            _ => &[Having::Idle, Having::Room],
+        };
         for &among in near {
-            for having in [Having::Idle, Having::Room] {
-                if let Some(index) = self.pick(tried, source, rng, among, having) {
+            for &having in having {
+                let search = Search { tried, source, among, having, now };
+                if let Some(index) = self.pick(&search, rng) {
                     self.take_turn(index);
-                    return Some((index, having));
+                    return Some((index, self.has(index)));
                 }
             }
         }
         None
+    }
+
+    /// What an endpoint has for a request.
+    fn has(&self, index: EndpointId) -> Having {
+        let is_idle = self.get(index).is_some_and(|entry| entry.pool.idle() > 0);
+        if is_idle { Having::Idle } else { Having::Room }
     }
 
     /// The endpoint that a source's requests go to: of those not tried the one that it is bound to,
@@ -93,13 +130,25 @@ impl Table {
         &mut self,
         tried: &Tried,
         source: Option<IpAddr>,
+        now: Instant,
         rng: &mut fastrand::Rng,
     ) -> Option<EndpointId> {
         self.turn = self.turn.wrapping_add(1);
-        let chosen = self
-            .pick(tried, source, rng, Among::Usable, Having::Anything)
-            .or_else(|| self.pick(tried, source, rng, Among::All, Having::Anything));
+        let search = |among| Search { tried, source, among, having: Having::Anything, now };
+        let chosen =
+            self.pick(&search(Among::Usable), rng).or_else(|| self.pick(&search(Among::All), rng));
         chosen.inspect(|&index| self.take_turn(index))
+    }
+
+    /// The first usable endpoint behind `behind` that was not tried, of those that may have sessions:
+    /// so all of them have their turn.
+    pub fn next_of_all(&self, behind: Option<EndpointId>, tried: &Tried) -> Option<EndpointId> {
+        let from = behind.map_or(0, |behind| usize::from(behind) + 1);
+        let has_turn = |entry: &Entry| {
+            entry.health.is_usable() && (entry.is_present() || entry.sessions() > 0)
+        };
+        let mut others = self.indices().skip(from).filter(|&index| !tried.contains(index));
+        others.find(|&index| self.get(index).is_some_and(has_turn))
     }
 
     /// Whether there is a usable endpoint that was not tried.
@@ -131,11 +180,13 @@ impl Table {
         &mut self,
         tried: &Tried,
         source: Option<IpAddr>,
+        now: Instant,
         rng: &mut fastrand::Rng,
     ) -> (Option<EndpointId>, Option<Spillover>) {
         self.turn = self.turn.wrapping_add(1);
-        let near = self.pick(tried, source, rng, Among::Near, Having::Anything);
-        let other = self.pick(tried, source, rng, Among::Far, Having::Anything);
+        let search = |among| Search { tried, source, among, having: Having::Anything, now };
+        let near = self.pick(&search(Among::Near), rng);
+        let other = self.pick(&search(Among::Far), rng);
         let load =
             |index: EndpointId| self.entries[usize::from(index)].as_ref().map_or(0, Entry::load);
         let too_much =
@@ -146,25 +197,18 @@ impl Table {
             }
             (Some(near), _) => (Some(near), None),
             (None, Some(other)) => (Some(other), Some(Spillover::Few)),
-            (None, None) => (self.pick(tried, source, rng, Among::All, Having::Anything), None),
+            (None, None) => (self.pick(&search(Among::All), rng), None),
         };
         (chosen.inspect(|&index| self.take_turn(index)), spilled)
     }
 
-    fn pick(
-        &mut self,
-        tried: &Tried,
-        source: Option<IpAddr>,
-        rng: &mut fastrand::Rng,
-        among: Among,
-        having: Having,
-    ) -> Option<EndpointId> {
+    fn pick(&mut self, search: &Search<'_>, rng: &mut fastrand::Rng) -> Option<EndpointId> {
         if self.policy != Balance::RoundRobin {
-            return self.pick_now(tried, source, rng, among, having);
+            return self.pick_now(search, rng);
         }
         // One on its way to its full share is passed over now and then.
-        let mut passed_over = *tried;
-        while let Some(index) = self.pick_now(&passed_over, source, rng, among, having) {
+        let mut passed_over = *search.tried;
+        while let Some(index) = self.pick_now(&Search { tried: &passed_over, ..*search }, rng) {
             let percent = self.entries[usize::from(index)].as_ref().map_or(100, Entry::percent);
             if percent == 100 || rng.u32(..100) < percent {
                 return Some(index);
@@ -177,36 +221,27 @@ impl Table {
                 return Some(index); // More than can be passed over.
             }
         }
-        self.pick_now(tried, source, rng, among, having)
+        self.pick_now(search, rng)
     }
 
-    fn pick_now(
-        &self,
-        tried: &Tried,
-        source: Option<IpAddr>,
-        rng: &mut fastrand::Rng,
-        among: Among,
-        having: Having,
-    ) -> Option<EndpointId> {
+    fn pick_now(&self, search: &Search<'_>, rng: &mut fastrand::Rng) -> Option<EndpointId> {
         let count = self.present.len();
         // Workers, and endpoints that have had as many turns, do not all begin with the same one.
         let candidates = (0..count)
             .map(|i| self.present[(self.turn + i) % count])
-            .filter(|&index| !tried.contains(index))
+            .filter(|&index| !search.tried.contains(index))
             .filter_map(|index| Some((index, self.entries[usize::from(index)].as_ref()?)))
-            .filter(|(_, entry)| having.holds(entry))
-            .filter(|(_, entry)| match among {
-                Among::All => true,
-                Among::Usable => entry.health.is_usable(),
-                Among::Near => entry.health.is_usable() && entry.endpoint.is_near(),
-                Among::Far => entry.health.is_usable() && !entry.endpoint.is_near(),
-            });
+            .filter(|(_, entry)| search.having.holds(entry) && search.among.holds(entry));
         // Equals take turns, whichever of the others are out of use.
         let turns = |entry: &Entry| entry.turns.max(self.turns);
         let chosen = match self.policy {
             Balance::RoundRobin => candidates.min_by_key(|(_, entry)| turns(entry)),
-            // What has no key goes where the load is least.
+            // What has no key goes where the load is least, and so does what comes from no address, as over
+            // a Unix socket.
             Balance::LeastConn | Balance::KeyHash => {
+                candidates.min_by_key(|(_, entry)| (entry.load(), turns(entry)))
+            }
+            Balance::SourceHash if search.source.is_none() => {
                 candidates.min_by_key(|(_, entry)| (entry.load(), turns(entry)))
             }
             Balance::RandomTwo => {
@@ -221,7 +256,14 @@ impl Table {
                     .map(|(_, candidate)| candidate)
                     .min_by_key(|(_, entry)| (entry.load(), turns(entry)))
             }
-            Balance::SourceHash => candidates.max_by_key(|(_, entry)| affinity(source, entry)),
+            Balance::PeakEwma => {
+                let fastest = self.fastest();
+                let cost = |entry: &Entry| (self.cost(entry, fastest, search.now), turns(entry));
+                candidates.min_by_key(|(_, entry)| cost(entry))
+            }
+            Balance::SourceHash => {
+                candidates.max_by_key(|(_, entry)| affinity(search.source, entry))
+            }
         };
         chosen.map(|(index, _)| index)
     }
@@ -229,5 +271,5 @@ impl Table {
 
 /// Rendezvous hashing (Thaler and Ravishankar): only the sources of an endpoint that goes move.
 fn affinity(source: Option<IpAddr>, entry: &Entry) -> u64 {
-    BuildHasherDefault::<DefaultHasher>::default().hash_one((source, entry.endpoint.address))
+    BuildHasherDefault::<DefaultHasher>::default().hash_one((source, &entry.endpoint.address))
 }

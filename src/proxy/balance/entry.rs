@@ -3,11 +3,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::latency::Latency;
+use super::outstanding::Ends;
 use crate::config::PoolConfig;
 use crate::metrics::EndpointStats;
 use crate::proxy::WorkerId;
 use crate::proxy::endpoints::Endpoint;
-use crate::proxy::health::Health;
+use crate::proxy::health::{Health, HealthConfig};
+use crate::proxy::outage::Recovery;
 use crate::proxy::pool::{Counts, Pool};
 
 /// One endpoint of one worker.
@@ -19,6 +22,8 @@ pub struct Entry {
     pub pool: Pool,
     /// Its health.
     pub health: Health,
+    /// How it takes connects.
+    pub recovery: Recovery,
     /// Those of its connections in use that are not released to the pool, though it reuses them:
     /// nobody knows any more what is on them.
     pub(super) opaque: usize,
@@ -29,10 +34,16 @@ pub struct Entry {
     /// It left the set for good, as far as anybody can tell: see [`Entry::let_go`].
     pub(super) gone: bool,
     pub(super) ramp: Ramp,
+    /// How long it takes to answer.
+    pub(super) latency: Latency,
+    /// Its requests without a reply.
+    pub(super) owed: Ends,
     /// Turns that it has had, and those that went by while it could have none.
     pub(super) turns: u64,
     /// When it last took a connection or answered.
     alive_at: Option<Instant>,
+    /// When it last did not know a connection any more that it had taken.
+    forgotten_at: Option<Instant>,
 }
 
 /// How far an endpoint that joined others is on the way to its full share.
@@ -67,15 +78,34 @@ impl Entry {
             endpoint: Arc::clone(endpoint),
             pool: Pool::new(&PoolConfig { min_idle, ..pool.clone() }, now),
             health: Health::default(),
+            recovery: Recovery::default(),
             opaque: 0,
             worker,
             present: true,
             removed_at: None,
             gone: false,
             ramp: if joins { Ramp::Cold } else { Ramp::Full },
+            latency: Latency::default(),
+            owed: Ends::default(),
             turns: 0,
             alive_at: None,
+            forgotten_at: None,
         }
+    }
+
+    /// Whether clients may be sent there now: it is in the set, it is not ejected, and unless there is
+    /// a connection to it that nobody uses, no connect has just failed. While this holds for none,
+    /// clients wait.
+    pub fn is_usable(&self, now: Instant) -> bool {
+        let has_way = self.pool.idle() > 0 || !self.recovery.backs_off(now);
+        self.present && self.health.is_usable() && has_way
+    }
+
+    /// Whether a client that has waited may be sent there now: there is a connection for it, or one
+    /// more connect may be made. Whether it is ejected does not matter: where all are, those that wait
+    /// try the way.
+    pub fn has_room_for_waiting(&self, now: Instant) -> bool {
+        self.present && (self.pool.idle() > 0 || self.recovery.has_room(now))
     }
 
     /// Sessions on it, those still connecting included.
@@ -99,6 +129,25 @@ impl Entry {
         };
     }
 
+    /// It has failed. Says whether that ejects it.
+    pub fn on_failure(
+        &mut self,
+        config: &HealthConfig,
+        now: Instant,
+        rng: &mut fastrand::Rng,
+    ) -> bool {
+        self.latency.on_failed(now);
+        self.health.on_failure(config, now, rng)
+    }
+
+    /// It does not know a connection any more that was made at `made`. Says whether that was known of
+    /// others that are as old.
+    pub fn on_forgotten(&mut self, made: Instant, now: Instant) -> bool {
+        let was_known = self.forgotten_at.is_some_and(|at| made < at);
+        self.forgotten_at = Some(now);
+        was_known
+    }
+
     /// It took a connection or answered: what goes to it arrives, and what comes from it as well.
     pub fn on_alive(&mut self, at: Instant) {
         self.alive_at = self.alive_at.max(Some(at));
@@ -120,11 +169,16 @@ impl Entry {
     /// Its load, as much higher as its share is smaller, and twice as high for each recent failure:
     /// an endpoint that ends its sessions at once would seem to be idle.
     pub(super) fn load(&self) -> u32 {
-        let load = match (self.percent(), self.health.weight()) {
-            (100, 0) => return self.sessions(),
-            (percent, _) => (self.sessions() + 1).saturating_mul(100) / percent,
-        };
-        load.saturating_mul(1 << self.health.weight().min(16))
+        match (self.percent(), self.health.weight()) {
+            (100, 0) => self.sessions(),
+            _ => u32::try_from(self.load_with_one_more()).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// The same with one session more, so that it is never 0.
+    pub(super) fn load_with_one_more(&self) -> u64 {
+        let load = (u64::from(self.sessions()) + 1) * 100 / u64::from(self.percent());
+        load << self.health.weight().min(16)
     }
 
     /// Whether it left the set at least `drain` ago, for good, and still has sessions.

@@ -4,11 +4,17 @@
 //! | --- | --- |
 //! | [`entry`] | one endpoint: its pool, health, share |
 //! | [`choose`] | which one serves the next session or request |
+//! | [`latency`] | how long an endpoint takes to answer, where that decides |
+//! | [`outstanding`] | the requests without a reply, by age |
 //! | [`conns`] | the ways in which connections change hands, each of which keeps all books |
 
 mod choose;
 mod conns;
 mod entry;
+mod latency;
+mod outstanding;
+#[cfg(test)]
+mod simulation;
 #[cfg(test)]
 mod tests;
 
@@ -19,6 +25,8 @@ use std::time::Instant;
 pub use choose::Having;
 pub use conns::Totals;
 pub use entry::Entry;
+
+use outstanding::Outstanding;
 
 use super::WorkerId;
 use super::endpoints::{EndpointId, EndpointSnapshot};
@@ -50,6 +58,8 @@ pub struct Table {
     /// The hashes of their names, in the same order.
     names: Vec<StableHash>,
     policy: Balance,
+    /// What is waited for, where latency decides.
+    outstanding: Option<Outstanding>,
     worker: WorkerId,
     turn: usize,
     /// The turns of the endpoint that was chosen last, before it was.
@@ -59,9 +69,12 @@ pub struct Table {
 }
 
 impl Table {
-    /// An empty table for worker number `worker`.
-    pub fn new(policy: Balance, worker: WorkerId) -> Self {
+    /// An empty table for worker number `worker`, with room for what connections in `slots` slots
+    /// wait for.
+    pub fn new(policy: Balance, worker: WorkerId, slots: usize) -> Self {
+        let measures = policy == Balance::PeakEwma;
         Self {
+            outstanding: measures.then(|| Outstanding::new(slots)),
             entries: Vec::new(),
             totals: Totals::default(),
             present: Vec::new(),
@@ -200,6 +213,12 @@ impl Table {
     pub fn any_usable(&self) -> bool {
         let entries = self.present.iter().map(|&index| self.entries[usize::from(index)].as_ref());
         entries.flatten().any(|entry| entry.health.is_usable())
+    }
+
+    /// Whether no endpoint is usable: see [`Entry::is_usable`].
+    pub fn is_outage(&self, now: Instant) -> bool {
+        let entries = self.present.iter().map(|&index| self.entries[usize::from(index)].as_ref());
+        !entries.flatten().any(|entry| entry.is_usable(now))
     }
 
     /// Whether there is any endpoint to look after, removed ones included.

@@ -4,7 +4,7 @@ use crate::metrics::Spillover;
 use crate::proxy::RouteId;
 use crate::proxy::endpoints::Endpoint;
 use crate::proxy::session::Tried;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 fn at(index: u16) -> EndpointId {
@@ -16,8 +16,12 @@ use crate::proxy::endpoints;
 use crate::proxy::health::HealthConfig;
 use crate::proxy::session::Session;
 
+/// Those that share sessions evenly among endpoints that are alike.
+const EVEN: [Balance; 4] =
+    [Balance::LeastConn, Balance::RoundRobin, Balance::RandomTwo, Balance::PeakEwma];
+
 fn endpoint(number: u16) -> Arc<Endpoint> {
-    Endpoint::new(format!("e{number}"), ([127, 0, 0, 1], 1000 + number).into(), 1)
+    Endpoint::new(format!("e{number}"), SocketAddr::from(([127, 0, 0, 1], 1000 + number)).into(), 1)
 }
 
 fn pool() -> PoolConfig {
@@ -32,7 +36,7 @@ fn pool() -> PoolConfig {
 }
 
 fn table(policy: Balance, endpoints: &[Arc<Endpoint>]) -> Table {
-    let mut table = Table::new(policy, WorkerId::new(0));
+    let mut table = Table::new(policy, WorkerId::new(0), 0);
     table.apply(
         &EndpointSnapshot {
             generation: 1,
@@ -62,11 +66,11 @@ fn eject(table: &mut Table, index: EndpointId) {
 
 #[test]
 fn load_is_spread_evenly_by_every_policy_but_hashing() {
-    for policy in [Balance::LeastConn, Balance::RoundRobin, Balance::RandomTwo] {
+    for policy in EVEN {
         let mut rng = fastrand::Rng::with_seed(1);
         let mut table = table(policy, &[endpoint(0), endpoint(1), endpoint(2)]);
         for _ in 0..300 {
-            let chosen = table.choose(&Tried::default(), None, &mut rng).unwrap();
+            let chosen = table.choose(&Tried::default(), None, Instant::now(), &mut rng).unwrap();
             table.enter(chosen, Instant::now());
         }
         for index in 0..3 {
@@ -78,8 +82,7 @@ fn load_is_spread_evenly_by_every_policy_but_hashing() {
 
 #[test]
 fn those_that_are_left_share_evenly_whichever_are_out_of_use() {
-    let policies = [Balance::LeastConn, Balance::RoundRobin, Balance::RandomTwo];
-    for (policy, count) in policies.into_iter().flat_map(|p| (2..=7).map(move |n| (p, n))) {
+    for (policy, count) in EVEN.into_iter().flat_map(|p| (2..=7).map(move |n| (p, n))) {
         for out in 0..(1_u32 << count) - 1 {
             let mut rng = fastrand::Rng::with_seed(1);
             let endpoints: Vec<_> = (0..count).map(endpoint).collect();
@@ -90,7 +93,8 @@ fn those_that_are_left_share_evenly_whichever_are_out_of_use() {
             let mut chosen = vec![0; usize::from(count)];
             // Sessions end at once, so all loads are equal.
             for _ in 0..100 * left {
-                let index = table.choose(&Tried::default(), None, &mut rng).unwrap();
+                let index =
+                    table.choose(&Tried::default(), None, Instant::now(), &mut rng).unwrap();
                 chosen[usize::from(index)] += 1;
             }
             for index in 0..count {
@@ -111,9 +115,10 @@ fn what_a_refusing_endpoint_was_to_have_is_shared_by_all_others() {
         let mut table = table(policy, &[0, 1, 2, 3].map(endpoint));
         let mut chosen = [0; 4];
         for _ in 0..400 {
-            let mut index = table.choose(&Tried::default(), None, &mut rng).unwrap();
+            let mut index =
+                table.choose(&Tried::default(), None, Instant::now(), &mut rng).unwrap();
             if index == at(2) {
-                index = table.choose(&tried(&[2]), None, &mut rng).unwrap();
+                index = table.choose(&tried(&[2]), None, Instant::now(), &mut rng).unwrap();
             }
             chosen[usize::from(index)] += 1;
         }
@@ -129,13 +134,15 @@ fn an_endpoint_that_was_out_of_use_is_not_met_by_all_that_it_missed() {
     let mut table = table(Balance::RoundRobin, &[0, 1, 2].map(endpoint));
     eject(&mut table, at(0));
     for _ in 0..1000 {
-        table.choose(&Tried::default(), None, &mut rng);
+        table.choose(&Tried::default(), None, Instant::now(), &mut rng);
     }
     let now = Instant::now();
     table.get_mut(at(0)).unwrap().health.on_success(now, now);
     let mut chosen = [0; 3];
     for _ in 0..30 {
-        chosen[usize::from(table.choose(&Tried::default(), None, &mut rng).unwrap())] += 1;
+        chosen[usize::from(
+            table.choose(&Tried::default(), None, Instant::now(), &mut rng).unwrap(),
+        )] += 1;
     }
     assert!(chosen.iter().all(|count| (9..=11).contains(count)), "{chosen:?}");
 }
@@ -144,15 +151,15 @@ fn an_endpoint_that_was_out_of_use_is_not_met_by_all_that_it_missed() {
 fn an_endpoint_that_fails_does_not_look_idle() {
     let config = HealthConfig { eject_failures: 1000, eject_time: Duration::from_secs(1) };
     let mut rng = fastrand::Rng::with_seed(1);
-    for policy in [Balance::LeastConn, Balance::RandomTwo] {
+    for policy in [Balance::LeastConn, Balance::RandomTwo, Balance::PeakEwma] {
         let mut table = table(policy, &[endpoint(0), endpoint(1)]);
         let mut failed = 0;
         for _ in 0..200 {
-            let index = table.choose(&Tried::default(), None, &mut rng).unwrap();
+            let index = table.choose(&Tried::default(), None, Instant::now(), &mut rng).unwrap();
             if index == at(0) {
                 failed += 1;
                 let entry = table.get_mut(index).unwrap();
-                entry.health.on_failure(&config, Instant::now(), &mut rng);
+                entry.on_failure(&config, Instant::now(), &mut rng);
             } else {
                 table.enter(index, Instant::now());
             }
@@ -167,8 +174,9 @@ fn a_source_keeps_its_endpoint_when_another_one_goes() {
     let endpoints = [endpoint(0), endpoint(1), endpoint(2), endpoint(3)];
     let mut table = table(Balance::SourceHash, &endpoints);
     let source = |i: u8| Some(IpAddr::from([10, 0, 0, i]));
-    let before: Vec<_> =
-        (0..200).map(|i| table.choose(&Tried::default(), source(i), &mut rng)).collect();
+    let before: Vec<_> = (0..200)
+        .map(|i| table.choose(&Tried::default(), source(i), Instant::now(), &mut rng))
+        .collect();
     let rest = EndpointSnapshot {
         generation: 2,
         endpoints: endpoints[1..].to_vec(),
@@ -176,7 +184,7 @@ fn a_source_keeps_its_endpoint_when_another_one_goes() {
     };
     table.apply(&rest, &pool(), true, Instant::now());
     for (i, &was) in (0..200).zip(&before) {
-        let is = table.choose(&Tried::default(), source(i), &mut rng);
+        let is = table.choose(&Tried::default(), source(i), Instant::now(), &mut rng);
         assert!(is == was || was == Some(at(0)), "source {i} moved from {was:?} to {is:?}");
     }
     let moved = before.iter().filter(|&&index| index == Some(at(0))).count();
@@ -189,12 +197,33 @@ fn ejected_endpoints_are_passed_over_unless_there_is_no_other() {
     let mut table = table(Balance::LeastConn, &[endpoint(0), endpoint(1)]);
     eject(&mut table, at(0));
     for _ in 0..10 {
-        assert_eq!(table.choose(&Tried::default(), None, &mut rng), Some(at(1)));
+        assert_eq!(table.choose(&Tried::default(), None, Instant::now(), &mut rng), Some(at(1)));
     }
-    assert_eq!(table.choose(&tried(&[1]), None, &mut rng), Some(at(0)));
+    assert_eq!(table.choose(&tried(&[1]), None, Instant::now(), &mut rng), Some(at(0)));
     eject(&mut table, at(1));
-    assert!(table.choose(&Tried::default(), None, &mut rng).is_some());
-    assert_eq!(table.choose(&tried(&[0, 1]), None, &mut rng), None);
+    assert!(table.choose(&Tried::default(), None, Instant::now(), &mut rng).is_some());
+    assert_eq!(table.choose(&tried(&[0, 1]), None, Instant::now(), &mut rng), None);
+}
+
+#[test]
+fn all_that_may_have_sessions_have_their_turn_once() {
+    let all = [endpoint(0), endpoint(1), endpoint(2), endpoint(3), endpoint(4)];
+    let mut table = table(Balance::LeastConn, &all);
+    let left = EndpointSnapshot {
+        generation: 2,
+        endpoints: all[2..].to_vec(),
+        ..EndpointSnapshot::default()
+    };
+    table.get_mut(at(1)).unwrap().pool.set_in_use(1);
+    table.apply(&left, &pool(), true, Instant::now());
+    eject(&mut table, at(3));
+    let (tried, mut behind, mut turns) = (tried(&[2]), None, Vec::new());
+    while let Some(next) = table.next_of_all(behind, &tried) {
+        turns.push(next);
+        behind = Some(next);
+    }
+    // Not 0, which left, 2, which was tried, and 3, which is ejected.
+    assert_eq!(turns, [at(1), at(4)]);
 }
 
 #[test]
@@ -213,7 +242,7 @@ fn a_snapshot_keeps_what_is_known_and_an_index_while_it_is_used() {
         assert_eq!(table.get_mut(at(2)).unwrap().endpoint.name, "e2");
     }
     for _ in 0..4 {
-        assert_ne!(table.choose(&Tried::default(), None, &mut rng), Some(at(0)));
+        assert_ne!(table.choose(&Tried::default(), None, Instant::now(), &mut rng), Some(at(0)));
     }
     table.get_mut(at(0)).unwrap().pool.set_in_use(0);
     table.forget_unused();
@@ -259,7 +288,7 @@ fn an_endpoint_that_comes_back_is_what_it_was_and_is_not_drained() {
 
 #[test]
 fn endpoints_that_come_and_go_leave_nothing_behind() {
-    let mut table = Table::new(Balance::RoundRobin, WorkerId::new(0));
+    let mut table = Table::new(Balance::RoundRobin, WorkerId::new(0), 0);
     let now = Instant::now();
     for generation in 0..5 {
         let all = (0..1000).map(|port| endpoint(1000 * generation + port)).collect();
@@ -302,7 +331,7 @@ fn a_key_belongs_to_a_declared_store_whoever_is_there() {
             })
             .collect(),
     };
-    let mut table = Table::new(Balance::LeastConn, WorkerId::new(0));
+    let mut table = Table::new(Balance::LeastConn, WorkerId::new(0), 0);
     let mut owners = |there: &[u16]| {
         table.apply(&declare(1, there), &pool(), true, Instant::now());
         let owner = |i: usize| {
@@ -360,7 +389,7 @@ fn an_endpoint_that_joins_warms_up_from_its_first_connection_on() {
 #[test]
 fn no_endpoint_starts_slowly_where_slow_start_is_off_or_none_was_there() {
     let mut first = table(Balance::RoundRobin, &[endpoint(0), endpoint(1)]);
-    let mut off = Table::new(Balance::RoundRobin, WorkerId::new(0));
+    let mut off = Table::new(Balance::RoundRobin, WorkerId::new(0), 0);
     let endpoints = [endpoint(0), endpoint(1)];
     for count in [1, 2] {
         let endpoints = endpoints[..count].to_vec();
@@ -381,7 +410,7 @@ fn share_at(policy: Balance, percent: u32, sessions: u32) -> u32 {
     let mut table = joined(policy);
     table.get_mut(at(1)).unwrap().ramp = Ramp::Warming { since: Instant::now(), percent };
     for _ in 0..sessions {
-        let chosen = table.choose(&Tried::default(), None, &mut rng).unwrap();
+        let chosen = table.choose(&Tried::default(), None, Instant::now(), &mut rng).unwrap();
         table.enter(chosen, Instant::now());
     }
     table.get_mut(at(1)).unwrap().sessions()
@@ -397,7 +426,7 @@ fn the_share_of_an_endpoint_grows_with_its_warmth() {
         let expected = SESSIONS / 2 * percent / 100;
         assert!(share.abs_diff(expected) <= 142, "{percent} %: {share}, not {expected}");
         // By load: as many sessions as the other, times this part.
-        for policy in [Balance::LeastConn, Balance::RandomTwo] {
+        for policy in [Balance::LeastConn, Balance::RandomTwo, Balance::PeakEwma] {
             let share = share_at(policy, percent, SESSIONS);
             let expected = SESSIONS * percent / (100 + percent);
             assert!(share.abs_diff(expected) <= 2, "{percent} %: {share}, not {expected}");
@@ -415,12 +444,13 @@ fn near_and_far(policy: Balance) -> Table {
 
 #[test]
 fn near_endpoints_share_all_sessions_while_they_can() {
-    for policy in [Balance::LeastConn, Balance::RoundRobin, Balance::RandomTwo] {
+    for policy in EVEN {
         let mut rng = fastrand::Rng::with_seed(1);
         let mut table = near_and_far(policy);
         let mut chosen = [0; 4];
         for _ in 0..200 {
-            let (index, spillover) = table.choose_near(&Tried::default(), None, &mut rng);
+            let (index, spillover) =
+                table.choose_near(&Tried::default(), None, Instant::now(), &mut rng);
             assert_eq!(spillover, None);
             chosen[usize::from(index.unwrap())] += 1;
         }
@@ -435,15 +465,15 @@ fn sessions_spill_over_where_near_endpoints_are_too_few() {
     let mut rng = fastrand::Rng::with_seed(1);
     let mut table = near_and_far(Balance::RoundRobin);
     eject(&mut table, at(0));
-    let (index, spillover) = table.choose_near(&Tried::default(), None, &mut rng);
+    let (index, spillover) = table.choose_near(&Tried::default(), None, Instant::now(), &mut rng);
     assert_eq!((index, spillover), (Some(at(1)), None), "one is left");
-    let (index, spillover) = table.choose_near(&tried(&[1]), None, &mut rng);
+    let (index, spillover) = table.choose_near(&tried(&[1]), None, Instant::now(), &mut rng);
     assert!(
         (index == Some(at(2)) || index == Some(at(3))) && spillover == Some(Spillover::Few),
         "{index:?}"
     );
     eject(&mut table, at(1));
-    let (index, spillover) = table.choose_near(&Tried::default(), None, &mut rng);
+    let (index, spillover) = table.choose_near(&Tried::default(), None, Instant::now(), &mut rng);
     assert!(
         (index == Some(at(2)) || index == Some(at(3))) && spillover == Some(Spillover::Few),
         "{index:?}"
@@ -452,9 +482,12 @@ fn sessions_spill_over_where_near_endpoints_are_too_few() {
     for index in [2, 3] {
         eject(&mut table, at(index));
     }
-    let (index, spillover) = table.choose_near(&tried(&[0, 1, 3]), None, &mut rng);
+    let (index, spillover) = table.choose_near(&tried(&[0, 1, 3]), None, Instant::now(), &mut rng);
     assert_eq!((index, spillover), (Some(at(2)), None));
-    assert_eq!(table.choose_near(&tried(&[0, 1, 2, 3]), None, &mut rng), (None, None));
+    assert_eq!(
+        table.choose_near(&tried(&[0, 1, 2, 3]), None, Instant::now(), &mut rng),
+        (None, None)
+    );
 }
 
 #[test]
@@ -465,7 +498,7 @@ fn sessions_spill_over_where_near_endpoints_are_too_loaded() {
         for (index, sessions) in [(0, near), (1, near), (2, far), (3, far)] {
             table.get_mut(at(index)).unwrap().pool.set_in_use(sessions as usize);
         }
-        table.choose_near(&Tried::default(), None, &mut rng)
+        table.choose_near(&Tried::default(), None, Instant::now(), &mut rng)
     };
     for far in [0, 1, 10, 1000] {
         let bound = 2 * far + 8;
@@ -479,4 +512,103 @@ fn sessions_spill_over_where_near_endpoints_are_too_loaded() {
         assert_eq!(spillover, Some(Spillover::Loaded));
     }
     assert_eq!(choose(u32::MAX, u32::MAX - 1).1, None, "more than can be counted twice");
+}
+
+const MS: Duration = Duration::from_millis(1);
+
+/// A table by latency, in which these endpoints have answered in so many milliseconds.
+fn measured(answered_ms: &[Option<u32>], now: Instant) -> Table {
+    let endpoints: Vec<_> = (0..answered_ms.len() as u16).map(endpoint).collect();
+    let mut table = table(Balance::PeakEwma, &endpoints);
+    for (i, ms) in answered_ms.iter().enumerate() {
+        let (at, conn) = (EndpointId::at(i), ConnId::from_parts(i as u32, 0));
+        if let Some(ms) = ms {
+            table.asked(at, conn, now);
+            table.answered(at, conn, now + *ms * MS);
+        }
+    }
+    table
+}
+
+/// Where so many requests go of which none is answered yet.
+fn spread(table: &mut Table, requests: u32, now: Instant) -> Vec<u32> {
+    let mut rng = fastrand::Rng::with_seed(1);
+    let mut chosen = vec![0; table.len()];
+    for conn in 0..requests {
+        let index = table.choose(&Tried::default(), None, now, &mut rng).unwrap();
+        table.enter(index, now);
+        table.asked(index, ConnId::from_parts(100 + conn, 0), now);
+        chosen[usize::from(index)] += 1;
+    }
+    chosen
+}
+
+#[test]
+fn requests_are_shared_by_how_fast_endpoints_answer() {
+    let now = Instant::now();
+    let chosen = spread(&mut measured(&[Some(10), Some(20), Some(40)], now), 70, now);
+    assert_eq!(chosen, [40, 20, 10]);
+}
+
+#[test]
+fn an_endpoint_never_measured_or_not_for_long_gets_as_much_as_the_fastest_and_no_more() {
+    let now = Instant::now();
+    for first in [None, Some(4)] {
+        let mut table = measured(&[first, None, None], now);
+        let later = now + Duration::from_secs(3600);
+        for (i, ms) in [(1, 5), (2, 10)] {
+            let conn = ConnId::from_parts(u32::from(i), 0);
+            table.asked(at(i), conn, later);
+            table.answered(at(i), conn, later + ms * MS);
+        }
+        let fastest = first.unwrap_or(5);
+        let chosen = spread(&mut table, 50, later);
+        let expected = if fastest == 4 { 23 } else { 20 };
+        assert!(chosen[0].abs_diff(expected) <= 1, "{first:?}: {chosen:?}");
+    }
+}
+
+#[test]
+fn an_endpoint_that_stalls_is_seen_while_it_does() {
+    let now = Instant::now();
+    let mut table = measured(&[Some(1), Some(1)], now);
+    let conn = ConnId::from_parts(9, 0);
+    table.enter(at(0), now);
+    table.asked(at(0), conn, now);
+    assert_eq!(table.get(at(0)).unwrap().sessions(), 1);
+    assert_eq!(spread(&mut table, 20, now + 20 * MS), [0, 20], "20 ms for one, or 1 ms for twenty");
+}
+
+#[test]
+fn an_endpoint_does_not_look_well_because_its_clients_lose_patience() {
+    let now = Instant::now();
+    let mut table = measured(&[Some(1), Some(1)], now);
+    let (conn, later) = (ConnId::from_parts(9, 0), now + 500 * MS);
+    table.asked(at(0), conn, now);
+    table.unanswered(at(0), conn, later);
+    assert_eq!(spread(&mut table, 100, later), [0, 100]);
+}
+
+#[test]
+fn a_short_handshake_promises_nothing_and_a_greeting_counts_from_its_start() {
+    let now = Instant::now();
+    let mut table = measured(&[None, Some(10)], now);
+    let conn = ConnId::from_parts(9, 0);
+    table.asked(at(0), conn, now);
+    table.shook_hands(at(0), conn, now + MS);
+    assert_eq!(table.get(at(0)).unwrap().latency.measured(), None);
+    assert_eq!(spread(&mut table, 10, now + MS), [5, 5], "as fast as the fastest one");
+    table.answered(at(0), conn, now + 30 * MS);
+    let greeted = table.get(at(0)).unwrap().latency.measured();
+    assert_eq!(greeted, Some(30_000_000));
+}
+
+#[test]
+fn connections_that_an_endpoint_forgot_are_known_after_the_first() {
+    let begun = Instant::now();
+    let mut table = table(Balance::LeastConn, &[endpoint(0)]);
+    let entry = table.get_mut(at(0)).unwrap();
+    assert!(!entry.on_forgotten(begun, begun + MS), "the first one shows it");
+    assert!(entry.on_forgotten(begun, begun + MS), "and the others share its fate");
+    assert!(!entry.on_forgotten(begun + 2 * MS, begun + 3 * MS), "but not those made since");
 }

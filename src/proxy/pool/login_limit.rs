@@ -3,9 +3,12 @@
 //! Some servers limit the time for a login, and some count logins that did not come to their end,
 //! until they lock the host out. There, connections kept idle do harm. A pool learns it: if those
 //! that were never used are ended by the server at about the same age, at different moments, it
-//! keeps ever fewer, down to none. With a server that speaks first, as those do that count, it learns
-//! from the first one, and keeps only that one for a while to begin with. It keeps more again as
-//! sessions come, more slowly each time it had to learn.
+//! keeps ever fewer, down to none. It keeps more again as sessions come, more slowly each time it had
+//! to learn.
+//!
+//! With a server that speaks first, as those do that count, it keeps one only, until one has been kept
+//! unused for longer than such a server waits. If that is ended, it keeps none, and later one at most:
+//! a burst of sessions would otherwise leave dozens to be ended and counted, one after the other.
 
 use std::time::{Duration, Instant};
 
@@ -16,8 +19,8 @@ const SAME_MOMENT: Duration = Duration::from_millis(30);
 /// Connections whose ages differ by less than this were made together, and one limit ends both at
 /// the same moment.
 const MADE_TOGETHER: Duration = Duration::from_millis(50);
-/// With a server that speaks first, one connection is kept alone for so long to begin with: longer
-/// than `MySQL` gives a login by default.
+/// A server that speaks first has to leave one connection alone for so long before more are kept:
+/// longer than `MySQL` gives a login by default.
 pub(super) const ALONE_FOR: Duration = Duration::from_secs(11);
 /// Sessions for which one connection more is kept, where fewer are kept than could be: at first,
 const SESSIONS_PER_STEP_MIN: u32 = 4;
@@ -46,8 +49,21 @@ pub(super) struct LoginLimit {
     /// Sessions until the ceiling rises.
     sessions_left: u32,
     sessions_per_step: u32,
-    /// The server speaks first; it was heard to do so at this moment.
-    greets_since: Option<Instant>,
+    /// Whether the server speaks first, and what it does then.
+    greets: Greets,
+}
+
+/// Whether a server speaks first, as those do that count logins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Greets {
+    /// It was not heard to.
+    No,
+    /// It does. How long it waits for a login is not known yet.
+    Yes,
+    /// It does, and has left a connection alone for [`ALONE_FOR`].
+    AndWaits,
+    /// It does, and has ended one that was not used.
+    AndEnds,
 }
 
 impl LoginLimit {
@@ -60,7 +76,7 @@ impl LoginLimit {
             unused_age: None,
             sessions_left: SESSIONS_PER_STEP_MIN,
             sessions_per_step: SESSIONS_PER_STEP_MIN,
-            greets_since: None,
+            greets: Greets::No,
         }
     }
 
@@ -75,14 +91,24 @@ impl LoginLimit {
     }
 
     /// The server has spoken on a connection that was not used yet.
-    pub(super) fn on_greeting(&mut self, now: Instant) {
-        self.greets_since.get_or_insert(now);
+    pub(super) fn on_greeting(&mut self) {
+        if self.greets == Greets::No {
+            self.greets = Greets::Yes;
+        }
+    }
+
+    /// A connection that was never used is so old.
+    pub(super) fn on_kept(&mut self, age: Duration) {
+        if self.greets == Greets::Yes && age >= ALONE_FOR {
+            self.greets = Greets::AndWaits;
+        }
     }
 
     /// A session is served by a pool of `idle_max`. Where fewer are kept than could be, one more will
     /// be after some of them.
     pub(super) fn on_session_served(&mut self, idle_max: usize) {
-        if self.ceiling >= idle_max {
+        let most = if self.greets == Greets::AndEnds { idle_max.min(1) } else { idle_max };
+        if self.ceiling >= most {
             return;
         }
         self.sessions_left = self.sessions_left.saturating_sub(1);
@@ -94,14 +120,11 @@ impl LoginLimit {
 
     /// Connections that nobody waits for which there may be, idle or being made: it may not be known
     /// yet whether they would only be ended again.
-    pub(super) fn unneeded_max(&self, now: Instant) -> usize {
-        let alone = |since: Instant| now.saturating_duration_since(since) < ALONE_FOR;
-        if self.unused.is_some() {
-            0
-        } else if self.greets_since.is_some_and(alone) {
-            1
-        } else {
-            usize::MAX
+    pub(super) fn unneeded_max(&self) -> usize {
+        match self.greets {
+            _ if self.unused.is_some() => 0,
+            Greets::Yes => 1,
+            Greets::No | Greets::AndWaits | Greets::AndEnds => usize::MAX,
         }
     }
 
@@ -128,8 +151,12 @@ impl LoginLimit {
         let same = |before: Duration| age.abs_diff(before) <= age / 10 + Duration::from_millis(150);
         self.alike = if before.is_some_and(same) { self.alike + 1 } else { 1 };
         // One that greets was not idle: it waited for a login.
-        if self.alike >= 2 || self.greets_since.is_some() {
-            self.ceiling = kept / 2;
+        let greets = self.greets != Greets::No;
+        if self.alike >= 2 || greets {
+            self.ceiling = if greets { 0 } else { kept / 2 };
+            if greets {
+                self.greets = Greets::AndEnds;
+            }
             self.sessions_per_step = (2 * self.sessions_per_step).min(SESSIONS_PER_STEP_MAX);
             self.sessions_left = self.sessions_per_step;
         }

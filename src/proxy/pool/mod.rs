@@ -153,8 +153,8 @@ impl Pool {
     }
 
     /// The server has spoken on a connection that was not used yet.
-    pub fn on_greeting(&mut self, now: Instant) {
-        self.login.on_greeting(now);
+    pub fn on_greeting(&mut self) {
+        self.login.on_greeting();
     }
 
     /// When an idle connection was made.
@@ -244,7 +244,7 @@ impl Pool {
     /// How many connects that nobody waits for may be started now.
     fn unneeded_max(&mut self, now: Instant) -> usize {
         let pooled = self.idle.len() + self.connecting;
-        match self.login.unneeded_max(now) {
+        match self.login.unneeded_max() {
             usize::MAX => self.pacing.unneeded_max(self.connecting, now),
             most => most.saturating_sub(pooled),
         }
@@ -331,6 +331,9 @@ impl Pool {
     /// The next connection to close because of its age, and why.
     pub(super) fn expire(&mut self, now: Instant) -> Option<(ConnId, Discard)> {
         self.login.judge(self.aimed_at(), now);
+        if let Some(unused) = self.idle.iter().find(|idle| !idle.served) {
+            self.login.on_kept(now.saturating_duration_since(unused.made));
+        }
         if self.has_settled(PROVEN_AFTER, now) {
             self.pacing.on_settled();
         }

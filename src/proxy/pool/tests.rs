@@ -1,7 +1,8 @@
 use super::login_limit::ALONE_FOR;
-use super::pacing::{BACKOFF_MIN, ROUND};
+use super::pacing::ROUND;
 use super::*;
 use crate::config::PoolMode;
+use crate::proxy::backoff::BACKOFF_MIN;
 
 const SECOND: Duration = Duration::from_secs(1);
 const MS: Duration = Duration::from_millis(1);
@@ -155,17 +156,49 @@ fn a_server_that_greets_gets_one_connection_first_and_none_once_it_has_ended_tha
     for (limit, ended) in [(SECOND, 1), (10 * SECOND, 1), (20 * SECOND, 4)] {
         let now = Instant::now();
         let mut pool = Pool::new(&PoolConfig { min_idle: 4, ..config() }, now);
-        pool.on_greeting(now);
+        pool.on_greeting();
         assert_eq!(end_logins(&mut pool, now, limit, 100), ended, "{limit:?}");
         assert_eq!(pool.target(), 0);
     }
 }
 
 #[test]
+fn sessions_make_a_server_that_greets_no_less_unknown() {
+    let mut rng = fastrand::Rng::with_seed(1);
+    let start = Instant::now();
+    let mut pool = Pool::new(&PoolConfig { max_idle: 64, ..config() }, start);
+    let (mut now, mut next) = (start, 0);
+    // A burst of sessions wears each connection out before it gets old.
+    while now < start + 2 * ALONE_FOR {
+        for _ in 0..pool.shortage(ALL, now) {
+            pool.on_connecting();
+            assert!(pool.on_connected(conn(next), false, now, &mut rng));
+            pool.on_greeting();
+            next += 1;
+        }
+        assert!(pool.idle() <= 1, "after {:?}", now - start);
+        for _ in 0..2 {
+            if pool.enter(now).is_none() {
+                pool.on_miss_served();
+            }
+            pool.on_session_served();
+        }
+        assert_eq!(pool.expire(now), None);
+        now += 100 * MS;
+    }
+    assert!(pool.target() > 20, "there is demand");
+    assert_eq!(end_logins(&mut pool, now, 10 * SECOND, 100), 1);
+    for _ in 0..10_000 {
+        pool.on_session_served();
+    }
+    assert_eq!(pool.target(), 1, "it would end each of more than that");
+}
+
+#[test]
 fn a_server_that_greets_and_waits_gets_all() {
     let now = Instant::now();
     let mut pool = Pool::new(&PoolConfig { min_idle: 4, ..config() }, now);
-    pool.on_greeting(now);
+    pool.on_greeting();
     let config = pool.config.clone();
     pool.config = PoolConfig { idle_timeout: None, ..config };
     assert_eq!(fill(&mut pool, &mut 0, now, ALONE_FOR), [1]);

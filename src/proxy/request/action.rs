@@ -8,7 +8,6 @@ use crate::metrics::{CloseReason, Discard, Outcome, Retry};
 use crate::protocol::Verb;
 use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointId;
-use crate::proxy::route::StableHash;
 
 /// How the connection to a backend is closed that is not to be used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +33,8 @@ pub enum ClientEnding {
 /// What the worker has to do for a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// Call [`Client::next`](super::Client::next) once the turn's events have been handled.
+    /// Call [`Client::next`](super::Client::next) before the turn ends, behind those that are due
+    /// already.
     Serve,
     /// Find a connection for the request, or have it wait for one.
     Acquire,
@@ -42,12 +42,10 @@ pub enum Action {
     Prove(ConnId),
     /// The request waits no longer.
     LeaveQueue,
-    /// The request has waited so long for its connection.
-    Waited(Duration),
+    /// The request goes to the endpoint on this connection, for which it has waited so long.
+    Asks(EndpointId, ConnId, Duration),
     /// Send to the backend what [`Client::take_outgoing`](super::Client::take_outgoing) gives.
     Send(ConnId),
-    /// The endpoint has answered on a connection that was made then.
-    Answered(EndpointId, Instant),
     /// Its connection has ended or broken: judge the endpoint by that, then call
     /// [`Client::on_backend_ended`](super::Client::on_backend_ended).
     Lost(Retry),
@@ -61,23 +59,16 @@ pub enum Action {
     /// Call [`Client::release`](super::Client::release) at the end of the turn, when it is known
     /// that nothing came behind the reply.
     ReleaseSoon,
-    /// The connection goes back to its pool.
-    Release {
-        /// The connection.
-        conn: BackendConn,
-        /// Nothing was received from it lately.
-        paused: bool,
-        /// The kernel asks its peer whether it is there.
-        asked: bool,
-    },
-    /// The connection is closed.
-    Discard(BackendConn, Discard, DiscardHow),
+    /// The connection to this endpoint is closed.
+    Discard(ConnId, EndpointId, Discard, DiscardHow),
     /// Count a request. The duration is that until its reply was complete.
     Count(Verb, Outcome, Duration),
     /// Count a request that is sent again.
     CountRetry(Retry),
-    /// Send an error in place of a reply, to a request with this key.
-    Reply(ErrorReply, Option<StableHash>),
+    /// Count one that would be, if there were a retry left.
+    CountRefusedRetry,
+    /// Send an error in place of a reply, to a request for the store of this number, if for one.
+    Reply(ErrorReply, Option<u16>),
     /// Call [`Client::fail`](super::Client::fail) with this error, or what is known better.
     Fail(ErrorReply),
     /// End the direction to the client, behind all that it was sent.
@@ -92,6 +83,25 @@ pub enum Action {
     Close(CloseReason),
 }
 
+// Several are returned for each event.
+const _: () = assert!(size_of::<Action>() <= 32);
+
+/// What becomes of a connection that its client is done with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// It goes back to its pool.
+    Released {
+        /// The connection.
+        conn: BackendConn,
+        /// Nothing was received from it lately.
+        paused: bool,
+        /// The kernel asks its peer whether it is there.
+        asked: bool,
+    },
+    /// It is of no more use.
+    Discarded(Action),
+}
+
 /// What the worker has to do for a client, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use = "the client takes it for done"]
@@ -101,8 +111,7 @@ pub struct Actions {
 }
 
 impl Actions {
-    /// An error for a request in flight: discard, reply, count, shut down, serve. A reply says first
-    /// that its endpoint is well.
+    /// An error for a request in flight: discard, reply, count, shut down, serve. And one to spare.
     const MAX: usize = 6;
 
     /// Nothing to do.
@@ -117,13 +126,6 @@ impl Actions {
     pub(super) fn push(&mut self, action: Action) {
         self.list[self.len] = Some(action);
         self.len += 1;
-    }
-
-    /// Adds an action behind the others, if there is one.
-    pub(super) fn extend(&mut self, action: Option<Action>) {
-        if let Some(action) = action {
-            self.push(action);
-        }
     }
 
     /// Adds other actions behind these.
@@ -141,6 +143,8 @@ impl Actions {
 
 impl From<Action> for Actions {
     fn from(action: Action) -> Self {
-        Self::NONE.and(action)
+        let mut actions = Self::NONE;
+        actions.push(action);
+        actions
     }
 }

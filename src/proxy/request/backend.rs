@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::BackendConn;
-use super::action::{Action, DiscardHow};
+use super::action::{Action, DiscardHow, Fate};
 use crate::io::Close;
 use crate::metrics::Discard;
 use crate::proxy::pulse::Pulse;
@@ -47,13 +47,13 @@ impl Backend {
     }
 
     /// Goes back to its pool, silent as it is.
-    pub(super) fn release(mut self) -> Action {
+    pub(super) fn release(mut self) -> Fate {
         if self.unsent > 0 {
             // Answered before it was asked.
-            return self.discard(Discard::Unexpected);
+            return Fate::Discarded(self.discard(Discard::Unexpected));
         }
         let asked = self.pulse.take_asked();
-        Action::Release { conn: self.conn, paused: !self.receiving, asked }
+        Fate::Released { conn: self.conn, paused: !self.receiving, asked }
     }
 
     /// Is of no more use.
@@ -65,11 +65,12 @@ impl Backend {
         } else {
             DiscardHow::Now(Close::Reset)
         };
-        Action::Discard(self.conn, why, how)
+        Action::Discard(self.conn.conn, self.conn.endpoint, why, how)
     }
 
     /// Is closed with the end of stream: it may still have to read the end of a request.
     pub(super) fn end(self, why: Discard) -> Action {
-        Action::Discard(self.conn, why, DiscardHow::Now(Close::Graceful))
+        let how = DiscardHow::Now(Close::Graceful);
+        Action::Discard(self.conn.conn, self.conn.endpoint, why, how)
     }
 }

@@ -1,7 +1,6 @@
 //! The client's own side: what it sends, what it takes, and when it is done with.
 
 use std::mem;
-use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use super::action::{Action, Actions, ClientEnding};
@@ -187,30 +186,25 @@ impl Client {
         !mem::replace(&mut self.due, true)
     }
 
-    /// It is being served: removes the mark.
-    pub fn unmark_due(&mut self) {
-        self.due = false;
-    }
-
-    /// Bytes arrived from it.
-    pub fn on_received(&mut self, buf: Buf, moment: &mut Moment<'_>) -> Actions {
+    /// Bytes arrived from it. It is to be served; marks it so and says whether it was not.
+    pub fn on_received(&mut self, buf: Buf, buffers: &mut Buffers, now: Instant) -> bool {
         self.pulse.on_heard();
         // One that is to leave does not stay by sending.
         if !matches!(self.state, State::Leaving { .. }) {
-            self.active = moment.now;
+            self.active = now;
         }
         if let State::InFlight(flight) = &mut self.state {
-            flight.upload.on_bytes(buf.len(), moment.now);
+            flight.upload.on_bytes(buf.len(), now);
         }
-        moment.buffers.push(&mut self.input, buf);
-        Action::Serve.into()
+        buffers.push(&mut self.input, buf);
+        self.mark_due()
     }
 
-    /// It ended its direction: a request that is not whole will never be.
-    pub fn on_ended(&mut self, moment: &Moment<'_>) -> Actions {
+    /// It ended its direction: a request that is not whole will never be. Likewise.
+    pub fn on_ended(&mut self, now: Instant) -> bool {
         self.ended = true;
-        self.active = moment.now;
-        Action::Serve.into()
+        self.active = now;
+        self.mark_due()
     }
 
     /// Bytes were queued for it.
@@ -252,70 +246,62 @@ impl Client {
         self.ended && nothing_under_way && self.unsent == 0
     }
 
-    /// What is to be done next, after the turn's events. `Break`: that is all of it.
-    pub fn next(&mut self, moment: &mut Moment<'_>) -> ControlFlow<Actions, Actions> {
+    /// It is served, after the turn's events: what is to be done. Where that may not be all of it, an
+    /// [`Action::Serve`] is at the end.
+    pub fn next(&mut self, moment: &mut Moment<'_>) -> Actions {
+        self.due = false;
         let room = moment.room();
         match &self.state {
-            State::Ready { kept: Some(backend), .. } => {
-                ControlFlow::Continue(Action::Prove(backend.conn.conn).into())
-            }
-            State::Ready { kept: None, .. } => ControlFlow::Continue(Action::Acquire.into()),
+            State::Ready { kept, .. } => acquire(kept.as_ref()).into(),
             State::InFlight(_) => self.next_in_flight(room, moment),
             State::Idle { .. } if self.unsent <= room.max => self.next_request(room, moment),
             State::Opaque { .. } => unreachable!("it is a session by now"),
-            _ => ControlFlow::Break(self.settle(room, moment)),
+            _ => self.settle(room, moment),
         }
     }
 
-    fn next_in_flight(
-        &mut self,
-        room: Room,
-        moment: &mut Moment<'_>,
-    ) -> ControlFlow<Actions, Actions> {
+    fn next_in_flight(&mut self, room: Room, moment: &mut Moment<'_>) -> Actions {
         let Some(flight) = self.state.in_flight() else { unreachable!("it is in flight") };
         if flight.is_streaming() {
             if flight.backend.unsent < room.max && !self.input.is_empty() {
-                return ControlFlow::Continue(self.stream_on(moment));
+                return self.stream_on(moment);
             }
             if self.ended && self.input.is_empty() && !flight.backend.broken {
                 // Its backend would wait for the rest as long as it may.
-                return ControlFlow::Continue(if flight.is_answered() {
+                return if flight.is_answered() {
                     self.end_request(Discard::Abandoned, moment)
                 } else {
                     Action::Close(CloseReason::ClientReset).into()
-                });
+                };
             }
         }
         if flight.is_passed_on() {
-            return ControlFlow::Continue(self.conclude(None, moment));
+            return self.conclude(None, moment);
         }
-        ControlFlow::Break(self.settle(room, moment))
+        self.settle(room, moment)
     }
 
     /// Looks for a request at the front of the input.
-    fn next_request(
-        &mut self,
-        room: Room,
-        moment: &mut Moment<'_>,
-    ) -> ControlFlow<Actions, Actions> {
+    fn next_request(&mut self, room: Room, moment: &mut Moment<'_>) -> Actions {
         let (buffers, scratch) = (&mut *moment.buffers, &mut *moment.scratch);
         match self.framing.front(&mut self.input, &mut self.scanned, buffers, scratch) {
             Front::Partial if self.input.buffers() > PARTIAL_BUFFERS_SHORT_MAX && room.is_short => {
                 // Many that begin large heads and never end them would stall everybody.
-                ControlFlow::Break(Action::Close(CloseReason::Overload).into())
+                Action::Close(CloseReason::Overload).into()
             }
-            Front::Partial => ControlFlow::Break(self.settle(room, moment)),
+            Front::Partial => self.settle(room, moment),
             Front::Refused(len, error) => {
                 moment.buffers.advance(&mut self.input, len);
                 let count = Action::Count(Verb::OTHER, error.outcome(), Duration::ZERO);
-                ControlFlow::Continue(Actions::from(count).and(Action::Reply(error, None)))
+                Actions::from(count).and(Action::Reply(error, None)).and(Action::Serve)
             }
-            Front::Request(request) => ControlFlow::Continue(self.begin(request, moment)),
-            Front::Opaque => ControlFlow::Continue(self.on_begun(Wanted::Opaque, None, moment.now)),
+            Front::Request(request) => self.begin(request, moment),
+            Front::Opaque => self.on_begun(Wanted::Opaque, None, moment.now),
         }
     }
 
-    fn begin(&mut self, request: Request, moment: &Moment<'_>) -> Actions {
+    fn begin(&mut self, request: Request, moment: &mut Moment<'_>) -> Actions {
+        moment.retries.on_request(moment.now);
         let goes_to_all = moment.policy.binding == Binding::Key && request.to_all;
         let broadcast = goes_to_all.then(|| Box::new(Broadcast::new(moment.policy.protocol)));
         self.on_begun(Wanted::Request(request), broadcast, moment.now)
@@ -332,10 +318,7 @@ impl Client {
             unreachable!("one request at a time")
         };
         self.began = true;
-        let action = match &kept {
-            Some(backend) => Action::Prove(backend.conn.conn),
-            None => Action::Acquire,
-        };
+        let action = acquire(kept.as_ref());
         let tried = Tried::default();
         let history = History { since: now, tried, no_endpoint_since: None, broadcast };
         let pending = Pending { wanted, history, wanting: now, awaits_endpoint: None };
@@ -349,6 +332,17 @@ impl Client {
             return Action::Close(CloseReason::Finished).into();
         }
         let mut actions = Actions::NONE;
+        self.settle_after(room, moment, &mut actions);
+        actions
+    }
+
+    /// The same behind other actions, of one that is not done.
+    pub(super) fn settle_after(
+        &mut self,
+        room: Room,
+        moment: &mut Moment<'_>,
+        actions: &mut Actions,
+    ) {
         // A request that is not whole yet has to go on, however short buffers are.
         let (waits_for_more, held) = match &self.state {
             State::Idle { .. } => (self.unsent <= room.max, 0),
@@ -357,7 +351,7 @@ impl Client {
             }
             State::InFlight(flight) => {
                 let streams = flight.is_streaming() && flight.backend.unsent < room.max;
-                (streams, flight.held)
+                (streams, flight.held.max(flight.outgoing))
             }
             State::Leaving { .. } => {
                 moment.buffers.clear(&mut self.input);
@@ -372,7 +366,7 @@ impl Client {
             let side = Side::Client;
             actions.push(if wanted { Action::Resume(side) } else { Action::Pause(side) });
         }
-        self.arm(moment, &mut actions);
+        self.arm(moment, actions);
         let has_nothing = self.is_idle() && self.input.is_empty();
         if moment.drains_since.is_some()
             && has_nothing
@@ -380,7 +374,6 @@ impl Client {
         {
             actions.push(Action::LookBeforeLeaving);
         }
-        actions
     }
 
     /// In a drain, it has nothing under way, and this is what its connection shows.
@@ -432,6 +425,21 @@ impl Client {
         since + limits.endpoint
     }
 
+    /// Its request has waited for a connection for as long as it may, and no endpoint is usable: it waits
+    /// on for as long as for one, if that is longer. Says what is to be done for that.
+    pub fn on_outage(&mut self, moment: &Moment<'_>) -> Option<Actions> {
+        let State::Queued { pending } = &mut self.state else { return None };
+        let since = *pending.history.no_endpoint_since.get_or_insert(pending.wanting);
+        if pending.awaits_endpoint.is_some() || since + moment.policy.limits.endpoint <= moment.now
+        {
+            return None;
+        }
+        pending.awaits_endpoint = Some(since);
+        let mut actions = Actions::NONE;
+        self.arm(moment, &mut actions);
+        Some(actions)
+    }
+
     /// There are endpoints. If its request has waited for one, it now waits for a connection.
     pub(super) fn on_endpoints(&mut self, now: Instant) {
         let Some(pending) = self.state.pending_mut() else { unreachable!("it wants none") };
@@ -441,12 +449,13 @@ impl Client {
     }
 
     /// Its request has joined the queue.
-    pub fn on_waiting(&mut self) {
+    pub fn on_waiting(&mut self, moment: &mut Moment<'_>) -> Actions {
         let State::Ready { pending, kept: None } = mem::replace(&mut self.state, State::EMPTY)
         else {
             unreachable!("it has nothing to wait for")
         };
         self.state = State::Queued { pending };
+        self.settle(moment.room(), moment)
     }
 
     /// Its request has left the queue to be placed again.
@@ -467,7 +476,8 @@ impl Client {
         actions
     }
 
-    /// It is closed for `reason`: how, and what is to be done before.
+    /// It is closed for `reason`: how, and what is to be done before. A connection without a request
+    /// on it is to be [released](Client::release) behind that.
     pub fn on_closing(
         &mut self,
         reason: CloseReason,
@@ -485,11 +495,11 @@ impl Client {
         let mut actions = Actions::NONE;
         let uncounted = match mem::replace(&mut self.state, State::EMPTY) {
             State::Idle { kept } | State::Leaving { kept } => {
-                actions.extend(kept.map(Backend::release));
+                self.state = State::Leaving { kept };
                 None
             }
             State::Ready { pending, kept } => {
-                actions.extend(kept.map(Backend::release));
+                self.state = State::Leaving { kept };
                 Some(pending.wanted.verb())
             }
             State::Queued { pending } => {
@@ -551,4 +561,9 @@ impl Client {
             uncounted,
         }
     }
+}
+
+/// How a request gets a connection: the one that its client holds is looked at before it is used again.
+pub(super) fn acquire(kept: Option<&Backend>) -> Action {
+    kept.map_or(Action::Acquire, |backend| Action::Prove(backend.conn.conn))
 }

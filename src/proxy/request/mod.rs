@@ -44,7 +44,7 @@ mod upload;
 
 use std::time::Instant;
 
-pub use action::{Action, Actions, ClientEnding, DiscardHow};
+pub use action::{Action, Actions, ClientEnding, DiscardHow, Fate};
 pub use broadcast::Broadcast;
 pub use client::{Client, OpaqueParts, Target};
 pub use error_reply::{write_away, write_error_reply};

@@ -6,6 +6,7 @@ use super::Binding;
 use crate::config::{Balance, Locality, PoolMode, Protocol, RouteConfig};
 use crate::io::buffers::Buffers;
 use crate::limits;
+use crate::proxy::retry_budget::RetryBudget;
 
 /// Time limits of a client.
 #[derive(Debug, Clone, Copy)]
@@ -75,6 +76,8 @@ pub struct Moment<'a> {
     pub policy: &'a Policy,
     /// The worker's buffers.
     pub buffers: &'a mut Buffers,
+    /// The retries that may be made.
+    pub retries: &'a mut RetryBudget,
     /// Room for a request that lies in several buffers.
     pub scratch: &'a mut [u8],
     /// Since when clients are to leave, if they are.

@@ -3,16 +3,17 @@
 use std::mem;
 use std::time::Instant;
 
-use super::action::{Action, Actions};
+use super::action::{Action, Actions, Fate};
 use super::backend::Backend;
 use super::client::Client;
 use super::policy::Moment;
 use super::state::{History, InFlight, Pending, Progress, State, Wanted};
 use super::{BackendConn, Broadcast, ErrorReply, Reply, Request};
-use crate::io::Buf;
 use crate::io::buffers::Buffers;
+use crate::io::{Buf, ConnId};
 use crate::metrics::{CloseReason, Discard, Outcome, Retry};
 use crate::proxy::Side;
+use crate::proxy::endpoints::EndpointId;
 use crate::proxy::session::Tried;
 
 /// What is to be done with bytes that a backend sent.
@@ -20,6 +21,8 @@ use crate::proxy::session::Tried;
 pub struct Replied {
     /// So many of them, at the front, are sent to the client; the rest is dropped.
     pub passed: usize,
+    /// The endpoint has answered on this connection, which was made then.
+    pub answered: Option<(EndpointId, ConnId, Instant)>,
     /// And then this.
     pub actions: Actions,
 }
@@ -52,11 +55,13 @@ struct Failed {
     held: u32,
     /// The client has a part of the reply.
     has_part: bool,
+    /// The number of the store that it is for, if it lacks that.
+    store: Option<u16>,
 }
 
 impl Client {
     /// Its request has got a connection, which is open and silent.
-    pub fn on_acquired(&mut self, conn: BackendConn, moment: &Moment<'_>) -> Actions {
+    pub fn on_acquired(&mut self, conn: BackendConn, moment: &mut Moment<'_>) -> Actions {
         let (State::Queued { pending } | State::Ready { pending, kept: None }) =
             mem::replace(&mut self.state, State::EMPTY)
         else {
@@ -66,7 +71,7 @@ impl Client {
     }
 
     /// The connection that it holds was looked at: why it must not be used again, if it must not.
-    pub fn on_proved(&mut self, why_not: Option<Discard>, moment: &Moment<'_>) -> Actions {
+    pub fn on_proved(&mut self, why_not: Option<Discard>, moment: &mut Moment<'_>) -> Actions {
         let State::Ready { pending, kept: Some(backend) } =
             mem::replace(&mut self.state, State::EMPTY)
         else {
@@ -78,12 +83,17 @@ impl Client {
             None => self.use_backend(pending, backend, moment),
             Some(why) => {
                 self.state = State::Ready { pending, kept: None };
-                backend.discard(why).into()
+                Actions::from(backend.discard(why)).and(Action::Acquire)
             }
         }
     }
 
-    fn use_backend(&mut self, pending: Pending, backend: Backend, moment: &Moment<'_>) -> Actions {
+    fn use_backend(
+        &mut self,
+        pending: Pending,
+        backend: Backend,
+        moment: &mut Moment<'_>,
+    ) -> Actions {
         let Pending { wanted, history, wanting, .. } = pending;
         let Wanted::Request(request) = wanted else {
             let uncounted = Some(wanted.verb());
@@ -91,23 +101,30 @@ impl Client {
             return Action::BecomeOpaque.into();
         };
         self.framing.on_asked();
-        let waited = Action::Waited(moment.now.saturating_duration_since(wanting));
-        let send = Action::Send(backend.conn.conn);
+        let BackendConn { conn, endpoint, .. } = backend.conn;
+        let asks = Action::Asks(endpoint, conn, moment.now.saturating_duration_since(wanting));
         self.state = State::InFlight(InFlight::new(request, history, backend, moment.now));
-        let mut actions = Actions::from(waited).and(send);
-        self.arm(moment, &mut actions);
+        let mut actions = Actions::from(asks).and(Action::Send(conn));
+        if request.whole {
+            self.settle_after(moment.room(), moment, &mut actions);
+        } else {
+            // The rest of it follows.
+            actions.push(Action::Serve);
+        }
         actions
     }
 
-    /// The next bytes that the backend is to be sent, after [`Action::Send`].
+    /// Whether bytes are still to be sent to the backend, after [`Action::Send`].
+    pub fn has_outgoing(&self) -> bool {
+        self.state.in_flight().is_some_and(|flight| flight.outgoing > 0)
+    }
+
+    /// The next of them.
     ///
     /// # Errors
     /// No buffer is free for them.
-    pub fn take_outgoing(&mut self, buffers: &mut Buffers) -> Result<Option<Buf>, NoBuffer> {
+    pub fn take_outgoing(&mut self, buffers: &mut Buffers) -> Result<Buf, NoBuffer> {
         let State::InFlight(flight) = &mut self.state else { unreachable!("nothing is sent") };
-        if flight.outgoing == 0 {
-            return Ok(None);
-        }
         let buf = if flight.held > 0 {
             // Its bytes stay where they are, to be sent again.
             buffers.duplicate(&self.input, mem::take(&mut flight.outgoing)).ok_or(NoBuffer)?
@@ -116,7 +133,7 @@ impl Client {
             flight.outgoing -= buf.len();
             buf
         };
-        Ok(Some(buf))
+        Ok(buf)
     }
 
     /// Sends on what has come of a request that is longer than what was held of it.
@@ -131,11 +148,11 @@ impl Client {
                 let len = more.map_or(self.input.bytes(), |(len, _)| len);
                 moment.buffers.advance(&mut self.input, len);
                 flight.cut = true;
-                Actions::NONE
+                Action::Serve.into()
             }
             Some((len, _)) => {
                 flight.on_queued(len, moment.now);
-                Action::Send(flight.backend.conn.conn).into()
+                Actions::from(Action::Send(flight.backend.conn.conn)).and(Action::Serve)
             }
             None => self.become_opaque(),
         }
@@ -173,12 +190,12 @@ impl Client {
             // Between two requests of a client, or behind a reply that came early.
             _ => {
                 let actions = self.on_backend_lost(Discard::Unexpected, Retry::Broken, moment);
-                return Replied { passed: 0, actions };
+                return Replied { passed: 0, answered: None, actions };
             }
         };
         self.active = moment.now;
         flight.on_reply(moment.now);
-        let BackendConn { endpoint, made, .. } = flight.backend.conn;
+        let BackendConn { conn, endpoint, made, .. } = flight.backend.conn;
         let bytes = moment.buffers.bytes(buf);
         let reply = self.framing.reply(bytes);
         let count = if let Reply::Surplus(count) = reply { count } else { bytes.len() };
@@ -196,8 +213,7 @@ impl Client {
             Reply::Surplus(_) => self.conclude(Some(Discard::Unexpected), moment),
             Reply::Opaque => self.on_opaque_reply(moment.now),
         };
-        let answered = Actions::from(Action::Answered(endpoint, made));
-        Replied { passed, actions: answered.then(&actions) }
+        Replied { passed, answered: Some((endpoint, conn, made)), actions }
     }
 
     fn on_part(&mut self, moment: &Moment<'_>) -> Actions {
@@ -345,12 +361,12 @@ impl Client {
         (broadcast, Actions::from(count).and(Action::Serve))
     }
 
-    /// Its request gets an error in place of a connection. `store` is the name of the store that it
-    /// is for, if it is for one.
+    /// Its request gets an error in place of a connection. `store` is the number and the name of the
+    /// store that it is for, if it is for one.
     pub fn fail(
         &mut self,
         error: ErrorReply,
-        store: Option<&str>,
+        store: Option<(u16, &str)>,
         moment: &mut Moment<'_>,
     ) -> Actions {
         let mut actions = Actions::NONE;
@@ -364,10 +380,11 @@ impl Client {
         };
         let Pending { wanted, history, .. } = pending;
         if let (Wanted::Request(request), Some(_)) = (wanted, &history.broadcast) {
-            return actions
-                .then(&self.fail_store(request, history, kept, error, store, moment.now));
+            let name = store.map(|(_, name)| name);
+            return actions.then(&self.fail_store(request, history, kept, error, name, moment.now));
         }
-        let failed = Failed { wanted, history, kept, held: wanted.len(), has_part: false };
+        let (held, store) = (wanted.len(), store.map(|(number, _)| number));
+        let failed = Failed { wanted, history, kept, held, has_part: false, store };
         actions.then(&self.reply_with(failed, error, moment))
     }
 
@@ -390,7 +407,7 @@ impl Client {
             return discard.then(&next);
         }
         let wanted = Wanted::Request(request);
-        let failed = Failed { wanted, history, kept: None, held, has_part };
+        let failed = Failed { wanted, history, kept: None, held, has_part, store: None };
         discard.then(&self.reply_with(failed, error, moment))
     }
 
@@ -417,7 +434,7 @@ impl Client {
         error: ErrorReply,
         moment: &mut Moment<'_>,
     ) -> Actions {
-        let Failed { wanted, history, kept, held, has_part } = failed;
+        let Failed { wanted, history, kept, held, has_part, store } = failed;
         moment.buffers.advance(&mut self.input, held);
         let took = moment.now.saturating_duration_since(history.since);
         let count = Action::Count(wanted.verb(), error.outcome(), took);
@@ -426,7 +443,7 @@ impl Client {
             self.state = State::Idle { kept };
             return Actions::from(count).and(Action::Close(CloseReason::BackendReset));
         }
-        let actions = Actions::from(Action::Reply(error, wanted.key())).and(count);
+        let actions = Actions::from(Action::Reply(error, store)).and(count);
         if moment.policy.ends_after_error {
             return actions.then(&self.leave(kept, moment.now));
         }
@@ -483,6 +500,10 @@ impl Client {
         if !flight.request.repeatable || attempts >= moment.policy.attempts_max {
             return self.fail_in_flight(ErrorReply::Lost, discard, moment);
         }
+        if !why.is_free() && !moment.retries.take(moment.now) {
+            let failed = self.fail_in_flight(ErrorReply::Lost, discard, moment);
+            return Actions::from(Action::CountRefusedRetry).then(&failed);
+        }
         let State::InFlight(flight) = mem::replace(&mut self.state, State::EMPTY) else {
             unreachable!("it is in flight")
         };
@@ -494,10 +515,10 @@ impl Client {
         discard.and(Action::CountRetry(why)).and(Action::Serve)
     }
 
-    /// Gives its connection back, after [`Action::ReleaseSoon`].
-    pub fn release(&mut self) -> Actions {
+    /// What becomes of its connection, after [`Action::ReleaseSoon`].
+    pub fn release(&mut self) -> Option<Fate> {
         // One that was lost since has none.
-        self.state.take_kept().map_or(Actions::NONE, |kept| kept.release().into())
+        self.state.take_kept().map(Backend::release)
     }
 
     /// Its connection is of no more use, if it holds one without a request on it.

@@ -28,15 +28,15 @@ impl Session {
     pub fn deadline(&self, timeouts: &Timeouts) -> Option<Instant> {
         if self.state == State::Connecting {
             // The attempt has a timer of its own.
-            let may_have_left = self.to_backend.is_ending() && self.early.is_empty();
-            return may_have_left.then(|| self.active + LEFT_AFTER);
+            return self.may_have_left().then(|| self.active + LEFT_AFTER);
         }
         if let Some(failure) = self.failure {
             return Some((failure.looked + FAILURE_LOOK).min(self.active + stall_max(timeouts)));
         }
         let half_close = timeouts.half_close.filter(|_| self.is_half_closed());
-        let limit = half_close.or(timeouts.idle);
-        limit.map(|limit| self.active + limit)
+        let limit = half_close.or(timeouts.idle).map(|limit| self.active + limit);
+        let limits = [limit, self.cancel_deadline()];
+        limits.into_iter().flatten().min()
     }
 
     /// The time of [`Session::deadline`] has come, or had come before later activity moved it.
@@ -55,6 +55,7 @@ impl Session {
             Some(deadline) if deadline <= now && self.state == State::Connecting => {
                 Action::Close(CloseReason::ClientLeft)
             }
+            Some(_) if self.is_cancel_overdue(now) => Action::Close(CloseReason::Finished),
             Some(deadline) if deadline <= now => {
                 let half_close = self.is_half_closed() && timeouts.half_close.is_some();
                 Action::Close(if half_close {

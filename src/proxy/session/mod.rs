@@ -5,7 +5,7 @@
 //!  │ ▲  │ │                  ├─ a side broke: what it sent before still goes out, then ▶ reset
 //!  └─┘  │ │                  └─ deadline ▶ reset
 //! next  │ └─the client left──▶ closed
-//! one   └──none left─────────▶ closed
+//! one   └──none is usable────▶ it waits, and is connected later, or ▶ closed
 //! ```
 //!
 //! A client can leave before it has a backend. A break is leaving. So is an end of stream before
@@ -24,11 +24,13 @@ use std::time::{Duration, Instant};
 
 use super::Side;
 use super::endpoints::EndpointId;
+use super::outage::Ticket;
 use super::pulse::Pulse;
 use super::relay::{Flow, Relay};
 use crate::io::{Chain, ConnId};
 use crate::metrics::CloseReason;
 
+mod cancel;
 mod deadline;
 mod ending;
 #[cfg(test)]
@@ -108,12 +110,22 @@ pub struct Session {
     to_client: Relay,
     /// What the client sent before there was a backend.
     early: Chain,
+    /// A request that every endpoint is to have.
+    cancel: Option<cancel::Cancel>,
     failure: Option<Failure>,
     opened: Instant,
+    /// Since when it has looked for a backend.
+    seeking: Instant,
+    /// Its place among those that wait, if it has had to.
+    ticket: Option<Ticket>,
+    /// While it waits: what it is closed for once that has been too long.
+    waits: Option<CloseReason>,
     active: Instant,
     first_byte: FirstByte,
     /// When its connection was made, if that was in advance.
     warm_since: Option<Instant>,
+    /// When the connect under way was started.
+    connecting: Option<Instant>,
     connected: Instant,
     /// Bytes of ours went ahead of the client's.
     prefaced: bool,
@@ -139,11 +151,16 @@ impl Session {
             to_backend: Relay::default(),
             to_client: Relay::default(),
             early: Chain::default(),
+            cancel: None,
             failure: None,
             opened: now,
+            seeking: now,
+            ticket: None,
+            waits: None,
             active: now,
             first_byte: FirstByte::Unasked,
             warm_since: None,
+            connecting: None,
             connected: now,
             prefaced: false,
             greeted: false,
@@ -155,8 +172,9 @@ impl Session {
     }
 
     /// It is to have another connection. The worker closes the one that it had.
-    pub fn on_moved(&mut self) {
+    pub fn on_moved(&mut self, now: Instant) {
         self.state = State::Connecting;
+        self.seeking = now;
         self.endpoint = None;
         self.backend = None;
         self.to_backend = Relay::default();
@@ -164,7 +182,7 @@ impl Session {
         self.failure = None;
         self.warm_since = None;
         self.prefaced = false;
-        self.heard = false;
+        self.heard = self.cancel.is_some();
         self.backend_pulse = Pulse::default();
     }
 
@@ -209,6 +227,23 @@ impl Session {
         }
     }
 
+    /// The endpoint and the connection to it, once there is one.
+    pub fn backend(&self) -> Option<(EndpointId, ConnId)> {
+        Some((self.endpoint?, self.backend?))
+    }
+
+    /// Whether its backend has been sent nothing yet that the client sent.
+    pub fn is_unasked(&self) -> bool {
+        self.is_open() && self.first_byte == FirstByte::Unasked && !self.to_backend.is_broken()
+    }
+
+    /// Whether the end of a handshake or the first byte of a reply is to come.
+    #[cfg(test)]
+    pub fn awaits_backend(&self) -> bool {
+        let is_asked = matches!(self.first_byte, FirstByte::Asked(_));
+        self.backend.is_some() && (!self.is_open() || is_asked)
+    }
+
     /// The endpoint that serves the session or is being tried for it.
     pub fn endpoint(&self) -> Option<EndpointId> {
         self.endpoint
@@ -224,9 +259,60 @@ impl Session {
         self.state == State::Open
     }
 
-    /// Whether no endpoint has been tried, for want of any.
+    /// Whether it waits for an endpoint.
     pub fn awaits_endpoint(&self) -> bool {
-        self.state == State::Connecting && self.tried.attempts() == 0
+        self.waits.is_some()
+    }
+
+    /// What it is to be closed for if it has waited until `now` and may do so for `limit`.
+    pub fn waited_too_long(&self, limit: Duration, now: Instant) -> Option<CloseReason> {
+        self.waits.filter(|_| self.waits_until(limit) <= now)
+    }
+
+    /// Until when it waits, if it may do so for `limit`.
+    pub fn waits_until(&self, limit: Duration) -> Instant {
+        self.seeking + limit
+    }
+
+    /// Since when it has looked for a backend.
+    pub fn seeking(&self) -> Instant {
+        self.seeking
+    }
+
+    /// Its place among those that wait, if it has had to wait.
+    pub fn ticket(&self) -> Option<Ticket> {
+        self.ticket
+    }
+
+    /// It is served, or over: it needs its place in line no more. Says whether it had one.
+    pub fn take_ticket(&mut self) -> bool {
+        self.ticket.take().is_some()
+    }
+
+    /// It waits for an endpoint, and is to be closed for `reason` if that is for too long. Those that it
+    /// has tried may be tried again.
+    pub fn on_waiting(&mut self, ticket: Ticket, reason: CloseReason) {
+        assert_eq!(self.state, State::Connecting, "an open session has an endpoint");
+        assert!(self.endpoint.is_none() && self.waits.is_none(), "it is tried, or waits already");
+        self.tried = Tried::default();
+        self.ticket = Some(ticket);
+        self.waits = Some(reason);
+    }
+
+    /// Its turn has come.
+    pub fn on_waited(&mut self) {
+        assert!(self.waits.take().is_some(), "it waits");
+    }
+
+    /// Whether its client may have left: it ended before its first byte, and nobody has been connected
+    /// for it yet.
+    pub fn may_have_left(&self) -> bool {
+        self.state == State::Connecting && self.to_backend.is_ending() && self.early.is_empty()
+    }
+
+    /// Whether the client has sent something.
+    pub fn has_client_spoken(&self) -> bool {
+        self.first_byte != FirstByte::Unasked
     }
 
     /// How long ago the client was accepted.
@@ -245,18 +331,25 @@ impl Session {
         self.endpoint = Some(endpoint);
         self.backend = backend;
         self.tried.push(endpoint);
+        self.on_cancel_trying(endpoint);
     }
 
     /// A connection is being made for the session.
     pub fn on_connecting(&mut self, backend: ConnId, now: Instant) {
         assert_eq!(self.state, State::Connecting, "an open session has connected");
         self.backend = Some(backend);
+        self.connecting = Some(now);
         self.active = now;
     }
 
-    /// When the connect under way was started.
-    pub fn connecting_since(&self) -> Option<Instant> {
-        (self.state == State::Connecting && self.backend.is_some()).then_some(self.active)
+    /// The connect under way is over, or of no use any more. Says when it was started, if there is one.
+    pub fn take_connect(&mut self) -> Option<Instant> {
+        self.connecting.take()
+    }
+
+    /// Whether a connect is under way.
+    pub fn is_connecting(&self) -> bool {
+        self.connecting.is_some()
     }
 
     /// The attempt failed; another endpoint may be tried.

@@ -48,7 +48,7 @@ impl Session {
     /// Whether nothing has been passed on in either direction, so that another connection would do as
     /// well.
     pub fn is_untouched(&self) -> bool {
-        self.is_open() && self.first_byte == FirstByte::Unasked && !self.greeted
+        self.is_open() && self.is_unasked() && !self.greeted
     }
 
     /// Whether the client has ended its direction or broken its connection.

@@ -1,15 +1,17 @@
 //! Finds sessions a backend, and does for them what concerns the pools.
 
 use std::io;
+use std::net::IpAddr;
 use std::time::Instant;
 
 use super::Route;
 use super::pools::is_local;
 use super::sessions::Outcome;
 use crate::config::{Balance, Locality};
-use crate::io::{Chain, Close, ConnId, Driver, Unheard};
+use crate::io::{Chain, Close, ConnId, Driver};
 use crate::metrics::{Checkout, CloseReason};
 use crate::proxy::Side;
+use crate::proxy::balance::Entry;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::session::{Action, Session, Tried};
 use crate::slab::Key;
@@ -19,7 +21,14 @@ use crate::worker::owners::Owner;
 impl Route {
     pub(super) fn begin_session<D: Driver>(&mut self, cx: &mut Context<D>, client: ConnId) {
         let key = self.sessions.begin(cx, client);
-        self.dispatch(cx, key, CloseReason::NoEndpoint);
+        self.retries.on_request(cx.now);
+        let others_wait = !self.sessions.line.is_empty();
+        if self.may_wait() && (others_wait || self.pools.table.is_outage(cx.now)) {
+            let reason = self.why_unusable();
+            self.have_wait(cx, key, reason);
+        } else {
+            self.dispatch(cx, key, CloseReason::NoEndpoint);
+        }
         self.sessions.listen_to_early(cx, key);
     }
 
@@ -32,14 +41,15 @@ impl Route {
     ) {
         match outcome {
             Outcome::Done => {}
+            Outcome::Asked => self.on_session_asked(cx, key),
             Outcome::Answered => self.on_session_answered(cx, key),
-            Outcome::Waits => self.dispatch_heard(cx, key),
+            Outcome::Replied => self.on_session_replied(cx, key),
             Outcome::Over(reason) => self.close_session(cx, key, reason),
         }
     }
 
-    /// Finds the session a backend: an idle connection, or one made for it. Closes it for
-    /// `otherwise` when there is no endpoint left to try.
+    /// Finds the session a backend: an idle connection, or one made for it. When there is no endpoint
+    /// left to try, it waits, or is closed for `otherwise`.
     pub(super) fn dispatch<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
@@ -49,10 +59,23 @@ impl Route {
         loop {
             let session = self.sessions.of(key);
             let (client, tried) = (session.client(), *session.tried());
-            let Some(endpoint) = self.choose(cx, client, &tried, otherwise) else {
+            let is_cancel = session.cancel().is_some();
+            let chosen = if is_cancel {
+                self.pools.table.next_of_all(session.cancel_reached(), &tried)
+            } else if self.may_wait() {
+                self.choose_among(cx, client, &tried, Entry::is_usable)
+            } else {
+                self.choose(cx, client, &tried, otherwise)
+            };
+            let Some(endpoint) = chosen else {
                 return self.on_none_left(cx, key, otherwise);
             };
-            if tried.attempts() > 0 {
+            let costs = !is_cancel
+                && matches!(otherwise, CloseReason::ConnectFailed | CloseReason::ConnectTimeout);
+            if costs && !self.takes_retry(cx) {
+                return self.on_none_left(cx, key, otherwise);
+            }
+            if tried.attempts() > 0 && !is_cancel {
                 self.stats.connect_retries.add(1);
             }
             match self.try_endpoint(cx, key, endpoint) {
@@ -63,14 +86,15 @@ impl Route {
                 }
                 Err(error) => {
                     self.pools.on_endpoint_unreachable(cx, endpoint, &error);
-                    self.leave_endpoint(key);
+                    self.leave_endpoint(cx, key);
                     otherwise = CloseReason::ConnectFailed;
                 }
             }
         }
     }
 
-    /// The endpoint to try next for a session whose latest attempt ended for `otherwise`.
+    /// The endpoint to try next for a session whose latest attempt ended for `otherwise`, where none
+    /// waits: should no usable one be left, any.
     fn choose<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
@@ -81,72 +105,84 @@ impl Route {
         if tried.attempts() >= self.config.connect_attempts {
             return None;
         }
-        let source = (self.config.balance == Balance::SourceHash)
-            .then(|| cx.driver.peer_address(client))
-            .flatten()
-            .and_then(|address| address.ip());
-        let mut choose = |tried: &Tried| {
-            if self.config.locality == Locality::Off {
-                return self.pools.table.choose(tried, source, &mut cx.rng);
-            }
-            let (chosen, spilled) = self.pools.table.choose_near(tried, source, &mut cx.rng);
-            spilled.inspect(|&why| self.stats.count_spillover(why));
-            chosen
-        };
         // A handshake that got lost, in a full accept queue for one, is worth another try, and so is
         // the endpoint of an idle connection that was dead. A refusal is an answer.
         let lost = matches!(otherwise, CloseReason::ConnectTimeout | CloseReason::BackendReset);
-        choose(tried).or_else(|| lost.then(|| choose(&Tried::default())).flatten())
+        let source = self.source_of(cx, client);
+        let chosen = self.choose_untried(cx, tried, source);
+        chosen
+            .or_else(|| lost.then(|| self.choose_untried(cx, &Tried::default(), source)).flatten())
     }
 
-    /// There is no endpoint left to try. Where there is none at all, a session waits until one comes or
-    /// its time is up.
+    /// The endpoint to try next for a session, of those that are fit for it now.
+    pub(super) fn choose_among<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        client: ConnId,
+        tried: &Tried,
+        is_fit: impl Fn(&Entry, Instant) -> bool,
+    ) -> Option<EndpointId> {
+        if tried.attempts() >= self.config.connect_attempts {
+            return None;
+        }
+        let source = self.source_of(cx, client);
+        let mut passed_over = *tried;
+        loop {
+            let endpoint = self.choose_untried(cx, &passed_over, source)?;
+            if self.pools.table.get(endpoint).is_some_and(|entry| is_fit(entry, cx.now)) {
+                return Some(endpoint);
+            }
+            let before = passed_over.attempts();
+            passed_over.push(endpoint);
+            if passed_over.attempts() == before {
+                return None; // More than can be passed over: another turn.
+            }
+        }
+    }
+
+    fn choose_untried<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        tried: &Tried,
+        source: Option<IpAddr>,
+    ) -> Option<EndpointId> {
+        if self.config.locality == Locality::Off {
+            return self.pools.table.choose(tried, source, cx.now, &mut cx.rng);
+        }
+        let (chosen, spilled) = self.pools.table.choose_near(tried, source, cx.now, &mut cx.rng);
+        spilled.inspect(|&why| self.stats.count_spillover(why));
+        chosen
+    }
+
+    /// Where a client comes from, if that says where it goes.
+    fn source_of<D: Driver>(&self, cx: &Context<D>, client: ConnId) -> Option<IpAddr> {
+        (self.config.balance == Balance::SourceHash)
+            .then(|| cx.driver.peer_address(client))
+            .flatten()
+            .map(|address| address.ip())
+    }
+
+    /// There is no endpoint left to try for a session. It waits for one, if it may.
     fn on_none_left<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         key: Key<Session>,
         otherwise: CloseReason,
     ) {
-        if !self.pools.table.is_empty() {
-            return self.close_session(cx, key, otherwise);
-        }
         let session = self.sessions.of(key);
-        let left = self.config.endpoint_wait.saturating_sub(session.age(cx.now));
-        if session.awaits_endpoint() && !left.is_zero() {
-            cx.timers.set(session.client().index(), cx.now + left);
+        if session.is_cancel_delivered() {
+            return self.close_session(cx, key, CloseReason::Finished);
+        }
+        // A cancel request that reaches nobody has nothing to wait for.
+        let is_cancel = session.cancel().is_some();
+        if self.may_wait() && !is_cancel {
+            self.have_wait(cx, key, otherwise);
         } else {
-            self.close_session(cx, key, CloseReason::NoEndpoint);
+            self.give_up(cx, key, otherwise);
         }
     }
 
-    /// There are endpoints again: those that wait for one are served.
-    pub(super) fn dispatch_waiting<D: Driver>(&mut self, cx: &mut Context<D>) {
-        for slot in 0..self.sessions.slots() {
-            let Some(key) = self.sessions.key_at(slot) else { continue };
-            let session = self.sessions.of(key);
-            if !session.awaits_endpoint() {
-                continue;
-            }
-            // One that may have left is served once that is heard: if there are bytes before its end,
-            // they come first.
-            let (client, silent) = (session.client(), !session.has_early());
-            if silent && cx.driver.unheard(client) == Unheard::End {
-                continue;
-            }
-            cx.timers.clear(client.index());
-            self.dispatch(cx, key, CloseReason::NoEndpoint);
-        }
-    }
-
-    /// A client that waits for an endpoint has sent something, so it has not left.
-    fn dispatch_heard<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) {
-        if !self.pools.table.is_empty() {
-            cx.timers.clear(self.sessions.of(key).client().index());
-            self.dispatch(cx, key, CloseReason::NoEndpoint);
-        }
-    }
-
-    fn try_endpoint<D: Driver>(
+    pub(super) fn try_endpoint<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         key: Key<Session>,
@@ -156,7 +192,7 @@ impl Route {
         let Some(entry) = self.pools.table.get_mut(endpoint) else {
             unreachable!("the table has what it chose")
         };
-        let address = entry.endpoint.address;
+        let address = entry.endpoint.address.clone();
         let warm = self.pools.table.enter(endpoint, cx.now);
         self.pools.mark_short(endpoint);
         self.sessions.of(key).on_trying(endpoint, warm.map(|(conn, _)| conn));
@@ -174,7 +210,27 @@ impl Route {
         cx.owners.insert(backend, self.id, Owner::Session(key, Side::Backend));
         cx.timers.set(backend.index(), cx.now + self.config.connect_timeout);
         self.sessions.of(key).on_connecting(backend, cx.now);
+        self.pools.table.asked(endpoint, backend, cx.now);
+        if let Some(entry) = self.pools.table.get_mut(endpoint) {
+            entry.recovery.on_connecting();
+        }
         Ok(())
+    }
+
+    /// Takes one of the retries that may be made, if one is left.
+    pub(super) fn takes_retry<D: Driver>(&mut self, cx: &Context<D>) -> bool {
+        let taken = self.retries.take(cx.now);
+        if !taken {
+            self.stats.retries_refused.add(1);
+        }
+        taken
+    }
+
+    /// The first bytes of a session went to its backend.
+    fn on_session_asked<D: Driver>(&mut self, cx: &Context<D>, key: Key<Session>) {
+        if let Some((endpoint, conn)) = self.sessions.of(key).backend() {
+            self.pools.table.asked(endpoint, conn, cx.now);
+        }
     }
 
     pub(super) fn on_session_connected<D: Driver>(
@@ -185,10 +241,12 @@ impl Route {
     ) {
         cx.timers.clear(backend.index());
         let session = self.sessions.of(key);
-        let (Some(since), Some(endpoint)) = (session.connecting_since(), session.endpoint()) else {
+        let (since, endpoint) = (self.pools.on_connect_over(session), session.endpoint());
+        let (Some(since), Some(endpoint)) = (since, endpoint) else {
             unreachable!("a session that connects has an endpoint")
         };
         self.stats.connect_duration.record(cx.now.saturating_duration_since(since));
+        self.pools.table.shook_hands(endpoint, backend, cx.now);
         self.pools.on_endpoint_connected(cx, endpoint);
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
             entry.pool.on_miss_served();
@@ -211,7 +269,7 @@ impl Route {
         {
             self.pools.on_endpoint_unreachable(cx, endpoint, error);
         }
-        self.leave_endpoint(key);
+        self.leave_endpoint(cx, key);
         let otherwise = match error.kind() {
             io::ErrorKind::TimedOut => CloseReason::ConnectTimeout,
             _ => CloseReason::ConnectFailed,
@@ -219,16 +277,25 @@ impl Route {
         self.dispatch(cx, key, otherwise);
     }
 
-    fn leave_endpoint(&mut self, key: Key<Session>) {
+    pub(super) fn leave_endpoint<D: Driver>(&mut self, cx: &Context<D>, key: Key<Session>) {
         let session = self.sessions.of(key);
-        let endpoint = session.endpoint();
+        self.pools.on_connect_over(session);
+        let (endpoint, backend) = (session.endpoint(), session.conn(Side::Backend));
         session.on_connect_failed();
-        self.release(endpoint);
+        self.leave(cx, endpoint, backend);
     }
 
-    /// A session no longer counts as one of its endpoint's.
-    pub(super) fn release(&mut self, endpoint: Option<EndpointId>) {
+    /// A session no longer counts as one of its endpoint's, nor does what it waits for there.
+    pub(super) fn leave<D: Driver>(
+        &mut self,
+        cx: &Context<D>,
+        endpoint: Option<EndpointId>,
+        backend: Option<ConnId>,
+    ) {
         let Some(endpoint) = endpoint else { return };
+        if let Some(conn) = backend {
+            self.pools.table.unanswered(endpoint, conn, cx.now);
+        }
         if self.reuses_conns() {
             // It was a client whose bytes had become opaque: its place is free for who waits.
             self.pools.table.opaque_closed(endpoint);
@@ -257,7 +324,9 @@ impl Route {
         key: Key<Session>,
         from: Side,
     ) {
-        if from == Side::Backend && self.on_backend_gone(cx, key, false) {
+        if from == Side::Backend
+            && (self.ask_next_to_cancel(cx, key) || self.on_backend_gone(cx, key, false))
+        {
             return;
         }
         self.apply_event(cx, key, |session, now| session.on_ended(from, now));
@@ -269,10 +338,29 @@ impl Route {
         key: Key<Session>,
         from: Side,
     ) {
-        if from == Side::Backend && self.on_backend_gone(cx, key, true) {
+        if from == Side::Backend
+            && (self.ask_next_to_cancel(cx, key) || self.on_backend_gone(cx, key, true))
+        {
             return;
         }
         self.apply_event(cx, key, |session, now| session.on_receive_failed(from, now));
+    }
+
+    /// An endpoint is through with a cancel request: the next one gets it. Says whether there is one.
+    fn ask_next_to_cancel<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) -> bool {
+        let session = self.sessions.of(key);
+        session.on_cancel_delivered();
+        let (endpoint, backend) = (session.endpoint(), session.conn(Side::Backend));
+        let (tried, reached) = (*session.tried(), session.cancel_reached());
+        if session.cancel().is_none()
+            || self.pools.table.next_of_all(reached, &tried).is_none()
+            || !self.sessions.move_cancel(cx, key)
+        {
+            return false;
+        }
+        self.leave(cx, endpoint, backend);
+        self.dispatch(cx, key, CloseReason::Finished);
+        true
     }
 
     pub(super) fn on_session_deadline<D: Driver>(
@@ -281,8 +369,10 @@ impl Route {
         key: Key<Session>,
     ) {
         if self.sessions.of(key).awaits_endpoint() {
-            // The timer may have fired for a moment too early: it is set again then.
-            return self.dispatch(cx, key, CloseReason::NoEndpoint);
+            return self.on_wait_over(cx, key);
+        }
+        if self.sessions.of(key).is_cancel_overdue(cx.now) && self.ask_next_to_cancel(cx, key) {
+            return;
         }
         let outcome = self.sessions.on_deadline(cx, key);
         self.follow(cx, key, outcome);
@@ -305,9 +395,16 @@ impl Route {
         key: Key<Session>,
         reason: CloseReason,
     ) {
+        debug_assert!(
+            !reason.is_for_want_of_endpoint()
+                || self.sessions.of(key).cancel().is_some()
+                || self.sessions.of(key).waits_until(self.config.endpoint_wait) <= cx.now,
+            "{reason:?} while it may wait"
+        );
         let mut session = self.sessions.close(cx, key, reason);
         self.judge_closed(cx, &mut session);
-        self.release(session.endpoint());
+        self.pools.on_connect_over(&mut session);
+        self.leave(cx, session.endpoint(), session.conn(Side::Backend));
         self.on_gone(cx, reason, session.age(cx.now));
     }
 

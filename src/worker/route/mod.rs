@@ -10,6 +10,7 @@ mod requests;
 mod sessions;
 mod silence;
 mod upkeep;
+mod waiting;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,11 +18,16 @@ use std::time::Duration;
 use super::context::Context;
 use super::mailbox::Command;
 use crate::config::{Config, PoolMode, RouteConfig};
+use crate::io::net::Credentials;
 use crate::io::{Close, ConnId, Driver};
 use crate::listening::Listening;
 use crate::metrics::{CloseReason, RouteStats};
 use crate::proxy::RouteId;
+#[cfg(test)]
+use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointSnapshot;
+use crate::proxy::outage::Outage;
+use crate::proxy::retry_budget::RetryBudget;
 #[cfg(test)]
 use crate::proxy::session::Session;
 #[cfg(test)]
@@ -40,6 +46,8 @@ pub(super) struct Route {
     requests: Requests,
     pools: Pools,
     silence: Silence,
+    retries: RetryBudget,
+    outage: Outage,
 }
 
 impl Route {
@@ -58,9 +66,11 @@ impl Route {
             id,
             sessions: Sessions::new(id, &config, Arc::clone(stats), places),
             requests: Requests::new(&config, process.drain_delay, places),
-            pools: Pools::new(&config, cx.worker, Arc::clone(stats), pool_conns_max, listening),
+            pools: Pools::new(&config, cx, Arc::clone(stats), pool_conns_max, listening),
             stats: Arc::clone(stats),
             silence: Silence::new(config.tcp_user_timeout),
+            retries: RetryBudget::new(config.retry_budget, cx.now),
+            outage: Outage::default(),
             config,
         }
     }
@@ -73,6 +83,11 @@ impl Route {
             return cx.driver.close(conn, Close::Reset);
         }
         cx.publish_sessions(self.id);
+        if tracing::enabled!(tracing::Level::TRACE)
+            && let Some(Credentials { pid, uid, gid }) = cx.driver.credentials(conn)
+        {
+            tracing::trace!(pid, uid, gid, "a client came by a Unix socket");
+        }
         if self.reuses_conns() {
             self.begin_client(cx, conn);
         } else {
@@ -88,9 +103,6 @@ impl Route {
         self.stats.applied_generation.set(snapshot.generation);
         self.pools.short.clear();
         self.pools.short.extend(self.pools.table.indices());
-        if !self.pools.table.is_empty() {
-            self.dispatch_waiting(cx);
-        }
         self.place_waiting_again(cx);
     }
 
@@ -142,12 +154,30 @@ impl Route {
         self.sessions.get(key).is_some_and(|session| !session.is_open())
     }
 
+    /// What is owed to sessions counts by its age, and nothing else.
+    #[cfg(test)]
+    fn outstanding_invariants(&self) {
+        let keys = (0..self.sessions.slots()).filter_map(|slot| self.sessions.key_at(slot));
+        for session in keys.filter_map(|key| self.sessions.get(key)) {
+            let Some(conn) = session.conn(Side::Backend) else { continue };
+            let owed = self.pools.table.owes(conn);
+            assert!(owed.is_none_or(|owed| owed == session.awaits_backend()), "{session:?}");
+        }
+    }
+
+    /// Sessions that wait for an endpoint.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.sessions.line.held()
+    }
+
     /// Checks what holds between two turns. Returns how many sessions and clients there are.
     #[cfg(test)]
     pub(super) fn assert_invariants<D: Driver>(&self, cx: &Context<D>) -> usize {
         self.sessions.assert_invariants(cx);
         self.assert_pool_invariants(cx);
         self.requests_invariants(cx);
+        self.outstanding_invariants();
         self.sessions.len() + self.requests.clients.len()
     }
 }

@@ -2,14 +2,15 @@
 //!
 //! What concerns others comes back as an [`Outcome`].
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::config::{ProxyProtocol, RouteConfig};
+use crate::config::{Preset, ProxyProtocol, RouteConfig};
 use crate::io::{Buf, Chain, Close, ConnId, Driver};
 use crate::metrics::{CloseReason, Direction, RouteStats};
-use crate::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
+use crate::protocol::postgres::{CANCEL_REQUEST_MAX, is_cancel_request};
+use crate::protocol::proxy_header::{Addresses, HEADER_MAX, write_v1, write_v2};
+use crate::proxy::outage::Line;
 use crate::proxy::session::{Action, Ending, Session, Timeouts};
 use crate::proxy::{RouteId, Side};
 use crate::slab::{Key, Slab};
@@ -26,10 +27,12 @@ struct NoBuffer;
 pub(super) enum Outcome {
     /// Nothing.
     Done,
+    /// The first bytes from its client went to its backend.
+    Asked,
     /// The first byte came from its backend.
     Answered,
-    /// Its client waits for an endpoint and has sent something, so it has not left.
-    Waits,
+    /// The first byte came from its backend since that was asked; it had greeted before.
+    Replied,
     /// It is over, and to be closed.
     Over(CloseReason),
 }
@@ -38,9 +41,13 @@ pub(super) enum Outcome {
 pub(super) struct Sessions {
     route: RouteId,
     slab: Slab<Session>,
+    /// Those that wait for an endpoint.
+    pub(super) line: Line,
     timeouts: Timeouts,
     proxy_protocol: ProxyProtocol,
     stats: Arc<RouteStats>,
+    /// Clients may begin with a cancel request of `PostgreSQL`.
+    has_cancels: bool,
 }
 
 impl Sessions {
@@ -53,8 +60,15 @@ impl Sessions {
     ) -> Self {
         let timeouts =
             Timeouts { idle: config.idle_timeout, half_close: config.half_close_timeout };
-        let proxy_protocol = config.proxy_protocol;
-        Self { route, slab: Slab::with_capacity(places), timeouts, proxy_protocol, stats }
+        Self {
+            route,
+            slab: Slab::with_capacity(places),
+            line: Line::default(),
+            timeouts,
+            proxy_protocol: config.proxy_protocol,
+            stats,
+            has_cancels: config.preset == Preset::Postgres,
+        }
     }
 
     pub(super) fn get(&self, key: Key<Session>) -> Option<&Session> {
@@ -104,6 +118,24 @@ impl Sessions {
         key
     }
 
+    /// A session waits for an endpoint, at the place that it has had in line. Says whether it had none.
+    pub(super) fn have_wait(&mut self, key: Key<Session>, reason: CloseReason) -> bool {
+        let session = &mut self.slab[key];
+        let is_new = session.ticket().is_none();
+        let ticket = session.ticket().unwrap_or_else(|| self.line.ticket(session.seeking()));
+        session.on_waiting(ticket, reason);
+        self.line.join(ticket, key);
+        is_new
+    }
+
+    /// Takes a session out of the line: its turn has come.
+    pub(super) fn serve(&mut self, key: Key<Session>) {
+        let session = &mut self.slab[key];
+        let Some(ticket) = session.ticket() else { unreachable!("it waits in line") };
+        session.on_waited();
+        self.line.leave(ticket);
+    }
+
     /// Receives from a client that has no backend: it may leave. What it sends meanwhile is kept, and
     /// that is at most a buffer: a receive that was stopped once brings one at a time.
     pub(super) fn listen_to_early<D: Driver>(&self, cx: &mut Context<D>, key: Key<Session>) {
@@ -131,15 +163,17 @@ impl Sessions {
         let Ok(preface) = proxy_header(cx, self.proxy_protocol, client) else {
             // Without it the backend would take the client's bytes for the header.
             cx.driver.buffers().clear(&mut greeting);
-            session.on_connecting(backend, cx.now);
             return Outcome::Over(CloseReason::Overload);
         };
         session.on_connected(backend, preface.as_ref().map_or(0, Buf::len), cx.now);
+        if session.take_ticket() {
+            self.line.on_ticket_over();
+        }
         if let Some(buf) = preface {
             cx.driver.send(backend, buf);
         }
         let mut early = session.take_early();
-        let ended = session.has_ended(Side::Client);
+        let (asks, ended) = (!early.is_empty(), session.has_ended(Side::Client));
         cx.driver.join(client, backend);
         cx.driver.receive(client, true);
         cx.driver.receive(backend, true);
@@ -156,7 +190,7 @@ impl Sessions {
             pass_on(cx, session, Side::Backend, buf);
         }
         self.arm_deadline(cx, key);
-        Outcome::Done
+        if asks { Outcome::Asked } else { Outcome::Done }
     }
 
     /// Bytes came from one side: they go to the other one, or are kept while there is none.
@@ -167,6 +201,9 @@ impl Sessions {
         from: Side,
         buf: Buf,
     ) -> Outcome {
+        if self.has_cancels && from == Side::Client && !self.slab[key].has_client_spoken() {
+            self.look_for_cancel(cx, key, &buf);
+        }
         let session = &mut self.slab[key];
         let outcome = count(cx, &self.stats, session, from, buf.len());
         if session.is_open() {
@@ -175,6 +212,57 @@ impl Sessions {
         }
         debug_assert_eq!(from, Side::Client, "there is no backend");
         keep(cx, session, buf)
+    }
+
+    /// Takes note if a client begins with a cancel request. Without a buffer to keep it in, it goes to
+    /// one endpoint only.
+    fn look_for_cancel<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>, buf: &Buf) {
+        let mut bytes = [0; CANCEL_REQUEST_MAX];
+        let begins = cx.driver.buffers().bytes(buf);
+        let len = begins.len();
+        if !is_cancel_request(begins) {
+            return;
+        }
+        bytes[..len].copy_from_slice(begins);
+        let buffers = cx.driver.buffers();
+        let Some(mut copy) = buffers.take() else { return };
+        buffers.space(&mut copy)[..len].copy_from_slice(&bytes[..len]);
+        buffers.set_len(&mut copy, len);
+        let mut request = Chain::default();
+        buffers.push(&mut request, copy);
+        self.slab[key].on_cancel(request);
+        if self.slab[key].is_open() {
+            self.arm_deadline(cx, key);
+        }
+    }
+
+    /// Takes a cancel request from the endpoint that has had it: there is to be another one. Says whether
+    /// it is one. Without a buffer it has come to its end.
+    pub(super) fn move_cancel<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Session>,
+    ) -> bool {
+        let session = &mut self.slab[key];
+        let Some(request) = session.cancel() else { return false };
+        let Some(again) = cx.driver.buffers().duplicate(request, request.bytes()) else {
+            return false;
+        };
+        let ended = session.has_ended(Side::Client);
+        cx.timers.clear(session.client().index());
+        if let Some(backend) = session.conn(Side::Backend) {
+            cx.owners.take(backend);
+            cx.driver.close(backend, Close::Reset);
+        }
+        session.on_moved(cx.now);
+        cx.driver.buffers().push(session.early(), again);
+        if ended {
+            let action = session.on_ended(Side::Client, cx.now);
+            debug_assert_eq!(action, Action::None, "it has asked for something");
+        } else {
+            cx.driver.receive(session.client(), false);
+        }
+        true
     }
 
     /// The same for bytes that were counted before.
@@ -266,7 +354,16 @@ impl Sessions {
         let Some(mut session) = self.slab.remove(key) else {
             unreachable!("a session is closed once")
         };
+        if session.awaits_endpoint()
+            && let Some(ticket) = session.ticket()
+        {
+            self.line.leave(ticket);
+        }
+        if session.take_ticket() {
+            self.line.on_ticket_over();
+        }
         cx.driver.buffers().clear(&mut session.take_early());
+        cx.driver.buffers().clear(&mut session.take_cancel());
         for side in [Side::Client, Side::Backend] {
             if let Some(conn) = session.conn(side) {
                 cx.timers.clear(conn.index());
@@ -282,7 +379,7 @@ impl Sessions {
     /// that belong to a session are its.
     #[cfg(test)]
     pub(super) fn assert_invariants<D: Driver>(&self, cx: &Context<D>) {
-        let mut conns = 0;
+        let (mut conns, mut waiting, mut tickets) = (0, 0, 0);
         for key in (0..self.slots()).filter_map(|slot| self.key_at(slot)) {
             let Some(session) = self.get(key) else { unreachable!("it has a key") };
             for side in [Side::Client, Side::Backend] {
@@ -295,7 +392,17 @@ impl Sessions {
             let has_backend = session.conn(Side::Backend).is_some();
             assert!(has_backend || !session.is_open(), "{key:?} is open without a backend");
             assert!(!session.is_open() || !session.has_early(), "what came early is not sent");
+            let waits = session.awaits_endpoint();
+            waiting += usize::from(waits);
+            tickets += usize::from(session.ticket().is_some());
+            let connects = session.is_connecting();
+            let states = [session.is_open(), connects, waits];
+            assert_eq!(states.map(u8::from).iter().sum::<u8>(), 1, "{key:?}: {states:?}");
+            let ends = cx.timers.is_set(session.client().index());
+            assert!(!waits || ends, "nothing ends the wait of {key:?}");
         }
+        assert_eq!(waiting, self.line.len(), "those that wait are in line");
+        assert_eq!(tickets, self.line.held(), "tickets that are held");
         let is_of_session = |owner: &Owner| matches!(owner, Owner::Session(..));
         let owned =
             cx.owners.of_route(self.route).filter(|owned| is_of_session(&owned.owner)).count();
@@ -303,7 +410,7 @@ impl Sessions {
     }
 }
 
-/// Counts bytes that came from one side. Says whether they are the first from the backend.
+/// Counts bytes that came from one side. Says what is new in that they came.
 fn count<D: Driver>(
     cx: &mut Context<D>,
     stats: &RouteStats,
@@ -314,13 +421,16 @@ fn count<D: Driver>(
     cx.load.batcher.on_active(session.window());
     if from == Side::Client {
         stats.bytes.of(Direction::ToBackend).add(u64::from(bytes));
-        return Outcome::Done;
+        return if session.is_unasked() { Outcome::Asked } else { Outcome::Done };
     }
     stats.bytes.of(Direction::ToClient).add(u64::from(bytes));
-    if let Some(waited) = session.take_first_byte(cx.now) {
-        stats.first_byte.record(waited);
+    let waited = session.take_first_byte(cx.now);
+    waited.inspect(|&waited| stats.first_byte.record(waited));
+    match (session.take_heard(), waited) {
+        (true, _) => Outcome::Answered,
+        (false, Some(_)) => Outcome::Replied,
+        (false, None) => Outcome::Done,
     }
-    if session.take_heard() { Outcome::Answered } else { Outcome::Done }
 }
 
 /// Sends bytes that one side of an open session has sent to the other.
@@ -340,8 +450,7 @@ fn pass_on<D: Driver>(cx: &mut Context<D>, session: &mut Session, from: Side, bu
 fn keep<D: Driver>(cx: &mut Context<D>, session: &mut Session, buf: Buf) -> Outcome {
     cx.driver.buffers().push(session.early(), buf);
     let action = session.on_early(cx.now);
-    let acted = act(cx, session, action);
-    if session.awaits_endpoint() { Outcome::Waits } else { acted }
+    act(cx, session, action)
 }
 
 /// Does what a session answers.
@@ -388,11 +497,13 @@ fn proxy_header<D: Driver>(
         ProxyProtocol::V1 => write_v1,
         ProxyProtocol::V2 => write_v2,
     };
-    let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
-    let source = cx.driver.peer_address(client).and_then(|a| a.tcp()).unwrap_or(nowhere);
-    let destination = cx.driver.local_address(client).and_then(|a| a.tcp()).unwrap_or(nowhere);
+    let addresses = match (cx.driver.peer_address(client), cx.driver.local_address(client)) {
+        (Some(source), Some(destination)) => Some(Addresses { source, destination }),
+        // A Unix socket's client has none, and neither has one that is gone.
+        _ => None,
+    };
     let mut header = [0; HEADER_MAX];
-    let len = write(&mut header, source, destination);
+    let len = write(&mut header, addresses);
     let buffers = cx.driver.buffers();
     let mut buf = buffers.take().ok_or(NoBuffer)?;
     buffers.space(&mut buf)[..len].copy_from_slice(&header[..len]);

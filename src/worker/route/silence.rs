@@ -201,7 +201,7 @@ impl Route {
         self.on_endpoint_silent(cx, endpoint, since);
         match cx.owners.get(conn) {
             Some(&Owner::Session(key, _)) => {
-                if is_fresh && self.move_session(cx, key, true) {
+                if is_fresh && self.move_session(cx, key, Retry::Silent) {
                     return;
                 }
                 self.apply_event(cx, key, |session, now| session.on_silent(Side::Backend, now));

@@ -85,7 +85,7 @@ impl Route {
             return false;
         }
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return false };
-        let address = entry.endpoint.address;
+        let address = entry.endpoint.address.clone();
         self.pools.table.start(endpoint);
         match self.pools.connect(cx, &address) {
             Ok(conn) => {
@@ -177,7 +177,7 @@ impl Route {
             return self.pools.discard_idle(cx, endpoint, conn, Discard::Unexpected);
         }
         if let Some(entry) = self.pools.table.get_mut(endpoint) {
-            entry.pool.on_greeting(cx.now);
+            entry.pool.on_greeting();
             if let Some(made) = entry.pool.made(conn) {
                 self.pools.on_endpoint_well(cx, endpoint, made);
             }
@@ -244,6 +244,14 @@ impl Route {
             entry.pool.on_session_served();
         }
         self.pools.on_endpoint_answered(cx, endpoint, made);
+        self.on_session_replied(cx, key);
+    }
+
+    /// The first byte came from a session's backend since that was sent one, or was connected.
+    pub(super) fn on_session_replied<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) {
+        if let Some((endpoint, conn)) = self.sessions.of(key).backend() {
+            self.pools.table.answered(endpoint, conn, cx.now);
+        }
     }
 
     /// The backend of a session ended or broke its connection. Says whether the session has got
@@ -258,13 +266,19 @@ impl Route {
         let untouched = session.is_untouched();
         let (verdict, endpoint) = (session.judge(broken, cx.now), session.endpoint());
         let Some(endpoint) = endpoint else { return false };
-        match verdict {
+        let why = match verdict {
             Verdict::None => return false,
-            Verdict::Stale => {}
-            Verdict::Forgotten => self.on_forgotten(cx, endpoint),
-            Verdict::Failed => self.pools.on_failed_at_once(cx, endpoint),
-        }
-        untouched && self.move_session(cx, key, verdict == Verdict::Failed)
+            Verdict::Stale => Retry::Forgotten,
+            Verdict::Forgotten => {
+                self.on_forgotten(cx, endpoint);
+                Retry::Forgotten
+            }
+            Verdict::Failed => {
+                self.pools.on_failed_at_once(cx, endpoint);
+                Retry::Ended
+            }
+        };
+        untouched && self.move_session(cx, key, why)
     }
 
     /// Gives a session on which nothing has moved another backend, if it may have one. From one that
@@ -273,18 +287,21 @@ impl Route {
         &mut self,
         cx: &mut Context<D>,
         key: Key<Session>,
-        failed: bool,
+        why: Retry,
     ) -> bool {
         let Some(session) = self.sessions.get_mut(key) else { return false };
         let tried = *session.tried();
+        let elsewhere = why != Retry::Forgotten;
         if tried.attempts() >= self.config.connect_attempts
-            || (failed && !self.pools.table.has_other(&tried))
+            || (elsewhere && !self.pools.table.has_other(&tried))
+            || !(why.is_free() || self.takes_retry(cx))
         {
             return false;
         }
+        let session = self.sessions.of(key);
         let endpoint = session.endpoint();
         let (client, backend) = (session.conn(Side::Client), session.conn(Side::Backend));
-        session.on_moved();
+        session.on_moved(cx.now);
         if let Some(client) = client {
             cx.timers.clear(client.index());
             cx.driver.receive(client, false);
@@ -294,9 +311,9 @@ impl Route {
             cx.owners.take(backend);
             cx.driver.close(backend, Close::Reset);
         }
-        self.release(endpoint);
-        let otherwise = if failed { CloseReason::ConnectFailed } else { CloseReason::BackendReset };
-        self.dispatch(cx, key, otherwise);
+        self.leave(cx, endpoint, backend);
+        // What this costs was taken, so it is none of the attempts that the next may be refused for.
+        self.dispatch(cx, key, CloseReason::BackendReset);
         self.sessions.listen_to_early(cx, key);
         true
     }
@@ -310,21 +327,27 @@ impl Route {
         self.pools.mark_short(endpoint);
     }
 
-    /// A client's connection was lost: what that says about its endpoint.
+    /// A client's connection was lost: what that says about its endpoint, and of how it was lost.
     pub(super) fn judge_lost<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         key: Key<Client>,
         why: Retry,
-    ) {
+    ) -> Retry {
         let client = self.requests.clients.get(key);
-        let Some(&backend) = client.and_then(Client::unanswered_backend) else { return };
+        let Some(&backend) = client.and_then(Client::unanswered_backend) else { return why };
         let fresh = cx.now.saturating_duration_since(backend.made) < AT_ONCE && !backend.served;
         if fresh {
             self.pools.on_failed_at_once(cx, backend.endpoint);
         } else if why == Retry::Broken {
+            let entry = self.pools.table.get_mut(backend.endpoint);
+            let was_known = entry.is_some_and(|entry| entry.on_forgotten(backend.made, cx.now));
             self.on_forgotten(cx, backend.endpoint);
+            if was_known {
+                return Retry::Forgotten;
+            }
         }
+        why
     }
 
     /// A session is closed. One that has lasted says that its endpoint is well, where that never
@@ -344,6 +367,7 @@ impl Route {
     pub(in crate::worker) fn upkeep<D: Driver>(&mut self, cx: &mut Context<D>) {
         let now = cx.now;
         self.look_after_queue(cx);
+        self.look_for_outage(cx);
         self.look_for_silence(cx);
         self.evict_removed(cx);
         for endpoint in self.pools.table.indices() {

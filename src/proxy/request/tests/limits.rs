@@ -16,15 +16,15 @@ fn each_state_has_its_own_time_limit() {
     assert_eq!(bench.deadline(), Some(7 * SECOND));
     bench.feed("SET a b\n");
     assert_eq!(bench.next(), [Action::Acquire]);
-    bench.client.on_waiting();
+    bench.wait();
     assert_eq!(bench.after(Duration::ZERO), []);
     assert_eq!(bench.after(SECOND), [Action::Fail(ErrorReply::QueueTimeout(SECOND))]);
-    assert_eq!(bench.acquire()[0], Action::Waited(SECOND));
+    assert_eq!(bench.acquire()[0], Action::Asks(EndpointId::at(0), conn(), SECOND));
     assert_eq!(bench.deadline(), Some(3 * SECOND));
     bench.backend_sent(8);
     bench.reply("OK\n");
     bench.sent(3);
-    bench.tell(|client, moment| client.on_ended(moment));
+    bench.client.on_ended(bench.now);
     let closed = Action::Close(CloseReason::HalfCloseTimeout);
     assert_eq!(bench.after(5 * SECOND), [closed]);
 }
@@ -35,7 +35,7 @@ fn one_that_may_have_left_does_not_wait_for_ever_for_a_backend_without_a_limit()
     bench.policy.limits.half_close = Some(5 * SECOND);
     bench.backend_sent(DOWNLOAD.len());
     assert_eq!(bench.deadline(), None, "it may want to wait");
-    bench.tell(|client, moment| client.on_ended(moment));
+    bench.client.on_ended(bench.now);
     bench.policy.limits.request = Some(9 * SECOND);
     assert_eq!(bench.deadline(), Some(9 * SECOND), "a limit of its own");
     bench.policy.limits.request = None;

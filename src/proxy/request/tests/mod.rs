@@ -1,6 +1,5 @@
 //! The state machine without worker or driver: state by event, and what it answers.
 
-use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,6 +10,7 @@ use crate::io::buffers::Buffers;
 use crate::io::{Buf, Close, Unheard};
 use crate::metrics::{CloseReason, Discard, Outcome, Retry};
 use crate::proxy::Side;
+use crate::proxy::retry_budget::RetryBudget;
 
 mod limits;
 mod placing;
@@ -33,6 +33,7 @@ struct Bench {
     client: Client,
     buffers: Buffers,
     policy: Policy,
+    retries: RetryBudget,
     scratch: [u8; 16],
     drains_since: Option<Instant>,
     now: Instant,
@@ -62,6 +63,7 @@ impl Bench {
         Self {
             client: Client::new(ConnId::from_parts(0, 0), framing, now),
             buffers: Buffers::new(16).unwrap(),
+            retries: RetryBudget::new(Some(20), now),
             policy,
             scratch: [0; 16],
             drains_since: None,
@@ -82,13 +84,15 @@ impl Bench {
         let mut moment = Moment {
             policy: &self.policy,
             buffers: &mut self.buffers,
+            retries: &mut self.retries,
             scratch: &mut self.scratch,
             drains_since: self.drains_since,
             now: self.now,
         };
         let actions: Vec<_> = event(&mut self.client, &mut moment).iter().collect();
         if actions.contains(&Action::Send(conn())) {
-            while let Some(buf) = self.client.take_outgoing(&mut self.buffers).unwrap() {
+            while self.client.has_outgoing() {
+                let buf = self.client.take_outgoing(&mut self.buffers).unwrap();
                 self.buffers.give(buf);
             }
         }
@@ -104,14 +108,17 @@ impl Bench {
 
     fn feed(&mut self, bytes: &str) {
         let buf = self.buf(bytes);
-        let actions = self.tell(|client, moment| client.on_received(buf, moment));
-        assert_eq!(actions, [Action::Serve]);
+        self.client.on_received(buf, &mut self.buffers, self.now);
+        assert!(self.client.is_due());
     }
 
     fn next(&mut self) -> Vec<Action> {
-        self.tell(|client, moment| match client.next(moment) {
-            ControlFlow::Continue(actions) | ControlFlow::Break(actions) => actions,
-        })
+        self.tell(Client::next)
+    }
+
+    /// Its request joins the queue.
+    fn wait(&mut self) {
+        self.tell(Client::on_waiting);
     }
 
     fn acquire(&mut self) -> Vec<Action> {
@@ -119,8 +126,7 @@ impl Bench {
         self.tell(|client, moment| client.on_acquired(backend, moment))
     }
 
-    /// Bytes of a reply come. Returns how many go to the client, and what else is to be done beside
-    /// taking the endpoint for well.
+    /// Bytes of a reply come. Returns how many go to the client, and what else is to be done.
     fn reply(&mut self, bytes: &str) -> (usize, Vec<Action>) {
         let buf = self.buf(bytes);
         let mut passed = 0;
@@ -130,8 +136,7 @@ impl Bench {
             replied.actions
         });
         self.buffers.give(buf);
-        let answered = |action: &Action| matches!(action, Action::Answered(..));
-        (passed, actions.into_iter().filter(|action| !answered(action)).collect())
+        (passed, actions)
     }
 
     fn lose(&mut self, why: Retry) -> Vec<Action> {
@@ -159,8 +164,8 @@ impl Bench {
     }
 
     fn discard(&self, why: Discard) -> Action {
-        let backend = self.client.backend().copied();
-        Action::Discard(backend.unwrap(), why, DiscardHow::Now(Close::Reset))
+        let backend = self.client.backend().unwrap();
+        Action::Discard(backend.conn, backend.endpoint, why, DiscardHow::Now(Close::Reset))
     }
 }
 
@@ -185,7 +190,7 @@ fn requests_are_found_one_by_one_however_they_are_split() {
                 bench.backend_sent(request.len as usize);
                 assert_eq!(bench.reply("OK\n").0, 3);
                 bench.sent(3);
-                bench.tell(|client, _| client.release());
+                bench.client.release();
             }
         }
     }
@@ -206,17 +211,50 @@ fn only_what_is_safe_is_sent_again_and_only_before_its_answer() {
         let verb = if line.starts_with("GET") { GET } else { SET };
         let dead = bench.discard(Discard::Dead);
         let lost = count(verb, Outcome::Lost);
-        let key = Some(StableHash::of(b"a"));
         let expected = match (line, replied) {
             ("GET a\n", false) => vec![dead, Action::CountRetry(Retry::Ended), Action::Serve],
             (_, true) => vec![dead, lost, Action::Close(CloseReason::BackendReset)],
-            _ => vec![dead, Action::Reply(ErrorReply::Lost, key), lost, Action::Serve],
+            _ => vec![dead, Action::Reply(ErrorReply::Lost, None), lost, Action::Serve],
         };
         assert_eq!(bench.lose(Retry::Ended), expected, "{line:?} {replied}");
         let held =
             if expected.contains(&Action::CountRetry(Retry::Ended)) { line.len() } else { 0 };
         assert_eq!(bench.client.input().bytes() as usize, held, "what may be sent again is there");
     }
+}
+
+#[test]
+fn without_a_retry_left_a_lost_request_gets_the_error_of_the_last_attempt() {
+    for (why, is_free) in [
+        (Retry::Ended, false),
+        (Retry::Broken, false),
+        (Retry::Silent, true),
+        (Retry::Forgotten, true),
+    ] {
+        let mut bench = Bench::asked(Protocol::Chronos, "GET a\n");
+        while bench.retries.take(bench.now) {}
+        let actions = bench.lose(why);
+        assert_eq!(actions.contains(&Action::CountRetry(why)), is_free, "{actions:?}");
+        assert_eq!(actions.contains(&Action::CountRefusedRetry), !is_free, "{actions:?}");
+        let replied = |action: &Action| matches!(action, Action::Reply(ErrorReply::Lost, _));
+        assert_eq!(actions.iter().any(replied), !is_free, "{actions:?}");
+    }
+}
+
+#[test]
+fn each_request_earns_a_part_of_a_retry() {
+    let mut bench = Bench::new(Protocol::Chronos);
+    while bench.retries.take(bench.now) {}
+    for number in 1..=5 {
+        assert!(!bench.retries.take(bench.now), "after {} of five", number - 1);
+        bench.feed("GET a\n");
+        assert_eq!(bench.next(), [Action::Acquire]);
+        bench.acquire();
+        bench.backend_sent(6);
+        bench.reply("a\n");
+        bench.client.release();
+    }
+    assert!(bench.retries.take(bench.now));
 }
 
 #[test]
@@ -227,8 +265,8 @@ fn a_request_that_is_sent_again_waits_anew() {
     assert!(bench.lose(Retry::Ended).contains(&Action::CountRetry(Retry::Ended)));
     assert_eq!(bench.after(Duration::ZERO), [], "it has just begun to wait");
     bench.now = start + SECOND / 2;
-    let waited = Action::Waited(SECOND / 2);
-    assert_eq!(bench.acquire()[..2], [waited, Action::Send(conn())], "the wait for a connection");
+    let asks = Action::Asks(EndpointId::at(0), conn(), SECOND / 2);
+    assert_eq!(bench.acquire()[..2], [asks, Action::Send(conn())], "the wait for a connection");
     bench.now = start + SECOND;
     bench.backend_sent(6);
     let count = Action::Count(GET, Outcome::Answered, 6 * SECOND);
@@ -266,7 +304,7 @@ fn bytes_of_an_earlier_request_are_not_forgotten_while_a_connection_is_kept() {
         assert_eq!(bench.next(), [Action::Prove(conn())]);
         let unexpected = bench.discard(Discard::Unexpected);
         let actions = bench.tell(|client, moment| client.on_proved(None, moment));
-        assert_eq!(actions, [unexpected], "open and silent as it is");
+        assert_eq!(actions, [unexpected, Action::Acquire], "open and silent as it is");
         bench.acquire();
     }
 }
@@ -285,7 +323,7 @@ fn a_kept_connection_is_used_again_if_it_is_open_and_silent() {
         match discard {
             None => assert!(actions.contains(&Action::Send(conn())) && bench.client.is_in_flight()),
             Some(discard) => {
-                assert_eq!((actions, bench.next()), (vec![discard], vec![Action::Acquire]));
+                assert_eq!(actions, [discard, Action::Acquire]);
             }
         }
     }
@@ -306,7 +344,7 @@ fn an_answer_that_comes_early_is_followed_by_the_rest_of_the_request() {
         for size in [16_384, 16_384, 16_384, 16_384, 16_384, 16_384, 1_696] {
             bench.backend_sent(bench.client.state.backend().unwrap().unsent as usize);
             bench.feed(&"x".repeat(size));
-            assert_eq!(bench.next(), [Action::Send(conn())]);
+            assert_eq!(bench.next(), [Action::Send(conn()), Action::Serve]);
         }
         assert!(!bench.next().contains(&Action::ReleaseSoon), "it is still on its way");
         assert_eq!(bench.backend_sent(200_000), [Action::Serve]);
@@ -328,11 +366,7 @@ fn a_connection_that_takes_no_more_is_read_to_its_end() {
     let read_on = [Action::Serve];
     assert_eq!(bench.tell(|client, _| client.on_backend_send_failed()), read_on);
     let answer = "HTTP/1.1 413 X\r\nContent-Length: 0\r\n\r\n";
-    let dead = {
-        let mut conn = *bench.client.backend().unwrap();
-        conn.served = true;
-        Action::Discard(conn, Discard::Dead, DiscardHow::Now(Close::Reset))
-    };
+    let dead = { bench.discard(Discard::Dead) };
     let (passed, actions) = bench.reply(answer);
     assert_eq!((passed, actions[0]), (answer.len(), dead), "nothing can be passed on");
     let mut bench = Bench::asked(Protocol::Http1, DOWNLOAD);
@@ -375,7 +409,8 @@ fn what_a_reply_leaves_of_its_connection() {
         bench.backend_sent(DOWNLOAD.len());
         let mut conn = *bench.client.backend().unwrap();
         conn.served = true;
-        let discard = |why| Action::Discard(conn, why, DiscardHow::Now(Close::Reset));
+        let discard =
+            |why| Action::Discard(conn.conn, conn.endpoint, why, DiscardHow::Now(Close::Reset));
         let count = count(GET, Outcome::Answered);
         let expected = match (reply, releases) {
             (reply, true) if reply == OK => vec![Action::ReleaseSoon, count, Action::Serve],
@@ -388,10 +423,8 @@ fn what_a_reply_leaves_of_its_connection() {
             _ => vec![discard(Discard::Unexpected), count, Action::Serve],
         };
         assert_eq!(bench.reply(reply), (passed, expected), "{reply}");
-        let released = bench.tell(|client, _| client.release());
-        let release = Action::Release { conn, paused: false, asked: false };
-        let kept = reply == OK;
-        assert_eq!(released, if kept { vec![release] } else { vec![] });
+        let released = Fate::Released { conn, paused: false, asked: false };
+        assert_eq!(bench.client.release(), (reply == OK).then_some(released));
     }
 }
 
@@ -443,7 +476,7 @@ fn a_client_in_each_state_is_closed_as_it_deserves() {
     let mut queued = Bench::new(Protocol::Chronos);
     queued.feed("GET a\n");
     queued.next();
-    queued.client.on_waiting();
+    queued.wait();
     let gone = vec![Action::LeaveQueue, get(Outcome::ClientGone)];
     assert_eq!(close(&mut queued, CloseReason::ClientReset), (reset, gone));
     let mut asked = Bench::asked(Protocol::Chronos, "GET a\n");
@@ -469,7 +502,7 @@ fn an_error_of_http_ends_the_connection_and_one_of_lines_does_not() {
         let mut bench = Bench::new(protocol);
         bench.feed(bytes);
         bench.next();
-        bench.client.on_waiting();
+        bench.wait();
         let error = ErrorReply::QueueFull;
         let actions = bench.tell(|client, moment| client.fail(error, None, moment));
         assert_eq!(actions[..2], [Action::LeaveQueue, Action::Reply(error, None)]);
@@ -487,7 +520,7 @@ fn a_request_waits_for_an_endpoint_once_however_often_they_come_and_go() {
     for _ in 0..3 {
         let limits = bench.policy.limits;
         assert_eq!(bench.client.on_no_endpoint(&limits, bench.now), until);
-        bench.client.on_waiting();
+        bench.wait();
         bench.now += SECOND / 4;
         bench.tell(|client, _| client.on_placed_again());
         bench.client.on_endpoints(bench.now);
@@ -505,7 +538,7 @@ fn a_broadcast_goes_from_store_to_store_and_gets_one_reply() {
     bench.feed("COMPACT\n");
     assert_eq!(bench.next(), [Action::Acquire]);
     let away = |client: &mut Client, moment: &mut Moment<'_>| {
-        client.fail(ErrorReply::Unreachable, Some("a"), moment)
+        client.fail(ErrorReply::Unreachable, Some((1, "a")), moment)
     };
     for store in 0..3 {
         assert_eq!(bench.client.target(), Target::Store(store));
@@ -516,7 +549,7 @@ fn a_broadcast_goes_from_store_to_store_and_gets_one_reply() {
             bench.backend_sent(8);
             let reply = bench.reply("OK_COMPACTED\n");
             assert_eq!(reply, (0, vec![Action::ReleaseSoon, Action::Serve]));
-            bench.tell(|client, _| client.release());
+            bench.client.release();
         }
     }
     let mut space = [0; 128];

@@ -1,6 +1,6 @@
 //! Where requests go: endpoints and queue by request, and what is decided.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use super::*;
@@ -49,7 +49,9 @@ impl Scene {
         let endpoints: Vec<_> = names
             .iter()
             .zip(1..)
-            .map(|(name, port)| Endpoint::new(name.clone(), ([127, 0, 0, 1], port).into(), 1))
+            .map(|(name, port)| {
+                Endpoint::new(name.clone(), SocketAddr::from(([127, 0, 0, 1], port)).into(), 1)
+            })
             .collect();
         let store = |(endpoint, name): (usize, &String)| Store {
             name: Arc::from(name.as_str()),
@@ -59,7 +61,7 @@ impl Scene {
         let stores = names.iter().enumerate().map(store).collect();
         let snapshot =
             EndpointSnapshot { generation: 1, endpoints, stores, ..EndpointSnapshot::default() };
-        let mut table = Table::new(crate::config::Balance::LeastConn, WorkerId::new(0));
+        let mut table = Table::new(crate::config::Balance::LeastConn, WorkerId::new(0), 0);
         table.apply(&snapshot, &config, false, bench.now);
         let rng = fastrand::Rng::with_seed(1);
         Self { bench, table, queue: Queue::new(3, 8), rng, conns: 0 }
@@ -144,7 +146,7 @@ fn a_request_to_all_stores_is_done_behind_the_last() {
         scene.bench.acquire();
         scene.bench.backend_sent(8);
         scene.bench.reply("OK_COMPACTED\n");
-        scene.bench.tell(|client, _| client.release());
+        scene.bench.client.release();
     }
     assert_eq!(scene.place(), Placement::Done);
 }
@@ -237,7 +239,13 @@ fn a_request_that_waited_in_vain_is_told_what_it_lacked() {
         let scene = if let Some(endpoint) = idle { scene.idle(endpoint) } else { scene };
         assert_eq!(why(scene), wanted, "{binding:?} {line:?} {idle:?}");
     }
-    let mut other = scene(Binding::Nothing, ANY);
+    // It has waited on because there was no endpoint, or none that could be connected to.
     let timeout = ErrorReply::NoEndpoint(SECOND);
-    assert_eq!(other.placing().why_it_waited(key(0), timeout), timeout, "known already");
+    let mut refused = scene(Binding::Nothing, ANY);
+    let wanted = ErrorReply::NoneReachable(SECOND);
+    assert_eq!(refused.placing().why_it_waited(key(0), timeout), wanted);
+    let mut busy = scene(Binding::Nothing, ANY).idle(1);
+    assert_eq!(busy.placing().why_it_waited(key(0), timeout), limit);
+    let mut absent = Scene::new(0, Binding::Nothing, "GET a\n").waiting(ANY, 1);
+    assert_eq!(absent.placing().why_it_waited(key(0), timeout), timeout);
 }

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use crate::io::{Buf, Driver};
 use crate::metrics::{CloseReason, Direction};
 use crate::proxy::request::{Client, ErrorReply, Replied, Target, write_away, write_error_reply};
-use crate::proxy::route::StableHash;
 use crate::slab::Key;
 use crate::worker::context::Context;
 use crate::worker::route::Route;
@@ -21,7 +20,7 @@ impl Route {
         let Some((client, mut moment)) = self.client(cx, key) else {
             unreachable!("a connection in use has a client")
         };
-        let Replied { passed, actions } = client.on_reply(&buf, &mut moment);
+        let Replied { passed, answered, actions } = client.on_reply(&buf, &mut moment);
         match self.conn_of(key).filter(|_| passed > 0) {
             Some(conn) => {
                 cx.driver.buffers().set_len(&mut buf, passed);
@@ -29,6 +28,10 @@ impl Route {
                 cx.driver.send(conn, buf);
             }
             None => cx.driver.buffers().give(buf),
+        }
+        if let Some((endpoint, conn, made)) = answered {
+            self.pools.on_endpoint_answered(cx, endpoint, made);
+            self.pools.table.answered(endpoint, conn, cx.now);
         }
         self.act_for(cx, key, &actions);
     }
@@ -40,27 +43,31 @@ impl Route {
         key: Key<Client>,
         error: ErrorReply,
     ) {
-        let store = match self.requests.clients.get(key).map(Client::target) {
-            Some(Target::Store(number)) => self.pools.table.store(number),
-            _ => None,
+        let table = &self.pools.table;
+        let number = match self.requests.clients.get(key).map(Client::target) {
+            Some(Target::Store(number)) => Some(number),
+            Some(Target::Key(hash)) => table.owner(hash),
+            Some(Target::Any) | None => None,
         };
-        let store = store.map(|store| Arc::clone(&store.name));
-        self.tell(cx, key, |client, moment| client.fail(error, store.as_deref(), moment));
+        let store =
+            number.and_then(|number| Some((number, Arc::clone(&table.store(number)?.name))));
+        self.tell(cx, key, |client, moment| {
+            client.fail(error, store.as_ref().map(|(number, name)| (*number, &**name)), moment)
+        });
     }
 
-    /// Sends a client an error in place of a reply, to a request about this key.
+    /// Sends a client an error in place of a reply, to a request for the store of this number.
     pub(super) fn reply<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         key: Key<Client>,
         error: ErrorReply,
-        about: Option<StableHash>,
+        store: Option<u16>,
     ) {
         let protocol = self.config.protocol;
         // That no connection came in time is mostly the same, found out more slowly.
         if error.is_of_a_store()
-            && let Some(number) = about.and_then(|hash| self.pools.table.owner(hash))
-            && let Some(store) = self.pools.table.store(number)
+            && let Some(store) = store.and_then(|number| self.pools.table.store(number))
         {
             let (name, why) = (Arc::clone(&store.name), store.why.clone());
             let text = (error != ErrorReply::Unreachable).then(|| error.to_string());

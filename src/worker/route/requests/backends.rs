@@ -3,7 +3,7 @@
 use crate::io::{Chain, Close, ConnId, Driver};
 use crate::metrics::{Discard, Retry};
 use crate::proxy::endpoints::EndpointId;
-use crate::proxy::request::{BackendConn, Client, DiscardHow};
+use crate::proxy::request::{BackendConn, Client, DiscardHow, Fate};
 use crate::slab::Key;
 use crate::worker::context::Context;
 use crate::worker::owners::Owner;
@@ -38,7 +38,7 @@ impl Route {
     ) {
         let client = self.requests.clients.get(key);
         let why = if client.is_some_and(Client::is_backend_broken) { Retry::Broken } else { why };
-        self.judge_lost(cx, key, why);
+        let why = self.judge_lost(cx, key, why);
         self.tell(cx, key, |client, moment| client.on_backend_ended(why, moment));
     }
 
@@ -63,16 +63,24 @@ impl Route {
     /// Releases the connections of clients that are done with them.
     pub(super) fn release_backends<D: Driver>(&mut self, cx: &mut Context<D>) {
         while let Some(key) = self.requests.releasing.pop() {
-            // One that was closed since has released it.
-            if let Some(client) = self.requests.clients.get_mut(key) {
-                let actions = client.release();
-                self.act_for(cx, key, &actions);
+            self.release_backend_of(cx, key);
+        }
+    }
+
+    /// Releases the connection of a client that is done with it.
+    pub(super) fn release_backend_of<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Client>) {
+        // One that was closed since has released it.
+        match self.requests.clients.get_mut(key).and_then(Client::release) {
+            Some(Fate::Released { conn, paused, asked }) => {
+                self.release_backend(cx, &conn, paused, asked);
             }
+            Some(Fate::Discarded(action)) => self.perform(cx, key, action),
+            None => {}
         }
     }
 
     /// A connection goes back to its pool, silent as it is.
-    pub(super) fn release_backend<D: Driver>(
+    fn release_backend<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         backend: &BackendConn,
@@ -107,17 +115,19 @@ impl Route {
     pub(super) fn discard_backend<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
-        backend: &BackendConn,
+        conn: ConnId,
+        endpoint: EndpointId,
         why: Discard,
         how: DiscardHow,
     ) {
         let how = match how {
             DiscardHow::Now(how) => how,
-            DiscardHow::ResetUnlessUnsent if cx.driver.unsent(backend.conn) > 0 => Close::Graceful,
+            DiscardHow::ResetUnlessUnsent if cx.driver.unsent(conn) > 0 => Close::Graceful,
             DiscardHow::ResetUnlessUnsent => Close::Reset,
         };
-        self.pools.table.discarded(backend.endpoint);
-        self.retire(cx, backend.conn, backend.endpoint, why, how);
+        self.pools.table.unanswered(endpoint, conn, cx.now);
+        self.pools.table.discarded(endpoint);
+        self.retire(cx, conn, endpoint, why, how);
     }
 
     /// Closes a connection that was in use.

@@ -6,7 +6,7 @@ use crate::io::{Buf, Close, ConnId, Driver};
 use crate::metrics::{CloseReason, Direction, Discard, Retry};
 use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointId;
-use crate::proxy::request::{Client, ClientEnding, Framing};
+use crate::proxy::request::{Client, ClientEnding, ErrorReply, Framing};
 use crate::slab::Key;
 use crate::worker::context::Context;
 use crate::worker::flush;
@@ -31,10 +31,13 @@ impl Route {
         buf: Buf,
     ) {
         self.stats.bytes.of(Direction::ToBackend).add(u64::from(buf.len()));
-        if let Some(client) = self.requests.clients.get_mut(key) {
-            cx.load.batcher.on_active(client.window());
+        let Some(client) = self.requests.clients.get_mut(key) else {
+            unreachable!("{}", super::NAMED)
+        };
+        cx.load.batcher.on_active(client.window());
+        if client.on_received(buf, cx.driver.buffers(), cx.now) {
+            self.requests.due.push_back(key);
         }
-        self.tell(cx, key, |client, moment| client.on_received(buf, moment));
     }
 
     pub(in crate::worker) fn on_client_sent<D: Driver>(
@@ -51,7 +54,12 @@ impl Route {
         cx: &mut Context<D>,
         key: Key<Client>,
     ) {
-        self.tell(cx, key, |client, moment| client.on_ended(moment));
+        let Some(client) = self.requests.clients.get_mut(key) else {
+            unreachable!("{}", super::NAMED)
+        };
+        if client.on_ended(cx.now) {
+            self.requests.due.push_back(key);
+        }
     }
 
     /// Receiving from a client or its backend failed, or sending to the client.
@@ -76,6 +84,25 @@ impl Route {
         let endpoint = backend.map(|backend| backend.endpoint);
         let others_wait = endpoint.is_some_and(|at| self.placing(cx).is_waited_for(at));
         self.tell(cx, key, |client, moment| client.on_deadline(others_wait, moment));
+    }
+
+    /// A request has waited for as long as it may. While no endpoint can be connected to, it may wait
+    /// on.
+    pub(super) fn on_waited<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        error: ErrorReply,
+    ) {
+        let in_outage = self.placing(cx).waits_for_any_endpoint(key, error);
+        if in_outage
+            && let Some((client, moment)) = self.client(cx, key)
+            && let Some(actions) = client.on_outage(&moment)
+        {
+            return self.act_for(cx, key, &actions);
+        }
+        let error = self.placing(cx).why_it_waited(key, error);
+        self.fail(cx, key, error);
     }
 
     /// The worker drains: clients with nothing under way are to leave.
@@ -123,6 +150,7 @@ impl Route {
         let Some((client, moment)) = self.client(cx, key) else { return };
         let (ending, actions) = client.on_closing(reason, moment.buffers);
         self.act_for(cx, key, &actions);
+        self.release_backend_of(cx, key);
         let Some(client) = self.requests.clients.remove(key) else {
             unreachable!("nothing else has closed it")
         };

@@ -47,6 +47,10 @@ impl Route {
             let owns = matches!(owner(Side::Backend), Some(&Owner::InUse(of)) if of == key);
             assert!(owns, "its backend's connection is another's: {client:?}");
         }
+        if let Some(backend) = client.unanswered_backend() {
+            let owed = self.pools.table.owes(backend.conn);
+            assert!(owed.is_none_or(|owed| owed), "its age does not count: {client:?}");
+        }
         // A timer may fire early, never late.
         let deadline = client.deadline(&self.requests.policy.limits);
         let in_time = deadline.is_none_or(|at| client.timer().is_some_and(|timer| timer <= at));

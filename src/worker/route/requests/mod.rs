@@ -15,7 +15,6 @@ mod placing;
 mod simulation;
 
 use std::collections::VecDeque;
-use std::ops::ControlFlow;
 use std::time::Duration;
 
 use crate::config::{PoolMode, RouteConfig};
@@ -28,6 +27,9 @@ use crate::slab::{Key, Slab};
 use crate::worker::context::Context;
 use crate::worker::route::Route;
 use crate::worker::route::pools::why_not_acquired;
+
+/// Why an event always finds its client.
+const NAMED: &str = "whatever names a client is removed as that is closed";
 
 /// Clients whose requests are framed.
 pub(in crate::worker) struct Requests {
@@ -74,25 +76,16 @@ impl Route {
         self.release_backends(cx);
         self.serve_freed(cx);
         while let Some(key) = fifo::pop(&mut self.requests.due) {
-            self.serve(cx, key);
-            self.serve_freed(cx);
+            // One that was closed since it was marked is nobody's.
+            if let Some((client, mut moment)) = self.client(cx, key) {
+                let actions = client.next(&mut moment);
+                self.act_for(cx, key, &actions);
+                self.release_backends(cx);
+                self.serve_freed(cx);
+            }
         }
         self.trim_pools(cx);
         self.stats.queue_depth.set(self.requests.queue.len() as u64);
-    }
-
-    fn serve<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Client>) {
-        // One that was closed since it was marked is nobody's.
-        if let Some(client) = self.requests.clients.get_mut(key) {
-            client.unmark_due();
-        }
-        while let Some((client, mut moment)) = self.client(cx, key) {
-            match client.next(&mut moment) {
-                ControlFlow::Continue(actions) => self.act_for(cx, key, &actions),
-                ControlFlow::Break(actions) => return self.act_for(cx, key, &actions),
-            }
-            self.release_backends(cx);
-        }
     }
 
     /// A client, and what its decisions depend on.
@@ -105,6 +98,7 @@ impl Route {
         let moment = Moment {
             policy,
             buffers: cx.driver.buffers(),
+            retries: &mut self.retries,
             scratch,
             drains_since: cx.drain.since(),
             now: cx.now,
@@ -119,14 +113,17 @@ impl Route {
         key: Key<Client>,
         event: impl FnOnce(&mut Client, &mut Moment<'_>) -> Actions,
     ) {
-        let Some((client, mut moment)) = self.client(cx, key) else {
-            unreachable!("whatever names a client is removed as that is closed")
-        };
+        let Some((client, mut moment)) = self.client(cx, key) else { unreachable!("{NAMED}") };
         let actions = event(client, &mut moment);
         self.act_for(cx, key, &actions);
     }
 
-    fn act_for<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Client>, actions: &Actions) {
+    pub(super) fn act_for<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        actions: &Actions,
+    ) {
         for action in actions.iter() {
             self.perform(cx, key, action);
         }
@@ -141,27 +138,24 @@ impl Route {
                 self.tell(cx, key, |client, moment| client.on_proved(why_not, moment));
             }
             Action::LeaveQueue => self.requests.queue.leave(key),
-            Action::Waited(time) => self.stats.queue_wait.record(time),
-            Action::Send(conn) => self.send_request(cx, key, conn),
-            Action::Answered(endpoint, made) => {
-                self.pools.on_endpoint_answered(cx, endpoint, made);
+            Action::Asks(endpoint, conn, waited) => {
+                self.stats.queue_wait.record(waited);
+                self.pools.table.asked(endpoint, conn, cx.now);
             }
+            Action::Send(conn) => self.send_request(cx, key, conn),
             Action::Lost(why) => self.on_backend_died(cx, key, why),
             Action::Pause(side) => self.receive_from(cx, key, side, false),
             Action::Resume(side) => self.receive_from(cx, key, side, true),
             Action::Keep(endpoint) => self.keep(key, endpoint),
             Action::ReleaseSoon => self.requests.releasing.push(key),
-            Action::Release { conn, paused, asked } => {
-                self.release_backend(cx, &conn, paused, asked);
+            Action::Discard(conn, endpoint, why, how) => {
+                self.discard_backend(cx, conn, endpoint, why, how);
             }
-            Action::Discard(conn, why, how) => self.discard_backend(cx, &conn, why, how),
             Action::Count(verb, outcome, took) => self.stats.count_request(verb, outcome, took),
             Action::CountRetry(why) => self.stats.count_retry(why),
-            Action::Reply(error, about) => self.reply(cx, key, error, about),
-            Action::Fail(error) => {
-                let error = self.placing(cx).why_it_waited(key, error);
-                self.fail(cx, key, error);
-            }
+            Action::CountRefusedRetry => self.stats.retries_refused.add(1),
+            Action::Reply(error, store) => self.reply(cx, key, error, store),
+            Action::Fail(error) => self.on_waited(cx, key, error),
             Action::Shutdown => self.shut_down(cx, key),
             Action::LookBeforeLeaving => self.look_before_leaving(cx, key),
             Action::BecomeOpaque => self.turn_opaque(cx, key),

@@ -43,7 +43,7 @@ impl Route {
                         return self.on_acquired(cx, key, backend);
                     }
                 }
-                Placement::Wait(line, supply) => return self.wait(key, line, supply),
+                Placement::Wait(line, supply) => return self.wait(cx, key, line, supply),
                 Placement::Fail(error) => return self.fail(cx, key, error),
                 Placement::Done => return self.reply_of_all(cx, key),
             }
@@ -52,20 +52,23 @@ impl Route {
 
     fn source<D: Driver>(&self, cx: &Context<D>, key: Key<Client>) -> Option<IpAddr> {
         let conn = self.conn_of(key)?;
-        cx.driver.peer_address(conn).and_then(|address| address.ip())
+        cx.driver.peer_address(conn).map(|address| address.ip())
     }
 
     /// A request joins a line.
-    fn wait(&mut self, key: Key<Client>, line: Line, supply: Option<(EndpointId, Having)>) {
-        let Some(client) = self.requests.clients.get_mut(key) else {
-            unreachable!("it is being served")
-        };
-        client.on_waiting();
+    fn wait<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        line: Line,
+        supply: Option<(EndpointId, Having)>,
+    ) {
         self.requests.queue.join(line, key);
+        self.tell(cx, key, Client::on_waiting);
         match supply {
             Some((endpoint, Having::Room)) => self.want(endpoint, 1),
             Some((endpoint, Having::Idle)) => self.free(endpoint),
-            Some((_, Having::Anything)) | None => {}
+            Some((_, Having::Anything | Having::Conn)) | None => {}
         }
     }
 
@@ -149,10 +152,12 @@ impl Route {
         key: Key<Client>,
         conn: ConnId,
     ) {
-        while let Some((client, moment)) = self.client(cx, key) {
-            match client.take_outgoing(moment.buffers) {
-                Ok(Some(buf)) => cx.driver.send(conn, buf),
-                Ok(None) => return,
+        let Some(client) = self.requests.clients.get_mut(key) else {
+            unreachable!("its request has just got a connection, or more of it has come")
+        };
+        while client.has_outgoing() {
+            match client.take_outgoing(cx.driver.buffers()) {
+                Ok(buf) => cx.driver.send(conn, buf),
                 Err(NoBuffer) => return self.close_client(cx, key, CloseReason::Overload),
             }
         }
@@ -169,6 +174,7 @@ impl Route {
         if let Some(verb) = parts.uncounted {
             self.stats.count_request(verb, Outcome::Opaque, Duration::ZERO);
         }
+        self.pools.table.unanswered(backend.endpoint, backend.conn, cx.now);
         self.pools.table.turned_opaque(backend.endpoint);
         cx.timers.clear(client.index());
         let mut session = Session::new(client, cx.now);
@@ -181,6 +187,9 @@ impl Route {
         cx.owners.set(client, Owner::Session(session, Side::Client));
         cx.owners.set(backend.conn, Owner::Session(session, Side::Backend));
         self.sessions.arm_deadline(cx, session);
+        if !input.is_empty() {
+            self.pools.table.asked(backend.endpoint, backend.conn, cx.now);
+        }
         cx.driver.receive(client, true);
         cx.driver.receive(backend.conn, true);
         while let Some(buf) = cx.driver.buffers().pop(&mut input) {

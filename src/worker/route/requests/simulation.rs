@@ -33,9 +33,14 @@ fn config(protocol: Protocol, rng: &mut fastrand::Rng) -> Config {
     route.pool.max_idle = route.pool.min_idle + rng.usize(..4);
     route.pool.idle_timeout = Some(rng.u32(1..10) * SECOND);
     route.pool.max_lifetime = (rng.u8(..4) == 0).then(|| rng.u32(1..4) * SECOND);
-    route.balance =
-        [Balance::LeastConn, Balance::RoundRobin, Balance::SourceHash, Balance::RandomTwo]
-            [rng.usize(..4)];
+    route.balance = [
+        Balance::LeastConn,
+        Balance::RoundRobin,
+        Balance::SourceHash,
+        Balance::RandomTwo,
+        Balance::PeakEwma,
+    ][rng.usize(..5)];
+    route.retry_budget = [None, Some(0), Some(20)][rng.usize(..3)];
     route.requests.line_max = LINE_MAX;
     route.requests.queue_max = [1, 4, 1000][rng.usize(..3)];
     route.requests.queue_timeout = [30 * MS, 300 * MS, 3 * SECOND][rng.usize(..3)];

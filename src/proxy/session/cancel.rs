@@ -1,0 +1,76 @@
+//! Cancel requests of `PostgreSQL`, each a session of its own that goes to one endpoint after the other:
+//! which of them knows its key nobody else can tell, and the others pass over it. To the client all of
+//! them together look like one server: its connection ends once each has ended its own.
+
+use std::time::Instant;
+
+use super::{Session, State};
+use crate::io::Chain;
+use crate::limits::CANCEL_WAIT;
+use crate::proxy::endpoints::EndpointId;
+
+/// A request that every endpoint is to have.
+#[derive(Debug)]
+pub(super) struct Cancel {
+    /// Its bytes, to be sent again.
+    request: Chain,
+    /// The last endpoint that has had it since it was known for what it is.
+    reached: Option<EndpointId>,
+    /// One has been through with it.
+    delivered: bool,
+}
+
+impl Session {
+    /// Its client has begun with a cancel request, whose bytes are these.
+    pub fn on_cancel(&mut self, request: Chain) {
+        assert!(self.cancel.is_none(), "a client begins once");
+        self.cancel = Some(Cancel { request, reached: None, delivered: false });
+        // That the connection is ended without a word is how it is done.
+        self.vouch();
+    }
+
+    /// The request that every endpoint is to have, if this is one.
+    pub fn cancel(&self) -> Option<&Chain> {
+        self.cancel.as_ref().map(|cancel| &cancel.request)
+    }
+
+    /// The last endpoint that has had it, beside those tried before it was known for what it is.
+    pub fn cancel_reached(&self) -> Option<EndpointId> {
+        self.cancel.as_ref().and_then(|cancel| cancel.reached)
+    }
+
+    /// The present endpoint is through with it.
+    pub fn on_cancel_delivered(&mut self) {
+        if let Some(cancel) = &mut self.cancel {
+            cancel.delivered = true;
+        }
+    }
+
+    /// Whether it is a request that an endpoint has been through with: it is over where none is left.
+    pub fn is_cancel_delivered(&self) -> bool {
+        self.cancel.as_ref().is_some_and(|cancel| cancel.delivered)
+    }
+
+    /// Takes the request out, to be freed.
+    pub fn take_cancel(&mut self) -> Chain {
+        self.cancel.take().map_or_else(Chain::default, |cancel| cancel.request)
+    }
+
+    /// The next endpoint was chosen.
+    pub(super) fn on_cancel_trying(&mut self, endpoint: EndpointId) {
+        if let Some(cancel) = &mut self.cancel {
+            cancel.reached = Some(endpoint);
+        }
+    }
+
+    /// When the present endpoint has had time enough.
+    pub(super) fn cancel_deadline(&self) -> Option<Instant> {
+        let waits = self.cancel.is_some() && self.state == State::Open;
+        waits.then(|| self.connected.max(self.active) + CANCEL_WAIT)
+    }
+
+    /// Whether the present endpoint has had time enough.
+    pub fn is_cancel_overdue(&self, now: Instant) -> bool {
+        self.cancel_deadline().is_some_and(|deadline| deadline <= now)
+    }
+}
