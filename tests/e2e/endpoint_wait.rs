@@ -6,8 +6,8 @@
 
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -95,7 +95,9 @@ fn those_that_wait_are_served_in_order_of_arrival(io: Io) {
     let listener = TcpListener::bind(backend.address()).unwrap();
     let accepted = (0..8).map(|_| listener.accept().unwrap().0);
     let order: Vec<_> = accepted.map(|stream| read_line(&stream).unwrap()).collect();
-    clients.iter().for_each(|client| wait_closed(client).unwrap());
+    for client in &clients {
+        wait_closed(client).unwrap();
+    }
     // One tries the way, and those behind it are connected together.
     assert_eq!(order[0], "0", "{order:?}");
 }
