@@ -22,11 +22,11 @@ fn at(index: u16) -> EndpointId {
 const EVEN: [Balance; 4] =
     [Balance::LeastConn, Balance::RoundRobin, Balance::RandomTwo, Balance::PeakEwma];
 
-fn endpoint(number: u16) -> Arc<Endpoint> {
+pub(super) fn endpoint(number: u16) -> Arc<Endpoint> {
     Endpoint::new(format!("e{number}"), SocketAddr::from(([127, 0, 0, 1], 1000 + number)).into(), 1)
 }
 
-fn pool() -> PoolConfig {
+pub(super) fn pool() -> PoolConfig {
     PoolConfig {
         mode: crate::config::PoolMode::Preconnect,
         size: 16,
