@@ -7,6 +7,7 @@ pub mod admission;
 pub mod balance;
 pub mod endpoints;
 pub mod health;
+pub mod places;
 pub mod pool;
 pub mod pulse;
 pub mod queue;

@@ -80,6 +80,7 @@ impl<D: Driver> Engine<D> {
             ),
             load: Load::new(now, setup.core_wait),
             drain: Drain::default(),
+            calls: Vec::with_capacity(limits::WORKERS_MAX),
             driver,
         };
         // Each has an equal part, so that one whose endpoints are many takes nothing from the others.

@@ -78,6 +78,7 @@ struct World<'a> {
 fn new_table(policy: Balance, now: Instant) -> Table {
     let endpoint = |i| Endpoint::new(format!("e{i}"), ([127, 0, 0, 1], 1_u16 + i).into(), 1);
     let pool = PoolConfig {
+        endpoint_max: None,
         mode: crate::config::PoolMode::Preconnect,
         size: 16,
         min_idle: 0,

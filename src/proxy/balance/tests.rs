@@ -26,6 +26,7 @@ fn endpoint(number: u16) -> Arc<Endpoint> {
 
 fn pool() -> PoolConfig {
     PoolConfig {
+        endpoint_max: None,
         mode: crate::config::PoolMode::Preconnect,
         size: 16,
         min_idle: 0,

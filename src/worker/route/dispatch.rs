@@ -20,7 +20,11 @@ impl Route {
     pub(super) fn begin_session<D: Driver>(&mut self, cx: &mut Context<D>, client: ConnId) {
         let key = self.sessions.begin(cx, client);
         self.retries.on_request(cx.now);
-        self.dispatch(cx, key, CloseReason::NoEndpoint);
+        if self.line.is_empty() {
+            self.dispatch(cx, key, CloseReason::NoEndpoint);
+        } else {
+            self.join_line(cx, key, cx.now);
+        }
         self.sessions.listen_to_early(cx, key);
     }
 
@@ -47,7 +51,18 @@ impl Route {
         &mut self,
         cx: &mut Context<D>,
         key: Key<Session>,
+        otherwise: CloseReason,
+    ) {
+        self.dispatch_since(cx, key, otherwise, cx.now);
+    }
+
+    /// The same for one that has waited for a place since then.
+    pub(super) fn dispatch_since<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Session>,
         mut otherwise: CloseReason,
+        since: Instant,
     ) {
         loop {
             let session = self.sessions.of(key);
@@ -59,12 +74,21 @@ impl Route {
                 self.choose(cx, client, &tried, otherwise)
             };
             let Some(endpoint) = chosen else {
+                let may_try = !is_cancel && tried.attempts() < self.config.connect_attempts;
+                if may_try && self.pools.table.has_untried(&tried) {
+                    // They are full.
+                    return self.join_line(cx, key, since);
+                }
                 return self.on_none_left(cx, key, otherwise);
             };
             let costs = !is_cancel
                 && matches!(otherwise, CloseReason::ConnectFailed | CloseReason::ConnectTimeout);
             if costs && !self.takes_retry(cx) {
                 return self.close_session(cx, key, otherwise);
+            }
+            if !self.has_conn_for_session(cx, endpoint) {
+                // Another worker was faster.
+                return self.join_line(cx, key, since);
             }
             if tried.attempts() > 0 && !is_cancel {
                 self.stats.connect_retries.add(1);
@@ -142,7 +166,7 @@ impl Route {
         for slot in 0..self.sessions.slots() {
             let Some(key) = self.sessions.key_at(slot) else { continue };
             let session = self.sessions.of(key);
-            if !session.awaits_endpoint() {
+            if !session.awaits_endpoint() || self.line.has(key) {
                 continue;
             }
             // One that may have left is served once that is heard: if there are bytes before its end,
@@ -158,10 +182,28 @@ impl Route {
 
     /// A client that waits for an endpoint has sent something, so it has not left.
     fn dispatch_heard<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) {
-        if !self.pools.table.is_empty() {
+        if !self.pools.table.is_empty() && !self.line.has(key) {
             cx.timers.clear(self.sessions.of(key).client().index());
             self.dispatch(cx, key, CloseReason::NoEndpoint);
         }
+    }
+
+    /// Whether there is an idle connection for a session, or a place for another one.
+    fn has_conn_for_session<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+    ) -> bool {
+        self.pools.prove_oldest(cx, endpoint);
+        let table = &mut self.pools.table;
+        if table.get(endpoint).is_some_and(|entry| entry.pool.oldest_conn(cx.now).is_some())
+            || table.reserve(endpoint, cx.now)
+        {
+            return true;
+        }
+        // One that is too old to be used makes room.
+        self.pools.give_up_oldest(cx, endpoint);
+        false
     }
 
     fn try_endpoint<D: Driver>(
@@ -170,7 +212,6 @@ impl Route {
         key: Key<Session>,
         endpoint: EndpointId,
     ) -> io::Result<()> {
-        self.pools.prove_oldest(cx, endpoint);
         let Some(entry) = self.pools.table.get_mut(endpoint) else {
             unreachable!("the table has what it chose")
         };
@@ -262,7 +303,8 @@ impl Route {
         self.leave(cx, endpoint, backend);
     }
 
-    /// A session no longer counts as one of its endpoint's, nor does what it waits for there.
+    /// A session no longer counts as one of its endpoint's, nor does what it waits for there. Its
+    /// connection was closed.
     pub(super) fn leave<D: Driver>(
         &mut self,
         cx: &Context<D>,
@@ -276,9 +318,11 @@ impl Route {
         if self.reuses_conns() {
             // It was a client whose bytes had become opaque: its place is free for who waits.
             self.pools.table.opaque_closed(endpoint);
+            self.pools.on_closing(endpoint, backend);
             return self.on_place_in_pool_free(endpoint);
         }
         self.pools.table.leave(endpoint);
+        self.pools.on_closing(endpoint, backend);
         if self.pools.table.get_mut(endpoint).is_some_and(|entry| !entry.is_present()) {
             self.pools.table.forget_unused();
         }
@@ -345,6 +389,9 @@ impl Route {
         cx: &mut Context<D>,
         key: Key<Session>,
     ) {
+        if self.line.has(key) {
+            return self.on_line_deadline(cx, key);
+        }
         if self.sessions.of(key).awaits_endpoint() {
             // The timer may have fired for a moment too early: it is set again then.
             return self.dispatch(cx, key, CloseReason::NoEndpoint);
@@ -373,6 +420,7 @@ impl Route {
         key: Key<Session>,
         reason: CloseReason,
     ) {
+        self.line.leave(key);
         let mut session = self.sessions.close(cx, key, reason);
         self.judge_closed(cx, &mut session);
         self.leave(cx, session.endpoint(), session.conn(Side::Backend));

@@ -5,6 +5,8 @@
 
 mod dispatch;
 mod events;
+mod line;
+mod places;
 mod pools;
 mod requests;
 mod sessions;
@@ -12,7 +14,7 @@ mod silence;
 mod upkeep;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::context::Context;
 use super::mailbox::Command;
@@ -29,6 +31,7 @@ use crate::proxy::retry_budget::RetryBudget;
 use crate::proxy::session::Session;
 #[cfg(test)]
 use crate::slab::Key;
+use line::Line;
 use pools::Pools;
 use requests::Requests;
 use sessions::Sessions;
@@ -41,6 +44,7 @@ pub(super) struct Route {
     stats: Arc<RouteStats>,
     sessions: Sessions,
     requests: Requests,
+    line: Line,
     pools: Pools,
     silence: Silence,
     retries: RetryBudget,
@@ -62,6 +66,7 @@ impl Route {
             id,
             sessions: Sessions::new(id, &config, Arc::clone(stats), places),
             requests: Requests::new(&config, process.drain_delay, places),
+            line: Line::new(&config, places),
             pools: Pools::new(&config, cx, Arc::clone(stats), pool_conns_max, listening),
             stats: Arc::clone(stats),
             silence: Silence::new(config.tcp_user_timeout),
@@ -95,6 +100,7 @@ impl Route {
         self.pools.short.extend(self.pools.table.indices());
         if !self.pools.table.is_empty() {
             self.dispatch_waiting(cx);
+            self.pools.look_after_places();
         }
         self.place_waiting_again(cx);
     }
@@ -114,7 +120,21 @@ impl Route {
 
     /// Whether there is something to do in this turn already.
     pub(super) fn is_due(&self) -> bool {
-        !(self.requests.due.is_empty() && self.pools.freed.is_empty())
+        !(self.requests.due.is_empty() && self.pools.freed.is_empty()) || self.pools.has_closed()
+    }
+
+    /// When places are to be looked after.
+    pub(super) fn wakes_at(&self) -> Option<Instant> {
+        self.pools.places_at
+    }
+
+    /// The workers that serve its clients: where connections serve several of them, no more than may
+    /// have one at a time. Others would have to wait for their turn.
+    pub(super) fn workers_max(&self) -> usize {
+        match self.config.pool.mode {
+            PoolMode::Request => self.config.pool.conns_max().unwrap_or(usize::MAX),
+            PoolMode::Preconnect | PoolMode::Session => usize::MAX,
+        }
     }
 
     /// Without idle connections or endpoints to watch there is nothing to look over.
