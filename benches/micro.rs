@@ -8,7 +8,7 @@ use aegis::io::buffers::Buffers;
 use aegis::io::{Chain, ConnId};
 use aegis::metrics::{Counter, Histogram};
 use aegis::protocol::http1::{Method, RequestScanner, ResponseScanner};
-use aegis::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
+use aegis::protocol::proxy_header::{Addresses, HEADER_MAX, write_v1, write_v2};
 use aegis::proxy::WorkerId;
 use aegis::proxy::balance::Table;
 use aegis::proxy::endpoints::{Endpoint, EndpointId, EndpointSnapshot};
@@ -43,6 +43,7 @@ fn buffer_through_a_queue(bencher: Bencher) {
 #[divan::bench]
 fn pool_enter_and_refill(bencher: Bencher) {
     let config = PoolConfig {
+        endpoint_max: None,
         mode: aegis::config::PoolMode::Preconnect,
         size: 16,
         min_idle: 32,
@@ -51,7 +52,7 @@ fn pool_enter_and_refill(bencher: Bencher) {
         max_lifetime: None,
     };
     let now = Instant::now();
-    let endpoint = Endpoint::new("one", ([127, 0, 0, 1], 1).into(), 1);
+    let endpoint = Endpoint::new("one", std::net::SocketAddr::from(([127, 0, 0, 1], 1)).into(), 1);
     let snapshot = EndpointSnapshot {
         generation: 1,
         endpoints: vec![endpoint],
@@ -63,7 +64,7 @@ fn pool_enter_and_refill(bencher: Bencher) {
     let one = EndpointId::at(0);
     let mut connect = |table: &mut Table, conn| {
         table.start(one);
-        table.connected(one, conn, now, &mut rng)
+        table.connected(one, conn, false, now, &mut rng)
     };
     (0..32).for_each(|number| assert!(connect(&mut table, ConnId::from_parts(number, 0))));
     bencher.bench_local(|| {
@@ -107,14 +108,16 @@ fn histogram_record(bencher: Bencher) {
 
 #[divan::bench]
 fn proxy_header_v1(bencher: Bencher) {
-    let address = ([10, 1, 2, 3], 54_321).into();
-    bencher.bench_local(|| write_v1(&mut [0; HEADER_MAX], black_box(address), address));
+    let address = std::net::SocketAddr::from(([10, 1, 2, 3], 54_321));
+    let addresses = Some(Addresses { source: address, destination: address });
+    bencher.bench_local(|| write_v1(&mut [0; HEADER_MAX], black_box(addresses)));
 }
 
 #[divan::bench]
 fn proxy_header_v2(bencher: Bencher) {
-    let address = ([10, 1, 2, 3], 54_321).into();
-    bencher.bench_local(|| write_v2(&mut [0; HEADER_MAX], black_box(address), address));
+    let address = std::net::SocketAddr::from(([10, 1, 2, 3], 54_321));
+    let addresses = Some(Addresses { source: address, destination: address });
+    bencher.bench_local(|| write_v2(&mut [0; HEADER_MAX], black_box(addresses)));
 }
 
 #[divan::bench]

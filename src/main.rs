@@ -50,10 +50,15 @@ fn run(config: Arc<Config>) -> Result<ExitCode, StartError> {
     let listeners = listeners::listen_by_route(&config, prepared.len())?;
     let admin = admin::bind(config.admin)?;
     let workers = startup::start_workers(prepared, listeners, &config, capacity, started)?;
-    for address in &workers.addresses {
-        tracing::info!(%address, "listening");
+    for (address, &route) in workers.addresses.iter().zip(&workers.routes) {
+        // There is nothing to tell apart where there is one.
+        let route =
+            (config.routes.len() > 1).then(|| config.routes[usize::from(route)].name.as_str());
+        tracing::info!(%address, route, "listening");
     }
 
+    // Dropped at the end, which removes them.
+    let _files = workers.files;
     let plane = Plane {
         config,
         started,

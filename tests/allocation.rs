@@ -4,21 +4,25 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use aegis::config::Config;
+use aegis::config::{Config, SocketMode};
+use aegis::io::net::Address;
 use aegis::io::probe::{self, DriverKind, Features};
 use aegis::listening::Listening;
 use aegis::metrics::{Direction, WorkerStats};
 use aegis::proxy::RouteId;
 use aegis::proxy::endpoints::{Endpoint, EndpointSnapshot};
-use aegis::startup::listeners;
+use aegis::startup::{Access, listeners};
 use aegis::worker::mailbox::{Command, Mailbox};
 use aegis::worker::{self, WorkerSetup};
 
@@ -85,25 +89,57 @@ fn worker_allocations() -> u64 {
     counts.iter().sum()
 }
 
-fn echo_server() -> SocketAddr {
+/// Sends everything back that comes.
+fn echo(stream: impl Into<OwnedFd>) {
+    let mut stream = File::from(stream.into());
+    thread::spawn(move || {
+        let mut message = MESSAGE;
+        while stream.read_exact(&mut message).is_ok() {
+            stream.write_all(&message).unwrap();
+        }
+    });
+}
+
+fn echo_server() -> Address {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     thread::spawn(move || {
         for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
+            let stream = stream.unwrap();
             stream.set_nodelay(true).unwrap();
-            thread::spawn(move || {
-                let mut message = MESSAGE;
-                while stream.read_exact(&mut message).is_ok() {
-                    stream.write_all(&message).unwrap();
-                }
-            });
+            echo(stream);
         }
     });
-    address
+    address.into()
 }
 
-fn round_trips(client: &mut TcpStream, count: usize) {
+/// The same on a Unix socket.
+fn unix_echo_server(path: &Path) -> Address {
+    let listener = UnixListener::bind(path).unwrap();
+    thread::spawn(move || listener.incoming().for_each(|stream| echo(stream.unwrap())));
+    Address::Unix(path.into())
+}
+
+/// A client that gives up after a while.
+fn connect(address: &Address) -> File {
+    let patience = Some(Duration::from_secs(20));
+    let stream: OwnedFd = match address {
+        Address::Tcp(address) => {
+            let stream = TcpStream::connect(address).unwrap();
+            stream.set_nodelay(true).unwrap();
+            stream.set_read_timeout(patience).unwrap();
+            stream.into()
+        }
+        Address::Unix(path) => {
+            let stream = UnixStream::connect(path).unwrap();
+            stream.set_read_timeout(patience).unwrap();
+            stream.into()
+        }
+    };
+    stream.into()
+}
+
+fn round_trips(client: &mut File, count: usize) {
     let mut reply = [0; MESSAGE.len()];
     for _ in 0..count {
         client.write_all(&MESSAGE).unwrap();
@@ -112,7 +148,7 @@ fn round_trips(client: &mut TcpStream, count: usize) {
     }
 }
 
-fn exchange_with_all(clients: &mut [TcpStream], count: usize) {
+fn exchange_with_all(clients: &mut [File], count: usize) {
     thread::scope(|scope| {
         for client in clients {
             scope.spawn(move || round_trips(client, count));
@@ -122,17 +158,30 @@ fn exchange_with_all(clients: &mut [TcpStream], count: usize) {
 
 fn forwarding_allocates_nothing(driver: DriverKind) {
     for settings in SETTINGS {
-        forwarding_with_settings_allocates_nothing(driver, settings);
+        let any = "127.0.0.1:0".parse().unwrap();
+        forwarding_with_settings_allocates_nothing(driver, settings, any, echo_server());
+        let path = |name| std::env::temp_dir().join(format!("aegis-{}-{name}", std::process::id()));
+        let (listen, backend) = (path("alloc"), path("echo"));
+        let _ = fs::remove_file(&backend);
+        let listen = Address::Unix(listen.into());
+        let echo = unix_echo_server(&backend);
+        forwarding_with_settings_allocates_nothing(driver, settings, listen, echo);
+        fs::remove_file(backend).unwrap();
     }
 }
 
-fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&str, &str)]) {
+fn forwarding_with_settings_allocates_nothing(
+    driver: DriverKind,
+    settings: &[(&str, &str)],
+    listen: Address,
+    backend: Address,
+) {
     let settings = settings.iter().map(|&(name, value)| (name.to_owned(), value.to_owned()));
     let config = Arc::new(Config::from_vars(settings).unwrap());
     let mode = config.routes[0].pool.mode;
-    let any = "127.0.0.1:0".parse().unwrap();
     let options = worker::socket_options(&config.routes[0]);
-    let mut listeners = listeners::listen(&[any], 1, &options).unwrap();
+    let access = Access { mode: SocketMode::DEFAULT, owner: None };
+    let mut listeners = listeners::listen(&[listen], 1, &options, access).unwrap();
     let mailbox = Arc::new(Mailbox::new(1).unwrap());
     let stats: Arc<WorkerStats> = Arc::new(WorkerStats::new(1));
     let (alive, mut exited) = tokio::sync::mpsc::channel(1);
@@ -145,12 +194,12 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
         pool_conns_max: 64,
         mailboxes: Arc::new([Arc::clone(&mailbox)]),
         stats: Arc::new([Arc::clone(&stats)]),
-        listening: Listening::default(),
+        listening: Listening::new(listeners.addresses.clone()),
         started: Instant::now(),
         exited: alive,
     };
     worker::prepare(0, None, driver).unwrap().start(setup).unwrap();
-    let endpoint = Endpoint::new("echo", echo_server(), 1);
+    let endpoint = Endpoint::new("echo", backend, 1);
     mailbox.deliver(Arc::new(EndpointSnapshot {
         route: RouteId::default(),
         generation: 1,
@@ -158,12 +207,8 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
         stores: Vec::new(),
     }));
 
-    let connect = |_| TcpStream::connect(listeners.addresses[0]).unwrap();
-    let mut clients: Vec<TcpStream> = (0..CLIENTS).map(connect).collect();
-    for client in &clients {
-        client.set_nodelay(true).unwrap();
-        client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    }
+    let address = &listeners.addresses[0];
+    let mut clients: Vec<_> = (0..CLIENTS).map(|_| connect(address)).collect();
     exchange_with_all(&mut clients, WARM_UP);
 
     let (before, bytes) =
@@ -172,7 +217,9 @@ fn forwarding_with_settings_allocates_nothing(driver: DriverKind, settings: &[(&
     let allocations = worker_allocations() - before;
     let moved = stats.routes[0].bytes.of(Direction::ToClient).get() - bytes;
     assert_eq!(moved, (MESSAGES * MESSAGE.len()) as u64, "all went through the worker");
-    eprintln!("MEASURED: {allocations} allocations for {MESSAGES} messages on {driver:?}, {mode}");
+    eprintln!(
+        "MEASURED: {allocations} allocations for {MESSAGES} messages on {driver:?}, {mode}, {address}"
+    );
     assert_eq!(allocations, 0, "the worker allocated while it forwarded");
 
     drop(clients);

@@ -5,13 +5,14 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
+use aegis::config::SocketMode;
 use aegis::io::epoll::Epoll;
 use aegis::io::net::Options;
 use aegis::io::probe;
 use aegis::io::uring::Uring;
 use aegis::io::{Close, Completion, ConnId, Driver, DriverSetup, Unheard, Wait};
 use aegis::limits::{BUFFER_RING_ENTRIES, BUFFER_SIZE, PIPES_MAX};
-use aegis::startup::listeners;
+use aegis::startup::{Access, listeners};
 use aegis::worker::mailbox::Mailbox;
 
 #[path = "drivers/bulk.rs"]
@@ -33,7 +34,8 @@ struct Rig<D> {
 
 fn prepare() -> (DriverSetup, SocketAddr) {
     let any = "127.0.0.1:0".parse().unwrap();
-    let mut listeners = listeners::listen(&[any], 1, &Options::default()).unwrap();
+    let access = Access { mode: SocketMode::DEFAULT, owner: None };
+    let mut listeners = listeners::listen(&[any], 1, &Options::default(), access).unwrap();
     let wake = Mailbox::new(1).unwrap().wake_fd().try_clone_to_owned().unwrap();
     let setup = DriverSetup {
         listeners: listeners.sets.remove(0),
@@ -41,7 +43,7 @@ fn prepare() -> (DriverSetup, SocketAddr) {
         conns_max: 4000,
         buffers_max: BUFFERS,
     };
-    (setup, listeners.addresses[0])
+    (setup, listeners.addresses[0].tcp().unwrap())
 }
 
 /// Runs a test on each driver. It says so where `io_uring` cannot run.
@@ -50,16 +52,16 @@ macro_rules! on_each_driver {
         #[test]
         fn $name() {
             let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
-            let (setup, path) = unix::prepare(concat!("epoll-", stringify!($name)));
+            let (setup, path, listener) = unix::prepare(concat!("epoll-", stringify!($name)));
             let driver = Epoll::new(setup).unwrap();
             let rig = Rig { driver, address: nowhere, seen: Vec::new() };
-            unix::$name(unix::UnixRig { rig, path });
+            unix::$name(unix::UnixRig { rig, path, listener });
             match probe::uring() {
                 Ok(features) => {
-                    let (setup, path) = unix::prepare(concat!("uring-", stringify!($name)));
+                    let (setup, path, listener) = unix::prepare(concat!("uring-", stringify!($name)));
                     let driver = Uring::new(setup, probe::set_up(features).unwrap()).unwrap();
                     let rig = Rig { driver, address: nowhere, seen: Vec::new() };
-                    unix::$name(unix::UnixRig { rig, path });
+                    unix::$name(unix::UnixRig { rig, path, listener });
                 }
                 Err(why) => eprintln!("SKIPPED: {} on io_uring: {why}", stringify!($name)),
             }
@@ -122,6 +124,9 @@ on_each_driver![unix:
     a_full_unix_socket_waits_for_room,
     unix_bulk_arrives_whole_with_its_end,
     a_drain_empties_the_queue_of_a_unix_listener,
+    where_one_driver_has_ended_a_shared_queue_another_one_is_told_of_no_error,
+    a_unix_connect_waits_for_room_in_the_accept_queue,
+    a_connection_to_a_socket_of_this_process_leads_back,
 ];
 
 impl<D: Driver> Rig<D> {

@@ -7,6 +7,7 @@ mod preset;
 mod read;
 mod routes;
 mod service_links;
+mod unix;
 mod value;
 mod variable;
 mod variables;
@@ -15,14 +16,16 @@ mod warnings;
 #[cfg(test)]
 mod tests;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 pub use error::{ConfigErrors, Problem};
 pub use preset::Preset;
 pub use routes::RouteName;
+pub use unix::{SocketMode, SocketOwner};
 pub use variable::{PREFIX, VARIABLES, Variable};
 pub use variables::{Config, KubeConfig, PoolConfig, RequestConfig, Resources, RouteConfig};
 
+use crate::io::net::Address;
 use crate::limits;
 pub use crate::protocol::ProtocolName as Protocol;
 use variable::Section;
@@ -57,7 +60,7 @@ impl RouteConfig {
 
     /// How many of the backends are names.
     pub fn names(&self) -> usize {
-        self.backends.iter().filter(|backend| backend.host.parse::<IpAddr>().is_err()).count()
+        self.backends.iter().filter(|backend| backend.is_name()).count()
     }
 }
 
@@ -99,6 +102,33 @@ pub enum KubePort {
     Name(String),
     /// Its number at the endpoints.
     Number(u16),
+}
+
+/// Where connections go.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Backend {
+    /// A port of a host, which is resolved where it is a name.
+    Tcp(HostPort),
+    /// A Unix socket.
+    Unix(Address),
+}
+
+impl Backend {
+    /// Whether it has to be resolved.
+    pub fn is_name(&self) -> bool {
+        self.address().is_none()
+    }
+
+    /// Where it is, unless that is to be resolved.
+    pub fn address(&self) -> Option<Address> {
+        match self {
+            Self::Tcp(host) => {
+                let ip = host.host.parse::<IpAddr>().ok()?;
+                Some(SocketAddr::new(ip, host.port).into())
+            }
+            Self::Unix(address) => Some(address.clone()),
+        }
+    }
 }
 
 /// A host (name or IP address) and a port.

@@ -17,9 +17,10 @@ use super::variables::{
     AEGIS_PRESET, AEGIS_PROTOCOL, AEGIS_PROXY_PROTOCOL,
 };
 use super::{
-    Balance, Config, ConfigErrors, Discovery, HostPort, PoolMode, Preset, Problem, Protocol,
+    Backend, Balance, Config, ConfigErrors, Discovery, PoolMode, Preset, Problem, Protocol,
     ProxyProtocol, RouteConfig, RouteName, ServiceName,
 };
+use crate::io::net::Address;
 use crate::limits::LISTEN_ADDRESSES_MAX;
 use crate::listening::Listening;
 
@@ -230,7 +231,7 @@ impl Reader {
                 }
                 Discovery::Kubernetes
             }
-            None if route.backends.iter().any(is_name) => Discovery::Dns,
+            None if route.backends.iter().any(Backend::is_name) => Discovery::Dns,
             None => Discovery::Static,
         };
     }
@@ -294,7 +295,7 @@ impl Reader {
             self.conflict(discovery(), service, "a Service or a selector has to be named");
         }
         if route.discovery == Discovery::Static
-            && let Some(name) = route.backends.iter().find(|backend| is_name(backend))
+            && let Some(name) = route.backends.iter().find(|backend| backend.is_name())
         {
             let backend = (AEGIS_BACKENDS, name.to_string());
             self.conflict(discovery(), backend, "names have to be resolved; dns does that");
@@ -344,20 +345,18 @@ impl Reader {
         let admin_takes_in = |other: SocketAddr| {
             takes_in(config.admin, other) || both_families && config.admin.port() == other.port()
         };
-        let shared = |&listen: &SocketAddr| {
+        let shared = |listen: SocketAddr| {
             listen.port() != 0 && (admin_takes_in(listen) || takes_in(listen, config.admin))
         };
-        if route.listen.iter().any(shared) {
+        if route.listen.iter().filter_map(Address::tcp).any(shared) {
             let admin = (AEGIS_ADMIN, config.admin.to_string());
             self.conflict(listen(), admin, "both would listen at the same address");
         }
         for other in &config.routes {
-            let own = Listening::new(other.listen.iter().copied());
-            let is_own = |backend: &&HostPort| {
-                let Ok(ip) = backend.host.parse::<IpAddr>() else { return false };
-                let target = SocketAddr::new(ip, backend.port);
+            let own = Listening::new(other.listen.iter().cloned());
+            let is_own = |backend: &&Backend| {
                 // Which other addresses are the host's own may have changed by the time of a connect.
-                own.reached_by(target, |_| false).is_some()
+                backend.address().is_some_and(|target| own.reached_by(&target, |_| false).is_some())
             };
             let Some(backend) = route.backends.iter().find(is_own) else { continue };
             let backend = (AEGIS_BACKENDS, backend.to_string());
@@ -424,8 +423,4 @@ impl Reader {
         let pairs = [(self.name(a.0), a.1), (self.name(b.0), b.1)];
         self.note(Problem::Conflict { route, pairs, why: why.to_owned() });
     }
-}
-
-fn is_name(backend: &HostPort) -> bool {
-    backend.host.parse::<IpAddr>().is_err()
 }

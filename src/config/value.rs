@@ -11,9 +11,11 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
 use super::{
-    Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, PoolMode, Preset,
-    Protocol, ProxyProtocol, ServiceName, Switch,
+    Backend, Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, PoolMode,
+    Preset, Protocol, ProxyProtocol, ServiceName, Switch,
 };
+
+use crate::io::net::{Address, AddressError, PATH_LEN_MAX, UNIX};
 
 /// A value, or why the text is none.
 pub(super) type Parsed<T> = Result<T, String>;
@@ -97,11 +99,31 @@ pub(super) fn socket_address(text: &str) -> Parsed<SocketAddr> {
     })
 }
 
+/// The path of a Unix socket.
+fn unix_address(text: &str) -> Parsed<Address> {
+    let address: Address = text.parse().map_err(|error: AddressError| match error {
+        AddressError::NotAbsolute(_) => "the path does not begin with /".to_owned(),
+        AddressError::TooLong(_) => format!("the path is longer than {PATH_LEN_MAX} bytes"),
+        AddressError::Unknown(_) => error.to_string(),
+    })?;
+    let path = address.path().map(|path| path.as_os_str().as_encoded_bytes()).unwrap_or_default();
+    match path {
+        [.., b'/'] => Err("the path does not end with the name of a file".to_owned()),
+        _ if path.contains(&0) => Err("the path has a NUL in it".to_owned()),
+        _ => Ok(address),
+    }
+}
+
+/// An address to listen on.
+fn listen_address(text: &str) -> Parsed<Address> {
+    if text.starts_with(UNIX) { unix_address(text) } else { socket_address(text).map(Into::into) }
+}
+
 /// Addresses to listen on, of which none takes in another one.
-pub(super) fn listen_addresses(text: &str, max: usize) -> Parsed<Vec<SocketAddr>> {
-    let addresses = list(text, max, socket_address)?;
-    for (at, &one) in addresses.iter().enumerate() {
-        if let Some((wide, narrow)) = overlap(&[one], &addresses[at + 1..]) {
+pub(super) fn listen_addresses(text: &str, max: usize) -> Parsed<Vec<Address>> {
+    let addresses = list(text, max, listen_address)?;
+    for (at, one) in addresses.iter().enumerate() {
+        if let Some((wide, narrow)) = overlap(std::slice::from_ref(one), &addresses[at + 1..]) {
             return Err(format!("{wide} takes in {narrow}: leave one of them out"));
         }
     }
@@ -109,13 +131,16 @@ pub(super) fn listen_addresses(text: &str, max: usize) -> Parsed<Vec<SocketAddr>
 }
 
 /// An address of the one side that takes in one of the other side, and that one.
-pub(super) fn overlap(
-    one_side: &[SocketAddr],
-    other_side: &[SocketAddr],
-) -> Option<(SocketAddr, SocketAddr)> {
-    let pairs = one_side.iter().flat_map(|&one| other_side.iter().map(move |&other| (one, other)));
+pub(super) fn overlap<'a>(
+    one_side: &'a [Address],
+    other_side: &'a [Address],
+) -> Option<(&'a Address, &'a Address)> {
+    let pairs = one_side.iter().flat_map(|one| other_side.iter().map(move |other| (one, other)));
     let mut both_ways = pairs.flat_map(|(one, other)| [(one, other), (other, one)]);
-    both_ways.find(|&(wide, narrow)| takes_in(wide, narrow))
+    both_ways.find(|pair| match pair {
+        (Address::Tcp(wide), Address::Tcp(narrow)) => takes_in(*wide, *narrow),
+        (one, other) => one == other,
+    })
 }
 
 /// Whether a socket that listens at the one address leaves none for another socket at the other.
@@ -335,6 +360,27 @@ fn check_name(name: &str) -> Parsed<String> {
     Ok(name.to_ascii_lowercase())
 }
 
+impl FromStr for Backend {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.starts_with(UNIX) {
+            unix_address(text).map(Self::Unix)
+        } else {
+            text.parse().map(Self::Tcp)
+        }
+    }
+}
+
+impl Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(host) => host.fmt(f),
+            Self::Unix(address) => address.fmt(f),
+        }
+    }
+}
+
 impl Display for HostPort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.host.contains(':') {
@@ -464,6 +510,25 @@ mod tests {
             &long,
         ] {
             assert!(text.parse::<HostPort>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_unix_socket_is_an_absolute_path_of_a_file() {
+        let unix = "unix:/run/aegis/db.sock";
+        let address: Address = unix.parse().unwrap();
+        assert_eq!(unix.parse(), Ok(Backend::Unix(address.clone())));
+        assert_eq!(Backend::Unix(address.clone()).to_string(), unix);
+        assert_eq!(listen_addresses(unix, 1), Ok(vec![address]));
+        let long = format!("unix:/{}", "x".repeat(PATH_LEN_MAX));
+        for (text, why) in [
+            ("unix:", "the path does not begin with /"),
+            ("unix:db.sock", "the path does not begin with /"),
+            ("unix:/run/", "the path does not end with the name of a file"),
+            (&long, "the path is longer than 107 bytes"),
+        ] {
+            assert_eq!(text.parse::<Backend>().unwrap_err(), why, "{text:?}");
+            assert_eq!(listen_addresses(text, 1), Err(format!("{text:?}: {why}")));
         }
     }
 

@@ -18,9 +18,10 @@ use super::value::{
 };
 use super::variable::{Row, Section, Variable, settings};
 use super::{
-    Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, PoolMode, Preset,
-    Protocol, ProxyProtocol, ServiceName, Switch,
+    Backend, Balance, Discovery, IoChoice, KubePort, Locality, LogFormat, PoolMode, Preset,
+    Protocol, ProxyProtocol, ServiceName, SocketMode, SocketOwner, Switch,
 };
+use crate::io::net::Address;
 use crate::limits;
 
 settings! {
@@ -76,15 +77,21 @@ pub struct RouteConfig {
     /// What it is called.
     name: RouteName;
     => "Addresses"
-    listen: Vec<SocketAddr> = AEGIS_LISTEN("127.0.0.1:8081,[::1]:8081") in List {
-        of: "IP:PORT",
+    listen: Vec<Address> = AEGIS_LISTEN("127.0.0.1:8081,[::1]:8081") in List {
+        of: "IP:PORT or unix:/PATH",
         count_max: limits::LISTEN_ADDRESSES_MAX,
         note: "port 0 picks a free one",
         parse: listen_addresses,
     },
         "Where clients connect. Address families that the host lacks are skipped.";
-    backends: Vec<HostPort> = AEGIS_BACKENDS("127.0.0.1:8080") in List {
-        of: "HOST:PORT",
+    socket_mode: SocketMode = AEGIS_SOCKET_MODE("0660")
+        in text("an octal number up to 0777", str::parse),
+        "Who may connect to Unix sockets of AEGIS_LISTEN, as the mode of their files.";
+    socket_owner: Option<SocketOwner> = AEGIS_SOCKET_OWNER("none")
+        in or("none", text("UID, UID:GID or :GID in numbers", str::parse)),
+        "Whose those files are. none: the user that this runs as, and its or the directory's group.";
+    backends: Vec<Backend> = AEGIS_BACKENDS("127.0.0.1:8080") in List {
+        of: "HOST:PORT or unix:/PATH",
         count_max: limits::ENDPOINTS_MAX,
         note: "IPv6 addresses in brackets",
         parse: |text, max| list(text, max, str::parse),
@@ -107,7 +114,7 @@ pub struct RouteConfig {
         in or("off", durations(ms(100)..=minutes(10))),
         "An endpoint that joins others gets its full share of sessions only after this time.";
     endpoint_wait: Duration = AEGIS_ENDPOINT_WAIT("5s") in durations(seconds(0)..=minutes(5)),
-        "How long a new session or a request waits for an endpoint while there is none at all.";
+        "How long new clients wait while no endpoint is usable: absent, refusing, silent or ejected.";
     balance: Balance = AEGIS_BALANCE("least_conn") in words(),
         "How an endpoint is chosen. key_hash: for each request of chronos the store that holds its key.";
     => "Pools"
@@ -124,7 +131,7 @@ pub struct RouteConfig {
     connect_timeout: Duration = AEGIS_CONNECT_TIMEOUT("1s") in durations(ms(1)..=minutes(5)),
         "How long one attempt to connect to an endpoint may take.";
     connect_attempts: u32 = AEGIS_CONNECT_ATTEMPTS("3") in numbers(1..=8),
-        "How many endpoints are tried for a session before it is given up.";
+        "How many endpoints are tried for a session at once, before it waits or is given up.";
     retry_budget: Option<u32> = AEGIS_RETRY_BUDGET("20")
         in or("off", numbers_of(" of percent", 0..=1000)),
         "Retries per 100 sessions or requests at most, beside ten per second. off: any number.";

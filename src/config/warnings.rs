@@ -7,7 +7,8 @@ use super::variables::{
     AEGIS_BACKEND_DRAIN, AEGIS_BACKENDS, AEGIS_DNS_REFRESH, AEGIS_KUBE_STORES, AEGIS_LINE_MAX,
     AEGIS_LOCALITY, AEGIS_POOL_IDLE_TIMEOUT, AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MAX_LIFETIME,
     AEGIS_POOL_SIZE, AEGIS_PRESET, AEGIS_PROTOCOL, AEGIS_QUEUE_MAX, AEGIS_QUEUE_TIMEOUT,
-    AEGIS_REPEAT_WRITES, AEGIS_REQUEST_TIMEOUT, AEGIS_SLOW_START,
+    AEGIS_REPEAT_WRITES, AEGIS_REQUEST_TIMEOUT, AEGIS_SLOW_START, AEGIS_SOCKET_MODE,
+    AEGIS_SOCKET_OWNER,
 };
 use super::{Balance, Config, Discovery, Locality, PoolMode, Protocol, RouteConfig};
 
@@ -74,6 +75,11 @@ impl Config {
             (kube, kubernetes, "the endpoints do not come from Kubernetes"),
             (&[AEGIS_BACKENDS], !kubernetes, "the endpoints come from Kubernetes"),
             (&[AEGIS_KUBE_STORES], !kubernetes || by_key, "AEGIS_BALANCE is not key_hash"),
+            (
+                &[AEGIS_SOCKET_MODE, AEGIS_SOCKET_OWNER],
+                route.listen.iter().any(|address| address.path().is_some()),
+                "AEGIS_LISTEN has no Unix socket",
+            ),
             (&[AEGIS_DNS_REFRESH], route.discovery == Discovery::Dns, "no names are resolved"),
             (&[AEGIS_LOCALITY], kubernetes, "only Kubernetes says where endpoints are"),
             (

@@ -48,7 +48,7 @@ pub fn init_logging(config: &Config) -> io::Result<()> {
     // The only failure is that a subscriber is set already.
     let _ = match config.log_format {
         LogFormat::Text => builder.try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+        LogFormat::Json => builder.json().flatten_event(true).with_span_list(false).try_init(),
     };
     if let Some(error) = problem {
         tracing::warn!(filter = config.log, %error, "AEGIS_LOG is not a log filter, using `info`");

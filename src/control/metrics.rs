@@ -232,7 +232,7 @@ mod tests {
     use super::*;
     use crate::config::{Locality, PoolMode, Protocol};
     use crate::control::admin::page::whole;
-    use crate::control::testing::{config, endpoint, view};
+    use crate::control::testing::{config, endpoint, view, view_of_routes};
     use crate::metrics::{Checkout, CloseReason, Histogram, sections};
 
     /// There are no stores, no former run, and maybe no limit.
@@ -380,6 +380,38 @@ mod tests {
         let expected: Vec<_> =
             rows.map(|row| row.name).filter(|name| !NOT_HERE.contains(name)).collect();
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_family_comes_once_with_the_series_of_each_route() {
+        let vars = [
+            ("AEGIS_ROUTES", "orders,cache"),
+            ("AEGIS_LISTEN", "127.0.0.1:0"),
+            ("AEGIS_CACHE__PROTOCOL", "chronos"),
+            ("AEGIS_CACHE__POOL_MODE", "request"),
+        ];
+        let vars = vars.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let routes = ["10.0.0.1:1", "10.0.0.2:1"].map(|address| (3, vec![endpoint("db", address)]));
+        let config = crate::config::Config::from_vars(vars).unwrap();
+        let text = text_of(view_of_routes(std::time::Instant::now(), config, routes.into()));
+        let samples = parse(&text);
+        for series in [
+            "aegis_sessions_active{worker=\"0\",route=\"orders\"}",
+            "aegis_sessions_active{worker=\"0\",route=\"cache\"}",
+            "aegis_queue_depth{route=\"cache\"}",
+            "aegis_endpoint_usable{route=\"orders\",endpoint=\"db\"}",
+            "aegis_endpoint_usable{route=\"cache\",endpoint=\"db\"}",
+            "aegis_pool_connections{route=\"cache\",endpoint=\"db\",state=\"lent\"}",
+            "aegis_discovery_endpoints{route=\"cache\"}",
+        ] {
+            assert!(samples.contains_key(series), "{series}");
+        }
+        for series in [
+            "aegis_queue_depth{route=\"orders\"}",
+            "aegis_pool_connections{route=\"orders\",endpoint=\"db\",state=\"lent\"}",
+        ] {
+            assert!(!samples.contains_key(series), "{series} can never move");
+        }
     }
 
     #[test]

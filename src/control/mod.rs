@@ -7,6 +7,7 @@ mod discovery;
 mod lifecycle;
 pub mod logging;
 pub mod metrics;
+mod outages;
 pub mod view;
 
 #[cfg(test)]
@@ -29,6 +30,7 @@ use view::Discovered;
 pub use view::View;
 
 use crate::config::{Balance, Config, Discovery};
+use crate::io::net::Address;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
 use crate::proxy::RouteId;
@@ -101,7 +103,7 @@ pub struct Plane {
     /// Most sessions at a time in the whole process.
     pub max_sessions: usize,
     /// Where clients connect, with the ports that were bound.
-    pub listening: Vec<SocketAddr>,
+    pub listening: Vec<Address>,
     /// Closes once every worker thread has ended: each holds a sender and drops it with its end.
     pub exited: mpsc::Receiver<Infallible>,
     /// The admin listener, from [`admin::bind`].
@@ -146,6 +148,7 @@ impl Plane {
                     .leaving_out(listening.clone(), Arc::clone(&status));
             discover(&self.config, at, publisher, status);
         }
+        tokio::spawn(outages::log_outages(Arc::clone(&view)));
         tokio::spawn(admin::serve(admin, Arc::clone(&view)));
         Ok(lifecycle::run(&view, events).await)
     }
@@ -158,7 +161,7 @@ fn discover(config: &Config, at: usize, publisher: Publisher, status: Arc<Status
         Span::none()
     } else {
         // Of the highest level, so that it is there whatever the lines' levels are.
-        error_span!("route", name = route.name.as_str())
+        error_span!("discovery", route = route.name.as_str())
     };
     tokio::spawn(discovery::log_changes(publisher.subscribe()).instrument(span.clone()));
     if route.discovery == Discovery::Kubernetes {
@@ -178,10 +181,10 @@ fn discover(config: &Config, at: usize, publisher: Publisher, status: Arc<Status
 }
 
 /// All that the process listens on. `[::]` of the admin port means both families.
-fn listening(mut addresses: Vec<SocketAddr>, admin: SocketAddr) -> Listening {
-    addresses.push(admin);
+fn listening(mut addresses: Vec<Address>, admin: SocketAddr) -> Listening {
+    addresses.push(admin.into());
     if admin.ip() == Ipv6Addr::UNSPECIFIED {
-        addresses.push(SocketAddr::from((Ipv4Addr::UNSPECIFIED, admin.port())));
+        addresses.push(SocketAddr::from((Ipv4Addr::UNSPECIFIED, admin.port())).into());
     }
     Listening::new(addresses)
 }

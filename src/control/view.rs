@@ -139,6 +139,11 @@ impl View {
         })
     }
 
+    /// For how long the process has run.
+    pub fn alive(&self) -> Duration {
+        self.started.elapsed()
+    }
+
     /// Most sessions at a time in the whole process.
     pub fn max_sessions(&self) -> usize {
         self.max_sessions
@@ -248,4 +253,61 @@ pub fn labels(endpoints: &[Arc<Endpoint>]) -> Vec<String> {
         _ => format!("{}@{}", endpoint.name, endpoint.address),
     };
     endpoints.iter().map(label).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::testing::{self, endpoint};
+
+    /// A view of two routes, each with its generation and an endpoint or none.
+    fn two_routes(routes: [(u64, bool); 2]) -> View {
+        let vars = [
+            ("AEGIS_ROUTES", "orders,cache"),
+            ("AEGIS_LISTEN", "127.0.0.1:0"),
+            ("AEGIS_CACHE__BACKENDS", "db:1"),
+        ];
+        let vars = vars.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let routes = routes.map(|(generation, has_endpoint)| {
+            let endpoints = has_endpoint.then(|| endpoint("db", "10.0.0.1:1"));
+            (generation, endpoints.into_iter().collect())
+        });
+        testing::view_of_routes(Instant::now(), Config::from_vars(vars).unwrap(), routes.into())
+    }
+
+    #[test]
+    fn a_process_is_ready_while_one_of_its_routes_is_and_all_have_begun() {
+        let none = "no endpoint: discovery has found none";
+        let of = |route: &str| format!("route {route}: {none}");
+        for (routes, expected) in [
+            ([(1, true), (1, true)], vec![]),
+            ([(1, true), (2, false)], vec![]),
+            ([(1, false), (2, true)], vec![]),
+            ([(1, false), (2, false)], vec![of("orders"), of("cache")]),
+            ([(1, true), (0, false)], vec![of("cache")]),
+        ] {
+            assert_eq!(two_routes(routes).not_ready(), expected, "{routes:?}");
+        }
+        let view = two_routes([(1, true), (1, true)]);
+        let eject = |route: usize| {
+            let route = view.routes().nth(route).unwrap();
+            route.snapshot.endpoints[0].stats.iter().for_each(|stats| stats.ejected.set(1));
+        };
+        eject(0);
+        assert_eq!(view.not_ready(), [""; 0]);
+        eject(1);
+        assert_eq!(view.not_ready().len(), 2, "{:?}", view.not_ready());
+    }
+
+    #[test]
+    fn the_start_is_over_when_every_route_has_begun() {
+        assert_eq!(two_routes([(1, true), (1, false)]).not_started(), [""; 0]);
+        let view = two_routes([(1, true), (0, false)]);
+        assert_eq!(view.not_started(), ["route cache: discovery has not answered yet"]);
+        assert_eq!(view.misconfigured(), None);
+        let status = &view.discovery[1].status;
+        status.hold("test", Some("no rights".to_owned()));
+        assert_eq!(view.not_started(), ["route cache: no rights"]);
+        assert_eq!(view.misconfigured().unwrap(), "route cache: no rights");
+    }
 }

@@ -16,10 +16,13 @@
 //! (`halves`), and what carries its bytes ([`net`]).
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 pub mod buffers;
+mod crowded;
 mod descriptors;
 pub mod epoll;
 mod halves;
@@ -248,11 +251,29 @@ pub trait Driver {
     /// the options that it was connected with.
     fn ask(&mut self, conn: ConnId, options: &net::Options, silence: Option<Duration>);
 
-    /// The peer's address, if it has one: the clients of a Unix socket have none.
-    fn peer_address(&self, conn: ConnId) -> Option<net::Address>;
+    /// The peer's address. `None` over Unix sockets.
+    fn peer_address(&self, conn: ConnId) -> Option<SocketAddr>;
 
-    /// The address that the peer connected to. The path of a Unix socket is allocated anew.
-    fn local_address(&self, conn: ConnId) -> Option<net::Address>;
+    /// The address at this end: of a client's connection, the one that it connected to. `None` over
+    /// Unix sockets.
+    fn local_address(&self, conn: ConnId) -> Option<SocketAddr>;
+
+    /// Who is at the other end of a Unix socket. It costs a system call.
+    fn credentials(&self, _: ConnId) -> Option<net::Credentials> {
+        None
+    }
+
+    /// Whether the connection is one to a Unix socket that this process listens on, bound to `path`,
+    /// whatever it was reached by. It costs two system calls.
+    fn leads_back_to(&self, _: ConnId, _path: &Path) -> bool {
+        false
+    }
+
+    /// Whether this one of [`DriverSetup::listeners`] has one accept queue with those of other
+    /// drivers. Then all of it may come to one driver.
+    fn is_shared(&self, _listener: usize) -> bool {
+        false
+    }
 
     /// The buffers.
     fn buffers(&mut self) -> &mut buffers::Buffers;

@@ -1,6 +1,8 @@
 //! What each worker counts per endpoint: one row per number, from which follow the worker's counter,
 //! the sum over workers, the field of `/backends` and, where it has a name, the metric.
 
+use std::io;
+
 use serde::Serialize;
 
 use super::cells::{Cell, Counter, Gauge};
@@ -21,6 +23,8 @@ macro_rules! endpoint_stats {
             $($(#[doc = $doc])+ pub $field: $cell,)+
             /// 1 while the worker has ejected the endpoint, else 0.
             pub ejected: Gauge,
+            /// The number of its latest [`Failure`], or 0.
+            failed_by: Gauge,
         }
 
         impl EndpointStats {
@@ -31,6 +35,7 @@ macro_rules! endpoint_stats {
             pub fn reset_gauges(&self) {
                 $(self.$field.reset_gauge();)+
                 self.ejected.reset_gauge();
+                self.failed_by.reset_gauge();
             }
         }
 
@@ -102,6 +107,43 @@ impl EndpointCounts {
     }
 }
 
+/// How an endpoint has failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// It refused a connection.
+    Refused = 1,
+    /// It did not answer in time.
+    TimedOut = 2,
+    /// It ended a connection at once.
+    EndedAtOnce = 3,
+    /// It could not be reached for another reason.
+    Unreachable = 4,
+}
+
+impl Failure {
+    const ALL: [Self; 4] = [Self::Refused, Self::TimedOut, Self::EndedAtOnce, Self::Unreachable];
+
+    /// What an error is.
+    pub fn of(error: &io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::ConnectionRefused => Self::Refused,
+            io::ErrorKind::TimedOut => Self::TimedOut,
+            io::ErrorKind::UnexpectedEof => Self::EndedAtOnce,
+            _ => Self::Unreachable,
+        }
+    }
+
+    /// Its words in the log.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Refused => "refuses",
+            Self::TimedOut => "does not answer",
+            Self::EndedAtOnce => "ends connections at once",
+            Self::Unreachable => "cannot be reached",
+        }
+    }
+}
+
 /// A metric of an endpoint.
 #[derive(Debug)]
 pub struct Row {
@@ -112,6 +154,17 @@ pub struct Row {
 }
 
 impl EndpointStats {
+    /// The endpoint has failed.
+    pub fn set_failure(&self, failure: Failure) {
+        self.failed_by.set(failure as u64);
+    }
+
+    /// How it has failed last, if it ever has.
+    pub fn failure(&self) -> Option<Failure> {
+        let number = self.failed_by.get();
+        Failure::ALL.into_iter().find(|&failure| failure as u64 == number)
+    }
+
     /// The metrics in the order of the text: what is the endpoint's own, then what is its pools'.
     pub fn rows() -> Vec<&'static Row> {
         let mut rows: Vec<_> = Self::ROWS.iter().flatten().collect();

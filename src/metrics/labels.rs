@@ -100,11 +100,11 @@ labels! {
         BackendSilent = "backend_silent" if TCP_USER_TIMEOUT,
         /// The client acknowledged nothing for a multiple of that.
         ClientSilent = "client_silent" if TCP_USER_TIMEOUT,
-        /// No endpoint accepted a connection within the attempts allowed.
+        /// No endpoint was usable for `AEGIS_ENDPOINT_WAIT`, and the last one tried refused.
         ConnectFailed = "connect_failed" if PRECONNECT,
-        /// The last attempt to connect to an endpoint ran into its time limit.
+        /// The same, and the last attempt to connect ran into its time limit.
         ConnectTimeout = "connect_timeout" if PRECONNECT,
-        /// Discovery knows no endpoint at all.
+        /// Discovery knew no endpoint at all for `AEGIS_ENDPOINT_WAIT`.
         NoEndpoint = "no_endpoint" if PRECONNECT,
         /// As many sessions waited for an endpoint with a free place as may.
         QueueFull = "queue_full" if SESSIONS_WAIT,
@@ -123,6 +123,13 @@ labels! {
         DrainDeadline = "drain_deadline",
         /// A bound of `limits` was met that leaves no other way out.
         Overload = "overload",
+    }
+}
+
+impl CloseReason {
+    /// Whether no endpoint could be used, and the session may have waited for one.
+    pub fn is_for_want_of_endpoint(self) -> bool {
+        matches!(self, Self::ConnectFailed | Self::ConnectTimeout | Self::NoEndpoint)
     }
 }
 

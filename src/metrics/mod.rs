@@ -36,7 +36,7 @@ pub mod when;
 pub mod worker;
 
 pub use cells::{By, Counter, DurationTotal, Gauge, Histogram};
-pub use endpoint::{EndpointCounts, EndpointStats};
+pub use endpoint::{EndpointCounts, EndpointStats, Failure};
 pub use family::Family;
 pub use labels::{
     Checkout, CloseReason, Direction, Discard, ErrorKind, Label, LabelSet, Outcome, PooledState,

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::cells::{Cell, cells};
+use super::cells::{Cell, Counter, Gauge, cells};
 use super::counted::{Row, counted};
 use super::family::{LabelName, family, or};
 use super::labels::{
@@ -26,6 +26,11 @@ counted! {
             applied_generation: Gauge = "aegis_worker_applied_generation" per WORKER;
             /// Sessions ended, by how.
             sessions_closed: Counter [reason: CloseReason] = "aegis_sessions_closed_total" per WORKER;
+            /// Time for which clients found no usable endpoint: from the first that did until there was
+            /// one and nobody waited.
+            outage: DurationTotal = "aegis_outage_seconds_total" per WORKER;
+            /// Sessions that wait for a usable endpoint, or are being connected after they have waited.
+            clients_waiting: Gauge = "aegis_clients_waiting" per WORKER;
             /// Payload bytes received, by where they were sent on to.
             bytes: Counter [direction: Direction] = "aegis_bytes_total" per WORKER;
             /// How sessions came by their backend connections.
@@ -53,7 +58,17 @@ counted! {
             request_duration: Histogram [command: Verb] = "aegis_request_duration_seconds"
                 if SHARED where can_be_answered;
         }
-        others {}
+        others {
+            /// Since when clients find no usable endpoint, in milliseconds since the process started;
+            /// 0 if that is not so.
+            pub outage_since_ms: Gauge;
+            /// Sessions that had to wait for an endpoint.
+            pub outage_waited: Counter;
+            /// Sessions that were closed for want of one.
+            pub outage_given_up: Counter;
+            /// The longest wait of the latest outage, in milliseconds.
+            pub outage_longest_ms: Gauge;
+        }
     }
 }
 

@@ -8,10 +8,24 @@ pub const HEADER_MAX: usize = 107;
 
 const V2_SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
 
-/// Writes the version 1 header for a connection from `source` to `destination`, and says how long
-/// it is.
-pub fn write_v1(out: &mut [u8; HEADER_MAX], source: SocketAddr, destination: SocketAddr) -> usize {
-    let (source, destination) = same_family(source, destination);
+/// The addresses of a client's connection: its source, and where it connected to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Addresses {
+    /// The client's.
+    pub source: SocketAddr,
+    /// The proxy's.
+    pub destination: SocketAddr,
+}
+
+/// Writes the version 1 header for a client's connection, and says how long it is. One without
+/// addresses, as over a Unix socket, is `UNKNOWN`.
+pub fn write_v1(out: &mut [u8; HEADER_MAX], addresses: Option<Addresses>) -> usize {
+    const UNKNOWN: &[u8] = b"PROXY UNKNOWN\r\n";
+    let Some(addresses) = addresses else {
+        out[..UNKNOWN.len()].copy_from_slice(UNKNOWN);
+        return UNKNOWN.len();
+    };
+    let (source, destination) = same_family(addresses);
     let family = if source.is_ipv4() { "TCP4" } else { "TCP6" };
     let mut rest = &mut out[..];
     // The longest line fits, so the write cannot fail.
@@ -27,21 +41,28 @@ pub fn write_v1(out: &mut [u8; HEADER_MAX], source: SocketAddr, destination: Soc
     HEADER_MAX - left
 }
 
-/// Writes the version 2 header, likewise.
-pub fn write_v2(out: &mut [u8; HEADER_MAX], source: SocketAddr, destination: SocketAddr) -> usize {
+/// Writes the version 2 header, likewise. A connection without addresses is `LOCAL`, which every
+/// receiver has to accept; not all of them accept the family of Unix sockets, or none.
+pub fn write_v2(out: &mut [u8; HEADER_MAX], addresses: Option<Addresses>) -> usize {
+    const VERSION_2_LOCAL: u8 = 0x20;
     const VERSION_2_PROXY: u8 = 0x21;
+    const UNSPECIFIED: u8 = 0x00;
     const TCP_OVER_IPV4: u8 = 0x11;
     const TCP_OVER_IPV6: u8 = 0x21;
-    let (source, destination) = same_family(source, destination);
-    let (family, size) =
-        if source.is_ipv4() { (TCP_OVER_IPV4, 4_u16) } else { (TCP_OVER_IPV6, 16) };
-    let length = 2 * size + 4;
     let mut at = 0;
     let mut put = |bytes: &[u8]| {
         out[at..at + bytes.len()].copy_from_slice(bytes);
         at += bytes.len();
     };
     put(&V2_SIGNATURE);
+    let Some(addresses) = addresses else {
+        put(&[VERSION_2_LOCAL, UNSPECIFIED, 0, 0]);
+        return at;
+    };
+    let (source, destination) = same_family(addresses);
+    let (family, size) =
+        if source.is_ipv4() { (TCP_OVER_IPV4, 4_u16) } else { (TCP_OVER_IPV6, 16) };
+    let length = 2 * size + 4;
     put(&[VERSION_2_PROXY, family]);
     put(&length.to_be_bytes());
     for address in [source.ip(), destination.ip()] {
@@ -56,7 +77,8 @@ pub fn write_v2(out: &mut [u8; HEADER_MAX], source: SocketAddr, destination: Soc
 }
 
 /// Both as IPv4 if both are (an IPv4 client of a dual-stack listener counts), else as IPv6.
-fn same_family(a: SocketAddr, b: SocketAddr) -> (SocketAddr, SocketAddr) {
+fn same_family(addresses: Addresses) -> (SocketAddr, SocketAddr) {
+    let Addresses { source: a, destination: b } = addresses;
     let canonical =
         |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
     let (a, b) = (canonical(a), canonical(b));
@@ -74,9 +96,14 @@ fn same_family(a: SocketAddr, b: SocketAddr) -> (SocketAddr, SocketAddr) {
 mod tests {
     use super::*;
 
+    fn addresses(source: &str, destination: &str) -> Addresses {
+        let (source, destination) = (source.parse().unwrap(), destination.parse().unwrap());
+        Addresses { source, destination }
+    }
+
     fn v1(source: &str, destination: &str) -> String {
         let mut out = [0; HEADER_MAX];
-        let len = write_v1(&mut out, source.parse().unwrap(), destination.parse().unwrap());
+        let len = write_v1(&mut out, Some(addresses(source, destination)));
         String::from_utf8(out[..len].to_vec()).unwrap()
     }
 
@@ -99,8 +126,7 @@ mod tests {
     #[test]
     fn version_2_is_binary() {
         let mut out = [0; HEADER_MAX];
-        let len =
-            write_v2(&mut out, "1.2.3.4:258".parse().unwrap(), "5.6.7.8:772".parse().unwrap());
+        let len = write_v2(&mut out, Some(addresses("1.2.3.4:258", "5.6.7.8:772")));
         assert_eq!(
             out[..len],
             [
@@ -109,7 +135,16 @@ mod tests {
             ]
             .concat()
         );
-        let len = write_v2(&mut out, "[::1]:1".parse().unwrap(), "[::2]:2".parse().unwrap());
+        let len = write_v2(&mut out, Some(addresses("[::1]:1", "[::2]:2")));
         assert_eq!((len, out[13], &out[14..16]), (52, 0x21, &[0, 36][..]));
+    }
+
+    #[test]
+    fn a_connection_without_addresses_is_unknown_or_local() {
+        let mut out = [0; HEADER_MAX];
+        let len = write_v1(&mut out, None);
+        assert_eq!(&out[..len], b"PROXY UNKNOWN\r\n");
+        let len = write_v2(&mut out, None);
+        assert_eq!(&out[..len], b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0");
     }
 }

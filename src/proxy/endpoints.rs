@@ -1,11 +1,11 @@
 //! The desired set of endpoints, as discovery delivers it: a complete snapshot, never an edit.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use super::places::Places;
 use super::{RouteId, WorkerId};
+use crate::io::net::Address;
 use crate::metrics::EndpointStats;
 
 /// Names an endpoint within one worker, which keeps the number as long as anything refers to it.
@@ -35,10 +35,10 @@ impl From<EndpointId> for usize {
 /// One backend address, shared by all workers.
 #[derive(Debug)]
 pub struct Endpoint {
-    /// What users call it: the configured `host:port`, or a pod's name. Label of its metrics.
+    /// What users call it: as it is configured, or a pod's name. Label of its metrics.
     pub name: String,
     /// Where to connect.
-    pub address: SocketAddr,
+    pub address: Address,
     near: AtomicBool,
     /// The first of the workers that keep its minimum of idle connections.
     first_worker: usize,
@@ -52,7 +52,7 @@ pub struct Endpoint {
 
 impl Endpoint {
     /// An endpoint with fresh counters for `workers` workers.
-    pub fn new(name: impl Into<String>, address: SocketAddr, workers: usize) -> Arc<Self> {
+    pub fn new(name: impl Into<String>, address: Address, workers: usize) -> Arc<Self> {
         Self::numbered(0, name, address, workers)
     }
 
@@ -61,7 +61,7 @@ impl Endpoint {
     pub fn numbered(
         number: usize,
         name: impl Into<String>,
-        address: SocketAddr,
+        address: Address,
         workers: usize,
     ) -> Arc<Self> {
         let stats = (0..workers).map(|_| EndpointStats::default()).collect();
@@ -128,9 +128,9 @@ mod tests {
 
     /// What each of `workers` keeps of `count` to each of `endpoints`, and of all of them.
     fn kept(workers: usize, count: usize, endpoints: usize) -> Vec<usize> {
-        let address = "10.0.0.1:80".parse().unwrap();
+        let address: Address = "10.0.0.1:80".parse().unwrap();
         let endpoints: Vec<_> = (0..endpoints)
-            .map(|number| Endpoint::numbered(number, "db", address, workers))
+            .map(|number| Endpoint::numbered(number, "db", address.clone(), workers))
             .collect();
         for endpoint in &endpoints {
             let shares = (0..workers).map(|worker| endpoint.share_of(WorkerId::new(worker), count));

@@ -4,9 +4,11 @@
 //! value returned. The same code runs on every driver, the simulator included.
 
 pub mod admission;
+mod backoff;
 pub mod balance;
 pub mod endpoints;
 pub mod health;
+pub mod outage;
 pub mod places;
 pub mod pool;
 pub mod pulse;

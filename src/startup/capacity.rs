@@ -67,9 +67,9 @@ const CONTROL_DESCRIPTORS: u64 = 32;
 /// Sockets of one name's lookup: one for each family, while it is asked for.
 const DESCRIPTORS_PER_NAME: u64 = 2;
 
-/// Connections to the Kubernetes API for one route, for the endpoints and for what declares the stores: the watch,
-/// the one that a new client makes while that of the last one is still closing, and for each a lookup
-/// in DNS and the files with its credentials.
+/// Connections to the Kubernetes API for one route, for the endpoints and for what declares the
+/// stores: the watch, the one that a new client makes while that of the last one is still closing, and
+/// for each a lookup in DNS and the files with its credentials.
 const KUBERNETES_DESCRIPTORS: u64 = 2 * 8;
 
 /// Standard input, output and error.

@@ -1,15 +1,18 @@
-//! Listening sockets: one per worker and address, all bound before anything is announced.
+//! Listening sockets, all bound before anything is announced: one per worker and TCP port, and one
+//! that all workers share per Unix socket.
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::socket_file::{self, Access, SocketFile};
 use crate::config::Config;
-use crate::io::net::Options;
+use crate::io::net::{Address, Options};
 use crate::limits::LISTEN_BACKLOG;
 use crate::proxy::RouteId;
 use crate::worker::socket_options;
@@ -19,19 +22,29 @@ use crate::worker::socket_options;
 const IN_USE_MAX: Duration = Duration::from_secs(1);
 /// The pause before each other try.
 const IN_USE_PAUSE: Duration = Duration::from_millis(10);
+/// The same where a try is a connection to whoever listens.
+const IN_USE_PAUSE_UNIX: Duration = Duration::from_millis(100);
 
 /// A listening socket could not be had.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
-    /// Somebody else has the port.
-    #[error("AEGIS_LISTEN: {0} is in use by another program; stop it or choose another port")]
-    InUse(SocketAddr),
+    /// Somebody else listens there.
+    #[error("AEGIS_LISTEN: {0} is in use by another program; stop it or choose another {kind}", kind = kind(.0))]
+    InUse(Address),
     /// Every address is of a family that the host lacks.
-    #[error("AEGIS_LISTEN: the host has none of the address families of {0:?}")]
-    NoFamily(Vec<SocketAddr>),
+    #[error("AEGIS_LISTEN: the host has none of the address families of {list}", list = list(.0))]
+    NoFamily(Vec<Address>),
     /// Anything else.
     #[error("AEGIS_LISTEN: cannot listen on {0}: {1}")]
-    Other(SocketAddr, #[source] io::Error),
+    Other(Address, #[source] io::Error),
+}
+
+fn kind(address: &Address) -> &'static str {
+    if address.path().is_some() { "path" } else { "port" }
+}
+
+fn list(addresses: &[Address]) -> String {
+    addresses.iter().map(Address::to_string).collect::<Vec<_>>().join(", ")
 }
 
 impl ListenError {
@@ -49,11 +62,13 @@ impl ListenError {
 #[derive(Debug)]
 pub struct Listeners {
     /// The addresses, with the real port where 0 was asked for.
-    pub addresses: Vec<SocketAddr>,
+    pub addresses: Vec<Address>,
     /// Their routes.
     pub routes: Box<[RouteId]>,
     /// One set a worker.
     pub sets: Vec<Vec<OwnedFd>>,
+    /// The files of the Unix sockets. They are to be kept until nobody listens any more.
+    pub files: Vec<SocketFile>,
 }
 
 /// Binds the addresses of all routes, each as [`listen`] does.
@@ -61,16 +76,14 @@ pub struct Listeners {
 /// # Errors
 /// The first address that cannot be had.
 pub fn listen_by_route(config: &Config, workers: usize) -> Result<Listeners, ListenError> {
-    let mut all = Listeners {
-        addresses: Vec::new(),
-        routes: Box::default(),
-        sets: (0..workers).map(|_| Vec::new()).collect(),
-    };
+    let mut all = Listeners::none(workers);
     let mut routes = Vec::new();
     for (number, route) in config.routes.iter().enumerate() {
-        let own = listen(&route.listen, workers, &socket_options(route))?;
+        let access = Access { mode: route.socket_mode, owner: route.socket_owner };
+        let own = listen(&route.listen, workers, &socket_options(route), access)?;
         routes.resize(routes.len() + own.addresses.len(), RouteId::at(number));
         all.addresses.extend(own.addresses);
+        all.files.extend(own.files);
         for (set, sockets) in all.sets.iter_mut().zip(own.sets) {
             set.extend(sockets);
         }
@@ -79,36 +92,33 @@ pub fn listen_by_route(config: &Config, workers: usize) -> Result<Listeners, Lis
     Ok(all)
 }
 
-/// Binds every address of one route once a worker, with `SO_REUSEPORT`, and listens. An address whose family
-/// the host lacks is skipped with a log line, unless no other is left.
+/// Binds every TCP address of one route once a worker, with `SO_REUSEPORT`, and every Unix socket once,
+/// and listens. An address whose family the host lacks is skipped with a log line, unless no other is
+/// left.
 ///
 /// # Errors
 /// The first address that cannot be had.
 pub fn listen(
-    addresses: &[SocketAddr],
+    addresses: &[Address],
     workers: usize,
     options: &Options,
+    access: Access,
 ) -> Result<Listeners, ListenError> {
-    let mut listeners = Listeners {
-        addresses: Vec::new(),
-        routes: Box::default(),
-        sets: (0..workers).map(|_| Vec::new()).collect(),
-    };
-    for &address in addresses {
-        match bind_patiently(address, workers, options) {
-            Ok((bound, sockets)) => {
-                listeners.addresses.push(bound);
-                for (set, socket) in listeners.sets.iter_mut().zip(sockets) {
-                    set.push(socket.into());
-                }
-            }
+    let mut listeners = Listeners::none(workers);
+    for address in addresses {
+        let added = match address {
+            Address::Tcp(tcp) => listeners.add_tcp(*tcp, options),
+            Address::Unix(path) => listeners.add_unix(path, access),
+        };
+        match added {
+            Ok(bound) => listeners.addresses.push(bound),
             Err(error) if lacks_family(address, &error) => {
                 tracing::warn!(%address, %error, "not listening: the host lacks the address family");
             }
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                return Err(ListenError::InUse(address));
+                return Err(ListenError::InUse(address.clone()));
             }
-            Err(error) => return Err(ListenError::Other(address, error)),
+            Err(error) => return Err(ListenError::Other(address.clone(), error)),
         }
     }
     if listeners.addresses.is_empty() {
@@ -118,20 +128,42 @@ pub fn listen(
     Ok(listeners)
 }
 
-/// As [`bind_all`], but gives a predecessor time to free the port: what a process had in an
-/// `io_uring` the kernel closes only some time after its end.
-fn bind_patiently(
-    address: SocketAddr,
-    workers: usize,
-    options: &Options,
-) -> io::Result<(SocketAddr, Vec<Socket>)> {
+impl Listeners {
+    fn none(workers: usize) -> Self {
+        let sets = (0..workers).map(|_| Vec::new()).collect();
+        Self { addresses: Vec::new(), routes: Box::default(), sets, files: Vec::new() }
+    }
+
+    fn add_tcp(&mut self, address: SocketAddr, options: &Options) -> io::Result<Address> {
+        let bind = || bind_all(address, self.sets.len(), options);
+        let (bound, sockets) = patiently(IN_USE_PAUSE, bind)?;
+        for (set, socket) in self.sets.iter_mut().zip(sockets) {
+            set.push(socket.into());
+        }
+        Ok(bound.into())
+    }
+
+    fn add_unix(&mut self, path: &Path, access: Access) -> io::Result<Address> {
+        let (socket, file) = patiently(IN_USE_PAUSE_UNIX, || socket_file::listen(path, access))?;
+        // There is no `SO_REUSEPORT` for them.
+        for set in &mut self.sets {
+            set.push(socket.try_clone()?.into());
+        }
+        self.files.push(file);
+        Ok(Address::Unix(path.into()))
+    }
+}
+
+/// Gives a predecessor time to free its address: what a process had in an `io_uring` the kernel closes
+/// only some time after its end.
+fn patiently<T>(pause: Duration, mut bind: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let begun = Instant::now();
     loop {
-        match bind_all(address, workers, options) {
+        match bind() {
             Err(error)
                 if error.kind() == io::ErrorKind::AddrInUse && begun.elapsed() < IN_USE_MAX =>
             {
-                thread::sleep(IN_USE_PAUSE);
+                thread::sleep(pause);
             }
             outcome => return outcome,
         }
@@ -174,7 +206,8 @@ fn socket(address: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-fn lacks_family(address: SocketAddr, error: &io::Error) -> bool {
+fn lacks_family(address: &Address, error: &io::Error) -> bool {
+    let Some(address) = address.tcp() else { return false };
     match error.raw_os_error() {
         Some(libc::EAFNOSUPPORT | libc::EPROTONOSUPPORT) => true,
         // Where IPv6 is switched off by sysctl, even ::1 is missing. Else it is some other host's.
@@ -190,25 +223,46 @@ fn lacks_family(address: SocketAddr, error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::SocketMode;
+
+    const ACCESS: Access = Access { mode: SocketMode::DEFAULT, owner: None };
+
+    fn listen_to(text: &str, workers: usize, options: &Options) -> Result<Listeners, ListenError> {
+        listen(&[text.parse().unwrap()], workers, options, ACCESS)
+    }
 
     #[test]
     fn all_workers_share_one_free_port_and_a_second_process_is_refused() {
-        let any = "127.0.0.1:0".parse().unwrap();
-        let listeners = listen(&[any], 3, &Options::default()).unwrap();
-        let [address] = listeners.addresses[..] else { panic!("{listeners:?}") };
-        assert_ne!(address.port(), 0);
+        let listeners = listen_to("127.0.0.1:0", 3, &Options::default()).unwrap();
+        let [ref address] = listeners.addresses[..] else { panic!("{listeners:?}") };
+        assert_ne!(address.tcp().unwrap().port(), 0);
         assert_eq!(listeners.sets.iter().map(Vec::len).collect::<Vec<_>>(), [1, 1, 1]);
-        let error = listen(&[address], 1, &Options::default()).unwrap_err();
-        assert!(matches!(error, ListenError::InUse(a) if a == address), "{error}");
+        let error = listen_to(&address.to_string(), 1, &Options::default()).unwrap_err();
+        assert!(matches!(&error, ListenError::InUse(a) if a == address), "{error}");
+    }
+
+    #[test]
+    fn all_workers_share_one_unix_socket_and_a_second_process_is_refused() {
+        let path = std::env::temp_dir().join(format!("aegis-{}-listen", std::process::id()));
+        let text = format!("unix:{}", path.display());
+        let listeners = listen_to(&text, 3, &Options::default()).unwrap();
+        assert_eq!(listeners.sets.iter().map(Vec::len).collect::<Vec<_>>(), [1, 1, 1]);
+        let error = listen_to(&text, 1, &Options::default()).unwrap_err();
+        let what = format!(
+            "AEGIS_LISTEN: {text} is in use by another program; stop it or choose another path"
+        );
+        assert_eq!(error.to_string(), what);
+        drop(listeners);
+        assert!(!path.exists());
     }
 
     #[test]
     fn accepted_sockets_inherit_the_options() {
         let keepalive = Some(std::time::Duration::from_secs(7));
         let options = Options { keepalive, ..Options::default() };
-        let any = "127.0.0.1:0".parse().unwrap();
-        let mut listeners = listen(&[any], 1, &options).unwrap();
-        let _client = std::net::TcpStream::connect(listeners.addresses[0]).unwrap();
+        let mut listeners = listen_to("127.0.0.1:0", 1, &options).unwrap();
+        let address = listeners.addresses[0].tcp().unwrap();
+        let _client = std::net::TcpStream::connect(address).unwrap();
         let listener = Socket::from(listeners.sets.remove(0).remove(0));
         let (accepted, _) = listener.accept().unwrap();
         assert!(accepted.tcp_nodelay().unwrap() && accepted.keepalive().unwrap());

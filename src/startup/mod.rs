@@ -7,6 +7,7 @@ mod driver;
 mod error;
 pub mod listeners;
 mod quota;
+mod socket_file;
 mod spawn;
 #[cfg(test)]
 mod testing;
@@ -17,6 +18,7 @@ pub use capacity::Capacity;
 pub use cores::Plan;
 pub use driver::{Choice, prepare_workers};
 pub use error::StartError;
+pub use socket_file::{Access, SocketFile};
 pub use spawn::start_workers;
 
 /// What is decided before anything is bound.

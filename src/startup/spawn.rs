@@ -2,18 +2,19 @@
 //! it. How many there are, [`super::cores`] has decided.
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::mpsc;
 
 use super::listeners::Listeners;
-use super::{Capacity, StartError};
+use super::{Capacity, SocketFile, StartError};
 use crate::config::Config;
 use crate::control::WorkerHandle;
+use crate::io::net::Address;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
+use crate::proxy::RouteId;
 use crate::worker::mailbox::Mailbox;
 use crate::worker::{Prepared, WorkerSetup};
 
@@ -25,7 +26,11 @@ pub struct Workers {
     /// Closes once every worker thread has ended: each holds a sender and drops it with its end.
     pub exited: mpsc::Receiver<Infallible>,
     /// Where clients connect, with the ports that were bound.
-    pub addresses: Vec<SocketAddr>,
+    pub addresses: Vec<Address>,
+    /// The routes of these addresses.
+    pub routes: Box<[RouteId]>,
+    /// The files of the Unix sockets among them, to be kept until the workers have ended.
+    pub files: Vec<SocketFile>,
 }
 
 /// Starts the workers, each on its own set of listening sockets.
@@ -40,7 +45,7 @@ pub fn start_workers(
     started: Instant,
 ) -> Result<Workers, StartError> {
     let workers = prepared.len();
-    let Listeners { addresses, routes, sets } = listeners;
+    let Listeners { addresses, routes, sets, files } = listeners;
     assert_eq!(sets.len(), workers, "a set of listening sockets per worker");
     let stats: Arc<[_]> =
         (0..workers).map(|_| Arc::new(WorkerStats::new(config.routes.len()))).collect();
@@ -69,5 +74,5 @@ pub fn start_workers(
         stats: Arc::clone(stats),
     };
     let handles = mailboxes.iter().zip(&*stats).map(handle).collect();
-    Ok(Workers { handles, exited, addresses })
+    Ok(Workers { handles, exited, addresses, routes, files })
 }

@@ -20,13 +20,22 @@ const HANDSHAKE_AGAIN_MAX: Duration = Duration::from_millis(1200);
 /// Complaints about a lasting state are repeated this often.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
 
+/// A client that was let in.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Accepted {
+    pub(super) conn: ConnId,
+    pub(super) route: RouteId,
+    /// It waited in one queue for all workers, of which nobody but a worker gives each its share.
+    pub(super) is_shared: bool,
+}
+
 /// Lets clients in, up to the process's limit, until a drain has emptied the accept queue.
 pub(super) struct Acceptor {
     gate: Gate,
     /// The routes of the listeners, in the order in which the driver has those.
     routes: Box<[RouteId]>,
     /// Clients to be served at the end of the turn.
-    accepted: Vec<(ConnId, RouteId)>,
+    accepted: Vec<Accepted>,
     /// In a drain, the listeners stay open until then.
     listening_until: Option<Instant>,
     /// Sessions at a time in the whole process.
@@ -84,17 +93,23 @@ impl Acceptor {
     }
 
     /// A client came, which is served at the end of the turn.
-    pub(super) fn on_accepted(&mut self, client: ConnId, listener: usize) {
-        self.accepted.push((client, self.routes[listener]));
+    pub(super) fn on_accepted<D: Driver>(
+        &mut self,
+        cx: &Context<D>,
+        conn: ConnId,
+        listener: usize,
+    ) {
+        let is_shared = cx.driver.is_shared(listener);
+        self.accepted.push(Accepted { conn, route: self.routes[listener], is_shared });
     }
 
     /// A client that is to be served now. What is let in meanwhile counts.
-    pub(super) fn take_accepted(&mut self) -> Vec<(ConnId, RouteId)> {
+    pub(super) fn take_accepted(&mut self) -> Vec<Accepted> {
         std::mem::take(&mut self.accepted)
     }
 
     /// Gets its memory back, to use it again.
-    pub(super) fn on_served(&mut self, accepted: Vec<(ConnId, RouteId)>) {
+    pub(super) fn on_served(&mut self, accepted: Vec<Accepted>) {
         debug_assert!(accepted.is_empty() && self.accepted.is_empty(), "all were served");
         self.accepted = accepted;
     }

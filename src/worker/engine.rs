@@ -104,6 +104,12 @@ impl<D: Driver> Engine<D> {
         &mut self.cx.driver
     }
 
+    /// Sessions that wait for an endpoint.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.routes.iter().map(Route::waiting).sum()
+    }
+
     /// What it counts, for tests.
     #[cfg(test)]
     pub(super) fn stats(&self) -> &WorkerStats {

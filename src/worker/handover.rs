@@ -9,6 +9,10 @@
 //!
 //! Clients of a route with fewer connections than workers go to as many workers as it has connections:
 //! others would wait for their turn with each request.
+//!
+//! A Unix socket is listened on by all workers together, and the kernel wakes the first of them that
+//! waits: on `io_uring` that is the same one for all clients, on epoll the next one only while that one
+//! is busy. So each such client goes to whoever has the fewest sessions then, however long those last.
 
 use super::context::Context;
 use super::mail::Mail;

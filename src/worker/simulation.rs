@@ -68,7 +68,13 @@ impl Run {
         let everyone_ends = config.routes[0].idle_timeout.is_some();
         let routes = config.routes.len();
         let endpoints: Vec<_> = (0..rng.u16(1..5) * routes as u16)
-            .map(|i| Endpoint::new(format!("e{i}"), ([127, 0, 0, 1], i).into(), 1))
+            .map(|i| {
+                Endpoint::new(
+                    format!("e{i}"),
+                    std::net::SocketAddr::from(([127, 0, 0, 1], i)).into(),
+                    1,
+                )
+            })
             .collect();
         let conns_max = limits::conns_max(sessions_max);
         let mut sim = Sim::new(rng.u64(..), endpoints.len(), conns_max, buffers);
@@ -313,6 +319,61 @@ fn a_thousand_seeds_lose_no_byte_and_leak_nothing() {
     let (opened, finished) = run_seeds(0, 1000, run);
     println!("{opened} sessions, {finished} finished in order");
     assert!(finished > opened / 4, "{finished} of {opened}: the runs test too little");
+}
+
+/// All endpoints go away, each in its way, and come back after a while. Until then whoever wants to
+/// be served waits.
+fn outage(seed: u64) -> (u64, u64) {
+    const SOON: Duration = Duration::from_secs(4);
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
+    let route = Arc::make_mut(&mut config.routes[0]);
+    route.endpoint_wait = 60 * SECOND;
+    route.pool.min_idle = rng.usize(..3);
+    route.pool.max_idle = route.pool.min_idle + rng.usize(..4);
+    let clients = rng.usize(1..60);
+    let mut run = Run::with(rng, config, clients, limits::buffers_max(clients));
+    let all = run.endpoints.clone();
+    run.deliver(all.clone());
+    run.turn();
+    for at in 0..all.len() {
+        let states = [Reachability::Refusing, Reachability::Silent];
+        let state = states[run.rng.usize(..2)];
+        run.engine.driver().reach(at, state);
+    }
+    if run.rng.u8(..4) == 0 {
+        run.deliver(Vec::new());
+    }
+    for _ in 0..clients {
+        let delay = Duration::from_millis(run.rng.u64(..20_000));
+        run.engine.driver().add_client(delay);
+    }
+    let back = Duration::from_millis(run.rng.u64(..20_000));
+    while run.engine.driver().elapsed() < back {
+        run.turn();
+    }
+    for at in 0..all.len() {
+        run.engine.driver().reach(at, Reachability::Up);
+    }
+    run.deliver(all);
+    let waited = run.stats.outage_waited.get();
+    while run.engine.driver().elapsed() < back + SOON {
+        run.turn();
+    }
+    assert_eq!(run.engine.waiting(), 0, "they wait though all endpoints are back");
+    let given_up = run.stats.outage_given_up.get();
+    run.check_bytes();
+    run.stop();
+    assert_eq!(given_up, 0, "nobody has waited for too long");
+    (waited, run.stats.closed(CloseReason::ConnectFailed))
+}
+
+#[test]
+fn whoever_waits_through_an_outage_is_served_soon_after_it() {
+    let (waited, failed) = run_seeds(0, 300, outage);
+    println!("{waited} sessions waited");
+    assert!(waited > 100, "{waited}: the runs test too little");
+    assert_eq!(failed, 0);
 }
 
 /// Two routes share a worker; of the endpoints every other one is the second one's.

@@ -4,6 +4,7 @@
 use std::io;
 use std::time::Duration;
 
+use super::acceptor::Accepted;
 use super::batch::Plan;
 use super::engine::Engine;
 use super::flush;
@@ -67,6 +68,7 @@ impl<D: Driver> Engine<D> {
         }
         for route in &mut self.routes {
             route.serve_clients(&mut self.cx);
+            route.serve_waiting(&mut self.cx);
             route.refill_short_pools(&mut self.cx);
         }
         if self.cx.now >= self.upkeep_at {
@@ -123,7 +125,7 @@ impl<D: Driver> Engine<D> {
     fn on_completion(&mut self, completion: Completion) {
         let conn = match completion {
             Completion::Accepted(conn, listener) => {
-                return self.acceptor.on_accepted(conn, listener);
+                return self.acceptor.on_accepted(&self.cx, conn, listener);
             }
             Completion::AcceptFailed(error) => {
                 return self.acceptor.on_failed(&mut self.cx, &error);
@@ -154,13 +156,16 @@ impl<D: Driver> Engine<D> {
     fn serve_accepted(&mut self) {
         let mut accepted = self.acceptor.take_accepted();
         let mut lighter = if accepted.is_empty() { None } else { self.lighter_worker() };
-        for (conn, route) in accepted.drain(..) {
+        for Accepted { conn, route, is_shared } in accepted.drain(..) {
             let most = self.routes[usize::from(route)].workers_max();
             let mut bound;
             let to = if most < self.mail.workers() && self.cx.command < Command::Drain {
                 bound = Lighter::among(most, self.cx.worker, &self.mail);
                 &mut bound
             } else {
+                if is_shared {
+                    lighter = self.lightest_worker();
+                }
                 &mut lighter
             };
             if let Some(conn) = hand_over(&mut self.cx, &self.mail, (conn, route), to) {
@@ -177,11 +182,14 @@ impl<D: Driver> Engine<D> {
 
     /// The worker to hand clients over to; `None` if that may be this one, or matters little.
     fn lighter_worker(&self) -> Option<Lighter> {
-        let own = self.sessions();
-        if self.cx.load.is_of_short_ones(own) || self.cx.command >= Command::Drain {
-            return None;
-        }
-        Lighter::than(own, &self.mail)
+        let matters = !self.cx.load.is_of_short_ones(self.sessions());
+        self.lightest_worker().filter(|_| matters)
+    }
+
+    /// The same for a client that the kernel would have given to any worker.
+    fn lightest_worker(&self) -> Option<Lighter> {
+        let serves = self.cx.command < Command::Drain;
+        Lighter::than(self.sessions(), &self.mail).filter(|_| serves)
     }
 
     /// Looks into the mailbox.

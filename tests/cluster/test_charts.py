@@ -245,6 +245,61 @@ def test_every_value_reaches_the_environment():
         "AEGIS_DRAIN_DELAY": "2s", "AEGIS_DRAIN_TIMEOUT": "3s", "AEGIS_MAX_SESSIONS": "50"}
 
 
+ROUTES = [
+    {"name": "orders-eu", "listenPort": 5432, "backend": {"service": "postgres", "port": 5432}, "protocol": "tcp"},
+    {"name": "cache", "listenPort": 8081, "backend": {"service": "chronos", "namespace": "data"}, "balance": "key_hash",
+     "pool": {"size": 3}, "queue": {"max": 1000000}, "locality": "zone", "stores": 3, "requestTimeout": "off"},
+    {"name": "web", "listenPort": 8083, "backend": {"addresses": "web.example:80"}, "protocol": "http1",
+     "pool": {"mode": "session"}},
+]
+
+
+def test_each_route_has_variables_of_its_own_and_shares_the_rest():
+    container, volumes = library({"backend": {"service": ""}, "routes": ROUTES, "connectTimeout": "2s"})
+    env = {item["name"]: item.get("value") or place(**item["valueFrom"]) for item in container["env"]}
+    own = {name: value for name, value in env.items() if "__" in name}
+    assert own == {
+        "AEGIS_ORDERS_EU__LISTEN": "127.0.0.1:5432,[::1]:5432", "AEGIS_ORDERS_EU__DISCOVERY": "kubernetes",
+        "AEGIS_ORDERS_EU__KUBE_SERVICE": "postgres", "AEGIS_ORDERS_EU__KUBE_NAMESPACE": "metadata.namespace",
+        "AEGIS_ORDERS_EU__KUBE_PORT": "5432", "AEGIS_ORDERS_EU__KUBE_SNAPSHOT": "/run/aegis/endpoints-orders-eu.json",
+        "AEGIS_ORDERS_EU__PROTOCOL": "tcp", "AEGIS_ORDERS_EU__POOL_MODE": "preconnect",
+        "AEGIS_CACHE__LISTEN": "127.0.0.1:8081,[::1]:8081", "AEGIS_CACHE__DISCOVERY": "kubernetes",
+        "AEGIS_CACHE__KUBE_SERVICE": "chronos", "AEGIS_CACHE__KUBE_NAMESPACE": "data", "AEGIS_CACHE__KUBE_PORT": "auto",
+        "AEGIS_CACHE__KUBE_SNAPSHOT": "/run/aegis/endpoints-cache.json", "AEGIS_CACHE__PROTOCOL": "chronos",
+        "AEGIS_CACHE__POOL_MODE": "request", "AEGIS_CACHE__POOL_SIZE": "3", "AEGIS_CACHE__QUEUE_MAX": "1000000",
+        "AEGIS_CACHE__REQUEST_TIMEOUT": "off", "AEGIS_CACHE__BALANCE": "key_hash", "AEGIS_CACHE__KUBE_STORES": "3",
+        "AEGIS_CACHE__LOCALITY": "zone",
+        "AEGIS_WEB__LISTEN": "127.0.0.1:8083,[::1]:8083", "AEGIS_WEB__BACKENDS": "web.example:80",
+        "AEGIS_WEB__PROTOCOL": "http1", "AEGIS_WEB__POOL_MODE": "session"}
+    assert env["AEGIS_ROUTES"] == "orders-eu,cache,web"
+    assert (env["AEGIS_CONNECT_TIMEOUT"], env["AEGIS_PROTOCOL"], env["AEGIS_NODE_NAME"]) == ("2s", "chronos", "spec.nodeName")
+    assert not {"AEGIS_LISTEN", "AEGIS_BACKENDS", "AEGIS_DISCOVERY", "AEGIS_KUBE_SERVICE", "AEGIS_LOCALITY"} & set(env)
+    assert "/run/aegis" in [mount["mountPath"] for mount in container["volumeMounts"]]
+    container, volumes = library({"backend": {"service": ""}, "routes": ROUTES[2:]})
+    assert "/run/aegis" not in [mount["mountPath"] for mount in container["volumeMounts"]], "nothing to keep"
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"backend": {"service": "db"}}, "routes and backend.service are set: give each route its backend"),
+    ({"routes": [ROUTES[0], ROUTES[0]]}, "two routes are called orders-eu"),
+    ({"routes": [ROUTES[0], {**ROUTES[1], "listenPort": 5432}]}, "the listenPort of route cache is 5432"),
+    ({"routes": [{**ROUTES[0], "listenPort": 8082}]}, "the listenPort of route orders-eu is 8082"),
+    ({"routes": [{**ROUTES[0], "backend": {}}]}, "route orders-eu has no backend"),
+    ({"routes": [{**ROUTES[0], "name": "Orders"}]}, "/routes/0/name"),
+    ({"routes": [{**ROUTES[0], "workers": 2}]}, "workers"),
+    ({"routes": [{**ROUTES[0], "balance": "key_hash"}]}, "set balance to least_conn, or protocol to chronos"),
+    ({"routes": [{**ROUTES[0], "connectTimeout": "6m"}]}, "connectTimeout is 6m: set it to a duration from 1ms to 5m"),
+    ({"routes": ROUTES, "env": {"AEGIS_WEB__PROTOCOL": "tcp"}}, "env.AEGIS_WEB__PROTOCOL: another value of the chart"),
+])
+def test_routes_that_do_not_fit_are_refused(change, message):
+    values = {"sidecar": {"backend": {"service": ""}, "routes": ROUTES[:1], **change}}
+    assert message in refusal(USER_CHART, values=values)
+
+
+def test_the_injecting_chart_takes_one_route():
+    assert "sidecar.routes is for charts that include aegis-sidecar" in refusal(CHART, values={"sidecar": {"routes": ROUTES}})
+
+
 def test_workers_follow_the_request_of_cpu():
     """A container without a limit has all cores of its node: no guide to how many workers it needs."""
     container, _ = library({"backend": {"service": "db"}})

@@ -138,7 +138,7 @@ def panels():
 
 
 def filled_in(expression, interval):
-    for variable, value in [("$namespace", "compose"), ("$pod", "aegis"), ("$__rate_interval", interval)]:
+    for variable, value in [("$namespace", "compose"), ("$pod", "aegis"), ("$route", "default"), ("$__rate_interval", interval)]:
         expression = expression.replace(variable, value)
     assert "$" not in expression
     return expression

@@ -48,7 +48,7 @@ pub fn connects_of_one_turn_reach_their_addresses_however_many_there_are<D: Driv
         seen.iter().filter(|c| matches!(c, Completion::Connected(_))).count() == wanted.len()
     });
     for (conn, address) in wanted {
-        assert_eq!(rig.driver.peer_address(conn), Some(address.into()));
+        assert_eq!(rig.driver.peer_address(conn), Some(address));
     }
 }
 

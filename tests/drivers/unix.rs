@@ -4,22 +4,25 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 
-use aegis::io::net::Address;
+use aegis::io::net::{Address, Credentials};
 
 use super::*;
 
 /// As for TCP, with a Unix socket of that name in place of the port.
-pub fn prepare(name: &str) -> (DriverSetup, Arc<Path>) {
+pub fn prepare(name: &str) -> (DriverSetup, Arc<Path>, UnixListener) {
     let path = std::env::temp_dir().join(format!("aegis-{}-{name}", std::process::id()));
     let _ = std::fs::remove_file(&path);
     let listener = UnixListener::bind(&path).unwrap();
     let (setup, _) = super::prepare();
-    (DriverSetup { listeners: vec![listener.into()], ..setup }, path.into())
+    let shared = listener.try_clone().unwrap();
+    (DriverSetup { listeners: vec![listener.into()], ..setup }, path.into(), shared)
 }
 
 pub struct UnixRig<D> {
     pub rig: Rig<D>,
     pub path: Arc<Path>,
+    /// The same socket, as another driver has it.
+    pub listener: UnixListener,
 }
 
 impl<D> Drop for UnixRig<D> {
@@ -65,8 +68,13 @@ impl<D: Driver> UnixRig<D> {
 pub fn unix_clients_and_backends_exchange_bytes_and_ends<D: Driver>(mut unix: UnixRig<D>) {
     let (client, accepted) = unix.accept();
     let driver = &unix.rig.driver;
-    assert_eq!(driver.peer_address(accepted), None, "a client has no path");
-    assert_eq!(driver.local_address(accepted), Some(Address::Unix(unix.path.clone())));
+    assert_eq!((driver.peer_address(accepted), driver.local_address(accepted)), (None, None));
+    let [pid, uid, gid] = [
+        std::process::id(),
+        rustix::process::getuid().as_raw(),
+        rustix::process::getgid().as_raw(),
+    ];
+    assert_eq!(driver.credentials(accepted), Some(Credentials { pid, uid, gid }));
 
     let backend_path = unix.path.with_extension("backend");
     let backend = UnixListener::bind(&backend_path).unwrap();
@@ -76,7 +84,7 @@ pub fn unix_clients_and_backends_exchange_bytes_and_ends<D: Driver>(mut unix: Un
     let (peer, _) = backend.accept().unwrap();
     peer.set_read_timeout(Some(PATIENCE)).unwrap();
     std::fs::remove_file(backend_path).unwrap();
-    assert_eq!(unix.rig.driver.peer_address(connected), Some(address));
+    assert_eq!(unix.rig.driver.peer_address(connected), None);
 
     for (mut far, conn) in [(client, accepted), (peer, connected)] {
         unix.rig.driver.ask(conn, &Options::default(), Some(Duration::from_secs(1)));
@@ -221,4 +229,77 @@ pub fn a_drain_empties_the_queue_of_a_unix_listener<D: Driver>(mut unix: UnixRig
     });
     let late = UnixStream::connect(&unix.path).unwrap_err();
     assert_eq!(late.kind(), ErrorKind::ConnectionRefused);
+}
+
+pub fn where_one_driver_has_ended_a_shared_queue_another_one_is_told_of_no_error<D: Driver>(
+    mut unix: UnixRig<D>,
+) {
+    unix.rig.driver.accept(1);
+    unix.rig.turn();
+    assert!(unix.rig.driver.is_shared(0));
+    let (client, _) = unix.accept();
+    drop(client);
+    // As another one does that drains: all sockets share the queue.
+    rustix::net::shutdown(&unix.listener, rustix::net::Shutdown::Read).unwrap();
+    let begun = Instant::now();
+    let mut turns = 0;
+    while begun.elapsed() < Duration::from_millis(100) {
+        unix.rig.driver.accept(4000);
+        unix.rig.turn();
+        turns += 1;
+    }
+    assert!(unix.rig.seen.is_empty(), "{:?}", unix.rig.seen);
+    assert!(turns < 100, "{turns} turns for nothing");
+    assert!(unix.rig.driver.stop_listening());
+}
+
+pub fn a_unix_connect_waits_for_room_in_the_accept_queue<D: Driver>(mut unix: UnixRig<D>) {
+    const BACKLOG: i32 = 1;
+    const MORE: usize = 7;
+    let path = unix.path.with_extension("crowded");
+    let backend = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+    backend.bind(&socket2::SockAddr::unix(&path).unwrap()).unwrap();
+    backend.listen(BACKLOG).unwrap();
+    let address = Address::Unix(path.clone().into());
+    let connect = |rig: &mut Rig<D>| rig.driver.connect(&address, &Options::default()).unwrap();
+    // The kernel has room for one more than it is told.
+    let room = BACKLOG as usize + 1;
+    let conns: Vec<_> = (0..room + MORE).map(|_| connect(&mut unix.rig)).collect();
+    let begun = Instant::now();
+    let mut turns = 0;
+    while begun.elapsed() < Duration::from_millis(50) {
+        unix.rig.turn();
+        turns += 1;
+    }
+    assert!(turns < 100, "{turns} turns in 50 ms");
+    let connected = |seen: &[Completion]| {
+        seen.iter().filter(|seen| matches!(seen, Completion::Connected(_))).count()
+    };
+    assert_eq!((connected(&unix.rig.seen), unix.rig.seen.len()), (room, room));
+    // One that is given up takes no place.
+    unix.rig.driver.close(conns[room], Close::Graceful);
+    let accepted = std::thread::spawn(move || {
+        (0..room + MORE - 1).map(|_| backend.accept().unwrap()).collect::<Vec<_>>()
+    });
+    unix.rig.until("the others", |_, seen| connected(seen) == room + MORE - 1);
+    accepted.join().unwrap();
+    std::fs::remove_file(path).unwrap();
+}
+
+pub fn a_connection_to_a_socket_of_this_process_leads_back<D: Driver>(mut unix: UnixRig<D>) {
+    let other = unix.path.with_extension("other");
+    let link = unix.path.with_extension("link");
+    let _other = UnixListener::bind(&other).unwrap();
+    std::os::unix::fs::symlink(&unix.path, &link).unwrap();
+    let own = unix.path.clone();
+    for (reached, leads_back) in [(&*own, true), (&*link, true), (&*other, false)] {
+        let address = Address::Unix(reached.into());
+        let conn = unix.rig.driver.connect(&address, &Options::default()).unwrap();
+        unix.until_seen("the connect", |seen| matches!(seen, Completion::Connected(_)));
+        assert_eq!(unix.rig.driver.leads_back_to(conn, &own), leads_back, "{}", reached.display());
+        unix.rig.driver.close(conn, Close::Graceful);
+    }
+    for path in [link, other] {
+        std::fs::remove_file(path).unwrap();
+    }
 }

@@ -17,7 +17,7 @@ use crate::support::{Io, PATIENCE, SetOnDrop, eventually, measured, on_both_driv
 
 on_both_drivers![
     a_killed_backend_ends_its_own_sessions_only_and_comes_back_by_itself,
-    sessions_without_any_backend_are_refused_quickly_until_it_returns,
+    sessions_without_any_backend_that_may_not_wait_are_refused_quickly_until_it_returns,
     a_backend_that_never_answers_costs_one_connect_timeout_and_no_session,
     a_refusing_backend_costs_no_session,
 ];
@@ -111,9 +111,10 @@ fn a_killed_backend_ends_its_own_sessions_only_and_comes_back_by_itself(io: Io) 
     });
 }
 
-fn sessions_without_any_backend_are_refused_quickly_until_it_returns(io: Io) {
+fn sessions_without_any_backend_that_may_not_wait_are_refused_quickly_until_it_returns(io: Io) {
     let mut backend = Backend::named("a");
-    let proxy = Builder::on(io).backends(&[backend.address()]).start();
+    let proxy =
+        Builder::on(io).backends(&[backend.address()]).set("AEGIS_ENDPOINT_WAIT", "0s").start();
     assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
 
     backend.kill();

@@ -43,7 +43,7 @@ fn assert_left_out(proxy: &Proxy, address: &str) {
     let told = eventually("it is logged, once each", PATIENCE, || {
         let told = proxy.log_events(
             "left out of service: it is this proxy itself, and would be given its own connections \
-             as clients: name the server, or choose another port in AEGIS_LISTEN",
+             as clients: name the server, or choose another address in AEGIS_LISTEN",
         );
         (told.len() == count).then_some(told)
     });

@@ -309,6 +309,15 @@ impl Proxy {
         self.address
     }
 
+    /// Where clients of a route connect, of several.
+    pub fn address_of(&self, route: &str) -> SocketAddr {
+        eventually(&format!("the proxy listens for {route}"), PATIENCE, || {
+            let lines = self.log.events("listening");
+            let line = lines.iter().find(|line| line["route"] == route)?;
+            line["address"].as_str()?.parse().ok()
+        })
+    }
+
     /// Where it is asked for metrics and probes.
     pub fn admin(&self) -> SocketAddr {
         self.admin

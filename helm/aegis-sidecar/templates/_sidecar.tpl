@@ -28,7 +28,12 @@ Each gives a list. The sidecar comes first, so that it serves those that follow 
 
 {{- /* The folder of the last endpoints, which outlives a restart of the container. */}}
 {{- define "aegis-sidecar.state-folder" -}}
-{{ if not .backend.addresses }}/run/aegis{{ end }}
+{{- $backends := list .backend }}
+{{- range .routes }}{{ $backends = append $backends (.backend | default dict) }}{{ end }}
+{{- if .routes }}{{ $backends = rest $backends }}{{ end }}
+{{- $by_kubernetes := false }}
+{{- range $backends }}{{ if not .addresses }}{{ $by_kubernetes = true }}{{ end }}{{ end }}
+{{- if $by_kubernetes }}/run/aegis{{ end }}
 {{- end }}
 
 {{- define "aegis-sidecar.container-spec" -}}
@@ -91,27 +96,18 @@ timeoutSeconds: {{ index . 4 }}
 
 {{- /* The variables that the values stand for; `.env` adds others. */}}
 {{- define "aegis-sidecar.env" -}}
-{{- $port := .listenPort -}}
-- {name: AEGIS_LISTEN, value: "127.0.0.1:{{ $port }},[::1]:{{ $port }}"}
+{{- if .routes -}}
+{{- $names := list }}
+{{- range .routes }}{{ $names = append $names .name }}{{ end -}}
+- {name: AEGIS_ROUTES, value: {{ join "," $names | toJson }}}
+{{- range .routes }}
+{{ include "aegis-sidecar.route-env" (list $ .) }}
+{{- end }}
 - {name: AEGIS_ADMIN, value: "[::]:{{ .adminPort }}"}
-{{- with .backend }}
-{{- if .addresses }}
-- {name: AEGIS_BACKENDS, value: {{ toJson .addresses }}}
-{{- else }}
-- {name: AEGIS_DISCOVERY, value: kubernetes}
-{{- if .selector }}
-- {name: AEGIS_KUBE_SELECTOR, value: {{ toJson .selector }}}
-{{- else }}
-- {name: AEGIS_KUBE_SERVICE, value: {{ toJson .service }}}
-{{- end }}
-{{- if .namespace }}
-- {name: AEGIS_KUBE_NAMESPACE, value: {{ toJson .namespace }}}
-{{- else }}
-- {name: AEGIS_KUBE_NAMESPACE, valueFrom: {fieldRef: {apiVersion: v1, fieldPath: metadata.namespace}}}
-{{- end }}
-- {name: AEGIS_KUBE_PORT, value: {{ .port | default "auto" | toString | toJson }}}
-- {name: AEGIS_KUBE_SNAPSHOT, value: {{ include "aegis-sidecar.state-folder" $ }}/endpoints.json}
-{{- end }}
+{{- else -}}
+{{ include "aegis-sidecar.listen" (list "AEGIS_" .listenPort) }}
+- {name: AEGIS_ADMIN, value: "[::]:{{ .adminPort }}"}
+{{ include "aegis-sidecar.backend-env" (list "AEGIS_" .backend "endpoints.json") }}
 {{- end }}
 - {name: AEGIS_PROTOCOL, value: {{ toJson .protocol }}}
 - {name: AEGIS_POOL_MODE, value: {{ include "aegis-sidecar.pool-mode" . | toJson }}}
@@ -129,10 +125,14 @@ timeoutSeconds: {{ index . 4 }}
 {{- if ne (toString .stores) "auto" }}
 - {name: AEGIS_KUBE_STORES, value: {{ int .stores | toString | toJson }}}
 {{- end }}
+{{- $localities := list .locality }}
+{{- range .routes }}{{ $localities = append $localities (.locality | default "off") }}{{ end }}
 {{- if ne .locality "off" }}
 - {name: AEGIS_LOCALITY, value: {{ .locality }}}
+{{- end }}
+{{- if without $localities "off" }}
 - {name: AEGIS_NODE_NAME, valueFrom: {fieldRef: {apiVersion: v1, fieldPath: spec.nodeName}}}
-{{- if eq .locality "zone" }}
+{{- if has "zone" $localities }}
 - name: AEGIS_ZONE
   valueFrom: {fieldRef: {apiVersion: v1, fieldPath: "metadata.labels['topology.kubernetes.io/zone']"}}
 {{- end }}
@@ -156,6 +156,75 @@ timeoutSeconds: {{ index . 4 }}
 {{- range $name, $value := .env }}
 - {name: {{ $name }}, value: {{ toJson $value }}}
 {{- end }}
+{{- end }}
+
+{{- /* Where clients of loopback connect. What variables begin with, and the port. */}}
+{{- define "aegis-sidecar.listen" -}}
+{{- $port := index . 1 -}}
+- {name: {{ index . 0 }}LISTEN, value: "127.0.0.1:{{ $port }},[::1]:{{ $port }}"}
+{{- end }}
+
+{{- /* Where connections go. What variables begin with, the value `backend`, and a file for the endpoints. */}}
+{{- define "aegis-sidecar.backend-env" -}}
+{{- $prefix := index . 0 -}}
+{{- $file := index . 2 -}}
+{{- with index . 1 -}}
+{{- if .addresses -}}
+- {name: {{ $prefix }}BACKENDS, value: {{ toJson .addresses }}}
+{{- else -}}
+- {name: {{ $prefix }}DISCOVERY, value: kubernetes}
+{{- if .selector }}
+- {name: {{ $prefix }}KUBE_SELECTOR, value: {{ toJson .selector }}}
+{{- else }}
+- {name: {{ $prefix }}KUBE_SERVICE, value: {{ toJson .service }}}
+{{- end }}
+{{- if .namespace }}
+- {name: {{ $prefix }}KUBE_NAMESPACE, value: {{ toJson .namespace }}}
+{{- else }}
+- {name: {{ $prefix }}KUBE_NAMESPACE, valueFrom: {fieldRef: {apiVersion: v1, fieldPath: metadata.namespace}}}
+{{- end }}
+- {name: {{ $prefix }}KUBE_PORT, value: {{ .port | default "auto" | toString | toJson }}}
+- {name: {{ $prefix }}KUBE_SNAPSHOT, value: /run/aegis/{{ $file }}}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* A route's own variables: those of the values that it has itself. All values, and the route. */}}
+{{- define "aegis-sidecar.route-env" -}}
+{{- $route := index . 1 -}}
+{{- $prefix := printf "AEGIS_%s__" ($route.name | upper | replace "-" "_") -}}
+{{ include "aegis-sidecar.listen" (list $prefix $route.listenPort) }}
+{{ include "aegis-sidecar.backend-env" (list $prefix $route.backend (printf "endpoints-%s.json" $route.name)) }}
+{{- if or $route.protocol $route.pool }}
+- {name: {{ $prefix }}PROTOCOL, value: {{ (include "aegis-sidecar.of-route" . | fromYaml).protocol | toJson }}}
+- {name: {{ $prefix }}POOL_MODE, value: {{ include "aegis-sidecar.pool-mode" (include "aegis-sidecar.of-route" . | fromYaml) | toJson }}}
+{{- end }}
+{{- range $name, $variable := include "aegis-sidecar.of-routes" . | fromYaml }}
+{{- $value := $route }}
+{{- range splitList "." $name }}{{ $value = get ($value | default dict) . }}{{ end }}
+{{- if ne (toString $value) "" }}
+- {name: {{ $prefix }}{{ $variable }}, value: {{ kindIs "float64" $value | ternary (int64 $value | toString) (toString $value) | toJson }}}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* The values of a route that need no more than to be written down. */}}
+{{- define "aegis-sidecar.of-routes" -}}
+pool.size: POOL_SIZE
+queue.max: QUEUE_MAX
+queue.timeout: QUEUE_TIMEOUT
+requestTimeout: REQUEST_TIMEOUT
+connectTimeout: CONNECT_TIMEOUT
+tcpUserTimeout: TCP_USER_TIMEOUT
+backendDrain: BACKEND_DRAIN
+balance: BALANCE
+stores: KUBE_STORES
+locality: LOCALITY
+{{- end }}
+
+{{- /* The values as they are for a route. */}}
+{{- define "aegis-sidecar.of-route" -}}
+{{- mergeOverwrite (omit (deepCopy (index . 0)) "routes" "backend") (deepCopy (index . 1)) | toYaml }}
 {{- end }}
 
 {{- /* What tells the program how much CPU or memory its container has. */}}
@@ -194,10 +263,35 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 
 {{- /* Refuses what no schema can refuse with a message that helps. */}}
 {{- define "aegis-sidecar.check" -}}
-{{- if not (include "aegis-sidecar.backend-kinds" .) }}
+{{- if .routes }}
+{{- include "aegis-sidecar.check-routes" . }}
+{{- else if not (include "aegis-sidecar.backend-kinds" .) }}
 {{- fail "aegis-sidecar: no backend: set one of backend.service, backend.selector and backend.addresses" }}
 {{- end }}
 {{- include "aegis-sidecar.check-options" . }}
+{{- end }}
+
+{{- define "aegis-sidecar.check-routes" -}}
+{{- if include "aegis-sidecar.backend-kinds" . }}
+{{- fail (printf "aegis-sidecar: routes and %s are set: give each route its backend" (include "aegis-sidecar.backend-kinds" .)) }}
+{{- end }}
+{{- $names := list }}
+{{- $ports := list (int .adminPort) }}
+{{- range $route := .routes }}
+{{- if has $route.name $names }}
+{{- fail (printf "aegis-sidecar: two routes are called %s: change one of them" $route.name) }}
+{{- end }}
+{{- $names = append $names $route.name }}
+{{- if has (int $route.listenPort) $ports }}
+{{- fail (printf "aegis-sidecar: the listenPort of route %s is %v, which is another one's or adminPort: change one of them" $route.name $route.listenPort) }}
+{{- end }}
+{{- $ports = append $ports (int $route.listenPort) }}
+{{- $values := include "aegis-sidecar.of-route" (list $ $route) | fromYaml }}
+{{- if not (include "aegis-sidecar.backend-kinds" $values) }}
+{{- fail (printf "aegis-sidecar: route %s has no backend: set one of backend.service, backend.selector and backend.addresses" $route.name) }}
+{{- end }}
+{{- include "aegis-sidecar.check-options" $values }}
+{{- end }}
 {{- end }}
 
 {{- /* The same where the service may come later, by annotation. */}}
@@ -233,6 +327,7 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- if and (eq .balance "key_hash") (ne $mode "request") }}
 {{- fail (printf "aegis-sidecar: balance is key_hash and pool.mode is %s: keys of one client may belong to several endpoints: set balance to least_conn, or pool.mode to request" $mode) }}
 {{- end }}
+{{- /* A route's values are checked as those of a sidecar with that route alone. */}}
 {{- range include "aegis-sidecar.env" (set (deepCopy .) "env" dict) | fromYamlArray }}
 {{- if hasKey $.env .name }}
 {{- fail (printf "aegis-sidecar: env.%s: another value of the chart sets this variable: use that one" .name) }}

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{problems, read};
 use crate::config::kind::Shape;
-use crate::config::{Balance, Config, HostPort, PREFIX, VARIABLES, Variable};
+use crate::config::{Backend, Balance, Config, HostPort, PREFIX, VARIABLES, Variable};
 use crate::limits;
 
 #[test]
@@ -14,7 +14,8 @@ fn an_empty_environment_gives_the_defaults() {
     let [route] = &config.routes[..] else { panic!("{config:?}") };
     assert_eq!(route.name.as_str(), "default");
     assert_eq!(route.listen, ["127.0.0.1:8081", "[::1]:8081"].map(|a| a.parse().unwrap()));
-    assert_eq!(route.backends, [HostPort { host: "127.0.0.1".to_owned(), port: 8080 }]);
+    let host = "127.0.0.1".to_owned();
+    assert_eq!(route.backends, [Backend::Tcp(HostPort { host, port: 8080 })]);
     assert_eq!(config.workers, None);
     assert_eq!(route.balance, Balance::LeastConn);
     assert_eq!((route.pool.min_idle, route.pool.max_idle), (4, 64));
@@ -74,9 +75,11 @@ fn random_text(variable: &Variable, rng: &mut fastrand::Rng) -> String {
     match variable.name {
         "AEGIS_ROUTES" => word(rng, &["default", "orders"]),
         "AEGIS_LISTEN" => list(rng, limits::LISTEN_ADDRESSES_MAX, "[2001:db8:0::1]"),
+        "AEGIS_SOCKET_MODE" => word(rng, &["0600", "666", "0"]),
+        "AEGIS_SOCKET_OWNER" => word(rng, &["none", "0", "1000:2000", ":2000"]),
         "AEGIS_ADMIN" => format!("0.0.0.0:{}", rng.u16(..9000)),
         "AEGIS_BACKENDS" => {
-            let host = word(rng, &["a.b", "C-D", "[::2]", "10.0.0.1"]);
+            let host = word(rng, &["a.b", "C-D", "[::2]", "10.0.0.1", "unix:/run/db.sock"]);
             list(rng, 100, &host)
         }
         "AEGIS_DISCOVERY" => word(rng, &["auto", "dns"]),

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use std::fmt::Write;
-use std::net::SocketAddr;
 
 use super::page::Pieces;
 use crate::control::View;
 use crate::control::view::{labels, usable};
+use crate::io::net::Address;
 use crate::limits::ENDPOINTS_MAX;
 use crate::metrics::{EndpointCounts, EndpointStats};
 use crate::proxy::endpoints::{Endpoint, Store};
@@ -58,7 +58,7 @@ impl Query {
 #[derive(Serialize)]
 struct EndpointRow<'a> {
     name: &'a str,
-    address: SocketAddr,
+    address: &'a Address,
     near: bool,
     state: &'static str,
     total: EndpointCounts,
@@ -75,7 +75,7 @@ struct WorkerRow {
 #[derive(Serialize)]
 struct StoreRow<'a> {
     name: &'a str,
-    address: Option<SocketAddr>,
+    address: Option<&'a Address>,
     why: Option<&'a str>,
 }
 
@@ -83,7 +83,7 @@ struct StoreRow<'a> {
 #[derive(Serialize)]
 struct LeftOutRow<'a> {
     name: &'a str,
-    address: SocketAddr,
+    address: &'a Address,
     why: String,
 }
 
@@ -91,14 +91,14 @@ fn state(usable: bool) -> &'static str {
     if usable { "usable" } else { "ejected" }
 }
 
-fn endpoint_row<'a>(endpoint: &Endpoint, name: &'a str, of_workers: bool) -> EndpointRow<'a> {
+fn endpoint_row<'a>(endpoint: &'a Endpoint, name: &'a str, of_workers: bool) -> EndpointRow<'a> {
     let worker = |stats: &EndpointStats| WorkerRow {
         state: state(stats.ejected.get() == 0),
         counts: EndpointCounts::read(stats),
     };
     EndpointRow {
         name,
-        address: endpoint.address,
+        address: &endpoint.address,
         near: endpoint.is_near(),
         state: state(usable(endpoint)),
         total: EndpointCounts::total(&endpoint.stats),
@@ -138,7 +138,7 @@ pub(super) async fn write(view: Arc<View>, query: Query, mut to: Pieces) {
     let _ = write!(to.text, "],\n \"stores_total\": {}, \"stores\": [", stores.len());
     let mut before = "\n  ";
     for Store { name, endpoint, why } in &stores[part(stores.len())] {
-        let address = endpoint.map(|at| endpoints[at].address);
+        let address = endpoint.map(|at| &endpoints[at].address);
         write_row(&mut to.text, &mut before, &StoreRow { name, address, why: why.as_deref() });
         to.pause().await;
     }
@@ -146,7 +146,7 @@ pub(super) async fn write(view: Arc<View>, query: Query, mut to: Pieces) {
     let _ = write!(to.text, "],\n \"left_out_total\": {}, \"left_out\": [", left_out.len());
     let mut before = "\n  ";
     for out in &left_out[part(left_out.len())] {
-        let row = LeftOutRow { name: &out.name, address: out.address, why: out.to_string() };
+        let row = LeftOutRow { name: &out.name, address: &out.address, why: out.to_string() };
         write_row(&mut to.text, &mut before, &row);
         to.pause().await;
     }

@@ -9,7 +9,6 @@ pub(super) mod kubernetes;
 pub(super) mod status;
 
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -19,7 +18,7 @@ use tokio::time::sleep;
 use tracing::{debug, error, info, warn};
 
 use super::WorkerHandle;
-use crate::io::net::is_local;
+use crate::io::net::{Address, is_local};
 use crate::limits::ENDPOINTS_MAX;
 use crate::listening::Listening;
 use crate::proxy::RouteId;
@@ -32,15 +31,15 @@ pub(super) struct Wanted {
     /// Its name, which is to be stable.
     pub name: String,
     /// Where to connect.
-    pub address: SocketAddr,
+    pub address: Address,
     /// Whether it is preferred because it is near.
     pub near: bool,
 }
 
 impl Wanted {
     /// An endpoint of which only this is known.
-    pub(super) fn new(name: impl Into<String>, address: SocketAddr) -> Self {
-        Self { name: name.into(), address, near: false }
+    pub(super) fn new(name: impl Into<String>, address: impl Into<Address>) -> Self {
+        Self { name: name.into(), address: address.into(), near: false }
     }
 }
 
@@ -50,7 +49,7 @@ pub(super) struct Declared {
     /// Its name, by which its keys are known.
     pub name: String,
     /// Where it is now; or else why it is nowhere, if more is known than that it is away.
-    pub address: Result<SocketAddr, Option<String>>,
+    pub address: Result<Address, Option<String>>,
 }
 
 /// What may hold the start-up here: that no endpoint is left beside the process itself.
@@ -84,8 +83,8 @@ impl Known {
     /// after [`REMEMBERED_FOR`], or where they are more than [`ENDPOINTS_MAX`], the first to have
     /// left first.
     fn settle(&mut self, present: &[Arc<Endpoint>], now: Instant) {
-        let by_address: HashMap<_, _> = present.iter().map(|e| (e.address, e)).collect();
-        let mut new: HashSet<_> = by_address.keys().copied().collect();
+        let by_address: HashMap<_, _> = present.iter().map(|e| (e.address.clone(), e)).collect();
+        let mut new: HashSet<_> = by_address.keys().cloned().collect();
         for (endpoint, left) in &mut self.0 {
             if by_address.get(&endpoint.address).is_some_and(|e| Arc::ptr_eq(e, endpoint)) {
                 *left = None;
@@ -183,15 +182,15 @@ impl Publisher {
         let last = Arc::clone(&self.snapshots.borrow());
         let mut remembered = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let known: HashMap<_, _> =
-            remembered.0.iter().map(|(e, _)| ((e.address, e.name.as_str()), e)).collect();
+            remembered.0.iter().map(|(e, _)| ((e.address.clone(), e.name.as_str()), e)).collect();
         let mut seen = HashSet::new();
         let mut own = Vec::new();
         let mut endpoints: Vec<_> = wanted
             .into_iter()
-            .filter(|wanted| seen.insert(wanted.address) && !self.is_own(wanted, &mut own))
+            .filter(|wanted| seen.insert(wanted.address.clone()) && !self.is_own(wanted, &mut own))
             .enumerate()
             .map(|(number, Wanted { name, address, near })| {
-                let endpoint = match known.get(&(address, name.as_str())) {
+                let endpoint = match known.get(&(address.clone(), name.as_str())) {
                     Some(endpoint) => Arc::clone(endpoint),
                     None => Endpoint::numbered(number, name, address, self.workers.len()),
                 };
@@ -237,10 +236,11 @@ impl Publisher {
 impl Publisher {
     /// Whether an endpoint is this process itself; it is taken note of then.
     fn is_own(&self, wanted: &Wanted, own: &mut Vec<LeftOut>) -> bool {
-        let Some(listener) = self.listening.reached_by(wanted.address, is_local) else {
+        let Some(listener) = self.listening.reached_by(&wanted.address, is_local) else {
             return false;
         };
-        own.push(LeftOut { name: wanted.name.clone(), address: wanted.address, listener });
+        let (address, listener) = (wanted.address.clone(), listener.clone());
+        own.push(LeftOut { name: wanted.name.clone(), address, listener });
         true
     }
 
@@ -253,7 +253,7 @@ impl Publisher {
                 address = %left_out.address,
                 listener = %left_out.listener,
                 "left out of service: it is this proxy itself, and would be given its own \
-                 connections as clients: name the server, or choose another port in AEGIS_LISTEN"
+                 connections as clients: name the server, or choose another address in AEGIS_LISTEN"
             );
         }
     }
@@ -280,7 +280,7 @@ pub(super) async fn log_changes(mut snapshots: watch::Receiver<Arc<EndpointSnaps
 
 /// The stores, with where they are among the endpoints.
 fn placed(stores: &[Declared], endpoints: &[Arc<Endpoint>], own: &[LeftOut]) -> Vec<Store> {
-    let at: HashMap<_, _> = endpoints.iter().enumerate().map(|(i, e)| (e.address, i)).collect();
+    let at: HashMap<_, _> = endpoints.iter().enumerate().map(|(i, e)| (&e.address, i)).collect();
     let place = |store: &Declared| {
         let endpoint = store.address.as_ref().ok().and_then(|address| at.get(address).copied());
         let why = match &store.address {
@@ -302,7 +302,7 @@ mod tests {
     use crate::control::testing;
 
     fn wanted(addresses: &[&str]) -> Vec<Wanted> {
-        addresses.iter().map(|a| Wanted::new(*a, a.parse().unwrap())).collect()
+        addresses.iter().map(|a| Wanted::new(*a, a.parse::<Address>().unwrap())).collect()
     }
 
     fn publisher() -> Publisher {
@@ -329,7 +329,7 @@ mod tests {
         let status = Arc::new(Status::default());
         let own = Listening::new(["0.0.0.0:1".parse().unwrap()]);
         let publisher = publisher().leaving_out(own, Arc::clone(&status));
-        let named = |address: &str| Wanted::new("db", address.parse().unwrap());
+        let named = |address: &str| Wanted::new("db", address.parse::<Address>().unwrap());
         let store = |address: &str| Declared {
             name: "db".to_owned(),
             address: Ok(address.parse().unwrap()),
@@ -340,7 +340,7 @@ mod tests {
         }
         let latest = Arc::clone(&publisher.snapshots.borrow());
         assert_eq!(latest.generation, 1);
-        assert_eq!(latest.endpoints[0].address.port(), 2);
+        assert_eq!(latest.endpoints[0].address.tcp().unwrap().port(), 2);
         let why = "db (127.0.0.9:1) is this proxy itself, which listens on 0.0.0.0:1";
         assert_eq!(latest.stores[0].why.as_deref(), Some(why));
         assert_eq!((latest.stores[0].endpoint, latest.stores[1].endpoint), (None, Some(0)));
@@ -383,7 +383,7 @@ mod tests {
         let second = Arc::clone(&publisher.snapshots.borrow());
         assert!(Arc::ptr_eq(&first.endpoints[1], &second.endpoints[0]));
 
-        publisher.publish([Wanted::new("renamed", "10.0.0.2:1".parse().unwrap())]);
+        publisher.publish([Wanted::new("renamed", "10.0.0.2:1".parse::<Address>().unwrap())]);
         let third = Arc::clone(&publisher.snapshots.borrow());
         assert!(!Arc::ptr_eq(&second.endpoints[0], &third.endpoints[0]));
     }
@@ -443,12 +443,14 @@ mod tests {
     fn those_that_left_are_remembered_up_to_a_bound() {
         let publisher = publisher();
         for round in 0..4 * ENDPOINTS_MAX as u16 {
-            publisher.publish([Wanted::new("one", SocketAddr::from(([10, 0, 0, 1], round)))]);
+            publisher
+                .publish([Wanted::new("one", std::net::SocketAddr::from(([10, 0, 0, 1], round)))]);
             publisher.workers.iter().for_each(|worker| drop(worker.mailbox.take_snapshot()));
         }
         let known = publisher.known.lock().unwrap();
         assert!(known.0.len() <= 2 + ENDPOINTS_MAX, "{}", known.0.len());
-        let newest = known.0.iter().map(|(endpoint, _)| endpoint.address.port()).min();
+        let newest =
+            known.0.iter().map(|(endpoint, _)| endpoint.address.tcp().unwrap().port()).min();
         assert!(newest.is_some_and(|port| port > 2 * ENDPOINTS_MAX as u16), "{newest:?}");
     }
 
@@ -459,7 +461,7 @@ mod tests {
         assert_eq!(publisher.snapshots.borrow().endpoints.len(), 2);
 
         let many = (0..=ENDPOINTS_MAX as u16)
-            .map(|port| Wanted::new("many", SocketAddr::from(([10, 0, 0, 1], port))));
+            .map(|port| Wanted::new("many", std::net::SocketAddr::from(([10, 0, 0, 1], port))));
         publisher.publish(many);
         assert_eq!(publisher.snapshots.borrow().endpoints.len(), ENDPOINTS_MAX);
     }

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use crate::io::net::Address;
 pub(crate) use crate::metrics::ErrorKind;
 
 /// An endpoint that is not used, since it is this proxy itself.
@@ -15,9 +15,9 @@ pub struct LeftOut {
     /// Its name.
     pub name: String,
     /// Its address.
-    pub address: SocketAddr,
+    pub address: Address,
     /// Where this process listens for what would be sent there.
-    pub listener: SocketAddr,
+    pub listener: Address,
 }
 
 impl fmt::Display for LeftOut {

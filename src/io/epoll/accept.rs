@@ -1,6 +1,7 @@
 //! Accepting and connecting: how sockets come to the driver.
 
 use std::io;
+use std::mem;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
@@ -11,7 +12,7 @@ use super::socket::Socket;
 use super::{Epoll, conn_data};
 use crate::io::halves::Sending;
 use crate::io::net::{self, Address, Stream};
-use crate::io::{Completion, ConnId};
+use crate::io::{Completion, ConnId, Wait};
 
 impl Epoll {
     /// Takes a socket on.
@@ -59,7 +60,8 @@ impl Epoll {
                 self.accept_from = index + 1;
                 self.register(Socket::connected(client))
             }
-            Err(Errno::AGAIN) => {
+            // `EINVAL`: another worker has ended the queue that they share, and it is empty.
+            Err(Errno::AGAIN | Errno::INVAL) => {
                 self.acceptable[index] = false;
                 return None;
             }
@@ -103,12 +105,31 @@ impl Epoll {
         let kind = Type::STREAM.nonblocking();
         let stream = self.descriptors.make(|| Stream::outgoing(address, kind, options))?;
         let conn = self.register(Socket::connecting(stream))?;
-        match self.live(conn).stream.connect(address) {
-            Err(Errno::INPROGRESS | Errno::INTR) => {}
-            Ok(()) => self.finish_connect(conn, Ok(())),
-            Err(errno) => self.finish_connect(conn, Err(errno.into())),
+        if self.try_connect(conn, address) {
+            self.crowded.push(conn, address, self.now);
         }
         Ok(conn)
+    }
+
+    /// Says whether the peer has no room for it, of which nobody would tell.
+    fn try_connect(&mut self, conn: ConnId, address: &Address) -> bool {
+        // It may be closed by now.
+        let Some(socket) = self.sockets.get(conn) else { return false };
+        match socket.stream.connect(address) {
+            Err(Errno::INPROGRESS | Errno::INTR) => {}
+            Err(Errno::AGAIN) => return true,
+            outcome => self.finish_connect(conn, outcome.map_err(Into::into)),
+        }
+        false
+    }
+
+    /// Tries connects again that found no room. Returns a wait that does not sleep beyond the next try.
+    pub(super) fn connect_again(&mut self, wait: Wait) -> Wait {
+        let mut crowded = mem::take(&mut self.crowded);
+        crowded.retry(self.now, |conn, address| self.try_connect(conn, address));
+        let most = crowded.sleep_max(wait.most, self.now);
+        self.crowded = crowded;
+        Wait { most, ..wait }
     }
 
     /// The kernel tells that a connect is over.

@@ -14,8 +14,10 @@ mod timer;
 use std::collections::VecDeque;
 use std::io;
 use std::mem;
+use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
@@ -26,9 +28,10 @@ use rustix::thread::{nanosleep, set_current_timer_slack};
 use self::socket::{HangUp, Room, Socket};
 use self::timer::Timer;
 use super::buffers::{Buf, Buffers};
+use super::crowded::Crowded;
 use super::descriptors::Descriptors;
 use super::halves::{Receiving, Sending};
-use super::net::{self, Address, Listener, Stream};
+use super::net::{self, Address, Credentials, Listener, Stream};
 use super::splice::{self, Pipes};
 use super::{Acks, Close, Completion, Conn, ConnId, Driver, DriverSetup, Unheard, Wait};
 use crate::fifo;
@@ -62,6 +65,7 @@ pub struct Epoll {
     room: usize,
     /// No handshake begins any more.
     refusing: bool,
+    crowded: Crowded,
     descriptors: Descriptors,
     sockets: Slab<Socket, Conn>,
     buffers: Buffers,
@@ -106,7 +110,14 @@ impl Epoll {
         let listeners = listeners.collect::<io::Result<Vec<_>>>()?;
         for (data, fd) in (LISTENER..).zip(listeners.iter().flatten()) {
             rustix::io::ioctl_fionbio(fd, true)?;
-            epoll::add(&epoll, fd, EventData::new_u64(data), listening)?;
+            // Else each client would wake every worker. Whom the kernel wakes first may get them all:
+            // see `worker::handover`.
+            let exclusive = if fd.transport().is_shared() {
+                EventFlags::EXCLUSIVE
+            } else {
+                EventFlags::empty()
+            };
+            epoll::add(&epoll, fd, EventData::new_u64(data), listening | exclusive)?;
         }
         Ok(Self {
             fd: epoll,
@@ -117,6 +128,7 @@ impl Epoll {
             listeners,
             room: 0,
             refusing: false,
+            crowded: Crowded::with_capacity(setup.conns_max),
             descriptors: Descriptors::new(),
             sockets: Slab::with_capacity(setup.conns_max),
             buffers: Buffers::new(setup.buffers_max)?,
@@ -140,6 +152,9 @@ impl Epoll {
     fn on_event(&mut self, conn: ConnId, flags: EventFlags) {
         // A descriptor that somebody has duplicated outlives its close in the epoll instance.
         let Some(socket) = self.sockets.get_mut(conn) else { return };
+        if socket.sending == Sending::Connecting && socket.stream.connects_at_once() {
+            return; // It waits for room: until it is connected, it looks like one that is hung up.
+        }
         let hung_up = EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR;
         if flags.intersects(hung_up) {
             socket.hang_up = socket.hang_up.max(HangUp::Ended);
@@ -209,6 +224,7 @@ impl Driver for Epoll {
     }
 
     fn wait(&mut self, wait: Wait) -> io::Result<bool> {
+        let wait = self.connect_again(wait);
         self.filled = 0;
         self.flush_unsent();
         if self.buffers.free() > 0 {
@@ -383,12 +399,24 @@ impl Driver for Epoll {
         }
     }
 
-    fn peer_address(&self, conn: ConnId) -> Option<Address> {
+    fn peer_address(&self, conn: ConnId) -> Option<SocketAddr> {
         self.sockets.get(conn)?.stream.peer()
     }
 
-    fn local_address(&self, conn: ConnId) -> Option<Address> {
+    fn local_address(&self, conn: ConnId) -> Option<SocketAddr> {
         self.sockets.get(conn)?.stream.local()
+    }
+
+    fn credentials(&self, conn: ConnId) -> Option<Credentials> {
+        self.sockets.get(conn)?.stream.credentials()
+    }
+
+    fn leads_back_to(&self, conn: ConnId, path: &Path) -> bool {
+        self.sockets.get(conn).is_some_and(|socket| socket.stream.leads_back_to(path))
+    }
+
+    fn is_shared(&self, listener: usize) -> bool {
+        self.listeners[listener].as_ref().is_some_and(|listener| listener.transport().is_shared())
     }
 
     fn buffers(&mut self) -> &mut Buffers {

@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use socket2::{Domain, SockAddr};
 
 /// What a Unix socket's path begins with where it is written.
-const UNIX: &str = "unix:";
+pub const UNIX: &str = "unix:";
 /// Bytes of a path, which the kernel keeps with a NUL behind it (`sun_path`).
-const PATH_LEN_MAX: usize = 107;
+pub const PATH_LEN_MAX: usize = 107;
 
 /// Where something listens, or who is at the far end. A copy of it allocates nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -51,6 +52,14 @@ impl Address {
         self.tcp().map(|address| address.ip())
     }
 
+    /// Of a Unix socket, its path.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Tcp(_) => None,
+            Self::Unix(path) => Some(path),
+        }
+    }
+
     pub(super) fn domain(&self) -> Domain {
         match self {
             Self::Tcp(address) => Domain::for_address(*address),
@@ -66,14 +75,6 @@ impl Address {
         match self {
             Self::Tcp(address) => Ok((*address).into()),
             Self::Unix(path) => SockAddr::unix(path),
-        }
-    }
-
-    /// As the kernel tells it. None of a Unix socket without a path, as clients have.
-    pub(super) fn from_kernel(address: &SockAddr) -> Option<Self> {
-        match address.as_socket() {
-            Some(address) => Some(Self::Tcp(address)),
-            None => address.as_pathname().map(|path| Self::Unix(path.into())),
         }
     }
 }
@@ -111,6 +112,18 @@ impl fmt::Display for Address {
     }
 }
 
+impl Serialize for Address {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Address {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -120,8 +133,9 @@ mod tests {
         for text in ["10.0.0.1:8081", "[::1]:8081", "unix:/run/aegis/app.sock"] {
             let address: Address = text.parse().unwrap();
             assert_eq!(address.to_string(), text);
-            let kernel = address.to_kernel().unwrap();
-            assert_eq!(Address::from_kernel(&kernel), Some(address), "{text}");
+            let json = serde_json::to_string(&address).unwrap();
+            assert_eq!(json, format!("{text:?}"));
+            assert_eq!(serde_json::from_str::<Address>(&json).unwrap(), address);
         }
         let longest = format!("unix:/{}", "x".repeat(PATH_LEN_MAX - 1));
         assert!(longest.parse::<Address>().unwrap().to_kernel().is_ok());

@@ -3,7 +3,8 @@
 //! | | TCP | Unix |
 //! | --- | --- | --- |
 //! | options | no delay, keep-alive, urgent data in line | urgent data in line |
-//! | a connect | takes time | is over at once; a full accept queue refuses it |
+//! | a connect | takes time | is over at once; a full accept queue refuses it (`io::crowded`) |
+//! | listening | a socket per worker | one, which all workers share |
 //! | a reset | by `SO_LINGER` | only where bytes were left unread; else it looks like an end |
 //! | acknowledgements, probes | `TCP_INFO` | none: there is no network to lose anything |
 //! | taken and undelivered | what is not acknowledged | nothing: the peer has what the kernel took |
@@ -12,9 +13,12 @@
 
 mod address;
 mod tcp;
+mod unix;
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -24,8 +28,9 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::{Acks, Unheard};
 
-pub use address::{Address, AddressError};
+pub use address::{Address, AddressError, PATH_LEN_MAX, UNIX};
 pub use tcp::{Options, is_local};
+pub use unix::Credentials;
 
 /// What carries a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +42,11 @@ pub(super) enum Transport {
 impl Transport {
     fn of(domain: Domain) -> Self {
         if domain == Domain::UNIX { Self::Unix } else { Self::Tcp }
+    }
+
+    /// Whether the listening sockets of all workers have one accept queue.
+    pub(super) fn is_shared(self) -> bool {
+        self == Self::Unix
     }
 
     /// A client that a listener of this transport has accepted.
@@ -98,14 +108,27 @@ impl Stream {
         }
     }
 
-    /// The peer's address, if it has one.
-    pub(super) fn peer(&self) -> Option<Address> {
-        Address::from_kernel(&SockRef::from(&self.fd).peer_addr().ok()?)
+    /// The peer's address, where the transport has such addresses.
+    pub(super) fn peer(&self) -> Option<SocketAddr> {
+        SockRef::from(&self.fd).peer_addr().ok()?.as_socket()
     }
 
-    /// The address that the peer connected to.
-    pub(super) fn local(&self) -> Option<Address> {
-        Address::from_kernel(&SockRef::from(&self.fd).local_addr().ok()?)
+    /// The address at this end.
+    pub(super) fn local(&self) -> Option<SocketAddr> {
+        SockRef::from(&self.fd).local_addr().ok()?.as_socket()
+    }
+
+    /// Who is at the other end: of a client, who connected; of a backend, who listens.
+    pub(super) fn credentials(&self) -> Option<Credentials> {
+        match self.transport {
+            Transport::Tcp => None,
+            Transport::Unix => unix::credentials(&self.fd),
+        }
+    }
+
+    /// Whether this process listens at the other end, under this path.
+    pub(super) fn leads_back_to(&self, path: &Path) -> bool {
+        self.transport == Transport::Unix && unix::leads_back_to(&self.fd, path)
     }
 
     /// Ends the direction towards the peer. Never blocks, and its failure shows in the next operation.
@@ -226,7 +249,10 @@ impl Listener {
     /// descriptors for some.
     pub(super) fn empty_accept_queue(&self) -> (Vec<Stream>, bool) {
         let mut clients = Vec::new();
-        if rustix::io::ioctl_fionbio(&self.fd, true).is_err() {
+        // Where the queue is shared nobody is to join it behind the last look, and `O_NONBLOCK`
+        // would be that of the workers that accept still.
+        let is_closed = self.transport.is_shared() && unix::refuse_connects(&self.fd).is_ok();
+        if !is_closed && rustix::io::ioctl_fionbio(&self.fd, true).is_err() {
             return (clients, true);
         }
         loop {

@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 use std::io;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::{IDLE, Reachability, Sim, Speech, Step};
@@ -225,11 +226,11 @@ impl Driver for Sim {
         }
     }
 
-    fn peer_address(&self, _: ConnId) -> Option<Address> {
+    fn peer_address(&self, _: ConnId) -> Option<SocketAddr> {
         None
     }
 
-    fn local_address(&self, _: ConnId) -> Option<Address> {
+    fn local_address(&self, _: ConnId) -> Option<SocketAddr> {
         None
     }
 

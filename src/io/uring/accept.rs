@@ -65,6 +65,11 @@ impl Uring {
                 self.adopt(client).map(|conn| Completion::Accepted(conn, index))
             }
             Err(Errno::CANCELED | Errno::CONNABORTED | Errno::INTR) => None,
+            Err(Errno::INVAL) if listener.transport.is_shared() => {
+                // Another worker has ended the queue, and it is empty.
+                listener.accepting = Accepting::Over;
+                None
+            }
             Err(errno) => {
                 // Not armed again before the user says how much room there is.
                 self.room = 0;

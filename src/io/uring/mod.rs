@@ -16,7 +16,10 @@ mod watch;
 
 use std::collections::VecDeque;
 use std::io;
+use std::mem;
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use io_uring::types::Fd;
@@ -28,9 +31,10 @@ use self::socket::{
     Accepting, Attention, Kind, Listener, Receive, Send, Socket, parse_user_data, user_data,
 };
 use super::buffers::{Buf, Buffers};
+use super::crowded::Crowded;
 use super::descriptors::Descriptors;
 use super::halves::Sending;
-use super::net::{self, Address, Stream};
+use super::net::{self, Address, Credentials, Stream};
 use super::probe::Features;
 use super::provided::ProvidedBuffers;
 use super::ring::Ring;
@@ -52,6 +56,7 @@ pub struct Uring {
     room: usize,
     /// No handshake begins any more.
     refusing: bool,
+    crowded: Crowded,
     descriptors: Descriptors,
     start: Instant,
     now: Instant,
@@ -104,6 +109,7 @@ impl Uring {
             wake: setup.wake,
             room: 0,
             refusing: false,
+            crowded: Crowded::with_capacity(setup.conns_max),
             descriptors: Descriptors::new(),
             start: Instant::now(),
             now: Instant::now(),
@@ -222,6 +228,29 @@ impl Uring {
         }
     }
 
+    /// Connects a socket for which that takes no time. Says whether the peer has no room for it, of which
+    /// nobody would tell: the ring would wait in a thread of the kernel's pool.
+    fn try_connect(&mut self, conn: ConnId, address: &Address) -> bool {
+        // It may be closed by now.
+        let Some(Socket { stream, .. }) = self.sockets.get(conn) else { return false };
+        let outcome = bulk::without_blocking(stream, || stream.connect(address));
+        if outcome == Err(Errno::AGAIN) {
+            return true;
+        }
+        let completion = self.finish_connect(conn, outcome);
+        self.ready.push_back(completion);
+        false
+    }
+
+    /// Tries connects again that found no room. Returns a wait that does not sleep beyond the next try.
+    fn connect_again(&mut self, wait: Wait) -> Wait {
+        let mut crowded = mem::take(&mut self.crowded);
+        crowded.retry(self.now, |conn, address| self.try_connect(conn, address));
+        let most = crowded.sleep_max(wait.most, self.now);
+        self.crowded = crowded;
+        Wait { most, ..wait }
+    }
+
     fn on_completion(&mut self, entry: &cqueue::Entry) -> Option<Completion> {
         let (kind, conn) = parse_user_data(entry.user_data());
         match kind? {
@@ -285,6 +314,7 @@ impl Driver for Uring {
     }
 
     fn wait(&mut self, wait: Wait) -> io::Result<bool> {
+        let wait = self.connect_again(wait);
         // Only if the kernel could not take all submissions.
         let unresolved = !self.submitted.is_empty();
         self.settle();
@@ -344,7 +374,8 @@ impl Driver for Uring {
             let listener = &mut self.listeners[index];
             let Some(fd) = listener.net.take() else { continue };
             let (clients, emptied) = fd.empty_accept_queue();
-            if emptied && listener.accepting != Accepting::Idle {
+            let is_armed = !matches!(listener.accepting, Accepting::Idle | Accepting::Over);
+            if emptied && is_armed {
                 self.cancel(Kind::Accept, ConnId::from_parts(index as u32, 0));
             } else if !emptied {
                 // Else an accept would come back at once where nobody waits.
@@ -377,15 +408,14 @@ impl Driver for Uring {
         let make = || Stream::outgoing(address, Type::STREAM, options);
         let stream = self.descriptors.make(make)?;
         let fd = Fd(stream.as_raw_fd());
-        // The ring would wait in a thread of the kernel's pool where an accept queue is full.
         let at_once = stream.connects_at_once();
-        let outcome = at_once.then(|| bulk::without_blocking(&stream, || stream.connect(address)));
         let Ok(conn) = self.sockets.insert(Socket::connecting(stream)) else {
             return Err(io::ErrorKind::QuotaExceeded.into());
         };
-        if let Some(outcome) = outcome {
-            let completion = self.finish_connect(conn, outcome);
-            self.ready.push_back(completion);
+        if at_once {
+            if self.try_connect(conn, address) {
+                self.crowded.push(conn, address, self.now);
+            }
         } else {
             self.live(conn).ops.add(Kind::Connect);
             self.ring.connect(fd, kernel_address, user_data(Kind::Connect, conn));
@@ -488,12 +518,24 @@ impl Driver for Uring {
         }
     }
 
-    fn peer_address(&self, conn: ConnId) -> Option<Address> {
+    fn peer_address(&self, conn: ConnId) -> Option<SocketAddr> {
         self.sockets.get(conn)?.stream.peer()
     }
 
-    fn local_address(&self, conn: ConnId) -> Option<Address> {
+    fn local_address(&self, conn: ConnId) -> Option<SocketAddr> {
         self.sockets.get(conn)?.stream.local()
+    }
+
+    fn credentials(&self, conn: ConnId) -> Option<Credentials> {
+        self.sockets.get(conn)?.stream.credentials()
+    }
+
+    fn leads_back_to(&self, conn: ConnId, path: &Path) -> bool {
+        self.sockets.get(conn).is_some_and(|socket| socket.stream.leads_back_to(path))
+    }
+
+    fn is_shared(&self, listener: usize) -> bool {
+        self.listeners.get(listener).is_some_and(|listener| listener.transport.is_shared())
     }
 
     fn buffers(&mut self) -> &mut Buffers {

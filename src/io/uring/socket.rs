@@ -279,6 +279,8 @@ pub(super) enum Accepting {
     Multishot,
     /// An accept is being cancelled.
     Stopping,
+    /// It holds none, and there is nobody to accept any more.
+    Over,
 }
 
 pub(super) struct Listener {

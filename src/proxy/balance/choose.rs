@@ -247,8 +247,12 @@ impl Table {
         let turns = |entry: &Entry| entry.turns.max(self.turns);
         let chosen = match self.policy {
             Balance::RoundRobin => candidates.min_by_key(|(_, entry)| turns(entry)),
-            // What has no key goes where the load is least.
+            // What has no key goes where the load is least, and so does what comes from no address, as over
+            // a Unix socket.
             Balance::LeastConn | Balance::KeyHash => {
+                candidates.min_by_key(|(_, entry)| (entry.load(), turns(entry)))
+            }
+            Balance::SourceHash if search.source.is_none() => {
                 candidates.min_by_key(|(_, entry)| (entry.load(), turns(entry)))
             }
             Balance::RandomTwo => {
@@ -278,5 +282,5 @@ impl Table {
 
 /// Rendezvous hashing (Thaler and Ravishankar): only the sources of an endpoint that goes move.
 fn affinity(source: Option<IpAddr>, entry: &Entry) -> u64 {
-    BuildHasherDefault::<DefaultHasher>::default().hash_one((source, entry.endpoint.address))
+    BuildHasherDefault::<DefaultHasher>::default().hash_one((source, &entry.endpoint.address))
 }

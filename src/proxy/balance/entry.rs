@@ -12,6 +12,7 @@ use crate::metrics::EndpointStats;
 use crate::proxy::WorkerId;
 use crate::proxy::endpoints::Endpoint;
 use crate::proxy::health::{Health, HealthConfig};
+use crate::proxy::outage::Recovery;
 use crate::proxy::pool::{Counts, Pool};
 
 /// One endpoint of one worker.
@@ -23,6 +24,8 @@ pub struct Entry {
     pub pool: Pool,
     /// Its health.
     pub health: Health,
+    /// How it takes connects.
+    pub recovery: Recovery,
     /// Those of its connections in use that are not released to the pool, though it reuses them:
     /// nobody knows any more what is on them.
     pub(super) opaque: usize,
@@ -92,6 +95,7 @@ impl Entry {
             endpoint: Arc::clone(endpoint),
             pool: Pool::new(&PoolConfig { min_idle, ..pool.clone() }, now),
             health: Health::default(),
+            recovery: Recovery::default(),
             opaque: 0,
             worker,
             present: true,
@@ -104,6 +108,21 @@ impl Entry {
             alive_at: None,
             forgotten_at: None,
         }
+    }
+
+    /// Whether clients may be sent there now: it is in the set, it is not ejected, and unless there is
+    /// a connection to it that nobody uses, no connect has just failed. While this holds for none,
+    /// clients wait.
+    pub fn is_usable(&self, now: Instant) -> bool {
+        let has_way = self.pool.idle() > 0 || !self.recovery.backs_off(now);
+        self.present && self.health.is_usable() && has_way
+    }
+
+    /// Whether a client that has waited may be sent there now: there is a connection for it, or one
+    /// more connect may be made. Whether it is ejected does not matter: where all are, those that wait
+    /// try the way.
+    pub fn has_room_for_waiting(&self, now: Instant) -> bool {
+        self.present && (self.pool.idle() > 0 || self.recovery.has_room(now))
     }
 
     /// Sessions on it, those still connecting included.

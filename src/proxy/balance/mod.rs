@@ -222,6 +222,12 @@ impl Table {
         entries.flatten().any(|entry| entry.health.is_usable())
     }
 
+    /// Whether no endpoint is usable: see [`Entry::is_usable`].
+    pub fn is_outage(&self, now: Instant) -> bool {
+        let entries = self.present.iter().map(|&index| self.entries[usize::from(index)].as_ref());
+        !entries.flatten().any(|entry| entry.is_usable(now))
+    }
+
     /// Whether there is any endpoint to look after, removed ones included.
     pub fn has_entries(&self) -> bool {
         self.entries.iter().any(Option::is_some)

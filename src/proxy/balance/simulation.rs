@@ -76,7 +76,13 @@ struct World<'a> {
 }
 
 fn new_table(policy: Balance, now: Instant) -> Table {
-    let endpoint = |i| Endpoint::new(format!("e{i}"), ([127, 0, 0, 1], 1_u16 + i).into(), 1);
+    let endpoint = |i| {
+        Endpoint::new(
+            format!("e{i}"),
+            std::net::SocketAddr::from(([127, 0, 0, 1], 1_u16 + i)).into(),
+            1,
+        )
+    };
     let pool = PoolConfig {
         endpoint_max: None,
         mode: crate::config::PoolMode::Preconnect,

@@ -4,7 +4,7 @@ use crate::metrics::Spillover;
 use crate::proxy::RouteId;
 use crate::proxy::endpoints::Endpoint;
 use crate::proxy::session::Tried;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 fn at(index: u16) -> EndpointId {
@@ -21,7 +21,7 @@ const EVEN: [Balance; 4] =
     [Balance::LeastConn, Balance::RoundRobin, Balance::RandomTwo, Balance::PeakEwma];
 
 fn endpoint(number: u16) -> Arc<Endpoint> {
-    Endpoint::new(format!("e{number}"), ([127, 0, 0, 1], 1000 + number).into(), 1)
+    Endpoint::new(format!("e{number}"), SocketAddr::from(([127, 0, 0, 1], 1000 + number)).into(), 1)
 }
 
 fn pool() -> PoolConfig {

@@ -4,11 +4,8 @@
 use std::time::{Duration, Instant};
 
 use crate::limits::POOL_CONNECTING_MAX;
+use crate::proxy::backoff::Backoff;
 
-/// The wait after a failed connect doubles from here…
-pub(super) const BACKOFF_MIN: Duration = Duration::from_millis(50);
-/// …to here.
-const BACKOFF_MAX: Duration = Duration::from_secs(1);
 /// The least time from one round of connects to the next; after a failure up to half more is added.
 pub(super) const ROUND: Duration = Duration::from_millis(80);
 
@@ -25,10 +22,8 @@ pub(super) struct Round {
 /// One connect tries the way; then each round has twice as many as the one before.
 #[derive(Debug)]
 pub(super) struct Pacing {
-    /// Failures in a row.
-    failures: u32,
+    backoff: Backoff,
     failed_at: Option<Instant>,
-    retry_at: Option<Instant>,
     /// The round under way, where connects are paced.
     pub(super) round: Option<Round>,
     /// Connections to be made before an empty pool is a sign of demand: it was emptied otherwise.
@@ -39,9 +34,8 @@ impl Pacing {
     /// Of an endpoint of which nothing is known yet, whose pool is to have `target` connections.
     pub(super) fn new(target: usize, now: Instant) -> Self {
         Self {
-            failures: 0,
+            backoff: Backoff::default(),
             failed_at: None,
-            retry_at: None,
             round: Some(Round { left: 1, size: 1, gap: ROUND, next_at: now }),
             recovering: target,
         }
@@ -65,25 +59,19 @@ impl Pacing {
     ) -> bool {
         self.restart(target, now, rng);
         self.failed_at = Some(now);
-        if self.backs_off(now) {
-            return false;
-        }
-        let backoff = BACKOFF_MIN.saturating_mul(1 << self.failures.min(10)).min(BACKOFF_MAX);
-        self.failures += 1;
-        self.retry_at = Some(now + backoff.mul_f64(0.5 + rng.f64()));
-        true
+        self.backoff.on_failed(now, rng)
     }
 
     /// A byte has come on a connection made at `made`.
     pub(super) fn on_proven(&mut self, made: Instant) {
         if self.failed_at.is_none_or(|at| made >= at) {
-            self.failures = 0;
+            self.backoff.forget();
         }
     }
 
     /// A connection has stayed open for long enough.
     pub(super) fn on_settled(&mut self) {
-        self.failures = 0;
+        self.backoff.forget();
     }
 
     /// A connect was started.
@@ -105,12 +93,12 @@ impl Pacing {
 
     /// Whether a connect has failed just now, so that none is made for a while.
     pub(super) fn backs_off(&self, now: Instant) -> bool {
-        self.retry_at.is_some_and(|at| now < at)
+        self.backoff.is_on(now)
     }
 
     /// Connects at a time, whoever waits for them: after a failure one tries the way first.
     pub(super) fn parallel_max(&self) -> usize {
-        if self.failures > 0 { 1 } else { POOL_CONNECTING_MAX }
+        if self.backoff.has_failed() { 1 } else { POOL_CONNECTING_MAX }
     }
 
     /// Connects that nobody waits for which may be started now, beside those under way.
@@ -118,7 +106,7 @@ impl Pacing {
         let Some(round) = &mut self.round else { return usize::MAX };
         if round.left == 0 && now >= round.next_at && connecting == 0 {
             // Until the endpoint has shown that it is well, one at a time is enough.
-            round.size = if self.failures > 0 { 1 } else { 2 * round.size };
+            round.size = if self.backoff.has_failed() { 1 } else { 2 * round.size };
             round.left = round.size;
             if round.size >= POOL_CONNECTING_MAX {
                 self.round = None;

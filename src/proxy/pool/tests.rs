@@ -1,7 +1,8 @@
 use super::login_limit::ALONE_FOR;
-use super::pacing::{BACKOFF_MIN, ROUND};
+use super::pacing::ROUND;
 use super::*;
 use crate::config::PoolMode;
+use crate::proxy::backoff::BACKOFF_MIN;
 
 const SECOND: Duration = Duration::from_secs(1);
 const MS: Duration = Duration::from_millis(1);

@@ -425,6 +425,21 @@ impl Client {
         since + limits.endpoint
     }
 
+    /// Its request has waited for a connection for as long as it may, and no endpoint is usable: it waits
+    /// on for as long as for one, if that is longer. Says what is to be done for that.
+    pub fn on_outage(&mut self, moment: &Moment<'_>) -> Option<Actions> {
+        let State::Queued { pending } = &mut self.state else { return None };
+        let since = *pending.history.no_endpoint_since.get_or_insert(pending.wanting);
+        if pending.awaits_endpoint.is_some() || since + moment.policy.limits.endpoint <= moment.now
+        {
+            return None;
+        }
+        pending.awaits_endpoint = Some(since);
+        let mut actions = Actions::NONE;
+        self.arm(moment, &mut actions);
+        Some(actions)
+    }
+
     /// There are endpoints. If its request has waited for one, it now waits for a connection.
     pub(super) fn on_endpoints(&mut self, now: Instant) {
         let Some(pending) = self.state.pending_mut() else { unreachable!("it wants none") };

@@ -100,8 +100,10 @@ impl Placing<'_> {
         match self.policy.binding {
             Binding::Nothing => Destination::Any,
             Binding::Source => {
-                // The same one as long as it can be reached.
-                let chosen = self.table.choose_for_source(&client.tried(), source, self.now);
+                // The same one as long as it can be reached. Clients of a Unix socket have no address.
+                let chosen = source.and_then(|source| {
+                    self.table.choose_for_source(&client.tried(), Some(source), self.now)
+                });
                 chosen.map_or(Destination::Any, Destination::Endpoint)
             }
             Binding::Key => {
@@ -235,9 +237,21 @@ impl Placing<'_> {
         entry.is_present().then(|| waiting.saturating_sub(entry.pool.connecting()))
     }
 
+    /// Whether a client's request that has waited for a connection for as long as it may lacks an endpoint
+    /// that takes one, whichever.
+    pub fn waits_for_any_endpoint(&self, client: Key<Client>, error: ErrorReply) -> bool {
+        matches!(error, ErrorReply::QueueTimeout(_))
+            && self.queue.line_of(client) == Some(Line::Any)
+            && !self.table.is_connected(None)
+    }
+
     /// What a client's request lacked that has waited for a connection for as long as it may.
     pub fn why_it_waited(&self, client: Key<Client>, error: ErrorReply) -> ErrorReply {
-        let ErrorReply::QueueTimeout(limit) = error else { return error };
+        let limit = match error {
+            ErrorReply::QueueTimeout(limit) => limit,
+            ErrorReply::NoEndpoint(limit) if !self.table.is_empty() => limit,
+            _ => return error,
+        };
         match self.queue.line_of(client) {
             Some(Line::Endpoint(endpoint)) if !self.table.is_connected(Some(endpoint)) => {
                 if self.policy.binding == Binding::Source {
@@ -247,7 +261,7 @@ impl Placing<'_> {
                 }
             }
             Some(Line::Any) if !self.table.is_connected(None) => ErrorReply::NoneReachable(limit),
-            _ => error,
+            _ => ErrorReply::QueueTimeout(limit),
         }
     }
 }

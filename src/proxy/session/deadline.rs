@@ -28,8 +28,7 @@ impl Session {
     pub fn deadline(&self, timeouts: &Timeouts) -> Option<Instant> {
         if self.state == State::Connecting {
             // The attempt has a timer of its own.
-            let may_have_left = self.to_backend.is_ending() && self.early.is_empty();
-            return may_have_left.then(|| self.active + LEFT_AFTER);
+            return self.may_have_left().then(|| self.active + LEFT_AFTER);
         }
         if let Some(failure) = self.failure {
             return Some((failure.looked + FAILURE_LOOK).min(self.active + stall_max(timeouts)));

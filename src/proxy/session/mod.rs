@@ -5,7 +5,7 @@
 //!  │ ▲  │ │                  ├─ a side broke: what it sent before still goes out, then ▶ reset
 //!  └─┘  │ │                  └─ deadline ▶ reset
 //! next  │ └─the client left──▶ closed
-//! one   └──none left─────────▶ closed
+//! one   └──none is usable────▶ it waits, and is connected later, or ▶ closed
 //! ```
 //!
 //! A client can leave before it has a backend. A break is leaving. So is an end of stream before
@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use super::Side;
 use super::endpoints::EndpointId;
+use super::outage::Ticket;
 use super::pulse::Pulse;
 use super::relay::{Flow, Relay};
 use crate::io::{Chain, ConnId};
@@ -113,10 +114,20 @@ pub struct Session {
     cancel: Option<cancel::Cancel>,
     failure: Option<Failure>,
     opened: Instant,
+    /// Since when it has looked for a backend.
+    seeking: Instant,
+    /// Its place among those that wait, if it has had to.
+    ticket: Option<Ticket>,
+    /// While it waits: what it is closed for once that has been too long.
+    waits: Option<CloseReason>,
+    /// It waits for a place at an endpoint.
+    awaits_place: bool,
     active: Instant,
     first_byte: FirstByte,
     /// When its connection was made, if that was in advance.
     warm_since: Option<Instant>,
+    /// When the connect under way was started.
+    connecting: Option<Instant>,
     connected: Instant,
     /// Bytes of ours went ahead of the client's.
     prefaced: bool,
@@ -145,9 +156,14 @@ impl Session {
             cancel: None,
             failure: None,
             opened: now,
+            seeking: now,
+            ticket: None,
+            waits: None,
+            awaits_place: false,
             active: now,
             first_byte: FirstByte::Unasked,
             warm_since: None,
+            connecting: None,
             connected: now,
             prefaced: false,
             greeted: false,
@@ -159,8 +175,9 @@ impl Session {
     }
 
     /// It is to have another connection. The worker closes the one that it had.
-    pub fn on_moved(&mut self) {
+    pub fn on_moved(&mut self, now: Instant) {
         self.state = State::Connecting;
+        self.seeking = now;
         self.endpoint = None;
         self.backend = None;
         self.to_backend = Relay::default();
@@ -245,9 +262,67 @@ impl Session {
         self.state == State::Open
     }
 
-    /// Whether no endpoint has been tried, for want of any.
+    /// Whether it waits for an endpoint.
     pub fn awaits_endpoint(&self) -> bool {
-        self.state == State::Connecting && self.tried.attempts() == 0
+        self.waits.is_some()
+    }
+
+    /// Whether it waits for a place at an endpoint.
+    pub fn awaits_place(&self) -> bool {
+        self.awaits_place
+    }
+
+    /// It waits for a place at an endpoint, or no longer.
+    pub fn await_place(&mut self, waits: bool) {
+        assert_eq!(self.state, State::Connecting, "an open session has an endpoint");
+        assert!(self.waits.is_none(), "it waits for an endpoint");
+        self.awaits_place = waits;
+    }
+
+    /// What it is to be closed for if it has waited until `now` and may do so for `limit`.
+    pub fn waited_too_long(&self, limit: Duration, now: Instant) -> Option<CloseReason> {
+        self.waits.filter(|_| self.waits_until(limit) <= now)
+    }
+
+    /// Until when it waits, if it may do so for `limit`.
+    pub fn waits_until(&self, limit: Duration) -> Instant {
+        self.seeking + limit
+    }
+
+    /// Since when it has looked for a backend.
+    pub fn seeking(&self) -> Instant {
+        self.seeking
+    }
+
+    /// Its place among those that wait, if it has had to wait.
+    pub fn ticket(&self) -> Option<Ticket> {
+        self.ticket
+    }
+
+    /// It is served, or over: it needs its place in line no more. Says whether it had one.
+    pub fn take_ticket(&mut self) -> bool {
+        self.ticket.take().is_some()
+    }
+
+    /// It waits for an endpoint, and is to be closed for `reason` if that is for too long. Those that it
+    /// has tried may be tried again.
+    pub fn on_waiting(&mut self, ticket: Ticket, reason: CloseReason) {
+        assert_eq!(self.state, State::Connecting, "an open session has an endpoint");
+        assert!(self.endpoint.is_none() && self.waits.is_none(), "it is tried, or waits already");
+        self.tried = Tried::default();
+        self.ticket = Some(ticket);
+        self.waits = Some(reason);
+    }
+
+    /// Its turn has come.
+    pub fn on_waited(&mut self) {
+        assert!(self.waits.take().is_some(), "it waits");
+    }
+
+    /// Whether its client may have left: it ended before its first byte, and nobody has been connected
+    /// for it yet.
+    pub fn may_have_left(&self) -> bool {
+        self.state == State::Connecting && self.to_backend.is_ending() && self.early.is_empty()
     }
 
     /// Whether the client has sent something.
@@ -278,12 +353,18 @@ impl Session {
     pub fn on_connecting(&mut self, backend: ConnId, now: Instant) {
         assert_eq!(self.state, State::Connecting, "an open session has connected");
         self.backend = Some(backend);
+        self.connecting = Some(now);
         self.active = now;
     }
 
-    /// When the connect under way was started.
-    pub fn connecting_since(&self) -> Option<Instant> {
-        (self.state == State::Connecting && self.backend.is_some()).then_some(self.active)
+    /// The connect under way is over, or of no use any more. Says when it was started, if there is one.
+    pub fn take_connect(&mut self) -> Option<Instant> {
+        self.connecting.take()
+    }
+
+    /// Whether a connect is under way.
+    pub fn is_connecting(&self) -> bool {
+        self.connecting.is_some()
     }
 
     /// The attempt failed; another endpoint may be tried.
@@ -371,7 +452,7 @@ impl Session {
     /// A side ended its direction.
     pub fn on_ended(&mut self, from: Side, now: Instant) -> Action {
         if self.state == State::Connecting {
-            if self.early.is_empty() && self.awaits_endpoint() {
+            if self.early.is_empty() && (self.awaits_endpoint() || self.awaits_place) {
                 return Action::Close(CloseReason::ClientLeft);
             }
             self.relay(from).on_ended();

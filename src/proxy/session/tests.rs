@@ -4,9 +4,11 @@ use super::deadline::LEFT_AFTER;
 use super::*;
 use crate::io::Close;
 use crate::limits::FLUSH_STALL_MAX;
+use crate::proxy::outage::Line;
 use std::time::Duration;
 
 const LIMIT: u32 = 100;
+const SECOND: Duration = Duration::from_secs(1);
 
 fn open() -> (Session, Instant) {
     let now = Instant::now();
@@ -97,8 +99,6 @@ fn without_a_limit_of_its_own_a_half_closed_session_keeps_the_idle_limit() {
 }
 
 const UNLIMITED: Timeouts = Timeouts { idle: None, half_close: None };
-const SECOND: Duration = Duration::from_secs(1);
-
 #[test]
 fn a_paused_side_that_broke_is_read_on_as_the_other_takes_bytes() {
     let (mut session, now) = open();
@@ -227,6 +227,7 @@ fn a_client_without_a_backend_leaves_by_a_reset_or_by_an_end_before_the_first_by
     };
     let left = Action::Close(CloseReason::ClientLeft);
     let mut waiting = Session::new(ConnId::from_parts(0, 0), now);
+    waiting.on_waiting(Line::default().ticket(now), CloseReason::NoEndpoint);
     assert_eq!(waiting.on_ended(Side::Client, now), left, "no endpoint is there");
     let none = Timeouts { idle: None, half_close: None };
     let mut slow = connecting();
@@ -241,6 +242,30 @@ fn a_client_without_a_backend_leaves_by_a_reset_or_by_an_end_before_the_first_by
         let ending = connecting().ending(side, CloseReason::ClientLeft);
         assert_eq!(ending, Ending::Now(Close::Reset));
     }
+}
+
+#[test]
+fn a_session_waits_for_as_long_as_it_may_since_it_looks_for_a_backend() {
+    let start = Instant::now();
+    let mut session = Session::new(ConnId::from_parts(0, 0), start);
+    let ticket = Line::default().ticket(start);
+    session.on_waiting(ticket, CloseReason::NoEndpoint);
+    assert_eq!(session.waited_too_long(SECOND, start + SECOND / 2), None);
+    session.on_waited();
+    assert_eq!(session.waited_too_long(SECOND, start + SECOND), None, "it is being connected");
+    session.on_trying(EndpointId::at(3), None);
+    session.on_connect_failed();
+    session.on_waiting(ticket, CloseReason::ConnectFailed);
+    assert_eq!(session.tried().attempts(), 0, "all may be tried again");
+    let failed = Some(CloseReason::ConnectFailed);
+    assert_eq!(session.waited_too_long(SECOND, start + SECOND), failed, "of its last failure");
+    session.on_waited();
+    session.on_connected(ConnId::from_parts(1, 0), 0, start);
+    // A day later it is moved, before a byte.
+    let later = start + 24 * 3600 * SECOND;
+    session.on_moved(later);
+    session.on_waiting(Line::default().ticket(later), CloseReason::BackendReset);
+    assert_eq!(session.waits_until(SECOND), later + SECOND);
 }
 
 #[test]

@@ -1,15 +1,17 @@
 //! Finds sessions a backend, and does for them what concerns the pools.
 
 use std::io;
+use std::net::IpAddr;
 use std::time::Instant;
 
 use super::Route;
 use super::pools::is_local;
 use super::sessions::Outcome;
 use crate::config::{Balance, Locality};
-use crate::io::{Chain, Close, ConnId, Driver, Unheard};
+use crate::io::{Chain, Close, ConnId, Driver};
 use crate::metrics::{Checkout, CloseReason};
 use crate::proxy::Side;
+use crate::proxy::balance::Entry;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::session::{Action, Session, Tried};
 use crate::slab::Key;
@@ -20,7 +22,11 @@ impl Route {
     pub(super) fn begin_session<D: Driver>(&mut self, cx: &mut Context<D>, client: ConnId) {
         let key = self.sessions.begin(cx, client);
         self.retries.on_request(cx.now);
-        if self.line.is_empty() {
+        let others_wait = !self.sessions.line.is_empty();
+        if self.may_wait() && (others_wait || self.pools.table.is_outage(cx.now)) {
+            let reason = self.why_unusable();
+            self.have_wait(cx, key, reason);
+        } else if self.line.is_empty() {
             self.dispatch(cx, key, CloseReason::NoEndpoint);
         } else {
             self.join_line(cx, key, cx.now);
@@ -40,13 +46,12 @@ impl Route {
             Outcome::Asked => self.on_session_asked(cx, key),
             Outcome::Answered => self.on_session_answered(cx, key),
             Outcome::Replied => self.on_session_replied(cx, key),
-            Outcome::Waits => self.dispatch_heard(cx, key),
             Outcome::Over(reason) => self.close_session(cx, key, reason),
         }
     }
 
-    /// Finds the session a backend: an idle connection, or one made for it. Closes it for
-    /// `otherwise` when there is no endpoint left to try.
+    /// Finds the session a backend: an idle connection, or one made for it. When there is no endpoint
+    /// left to try, it waits, or is closed for `otherwise`.
     pub(super) fn dispatch<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
@@ -70,6 +75,8 @@ impl Route {
             let is_cancel = session.cancel().is_some();
             let chosen = if is_cancel {
                 self.pools.table.next_of_all(session.cancel_reached(), &tried)
+            } else if self.may_wait() {
+                self.choose_among(cx, client, &tried, Entry::is_usable)
             } else {
                 self.choose(cx, client, &tried, otherwise)
             };
@@ -84,7 +91,7 @@ impl Route {
             let costs = !is_cancel
                 && matches!(otherwise, CloseReason::ConnectFailed | CloseReason::ConnectTimeout);
             if costs && !self.takes_retry(cx) {
-                return self.close_session(cx, key, otherwise);
+                return self.on_none_left(cx, key, otherwise);
             }
             if !self.has_conn_for_session(cx, endpoint) {
                 // Another worker was faster.
@@ -108,7 +115,8 @@ impl Route {
         }
     }
 
-    /// The endpoint to try next for a session whose latest attempt ended for `otherwise`.
+    /// The endpoint to try next for a session whose latest attempt ended for `otherwise`, where none
+    /// waits: should no usable one be left, any.
     fn choose<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
@@ -119,27 +127,64 @@ impl Route {
         if tried.attempts() >= self.config.connect_attempts {
             return None;
         }
-        let source = (self.config.balance == Balance::SourceHash)
-            .then(|| cx.driver.peer_address(client))
-            .flatten()
-            .and_then(|address| address.ip());
-        let mut choose = |tried: &Tried| {
-            if self.config.locality == Locality::Off {
-                return self.pools.table.choose(tried, source, cx.now, &mut cx.rng);
-            }
-            let (chosen, spilled) =
-                self.pools.table.choose_near(tried, source, cx.now, &mut cx.rng);
-            spilled.inspect(|&why| self.stats.count_spillover(why));
-            chosen
-        };
         // A handshake that got lost, in a full accept queue for one, is worth another try, and so is
         // the endpoint of an idle connection that was dead. A refusal is an answer.
         let lost = matches!(otherwise, CloseReason::ConnectTimeout | CloseReason::BackendReset);
-        choose(tried).or_else(|| lost.then(|| choose(&Tried::default())).flatten())
+        let source = self.source_of(cx, client);
+        let chosen = self.choose_untried(cx, tried, source);
+        chosen
+            .or_else(|| lost.then(|| self.choose_untried(cx, &Tried::default(), source)).flatten())
     }
 
-    /// There is no endpoint left to try. Where there is none at all, a session waits until one comes or
-    /// its time is up.
+    /// The endpoint to try next for a session, of those that are fit for it now.
+    pub(super) fn choose_among<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        client: ConnId,
+        tried: &Tried,
+        is_fit: impl Fn(&Entry, Instant) -> bool,
+    ) -> Option<EndpointId> {
+        if tried.attempts() >= self.config.connect_attempts {
+            return None;
+        }
+        let source = self.source_of(cx, client);
+        let mut passed_over = *tried;
+        loop {
+            let endpoint = self.choose_untried(cx, &passed_over, source)?;
+            if self.pools.table.get(endpoint).is_some_and(|entry| is_fit(entry, cx.now)) {
+                return Some(endpoint);
+            }
+            let before = passed_over.attempts();
+            passed_over.push(endpoint);
+            if passed_over.attempts() == before {
+                return None; // More than can be passed over: another turn.
+            }
+        }
+    }
+
+    fn choose_untried<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        tried: &Tried,
+        source: Option<IpAddr>,
+    ) -> Option<EndpointId> {
+        if self.config.locality == Locality::Off {
+            return self.pools.table.choose(tried, source, cx.now, &mut cx.rng);
+        }
+        let (chosen, spilled) = self.pools.table.choose_near(tried, source, cx.now, &mut cx.rng);
+        spilled.inspect(|&why| self.stats.count_spillover(why));
+        chosen
+    }
+
+    /// Where a client comes from, if that says where it goes.
+    fn source_of<D: Driver>(&self, cx: &Context<D>, client: ConnId) -> Option<IpAddr> {
+        (self.config.balance == Balance::SourceHash)
+            .then(|| cx.driver.peer_address(client))
+            .flatten()
+            .map(|address| address.ip())
+    }
+
+    /// There is no endpoint left to try for a session. It waits for one, if it may.
     fn on_none_left<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
@@ -150,46 +195,17 @@ impl Route {
         if session.is_cancel_delivered() {
             return self.close_session(cx, key, CloseReason::Finished);
         }
-        if !self.pools.table.is_empty() {
-            return self.close_session(cx, key, otherwise);
-        }
-        let left = self.config.endpoint_wait.saturating_sub(session.age(cx.now));
-        if session.awaits_endpoint() && !left.is_zero() {
-            cx.timers.set(session.client().index(), cx.now + left);
+        // A cancel request that reaches nobody has nothing to wait for.
+        let is_cancel = session.cancel().is_some();
+        if self.may_wait() && !is_cancel {
+            self.have_wait(cx, key, otherwise);
         } else {
-            self.close_session(cx, key, CloseReason::NoEndpoint);
-        }
-    }
-
-    /// There are endpoints again: those that wait for one are served.
-    pub(super) fn dispatch_waiting<D: Driver>(&mut self, cx: &mut Context<D>) {
-        for slot in 0..self.sessions.slots() {
-            let Some(key) = self.sessions.key_at(slot) else { continue };
-            let session = self.sessions.of(key);
-            if !session.awaits_endpoint() || self.line.has(key) {
-                continue;
-            }
-            // One that may have left is served once that is heard: if there are bytes before its end,
-            // they come first.
-            let (client, silent) = (session.client(), !session.has_early());
-            if silent && cx.driver.unheard(client) == Unheard::End {
-                continue;
-            }
-            cx.timers.clear(client.index());
-            self.dispatch(cx, key, CloseReason::NoEndpoint);
-        }
-    }
-
-    /// A client that waits for an endpoint has sent something, so it has not left.
-    fn dispatch_heard<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) {
-        if !self.pools.table.is_empty() && !self.line.has(key) {
-            cx.timers.clear(self.sessions.of(key).client().index());
-            self.dispatch(cx, key, CloseReason::NoEndpoint);
+            self.give_up(cx, key, otherwise);
         }
     }
 
     /// Whether there is an idle connection for a session, or a place for another one.
-    fn has_conn_for_session<D: Driver>(
+    pub(super) fn has_conn_for_session<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         endpoint: EndpointId,
@@ -206,7 +222,7 @@ impl Route {
         false
     }
 
-    fn try_endpoint<D: Driver>(
+    pub(super) fn try_endpoint<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         key: Key<Session>,
@@ -215,7 +231,7 @@ impl Route {
         let Some(entry) = self.pools.table.get_mut(endpoint) else {
             unreachable!("the table has what it chose")
         };
-        let address = entry.endpoint.address;
+        let address = entry.endpoint.address.clone();
         let warm = self.pools.table.enter(endpoint, cx.now);
         self.pools.mark_short(endpoint);
         self.sessions.of(key).on_trying(endpoint, warm.map(|(conn, _)| conn));
@@ -234,6 +250,9 @@ impl Route {
         cx.timers.set(backend.index(), cx.now + self.config.connect_timeout);
         self.sessions.of(key).on_connecting(backend, cx.now);
         self.pools.table.asked(endpoint, backend, cx.now);
+        if let Some(entry) = self.pools.table.get_mut(endpoint) {
+            entry.recovery.on_connecting();
+        }
         Ok(())
     }
 
@@ -261,7 +280,8 @@ impl Route {
     ) {
         cx.timers.clear(backend.index());
         let session = self.sessions.of(key);
-        let (Some(since), Some(endpoint)) = (session.connecting_since(), session.endpoint()) else {
+        let (since, endpoint) = (self.pools.on_connect_over(session), session.endpoint());
+        let (Some(since), Some(endpoint)) = (since, endpoint) else {
             unreachable!("a session that connects has an endpoint")
         };
         self.stats.connect_duration.record(cx.now.saturating_duration_since(since));
@@ -296,8 +316,9 @@ impl Route {
         self.dispatch(cx, key, otherwise);
     }
 
-    fn leave_endpoint<D: Driver>(&mut self, cx: &Context<D>, key: Key<Session>) {
+    pub(super) fn leave_endpoint<D: Driver>(&mut self, cx: &Context<D>, key: Key<Session>) {
         let session = self.sessions.of(key);
+        self.pools.on_connect_over(session);
         let (endpoint, backend) = (session.endpoint(), session.conn(Side::Backend));
         session.on_connect_failed();
         self.leave(cx, endpoint, backend);
@@ -393,8 +414,7 @@ impl Route {
             return self.on_line_deadline(cx, key);
         }
         if self.sessions.of(key).awaits_endpoint() {
-            // The timer may have fired for a moment too early: it is set again then.
-            return self.dispatch(cx, key, CloseReason::NoEndpoint);
+            return self.on_wait_over(cx, key);
         }
         if self.sessions.of(key).is_cancel_overdue(cx.now) && self.ask_next_to_cancel(cx, key) {
             return;
@@ -421,8 +441,15 @@ impl Route {
         reason: CloseReason,
     ) {
         self.line.leave(key);
+        debug_assert!(
+            !reason.is_for_want_of_endpoint()
+                || self.sessions.of(key).cancel().is_some()
+                || self.sessions.of(key).waits_until(self.config.endpoint_wait) <= cx.now,
+            "{reason:?} while it may wait"
+        );
         let mut session = self.sessions.close(cx, key, reason);
         self.judge_closed(cx, &mut session);
+        self.pools.on_connect_over(&mut session);
         self.leave(cx, session.endpoint(), session.conn(Side::Backend));
         self.on_gone(cx, reason, session.age(cx.now));
     }

@@ -76,7 +76,9 @@ impl Route {
             return self.close_session(cx, key, CloseReason::QueueFull);
         }
         self.line.join(key, since);
-        let client = self.sessions.of(key).client();
+        let session = self.sessions.of(key);
+        session.await_place(true);
+        let client = session.client();
         cx.timers.set(client.index(), self.line.ends_at(key));
         self.want_places(cx);
     }
@@ -101,11 +103,12 @@ impl Route {
             let Some(key) = self.line.queue.serve(queue::Line::Any) else { return };
             let session = self.sessions.of(key);
             let (client, since) = (session.client(), self.line.since[key.index()]);
-            let may_have_left = session.awaits_endpoint() && !session.has_early();
-            if may_have_left && cx.driver.unheard(client) == Unheard::End {
-                // It is served once that is heard, if there are bytes before its end.
+            if !session.has_early() && cx.driver.unheard(client) == Unheard::End {
+                // If there are bytes before its end, they are heard first.
+                self.line.join(key, since);
                 continue;
             }
+            session.await_place(false);
             cx.timers.clear(client.index());
             self.dispatch_since(cx, key, CloseReason::NoEndpoint, since);
         }

@@ -12,6 +12,7 @@ mod requests;
 mod sessions;
 mod silence;
 mod upkeep;
+mod waiting;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,6 +20,7 @@ use std::time::{Duration, Instant};
 use super::context::Context;
 use super::mailbox::Command;
 use crate::config::{Config, PoolMode, RouteConfig};
+use crate::io::net::Credentials;
 use crate::io::{Close, ConnId, Driver};
 use crate::listening::Listening;
 use crate::metrics::{CloseReason, RouteStats};
@@ -26,6 +28,7 @@ use crate::proxy::RouteId;
 #[cfg(test)]
 use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointSnapshot;
+use crate::proxy::outage::Outage;
 use crate::proxy::retry_budget::RetryBudget;
 #[cfg(test)]
 use crate::proxy::session::Session;
@@ -48,6 +51,7 @@ pub(super) struct Route {
     pools: Pools,
     silence: Silence,
     retries: RetryBudget,
+    outage: Outage,
 }
 
 impl Route {
@@ -71,6 +75,7 @@ impl Route {
             stats: Arc::clone(stats),
             silence: Silence::new(config.tcp_user_timeout),
             retries: RetryBudget::new(config.retry_budget, cx.now),
+            outage: Outage::default(),
             config,
         }
     }
@@ -83,6 +88,11 @@ impl Route {
             return cx.driver.close(conn, Close::Reset);
         }
         cx.publish_sessions(self.id);
+        if tracing::enabled!(tracing::Level::TRACE)
+            && let Some(Credentials { pid, uid, gid }) = cx.driver.credentials(conn)
+        {
+            tracing::trace!(pid, uid, gid, "a client came by a Unix socket");
+        }
         if self.reuses_conns() {
             self.begin_client(cx, conn);
         } else {
@@ -99,7 +109,6 @@ impl Route {
         self.pools.short.clear();
         self.pools.short.extend(self.pools.table.indices());
         if !self.pools.table.is_empty() {
-            self.dispatch_waiting(cx);
             self.pools.look_after_places();
         }
         self.place_waiting_again(cx);
@@ -174,6 +183,12 @@ impl Route {
             let owed = self.pools.table.owes(conn);
             assert!(owed.is_none_or(|owed| owed == session.awaits_backend()), "{session:?}");
         }
+    }
+
+    /// Sessions that wait for an endpoint.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.sessions.line.held()
     }
 
     /// Checks what holds between two turns. Returns how many sessions and clients there are.

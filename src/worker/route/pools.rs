@@ -2,19 +2,20 @@
 //! sessions and requests with that is the business of whoever calls.
 
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::places::Closing;
 use crate::config::{Discovery, RouteConfig};
+use crate::io::net::Address;
 use crate::io::{Close, ConnId, Driver, Unheard, net};
 use crate::limits;
 use crate::listening::Listening;
-use crate::metrics::{Discard, RouteStats};
+use crate::metrics::{Discard, Failure, RouteStats};
 use crate::proxy::balance::Table;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::health::{HealthConfig, PROBE_SETTLED};
+use crate::proxy::session::Session;
 use crate::worker::context::Context;
 use crate::worker::owners::Owner;
 use crate::worker::socket_options;
@@ -98,12 +99,12 @@ impl Pools {
     pub(super) fn connect<D: Driver>(
         &self,
         cx: &mut Context<D>,
-        address: &SocketAddr,
+        address: &Address,
     ) -> io::Result<ConnId> {
-        if self.listening.reached_by(*address, net::is_local).is_some() {
+        if self.listening.reached_by(address, net::is_local).is_some() {
             return Err(leads_back());
         }
-        cx.driver.connect(&(*address).into(), &self.options)
+        cx.driver.connect(address, &self.options)
     }
 
     /// Whether a connection that was just made has this process at both ends: one of its listeners,
@@ -112,10 +113,10 @@ impl Pools {
     pub(super) fn leads_back<D: Driver>(&self, cx: &Context<D>, conn: ConnId) -> bool {
         let (Some(from), Some(to)) = (cx.driver.local_address(conn), cx.driver.peer_address(conn))
         else {
-            return false;
+            // By which other path a Unix socket may have been reached, nobody needs to know.
+            return self.listening.paths().any(|path| cx.driver.leads_back_to(conn, path));
         };
-        let (Some(from), Some(to)) = (from.tcp(), to.tcp()) else { return false };
-        from == to || self.listening.reached_by(to, |ip| ip == from.ip()).is_some()
+        from == to || self.listening.reached_by(&to.into(), |ip| ip == from.ip()).is_some()
     }
 
     /// Remembers that requests that wait may find a connection of an endpoint.
@@ -239,6 +240,7 @@ impl Pools {
         let now = cx.now;
         if let Some(entry) = self.table.get_mut(endpoint) {
             entry.on_alive(now);
+            entry.recovery.on_connected();
             entry.stats().connects.add(1);
         }
     }
@@ -271,10 +273,22 @@ impl Pools {
             return;
         }
         let readmitted = entry.health.on_success(made, now);
+        if entry.health.is_sound() {
+            entry.recovery.on_well();
+        }
         entry.stats().failures_in_a_row.set(u64::from(entry.health.failures()));
         if readmitted {
             self.on_readmitted(endpoint);
         }
+    }
+
+    /// A session's connect is over, or of no use any more. Says when it was started, if there was one.
+    pub(super) fn on_connect_over(&mut self, session: &mut Session) -> Option<Instant> {
+        let since = session.take_connect()?;
+        if let Some(entry) = session.endpoint().and_then(|at| self.table.get_mut(at)) {
+            entry.recovery.on_connect_over();
+        }
+        Some(since)
     }
 
     pub(super) fn on_readmitted(&mut self, endpoint: EndpointId) {
@@ -307,8 +321,10 @@ impl Pools {
     ) {
         let (now, health) = (cx.now, self.health);
         let Some(entry) = self.table.get_mut(endpoint) else { return };
+        entry.recovery.on_failed(now, &mut cx.rng);
         let ejected = entry.on_failure(&health, now, &mut cx.rng);
         let stats = entry.stats();
+        stats.set_failure(Failure::of(error));
         stats.failures_in_a_row.set(u64::from(entry.health.failures()));
         if ejected {
             stats.ejections.add(1);

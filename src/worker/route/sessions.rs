@@ -2,7 +2,6 @@
 //!
 //! What concerns others comes back as an [`Outcome`].
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,7 +9,8 @@ use crate::config::{Preset, ProxyProtocol, RouteConfig};
 use crate::io::{Buf, Chain, Close, ConnId, Driver};
 use crate::metrics::{CloseReason, Direction, RouteStats};
 use crate::protocol::postgres::{CANCEL_REQUEST_MAX, is_cancel_request};
-use crate::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
+use crate::protocol::proxy_header::{Addresses, HEADER_MAX, write_v1, write_v2};
+use crate::proxy::outage::Line;
 use crate::proxy::session::{Action, Ending, Session, Timeouts};
 use crate::proxy::{RouteId, Side};
 use crate::slab::{Key, Slab};
@@ -33,8 +33,6 @@ pub(super) enum Outcome {
     Answered,
     /// The first byte came from its backend since that was asked; it had greeted before.
     Replied,
-    /// Its client waits for an endpoint and has sent something, so it has not left.
-    Waits,
     /// It is over, and to be closed.
     Over(CloseReason),
 }
@@ -43,6 +41,8 @@ pub(super) enum Outcome {
 pub(super) struct Sessions {
     route: RouteId,
     slab: Slab<Session>,
+    /// Those that wait for an endpoint.
+    pub(super) line: Line,
     timeouts: Timeouts,
     proxy_protocol: ProxyProtocol,
     stats: Arc<RouteStats>,
@@ -63,6 +63,7 @@ impl Sessions {
         Self {
             route,
             slab: Slab::with_capacity(places),
+            line: Line::default(),
             timeouts,
             proxy_protocol: config.proxy_protocol,
             stats,
@@ -113,6 +114,24 @@ impl Sessions {
         key
     }
 
+    /// A session waits for an endpoint, at the place that it has had in line. Says whether it had none.
+    pub(super) fn have_wait(&mut self, key: Key<Session>, reason: CloseReason) -> bool {
+        let session = &mut self.slab[key];
+        let is_new = session.ticket().is_none();
+        let ticket = session.ticket().unwrap_or_else(|| self.line.ticket(session.seeking()));
+        session.on_waiting(ticket, reason);
+        self.line.join(ticket, key);
+        is_new
+    }
+
+    /// Takes a session out of the line: its turn has come.
+    pub(super) fn serve(&mut self, key: Key<Session>) {
+        let session = &mut self.slab[key];
+        let Some(ticket) = session.ticket() else { unreachable!("it waits in line") };
+        session.on_waited();
+        self.line.leave(ticket);
+    }
+
     /// Receives from a client that has no backend: it may leave. What it sends meanwhile is kept, and
     /// that is at most a buffer: a receive that was stopped once brings one at a time.
     pub(super) fn listen_to_early<D: Driver>(&self, cx: &mut Context<D>, key: Key<Session>) {
@@ -140,10 +159,12 @@ impl Sessions {
         let Ok(preface) = proxy_header(cx, self.proxy_protocol, client) else {
             // Without it the backend would take the client's bytes for the header.
             cx.driver.buffers().clear(&mut greeting);
-            session.on_connecting(backend, cx.now);
             return Outcome::Over(CloseReason::Overload);
         };
         session.on_connected(backend, preface.as_ref().map_or(0, Buf::len), cx.now);
+        if session.take_ticket() {
+            self.line.on_ticket_over();
+        }
         if let Some(buf) = preface {
             cx.driver.send(backend, buf);
         }
@@ -229,7 +250,7 @@ impl Sessions {
             cx.owners.take(backend);
             cx.driver.close(backend, Close::Reset);
         }
-        session.on_moved();
+        session.on_moved(cx.now);
         cx.driver.buffers().push(session.early(), again);
         if ended {
             let action = session.on_ended(Side::Client, cx.now);
@@ -329,6 +350,14 @@ impl Sessions {
         let Some(mut session) = self.slab.remove(key) else {
             unreachable!("a session is closed once")
         };
+        if session.awaits_endpoint()
+            && let Some(ticket) = session.ticket()
+        {
+            self.line.leave(ticket);
+        }
+        if session.take_ticket() {
+            self.line.on_ticket_over();
+        }
         cx.driver.buffers().clear(&mut session.take_early());
         cx.driver.buffers().clear(&mut session.take_cancel());
         for side in [Side::Client, Side::Backend] {
@@ -346,7 +375,7 @@ impl Sessions {
     /// that belong to a session are its.
     #[cfg(test)]
     pub(super) fn assert_invariants<D: Driver>(&self, cx: &Context<D>) {
-        let mut conns = 0;
+        let (mut conns, mut waiting, mut tickets) = (0, 0, 0);
         for key in (0..self.slots()).filter_map(|slot| self.key_at(slot)) {
             let Some(session) = self.get(key) else { unreachable!("it has a key") };
             for side in [Side::Client, Side::Backend] {
@@ -359,7 +388,17 @@ impl Sessions {
             let has_backend = session.conn(Side::Backend).is_some();
             assert!(has_backend || !session.is_open(), "{key:?} is open without a backend");
             assert!(!session.is_open() || !session.has_early(), "what came early is not sent");
+            let waits = session.awaits_endpoint();
+            waiting += usize::from(waits);
+            tickets += usize::from(session.ticket().is_some());
+            let connects = session.is_connecting();
+            let states = [session.is_open(), connects, waits, session.awaits_place()];
+            assert_eq!(states.map(u8::from).iter().sum::<u8>(), 1, "{key:?}: {states:?}");
+            let ends = cx.timers.is_set(session.client().index());
+            assert!(!(waits || session.awaits_place()) || ends, "nothing ends the wait of {key:?}");
         }
+        assert_eq!(waiting, self.line.len(), "those that wait are in line");
+        assert_eq!(tickets, self.line.held(), "tickets that are held");
         let is_of_session = |owner: &Owner| matches!(owner, Owner::Session(..));
         let owned =
             cx.owners.of_route(self.route).filter(|owned| is_of_session(&owned.owner)).count();
@@ -407,8 +446,7 @@ fn pass_on<D: Driver>(cx: &mut Context<D>, session: &mut Session, from: Side, bu
 fn keep<D: Driver>(cx: &mut Context<D>, session: &mut Session, buf: Buf) -> Outcome {
     cx.driver.buffers().push(session.early(), buf);
     let action = session.on_early(cx.now);
-    let acted = act(cx, session, action);
-    if session.awaits_endpoint() { Outcome::Waits } else { acted }
+    act(cx, session, action)
 }
 
 /// Does what a session answers.
@@ -455,11 +493,13 @@ fn proxy_header<D: Driver>(
         ProxyProtocol::V1 => write_v1,
         ProxyProtocol::V2 => write_v2,
     };
-    let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
-    let source = cx.driver.peer_address(client).and_then(|a| a.tcp()).unwrap_or(nowhere);
-    let destination = cx.driver.local_address(client).and_then(|a| a.tcp()).unwrap_or(nowhere);
+    let addresses = match (cx.driver.peer_address(client), cx.driver.local_address(client)) {
+        (Some(source), Some(destination)) => Some(Addresses { source, destination }),
+        // A Unix socket's client has none, and neither has one that is gone.
+        _ => None,
+    };
     let mut header = [0; HEADER_MAX];
-    let len = write(&mut header, source, destination);
+    let len = write(&mut header, addresses);
     let buffers = cx.driver.buffers();
     let mut buf = buffers.take().ok_or(NoBuffer)?;
     buffers.space(&mut buf)[..len].copy_from_slice(&header[..len]);

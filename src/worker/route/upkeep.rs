@@ -91,7 +91,7 @@ impl Route {
             return false;
         }
         let Some(entry) = self.pools.table.get(endpoint) else { return false };
-        let (address, is_waited_for) = (entry.endpoint.address, entry.pool.wanted() > 0);
+        let (address, is_waited_for) = (entry.endpoint.address.clone(), entry.pool.wanted() > 0);
         if !self.pools.table.reserve(endpoint, cx.now) {
             if is_waited_for {
                 self.pools.table.want_place(endpoint, cx.now);
@@ -324,7 +324,7 @@ impl Route {
         let session = self.sessions.of(key);
         let endpoint = session.endpoint();
         let (client, backend) = (session.conn(Side::Client), session.conn(Side::Backend));
-        session.on_moved();
+        session.on_moved(cx.now);
         if let Some(client) = client {
             cx.timers.clear(client.index());
             cx.driver.receive(client, false);
@@ -390,6 +390,7 @@ impl Route {
     pub(in crate::worker) fn upkeep<D: Driver>(&mut self, cx: &mut Context<D>) {
         let now = cx.now;
         self.look_after_queue(cx);
+        self.look_for_outage(cx);
         self.look_for_silence(cx);
         self.evict_removed(cx);
         self.gather_places(cx);

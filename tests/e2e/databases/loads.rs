@@ -1,10 +1,13 @@
 //! The servers' own load tools run through the proxy unchanged: no error, and nothing lost or done
 //! twice.
 
-use crate::support::servers::{MariaDb, Postgres, Redis, Target, output};
-use crate::support::{heavy, measured};
+use std::thread;
 
-use super::{assert_all_finished, drivers, in_front_of, installed};
+use crate::support::proxy::Builder;
+use crate::support::servers::{MariaDb, Postgres, Redis, Target, output};
+use crate::support::{Io, heavy, measured};
+
+use super::{assert_all_finished, drivers, installed};
 
 /// The line of a load tool's report that begins with `name`, without that.
 fn field<'a>(report: &'a str, name: &str) -> &'a str {
@@ -43,19 +46,6 @@ fn load_postgres(server: &Postgres, target: &Target) {
     assert_eq!(field(&report, "number of transactions actually processed:"), "200/200");
 }
 
-#[test]
-fn pgbench_loses_nothing_and_does_nothing_twice() {
-    let Some(server) = installed(Postgres::start(&[])) else { return };
-    let _alone = heavy();
-    let own = Target::Tcp(server.address());
-    output(server.pgbench(&own).args(["-i", "-q", "-s", "2"])).unwrap();
-    for io in drivers() {
-        let proxy = in_front_of(io, server.address()).start();
-        load_postgres(&server, &proxy.address().into());
-        assert_all_finished(&proxy);
-    }
-}
-
 /// Inserts and reads of 50 clients.
 fn load_mariadb(server: &MariaDb, target: &Target) {
     const QUERIES: u64 = 3000;
@@ -81,18 +71,6 @@ fn seconds_of(report: &str) -> &str {
     seconds.split_whitespace().next().unwrap()
 }
 
-#[test]
-fn mariadb_slap_loses_nothing_and_does_nothing_twice() {
-    let Some(server) = installed(MariaDb::start(&[])) else { return };
-    let _alone = heavy();
-    for io in drivers() {
-        let proxy = in_front_of(io, server.address()).start();
-        load_mariadb(&server, &proxy.address().into());
-        assert_all_finished(&proxy);
-        assert_eq!(server.status("Aborted_clients"), 0, "every client has said that it leaves");
-    }
-}
-
 /// Commands of 200 clients, one at a time and 16 at a time.
 fn load_redis(server: &Redis, target: &Target) {
     let own = Target::Tcp(server.address());
@@ -115,13 +93,45 @@ fn load_redis(server: &Redis, target: &Target) {
     assert_eq!(ask(&["get", "counter:__rand_int__"]), "72000");
 }
 
+/// All three loads at a time, each on a route of its own.
+fn load_all(io: Io, postgres: &Postgres, mariadb: &MariaDb, redis: &Redis) {
+    let mut builder = Builder::on(io).set("AEGIS_ROUTES", "orders,shop,cache");
+    for (route, address, preset) in [
+        ("ORDERS", postgres.address(), "postgres"),
+        ("SHOP", mariadb.address(), "mysql"),
+        ("CACHE", redis.address(), "redis"),
+    ] {
+        builder = builder
+            .set(&format!("AEGIS_{route}__BACKENDS"), address.to_string())
+            .set(&format!("AEGIS_{route}__PRESET"), preset);
+    }
+    let proxy = builder.start();
+    let listening = proxy.log_events("listening").into_iter();
+    let targets = listening.map(|event| event["address"].as_str().unwrap().parse().unwrap());
+    let targets: Vec<_> = targets.map(Target::Tcp).collect();
+    let [orders, shop, cache] = &targets[..] else { panic!("{targets:?}") };
+    thread::scope(|scope| {
+        scope.spawn(|| load_postgres(postgres, orders));
+        scope.spawn(|| load_mariadb(mariadb, shop));
+        scope.spawn(|| load_redis(redis, cache));
+    });
+    assert_all_finished(&proxy);
+    assert_eq!(mariadb.status("Aborted_clients"), 0, "every client has said that it leaves");
+    assert_eq!(mariadb.status("Aborted_connects"), 0, "and nobody came for nothing");
+}
+
 #[test]
-fn redis_benchmark_loses_nothing_and_does_nothing_twice() {
-    let Some(server) = installed(Redis::start(&[])) else { return };
+fn one_process_serves_all_three_and_nothing_is_lost_or_done_twice() {
+    let servers = (Postgres::start(&[]), MariaDb::start(&[]), Redis::start(&[]));
+    let (Some(postgres), Some(mariadb), Some(redis)) =
+        (installed(servers.0), installed(servers.1), installed(servers.2))
+    else {
+        return;
+    };
     let _alone = heavy();
+    let own = Target::Tcp(postgres.address());
+    output(postgres.pgbench(&own).args(["-i", "-q", "-s", "2"])).unwrap();
     for io in drivers() {
-        let proxy = in_front_of(io, server.address()).start();
-        load_redis(&server, &proxy.address().into());
-        assert_all_finished(&proxy);
+        load_all(io, &postgres, &mariadb, &redis);
     }
 }

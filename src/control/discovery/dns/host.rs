@@ -4,38 +4,30 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::super::Wanted;
 use super::resolver::{Answer, Family};
-use crate::config::HostPort;
+use crate::config::Backend;
+use crate::io::net::Address;
 use crate::limits::{DNS_ANSWERS_TO_LEAVE, ENDPOINTS_MAX};
 
 /// What is known of one of the configured backends.
 #[derive(Debug)]
 pub(super) struct Host {
-    /// It is to be looked up.
-    is_name: bool,
+    /// Where it is; else it is to be looked up.
+    fixed: Option<Address>,
     families: [FamilyState; Family::ALL.len()],
 }
 
 impl Host {
-    pub(super) fn new(host: &HostPort) -> Self {
-        let mut families = [FamilyState::default(), FamilyState::default()];
-        let literal = host.host.parse::<IpAddr>();
-        let is_name = literal.is_err();
-        if let Ok(address) = literal {
-            families[0].addresses.push(address);
-        }
-        Self { is_name, families }
+    pub(super) fn new(backend: &Backend) -> Self {
+        Self { fixed: backend.address(), families: Default::default() }
     }
 
     fn len(&self) -> usize {
-        self.families.iter().map(|known| known.addresses.len()).sum()
+        let found: usize = self.families.iter().map(|known| known.addresses.len()).sum();
+        usize::from(self.fixed.is_some()) + found
     }
 
     pub(super) fn is_empty(&self) -> bool {
         self.len() == 0
-    }
-
-    pub(super) fn is_name(&self) -> bool {
-        self.is_name
     }
 
     /// Takes in what a lookup found of one family.
@@ -47,7 +39,7 @@ impl Host {
     pub(super) fn is_answered(&self, has_one: bool) -> bool {
         let [four, six] = &self.families;
         let decided = has_one && !four.addresses.is_empty();
-        !self.is_name || decided || (four.is_answered && six.is_answered)
+        self.fixed.is_some() || decided || (four.is_answered && six.is_answered)
     }
 
     pub(super) fn is_stale(&self) -> bool {
@@ -55,16 +47,16 @@ impl Host {
     }
 
     /// Its endpoints, at most `max`.
-    fn wanted(&self, host: &HostPort, max: usize) -> Vec<Wanted> {
+    fn wanted(&self, backend: &Backend, max: usize) -> Vec<Wanted> {
+        let host = match (&self.fixed, backend) {
+            (None, Backend::Tcp(host)) => host,
+            (Some(address), _) => return vec![Wanted::new(backend.to_string(), address.clone())],
+            (None, Backend::Unix(_)) => unreachable!("a Unix socket is where its path says"),
+        };
         let addresses = self.families.iter().flat_map(|known| &known.addresses).take(max);
         let wanted = |&ip: &IpAddr| {
-            let address = SocketAddr::new(ip, host.port);
-            let name = if self.is_name {
-                format!("{}:{}@{ip}", host.host, host.port)
-            } else {
-                address.to_string()
-            };
-            Wanted::new(name, address)
+            let name = format!("{}:{}@{ip}", host.host, host.port);
+            Wanted::new(name, SocketAddr::new(ip, host.port))
         };
         addresses.map(wanted).collect()
     }
@@ -72,7 +64,7 @@ impl Host {
 
 /// The endpoints of each host. Where they are too many, those that have the most have fewer, so
 /// that no name's answer takes the place of all others.
-pub(super) fn wanted(hosts: &[Host], names: &[HostPort]) -> Vec<Vec<Wanted>> {
+pub(super) fn wanted(hosts: &[Host], names: &[Backend]) -> Vec<Vec<Wanted>> {
     let counts: Vec<_> = hosts.iter().map(Host::len).collect();
     let fits = |max: usize| counts.iter().map(|&n| n.min(max)).sum::<usize>() <= ENDPOINTS_MAX;
     let max = if fits(usize::MAX) {
@@ -120,12 +112,12 @@ impl FamilyState {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{found, host};
+    use super::super::testing::{backend, found};
     use super::*;
 
     #[test]
     fn a_family_has_its_own_last_known_good_addresses() {
-        let mut host = Host::new(&host("db"));
+        let mut host = Host::new(&backend("db"));
         let mut after = |family: Family, answer: &Answer| {
             host.on_answer(family, answer.clone());
             let addresses = host.families.iter().flat_map(|known| known.addresses.clone());
@@ -154,7 +146,7 @@ mod tests {
     fn a_huge_answer_does_not_take_the_place_of_others() {
         let all: Vec<_> =
             (0..4000u32).map(|i| IpAddr::from((0x0a00_0000 + i).to_be_bytes())).collect();
-        let backends = ["huge", "small", "10.0.0.1"].map(host);
+        let backends = ["huge", "small", "10.0.0.1"].map(backend);
         let mut hosts = backends.each_ref().map(Host::new);
         hosts[1].on_answer(Family::V4, found(&["10.1.0.1", "10.1.0.2"], None));
         for (count, kept) in [(1021, 1021), (1022, 1021), (4000, 1021)] {

@@ -1,4 +1,5 @@
-//! The configured backends as a source: IP addresses as they are, names by DNS, again and again.
+//! The configured backends as a source: IP addresses and Unix sockets as they are, names by DNS, again and
+//! again.
 //!
 //! Every name is looked up by a task of its own, so a name that hangs holds up no other, and has
 //! one lookup in flight at most. Each family has its own last known good addresses: what a name
@@ -27,11 +28,11 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
-use tracing::warn;
+use tracing::{Instrument, warn};
 
 use super::status::{ErrorKind, Status};
 use super::{Publisher, Wanted};
-use crate::config::HostPort;
+use crate::config::Backend;
 use host::Host;
 use lookup::{News, follow};
 pub(crate) use resolver::SystemResolver;
@@ -41,7 +42,7 @@ use resolver::{Answer, Resolve};
 #[derive(Debug)]
 pub(crate) struct Backends<R> {
     /// Names and addresses, in the order of the endpoints.
-    pub hosts: Vec<HostPort>,
+    pub hosts: Vec<Backend>,
     /// How soon a name is looked up again at the soonest; later where its addresses hold longer.
     pub refresh: Duration,
     /// How long the first snapshot waits for names while no endpoint is known.
@@ -64,13 +65,15 @@ impl<R: Resolve> Backends<R> {
         let (answers, mut received) = mpsc::unbounded_channel();
         let mut lookups = JoinSet::new();
         let mut hosts = Vec::with_capacity(self.hosts.len());
-        for (index, host) in self.hosts.iter().cloned().enumerate() {
-            let known = Host::new(&host);
-            if known.is_name() {
+        for (index, backend) in self.hosts.iter().enumerate() {
+            if let Backend::Tcp(host) = backend
+                && backend.is_name()
+            {
                 let (resolver, answers) = (self.resolver.clone(), answers.clone());
-                lookups.spawn(follow(index, host, self.refresh, resolver, answers));
+                let lookup = follow(index, host.clone(), self.refresh, resolver, answers);
+                lookups.spawn(lookup.in_current_span());
             }
-            hosts.push(known);
+            hosts.push(Host::new(backend));
         }
         if lookups.is_empty() {
             self.status.on_sync();
@@ -153,7 +156,7 @@ mod tests {
     use tokio::sync::watch;
 
     use super::resolver::{Family, tell_all};
-    use super::testing::host;
+    use super::testing::backend;
     use super::*;
     use crate::control::testing::{block_on, workers};
     use crate::proxy::endpoints::EndpointSnapshot;
@@ -207,7 +210,7 @@ mod tests {
         let mut receiver = snapshots.subscribe();
         let publisher = Publisher::new(workers(1), crate::proxy::RouteId::default(), snapshots);
         let backends = Backends {
-            hosts: backends.iter().map(|h| host(h)).collect(),
+            hosts: backends.iter().map(|h| backend(h)).collect(),
             refresh: Duration::from_millis(1),
             first_answer_max,
             resolver: script.clone(),
@@ -233,6 +236,31 @@ mod tests {
         block_on(async {
             let (snapshot, _) = last(&["10.0.0.9", "never", "::1"], Script::new(&[]), 1).await;
             assert_eq!(names(&snapshot), ["10.0.0.9:5432", "[::1]:5432"]);
+        });
+    }
+
+    #[test]
+    fn a_unix_socket_is_published_as_it_is_configured() {
+        block_on(async {
+            let snapshots = watch::Sender::default();
+            let mut receiver = snapshots.subscribe();
+            let sockets = ["unix:/run/db.sock", "unix:/run/other.sock"];
+            let backends = Backends {
+                hosts: sockets.map(|text| text.parse().unwrap()).into(),
+                refresh: Duration::from_millis(1),
+                first_answer_max: Duration::ZERO,
+                resolver: Script::new(&[]),
+                by_key: true,
+                status: Arc::default(),
+            };
+            // Without a name it ends: there is nothing to ask again.
+            backends
+                .run(Publisher::new(workers(1), crate::proxy::RouteId::default(), snapshots))
+                .await;
+            let snapshot = receiver.borrow_and_update().clone();
+            assert_eq!(names(&snapshot), sockets);
+            let stores: Vec<_> = snapshot.stores.iter().map(|store| &*store.name).collect();
+            assert_eq!(stores, sockets);
         });
     }
 

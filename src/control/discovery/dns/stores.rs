@@ -1,11 +1,11 @@
 //! Where keys say where requests go: each backend is one store, known by its name, with one address.
 
 use super::super::{Declared, Wanted};
-use crate::config::HostPort;
+use crate::config::Backend;
 
 /// The store that each backend is, and the endpoints of all of them.
 pub(super) fn stores(
-    hosts: &[HostPort],
+    hosts: &[Backend],
     known: &[Vec<Wanted>],
     stale: &[bool],
 ) -> (Vec<Wanted>, Vec<Declared>) {
@@ -20,7 +20,7 @@ pub(super) fn stores(
         match rival {
             None => Ok(wanted),
             Some(rival) => {
-                let (address, rival) = (wanted.address, &hosts[rival]);
+                let (address, rival) = (&wanted.address, &hosts[rival]);
                 Err(Some(format!("its address {address} is also that of {rival}")))
             }
         }
@@ -29,7 +29,7 @@ pub(super) fn stores(
     for (index, host) in hosts.iter().enumerate() {
         let address = place(index).map(|found| {
             wanted.push(found.clone());
-            found.address
+            found.address.clone()
         });
         stores.push(Declared { name: host.to_string(), address });
     }
@@ -39,12 +39,14 @@ pub(super) fn stores(
 /// The one address of a store. One of each family is one server, reached by IPv4.
 fn single(known: &[Wanted]) -> Result<&Wanted, Option<String>> {
     let mut found: Vec<&Wanted> = known.iter().collect();
-    found.sort_unstable_by_key(|wanted| wanted.address);
-    found.dedup_by_key(|wanted| wanted.address);
+    found.sort_unstable_by_key(|wanted| &wanted.address);
+    found.dedup_by_key(|wanted| &wanted.address);
+    let is_ipv4 = |wanted: &Wanted| wanted.address.tcp().is_some_and(|tcp| tcp.is_ipv4());
+    let is_ipv6 = |wanted: &Wanted| wanted.address.tcp().is_some_and(|tcp| tcp.is_ipv6());
     match found[..] {
         [] => Err(None),
         [one] => Ok(one),
-        [four, six] if four.address.is_ipv4() && six.address.is_ipv6() => Ok(four),
+        [four, six] if is_ipv4(four) && is_ipv6(six) => Ok(four),
         _ => Err(Some(format!(
             "its name has {} addresses, and a store has one: list the name of each store",
             found.len()
@@ -54,17 +56,18 @@ fn single(known: &[Wanted]) -> Result<&Wanted, Option<String>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::host;
+    use super::super::testing::backend;
     use super::*;
+    use crate::io::net::Address;
 
     fn at(name: &str, addresses: &[&str]) -> Vec<Wanted> {
-        let wanted = |address: &&str| Wanted::new(name, address.parse().unwrap());
+        let wanted = |address: &&str| Wanted::new(name, address.parse::<Address>().unwrap());
         addresses.iter().map(wanted).collect()
     }
 
     #[test]
     fn a_backend_is_one_store_whatever_its_address_is() {
-        let hosts = ["a", "b", "c"].map(host);
+        let hosts = ["a", "b", "c"].map(backend);
         let all = |a: &[&str], b: &[&str], c: &[&str]| [at("a", a), at("b", b), at("c", c)];
         let found = |known: &[Vec<Wanted>], stale: [bool; 3]| {
             let (wanted, stores) = stores(&hosts, known, &stale);

@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use super::resolver::Answer;
-use crate::config::HostPort;
+use crate::config::{Backend, HostPort};
 
-pub(super) fn host(host: &str) -> HostPort {
-    HostPort { host: host.to_owned(), port: 5432 }
+/// The port 5432 of a host.
+pub(super) fn backend(host: &str) -> Backend {
+    Backend::Tcp(HostPort { host: host.to_owned(), port: 5432 })
 }
 
 pub(super) fn found(ips: &[&str], ttl: Option<u64>) -> Answer {

@@ -232,9 +232,9 @@ pub(super) fn union<'a>(all: impl Iterator<Item = &'a Extract>) -> Union {
     let mut wanted: Vec<_> = endpoints
         .into_values()
         .filter(|candidate| last_resort || !candidate.terminating)
-        .map(|c| Wanted { name: c.name.clone(), address: c.address, near: c.near })
+        .map(|c| Wanted { name: c.name.clone(), address: c.address.into(), near: c.near })
         .collect();
-    wanted.sort_unstable_by(|a, b| (&a.name, a.address).cmp(&(&b.name, b.address)));
+    wanted.sort_unstable_by(|a, b| (&a.name, &a.address).cmp(&(&b.name, &b.address)));
     let misfit = misfit.filter(|_| !fits).cloned();
     Union { wanted, left_out: left_out.cloned(), misfit }
 }
@@ -387,7 +387,7 @@ mod tests {
             let extract = pod(&pod_of("a", phase, ready, deleted), &named("chronos"));
             let Union { wanted, .. } = union([&other, &extract].into_iter());
             assert_eq!(wanted.iter().any(|w| w.name == "a"), expected, "{phase} {ready} {deleted}");
-            assert!(wanted.iter().all(|w| w.address.port() == 8080));
+            assert!(wanted.iter().all(|w| w.address.tcp().unwrap().port() == 8080));
         }
     }
 }

@@ -125,7 +125,7 @@ pub(super) fn declare(stores: &[String], wanted: &[Wanted]) -> Vec<Declared> {
             (Some(_), Some(_)) => return Err(Some("two pods have its name".to_owned())),
         };
         match wanted.iter().find(|other| other.address == one.address && other.name != one.name) {
-            None => Ok(one.address),
+            None => Ok(one.address.clone()),
             Some(other) => Err(Some(format!("its address is also that of {}", other.name))),
         }
     };
@@ -218,7 +218,9 @@ mod tests {
     #[test]
     fn a_store_is_where_the_one_pod_of_its_name_serves() {
         let names = ["a-0", "a-1", "a-2", "a-3"].map(str::to_owned);
-        let at = |name, address: &str| Wanted::new(name, address.parse().unwrap());
+        let at = |name, address: &str| {
+            Wanted::new(name, address.parse::<crate::io::net::Address>().unwrap())
+        };
         let wanted = [
             at("a-0", "10.0.0.1:1"),
             at("a-2", "10.0.0.2:1"),

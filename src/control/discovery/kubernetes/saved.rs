@@ -5,7 +5,6 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
@@ -16,6 +15,7 @@ use tracing::{info, warn};
 
 use crate::config::{Balance, RouteConfig};
 use crate::control::discovery::{Declared, Wanted};
+use crate::io::net::Address;
 use crate::limits::ENDPOINTS_MAX;
 
 /// The format of the file. Another program's file is not guessed at.
@@ -73,14 +73,14 @@ pub(super) struct Named {
 #[derive(Debug, Serialize, Deserialize)]
 struct SavedEndpoint {
     name: String,
-    address: SocketAddr,
+    address: Address,
     near: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 struct SavedStore {
     name: String,
-    address: Option<SocketAddr>,
+    address: Option<Address>,
     why: Option<String>,
 }
 
@@ -166,12 +166,12 @@ impl Snapshot {
         }
         let endpoints = self.0.endpoints.iter().map(|saved| Wanted {
             name: saved.name.clone(),
-            address: saved.address,
+            address: saved.address.clone(),
             near: saved.near,
         });
         let stores = self.0.stores.iter().map(|saved| Declared {
             name: saved.name.clone(),
-            address: saved.address.ok_or_else(|| saved.why.clone()),
+            address: saved.address.clone().ok_or_else(|| saved.why.clone()),
         });
         Ok(Named { endpoints: endpoints.collect(), stores: stores.collect() })
     }
@@ -181,12 +181,12 @@ fn to_file(of: &Identity, named: &Named, confirmed: SystemTime) -> Saved {
     let confirmed = confirmed.duration_since(UNIX_EPOCH).unwrap_or_default();
     let endpoints = named.endpoints.iter().map(|wanted| SavedEndpoint {
         name: wanted.name.clone(),
-        address: wanted.address,
+        address: wanted.address.clone(),
         near: wanted.near,
     });
     let stores = named.stores.iter().map(|store| SavedStore {
         name: store.name.clone(),
-        address: store.address.as_ref().ok().copied(),
+        address: store.address.as_ref().ok().cloned(),
         why: store.address.as_ref().err().cloned().flatten(),
     });
     Saved {
@@ -328,10 +328,10 @@ mod tests {
     }
 
     fn named() -> Named {
-        let address = "10.0.0.1:1".parse().unwrap();
+        let address: Address = "10.0.0.1:1".parse().unwrap();
         let store = |name: &str, address| Declared { name: name.to_owned(), address };
         Named {
-            endpoints: vec![Wanted { near: true, ..Wanted::new("a-0", address) }],
+            endpoints: vec![Wanted { near: true, ..Wanted::new("a-0", address.clone()) }],
             stores: vec![
                 store("a-0", Ok(address)),
                 store("a-1", Err(None)),

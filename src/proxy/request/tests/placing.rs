@@ -1,6 +1,6 @@
 //! Where requests go: endpoints and queue by request, and what is decided.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use super::*;
@@ -49,7 +49,9 @@ impl Scene {
         let endpoints: Vec<_> = names
             .iter()
             .zip(1..)
-            .map(|(name, port)| Endpoint::new(name.clone(), ([127, 0, 0, 1], port).into(), 1))
+            .map(|(name, port)| {
+                Endpoint::new(name.clone(), SocketAddr::from(([127, 0, 0, 1], port)).into(), 1)
+            })
             .collect();
         let store = |(endpoint, name): (usize, &String)| Store {
             name: Arc::from(name.as_str()),
@@ -241,7 +243,13 @@ fn a_request_that_waited_in_vain_is_told_what_it_lacked() {
         let scene = if let Some(endpoint) = idle { scene.idle(endpoint) } else { scene };
         assert_eq!(why(scene), wanted, "{binding:?} {line:?} {idle:?}");
     }
-    let mut other = scene(Binding::Nothing, ANY);
+    // It has waited on because there was no endpoint, or none that could be connected to.
     let timeout = ErrorReply::NoEndpoint(SECOND);
-    assert_eq!(other.placing().why_it_waited(key(0), timeout), timeout, "known already");
+    let mut refused = scene(Binding::Nothing, ANY);
+    let wanted = ErrorReply::NoneReachable(SECOND);
+    assert_eq!(refused.placing().why_it_waited(key(0), timeout), wanted);
+    let mut busy = scene(Binding::Nothing, ANY).idle(1);
+    assert_eq!(busy.placing().why_it_waited(key(0), timeout), limit);
+    let mut absent = Scene::new(0, Binding::Nothing, "GET a\n").waiting(ANY, 1);
+    assert_eq!(absent.placing().why_it_waited(key(0), timeout), timeout);
 }

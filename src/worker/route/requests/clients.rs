@@ -6,7 +6,7 @@ use crate::io::{Buf, Close, ConnId, Driver};
 use crate::metrics::{CloseReason, Direction, Discard, Retry};
 use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointId;
-use crate::proxy::request::{Client, ClientEnding, Framing};
+use crate::proxy::request::{Client, ClientEnding, ErrorReply, Framing};
 use crate::slab::Key;
 use crate::worker::context::Context;
 use crate::worker::flush;
@@ -84,6 +84,25 @@ impl Route {
         let endpoint = backend.map(|backend| backend.endpoint);
         let others_wait = endpoint.is_some_and(|at| self.placing(cx).is_waited_for(at));
         self.tell(cx, key, |client, moment| client.on_deadline(others_wait, moment));
+    }
+
+    /// A request has waited for as long as it may. While no endpoint can be connected to, it may wait
+    /// on.
+    pub(super) fn on_waited<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        error: ErrorReply,
+    ) {
+        let in_outage = self.placing(cx).waits_for_any_endpoint(key, error);
+        if in_outage
+            && let Some((client, moment)) = self.client(cx, key)
+            && let Some(actions) = client.on_outage(&moment)
+        {
+            return self.act_for(cx, key, &actions);
+        }
+        let error = self.placing(cx).why_it_waited(key, error);
+        self.fail(cx, key, error);
     }
 
     /// The worker drains: clients with nothing under way are to leave.

@@ -118,7 +118,12 @@ impl Route {
         self.act_for(cx, key, &actions);
     }
 
-    fn act_for<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Client>, actions: &Actions) {
+    pub(super) fn act_for<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        actions: &Actions,
+    ) {
         for action in actions.iter() {
             self.perform(cx, key, action);
         }
@@ -150,10 +155,7 @@ impl Route {
             Action::CountRetry(why) => self.stats.count_retry(why),
             Action::CountRefusedRetry => self.stats.retries_refused.add(1),
             Action::Reply(error, store) => self.reply(cx, key, error, store),
-            Action::Fail(error) => {
-                let error = self.placing(cx).why_it_waited(key, error);
-                self.fail(cx, key, error);
-            }
+            Action::Fail(error) => self.on_waited(cx, key, error),
             Action::Shutdown => self.shut_down(cx, key),
             Action::LookBeforeLeaving => self.look_before_leaving(cx, key),
             Action::BecomeOpaque => self.turn_opaque(cx, key),

@@ -59,7 +59,7 @@ impl Route {
 
     fn source<D: Driver>(&self, cx: &Context<D>, key: Key<Client>) -> Option<IpAddr> {
         let conn = self.conn_of(key)?;
-        cx.driver.peer_address(conn).and_then(|address| address.ip())
+        cx.driver.peer_address(conn).map(|address| address.ip())
     }
 
     /// A request joins a line.

@@ -1,0 +1,111 @@
+//! Tells in the log when clients of a route begin to wait for an endpoint, and what it came to.
+//!
+//! The workers publish since when theirs wait; nobody waits for this.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::View;
+use super::view::RouteView;
+use crate::metrics::{EndpointStats, Failure};
+use crate::proxy::endpoints::Endpoint;
+
+/// How often it is looked whether clients wait. Shorter outages are counted, and not logged.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// Endpoints that a line names.
+const NAMED_MAX: usize = 8;
+
+/// What is known of an outage of a route.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Ongoing {
+    /// Milliseconds since the process started.
+    since_ms: u64,
+    /// What the workers had counted before.
+    before: Counts,
+}
+
+/// What the workers of a route count of all outages.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Counts {
+    waited: u64,
+    given_up: u64,
+}
+
+impl Counts {
+    fn of(route: &RouteView<'_>) -> Self {
+        let mut counts = Self::default();
+        for stats in &route.stats {
+            counts.waited += stats.outage_waited.get();
+            counts.given_up += stats.outage_given_up.get();
+        }
+        counts
+    }
+}
+
+/// Looks after the outages of all routes for as long as the process runs.
+pub(super) async fn log_outages(view: Arc<View>) {
+    let mut ongoing: Vec<Option<Ongoing>> = view.routes().map(|_| None).collect();
+    let mut before: Vec<_> = view.routes().map(|route| Counts::of(&route)).collect();
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        for (at, route) in view.routes().enumerate() {
+            ongoing[at] = look(&view, &route, ongoing[at], before[at]);
+            if ongoing[at].is_none() {
+                before[at] = Counts::of(&route);
+            }
+        }
+    }
+}
+
+/// Looks at a route of which an outage was going on at the latest look, or not. Says whether one is
+/// going on now.
+fn look(
+    view: &View,
+    route: &RouteView<'_>,
+    ongoing: Option<Ongoing>,
+    before: Counts,
+) -> Option<Ongoing> {
+    let since = route.stats.iter().map(|stats| stats.outage_since_ms.get()).filter(|&at| at > 0);
+    let now_ms = view.alive().as_millis() as u64;
+    match (ongoing, since.min()) {
+        (None, Some(since_ms)) => {
+            let unusable = unusable(&route.snapshot.endpoints);
+            tracing::warn!(route = route.name, unusable, "no endpoint is usable: clients wait");
+            Some(Ongoing { since_ms, before })
+        }
+        (Some(outage), None) => {
+            let counts = Counts::of(route);
+            let longest = route.stats.iter().map(|stats| stats.outage_longest_ms.get()).max();
+            tracing::info!(
+                route = route.name,
+                lasted_ms = now_ms.saturating_sub(outage.since_ms),
+                waited = counts.waited - outage.before.waited,
+                longest_wait_ms = longest.unwrap_or_default(),
+                given_up = counts.given_up - outage.before.given_up,
+                "endpoints are usable again"
+            );
+            None
+        }
+        (ongoing, _) => ongoing,
+    }
+}
+
+/// What endpoints there are, and why none of them is usable.
+fn unusable(endpoints: &[Arc<Endpoint>]) -> String {
+    if endpoints.is_empty() {
+        return "there is no endpoint".to_owned();
+    }
+    let why = |endpoint: &Arc<Endpoint>| format!("{}: {}", endpoint.name, why(&endpoint.stats));
+    let mut all: Vec<_> = endpoints.iter().take(NAMED_MAX).map(why).collect();
+    if endpoints.len() > NAMED_MAX {
+        all.push(format!("{} more", endpoints.len() - NAMED_MAX));
+    }
+    all.join(", ")
+}
+
+/// How an endpoint has failed last, as far as any worker knows.
+fn why(workers: &[EndpointStats]) -> &'static str {
+    let failed = workers.iter().find_map(EndpointStats::failure);
+    failed.map_or("not known yet", Failure::name)
+}

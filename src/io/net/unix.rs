@@ -1,0 +1,57 @@
+//! What Unix sockets alone have: credentials, and a listening socket that all workers share.
+#![allow(unsafe_code)]
+
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+
+use rustix::io::Errno;
+use rustix::net::Shutdown;
+use socket2::SockRef;
+
+/// Who is at the other end of a Unix socket, as of the moment when it connected, or began to listen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Credentials {
+    /// The process; 0 where it is not of this PID namespace.
+    pub pid: u32,
+    /// Its user.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+}
+
+impl fmt::Display for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { pid, uid, gid } = self;
+        write!(f, "pid {pid}, uid {uid}, gid {gid}")
+    }
+}
+
+/// `SO_PEERCRED`.
+pub(super) fn credentials(socket: &impl AsFd) -> Option<Credentials> {
+    let fd = socket.as_fd().as_raw_fd();
+    let mut found = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = size_of_val(&found) as libc::socklen_t;
+    let (level, name, at) = (libc::SOL_SOCKET, libc::SO_PEERCRED, (&raw mut found).cast());
+    // SAFETY: the kernel writes at most `len` bytes, which is how many there are.
+    let code = unsafe { libc::getsockopt(fd, level, name, at, &raw mut len) };
+    let libc::ucred { pid, uid, gid } = found;
+    (code == 0).then_some(Credentials { pid: pid.unsigned_abs(), uid, gid })
+}
+
+/// Whether this process is at the other end, and bound that end to `path`. The path alone would not
+/// do: in another mount namespace somebody else may have bound the same one.
+pub(super) fn leads_back_to(socket: &impl AsFd, path: &Path) -> bool {
+    let address = SockRef::from(socket).peer_addr();
+    address.is_ok_and(|address| address.as_pathname() == Some(path))
+        && credentials(socket).is_some_and(|peer| peer.pid == std::process::id())
+}
+
+/// Has a listening socket refuse who connects from now on. Who waits in its queue is still accepted,
+/// by whichever worker comes first, and behind the last one `accept` says `EINVAL`.
+///
+/// # Errors
+/// The kernel cannot do that.
+pub(super) fn refuse_connects(listener: &impl AsFd) -> Result<(), Errno> {
+    rustix::net::shutdown(listener, Shutdown::Read)
+}
