@@ -243,6 +243,10 @@ pub const UNNEEDED_AFTER: Duration = Duration::from_millis(100);
 /// The same where others have less than their share: ten times what it takes to make another one.
 pub const UNNEEDED_BEYOND_SHARE_AFTER: Duration = Duration::from_millis(2);
 
+/// Endpoints counted for each configured address: pools hold their maximum only under load that
+/// comes and goes faster than they shrink, but an endpoint may go while another one comes.
+pub const POOL_ENDPOINTS_PER_BACKEND: usize = 2;
+
 /// Pool connections being made at a time, per worker and endpoint: a cold pool fills in a few
 /// round trips without a burst of handshakes at the backend.
 pub const POOL_CONNECTING_MAX: usize = 16;

@@ -58,6 +58,18 @@ impl RouteConfig {
         self.backends.len() - names + names * limits::ADDRESSES_PER_NAME
     }
 
+    /// Connections that the pools of one worker may come to hold; those being made count as idle.
+    pub fn pool_conns(&self) -> usize {
+        // Nobody knows how many endpoints a Service will have: as many as there can be.
+        let endpoints = match self.discovery {
+            Discovery::Kubernetes => limits::ENDPOINTS_MAX,
+            Discovery::Static | Discovery::Dns => {
+                limits::ENDPOINTS_MAX.min(self.addresses() * limits::POOL_ENDPOINTS_PER_BACKEND)
+            }
+        };
+        (self.pool.most() * endpoints).min(limits::POOL_CONNS_MAX)
+    }
+
     /// How many of the backends are names.
     pub fn names(&self) -> usize {
         self.backends.iter().filter(|backend| backend.is_name()).count()

@@ -29,8 +29,9 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{error, info, warn};
 
 use super::View;
+use super::view::RouteView;
 use crate::config::PoolMode;
-use crate::metrics::{WorkerState, WorkerStats};
+use crate::metrics::{RouteStats, WorkerState};
 use crate::worker::mailbox::Command;
 
 /// How long workers may take to end after the command to stop.
@@ -228,25 +229,30 @@ async fn drain(view: &View, mut events: mpsc::Receiver<Event>, signal: &str) -> 
 
 /// Waits until no session is left for which the process goes on.
 async fn nobody_to_wait_for(view: &View) {
-    let routes = &view.config().routes;
-    let leave = routes.iter().all(|route| route.pool.mode != PoolMode::Preconnect);
-    // Newcomers leave as well, each after its first request.
-    let has_left = |stats: &WorkerStats| {
-        stats.state() == WorkerState::Draining && stats.sessions_before_drain.get() == 0
-    };
     let mut room_at = Instant::now();
     loop {
         let sessions = view.sessions_active();
         if sessions < view.max_sessions() as u64 {
             room_at = Instant::now();
         }
-        let over = sessions == 0 || leave && view.stats().all(has_left);
+        let drains = view.stats().all(|stats| stats.state() == WorkerState::Draining);
+        let over = sessions == 0 || drains && view.routes().all(|route| has_left(&route));
         // Those who wait for a place are let in by the next stage.
         if over || room_at.elapsed() >= FULL_MAX {
             return;
         }
         sleep(LOOK_INTERVAL).await;
     }
+}
+
+/// Whether nobody is left of a route for whom the process goes on, as far as that is the route's.
+fn has_left(route: &RouteView<'_>) -> bool {
+    let is_over = |stats: &&RouteStats| match route.config.pool.mode {
+        PoolMode::Preconnect => stats.sessions_active.get() == 0,
+        // Newcomers leave as well, each after its first request.
+        PoolMode::Session | PoolMode::Request => stats.sessions_before_drain.get() == 0,
+    };
+    route.stats.iter().all(is_over)
 }
 
 async fn cut(view: &View, events: mpsc::Receiver<Event>, signal: &str) -> Outcome {
@@ -309,6 +315,7 @@ mod tests {
         let view = testing::view(config, Vec::new());
         for (worker, sessions) in view.workers().iter().zip(sessions) {
             worker.stats.sessions.set(sessions);
+            worker.stats.routes[0].sessions_active.set(sessions);
             worker.stats.set_state(WorkerState::Draining);
         }
         let view = Arc::new(view);

@@ -182,6 +182,10 @@ pub trait Driver {
     /// How many more clients may be accepted from now on; 0 stops accepting.
     fn accept(&mut self, room: usize);
 
+    /// Whether the clients of this one of [`DriverSetup::listeners`] are left in the kernel's queue,
+    /// whatever the room.
+    fn hold(&mut self, listener: usize, held: bool);
+
     /// Lets no new handshake begin. Those under way still end in the accept queues. Says whether
     /// those are so full that some handshakes may have to be repeated.
     fn refuse_handshakes(&mut self) -> bool;

@@ -59,6 +59,8 @@ counted! {
                 if SHARED where can_be_answered;
         }
         others {
+            /// In a drain, those of the open sessions that were so when it began.
+            pub sessions_before_drain: Gauge;
             /// Since when clients find no usable endpoint, in milliseconds since the process started;
             /// 0 if that is not so.
             pub outage_since_ms: Gauge;

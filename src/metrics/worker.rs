@@ -37,8 +37,6 @@ counted! {
             pub heartbeat_ms: Gauge;
             /// Sessions now open, of all routes.
             pub sessions: Gauge;
-            /// In a drain, those of its sessions that were open when it began.
-            pub sessions_before_drain: Gauge;
             /// A [`WorkerState`].
             state: Gauge;
             /// What it counts of each route, by their numbers.

@@ -19,6 +19,9 @@ pub const ROTATION: Duration = Duration::from_millis(50);
 /// With fewer free places per worker than this, each takes one client per turn: the others may be
 /// taking the same places at that moment, and then the limit is exceeded by one per worker at most.
 const FREE_SHORT: usize = 64;
+/// One of so many places is kept: enough for other routes to begin with, and little for one that is
+/// alone in being used.
+const KEPT_OF: usize = 8;
 
 /// What a worker sees of the process as it looks.
 #[derive(Debug, Clone, Copy)]
@@ -33,16 +36,47 @@ pub struct View {
     pub alive: Duration,
     /// There is somewhere to send a client.
     pub serves: bool,
+    /// Of the places, how each route is to come by some.
+    pub parts: Parts,
+}
+
+/// How the places are parted among the routes: any of them may have most, and none all.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Parts {
+    /// The last free places are kept for routes that have less than an equal part.
+    kept: usize,
+    equal: usize,
+}
+
+impl Parts {
+    /// Of so many places for so many routes. Of few places none is kept.
+    pub fn new(places: usize, routes: usize) -> Self {
+        let kept = if routes > 1 { places / KEPT_OF } else { 0 };
+        Self { kept, equal: places / routes }
+    }
+
+    /// Whether no more than what is kept is free.
+    pub fn is_short(&self, free: usize) -> bool {
+        self.kept > 0 && free <= self.kept
+    }
+
+    /// Whether a route that has taken so many has its part.
+    pub fn has_part(&self, taken: usize) -> bool {
+        taken >= self.equal
+    }
 }
 
 impl View {
     /// How many clients the worker may let in. Of a remainder some workers get one each, in turns, so
     /// that nobody's clients wait for ever.
     fn share(&self) -> usize {
+        // What is kept is not given away before it is looked at again who takes it.
+        let free =
+            if self.parts.is_short(self.free) { self.free } else { self.free - self.parts.kept };
         let first = (self.alive.as_millis() / ROTATION.as_millis()) as usize;
-        let gets_one = (usize::from(self.worker) + first) % self.workers < self.free % self.workers;
-        let share = self.free / self.workers + usize::from(gets_one);
-        let is_short = self.free < FREE_SHORT * self.workers;
+        let gets_one = (usize::from(self.worker) + first) % self.workers < free % self.workers;
+        let share = free / self.workers + usize::from(gets_one);
+        let is_short = free < FREE_SHORT * self.workers;
         match () {
             () if !self.serves => 0,
             () if is_short => share.min(1),
@@ -128,7 +162,7 @@ mod tests {
 
     fn view(worker: usize, workers: usize, free: usize) -> View {
         let (worker, alive) = (WorkerId::new(worker), Duration::ZERO);
-        View { free, workers, worker, alive, serves: true }
+        View { free, workers, worker, alive, serves: true, parts: Parts::new(free, 1) }
     }
 
     fn shares(workers: usize, free: usize, alive: Duration) -> Vec<usize> {
@@ -152,6 +186,18 @@ mod tests {
         assert_eq!(shares(3, 1, Duration::ZERO), [1, 0, 0]);
         assert_eq!(shares(3, 1, ROTATION), [0, 0, 1]);
         assert_eq!(shares(3, 1, 2 * ROTATION), [0, 1, 0]);
+    }
+
+    #[test]
+    fn the_last_places_are_for_routes_with_less_than_their_part() {
+        let parts = Parts::new(80, 2);
+        let let_in = |free| View { parts, ..view(0, 1, free) }.share();
+        assert_eq!([80, 11, 10, 1, 0].map(let_in), [70, 1, 1, 1, 0]);
+        assert_eq!([11, 10, 0].map(|free| parts.is_short(free)), [false, true, true]);
+        assert_eq!([39, 40].map(|taken| parts.has_part(taken)), [false, true]);
+        for (places, routes) in [(80, 1), (7, 2)] {
+            assert!(!Parts::new(places, routes).is_short(0), "none is kept");
+        }
     }
 
     #[test]

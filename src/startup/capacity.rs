@@ -10,8 +10,7 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 
 use crate::config::{Config, Discovery, RouteConfig};
 use crate::limits::{
-    ADMIN_CONNECTIONS, DESCRIPTORS_RESERVED, ENDPOINTS_MAX, PIPES_MAX, POOL_CONNS_MAX,
-    SESSIONS_AUTO_MAX,
+    ADMIN_CONNECTIONS, DESCRIPTORS_RESERVED, PIPES_MAX, POOL_CONNS_MAX, SESSIONS_AUTO_MAX,
 };
 
 /// What the process has room for.
@@ -47,10 +46,6 @@ pub(super) fn raise_nofile() -> io::Result<u64> {
 
 /// A session is a connection from the client and one to the backend.
 const DESCRIPTORS_PER_SESSION: u64 = 2;
-
-/// Endpoints counted for each configured address: pools hold their maximum only under load that
-/// comes and goes faster than they shrink, but an endpoint may go while another one comes.
-const POOL_ENDPOINTS_PER_BACKEND: usize = 2;
 
 /// As many pool connections of each worker are reserved for even where descriptors are short: without
 /// any, no pool could make a connection.
@@ -98,7 +93,7 @@ impl DescriptorUsers {
     fn of(config: &Config, workers: usize) -> Self {
         let by_kubernetes = |route: &&Arc<RouteConfig>| route.discovery == Discovery::Kubernetes;
         let routes = || config.routes.iter();
-        let pool_conns: usize = routes().map(|route| pool_conns(route)).sum();
+        let pool_conns: usize = routes().map(|route| route.pool_conns()).sum();
         Self {
             workers,
             listeners: routes().map(|route| route.listen.len()).sum(),
@@ -107,16 +102,6 @@ impl DescriptorUsers {
             names: routes().filter(|route| !by_kubernetes(route)).map(|route| route.names()).sum(),
         }
     }
-}
-
-/// Connections that a route's pools of one worker may come to hold; those being made count as idle.
-fn pool_conns(route: &RouteConfig) -> usize {
-    // Nobody knows how many endpoints a Service will have: as many as there can be.
-    let endpoints = match route.discovery {
-        Discovery::Kubernetes => ENDPOINTS_MAX,
-        _ => ENDPOINTS_MAX.min(route.addresses() * POOL_ENDPOINTS_PER_BACKEND),
-    };
-    (route.pool.most() * endpoints).min(POOL_CONNS_MAX)
 }
 
 /// How many sessions there can be at a time: as many as `requested`, or else what fits into
@@ -250,6 +235,7 @@ pub enum CapacityError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::ENDPOINTS_MAX;
 
     const USERS: DescriptorUsers =
         DescriptorUsers { workers: 4, listeners: 2, pool_conns: 64 * 6, kubernetes: 0, names: 0 };

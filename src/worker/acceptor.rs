@@ -10,7 +10,7 @@ use super::mailbox::Command;
 use crate::io::{ConnId, Driver};
 use crate::limits;
 use crate::proxy::RouteId;
-use crate::proxy::admission::{Gate, RETRY_AFTER, ROTATION, View};
+use crate::proxy::admission::{Gate, Parts, RETRY_AFTER, ROTATION, View};
 
 /// In a drain, handshakes under way may take so long to end before the listeners are closed…
 const HANDSHAKE_MAX: Duration = Duration::from_millis(100);
@@ -40,14 +40,19 @@ pub(super) struct Acceptor {
     listening_until: Option<Instant>,
     /// Sessions at a time in the whole process.
     sessions_max: usize,
+    parts: Parts,
+    /// There are free places, and a route whose clients do not get them.
+    keeps_places: bool,
     complained_at: Option<Instant>,
 }
 
 impl Acceptor {
     /// With so many sessions at a time in the whole process, from listeners of these routes.
-    pub(super) fn new(sessions_max: usize, routes: Box<[RouteId]>) -> Self {
+    pub(super) fn new(sessions_max: usize, routes: Box<[RouteId]>, parts: Parts) -> Self {
         Self {
             routes,
+            parts,
+            keeps_places: false,
             gate: Gate::default(),
             // More than that come in the one turn of a drain, which may allocate.
             accepted: Vec::with_capacity(limits::LISTEN_BACKLOG as usize),
@@ -64,6 +69,7 @@ impl Acceptor {
         }
         if cx.command >= Command::Drain {
             // Nobody comes behind those who wait: all are let in, whatever the limit says.
+            (0..self.routes.len()).for_each(|listener| cx.driver.hold(listener, false));
             let listens = self.gate.may_try(cx.now) && self.listening_until.is_some();
             return cx.driver.accept(if listens { cx.places.free() } else { 0 });
         }
@@ -74,7 +80,9 @@ impl Acceptor {
             alive: cx.alive(),
             // Before the first snapshot there is nowhere to send a client.
             serves: cx.serves(),
+            parts: self.parts,
         };
+        self.hold_routes(cx, mail, view.free);
         let share = self.gate.look(&view, cx.now);
         if share.has_filled {
             cx.stats.accept_pauses.add(1);
@@ -89,6 +97,23 @@ impl Acceptor {
                     "descriptors are short (RLIMIT_NOFILE): newcomers wait in the kernel's queue"
                 ),
             );
+        }
+    }
+
+    /// Leaves the clients of a route in the kernel's queue that has not heard of its endpoints, and of one
+    /// that has its part of the places where few are left for the others.
+    fn hold_routes<D: Driver>(&mut self, cx: &mut Context<D>, mail: &Mail, free: usize) {
+        // Those who wait while a process drains are to be served by it.
+        let is_short = self.parts.is_short(free) && cx.command == Command::Run;
+        let kept_before = std::mem::replace(&mut self.keeps_places, false);
+        for (listener, &route) in self.routes.iter().enumerate() {
+            let has_part = is_short && self.parts.has_part(mail.sessions_of_route(route));
+            self.keeps_places |= has_part;
+            cx.driver.hold(listener, has_part || !cx.has_begun(route));
+        }
+        if self.keeps_places && !kept_before {
+            cx.stats.accept_pauses.add(1);
+            self.complain(cx, format_args!("{free} places for sessions are left (AEGIS_MAX_SESSIONS), for the other routes: newcomers of one that has its part wait in the kernel's queue"));
         }
     }
 
@@ -133,7 +158,7 @@ impl Acceptor {
 
     /// How long the worker may sleep, at most, where it has to look for other workers' places.
     pub(super) fn sleep_max(&self) -> Option<Duration> {
-        self.gate.waits_for_others().then_some(ROTATION)
+        (self.gate.waits_for_others() || self.keeps_places).then_some(ROTATION)
     }
 
     /// The worker is to empty the accept queue.

@@ -57,22 +57,32 @@ impl<D: Driver> Context<D> {
 
     /// Whether there is a route that has heard of its endpoints.
     pub(super) fn serves(&self) -> bool {
-        self.stats.routes.iter().any(|route| route.applied_generation.get() > 0)
+        (0..self.stats.routes.len()).any(|at| self.has_begun(RouteId::at(at)))
+    }
+
+    /// Whether a route has heard of its endpoints.
+    pub(super) fn has_begun(&self, route: RouteId) -> bool {
+        self.stats.routes[usize::from(route)].applied_generation.get() > 0
     }
 
     /// A session or a client of a route is gone, which was open for so long.
     pub(super) fn on_gone(&mut self, route: RouteId, age: Duration) {
         self.load.on_gone(age);
-        self.drain.on_gone(age, self.now);
-        self.stats.sessions_before_drain.set(self.drain.before() as u64);
+        self.drain.on_gone(route, age, self.now);
+        self.publish_before_drain(route);
         self.places.on_gone(route);
         self.publish_sessions(route);
     }
 
     /// Clients are let leave from now on.
     pub(super) fn begin_drain(&mut self) {
-        self.drain.begin(self.places.served(), self.now);
-        self.stats.sessions_before_drain.set(self.drain.before() as u64);
+        self.drain.begin(|route| self.places.served_of(route), self.now);
+        (0..self.stats.routes.len()).for_each(|at| self.publish_before_drain(RouteId::at(at)));
+    }
+
+    fn publish_before_drain(&self, route: RouteId) {
+        let before = self.drain.before(route) as u64;
+        self.stats.routes[usize::from(route)].sessions_before_drain.set(before);
     }
 
     /// Publishes how many places are taken.

@@ -19,6 +19,7 @@ use crate::io::Driver;
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
+use crate::proxy::admission::Parts;
 use crate::proxy::{RouteId, WorkerId};
 
 /// What an engine needs, apart from its driver.
@@ -79,19 +80,23 @@ impl<D: Driver> Engine<D> {
                 setup.config.routes.len(),
             ),
             load: Load::new(now, setup.core_wait),
-            drain: Drain::default(),
+            drain: Drain::new(setup.config.routes.len()),
             calls: Vec::with_capacity(limits::WORKERS_MAX),
             driver,
         };
-        // Each has an equal part, so that one whose endpoints are many takes nothing from the others.
-        let pool_conns_max = setup.pool_conns_max / setup.config.routes.len();
+        let needs: Vec<_> = setup.config.routes.iter().map(|route| route.pool_conns()).collect();
+        let conns_max = parts(setup.pool_conns_max, &needs);
         let routes = (0..setup.config.routes.len()).map(|at| {
             let listening = setup.listening.clone();
-            Route::new(RouteId::at(at), &setup.config, &cx, pool_conns_max, listening)
+            Route::new(RouteId::at(at), &setup.config, &cx, conns_max[at], listening)
         });
         let routes = routes.collect();
         Self {
-            acceptor: Acceptor::new(setup.sessions_max, setup.listener_routes),
+            acceptor: Acceptor::new(
+                setup.sessions_max,
+                setup.listener_routes,
+                Parts::new(setup.sessions_max, setup.config.routes.len()),
+            ),
             mail: Mail::new(worker, setup.mailboxes, setup.stats),
             routes,
             upkeep_at: now,
@@ -119,5 +124,39 @@ impl<D: Driver> Engine<D> {
     /// Open sessions, and what is left of some that have ended.
     pub fn sessions(&self) -> usize {
         self.cx.places.taken()
+    }
+}
+
+/// Parts a number among those who need so many each: equally, and none gets more than it needs while
+/// others need more. What is left over goes to who needs most.
+fn parts(total: usize, needs: &[usize]) -> Box<[usize]> {
+    let mut by_need: Vec<_> = (0..needs.len()).collect();
+    by_need.sort_by_key(|&at| needs[at]);
+    let (mut parts, mut left) = (vec![0; needs.len()], total);
+    for (before, &at) in by_need.iter().enumerate() {
+        let equal = left / (needs.len() - before);
+        let is_last = before + 1 == needs.len();
+        parts[at] = if is_last { left } else { needs[at].min(equal) };
+        left -= parts[at];
+    }
+    parts.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parts;
+
+    #[test]
+    fn who_needs_less_than_an_equal_part_leaves_the_rest_to_the_others() {
+        for (total, needs, expected) in [
+            (64, &[64][..], &[64][..]),
+            (64, &[64, 0, 0, 0], &[64, 0, 0, 0]),
+            (90, &[100, 10, 100], &[40, 10, 40]),
+            (16, &[4096, 4096], &[8, 8]),
+            (9, &[2, 3], &[2, 7]),
+            (0, &[2, 3], &[0, 0]),
+        ] {
+            assert_eq!(*parts(total, needs), *expected, "{total} for {needs:?}");
+        }
     }
 }

@@ -103,7 +103,14 @@ impl Mail {
         self.stats[worker].sessions.get() as usize + self.mailboxes[worker].clients()
     }
 
-    /// Likewise, of all workers together.
+    /// The sessions of a route, of all workers together.
+    pub(super) fn sessions_of_route(&self, route: RouteId) -> usize {
+        let active =
+            |stats: &Arc<WorkerStats>| stats.routes[usize::from(route)].sessions_active.get();
+        self.stats.iter().map(active).sum::<u64>() as usize
+    }
+
+    /// Those of all workers together, with those on the way.
     pub(super) fn sessions(&self) -> usize {
         (0..self.workers()).map(|worker| self.sessions_of(WorkerId::new(worker))).sum()
     }

@@ -8,20 +8,25 @@ use crate::proxy::RouteId;
 #[derive(Debug)]
 pub(super) struct Places {
     slots: usize,
+    /// By route.
+    taken: Box<[Taken]>,
+    /// One has become free since [`Places::take_freed`].
+    freed: bool,
+}
+
+/// The places that a route has taken.
+#[derive(Debug, Clone, Copy, Default)]
+struct Taken {
     /// Sessions and clients.
     served: usize,
     /// Connections that are closed once their peers have what was sent to them.
     flushing: usize,
-    /// What both come to, by route.
-    by_route: Box<[usize]>,
-    /// One has become free since [`Places::take_freed`].
-    freed: bool,
 }
 
 impl Places {
     /// So many, all free, for so many routes.
     pub(super) fn new(slots: usize, routes: usize) -> Self {
-        Self { slots, served: 0, flushing: 0, by_route: vec![0; routes].into(), freed: false }
+        Self { slots, taken: vec![Taken::default(); routes].into(), freed: false }
     }
 
     /// Fewer slots than were reserved, for tests of what happens beyond them.
@@ -37,12 +42,13 @@ impl Places {
 
     /// How many are taken.
     pub(super) fn taken(&self) -> usize {
-        self.served + self.flushing
+        self.taken.iter().map(|taken| taken.served + taken.flushing).sum()
     }
 
     /// How many of them a route has taken.
     pub(super) fn taken_by(&self, route: RouteId) -> usize {
-        self.by_route[usize::from(route)]
+        let Taken { served, flushing } = self.taken[usize::from(route)];
+        served + flushing
     }
 
     /// How many are free.
@@ -50,40 +56,38 @@ impl Places {
         self.slots.saturating_sub(self.taken())
     }
 
-    /// Those of sessions and clients.
-    pub(super) fn served(&self) -> usize {
-        self.served
+    /// Those of a route's sessions and clients.
+    pub(super) fn served_of(&self, route: RouteId) -> usize {
+        self.taken[usize::from(route)].served
     }
 
     /// A session or a client of a route takes a place. Says whether there was one.
     pub(super) fn admit(&mut self, route: RouteId) -> bool {
         let admits = self.free() > 0;
-        self.served += usize::from(admits);
-        self.by_route[usize::from(route)] += usize::from(admits);
+        self.taken[usize::from(route)].served += usize::from(admits);
         admits
     }
 
     /// A session or a client of a route is gone. One of its connections may be flushed in its place: then that
     /// was counted before.
     pub(super) fn on_gone(&mut self, route: RouteId) {
-        assert!(self.served > 0, "one is gone that was not let in");
-        self.served -= 1;
-        self.by_route[usize::from(route)] -= 1;
+        let taken = &mut self.taken[usize::from(route)];
+        assert!(taken.served > 0, "one is gone that was not let in");
+        taken.served -= 1;
         self.freed = true;
         debug_assert!(self.taken() <= self.slots, "one session leaves one connection at most");
     }
 
     /// A connection is being flushed.
     pub(super) fn on_flushing(&mut self, route: RouteId) {
-        self.by_route[usize::from(route)] += 1;
-        self.flushing += 1;
+        self.taken[usize::from(route)].flushing += 1;
     }
 
     /// A connection was flushed.
     pub(super) fn on_flushed(&mut self, route: RouteId) {
-        assert!(self.flushing > 0, "one was flushed that nobody counted");
-        self.flushing -= 1;
-        self.by_route[usize::from(route)] -= 1;
+        let taken = &mut self.taken[usize::from(route)];
+        assert!(taken.flushing > 0, "one was flushed that nobody counted");
+        taken.flushing -= 1;
         self.freed = true;
     }
 
@@ -96,10 +100,9 @@ impl Places {
     /// Checks that all that takes a place is counted, and nothing else.
     #[cfg(test)]
     pub(super) fn assert_invariants(&self, served: usize, flushing: usize) {
-        assert_eq!(self.served, served, "places of sessions and clients");
-        assert_eq!(self.flushing, flushing, "places of what is flushed");
-        let of_routes: usize = self.by_route.iter().sum();
-        assert_eq!(of_routes, self.taken(), "places of all routes");
+        let all_served: usize = self.taken.iter().map(|taken| taken.served).sum();
+        assert_eq!(all_served, served, "places of sessions and clients");
+        assert_eq!(self.taken() - all_served, flushing, "places of what is flushed");
         assert!(self.taken() <= self.slots, "more places are taken than there are");
     }
 }
@@ -119,7 +122,7 @@ mod tests {
         places.on_flushing(A);
         places.on_gone(A);
         assert!(places.take_freed());
-        assert_eq!((places.taken(), places.served()), (2, 1));
+        assert_eq!((places.taken(), places.served_of(A)), (2, 1));
         assert!(!places.admit(A), "one is flushed");
         places.on_flushed(A);
         assert!(places.take_freed() && !places.take_freed());

@@ -98,7 +98,7 @@ impl<D: Driver> Engine<D> {
         // Where answers of all routes are few at a time, there is no use in waiting for more.
         let answers = self.routes.iter().map(Route::answers_max);
         let answers = answers.reduce(|a, b| Some(a?.saturating_add(b?))).flatten();
-        let events = events.min(answers.unwrap_or(events));
+        let events = events.min(answers.map_or(events, |answers| answers.max(1)));
         let mut most = self.acceptor.sleep_max().unwrap_or(TURN_MAX);
         if self.routes.iter().any(Route::is_due) {
             most = Duration::ZERO;

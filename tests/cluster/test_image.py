@@ -187,7 +187,7 @@ def test_the_client_of_the_demo_finds_what_it_stored_in_two_stores(script_env):
     with store() as one_store, store() as other, aegis(env={"AEGIS_BACKENDS": f"{one_store},{other}", **chosen}) as proxy:
         script = script.replace("127.0.0.1 8081", f"127.0.0.1 {proxy.port}")
         client = subprocess.Popen(["busybox", shell, option, script], env=script_env, stdout=subprocess.PIPE, text=True)
-        answered = re.compile(r'aegis_requests_total\{command="get",outcome="answered"\} (\d+)')
+        answered = re.compile(r'aegis_requests_total\{route="default",command="get",outcome="answered"\} (\d+)')
         eventually(lambda: int(answered.search(proxy.get("metrics"))[1]) >= 10, proxy.logs)
         client.terminate()
         assert client.communicate(timeout=20)[0] == "", "it complains of each wrong answer"

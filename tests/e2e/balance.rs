@@ -160,6 +160,7 @@ fn retries_of_connects_are_bounded_by_the_budget(io: Io) {
             .without_pool()
             .set("AEGIS_WORKERS", "1")
             .set("AEGIS_RETRY_BUDGET", budget)
+            .set("AEGIS_ENDPOINT_WAIT", "0s")
             .start();
         let begun = Instant::now();
         for _ in 0..SESSIONS {

@@ -332,6 +332,7 @@ fn an_error_says_that_every_endpoint_refuses(io: Io) {
             let proxy = framed(io, "chronos", mode, &backends.each_ref())
                 .set("AEGIS_BALANCE", balance)
                 .set("AEGIS_QUEUE_TIMEOUT", "300ms")
+                .set("AEGIS_ENDPOINT_WAIT", "300ms")
                 .start();
             backends.iter_mut().for_each(Backend::kill);
             let error = "ERR no endpoint could be connected to in 300ms";

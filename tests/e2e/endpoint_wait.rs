@@ -6,8 +6,8 @@
 
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -73,15 +73,15 @@ fn sessions_that_come_while_the_endpoint_refuses_are_served_when_it_returns(io: 
     }
 }
 
+/// A proxy in front of one endpoint, without connections in advance, where clients may wait so long.
+fn without_pool(io: Io, endpoint: SocketAddr, wait: &str) -> Builder {
+    Builder::on(io).backends(&[endpoint]).without_pool().set("AEGIS_ENDPOINT_WAIT", wait)
+}
+
 fn those_that_wait_are_served_in_order_of_arrival(io: Io) {
     let mut backend = Backend::named("a");
     backend.kill();
-    let proxy = Builder::on(io)
-        .backends(&[backend.address()])
-        .without_pool()
-        .set("AEGIS_WORKERS", "1")
-        .set("AEGIS_ENDPOINT_WAIT", "1m")
-        .start();
+    let proxy = without_pool(io, backend.address(), "1m").set("AEGIS_WORKERS", "1").start();
     // The next comes when the one before is known to wait.
     let clients: Vec<_> = (0..8)
         .map(|i| {
@@ -95,17 +95,16 @@ fn those_that_wait_are_served_in_order_of_arrival(io: Io) {
     let listener = TcpListener::bind(backend.address()).unwrap();
     let accepted = (0..8).map(|_| listener.accept().unwrap().0);
     let order: Vec<_> = accepted.map(|stream| read_line(&stream).unwrap()).collect();
-    clients.iter().for_each(|client| wait_closed(client).unwrap());
+    for client in &clients {
+        wait_closed(client).unwrap();
+    }
     // One tries the way, and those behind it are connected together.
     assert_eq!(order[0], "0", "{order:?}");
 }
 
 fn clients_that_leave_while_the_endpoint_refuses_are_forgotten(io: Io) {
     let mut backend = backend_that_is_away("a");
-    let proxy = Builder::on(io)
-        .backends(&[backend.address()])
-        .without_pool()
-        .set("AEGIS_ENDPOINT_WAIT", "1m")
+    let proxy = without_pool(io, backend.address(), "1m")
         // No probe of its own counts among the connections.
         .set("AEGIS_EJECT_FAILURES", "1000")
         .start();
@@ -138,12 +137,8 @@ fn a_wait_that_is_over_ends_for_the_reason_of_the_last_failure(io: Io) {
     for (address, reason) in
         [(refusing.address(), "connect_failed"), (hole.address(), "connect_timeout")]
     {
-        let proxy = Builder::on(io)
-            .backends(&[address])
-            .without_pool()
-            .set("AEGIS_CONNECT_TIMEOUT", "100ms")
-            .set("AEGIS_ENDPOINT_WAIT", "700ms")
-            .start();
+        let proxy =
+            without_pool(io, address, "700ms").set("AEGIS_CONNECT_TIMEOUT", "100ms").start();
         let begun = Instant::now();
         ask_once(proxy.address(), "who").expect_err("nobody could have answered");
         let took = begun.elapsed();
@@ -155,11 +150,7 @@ fn a_wait_that_is_over_ends_for_the_reason_of_the_last_failure(io: Io) {
 
 fn without_a_wait_sessions_fail_at_once(io: Io) {
     let refusing = backend_that_is_away("a");
-    let proxy = Builder::on(io)
-        .backends(&[refusing.address()])
-        .without_pool()
-        .set("AEGIS_ENDPOINT_WAIT", "0s")
-        .start();
+    let proxy = without_pool(io, refusing.address(), "0s").start();
     for count in 1..10 {
         ask_once(proxy.address(), "who").expect_err("nobody could have answered");
         let failed = [("reason", "connect_failed")];
@@ -178,11 +169,7 @@ fn outage_seconds(proxy: &Proxy) -> f64 {
 
 fn an_outage_is_counted_and_logged_once(io: Io) {
     let mut backend = backend_that_is_away("a");
-    let proxy = Builder::on(io)
-        .backends(&[backend.address()])
-        .without_pool()
-        .set("AEGIS_ENDPOINT_WAIT", "1m")
-        .start();
+    let proxy = without_pool(io, backend.address(), "1m").start();
     assert!(outage_seconds(&proxy) == 0.0);
     let clients: Vec<_> = (0..5).map(|_| connect(proxy.address())).collect();
     proxy.wait_for("aegis_clients_waiting", &[], |waiting| waiting == 5);
@@ -236,12 +223,8 @@ fn all_that_have_waited_are_served_soon_and_connected_once(io: Io) {
     const CLIENTS: u64 = 1000;
     let _alone = heavy();
     let mut backend = backend_that_is_away("a");
-    let proxy = Builder::on(io)
-        .backends(&[backend.address()])
-        .without_pool()
-        .set("AEGIS_ENDPOINT_WAIT", "1m")
-        .set("AEGIS_EJECT_FAILURES", "1000")
-        .start();
+    let proxy =
+        without_pool(io, backend.address(), "1m").set("AEGIS_EJECT_FAILURES", "1000").start();
     let clients: Vec<_> = (0..CLIENTS).map(|_| connect(proxy.address())).collect();
     for mut client in &clients {
         client.write_all(b"who\n").unwrap();

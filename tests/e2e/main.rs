@@ -49,6 +49,7 @@ mod replies;
 mod requests;
 mod restart;
 mod routes;
+mod routes_attacks;
 mod routing;
 mod shares;
 mod transport;

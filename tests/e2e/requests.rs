@@ -333,6 +333,7 @@ fn a_request_without_a_backend_gets_an_error(io: Io) {
     // Ejected for longer than the test lasts: where there is no other, it is tried all the same.
     let proxy = request_mode(io, &backend)
         .set("AEGIS_QUEUE_TIMEOUT", "1s")
+        .set("AEGIS_ENDPOINT_WAIT", "1s")
         .set("AEGIS_EJECT_FAILURES", "1")
         .set("AEGIS_EJECT_TIME", "1h")
         .start();

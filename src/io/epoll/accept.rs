@@ -35,7 +35,7 @@ impl Epoll {
     pub(super) fn accept_one(&mut self) -> Option<Completion> {
         for offset in 0..self.listeners.len() {
             let index = (self.accept_from + offset) % self.listeners.len();
-            while self.room > 0 && self.acceptable[index] {
+            while self.room > 0 && self.may_accept_from(index) {
                 if let Some(completion) = self.accept_from_listener(index) {
                     return Some(completion);
                 }

@@ -60,6 +60,8 @@ pub struct Epoll {
     listeners: Vec<Option<Listener>>,
     /// Listeners that may have clients waiting.
     acceptable: Vec<bool>,
+    /// Listeners whose clients are left waiting.
+    held: Vec<bool>,
     /// Where the next client is looked for first.
     accept_from: usize,
     room: usize,
@@ -124,6 +126,7 @@ impl Epoll {
             _wake: setup.wake,
             timer,
             acceptable: vec![true; listeners.len()],
+            held: vec![false; listeners.len()],
             accept_from: 0,
             listeners,
             room: 0,
@@ -197,7 +200,11 @@ impl Epoll {
         !self.completions.is_empty()
             || !self.ready.is_empty()
             || !self.bulky.is_empty()
-            || (self.room > 0 && self.acceptable.contains(&true))
+            || (self.room > 0 && (0..self.listeners.len()).any(|index| self.may_accept_from(index)))
+    }
+
+    fn may_accept_from(&self, index: usize) -> bool {
+        self.acceptable[index] && !self.held[index]
     }
 
     fn dispatch(&mut self) {
@@ -281,6 +288,10 @@ impl Driver for Epoll {
         // are descriptors in reserve; the next clients are taken in the next turn.
         let fits = room > 0 && self.descriptors.can_accept();
         self.room = if fits { room.min(limits::DESCRIPTORS_RESERVED) } else { 0 };
+    }
+
+    fn hold(&mut self, listener: usize, held: bool) {
+        self.held[listener] = held;
     }
 
     fn refuse_handshakes(&mut self) -> bool {

@@ -73,6 +73,10 @@ impl Driver for Sim {
         self.room = room.saturating_sub(accepted);
     }
 
+    fn hold(&mut self, _: usize, held: bool) {
+        self.held = held;
+    }
+
     fn refuse_handshakes(&mut self) -> bool {
         self.listening = false;
         false

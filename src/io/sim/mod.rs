@@ -99,6 +99,8 @@ pub struct Sim {
     backlog: std::collections::VecDeque<usize>,
     listening: bool,
     room: usize,
+    /// Clients are left waiting.
+    held: bool,
     woken: bool,
     buffer_waits: u64,
     /// Everybody who took part.
@@ -137,6 +139,7 @@ impl Sim {
             backlog: std::collections::VecDeque::new(),
             listening: true,
             room: 0,
+            held: false,
             woken: false,
             buffer_waits: 0,
             peers: Vec::new(),
@@ -216,7 +219,7 @@ impl Sim {
     }
 
     fn accept_waiting(&mut self) {
-        while self.room > 0 && !self.backlog.is_empty() {
+        while self.room > 0 && !self.held && !self.backlog.is_empty() {
             if self.rng.u8(..50) == 0 {
                 self.room = 0;
                 let error = io::Error::from_raw_os_error(libc::EMFILE);

@@ -21,11 +21,12 @@ impl Uring {
         let multi = self.room > queues
             && self.descriptors.have_room_for_queues(self.listeners.len(), self.now);
         let listener = &mut self.listeners[index];
+        let room = if listener.held { 0 } else { self.room };
         let Some(fd) = &listener.net else { return };
         let fd = Fd(fd.as_raw_fd());
         let key = ConnId::from_parts(index as u32, 0);
         match listener.accepting {
-            Accepting::Idle if self.room > 0 => {
+            Accepting::Idle if room > 0 => {
                 listener.accepting = if multi { Accepting::Multishot } else { Accepting::Single };
                 let entry = if multi {
                     opcode::AcceptMulti::new(fd).flags(libc::SOCK_CLOEXEC).build()
@@ -35,7 +36,7 @@ impl Uring {
                 };
                 self.push(entry, Kind::Accept, key);
             }
-            Accepting::Single | Accepting::Multishot if self.room == 0 => {
+            Accepting::Single | Accepting::Multishot if room == 0 => {
                 listener.accepting = Accepting::Stopping;
                 self.cancel(Kind::Accept, key);
             }

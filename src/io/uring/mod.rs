@@ -361,6 +361,10 @@ impl Driver for Uring {
         self.room = if fits { room } else { 0 };
     }
 
+    fn hold(&mut self, listener: usize, held: bool) {
+        self.listeners[listener].held = held;
+    }
+
     fn refuse_handshakes(&mut self) -> bool {
         self.refusing = true;
         let open = || self.listeners.iter().filter_map(|listener| listener.net.as_ref());

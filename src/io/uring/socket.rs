@@ -288,11 +288,13 @@ pub(super) struct Listener {
     pub(super) net: Option<net::Listener>,
     pub(super) transport: net::Transport,
     pub(super) accepting: Accepting,
+    /// Its clients are left waiting.
+    pub(super) held: bool,
 }
 
 impl Listener {
     pub(super) fn new(net: net::Listener) -> Self {
-        Self { transport: net.transport(), net: Some(net), accepting: Accepting::Idle }
+        Self { transport: net.transport(), net: Some(net), accepting: Accepting::Idle, held: false }
     }
 }
 

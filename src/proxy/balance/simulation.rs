@@ -4,9 +4,9 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::time::{Duration, Instant};
 
+use super::tests::{endpoint, pool};
 use super::*;
 use crate::io::ConnId;
-use crate::proxy::endpoints::Endpoint;
 use crate::proxy::session::Tried;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -76,26 +76,10 @@ struct World<'a> {
 }
 
 fn new_table(policy: Balance, now: Instant) -> Table {
-    let endpoint = |i| {
-        Endpoint::new(
-            format!("e{i}"),
-            std::net::SocketAddr::from(([127, 0, 0, 1], 1_u16 + i)).into(),
-            1,
-        )
-    };
-    let pool = PoolConfig {
-        endpoint_max: None,
-        mode: crate::config::PoolMode::Preconnect,
-        size: 16,
-        min_idle: 0,
-        max_idle: 4,
-        idle_timeout: None,
-        max_lifetime: None,
-    };
     let mut table = Table::new(policy, WorkerId::new(0), 1000);
     let endpoints = (0..5).map(endpoint).collect();
     let snapshot = EndpointSnapshot { endpoints, ..EndpointSnapshot::default() };
-    table.apply(&snapshot, &pool, false, now);
+    table.apply(&snapshot, &pool(), false, now);
     table
 }
 

@@ -228,10 +228,6 @@ impl Route {
         key: Key<Session>,
         endpoint: EndpointId,
     ) -> io::Result<()> {
-        let Some(entry) = self.pools.table.get_mut(endpoint) else {
-            unreachable!("the table has what it chose")
-        };
-        let address = entry.endpoint.address.clone();
         let warm = self.pools.table.enter(endpoint, cx.now);
         self.pools.mark_short(endpoint);
         self.sessions.of(key).on_trying(endpoint, warm.map(|(conn, _)| conn));
@@ -245,7 +241,10 @@ impl Route {
             return Ok(());
         }
         self.stats.count_checkout(Checkout::Miss);
-        let backend = self.pools.connect(cx, &address)?;
+        let Some(entry) = self.pools.table.get(endpoint) else {
+            unreachable!("the table has what it chose")
+        };
+        let backend = self.pools.connect(cx, &entry.endpoint.address)?;
         cx.owners.insert(backend, self.id, Owner::Session(key, Side::Backend));
         cx.timers.set(backend.index(), cx.now + self.config.connect_timeout);
         self.sessions.of(key).on_connecting(backend, cx.now);

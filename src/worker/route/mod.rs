@@ -156,11 +156,13 @@ impl Route {
         self.config.pool.mode != PoolMode::Preconnect
     }
 
-    /// How many answers may come at a time, where connections serve several clients.
+    /// How many answers may come at a time, where that is known: connections serve several clients, or
+    /// there are none.
     pub(super) fn answers_max(&self) -> Option<u32> {
+        // Few connections for many clients bring few answers at a time, and a route that nobody uses
+        // brings none.
         let acquired = self.pools.table.totals().acquired as u32;
-        // Few connections for many clients bring few answers at a time.
-        self.reuses_conns().then_some((acquired / 2).max(1))
+        (self.reuses_conns() || self.sessions.is_empty()).then_some(acquired / 2)
     }
 
     /// Whether connections are worth keeping: there may be a client that needs one.

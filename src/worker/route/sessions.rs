@@ -89,6 +89,10 @@ impl Sessions {
         self.slab.len()
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.slab.is_empty()
+    }
+
     /// The bound of [`Sessions::key_at`], for walks that change sessions on the way.
     pub(super) fn slots(&self) -> usize {
         self.slab.slots()

@@ -31,9 +31,7 @@ impl Route {
         buf: Buf,
     ) {
         self.stats.bytes.of(Direction::ToBackend).add(u64::from(buf.len()));
-        let Some(client) = self.requests.clients.get_mut(key) else {
-            unreachable!("{}", super::NAMED)
-        };
+        let client = self.requests.named(key);
         cx.load.batcher.on_active(client.window());
         if client.on_received(buf, cx.driver.buffers(), cx.now) {
             self.requests.due.push_back(key);
@@ -54,10 +52,7 @@ impl Route {
         cx: &mut Context<D>,
         key: Key<Client>,
     ) {
-        let Some(client) = self.requests.clients.get_mut(key) else {
-            unreachable!("{}", super::NAMED)
-        };
-        if client.on_ended(cx.now) {
+        if self.requests.named(key).on_ended(cx.now) {
             self.requests.due.push_back(key);
         }
     }

@@ -58,6 +58,12 @@ impl Requests {
             scratch: vec![0; Framing::scratch_len(config.protocol, &config.requests)].into(),
         }
     }
+
+    /// The client that an event names.
+    fn named(&mut self, key: Key<Client>) -> &mut Client {
+        let Some(client) = self.clients.get_mut(key) else { unreachable!("{NAMED}") };
+        client
+    }
 }
 
 impl Route {

@@ -1,3 +1,5 @@
+mod latency;
+
 use super::entry::Ramp;
 use super::*;
 use crate::metrics::Spillover;
@@ -7,24 +9,24 @@ use crate::proxy::session::Tried;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-fn at(index: u16) -> EndpointId {
-    EndpointId::at(index.into())
-}
-
 use crate::io::ConnId;
 use crate::proxy::endpoints;
 use crate::proxy::health::HealthConfig;
 use crate::proxy::session::Session;
 
+fn at(index: u16) -> EndpointId {
+    EndpointId::at(index.into())
+}
+
 /// Those that share sessions evenly among endpoints that are alike.
 const EVEN: [Balance; 4] =
     [Balance::LeastConn, Balance::RoundRobin, Balance::RandomTwo, Balance::PeakEwma];
 
-fn endpoint(number: u16) -> Arc<Endpoint> {
+pub(super) fn endpoint(number: u16) -> Arc<Endpoint> {
     Endpoint::new(format!("e{number}"), SocketAddr::from(([127, 0, 0, 1], 1000 + number)).into(), 1)
 }
 
-fn pool() -> PoolConfig {
+pub(super) fn pool() -> PoolConfig {
     PoolConfig {
         endpoint_max: None,
         mode: crate::config::PoolMode::Preconnect,
@@ -513,103 +515,4 @@ fn sessions_spill_over_where_near_endpoints_are_too_loaded() {
         assert_eq!(spillover, Some(Spillover::Loaded));
     }
     assert_eq!(choose(u32::MAX, u32::MAX - 1).1, None, "more than can be counted twice");
-}
-
-const MS: Duration = Duration::from_millis(1);
-
-/// A table by latency, in which these endpoints have answered in so many milliseconds.
-fn measured(answered_ms: &[Option<u32>], now: Instant) -> Table {
-    let endpoints: Vec<_> = (0..answered_ms.len() as u16).map(endpoint).collect();
-    let mut table = table(Balance::PeakEwma, &endpoints);
-    for (i, ms) in answered_ms.iter().enumerate() {
-        let (at, conn) = (EndpointId::at(i), ConnId::from_parts(i as u32, 0));
-        if let Some(ms) = ms {
-            table.asked(at, conn, now);
-            table.answered(at, conn, now + *ms * MS);
-        }
-    }
-    table
-}
-
-/// Where so many requests go of which none is answered yet.
-fn spread(table: &mut Table, requests: u32, now: Instant) -> Vec<u32> {
-    let mut rng = fastrand::Rng::with_seed(1);
-    let mut chosen = vec![0; table.len()];
-    for conn in 0..requests {
-        let index = table.choose(&Tried::default(), None, now, &mut rng).unwrap();
-        table.enter(index, now);
-        table.asked(index, ConnId::from_parts(100 + conn, 0), now);
-        chosen[usize::from(index)] += 1;
-    }
-    chosen
-}
-
-#[test]
-fn requests_are_shared_by_how_fast_endpoints_answer() {
-    let now = Instant::now();
-    let chosen = spread(&mut measured(&[Some(10), Some(20), Some(40)], now), 70, now);
-    assert_eq!(chosen, [40, 20, 10]);
-}
-
-#[test]
-fn an_endpoint_never_measured_or_not_for_long_gets_as_much_as_the_fastest_and_no_more() {
-    let now = Instant::now();
-    for first in [None, Some(4)] {
-        let mut table = measured(&[first, None, None], now);
-        let later = now + Duration::from_secs(3600);
-        for (i, ms) in [(1, 5), (2, 10)] {
-            let conn = ConnId::from_parts(u32::from(i), 0);
-            table.asked(at(i), conn, later);
-            table.answered(at(i), conn, later + ms * MS);
-        }
-        let fastest = first.unwrap_or(5);
-        let chosen = spread(&mut table, 50, later);
-        let expected = if fastest == 4 { 23 } else { 20 };
-        assert!(chosen[0].abs_diff(expected) <= 1, "{first:?}: {chosen:?}");
-    }
-}
-
-#[test]
-fn an_endpoint_that_stalls_is_seen_while_it_does() {
-    let now = Instant::now();
-    let mut table = measured(&[Some(1), Some(1)], now);
-    let conn = ConnId::from_parts(9, 0);
-    table.enter(at(0), now);
-    table.asked(at(0), conn, now);
-    assert_eq!(table.get(at(0)).unwrap().sessions(), 1);
-    assert_eq!(spread(&mut table, 20, now + 20 * MS), [0, 20], "20 ms for one, or 1 ms for twenty");
-}
-
-#[test]
-fn an_endpoint_does_not_look_well_because_its_clients_lose_patience() {
-    let now = Instant::now();
-    let mut table = measured(&[Some(1), Some(1)], now);
-    let (conn, later) = (ConnId::from_parts(9, 0), now + 500 * MS);
-    table.asked(at(0), conn, now);
-    table.unanswered(at(0), conn, later);
-    assert_eq!(spread(&mut table, 100, later), [0, 100]);
-}
-
-#[test]
-fn a_short_handshake_promises_nothing_and_a_greeting_counts_from_its_start() {
-    let now = Instant::now();
-    let mut table = measured(&[None, Some(10)], now);
-    let conn = ConnId::from_parts(9, 0);
-    table.asked(at(0), conn, now);
-    table.shook_hands(at(0), conn, now + MS);
-    assert_eq!(table.get(at(0)).unwrap().latency.measured(), None);
-    assert_eq!(spread(&mut table, 10, now + MS), [5, 5], "as fast as the fastest one");
-    table.answered(at(0), conn, now + 30 * MS);
-    let greeted = table.get(at(0)).unwrap().latency.measured();
-    assert_eq!(greeted, Some(30_000_000));
-}
-
-#[test]
-fn connections_that_an_endpoint_forgot_are_known_after_the_first() {
-    let begun = Instant::now();
-    let mut table = table(Balance::LeastConn, &[endpoint(0)]);
-    let entry = table.get_mut(at(0)).unwrap();
-    assert!(!entry.on_forgotten(begun, begun + MS), "the first one shows it");
-    assert!(entry.on_forgotten(begun, begun + MS), "and the others share its fate");
-    assert!(!entry.on_forgotten(begun + 2 * MS, begun + 3 * MS), "but not those made since");
 }
