@@ -8,6 +8,7 @@ mod backoff;
 pub mod balance;
 pub mod endpoints;
 pub mod health;
+pub mod line;
 pub mod outage;
 pub mod places;
 pub mod pool;

@@ -122,6 +122,11 @@ impl Places {
         self.taken.fetch_update(SeqCst, SeqCst, more).is_ok()
     }
 
+    /// Takes one, be it beyond all that there are.
+    pub fn take_beyond(&self) {
+        self.taken.fetch_add(1, SeqCst);
+    }
+
     /// Takes one of `max`; or else the worker waits for one, as one that `needs` it or not.
     pub fn want(&self, worker: WorkerId, needs: bool, max: usize) -> bool {
         if self.take(max) {
@@ -156,8 +161,13 @@ impl Places {
         if granted.load(Relaxed) == 0 { 0 } else { granted.swap(0, Acquire) as usize }
     }
 
-    /// Gives one of `max` back. Returns the worker that it was passed on to, who is to be woken.
+    /// Gives one of `max` back, or one that was beyond them. Returns the worker that it was passed on to,
+    /// who is to be woken.
     pub fn give(&self, max: usize) -> Option<WorkerId> {
+        let beyond = |taken: usize| (taken > max).then(|| taken - 1);
+        if self.taken.fetch_update(SeqCst, SeqCst, beyond).is_ok() {
+            return None;
+        }
         loop {
             if let Some(worker) = self.pass_on() {
                 return Some(worker);
@@ -238,6 +248,15 @@ mod tests {
         places.stop_wanting(W(1));
         assert_eq!(places.give(1), None);
         assert_eq!(places.taken(), 0);
+    }
+
+    #[test]
+    fn what_is_taken_beyond_the_limit_is_not_passed_on() {
+        let places = Places::new(3);
+        assert!(places.take(1) && !places.want(W(1), true, 1));
+        places.take_beyond();
+        assert_eq!((places.taken(), places.give(1)), (2, None), "it is one less than before");
+        assert_eq!((places.taken(), places.give(1)), (1, Some(W(1))));
     }
 
     /// Threads that take and give as fast as they can.

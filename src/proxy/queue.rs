@@ -38,31 +38,29 @@ struct Ends {
 
 const EMPTY: Ends = Ends { head: NONE, tail: NONE, len: 0 };
 
-#[derive(Debug)]
-struct Link<T> {
+#[derive(Debug, Clone, Copy)]
+struct Link {
     next: u32,
     previous: u32,
     /// How many had joined any line before.
     turn: u64,
     /// The key of who waits, and its line; `None` while the slot does not wait.
-    waits: Option<(Key<T>, Line)>,
+    waits: Option<(Key<Client>, Line)>,
 }
 
-impl<T> Link<T> {
-    const UNLINKED: Self = Self { next: NONE, previous: NONE, turn: 0, waits: None };
-}
+const UNLINKED: Link = Link { next: NONE, previous: NONE, turn: 0, waits: None };
 
-/// All of a worker that wait: requests, by their clients, or sessions.
+/// All requests of a worker that wait.
 #[derive(Debug)]
-pub struct Queue<T = Client> {
+pub struct Queue {
     lines: Vec<Ends>,
-    links: Vec<Link<T>>,
+    links: Vec<Link>,
     len: usize,
     max: usize,
     joined: u64,
 }
 
-impl<T> Queue<T> {
+impl Queue {
     /// An empty queue of at most `max` requests, for clients in up to `slots` slots.
     pub fn new(max: usize, slots: usize) -> Self {
         Self { lines: Vec::new(), links: Vec::with_capacity(slots), len: 0, max, joined: 0 }
@@ -89,16 +87,16 @@ impl<T> Queue<T> {
     }
 
     /// The line in which a client waits, if it does.
-    pub fn line_of(&self, client: Key<T>) -> Option<Line> {
+    pub fn line_of(&self, client: Key<Client>) -> Option<Line> {
         let (who, line) = self.links.get(client.index())?.waits?;
         (who == client).then_some(line)
     }
 
     /// A client's request joins the end of a line. It must not wait already.
-    pub fn join(&mut self, line: Line, client: Key<T>) {
+    pub fn join(&mut self, line: Line, client: Key<Client>) {
         let slot = client.index() as u32;
         if self.links.len() <= client.index() {
-            self.links.resize_with(client.index() + 1, || Link::UNLINKED);
+            self.links.resize(client.index() + 1, UNLINKED);
         }
         debug_assert!(self.links[client.index()].waits.is_none(), "waits already");
         if self.lines.len() <= line.index() {
@@ -121,20 +119,15 @@ impl<T> Queue<T> {
         self.len += 1;
     }
 
-    /// The client at the head of a line.
-    pub fn first(&self, line: Line) -> Option<Key<T>> {
-        Some(self.head(line)?.waits?.0)
-    }
-
     /// Takes the client at the head of a line.
-    pub fn serve(&mut self, line: Line) -> Option<Key<T>> {
+    pub fn serve(&mut self, line: Line) -> Option<Key<Client>> {
         let (client, _) = self.head(line)?.waits?;
         self.leave(client);
         Some(client)
     }
 
     /// Takes the client that has waited longest at the head of one of two lines.
-    pub fn serve_either(&mut self, one: Line, two: Line) -> Option<Key<T>> {
+    pub fn serve_either(&mut self, one: Line, two: Line) -> Option<Key<Client>> {
         let is_earlier = match (self.head(one), self.head(two)) {
             (Some(one), Some(two)) => one.turn < two.turn,
             (one, _) => one.is_some(),
@@ -143,26 +136,26 @@ impl<T> Queue<T> {
     }
 
     /// Takes all clients, in the order in which they came.
-    pub fn serve_all(&mut self) -> Vec<Key<T>> {
+    pub fn serve_all(&mut self) -> Vec<Key<Client>> {
         if self.is_empty() {
             return Vec::new();
         }
         let mut waiting: Vec<_> =
             self.links.iter().filter_map(|link| Some((link.turn, link.waits?.0))).collect();
         waiting.sort_unstable_by_key(|(turn, _)| *turn);
-        let clients: Vec<Key<T>> = waiting.into_iter().map(|(_, client)| client).collect();
+        let clients: Vec<Key<Client>> = waiting.into_iter().map(|(_, client)| client).collect();
         for client in &clients {
             self.leave(*client);
         }
         clients
     }
 
-    fn head(&self, line: Line) -> Option<&Link<T>> {
+    fn head(&self, line: Line) -> Option<&Link> {
         self.links.get(self.lines.get(line.index())?.head as usize)
     }
 
     /// A client waits no longer, if it did.
-    pub fn leave(&mut self, client: Key<T>) {
+    pub fn leave(&mut self, client: Key<Client>) {
         let Some(&Link { next, previous, waits: Some((who, line)), .. }) =
             self.links.get(client.index())
         else {
@@ -171,7 +164,7 @@ impl<T> Queue<T> {
         if who != client {
             return;
         }
-        self.links[client.index()] = Link::UNLINKED;
+        self.links[client.index()] = UNLINKED;
         let ends = &mut self.lines[line.index()];
         match self.links.get_mut(previous as usize) {
             Some(before) => before.next = next,
@@ -229,7 +222,7 @@ mod tests {
 
     #[test]
     fn of_two_lines_the_one_whose_head_came_first_is_served() {
-        let key = |slot| Key::<Client>::from_parts(slot, 0);
+        let key = |slot| Key::from_parts(slot, 0);
         let (any, own) = (Line::Any, Line::Endpoint(EndpointId::at(3)));
         let mut queue = Queue::new(10, 10);
         assert_eq!(queue.serve_either(own, any), None);
@@ -247,7 +240,7 @@ mod tests {
 
     #[test]
     fn all_are_taken_in_the_order_in_which_they_came() {
-        let key = |slot| Key::<Client>::from_parts(slot, 0);
+        let key = |slot| Key::from_parts(slot, 0);
         let mut queue = Queue::new(10, 10);
         assert_eq!(queue.serve_all(), []);
         let arrivals = [
@@ -266,7 +259,7 @@ mod tests {
 
     #[test]
     fn it_is_full_at_its_maximum() {
-        let mut queue = Queue::<Client>::new(1, 2);
+        let mut queue = Queue::new(1, 2);
         assert!(!queue.is_full() && queue.is_empty());
         queue.join(Line::Any, Key::from_parts(0, 0));
         assert!(queue.is_full() && !queue.is_empty());

@@ -26,7 +26,6 @@ use crate::proxy::WorkerId;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::pool::{Counts, Taken};
 use crate::proxy::request::BackendConn;
-use crate::proxy::session::Tried;
 
 /// The connections of all endpoints.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -89,7 +88,15 @@ impl Table {
         entry.spare() > 0 || entry.places.take(&entry.endpoint.places, now)
     }
 
-    /// Likewise for one that is to be idle. Where others have all, this worker waits for its share.
+    /// Takes one beyond all that there are, for what cannot wait until one is free. Says whether the
+    /// endpoint is there.
+    pub fn reserve_beyond(&mut self, endpoint: EndpointId, now: Instant) -> bool {
+        let Some(entry) = self.get_mut(endpoint) else { return false };
+        entry.places.take_beyond(&entry.endpoint.places, now);
+        true
+    }
+
+    /// Takes one for a connection that is to be idle. Where others have all, this worker waits for its share.
     pub fn reserve_idle(&mut self, endpoint: EndpointId, now: Instant) -> bool {
         let Some(entry) = self.get_mut(endpoint) else { return false };
         let places = &entry.endpoint.idle_places;
@@ -184,9 +191,10 @@ impl Table {
         serving.any(|entry| entry.pool.idle() > 0 || entry.has_room())
     }
 
-    /// Whether there is an endpoint that was not tried, usable or not.
-    pub fn has_untried(&self, tried: &Tried) -> bool {
-        self.present.iter().any(|&index| !tried.contains(index))
+    /// Whether a session that finds no endpoint needs a place at one: there is a usable one that is full.
+    pub fn is_full(&self, now: Instant) -> bool {
+        let mut entries = self.present.iter().filter_map(|&index| self.get(index));
+        entries.any(|entry| entry.is_full(now))
     }
 
     /// Whether connections to an endpoint are limited.

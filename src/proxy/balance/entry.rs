@@ -118,11 +118,17 @@ impl Entry {
         self.present && self.health.is_usable() && has_way
     }
 
-    /// Whether a client that has waited may be sent there now: there is a connection for it, or one
-    /// more connect may be made. Whether it is ejected does not matter: where all are, those that wait
+    /// Whether a client that has waited may be sent there now: there is a connection for it, or a place,
+    /// and one more connect may be made. Whether it is ejected does not matter: where all are, those that wait
     /// try the way.
     pub fn has_room_for_waiting(&self, now: Instant) -> bool {
-        self.present && (self.pool.idle() > 0 || self.recovery.has_room(now))
+        let may_connect = self.has_room() && self.recovery.has_room(now);
+        self.present && (self.pool.idle() > 0 || may_connect)
+    }
+
+    /// Whether it would serve, and has all the connections that it may, each with a client.
+    pub(super) fn is_full(&self, now: Instant) -> bool {
+        self.is_usable(now) && self.pool.idle() == 0 && !self.has_room()
     }
 
     /// Sessions on it, those still connecting included.

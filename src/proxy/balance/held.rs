@@ -66,6 +66,14 @@ impl Held {
         taken
     }
 
+    /// Takes one, be it beyond the limit.
+    pub(super) fn take_beyond(&mut self, places: &Places, now: Instant) {
+        if self.max.is_some() {
+            places.take_beyond();
+            self.add(1, now);
+        }
+    }
+
     /// Takes one, or else waits for one. Says whether it has only now begun to wait.
     pub(super) fn want(&mut self, places: &Places, now: Instant) -> bool {
         let Some(max) = self.max else { return false };

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use super::Side;
 use super::endpoints::EndpointId;
-use super::outage::Ticket;
+use super::line::Ticket;
 use super::pulse::Pulse;
 use super::relay::{Flow, Relay};
 use crate::io::{Chain, ConnId};
@@ -120,8 +120,6 @@ pub struct Session {
     ticket: Option<Ticket>,
     /// While it waits: what it is closed for once that has been too long.
     waits: Option<CloseReason>,
-    /// It waits for a place at an endpoint.
-    awaits_place: bool,
     active: Instant,
     first_byte: FirstByte,
     /// When its connection was made, if that was in advance.
@@ -159,7 +157,6 @@ impl Session {
             seeking: now,
             ticket: None,
             waits: None,
-            awaits_place: false,
             active: now,
             first_byte: FirstByte::Unasked,
             warm_since: None,
@@ -262,26 +259,14 @@ impl Session {
         self.state == State::Open
     }
 
-    /// Whether it waits for an endpoint.
+    /// Whether it waits for an endpoint, or for a place at one.
     pub fn awaits_endpoint(&self) -> bool {
         self.waits.is_some()
     }
 
-    /// Whether it waits for a place at an endpoint.
-    pub fn awaits_place(&self) -> bool {
-        self.awaits_place
-    }
-
-    /// It waits for a place at an endpoint, or no longer.
-    pub fn await_place(&mut self, waits: bool) {
-        assert_eq!(self.state, State::Connecting, "an open session has an endpoint");
-        assert!(self.waits.is_none(), "it waits for an endpoint");
-        self.awaits_place = waits;
-    }
-
-    /// What it is to be closed for if it has waited until `now` and may do so for `limit`.
-    pub fn waited_too_long(&self, limit: Duration, now: Instant) -> Option<CloseReason> {
-        self.waits.filter(|_| self.waits_until(limit) <= now)
+    /// What it is to be closed for if it waits for a usable endpoint for too long.
+    pub fn why_waits(&self) -> Option<CloseReason> {
+        self.waits
     }
 
     /// Until when it waits, if it may do so for `limit`.
@@ -304,8 +289,8 @@ impl Session {
         self.ticket.take().is_some()
     }
 
-    /// It waits for an endpoint, and is to be closed for `reason` if that is for too long. Those that it
-    /// has tried may be tried again.
+    /// It waits for an endpoint, or for a place at one. If none is usable for too long it is to be closed
+    /// for `reason`. Those that it has tried may be tried again.
     pub fn on_waiting(&mut self, ticket: Ticket, reason: CloseReason) {
         assert_eq!(self.state, State::Connecting, "an open session has an endpoint");
         assert!(self.endpoint.is_none() && self.waits.is_none(), "it is tried, or waits already");
@@ -452,7 +437,7 @@ impl Session {
     /// A side ended its direction.
     pub fn on_ended(&mut self, from: Side, now: Instant) -> Action {
         if self.state == State::Connecting {
-            if self.early.is_empty() && (self.awaits_endpoint() || self.awaits_place) {
+            if self.early.is_empty() && self.awaits_endpoint() {
                 return Action::Close(CloseReason::ClientLeft);
             }
             self.relay(from).on_ended();

@@ -23,13 +23,11 @@ impl Route {
         let key = self.sessions.begin(cx, client);
         self.retries.on_request(cx.now);
         let others_wait = !self.sessions.line.is_empty();
-        if self.may_wait() && (others_wait || self.pools.table.is_outage(cx.now)) {
+        if others_wait || (self.may_wait() && self.pools.table.is_outage(cx.now)) {
             let reason = self.why_unusable();
             self.have_wait(cx, key, reason);
-        } else if self.line.is_empty() {
-            self.dispatch(cx, key, CloseReason::NoEndpoint);
         } else {
-            self.join_line(cx, key, cx.now);
+            self.dispatch(cx, key, CloseReason::NoEndpoint);
         }
         self.sessions.listen_to_early(cx, key);
     }
@@ -46,6 +44,7 @@ impl Route {
             Outcome::Asked => self.on_session_asked(cx, key),
             Outcome::Answered => self.on_session_answered(cx, key),
             Outcome::Replied => self.on_session_replied(cx, key),
+            Outcome::Cancels => self.serve_cancel(cx, key),
             Outcome::Over(reason) => self.close_session(cx, key, reason),
         }
     }
@@ -56,18 +55,7 @@ impl Route {
         &mut self,
         cx: &mut Context<D>,
         key: Key<Session>,
-        otherwise: CloseReason,
-    ) {
-        self.dispatch_since(cx, key, otherwise, cx.now);
-    }
-
-    /// The same for one that has waited for a place since then.
-    pub(super) fn dispatch_since<D: Driver>(
-        &mut self,
-        cx: &mut Context<D>,
-        key: Key<Session>,
         mut otherwise: CloseReason,
-        since: Instant,
     ) {
         loop {
             let session = self.sessions.of(key);
@@ -81,11 +69,6 @@ impl Route {
                 self.choose(cx, client, &tried, otherwise)
             };
             let Some(endpoint) = chosen else {
-                let may_try = !is_cancel && tried.attempts() < self.config.connect_attempts;
-                if may_try && self.pools.table.has_untried(&tried) {
-                    // They are full.
-                    return self.join_line(cx, key, since);
-                }
                 return self.on_none_left(cx, key, otherwise);
             };
             let costs = !is_cancel
@@ -93,9 +76,9 @@ impl Route {
             if costs && !self.takes_retry(cx) {
                 return self.on_none_left(cx, key, otherwise);
             }
-            if !self.has_conn_for_session(cx, endpoint) {
+            if !self.has_conn_for_session(cx, key, endpoint) {
                 // Another worker was faster.
-                return self.join_line(cx, key, since);
+                return self.have_wait(cx, key, otherwise);
             }
             if tried.attempts() > 0 && !is_cancel {
                 self.stats.connect_retries.add(1);
@@ -197,23 +180,29 @@ impl Route {
         }
         // A cancel request that reaches nobody has nothing to wait for.
         let is_cancel = session.cancel().is_some();
-        if self.may_wait() && !is_cancel {
+        let may_try = session.tried().attempts() < self.config.connect_attempts;
+        let is_full = may_try && self.pools.table.is_full(cx.now);
+        if (self.may_wait() || is_full) && !is_cancel {
             self.have_wait(cx, key, otherwise);
         } else {
             self.give_up(cx, key, otherwise);
         }
     }
 
-    /// Whether there is an idle connection for a session, or a place for another one.
+    /// Whether there is an idle connection for a session, or a place for another one. A cancel request
+    /// has one beyond all others.
     pub(super) fn has_conn_for_session<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
+        key: Key<Session>,
         endpoint: EndpointId,
     ) -> bool {
         self.pools.prove_oldest(cx, endpoint);
+        let is_cancel = self.sessions.of(key).cancel().is_some();
         let table = &mut self.pools.table;
         if table.get(endpoint).is_some_and(|entry| entry.pool.oldest_conn(cx.now).is_some())
             || table.reserve(endpoint, cx.now)
+            || (is_cancel && table.reserve_beyond(endpoint, cx.now))
         {
             return true;
         }
@@ -409,9 +398,6 @@ impl Route {
         cx: &mut Context<D>,
         key: Key<Session>,
     ) {
-        if self.line.has(key) {
-            return self.on_line_deadline(cx, key);
-        }
         if self.sessions.of(key).awaits_endpoint() {
             return self.on_wait_over(cx, key);
         }
@@ -439,11 +425,11 @@ impl Route {
         key: Key<Session>,
         reason: CloseReason,
     ) {
-        self.line.leave(key);
+        let waits_max = self.config.endpoint_wait + self.sessions.waited_for_place(key, cx.now);
         debug_assert!(
             !reason.is_for_want_of_endpoint()
                 || self.sessions.of(key).cancel().is_some()
-                || self.sessions.of(key).waits_until(self.config.endpoint_wait) <= cx.now,
+                || self.sessions.of(key).waits_until(waits_max) <= cx.now,
             "{reason:?} while it may wait"
         );
         let mut session = self.sessions.close(cx, key, reason);

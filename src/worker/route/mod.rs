@@ -5,7 +5,6 @@
 
 mod dispatch;
 mod events;
-mod line;
 mod places;
 mod pools;
 mod requests;
@@ -34,7 +33,6 @@ use crate::proxy::retry_budget::RetryBudget;
 use crate::proxy::session::Session;
 #[cfg(test)]
 use crate::slab::Key;
-use line::Line;
 use pools::Pools;
 use requests::Requests;
 use sessions::Sessions;
@@ -47,7 +45,6 @@ pub(super) struct Route {
     stats: Arc<RouteStats>,
     sessions: Sessions,
     requests: Requests,
-    line: Line,
     pools: Pools,
     silence: Silence,
     retries: RetryBudget,
@@ -70,7 +67,6 @@ impl Route {
             id,
             sessions: Sessions::new(id, &config, Arc::clone(stats), places),
             requests: Requests::new(&config, process.drain_delay, places),
-            line: Line::new(&config, places),
             pools: Pools::new(&config, cx, Arc::clone(stats), pool_conns_max, listening),
             stats: Arc::clone(stats),
             silence: Silence::new(config.tcp_user_timeout),
@@ -187,7 +183,7 @@ impl Route {
         }
     }
 
-    /// Sessions that wait for an endpoint.
+    /// Sessions that wait for an endpoint, or for a place at one.
     #[cfg(test)]
     pub(super) fn waiting(&self) -> usize {
         self.sessions.line.held()

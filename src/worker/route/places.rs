@@ -113,13 +113,13 @@ impl Route {
                 self.want(endpoint, 1);
             }
         }
-        self.serve_line(cx);
+        self.serve_waiting(cx);
     }
 
     /// Whether requests or sessions wait that an endpoint could serve.
     pub(super) fn waits_for(&self, endpoint: EndpointId) -> bool {
         let queue = &self.requests.queue;
-        !self.line.is_empty()
+        !self.sessions.line.is_empty()
             || queue.waiting(Line::Any) + queue.waiting(Line::Endpoint(endpoint)) > 0
     }
 

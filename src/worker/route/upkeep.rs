@@ -136,9 +136,6 @@ impl Route {
             cx.owners.set(conn, Owner::Idle { endpoint, greeting: Chain::default() });
             // Watched while idle: its end shows at once.
             cx.driver.receive(conn, true);
-            if !self.line.is_empty() {
-                self.pools.look_after_places();
-            }
             // One to an endpoint in doubt is for nobody who can have another one.
             if self.reuses_conns() && (usable || self.placing(cx).is_needed(endpoint)) {
                 self.free(endpoint);
