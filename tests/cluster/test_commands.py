@@ -120,6 +120,29 @@ def test_targets_and_features_that_pages_name_in_a_sentence_exist():
 
 
 @functools.cache
+def helped(program, *words):
+    """What a program says of one of its commands, or nothing if it has none of this name."""
+    done = run(WORK / program, *words, "--help", check=False)
+    return done.stdout if done.returncode == 0 and f"{program} {' '.join(words)}" in done.stdout else ""
+
+
+def test_commands_for_a_cluster_that_pages_name_in_a_sentence_have_these_flags():
+    """Those with `…` are parts of one."""
+    seen = 0
+    for page, text in PAGES.items():
+        prose = " ".join(re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S).split())
+        for span in re.findall(r"`((?:kubectl|helm) [^`…]+)`", prose):
+            program, *words = shlex.split(span)
+            command = next((words[:n] for n in [2, 1] if helped(program, *words[:n])), None)
+            assert command, (page, span)
+            for flag in re.findall(r"(?<= )--[\w-]+", span):
+                options = run(WORK / "kubectl", "options").stdout if program == "kubectl" else ""
+                assert re.search(rf"(^|\s){flag}\b", helped(program, *command) + options), (page, span, flag)
+            seen += 1
+    assert seen > 8
+
+
+@functools.cache
 def programs():
     """The folder with the proxy and the demo."""
     run("cargo", "build", "--locked", "--bin", "aegis-proxy", "--example", "demo", cwd=ROOT, timeout=1200)
