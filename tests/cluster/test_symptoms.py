@@ -1,14 +1,17 @@
 """The symptoms of docs/TROUBLESHOOTING.md, made so: what the page quotes is what there is to see.
 
-Both the page's section and the running program have to have it. Not made here: what needs a cgroup, a
-seccomp profile or a lossy link; tests/e2e and test_image.py have those."""
+Both the page's section and the running program have to have it. Not made here: what needs a seccomp
+profile or a lossy link; test_image.py and tests/e2e have those."""
 
 import contextlib
 import http.server
 import json
+import os
 import re
 import socket
 import socketserver
+import subprocess
+import sys
 import threading
 import time
 
@@ -221,6 +224,26 @@ def test_an_api_server_that_gives_no_rights(tmp_path):
         seen = Symptom("The API server gives no rights", running)
         seen.log("not allowed to … in namespace …: bind the service account to a Role there with apiGroups: …")
         seen.metric("aegis_discovery_errors_total", 'kind="forbidden"')
+
+
+def test_a_cpu_that_is_short():
+    """Three others want the only core that the worker may have."""
+    core = {min(os.sched_getaffinity(0))}
+    with echo() as address, through(address, AEGIS_WORKERS="1", AEGIS_PIN="off") as proxy, contextlib.ExitStack() as others:
+        seen = Symptom("The CPU is short, or throttled", proxy)
+        seen.log("aegis-proxy starts")
+        for thread in os.listdir(f"/proc/{proxy.running.process.pid}/task"):
+            os.sched_setaffinity(int(thread), core)
+        for _ in range(3):
+            other = others.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            others.callback(other.kill)
+            os.sched_setaffinity(other.pid, core)
+        with proxy.connect() as client:
+            until = time.monotonic() + 2
+            while time.monotonic() < until:
+                client.sendall(b"a" * 1000)
+                client.recv(1000)
+        seen.metric("aegis_worker_core_wait_seconds_total", at_least=0.02)
 
 
 def test_the_limit_of_sessions():
