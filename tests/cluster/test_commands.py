@@ -29,6 +29,7 @@ WITH_DEMO = {
     r"curl http://\S+:8082/metrics": r"\naegis_build_info\{",
     r"curl http://\S+:8082/backends": r'"endpoints"',
     r"curl http://\S+:8082/readyz": r"^ok\n",
+    r"curl http://\S+:8082/status": r'^\{.*"workers"',
 }
 # At a real API server where there is one, in the order of the page.
 AT_SERVER = r"(kubectl (?!port-forward)|helm install aegis )"
