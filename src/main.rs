@@ -17,13 +17,18 @@ fn main() -> ExitCode {
         }
         Err(asked) => return cli::print(&asked.to_string()),
     };
+    let check = match command {
+        Command::Tool(tool) => return tool.run(),
+        Command::Check(check) => Some(check),
+        Command::Run => None,
+    };
     let config = match Config::from_env() {
         Ok(config) => Arc::new(config),
         Err(problems) => return cli::fail(EXIT_CONFIG, problems),
     };
-    let outcome = match command {
-        Command::Run => run(config),
-        Command::Check => cli::check(&config),
+    let outcome = match check {
+        Some(check) => cli::check(&config, check),
+        None => run(config),
     };
     outcome.unwrap_or_else(|error| {
         cli::fail(if error.is_configuration() { EXIT_CONFIG } else { 1 }, error)

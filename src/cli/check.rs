@@ -1,16 +1,46 @@
-//! `aegis-proxy check`: what a start would do.
+//! `aegis-proxy check`: what a start would do, and with `--host` whether it would fare well.
 
 use std::process::ExitCode;
 
-use super::output::print;
+use clap::{Arg, ArgAction, ArgMatches, Command};
+
+use super::host::{self, Verdict};
+use super::output::{EXIT_CONFIG, print};
 use crate::config::Config;
 use crate::startup::{self, Decisions, StartError};
 
-/// Prints what a start would do, and starts nothing.
+pub(super) const NAME: &str = "check";
+
+const HOST: &str = "host";
+
+pub(super) fn definition() -> Command {
+    Command::new(NAME).about("Checks the configuration, prints what is in force, and exits").arg(
+        Arg::new(HOST)
+            .long(HOST)
+            .action(ArgAction::SetTrue)
+            .help("Also looks at the host, asks DNS or Kubernetes, and connects to each backend"),
+    )
+}
+
+/// What is to be checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Check {
+    /// Whether the host, the sources of endpoints and the backends are looked at, too.
+    pub host: bool,
+}
+
+impl Check {
+    pub(super) fn of(matches: &ArgMatches) -> Self {
+        Self { host: matches.get_flag(HOST) }
+    }
+}
+
+/// Prints what a start would do, and starts nothing. Of the host it fails with 1 where something does
+/// not work now, and as a wrong configuration does where a start would be held.
 ///
 /// # Errors
 /// It could not start. What is in force is printed all the same.
-pub fn check(config: &Config) -> Result<ExitCode, StartError> {
+pub fn check(config: &Config, what: Check) -> Result<ExitCode, StartError> {
     let variables = config.effective().into_iter();
     let variables: Vec<_> = variables.map(|(name, value)| format!("{name}={value}")).collect();
     // What is in force is worth knowing above all where it does not fit.
@@ -20,7 +50,21 @@ pub fn check(config: &Config) -> Result<ExitCode, StartError> {
     let warnings = config.warnings().into_iter().map(|warning| format!("warning: {warning}"));
     let all = variables.into_iter().chain([String::new()]);
     let all: Vec<_> = all.chain(describe(config, &decisions)).chain(warnings).collect();
-    Ok(print(&lines(&all)))
+    let done = print(&lines(&all));
+    if what.host { check_host(config, &decisions) } else { Ok(done) }
+}
+
+/// It may take seconds, so that what is known without it is printed before.
+fn check_host(config: &Config, decisions: &Decisions) -> Result<ExitCode, StartError> {
+    let items = host::look(config, decisions)?;
+    let report = items.iter().map(host::Item::line);
+    let done = print(&lines(&[String::new()].into_iter().chain(report).collect::<Vec<_>>()));
+    let worst = items.iter().map(|item| item.verdict).max();
+    Ok(match worst {
+        Some(Verdict::Misconfigured) => ExitCode::from(EXIT_CONFIG),
+        Some(Verdict::Bad) => ExitCode::FAILURE,
+        Some(Verdict::Fine | Verdict::Note) | None => done,
+    })
 }
 
 fn describe(config: &Config, decisions: &Decisions) -> Vec<String> {

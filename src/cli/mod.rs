@@ -1,24 +1,57 @@
-//! The command line. There are no options: all configuration is in the environment, and the help
-//! tells about it. To run the proxy is what `main` does; the rest is here, one file for each thing.
+//! The command line. All configuration of the proxy is in the environment, and the help tells about
+//! it; options are for commands that ask a running one. To run the proxy is what `main` does; the rest
+//! is here, one file for each command.
 
+mod admin;
 mod check;
+mod endpoints;
+mod healthcheck;
 mod help;
+mod host;
 mod output;
+mod table;
 
 use std::ffi::OsString;
+use std::process::ExitCode;
 
-pub use check::check;
+use clap::ArgMatches;
+
+pub use check::{Check, check};
 pub use output::{EXIT_CONFIG, EXIT_USAGE, fail, print};
 
-const CHECK: &str = "check";
-
 /// What the program is asked to do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
     /// Run the proxy.
     Run,
     /// Check the configuration, print what is in force, and exit.
-    Check,
+    Check(Check),
+    /// Do something that needs no configuration.
+    Tool(Tool),
+}
+
+/// A command for which there need be no configuration: it asks a proxy that runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tool {
+    name: &'static str,
+    matches: ArgMatches,
+}
+
+/// Each of them: its name, what it takes, and what it does.
+type ToolRow = (&'static str, fn() -> clap::Command, fn(&ArgMatches) -> ExitCode);
+
+const TOOLS: &[ToolRow] = &[
+    (healthcheck::NAME, healthcheck::definition, healthcheck::run),
+    (endpoints::NAME, endpoints::definition, endpoints::run),
+];
+
+impl Tool {
+    /// Does it, and says how to exit.
+    pub fn run(&self) -> ExitCode {
+        let row = TOOLS.iter().find(|(name, ..)| *name == self.name);
+        let Some((.., run)) = row else { unreachable!("{} was parsed", self.name) };
+        run(&self.matches)
+    }
 }
 
 /// Reads the command line, the program's name first.
@@ -26,10 +59,12 @@ pub enum Command {
 /// # Errors
 /// It asks for the help or the version, or makes no sense; the error is what to print.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::Error> {
-    let matches = definition().try_get_matches_from(args)?;
-    Ok(match matches.subcommand_name() {
-        Some(CHECK) => Command::Check,
-        _ => Command::Run,
+    let mut matches = definition().try_get_matches_from(args)?;
+    let Some((name, matches)) = matches.remove_subcommand() else { return Ok(Command::Run) };
+    let tool = TOOLS.iter().find(|(tool, ..)| *tool == name);
+    Ok(match tool {
+        Some(&(name, ..)) => Command::Tool(Tool { name, matches }),
+        None => Command::Check(Check::of(&matches)),
     })
 }
 
@@ -37,13 +72,11 @@ fn definition() -> clap::Command {
     clap::Command::new("aegis-proxy")
         .version(env!("CARGO_PKG_VERSION"))
         .about("A Layer 4 TCP proxy and connection pooler for the sidecar of a database's clients")
-        .override_usage("aegis-proxy [check]")
+        .override_usage("aegis-proxy [COMMAND]")
         .after_help(help::environment())
         .disable_help_subcommand(true)
-        .subcommand(
-            clap::Command::new(CHECK)
-                .about("Checks the configuration, prints what is in force, and exits"),
-        )
+        .subcommand(check::definition())
+        .subcommands(TOOLS.iter().map(|(_, definition, _)| definition()))
 }
 
 #[cfg(test)]
@@ -59,12 +92,21 @@ mod tests {
     fn without_arguments_the_proxy_runs() {
         definition().debug_assert();
         assert_eq!(parse(&[]).unwrap(), Command::Run);
-        assert_eq!(parse(&["check"]).unwrap(), Command::Check);
+        assert_eq!(parse(&["check"]).unwrap(), Command::Check(Check { host: false }));
+        let with_host = Command::Check(Check { host: true });
+        assert_eq!(parse(&["check", "--host"]).unwrap(), with_host);
     }
 
     #[test]
     fn what_is_no_command_is_refused() {
-        for args in [&["run"][..], &["--port", "1"], &["check", "it"], &[""]] {
+        for args in [
+            &["run"][..],
+            &["--port", "1"],
+            &["check", "it"],
+            &[""],
+            &["healthcheck", "--probe", "x"],
+            &["endpoints", "--port", "1"],
+        ] {
             let error = parse(args).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{error}");
         }

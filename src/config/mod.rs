@@ -40,6 +40,17 @@ impl Config {
     }
 }
 
+/// Where the admin port is unless `AEGIS_ADMIN` says otherwise.
+pub const ADMIN_DEFAULT: &str = variables::AEGIS_ADMIN.default;
+
+/// Reads an address as `AEGIS_ADMIN` has it, for those who ask a proxy and do not run one.
+///
+/// # Errors
+/// It is none; the message says why.
+pub fn admin_address(text: &str) -> Result<SocketAddr, String> {
+    value::socket_address(text.trim())
+}
+
 impl RouteConfig {
     /// The variables that are as `AEGIS_PRESET` suggests, with their values.
     pub fn by_preset(&self) -> Vec<(&'static str, &'static str)> {

@@ -9,6 +9,7 @@ mod lifecycle;
 pub mod logging;
 pub mod metrics;
 mod outages;
+pub mod survey;
 pub mod view;
 
 #[cfg(test)]

@@ -1,0 +1,179 @@
+//! `aegis-proxy check --host`: the host, the sources of endpoints and the backends, each with what to
+//! do where it is not fine.
+
+use std::io;
+use std::time::Duration;
+
+use rustix::process::{Resource, getrlimit};
+
+use crate::config::{Config, Discovery, IoChoice, RouteConfig};
+use crate::control::survey::{Found, Reached, survey};
+use crate::io::net::Address;
+use crate::limits::SESSIONS_AUTO_MAX;
+use crate::startup::{self, Decisions};
+
+/// What is thought of a thing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Verdict {
+    Fine,
+    /// It works, and could be better.
+    Note,
+    /// It does not work now.
+    Bad,
+    /// It will not work until somebody changes the configuration or grants rights.
+    Misconfigured,
+}
+
+/// A thing, and what to do about it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Item {
+    pub(super) verdict: Verdict,
+    pub(super) text: String,
+}
+
+impl Item {
+    fn new(verdict: Verdict, text: String) -> Self {
+        Self { verdict, text }
+    }
+
+    /// A line of the report.
+    pub(super) fn line(&self) -> String {
+        let word = match self.verdict {
+            Verdict::Fine => "fine",
+            Verdict::Note => "note",
+            Verdict::Bad | Verdict::Misconfigured => "BAD",
+        };
+        format!("{word:<4}  {}", self.text)
+    }
+}
+
+/// Looks at everything that a start would need.
+///
+/// # Errors
+/// There is no descriptor to look with.
+pub(super) fn look(config: &Config, decisions: &Decisions) -> io::Result<Vec<Item>> {
+    let mut items = vec![cores(decisions), descriptors(config, decisions), memlock()];
+    items.push(driver(config, decisions));
+    for (route, found) in config.routes.iter().zip(survey(config)?) {
+        let of = match config.routes.len() {
+            1 => String::new(),
+            _ => format!("route {}: ", route.name),
+        };
+        items.extend(of_route(&of, route, &found));
+    }
+    Ok(items)
+}
+
+fn cores(decisions: &Decisions) -> Item {
+    let workers = decisions.plan.cores.len();
+    let affinity = std::thread::available_parallelism().map_or(0, usize::from);
+    let quota = startup::cpu_quota();
+    let limit = quota.as_ref().map_or("no quota".to_owned(), |quota| format!("a quota of {quota}"));
+    let text = format!("cores: {affinity} for this process, {limit}; workers: {workers}");
+    if affinity > 0 && workers > affinity {
+        let what =
+            format!("{text}; they would wait for each other: set AEGIS_WORKERS to {affinity}");
+        return Item::new(Verdict::Note, what);
+    }
+    Item::new(Verdict::Fine, text)
+}
+
+fn descriptors(config: &Config, decisions: &Decisions) -> Item {
+    let limit = shown(getrlimit(Resource::Nofile).maximum);
+    let sessions = decisions.capacity.sessions_max;
+    let text = format!("descriptors: {limit}, which is room for {sessions} sessions");
+    if config.max_sessions.is_none() && sessions.get() < SESSIONS_AUTO_MAX {
+        let what = format!("{text} of {SESSIONS_AUTO_MAX}; raise RLIMIT_NOFILE if that is too few");
+        return Item::new(Verdict::Note, what);
+    }
+    Item::new(Verdict::Fine, text)
+}
+
+/// Where it is too small for rings, the driver's reason says so.
+fn memlock() -> Item {
+    let limit = getrlimit(Resource::Memlock).current;
+    let limit = limit.map(|bytes| format!("{} KiB", bytes / 1024));
+    let text = format!("locked memory: {}", limit.unwrap_or_else(|| "unlimited".to_owned()));
+    Item::new(Verdict::Fine, text)
+}
+
+fn driver(config: &Config, decisions: &Decisions) -> Item {
+    let (name, reason) = (decisions.driver.driver.name(), &decisions.driver.reason);
+    let text = format!("driver: {name} ({reason})");
+    let is_fallback = config.io == IoChoice::Auto && name == "epoll";
+    Item::new(if is_fallback { Verdict::Note } else { Verdict::Fine }, text)
+}
+
+fn shown(limit: Option<u64>) -> String {
+    limit.map_or("unlimited".to_owned(), |limit| limit.to_string())
+}
+
+fn of_route(of: &str, route: &RouteConfig, found: &Found) -> Vec<Item> {
+    let mut items = vec![source(of, route, found)];
+    items.extend(found.endpoints.iter().map(|endpoint| reached(of, endpoint)));
+    items
+}
+
+/// Where the endpoints come from.
+fn source(of: &str, route: &RouteConfig, found: &Found) -> Item {
+    let source = match route.discovery {
+        Discovery::Static => "backends",
+        Discovery::Dns => "names",
+        Discovery::Kubernetes => "Kubernetes API",
+    };
+    let Found { held, trouble, endpoints, took } = found;
+    match (held, trouble) {
+        (Some(why), _) => Item::new(Verdict::Misconfigured, format!("{of}{source}: {why}")),
+        (None, Some(why)) => Item::new(Verdict::Bad, format!("{of}{source}: {why}")),
+        (None, None) if endpoints.is_empty() => {
+            Item::new(Verdict::Bad, format!("{of}{source}: there is no endpoint now"))
+        }
+        (None, None) => {
+            let count = endpoints.len();
+            let time = match route.discovery {
+                Discovery::Static => String::new(),
+                Discovery::Dns | Discovery::Kubernetes => format!(" after {}", time(*took)),
+            };
+            Item::new(Verdict::Fine, format!("{of}{source}: endpoints known: {count}{time}"))
+        }
+    }
+}
+
+fn reached(of: &str, Reached { name, address, outcome }: &Reached) -> Item {
+    let address_text = address.to_string();
+    let endpoint =
+        if *name == address_text { address_text } else { format!("{name} at {address_text}") };
+    match outcome {
+        Ok(took) => {
+            Item::new(Verdict::Fine, format!("{of}{endpoint}: connected in {}", time(*took)))
+        }
+        Err((error, took)) => {
+            let why = why(error, address);
+            Item::new(Verdict::Bad, format!("{of}{endpoint}: {why} (after {})", time(*took)))
+        }
+    }
+}
+
+/// What a failed connect means, and where to look.
+fn why(error: &io::Error, address: &Address) -> String {
+    let is_unix = address.path().is_some();
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => {
+            "refused: nobody listens there; is the server up, and is this its port?".to_owned()
+        }
+        io::ErrorKind::TimedOut => "no answer: look for a firewall or a NetworkPolicy on the way, \
+                                    or a wrong address"
+            .to_owned(),
+        io::ErrorKind::NotFound if is_unix => {
+            "there is no such socket: is its folder shared with this container?".to_owned()
+        }
+        io::ErrorKind::PermissionDenied if is_unix => {
+            "denied: this user may not write to the socket, or not enter its folder".to_owned()
+        }
+        _ => error.to_string(),
+    }
+}
+
+fn time(took: Duration) -> String {
+    format!("{:.1} ms", took.as_secs_f64() * 1000.0)
+}

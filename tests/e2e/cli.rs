@@ -1,0 +1,158 @@
+//! The commands that ask a running proxy. What they show does not depend on the driver.
+
+use crate::support::Io;
+use crate::support::backend::Backend;
+use crate::support::client::ask_once;
+use crate::support::kube_api::{KubeApi, host_ip};
+use crate::support::proxy::{Builder, Ended, Proxy};
+
+/// Runs a command in the environment of this proxy's container.
+fn run(proxy: &Proxy, arguments: &[&'static str]) -> Ended {
+    run_at(&proxy.admin().to_string(), arguments)
+}
+
+fn run_at(admin: &str, arguments: &[&'static str]) -> Ended {
+    let builder = Builder::bare().set("AEGIS_ADMIN", admin);
+    arguments.iter().fold(builder, |builder, argument| builder.argument(argument)).run()
+}
+
+/// A proxy of two routes, the second without an endpoint that answers.
+fn two_routes(backend: &Backend) -> Proxy {
+    Builder::on(Io::Epoll)
+        .set("AEGIS_ROUTES", "orders,cache")
+        .set("AEGIS_ORDERS__BACKENDS", backend.address().to_string())
+        .set("AEGIS_CACHE__BACKENDS", "127.0.0.2:9")
+        .start()
+}
+
+#[test]
+fn the_healthcheck_says_whether_a_proxy_is_fine_and_why_not() {
+    let backend = Backend::named("a");
+    let proxy = Builder::on(Io::Epoll)
+        .set("AEGIS_DRAIN_DELAY", "60s")
+        .backends(&[backend.address()])
+        .start();
+    for probe in ["livez", "readyz", "startupz"] {
+        let ended = run(&proxy, &["healthcheck", "--probe", probe]);
+        assert_eq!((ended.code, &*ended.output, &*ended.errors), (Some(0), "ok\n", ""));
+    }
+    proxy.terminate();
+    proxy.log_field("drain asked: not ready, still accepting", "signal");
+    let ended = run(&proxy, &["healthcheck"]);
+    assert_eq!((ended.code, &*ended.errors), (Some(1), "aegis-proxy: readyz: draining\n"));
+    assert_eq!(run(&proxy, &["healthcheck", "--probe", "livez"]).code, Some(0));
+}
+
+#[test]
+fn the_healthcheck_of_no_proxy_fails() {
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let ended = run_at(&closed.to_string(), &["healthcheck"]);
+    let errors = format!("aegis-proxy: readyz: nothing listens at {closed}\n");
+    assert_eq!((ended.code, ended.errors), (Some(1), errors));
+    let ended = run_at("nowhere", &["healthcheck"]);
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(ended.errors.contains("AEGIS_ADMIN=nowhere"), "{ended:?}");
+    // An option counts more than the environment.
+    let ended = run_at("nowhere", &["healthcheck", "--admin", "127.0.0.1:0"]);
+    assert!(ended.errors.contains("--admin=127.0.0.1:0"), "{ended:?}");
+}
+
+#[test]
+fn endpoints_are_listed_by_route() {
+    let backend = Backend::named("a");
+    let proxy = two_routes(&backend);
+    ask_once(proxy.address_of("orders"), "who").unwrap();
+    let ended = run(&proxy, &["endpoints"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let lines: Vec<_> = ended.output.lines().collect();
+    assert_eq!((lines[0], lines[3], lines[4]), ("route orders", "", "route cache"), "{ended:?}");
+    let cells: Vec<_> = lines[2].split_whitespace().collect();
+    let address = backend.address().to_string();
+    assert_eq!(cells[..4], [&address, &address, "usable", "0"], "{ended:?}");
+
+    let ended = run(&proxy, &["endpoints", "--route", "cache", "--json"]);
+    let pages: serde_json::Value = serde_json::from_str(&ended.output).unwrap();
+    assert_eq!(pages.as_array().unwrap().len(), 1);
+    assert_eq!(pages[0]["endpoints"][0]["address"], "127.0.0.2:9");
+
+    for route in ["x", "no route", "a\r\nHost: b"] {
+        let ended = run(&proxy, &["endpoints", "--route", route]);
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+    }
+}
+
+fn check_host(builder: Builder) -> Ended {
+    builder.argument("check").argument("--host").run()
+}
+
+/// The line of the report about something, without the time that it took.
+#[track_caller]
+fn line_of<'a>(ended: &'a Ended, about: &str) -> &'a str {
+    let line = ended.output.lines().find(|line| line.contains(about));
+    line.unwrap_or_else(|| panic!("nothing about {about:?} in {}", ended.output))
+}
+
+#[test]
+fn a_check_of_the_host_reaches_each_backend_and_says_what_to_do() {
+    let backend = Backend::named("a");
+    let good = backend.address().to_string();
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let ended = check_host(Builder::on(Io::Epoll).set("AEGIS_BACKENDS", &*good));
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    for about in ["cores: ", "descriptors: ", "locked memory: ", "driver: epoll (AEGIS_IO=epoll)"] {
+        let reports = ended
+            .output
+            .lines()
+            .filter(|line| line.starts_with("fine  ") || line.starts_with("note  "));
+        assert!(reports.clone().any(|line| line[6..].starts_with(about)), "{about}: {ended:?}");
+    }
+    assert!(line_of(&ended, &format!("{good}: connected in ")).starts_with("fine  "), "{ended:?}");
+
+    // Names, and a socket that is not there.
+    let ended = check_host(
+        Builder::on(Io::Epoll)
+            .set("AEGIS_ROUTES", "one,two")
+            .set("AEGIS_ONE__BACKENDS", format!("localhost:{}", backend.address().port()))
+            .set("AEGIS_TWO__BACKENDS", format!("{closed},unix:/nowhere/socket")),
+    );
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(line_of(&ended, "route one: names: ").starts_with("fine  "), "{ended:?}");
+    assert!(line_of(&ended, &format!("route two: {closed}: refused")).starts_with("BAD   "));
+    line_of(&ended, "unix:/nowhere/socket: there is no such socket");
+}
+
+#[test]
+fn a_check_of_the_host_fails_where_a_name_does_not_resolve() {
+    let ended = check_host(Builder::on(Io::Epoll).set("AEGIS_BACKENDS", "no-such-name.invalid:1"));
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(line_of(&ended, "no-such-name.invalid").starts_with("AEGIS_BACKENDS"), "{ended:?}");
+    assert!(line_of(&ended, "names: ").starts_with("BAD   names: "), "{ended:?}");
+}
+
+#[test]
+fn a_check_without_the_host_asks_nobody() {
+    let ended = Builder::on(Io::Epoll)
+        .set("AEGIS_BACKENDS", "no-such-name.invalid:1,127.0.0.2:9")
+        .argument("check")
+        .run();
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+}
+
+#[test]
+fn a_check_of_the_host_tells_of_rights_at_the_kubernetes_api() {
+    let api = KubeApi::start();
+    let server = Backend::named_at("a", host_ip());
+    api.announce("a", server.address());
+    let check = || check_host(Builder::on(Io::Epoll).kubernetes(&api));
+    let ended = check();
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let known = line_of(&ended, "Kubernetes API: endpoints known: 1");
+    assert!(known.starts_with("fine  "), "{ended:?}");
+    line_of(&ended, &format!("{}: connected in ", server.address()));
+    // A start would be held, which is for somebody to mend.
+    api.revoke();
+    let ended = check();
+    assert_eq!(ended.code, Some(78), "{ended:?}");
+    let refused = line_of(&ended, "not allowed to");
+    assert!(refused.starts_with("BAD   Kubernetes API: ") && refused.contains("Role"), "{ended:?}");
+}
