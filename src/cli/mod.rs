@@ -10,6 +10,7 @@ mod help;
 mod host;
 mod output;
 mod table;
+mod top;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -43,6 +44,7 @@ type ToolRow = (&'static str, fn() -> clap::Command, fn(&ArgMatches) -> ExitCode
 const TOOLS: &[ToolRow] = &[
     (healthcheck::NAME, healthcheck::definition, healthcheck::run),
     (endpoints::NAME, endpoints::definition, endpoints::run),
+    (top::NAME, top::definition, top::run),
 ];
 
 impl Tool {

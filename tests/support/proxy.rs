@@ -44,7 +44,7 @@ pub struct Builder {
 pub const LEAVING: &str = "draining: sessions finish, still accepting until they have";
 
 /// Another build, such as the one in the image, can be put to the same tests.
-pub(super) fn binary() -> String {
+pub fn binary() -> String {
     std::env::var("AEGIS_E2E_BINARY")
         .unwrap_or_else(|_| env!("CARGO_BIN_EXE_aegis-proxy").to_owned())
 }
