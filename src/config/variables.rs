@@ -18,8 +18,8 @@ use super::value::{
 };
 use super::variable::{Row, Section, Variable, settings};
 use super::{
-    Backend, Balance, Discovery, IoChoice, KubePort, Locality, LogFormat, PoolMode, Preset,
-    Protocol, ProxyProtocol, ServiceName, SocketMode, SocketOwner, Switch,
+    Backend, Balance, Discovery, EndsLogged, IoChoice, KubePort, Locality, LogFormat, PoolMode,
+    Preset, Protocol, ProxyProtocol, ServiceName, SocketMode, SocketOwner, Switch,
 };
 use crate::io::net::Address;
 use crate::limits;
@@ -150,6 +150,8 @@ pub struct RouteConfig {
         "TCP keep-alive probes start after this idle time.";
     proxy_protocol: ProxyProtocol = AEGIS_PROXY_PROTOCOL("off") in words(),
         "The PROXY protocol header sent to backends.";
+    log_ends: EndsLogged = AEGIS_LOG_ENDS("abnormal") in words(),
+        "Which ends of sessions and requests are logged; sampled adds one of 100 normal ones.";
     => "Failing endpoints"
     eject_failures: u32 = AEGIS_EJECT_FAILURES("3") in numbers(1..=1000),
         "Failures in a row that take an endpoint out of use for a while.";

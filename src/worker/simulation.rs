@@ -89,6 +89,7 @@ impl Run {
             pool_conns_max: limits::POOL_CONNS_MAX,
             mailboxes: Arc::new([Arc::clone(&mailbox)]),
             stats: Arc::new([Arc::clone(&stats)]),
+            ends: Arc::default(),
             started: Instant::now(),
             listening: Listening::default(),
             core_times: CoreTimes::none(),
