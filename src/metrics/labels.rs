@@ -302,8 +302,8 @@ labels! {
         NoEndpoint = "no_endpoint",
         /// The network: a hundredth of all segments to an endpoint had to be sent again.
         NetworkLossy = "network_lossy",
-        /// The proxy's limits: clients wait for a backend connection for a fifth of their time, or gave
-        /// up.
+        /// The proxy's limits: clients wait for a backend connection for a fifth of the time until their
+        /// first byte, or gave up.
         PoolSmall = "pool_small",
         /// The proxy's limits: nearly as many sessions are open as may be.
         SessionLimit = "session_limit",

@@ -49,8 +49,9 @@ counted! {
             session_duration: Histogram = "aegis_session_duration_seconds";
             /// Requests that wait for a backend connection.
             queue_depth: Gauge = "aegis_queue_depth" if SHARED;
-            /// How long requests waited for a backend connection.
-            queue_wait: Histogram = "aegis_queue_wait_seconds" if SHARED;
+            /// How long sessions and requests waited for a backend connection, or until one was begun for
+            /// them.
+            queue_wait: Histogram = "aegis_queue_wait_seconds";
             /// Requests sent again because their connection was lost, by how.
             retries: Counter [reason: Retry] = "aegis_retries_total" if SHARED;
             /// Requests ended, by what they asked for and how they ended.
