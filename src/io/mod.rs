@@ -29,6 +29,7 @@ mod halves;
 pub mod net;
 pub mod probe;
 mod provided;
+mod restrictions;
 mod ring;
 #[cfg(test)]
 pub mod sim;

@@ -122,7 +122,30 @@ fn auto_runs_on_io_uring_where_it_works() {
     let proxy = Builder::on(Io::Auto).backends(&[backend.address()]).start();
     assert_eq!(proxy.log_field("io driver", "driver"), "io_uring");
     assert_eq!(proxy.metric(IO_DRIVER, &[("driver", "io_uring")]), 1);
+    let reason = proxy.log_field("io driver", "reason");
+    assert!(!reason.contains("restrictions"), "its rings are restricted: {reason}");
     echoes(&proxy);
+}
+
+/// A filter may know only those ways of registering that are usual.
+#[test]
+fn rings_that_cannot_be_restricted_serve_and_it_is_said() {
+    if let Some(why) = uring_unavailable() {
+        return skip(&format!("io_uring does not work on this host: {why}"));
+    }
+    const RESTRICT: u64 = 11; // IORING_REGISTER_RESTRICTIONS
+    const ENABLE: u64 = 12; // IORING_REGISTER_ENABLE_RINGS
+    for operation in [RESTRICT, ENABLE] {
+        let backend = Backend::echo();
+        let proxy = Builder::on(Io::Auto)
+            .backends(&[backend.address()])
+            .deny_where(REGISTER, libc::EPERM, (1, operation))
+            .start();
+        assert_eq!(proxy.log_field("io driver", "driver"), "io_uring");
+        let reason = proxy.log_field("io driver", "reason");
+        assert!(reason.contains("without restrictions of its rings"), "{reason}");
+        echoes(&proxy);
+    }
 }
 
 /// Whether the text has the error's name or the system's words for it.

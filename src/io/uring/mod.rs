@@ -12,6 +12,8 @@ mod bulk;
 mod receive;
 mod send;
 mod socket;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 use std::collections::VecDeque;
@@ -35,7 +37,7 @@ use super::crowded::Crowded;
 use super::descriptors::Descriptors;
 use super::halves::Sending;
 use super::net::{self, Address, Credentials, Stream};
-use super::probe::Features;
+use super::probe::{self, Features};
 use super::provided::ProvidedBuffers;
 use super::ring::Ring;
 use super::splice::{self, Pipes};
@@ -90,6 +92,7 @@ impl Rings {
         Ok(Self { ring, provided })
     }
 }
+        probe::enable_ring(ring.uring(), features)?;
 
 impl Uring {
     /// Sets the driver up on these rings. To be called on the thread that made them.
