@@ -297,4 +297,9 @@ pub trait Driver {
     fn splice_failures(&self) -> u64 {
         0
     }
+
+    /// Times that the kernel said what cannot be, since the start. It costs the connection that it was said of.
+    fn strays(&self) -> u64 {
+        0
+    }
 }

@@ -74,6 +74,7 @@ pub struct Uring {
     buffer_waits: u64,
 }
 
+    strays: u64,
 /// What the kernel keeps for a driver, and may have no memory for.
 pub struct Rings {
     // Dropped first, as in the driver.
@@ -128,6 +129,7 @@ impl Uring {
             buffers: Buffers::new(setup.buffers_max)?,
         };
         for fd in driver.listeners.iter().filter_map(|listener| listener.net.as_ref()) {
+            strays: 0,
             // io_uring polls by itself; O_NONBLOCK would make it fail with EAGAIN instead.
             rustix::io::ioctl_fionbio(fd, false)?;
         }
@@ -203,7 +205,9 @@ impl Uring {
 
     /// The kernel has given an operation back. Its socket, unless it was only waiting to be closed.
     fn came_back(&mut self, kind: Kind, conn: ConnId) -> Option<&mut Socket> {
-        let socket = self.live(conn);
+        let Some(socket) = self.sockets.get_mut(conn).filter(|socket| socket.ops.has(kind)) else {
+            return self.on_stray(conn);
+        };
         socket.ops.remove(kind);
         if socket.is_closing() {
             self.finish_close(conn);
@@ -216,6 +220,20 @@ impl Uring {
         self.came_back(Kind::Connect, conn)?;
         Some(self.finish_connect(conn, result(entry).map(drop)))
     }
+    /// The kernel says of a connection what cannot be: that an operation ends which it does not hold, or
+    /// that more bytes were taken than there are. Only a fault of its own explains that, and who knows what
+    /// else went wrong: the connection fails as soon as what had arrived is received.
+    #[cold]
+    fn on_stray<T>(&mut self, conn: ConnId) -> Option<T> {
+        self.strays += 1;
+        if let Some(socket) = self.sockets.get_mut(conn).filter(|socket| !socket.is_closing()) {
+            // Towards the peer it stays open, for nothing is to look whole there: its user resets it.
+            socket.error_taken = true;
+            socket.stream.stop_receiving();
+        }
+        None
+    }
+
 
     fn finish_connect(&mut self, conn: ConnId, outcome: Result<(), Errno>) -> Completion {
         let sending = &mut self.live(conn).sending;
@@ -566,3 +584,7 @@ impl Driver for Uring {
 fn result(entry: &cqueue::Entry) -> Result<u32, Errno> {
     u32::try_from(entry.result()).map_err(|_| Errno::from_raw_os_error(-entry.result()))
 }
+
+    fn strays(&self) -> u64 {
+        self.strays
+    }
