@@ -56,6 +56,8 @@ pub struct Uring {
     listeners: Vec<Listener>,
     wake: OwnedFd,
     room: usize,
+    /// Clients of these listeners that came when there was no room, and wait for some.
+    early: VecDeque<(Stream, usize)>,
     /// No handshake begins any more.
     refusing: bool,
     crowded: Crowded,
@@ -72,9 +74,9 @@ pub struct Uring {
     /// The window that the turn falls in.
     window: u32,
     buffer_waits: u64,
+    strays: u64,
 }
 
-    strays: u64,
 /// What the kernel keeps for a driver, and may have no memory for.
 pub struct Rings {
     // Dropped first, as in the driver.
@@ -90,10 +92,10 @@ impl Rings {
     pub(super) fn new(features: Features) -> io::Result<Self> {
         let ring = Ring::new(features)?;
         let provided = ProvidedBuffers::register(ring.uring())?;
+        probe::enable_ring(ring.uring(), features)?;
         Ok(Self { ring, provided })
     }
 }
-        probe::enable_ring(ring.uring(), features)?;
 
 impl Uring {
     /// Sets the driver up on these rings. To be called on the thread that made them.
@@ -102,6 +104,7 @@ impl Uring {
     /// The buffers cannot be mapped, or the kernel denies something.
     pub fn new(setup: DriverSetup, rings: Rings) -> io::Result<Self> {
         let Rings { ring, provided } = rings;
+        let early = VecDeque::with_capacity(setup.listeners.len());
         let mut driver = Self {
             provided,
             sockets: Slab::with_capacity(setup.conns_max),
@@ -112,6 +115,7 @@ impl Uring {
                 .collect::<io::Result<_>>()?,
             wake: setup.wake,
             room: 0,
+            early,
             refusing: false,
             crowded: Crowded::with_capacity(setup.conns_max),
             descriptors: Descriptors::new(),
@@ -125,11 +129,11 @@ impl Uring {
             pipes: Pipes::new(),
             window: 0,
             buffer_waits: 0,
+            strays: 0,
             ring,
             buffers: Buffers::new(setup.buffers_max)?,
         };
         for fd in driver.listeners.iter().filter_map(|listener| listener.net.as_ref()) {
-            strays: 0,
             // io_uring polls by itself; O_NONBLOCK would make it fail with EAGAIN instead.
             rustix::io::ioctl_fionbio(fd, false)?;
         }
@@ -216,10 +220,6 @@ impl Uring {
         self.sockets.get_mut(conn)
     }
 
-    fn on_connect(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
-        self.came_back(Kind::Connect, conn)?;
-        Some(self.finish_connect(conn, result(entry).map(drop)))
-    }
     /// The kernel says of a connection what cannot be: that an operation ends which it does not hold, or
     /// that more bytes were taken than there are. Only a fault of its own explains that, and who knows what
     /// else went wrong: the connection fails as soon as what had arrived is received.
@@ -234,6 +234,10 @@ impl Uring {
         None
     }
 
+    fn on_connect(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
+        self.came_back(Kind::Connect, conn)?;
+        Some(self.finish_connect(conn, result(entry).map(drop)))
+    }
 
     fn finish_connect(&mut self, conn: ConnId, outcome: Result<(), Errno>) -> Completion {
         let sending = &mut self.live(conn).sending;
@@ -380,6 +384,7 @@ impl Driver for Uring {
         // A client that is accepted is to get its backend too.
         let fits = room > 0 && self.descriptors.can_accept();
         self.room = if fits { room } else { 0 };
+        self.let_in_early(self.room);
     }
 
     fn hold(&mut self, listener: usize, held: bool) {
@@ -394,6 +399,7 @@ impl Driver for Uring {
     }
 
     fn stop_listening(&mut self) -> bool {
+        self.let_in_early(usize::MAX);
         self.room = 0;
         for index in 0..self.listeners.len() {
             let listener = &mut self.listeners[index];
@@ -578,13 +584,13 @@ impl Driver for Uring {
     fn splice_failures(&self) -> u64 {
         self.pipes.failures()
     }
+
+    fn strays(&self) -> u64 {
+        self.strays
+    }
 }
 
 /// The result of a completion: a count or descriptor, or the error.
 fn result(entry: &cqueue::Entry) -> Result<u32, Errno> {
     u32::try_from(entry.result()).map_err(|_| Errno::from_raw_os_error(-entry.result()))
 }
-
-    fn strays(&self) -> u64 {
-        self.strays
-    }
