@@ -236,7 +236,7 @@ fn steady_forwarding_allocates_nothing_on_any_driver() {
             forwarding_allocates_nothing(DriverKind::Uring(features));
             // As on a kernel that lacks what can be done without.
             let oldest = Features {
-                restricted: true,
+                restricted: false,
                 defer_taskrun: false,
                 min_wait: false,
                 no_iowait: false,
