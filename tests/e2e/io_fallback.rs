@@ -12,6 +12,8 @@ use crate::support::{Io, skip, uring_unavailable};
 const SETUP: i64 = libc::SYS_io_uring_setup;
 const ENTER: i64 = libc::SYS_io_uring_enter;
 const REGISTER: i64 = libc::SYS_io_uring_register;
+/// `IORING_REGISTER_RESTRICTIONS` and `IORING_REGISTER_ENABLE_RINGS`, arguments of the last.
+const RESTRICT_AND_ENABLE: [u64; 2] = [11, 12];
 
 fn echoes(proxy: &Proxy) {
     expect_echo(&connect(proxy.address()), 0, 1 << 20).unwrap();
@@ -133,9 +135,7 @@ fn rings_that_cannot_be_restricted_serve_and_it_is_said() {
     if let Some(why) = uring_unavailable() {
         return skip(&format!("io_uring does not work on this host: {why}"));
     }
-    const RESTRICT: u64 = 11; // IORING_REGISTER_RESTRICTIONS
-    const ENABLE: u64 = 12; // IORING_REGISTER_ENABLE_RINGS
-    for operation in [RESTRICT, ENABLE] {
+    for operation in RESTRICT_AND_ENABLE {
         let backend = Backend::echo();
         let proxy = Builder::on(Io::Auto)
             .backends(&[backend.address()])
