@@ -236,7 +236,12 @@ fn steady_forwarding_allocates_nothing_on_any_driver() {
         Ok(features) => {
             forwarding_allocates_nothing(DriverKind::Uring(features));
             // As on a kernel that lacks what can be done without.
-            let oldest = Features { defer_taskrun: false, min_wait: false, no_iowait: false };
+            let oldest = Features {
+                restricted: false,
+                defer_taskrun: false,
+                min_wait: false,
+                no_iowait: false,
+            };
             forwarding_allocates_nothing(DriverKind::Uring(oldest));
         }
         Err(why) => eprintln!("SKIPPED: allocation on io_uring: {why}"),

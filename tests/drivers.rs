@@ -33,9 +33,14 @@ struct Rig<D> {
 }
 
 fn prepare() -> (DriverSetup, SocketAddr) {
-    let any = "127.0.0.1:0".parse().unwrap();
+    let (setup, addresses) = prepare_listeners(1);
+    (setup, addresses[0])
+}
+
+fn prepare_listeners(count: usize) -> (DriverSetup, Vec<SocketAddr>) {
+    let any = vec!["127.0.0.1:0".parse().unwrap(); count];
     let access = Access { mode: SocketMode::DEFAULT, owner: None };
-    let mut listeners = listeners::listen(&[any], 1, &Options::default(), access).unwrap();
+    let mut listeners = listeners::listen(&any, 1, &Options::default(), access).unwrap();
     let wake = Mailbox::new(1).unwrap().wake_fd().try_clone_to_owned().unwrap();
     let setup = DriverSetup {
         listeners: listeners.sets.remove(0),
@@ -43,7 +48,7 @@ fn prepare() -> (DriverSetup, SocketAddr) {
         conns_max: 4000,
         buffers_max: BUFFERS,
     };
-    (setup, listeners.addresses[0].tcp().unwrap())
+    (setup, listeners.addresses.iter().map(|address| address.tcp().unwrap()).collect())
 }
 
 /// Runs a test on each driver. It says so where `io_uring` cannot run.
@@ -128,6 +133,23 @@ on_each_driver![unix:
     a_unix_connect_waits_for_room_in_the_accept_queue,
     a_connection_to_a_socket_of_this_process_leads_back,
 ];
+
+#[test]
+fn several_listeners_bring_no_more_clients_than_there_is_room_for() {
+    let (setup, addresses) = prepare_listeners(3);
+    let driver = Epoll::new(setup).unwrap();
+    let rig = Rig { driver, address: addresses[0], seen: Vec::new() };
+    checks::several_listeners_bring_no_more_clients_than_there_is_room_for(rig, &addresses);
+    match probe::uring() {
+        Ok(features) => {
+            let (setup, addresses) = prepare_listeners(3);
+            let driver = Uring::new(setup, probe::set_up(features).unwrap()).unwrap();
+            let rig = Rig { driver, address: addresses[0], seen: Vec::new() };
+            checks::several_listeners_bring_no_more_clients_than_there_is_room_for(rig, &addresses);
+        }
+        Err(why) => eprintln!("SKIPPED: several listeners on io_uring: {why}"),
+    }
+}
 
 impl<D: Driver> Rig<D> {
     fn turn(&mut self) {

@@ -105,6 +105,7 @@ impl<D: Driver> Context<D> {
         stats.buffer_waits.add(self.driver.buffer_waits() - stats.buffer_waits.get());
         let failures = self.driver.splice_failures() - stats.splice_failures.get();
         stats.splice_failures.add(failures);
+        stats.strays.add(self.driver.strays() - stats.strays.get());
         let in_use = self.driver.buffers_provided();
         let buffers = self.driver.buffers();
         stats.buffers_in_use.set(u64::from(buffers.capacity() - buffers.free() - in_use));

@@ -205,15 +205,8 @@ fn sessions_beyond_the_limit_wait_in_line(io: Io) {
         let longest = thread::scope(|scope| {
             let sessions = (0..48).map(|_| {
                 scope.spawn(move || {
-                    let mut longest = Duration::ZERO;
-                    for _ in 0..8 {
-                        let since = Instant::now();
-                        let client = connect(address);
-                        assert_eq!(ask(&client, "PING"), "PONG");
-                        longest = longest.max(since.elapsed());
-                        thread::sleep(Duration::from_millis(5));
-                    }
-                    longest
+                    let times = (0..8).map(|_| ping(address));
+                    times.max().unwrap()
                 })
             });
             let sessions: Vec<_> = sessions.collect();
@@ -286,6 +279,14 @@ fn warm_connections_make_room_for_sessions_of_other_workers(io: Io) {
     assert_eq!(census.most(), 8);
 }
 
+/// A session of one request; how long it took.
+fn ping(address: SocketAddr) -> Duration {
+    let since = Instant::now();
+    let client = connect(address);
+    assert_eq!(ask(&client, "PING"), "PONG");
+    since.elapsed()
+}
+
 fn pooled_sessions_and_requests_keep_to_the_limit_of_the_endpoint(io: Io) {
     for mode in ["session", "request"] {
         let census = census();
@@ -297,12 +298,7 @@ fn pooled_sessions_and_requests_keep_to_the_limit_of_the_endpoint(io: Io) {
         let address = proxy.address();
         thread::scope(|scope| {
             for _ in 0..12 {
-                scope.spawn(move || {
-                    for _ in 0..20 {
-                        let client = connect(address);
-                        assert_eq!(ask(&client, "PING"), "PONG");
-                    }
-                });
+                scope.spawn(move || (0..20).for_each(|_| drop(ping(address))));
             }
         });
         assert!(census.most() <= 3, "{} connections in {mode} mode", census.most());

@@ -136,6 +136,11 @@ impl Stream {
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Write);
     }
 
+    /// Nothing more can be received behind what has arrived. The peer notices nothing.
+    pub(super) fn stop_receiving(&self) {
+        let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Read);
+    }
+
     /// Makes the coming close a reset, where the transport has them.
     pub(super) fn close_with_reset(&self) {
         if self.transport == Transport::Tcp {
