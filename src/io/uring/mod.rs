@@ -109,7 +109,7 @@ impl Uring {
             wake: setup.wake,
             room: 0,
             refusing: false,
-            crowded: Crowded::with_capacity(setup.conns_max),
+            crowded: Crowded::default(),
             descriptors: Descriptors::new(),
             start: Instant::now(),
             now: Instant::now(),
