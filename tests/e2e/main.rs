@@ -54,6 +54,7 @@ mod shares;
 mod transport;
 mod unheard;
 mod unix;
+mod unix_attacks;
 mod unprivileged;
 mod uploads;
 mod workers;
