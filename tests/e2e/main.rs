@@ -37,6 +37,7 @@ mod membership;
 mod memory;
 mod no_endpoint;
 mod outage;
+mod outage_attacks;
 mod pages;
 mod platform;
 mod pooling;
