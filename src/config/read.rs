@@ -120,6 +120,11 @@ impl Reader {
         text.and_then(|(_, text)| Preset::of_word(text.trim())).unwrap_or(Preset::None)
     }
 
+    /// Whether the preset of that route has a default of its own for a variable.
+    fn suggests(&self, variable: &Variable) -> bool {
+        self.preset().default_of(variable) != variable.default
+    }
+
     /// Every route, with what is its own.
     pub(super) fn read_routes(&mut self) -> Vec<Arc<RouteConfig>> {
         let names = self.names.all.clone();
@@ -237,7 +242,8 @@ impl Reader {
         };
     }
 
-    /// The default of the minimum gives way to the maximum; one that is set does not.
+    /// The default of the minimum gives way to the maximum; one that is set does not. What a preset
+    /// suggests gives way to it.
     fn settle_min_idle(&mut self, route: &mut RouteConfig, workers: Option<NonZeroUsize>) {
         // All workers keep the minimum together, and each may keep the maximum. Where their number is
         // left open one has to be enough, so that what is right does not depend on the machine.
@@ -247,6 +253,10 @@ impl Reader {
             return;
         }
         if self.text(AEGIS_POOL_MIN_IDLE).is_some() {
+            if self.text(AEGIS_POOL_MAX_IDLE).is_none() && self.suggests(AEGIS_POOL_MAX_IDLE) {
+                pool.max_idle = pool.min_idle;
+                return;
+            }
             self.conflict(
                 (AEGIS_POOL_MIN_IDLE, pool.min_idle.to_string()),
                 (AEGIS_POOL_MAX_IDLE, pool.max_idle.to_string()),
