@@ -40,6 +40,7 @@ mod no_endpoint;
 mod outage;
 mod outage_attacks;
 mod pages;
+mod places;
 mod platform;
 mod pooling;
 mod pressure;
