@@ -283,7 +283,7 @@ impl Route {
         broken: bool,
     ) -> bool {
         let Some(session) = self.sessions.get_mut(key) else { return false };
-        let (untouched, was_asked) = (session.is_untouched(), !session.is_unasked());
+        let (untouched, was_asked) = (session.is_untouched(), session.has_client_spoken());
         let (verdict, endpoint) = (session.judge(broken, cx.now), session.endpoint());
         let Some(endpoint) = endpoint else { return false };
         let why = match verdict {
