@@ -267,12 +267,15 @@ impl Reader {
     fn settle_endpoint_max(&mut self, route: &mut RouteConfig) {
         let pool = &mut route.pool;
         let Some(most) = pool.endpoint_max else { return };
-        let is_used = pool.mode == PoolMode::Request;
+        let has_size = pool.mode == PoolMode::Request;
         for (variable, value, is_used) in [
             (AEGIS_POOL_MIN_IDLE, &mut pool.min_idle, true),
-            (AEGIS_POOL_SIZE, &mut pool.size, is_used),
+            (AEGIS_POOL_SIZE, &mut pool.size, has_size),
         ] {
-            if *value > most && is_used && self.text(variable).is_some() {
+            if !is_used {
+                continue; // Else what nobody has set would seem to be set, and in vain.
+            }
+            if *value > most && self.text(variable).is_some() {
                 let why = "an endpoint would have more connections than it may";
                 let endpoint_max = (AEGIS_ENDPOINT_MAX, most.to_string());
                 self.conflict((variable, value.to_string()), endpoint_max, why);

@@ -47,6 +47,7 @@ fn what_has_no_effect_is_told_with_the_reason() {
         (&[][..], &[][..]),
         // Defaults may be written out.
         (&[("AEGIS_POOL_SIZE", "16"), ("AEGIS_KUBE_PORT", "auto")], &[]),
+        (&[("AEGIS_ENDPOINT_MAX", "4")], &[]),
         (
             &[("AEGIS_KUBE_PORT", "5432")],
             &["AEGIS_KUBE_PORT=\"5432\" has no effect: the endpoints"],
