@@ -148,7 +148,8 @@ impl Table {
         let from = behind.map_or(0, |behind| usize::from(behind) + 1);
         let has_turn = |entry: &Entry| {
             // The session may be another worker's.
-            entry.health.is_usable() && (entry.is_present() || entry.endpoint.has_sessions())
+            let has_sessions = entry.sessions() > 0 || entry.endpoint.has_sessions();
+            entry.health.is_usable() && (entry.is_present() || has_sessions)
         };
         let mut others = self.indices().skip(from).filter(|&index| !tried.contains(index));
         others.find(|&index| self.get(index).is_some_and(has_turn))
