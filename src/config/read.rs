@@ -119,6 +119,11 @@ impl Reader {
         text.and_then(|(_, text)| Preset::of_word(text.trim())).unwrap_or(Preset::None)
     }
 
+    /// Whether the preset of that route has a default of its own for a variable.
+    fn suggests(&self, variable: &Variable) -> bool {
+        self.preset().default_of(variable) != variable.default
+    }
+
     /// Every route, with what is its own.
     pub(super) fn read_routes(&mut self) -> Vec<Arc<RouteConfig>> {
         let names = self.names.all.clone();
@@ -236,7 +241,8 @@ impl Reader {
         };
     }
 
-    /// The default of the minimum gives way to the maximum; one that is set does not.
+    /// The default of the minimum gives way to the maximum; one that is set does not. What a preset
+    /// suggests gives way to it.
     fn settle_min_idle(&mut self, route: &mut RouteConfig) {
         let pool = &mut route.pool;
         let kept_max = pool.max_idle;
@@ -244,6 +250,10 @@ impl Reader {
             return;
         }
         if self.text(AEGIS_POOL_MIN_IDLE).is_some() {
+            if self.text(AEGIS_POOL_MAX_IDLE).is_none() && self.suggests(AEGIS_POOL_MAX_IDLE) {
+                pool.max_idle = pool.min_idle;
+                return;
+            }
             self.conflict(
                 (AEGIS_POOL_MIN_IDLE, pool.min_idle.to_string()),
                 (AEGIS_POOL_MAX_IDLE, pool.max_idle.to_string()),
@@ -257,12 +267,15 @@ impl Reader {
     fn settle_endpoint_max(&mut self, route: &mut RouteConfig) {
         let pool = &mut route.pool;
         let Some(most) = pool.endpoint_max else { return };
-        let is_used = pool.mode == PoolMode::Request;
+        let has_size = pool.mode == PoolMode::Request;
         for (variable, value, is_used) in [
             (AEGIS_POOL_MIN_IDLE, &mut pool.min_idle, true),
-            (AEGIS_POOL_SIZE, &mut pool.size, is_used),
+            (AEGIS_POOL_SIZE, &mut pool.size, has_size),
         ] {
-            if *value > most && is_used && self.text(variable).is_some() {
+            if !is_used {
+                continue; // Else what nobody has set would seem to be set, and in vain.
+            }
+            if *value > most && self.text(variable).is_some() {
                 let why = format!(
                     "an endpoint would have more connections than it may; set {} to {value} or more, or \
                      {} to {most} or less",

@@ -80,6 +80,11 @@ impl Endpoint {
         count / workers + usize::from(place < count % workers)
     }
 
+    /// Whether any worker has sessions on it.
+    pub fn has_sessions(&self) -> bool {
+        self.stats.iter().any(|stats| stats.sessions_active.get() > 0)
+    }
+
     /// Whether it is preferred because it is near.
     pub fn is_near(&self) -> bool {
         self.near.load(Relaxed)

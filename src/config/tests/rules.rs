@@ -47,6 +47,7 @@ fn what_has_no_effect_is_told_with_the_reason() {
         (&[][..], &[][..]),
         // Defaults may be written out.
         (&[("AEGIS_POOL_SIZE", "16"), ("AEGIS_KUBE_PORT", "auto")], &[]),
+        (&[("AEGIS_ENDPOINT_MAX", "4")], &[]),
         (
             &[("AEGIS_KUBE_PORT", "5432")],
             &["AEGIS_KUBE_PORT=\"5432\" has no effect: the endpoints"],
@@ -239,4 +240,20 @@ fn a_name_is_counted_as_the_addresses_that_it_may_stand_for() {
     let addresses = |backends| read(&[("AEGIS_BACKENDS", backends)]).unwrap().routes[0].addresses();
     assert_eq!(addresses("10.0.0.1:80,[::1]:80"), 2);
     assert_eq!(addresses("10.0.0.1:80,db:80"), 1 + crate::limits::ADDRESSES_PER_NAME);
+}
+
+#[test]
+fn what_a_preset_suggests_gives_way_to_what_is_set() {
+    let kept = |vars: &[(&str, &str)]| {
+        let pool = read(vars).unwrap().routes[0].pool.clone();
+        (pool.min_idle, pool.max_idle)
+    };
+    let [mysql, postgres] = ["mysql", "postgres"].map(|preset| ("AEGIS_PRESET", preset));
+    assert_eq!(kept(&[mysql]), (0, 0));
+    assert_eq!(kept(&[mysql, ("AEGIS_POOL_MIN_IDLE", "2")]), (2, 2));
+    assert_eq!(kept(&[postgres, ("AEGIS_POOL_MIN_IDLE", "8")]), (8, 8));
+    assert_eq!(kept(&[postgres, ("AEGIS_POOL_MIN_IDLE", "2")]), (2, 4));
+    assert_eq!(kept(&[postgres, ("AEGIS_POOL_MAX_IDLE", "64")]), (0, 64));
+    let both = [mysql, ("AEGIS_POOL_MIN_IDLE", "200"), ("AEGIS_POOL_MAX_IDLE", "1")];
+    assert_eq!(problems(&both).len(), 1, "what is set does not");
 }

@@ -12,6 +12,7 @@
 //! What a transport does not have is answered here, so that nobody above needs to ask which it is.
 
 mod address;
+mod option;
 mod tcp;
 mod unix;
 
@@ -23,14 +24,14 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::SocketFlags;
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, SocketFlags};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::{Acks, Network, Unheard};
 
 pub use address::{Address, AddressError, PATH_LEN_MAX, UNIX};
 pub use tcp::{Options, is_local};
-pub use unix::Credentials;
+pub use unix::{Credentials, refuse_descriptors};
 
 /// What carries a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +56,12 @@ impl Transport {
             // A TCP socket has it from its listener. Where there is no urgent data there is no need.
             let _ = SockRef::from(&fd).set_out_of_band_inline(true);
         }
-        Stream { fd, transport: self }
+        self.stream(fd)
+    }
+
+    fn stream(self, fd: OwnedFd) -> Stream {
+        let takes_descriptors = self == Self::Unix && refuse_descriptors(&fd).is_err();
+        Stream { fd, transport: self, takes_descriptors }
     }
 }
 
@@ -64,6 +70,8 @@ impl Transport {
 pub struct Stream {
     fd: OwnedFd,
     transport: Transport,
+    /// Its peer may send descriptors along with bytes.
+    takes_descriptors: bool,
 }
 
 impl Stream {
@@ -83,7 +91,19 @@ impl Stream {
                 socket
             }
         };
-        Ok(Self { fd: socket.into(), transport })
+        Ok(transport.stream(socket.into()))
+    }
+
+    /// Receives what has come, as far as there is room. Says how many bytes that are, and whether
+    /// descriptors were between them and what may follow: a receive stops there, whatever is behind.
+    pub(super) fn receive(&self, space: &mut [u8]) -> Result<(usize, bool), Errno> {
+        if !self.takes_descriptors {
+            return Ok((rustix::net::recv(&self.fd, space, RecvFlags::empty())?.1, false));
+        }
+        let mut none = RecvAncillaryBuffer::default();
+        let mut parts = [io::IoSliceMut::new(space)];
+        let received = rustix::net::recvmsg(&self.fd, &mut parts, &mut none, RecvFlags::empty())?;
+        Ok((received.bytes, received.flags.contains(ReturnFlags::CTRUNC)))
     }
 
     /// Whether a connect is over as soon as it is asked for.

@@ -117,7 +117,7 @@ impl Uring {
             room: 0,
             early,
             refusing: false,
-            crowded: Crowded::with_capacity(setup.conns_max),
+            crowded: Crowded::default(),
             descriptors: Descriptors::new(),
             start: Instant::now(),
             now: Instant::now(),

@@ -147,7 +147,9 @@ impl Table {
     pub fn next_of_all(&self, behind: Option<EndpointId>, tried: &Tried) -> Option<EndpointId> {
         let from = behind.map_or(0, |behind| usize::from(behind) + 1);
         let has_turn = |entry: &Entry| {
-            entry.health.is_usable() && (entry.is_present() || entry.sessions() > 0)
+            // The session may be another worker's.
+            let has_sessions = entry.sessions() > 0 || entry.endpoint.has_sessions();
+            entry.health.is_usable() && (entry.is_present() || has_sessions)
         };
         let mut others = self.indices().skip(from).filter(|&index| !tried.contains(index));
         others.find(|&index| self.get(index).is_some_and(has_turn))

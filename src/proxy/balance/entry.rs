@@ -11,7 +11,7 @@ use crate::limits;
 use crate::metrics::EndpointStats;
 use crate::proxy::WorkerId;
 use crate::proxy::endpoints::Endpoint;
-use crate::proxy::health::{Health, HealthConfig};
+use crate::proxy::health::{AT_ONCE, Health, HealthConfig};
 use crate::proxy::outage::Recovery;
 use crate::proxy::pool::{Counts, Pool};
 
@@ -50,6 +50,8 @@ pub struct Entry {
     pub(super) turns: u64,
     /// When it last took a connection or answered.
     alive_at: Option<Instant>,
+    /// When it last answered.
+    answered_at: Option<Instant>,
     /// When it last did not know a connection any more that it had taken.
     forgotten_at: Option<Instant>,
 }
@@ -106,6 +108,7 @@ impl Entry {
             owed: Ends::default(),
             turns: 0,
             alive_at: None,
+            answered_at: None,
             forgotten_at: None,
         }
     }
@@ -176,7 +179,18 @@ impl Entry {
         self.alive_at = self.alive_at.max(Some(at));
     }
 
-    /// When it last did that.
+    /// It answered somebody.
+    pub fn on_answered(&mut self, at: Instant) {
+        self.on_alive(at);
+        self.answered_at = self.alive_at;
+    }
+
+    /// Whether it has done so within the time in which an end without a byte counts as a failure.
+    pub fn has_answered_lately(&self, now: Instant) -> bool {
+        self.answered_at.is_some_and(|at| now.saturating_duration_since(at) < AT_ONCE)
+    }
+
+    /// When it last took a connection or answered.
     pub fn alive_at(&self) -> Option<Instant> {
         self.alive_at
     }

@@ -166,12 +166,14 @@ impl Table {
         )
     }
 
-    /// Frees the entries of endpoints that are gone and to which nothing refers any more. Where very
-    /// many left just now, they are not waited for.
+    /// Frees the entries of endpoints that are gone and to which nothing refers any more, in any worker.
+    /// Where very many left just now, they are not waited for.
     pub fn forget_unused(&mut self) {
         let crowded = self.entries.len() > 2 * ENDPOINTS_MAX;
         for slot in &mut self.entries {
-            let over = |entry: &Entry| !entry.present && (entry.gone || crowded);
+            // What another worker's session is about may come to this one.
+            let is_over = |entry: &Entry| entry.gone && !entry.endpoint.has_sessions();
+            let over = |entry: &Entry| !entry.present && (is_over(entry) || crowded);
             if slot.as_ref().is_some_and(|entry| over(entry) && entry.is_unused()) {
                 *slot = None;
             }

@@ -21,6 +21,16 @@ pub(super) struct Cancel {
 }
 
 impl Session {
+    /// Whether what its client sends next may be a cancel request: it has sent nothing else.
+    pub fn may_begin_with_cancel(&self) -> bool {
+        !self.has_client_spoken() || self.negotiates
+    }
+
+    /// Its client has sent the first bytes, which ask for encryption or not.
+    pub fn on_begun(&mut self, negotiates: bool) {
+        self.negotiates = negotiates;
+    }
+
     /// Its client has begun with a cancel request, whose bytes are these.
     pub fn on_cancel(&mut self, request: Chain) {
         assert!(self.cancel.is_none(), "a client begins once");

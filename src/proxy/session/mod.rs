@@ -112,6 +112,8 @@ pub struct Session {
     early: Chain,
     /// A request that every endpoint is to have.
     cancel: Option<cancel::Cancel>,
+    /// The client has asked for encryption, and for nothing else yet.
+    negotiates: bool,
     failure: Option<Failure>,
     ended_first: Option<Side>,
     opened: Instant,
@@ -153,6 +155,7 @@ impl Session {
             to_client: Relay::default(),
             early: Chain::default(),
             cancel: None,
+            negotiates: false,
             failure: None,
             ended_first: None,
             opened: now,

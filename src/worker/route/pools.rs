@@ -15,7 +15,7 @@ use crate::metrics::{Discard, Failure, RouteStats};
 use crate::proxy::balance::Table;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::health::{HealthConfig, PROBE_SETTLED};
-use crate::proxy::session::Session;
+use crate::proxy::session::{Session, Tried};
 use crate::worker::context::Context;
 use crate::worker::owners::Owner;
 use crate::worker::socket_options;
@@ -254,7 +254,7 @@ impl Pools {
     ) {
         let now = cx.now;
         if let Some(entry) = self.table.get_mut(endpoint) {
-            entry.on_alive(now);
+            entry.on_answered(now);
             entry.pool.on_proven(made);
         }
         self.on_endpoint_well(cx, endpoint, made);
@@ -312,8 +312,22 @@ impl Pools {
         self.on_endpoint_failure(cx, endpoint, error);
     }
 
-    /// The endpoint has failed: a connect to it, or what it had accepted ended at once.
+    /// The endpoint has failed, whoever its clients are: a connect to it, or what it had accepted
+    /// ended at once, unasked.
     pub(super) fn on_endpoint_failure<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+        error: &io::Error,
+    ) {
+        if let Some(entry) = self.table.get_mut(endpoint) {
+            entry.recovery.on_failed(cx.now, &mut cx.rng);
+        }
+        self.count_failure(cx, endpoint, error);
+    }
+
+    /// The endpoint has failed, once more in a row.
+    fn count_failure<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         endpoint: EndpointId,
@@ -321,7 +335,6 @@ impl Pools {
     ) {
         let (now, health) = (cx.now, self.health);
         let Some(entry) = self.table.get_mut(endpoint) else { return };
-        entry.recovery.on_failed(now, &mut cx.rng);
         let ejected = entry.on_failure(&health, now, &mut cx.rng);
         let stats = entry.stats();
         stats.set_failure(Failure::of(error));
@@ -351,17 +364,37 @@ impl Pools {
         self.evict(cx, endpoint, why);
     }
 
-    /// An endpoint ended a fresh connection at once, without a byte on it.
+    /// An endpoint ended a fresh connection at once, without a byte on it. If it was asked something,
+    /// that may be its answer to this one client: see [`Pools::may_mean_one_client`]. Likewise others
+    /// wait for it only once it is ejected.
     pub(super) fn on_failed_at_once<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         endpoint: EndpointId,
+        was_asked: bool,
     ) {
         let now = cx.now;
         if let Some(entry) = self.table.get_mut(endpoint) {
             entry.pool.on_failed(now, &mut cx.rng);
         }
-        self.on_endpoint_failure(cx, endpoint, &ended_at_once());
+        if was_asked && self.may_mean_one_client(endpoint, now) {
+            return;
+        }
+        self.count_failure(cx, endpoint, &ended_at_once());
+        if let Some(entry) = self.table.get_mut(endpoint)
+            && (!was_asked || !entry.health.is_usable())
+        {
+            entry.recovery.on_failed(now, &mut cx.rng);
+        }
+    }
+
+    /// Whether an endpoint that has just ended a connection answers others, who would have to wait if it
+    /// were ejected. Where there is another one to go to, it is rather taken for ill too soon.
+    fn may_mean_one_client(&self, endpoint: EndpointId, now: Instant) -> bool {
+        let mut this = Tried::default();
+        this.push(endpoint);
+        let answers = self.table.get(endpoint).is_some_and(|entry| entry.has_answered_lately(now));
+        answers && !self.table.has_other(&this)
     }
 
     /// Re-admits an endpoint whose probe has stayed open for a while.

@@ -283,7 +283,7 @@ impl Route {
         broken: bool,
     ) -> bool {
         let Some(session) = self.sessions.get_mut(key) else { return false };
-        let untouched = session.is_untouched();
+        let (untouched, was_asked) = (session.is_untouched(), session.has_client_spoken());
         let (verdict, endpoint) = (session.judge(broken, cx.now), session.endpoint());
         let Some(endpoint) = endpoint else { return false };
         let why = match verdict {
@@ -294,7 +294,7 @@ impl Route {
                 Retry::Forgotten
             }
             Verdict::Failed => {
-                self.pools.on_failed_at_once(cx, endpoint);
+                self.pools.on_failed_at_once(cx, endpoint, was_asked);
                 Retry::Ended
             }
         };
@@ -343,7 +343,7 @@ impl Route {
     fn on_forgotten<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
         self.pools.empty_pool(cx, endpoint, Discard::Dead);
         self.discard_idle_in_use_of(cx, endpoint);
-        self.pools.on_failed_at_once(cx, endpoint);
+        self.pools.on_failed_at_once(cx, endpoint, false);
         self.pools.mark_short(endpoint);
     }
 
@@ -358,7 +358,7 @@ impl Route {
         let Some(&backend) = client.and_then(Client::unanswered_backend) else { return why };
         let fresh = cx.now.saturating_duration_since(backend.made) < AT_ONCE && !backend.served;
         if fresh {
-            self.pools.on_failed_at_once(cx, backend.endpoint);
+            self.pools.on_failed_at_once(cx, backend.endpoint, true);
         } else if why == Retry::Broken {
             let entry = self.pools.table.get_mut(backend.endpoint);
             let was_known = entry.is_some_and(|entry| entry.on_forgotten(backend.made, cx.now));
