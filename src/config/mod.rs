@@ -2,6 +2,7 @@
 //! units).
 
 mod error;
+mod files;
 mod kind;
 mod preset;
 mod read;
@@ -19,6 +20,7 @@ mod tests;
 use std::net::{IpAddr, SocketAddr};
 
 pub use error::{ConfigErrors, Problem};
+pub(crate) use files::in_making;
 pub use preset::Preset;
 pub use routes::RouteName;
 pub use unix::{SocketMode, SocketOwner};
@@ -37,6 +39,16 @@ impl Config {
         let mut texts = Vec::new();
         self.print(&mut texts);
         texts
+    }
+
+    /// What the log calls the route at this place: nothing where there is nothing to tell apart.
+    pub fn name_in_log(&self, route: usize) -> Option<&RouteName> {
+        (self.routes.len() > 1).then(|| &self.routes[route].name)
+    }
+
+    /// Which variable to set for the route at this place.
+    pub fn name_to_set(&self, variable: &str, route: usize) -> String {
+        self.name_in_log(route).map_or_else(|| variable.to_owned(), |route| route.own(variable))
     }
 }
 

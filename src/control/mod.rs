@@ -31,7 +31,7 @@ use lifecycle::Signals;
 use view::Discovered;
 pub use view::View;
 
-use crate::config::{Balance, Config, Discovery};
+use crate::config::{Balance, Config, Discovery, RouteName};
 use crate::io::net::Address;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
@@ -164,12 +164,9 @@ impl Plane {
 /// Starts discovery for the route at this place. What it logs names the route, where there are several.
 fn discover(config: &Config, at: usize, publisher: Publisher, status: Arc<Status>) {
     let route = Arc::clone(&config.routes[at]);
-    let span = if config.routes.len() == 1 {
-        Span::none()
-    } else {
-        // Of the highest level, so that it is there whatever the lines' levels are.
-        error_span!("discovery", route = route.name.as_str())
-    };
+    // Of the highest level, so that it is there whatever the lines' levels are.
+    let named = |name: &RouteName| error_span!("discovery", route = name.as_str());
+    let span = config.name_in_log(at).map_or_else(Span::none, named);
     tokio::spawn(discovery::log_changes(publisher.subscribe()).instrument(span.clone()));
     if route.discovery == Discovery::Kubernetes {
         let source = kubernetes::Kubernetes::new(config, route, status);

@@ -223,7 +223,10 @@ fn a_backend_that_is_a_socket_of_the_proxy_itself_is_left_alone(io: Io) {
     proxy.wait_for(DISCOVERY_ENDPOINTS, &[], |endpoints| endpoints == 1);
     let why = eventually("it is ejected", PATIENCE, || {
         let _ = UnixStream::connect(&path);
-        proxy.log_events("ejected").first().map(|event| event["error"].to_string())
+        proxy.log_events("ejected").first().map(|event| {
+            assert!(event["route"].is_null(), "there is one only: {event}");
+            event["error"].to_string()
+        })
     });
     assert!(why.contains("leads back to this proxy itself"), "{why}");
 }

@@ -110,10 +110,8 @@ pub struct Session {
     to_client: Relay,
     /// What the client sent before there was a backend.
     early: Chain,
-    /// A request that every endpoint is to have.
-    cancel: Option<cancel::Cancel>,
-    /// The client has asked for encryption, and for nothing else yet.
-    negotiates: bool,
+    /// What the client has begun with.
+    beginning: cancel::Beginning,
     failure: Option<Failure>,
     ended_first: Option<Side>,
     opened: Instant,
@@ -154,8 +152,7 @@ impl Session {
             to_backend: Relay::default(),
             to_client: Relay::default(),
             early: Chain::default(),
-            cancel: None,
-            negotiates: false,
+            beginning: cancel::Beginning::default(),
             failure: None,
             ended_first: None,
             opened: now,
@@ -187,7 +184,7 @@ impl Session {
         self.failure = None;
         self.warm_since = None;
         self.prefaced = false;
-        self.heard = self.cancel.is_some();
+        self.heard = self.cancel().is_some();
         self.backend_pulse = Pulse::default();
     }
 

@@ -64,11 +64,12 @@ impl Route {
         let config = Arc::clone(&process.routes[usize::from(id)]);
         let places = cx.places.slots();
         let stats = &cx.stats.routes[usize::from(id)];
+        let in_log = process.name_in_log(usize::from(id)).map(ToString::to_string);
         Self {
             id,
             sessions: Sessions::new(id, &config, Arc::clone(stats), places),
             requests: Requests::new(&config, process.drain_delay, places),
-            pools: Pools::new(&config, cx, Arc::clone(stats), pool_conns_max, listening),
+            pools: Pools::new(&config, cx, Arc::clone(stats), pool_conns_max, listening, in_log),
             stats: Arc::clone(stats),
             silence: Silence::new(config.tcp_user_timeout),
             retries: RetryBudget::new(config.retry_budget, cx.now),
@@ -88,7 +89,13 @@ impl Route {
         if tracing::enabled!(tracing::Level::TRACE)
             && let Some(Credentials { pid, uid, gid }) = cx.driver.credentials(conn)
         {
-            tracing::trace!(pid, uid, gid, "a client came by a Unix socket");
+            tracing::trace!(
+                route = self.pools.name_in_log.as_deref(),
+                pid,
+                uid,
+                gid,
+                "a client came by a Unix socket"
+            );
         }
         if self.reuses_conns() {
             self.begin_client(cx, conn);

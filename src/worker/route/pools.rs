@@ -39,6 +39,8 @@ pub(super) struct Pools {
     listening: Listening,
     /// Idle connections of an endpoint at most.
     idle_max: usize,
+    /// What the log calls the route, where there are several.
+    pub name_in_log: Option<String>,
     /// Connections that were closed, and keep their places until they are in fact.
     pub(super) closing: Vec<Closing>,
     /// Places are to be looked after in this turn.
@@ -72,8 +74,10 @@ impl Pools {
         stats: Arc<RouteStats>,
         conns_max: usize,
         listening: Listening,
+        name_in_log: Option<String>,
     ) -> Self {
         Self {
+            name_in_log,
             table: Table::new(config.balance, cx.worker, cx.owners.capacity()),
             stats,
             conns_max: conns_max.min(limits::POOL_CONNS_MAX),
@@ -294,7 +298,11 @@ impl Pools {
     pub(super) fn on_readmitted(&mut self, endpoint: EndpointId) {
         let Some(entry) = self.table.get_mut(endpoint) else { return };
         entry.stats().ejected.set(0);
-        tracing::info!(endpoint = entry.endpoint.name, "usable again");
+        tracing::info!(
+            route = self.name_in_log.as_deref(),
+            endpoint = entry.endpoint.name,
+            "usable again"
+        );
         self.free(endpoint);
         self.mark_short(endpoint);
     }
@@ -343,7 +351,7 @@ impl Pools {
             stats.ejections.add(1);
             // A probe that fails ejects again; that is no news.
             if stats.ejected.get() == 0 {
-                tracing::warn!(endpoint = entry.endpoint.name, %error, "ejected");
+                tracing::warn!(route = self.name_in_log.as_deref(), endpoint = entry.endpoint.name, %error, "ejected");
             }
             stats.ejected.set(1);
             self.empty_pool(cx, endpoint, Discard::Endpoint);

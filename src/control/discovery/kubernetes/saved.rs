@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use crate::config::{Balance, RouteConfig};
+use crate::config::{Balance, RouteConfig, in_making};
 use crate::control::discovery::{Declared, Wanted};
 use crate::io::net::Address;
 use crate::limits::ENDPOINTS_MAX;
@@ -200,8 +200,7 @@ fn to_file(of: &Identity, named: &Named, confirmed: SystemTime) -> Saved {
 
 /// Replaces the file as a whole, so that who reads it sees the old or the new one.
 fn write(path: &Path, saved: &Saved) -> io::Result<()> {
-    let mut new = path.as_os_str().to_owned();
-    new.push(".new");
+    let new = in_making(path);
     // One that was left behind by a crash, or is something else, such as a pipe.
     match fs::remove_file(&new) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
