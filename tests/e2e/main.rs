@@ -41,6 +41,7 @@ mod pages;
 mod platform;
 mod pooling;
 mod pressure;
+mod promotion;
 mod proxy_protocol;
 mod refused_names;
 mod relay;
