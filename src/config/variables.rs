@@ -109,7 +109,7 @@ pub struct RouteConfig {
         "Prefers endpoints of the same zone or node. Needs Kubernetes, AEGIS_ZONE or AEGIS_NODE_NAME.";
     backend_drain: Option<Duration> = AEGIS_BACKEND_DRAIN("off")
         in or("off", durations(seconds(0)..=days(1))),
-        "Cuts sessions on an endpoint this long after it left, within a second. off: they end by themselves.";
+        "Ends sessions on an endpoint this long after it left. off: they end by themselves.";
     slow_start: Option<Duration> = AEGIS_SLOW_START("5s")
         in or("off", durations(ms(100)..=minutes(10))),
         "An endpoint that joins others gets its full share of sessions only after this time.";
