@@ -5,6 +5,7 @@
 
 mod cut;
 mod dispatch;
+mod ended;
 mod events;
 mod places;
 mod pools;
