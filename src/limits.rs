@@ -11,6 +11,12 @@ pub const ENDPOINTS_MAX: usize = 1024;
 /// its clients to leave waits as much longer.
 pub const ENDPOINT_LINGER: Duration = Duration::from_secs(2);
 
+/// What is on an endpoint that left is cut within so long, each session at a moment of its own. All at
+/// once would be reconnects and logins all at once, of a whole fleet, at the endpoint that takes its
+/// place. With the usual hundred to a few hundred connections to a database that is as many logins a
+/// second, which one core serves; and a server that still takes writes has that much longer for them.
+pub const CUT_TIME: Duration = Duration::from_secs(1);
+
 /// An address behind a name may be missing in fewer answers than this, since name servers give a
 /// part of the addresses at a time, and has left only then.
 pub const DNS_ANSWERS_TO_LEAVE: u32 = 3;

@@ -238,7 +238,7 @@ pub struct PoolConfig {
 /// What holds for requests, where clients share used connections.
 pub struct RequestConfig {
     queue_max: usize = AEGIS_QUEUE_MAX("8192") in numbers(0..=limits::SESSIONS_MAX),
-        "Requests or sessions that wait for a connection at most, per worker, each with a line of its own.";
+        "Requests or sessions of a worker that wait for a connection at most; it has a line of each.";
     queue_timeout: Duration = AEGIS_QUEUE_TIMEOUT("5s") in durations(ms(10)..=hours(1)),
         "How long a request or a session waits for a backend connection before it gets an error.";
     timeout: Option<Duration> = AEGIS_REQUEST_TIMEOUT("30s")

@@ -52,6 +52,8 @@ impl Run {
         }
         route.idle_timeout = idle_timeout;
         route.balance = [Balance::LeastConn, Balance::PeakEwma][sessions_max % 2];
+        route.backend_drain =
+            [None, None, Some(Duration::ZERO), Some(SECOND)][sessions_max / 2 % 4];
         route.half_close_timeout = timeouts.then_some(3 * SECOND);
         // Short of buffers, or with plenty.
         let buffers = if lean { 6 * sessions_max + 64 } else { limits::buffers_max(sessions_max) };

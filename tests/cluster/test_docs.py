@@ -106,6 +106,21 @@ def test_every_block_of_yaml_is_valid():
             assert kinds(objects).count("NetworkPolicy") == 1
 
 
+def test_the_recipes_for_failovers_are_values_of_the_chart():
+    recipes = [yaml.safe_load(text) for _, text in files((ROOT / "docs/FAILOVER.md").read_text())]
+    assert len(recipes) == 3
+    for recipe in recipes:
+        values = {**recipe, "clients": [{"namespace": "shop", "serviceAccount": "web"}]}
+        objects = template(CHART, *INJECTS, values=values)
+        validate(objects)
+        role = one(objects, "Role")
+        assert ["pods"] in [rule["resources"] for rule in role["rules"]], role
+        rendered = yaml.dump([item for item in objects if item["kind"] == "MutatingAdmissionPolicy"], width=10_000)
+        backend, sidecar = recipe["sidecar"]["backend"], recipe["sidecar"]
+        for set_value in [backend["selector"], sidecar["backendDrain"], *sidecar["env"].values(), "AEGIS_BACKEND_DRAIN"]:
+            assert set_value in rendered, set_value
+
+
 def test_every_command_is_of_a_known_program_and_names_what_exists():
     known = {"make", "docker", "helm", "kubectl", "curl", "printf", "ab", "cargo", "apt-get", "aegis-proxy"}
     for words in [words for page in PAGES for words in commands(page)]:

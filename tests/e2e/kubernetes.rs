@@ -228,6 +228,12 @@ fn pods_are_found_by_their_labels(io: Io) {
     api.pod("chronos-1", &labels, servers[1].address());
     proxy.wait_for_endpoints(2);
     assert_eq!(who(&proxy), ["a", "b"]);
+    api.label_pod("chronos-1", &serde_json::json!({"app": "other"}));
+    proxy.wait_for_endpoints(1);
+    assert_eq!(who(&proxy), ["a"], "a pod that lost its label is another one's");
+    api.label_pod("chronos-1", &labels);
+    proxy.wait_for_endpoints(2);
+    assert_eq!(who(&proxy), ["a", "b"]);
     api.delete_pod("chronos-0");
     proxy.wait_for_endpoints(1);
     assert_eq!(who(&proxy), ["b"]);

@@ -45,6 +45,7 @@ mod places;
 mod platform;
 mod pooling;
 mod pressure;
+mod promotion;
 mod proxy_protocol;
 mod refused_names;
 mod relay;

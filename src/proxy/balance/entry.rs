@@ -39,8 +39,10 @@ pub struct Entry {
     pub(super) present: bool,
     /// When it left the set.
     pub(super) removed_at: Option<Instant>,
-    /// It left the set for good, as far as anybody can tell: see [`Entry::let_go`].
-    pub(super) gone: bool,
+    /// When it joined others, of which there may have been one that it takes the place of.
+    pub(super) joined_at: Option<Instant>,
+    /// Since when it counts as having left the set for good: see [`Entry::let_go`].
+    pub(super) gone_at: Option<Instant>,
     pub(super) ramp: Ramp,
     /// How long it takes to answer.
     pub(super) latency: Latency,
@@ -102,7 +104,8 @@ impl Entry {
             worker,
             present: true,
             removed_at: None,
-            gone: false,
+            joined_at: None,
+            gone_at: None,
             ramp: if joins { Ramp::Cold } else { Ramp::Full },
             latency: Latency::default(),
             owed: Ends::default(),
@@ -218,21 +221,25 @@ impl Entry {
         load << self.health.weight().min(16)
     }
 
-    /// Whether it left the set at least `drain` ago, for good, and still has sessions.
-    pub fn is_overdue(&self, drain: Duration, now: Instant) -> bool {
-        let passed = |at| now.saturating_duration_since(at) >= drain;
-        self.pool.in_use() > 0 && self.gone && self.removed_at.is_some_and(passed)
+    /// Since when what is on it is to be cut, if it is: it left the set for good, and at least `drain`
+    /// ago.
+    pub fn overdue_since(&self, drain: Duration, now: Instant) -> Option<Instant> {
+        let since = self.gone_at?.max(self.removed_at? + drain);
+        (self.pool.in_use() > 0 && since <= now).then_some(since)
     }
 
     /// Takes note of whether it left the set at least `linger` ago. Until then it may come back any
     /// moment: it gets nothing new, but what it has stays as it is.
     pub fn let_go(&mut self, linger: Duration, now: Instant) {
-        self.gone |= self.removed_at.is_some_and(|at| now.saturating_duration_since(at) >= linger);
+        let passed = |at| now.saturating_duration_since(at) >= linger;
+        if self.removed_at.is_some_and(passed) {
+            self.gone_at.get_or_insert(now);
+        }
     }
 
     /// Whether it left the set for good.
     pub fn is_gone(&self) -> bool {
-        self.gone
+        self.gone_at.is_some()
     }
 
     /// This worker's counters of the endpoint.

@@ -22,7 +22,7 @@ mod tests;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use choose::Having;
 pub use conns::Totals;
@@ -55,6 +55,8 @@ pub struct Table {
     totals: Totals,
     /// Those that the latest snapshot names, in its order.
     present: Vec<EndpointId>,
+    /// When the latest of them joined others.
+    joined_at: Option<Instant>,
     /// The stores that share the keys, if keys say where requests go.
     stores: Vec<Store>,
     /// The hashes of their names, in the same order.
@@ -82,6 +84,7 @@ impl Table {
             entries: Vec::new(),
             totals: Totals::default(),
             present: Vec::new(),
+            joined_at: None,
             stores: Vec::new(),
             names: Vec::new(),
             policy,
@@ -105,6 +108,7 @@ impl Table {
         now: Instant,
     ) {
         let joins = slow_start && !self.present.is_empty();
+        let is_first = !self.has_entries();
         for entry in self.entries.iter_mut().flatten() {
             entry.present = false;
             entry.removed_at.get_or_insert(now);
@@ -127,11 +131,17 @@ impl Table {
             let worker = self.worker;
             let entry = self.entries[index]
                 .get_or_insert_with(|| Entry::new(endpoint, worker, pool, joins, now));
-            (entry.present, entry.gone) = (true, false);
-            entry.removed_at = None;
+            let was_there = entry.removed_at.is_some() && !entry.is_gone();
+            if !was_there {
+                entry.joined_at = (!is_first).then_some(now);
+            }
+            entry.present = true;
+            (entry.removed_at, entry.gone_at) = (None, None);
             self.present.push(EndpointId::at(index));
             indices.push(Some(EndpointId::at(index)));
         }
+        let present = self.present.iter().filter_map(|&index| self.get(index));
+        self.joined_at = present.filter_map(|entry| entry.joined_at).max();
         let endpoint = |at: usize| indices.get(at).copied().flatten();
         let stores = snapshot.stores.iter().map(|store| Store {
             name: Arc::clone(&store.name),
@@ -172,7 +182,7 @@ impl Table {
         let crowded = self.entries.len() > 2 * ENDPOINTS_MAX;
         for slot in &mut self.entries {
             // What another worker's session is about may come to this one.
-            let is_over = |entry: &Entry| entry.gone && !entry.endpoint.has_sessions();
+            let is_over = |entry: &Entry| entry.is_gone() && !entry.endpoint.has_sessions();
             let over = |entry: &Entry| !entry.present && (is_over(entry) || crowded);
             if slot.as_ref().is_some_and(|entry| over(entry) && entry.is_unused()) {
                 *slot = None;
@@ -228,6 +238,14 @@ impl Table {
     pub fn is_outage(&self, now: Instant) -> bool {
         let entries = self.present.iter().map(|&index| self.entries[usize::from(index)].as_ref());
         !entries.flatten().any(|entry| entry.is_usable(now))
+    }
+
+    /// Whether another endpoint has taken the place of one that left: it has joined since, or less than
+    /// `before` ahead of that.
+    pub fn is_replaced(&self, index: EndpointId, before: Duration) -> bool {
+        let left = self.get(index).and_then(|entry| entry.removed_at);
+        let joined = self.joined_at;
+        left.is_some_and(|left| joined.is_some_and(|joined| joined + before >= left))
     }
 
     /// Whether there is any endpoint to look after, removed ones included.

@@ -445,21 +445,6 @@ impl Route {
         self.on_gone(cx, reason, session.age(cx.now));
     }
 
-    /// Ends the sessions on an endpoint that left the set long enough ago.
-    pub(super) fn close_sessions_on<D: Driver>(
-        &mut self,
-        cx: &mut Context<D>,
-        endpoint: EndpointId,
-    ) {
-        for slot in 0..self.sessions.slots() {
-            if let Some(key) = self.sessions.key_at(slot)
-                && self.sessions.of(key).endpoint() == Some(endpoint)
-            {
-                self.close_session(cx, key, CloseReason::EndpointRemoved);
-            }
-        }
-    }
-
     pub(super) fn close_all_sessions<D: Driver>(
         &mut self,
         cx: &mut Context<D>,

@@ -3,6 +3,7 @@
 //!
 //! A route's methods are handed the worker's context, and know nothing of other routes.
 
+mod cut;
 mod dispatch;
 mod ended;
 mod events;
@@ -109,6 +110,9 @@ impl Route {
         let slow_start = self.config.slow_start.is_some();
         self.pools.table.apply(snapshot, &self.config.pool, slow_start, cx.now);
         self.evict_removed(cx);
+        for endpoint in self.pools.table.indices() {
+            self.cut_overdue(cx, endpoint);
+        }
         self.stats.applied_generation.set(snapshot.generation);
         self.pools.short.clear();
         self.pools.short.extend(self.pools.table.indices());

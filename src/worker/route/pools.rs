@@ -31,8 +31,10 @@ pub(super) struct Pools {
     /// Endpoints that may have connections for requests that wait.
     pub freed: Vec<EndpointId>,
     pub health: HealthConfig,
-    /// For so long an endpoint that left the set is taken to come back.
-    pub linger: Duration,
+    /// For so long an endpoint that left the set is taken to come back, …
+    linger: Duration,
+    /// … and for so long if another one has taken its place.
+    linger_replaced: Duration,
     /// Of connections to backends.
     pub options: net::Options,
     /// Where backends cannot be.
@@ -58,6 +60,18 @@ fn linger_of(config: &RouteConfig) -> Duration {
             answers.max(limits::ENDPOINT_LINGER)
         }
         Discovery::Static | Discovery::Kubernetes => limits::ENDPOINT_LINGER,
+    }
+}
+
+/// The same if another one has taken its place: then it does not come back, unless name servers have
+/// only given other addresses for once.
+fn linger_replaced_of(config: &RouteConfig) -> Duration {
+    let linger = linger_of(config);
+    match config.discovery {
+        Discovery::Dns => linger,
+        Discovery::Static | Discovery::Kubernetes => {
+            config.backend_drain.map_or(linger, |drain| drain.min(linger))
+        }
     }
 }
 
@@ -88,6 +102,7 @@ impl Pools {
                 eject_time: config.eject_time,
             },
             linger: linger_of(config),
+            linger_replaced: linger_replaced_of(config),
             options: socket_options(config),
             listening,
             idle_max: config.pool.most(),
@@ -121,6 +136,15 @@ impl Pools {
             return self.listening.paths().any(|path| cx.driver.leads_back_to(conn, path));
         };
         from == to || self.listening.reached_by(&to.into(), |ip| ip == from.ip()).is_some()
+    }
+
+    /// For how long an endpoint that left the set is taken to come back.
+    pub(super) fn linger_of(&self, endpoint: EndpointId) -> Duration {
+        if self.table.is_replaced(endpoint, limits::ENDPOINT_LINGER) {
+            self.linger_replaced
+        } else {
+            self.linger
+        }
     }
 
     /// Remembers that requests that wait may find a connection of an endpoint.

@@ -239,9 +239,10 @@ impl Route {
     /// Closes the idle connections of endpoints that have left for good. Those of one that may come
     /// back stay for a little, unless nobody needs them.
     pub(super) fn evict_removed<D: Driver>(&mut self, cx: &mut Context<D>) {
-        let (now, linger) = (cx.now, self.pools.linger);
+        let now = cx.now;
         let keeps = self.keeps_pools(cx);
         for endpoint in self.pools.table.indices() {
+            let linger = self.pools.linger_of(endpoint);
             let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
             entry.let_go(linger, now);
             if entry.is_gone() || !(keeps || entry.is_present()) {
@@ -342,7 +343,7 @@ impl Route {
     /// so none that was made before now. Its host was restarted, or its address has moved.
     fn on_forgotten<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
         self.pools.empty_pool(cx, endpoint, Discard::Dead);
-        self.discard_idle_in_use_of(cx, endpoint);
+        self.discard_idle_in_use_of(cx, endpoint, Discard::Dead);
         self.pools.on_failed_at_once(cx, endpoint, false);
         self.pools.mark_short(endpoint);
     }
@@ -399,10 +400,7 @@ impl Route {
             if let Some(slow_start) = self.config.slow_start {
                 entry.ramp_up(slow_start, now);
             }
-            if self.config.backend_drain.is_some_and(|drain| entry.is_overdue(drain, now)) {
-                self.close_sessions_on(cx, endpoint);
-                self.reclaim_from(cx, endpoint);
-            }
+            self.cut_overdue(cx, endpoint);
             let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
             let running = cx.command < Command::Drain && entry.is_present();
             if running && entry.health.take_probe(now) {
