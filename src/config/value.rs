@@ -444,7 +444,7 @@ words! {
         "dns" => Dns,
         "kubernetes" => Kubernetes,
     }
-    Locality { "off" => Off, "zone" => Zone, "node" => Node, }
+    Locality { "off" => Off, "zone" => Zone, "node" => Node, "failover" => Failover, }
     Preset { "none" => None, "postgres" => Postgres, "mysql" => Mysql, "redis" => Redis, }
     PoolMode { "preconnect" => Preconnect, "session" => Session, "request" => Request, }
     Switch { "auto" => Auto, "on" => On, "off" => Off, }

@@ -44,11 +44,13 @@ pub struct Config {
     max_sessions: Option<NonZeroUsize> = AEGIS_MAX_SESSIONS("auto")
         in word_or("auto", numbers(1..=limits::SESSIONS_MAX)),
         "Sessions at a time in the whole process. auto: what RLIMIT_NOFILE allows, 10000 at most.";
-    => "Node and zone"
+    => "Node, zone and region"
     node_name: Option<String> = AEGIS_NODE_NAME("none") in Place("a node's name"),
         "The node that this runs on, from the downward API.";
     zone: Option<String> = AEGIS_ZONE("none") in Place("a zone's name"),
         "The zone that this runs in, from the downward API.";
+    region: Option<String> = AEGIS_REGION("none") in Place("a region's name"),
+        "The region that this runs in, from the downward API.";
     => "Start and shutdown"
     start_timeout: Duration = AEGIS_START_TIMEOUT("5s") in durations(seconds(0)..=minutes(5)),
         "How long a start waits for an API or name server out of reach; wrong settings hold it forever.";
@@ -97,6 +99,13 @@ pub struct RouteConfig {
         parse: |text, max| list(text, max, str::parse),
     },
         "Where connections go. A name stands for all the addresses it resolves to.";
+    backups: Option<Vec<Backend>> = AEGIS_BACKUPS("none") in or("none", List {
+        of: "HOST:PORT or unix:/PATH",
+        count_max: limits::ENDPOINTS_MAX,
+        note: "none of AEGIS_BACKENDS",
+        parse: |text, max| list(text, max, str::parse),
+    }),
+        "Where connections go while none of AEGIS_BACKENDS is usable.";
     dns_refresh: Duration = AEGIS_DNS_REFRESH("5s") in durations(ms(100)..=hours(1)),
         "How often names are resolved again; where their TTL is longer, after that, 30s at most.";
     discovery: Discovery = AEGIS_DISCOVERY("auto") in auto_or_words(Discovery::Static),
@@ -106,7 +115,9 @@ pub struct RouteConfig {
     kube: KubeConfig;
     => "Endpoints"
     locality: Locality = AEGIS_LOCALITY("off") in words(),
-        "Prefers endpoints of the same zone or node. Needs Kubernetes, AEGIS_ZONE or AEGIS_NODE_NAME.";
+        "Prefers endpoints of the same zone or node; failover: strictly zone, then region, then others.";
+    failback_time: Duration = AEGIS_FAILBACK_TIME("10s") in durations(seconds(0)..=hours(1)),
+        "How long endpoints that others stand in for have to be usable again before they are used.";
     backend_drain: Option<Duration> = AEGIS_BACKEND_DRAIN("off")
         in or("off", durations(seconds(0)..=days(1))),
         "Ends sessions on an endpoint this long after it left. off: they end by themselves.";

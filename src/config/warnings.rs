@@ -4,11 +4,11 @@ use super::routes::plain;
 use super::value::unknown_targets;
 use super::variable::{VARIABLES, Variable};
 use super::variables::{
-    AEGIS_BACKEND_DRAIN, AEGIS_BACKENDS, AEGIS_DNS_REFRESH, AEGIS_KUBE_STORES, AEGIS_LINE_MAX,
-    AEGIS_LOCALITY, AEGIS_POOL_IDLE_TIMEOUT, AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MAX_LIFETIME,
-    AEGIS_POOL_SIZE, AEGIS_PRESET, AEGIS_PROTOCOL, AEGIS_QUEUE_MAX, AEGIS_QUEUE_TIMEOUT,
-    AEGIS_REPEAT_WRITES, AEGIS_REQUEST_TIMEOUT, AEGIS_SLOW_START, AEGIS_SOCKET_MODE,
-    AEGIS_SOCKET_OWNER,
+    AEGIS_BACKEND_DRAIN, AEGIS_BACKENDS, AEGIS_BACKUPS, AEGIS_DNS_REFRESH, AEGIS_FAILBACK_TIME,
+    AEGIS_KUBE_STORES, AEGIS_LINE_MAX, AEGIS_LOCALITY, AEGIS_POOL_IDLE_TIMEOUT,
+    AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MAX_LIFETIME, AEGIS_POOL_SIZE, AEGIS_PRESET, AEGIS_PROTOCOL,
+    AEGIS_QUEUE_MAX, AEGIS_QUEUE_TIMEOUT, AEGIS_REPEAT_WRITES, AEGIS_REQUEST_TIMEOUT,
+    AEGIS_SLOW_START, AEGIS_SOCKET_MODE, AEGIS_SOCKET_OWNER,
 };
 use super::{Balance, Config, Discovery, Locality, PoolMode, Protocol, RouteConfig};
 
@@ -71,26 +71,13 @@ impl Config {
         let by_key = route.balance == Balance::KeyHash;
         let keeps_idle = mode == PoolMode::Request || route.pool.max_idle > 0;
         let ramps = ![Balance::SourceHash, Balance::KeyHash].contains(&route.balance);
-        vec![
+        let mut rules: Vec<Rule<'a>> = vec![
             (kube, kubernetes, "the endpoints do not come from Kubernetes"),
-            (&[AEGIS_BACKENDS], !kubernetes, "the endpoints come from Kubernetes"),
             (&[AEGIS_KUBE_STORES], !kubernetes || by_key, "AEGIS_BALANCE is not key_hash"),
             (
                 &[AEGIS_SOCKET_MODE, AEGIS_SOCKET_OWNER],
                 route.listen.iter().any(|address| address.path().is_some()),
                 "AEGIS_LISTEN has no Unix socket",
-            ),
-            (&[AEGIS_DNS_REFRESH], route.discovery == Discovery::Dns, "no names are resolved"),
-            (&[AEGIS_LOCALITY], kubernetes, "only Kubernetes says where endpoints are"),
-            (
-                &[AEGIS_LOCALITY],
-                !kubernetes || route.locality != Locality::Zone || self.zone.is_some(),
-                "AEGIS_ZONE does not say which zone is near",
-            ),
-            (
-                &[AEGIS_LOCALITY],
-                !kubernetes || route.locality != Locality::Node || self.node_name.is_some(),
-                "AEGIS_NODE_NAME does not say which node is near",
             ),
             (
                 &[AEGIS_BACKEND_DRAIN, AEGIS_SLOW_START],
@@ -130,6 +117,31 @@ impl Config {
                 keeps_idle || mode == PoolMode::Session,
                 "AEGIS_POOL_MAX_IDLE=0 keeps no connections",
             ),
+        ];
+        rules.extend(self.rules_of_endpoints(route));
+        rules
+    }
+
+    /// Those that say where endpoints are, and which come first.
+    fn rules_of_endpoints(&self, route: &RouteConfig) -> Vec<Rule<'static>> {
+        let kubernetes = route.discovery == Discovery::Kubernetes;
+        vec![
+            (&[AEGIS_BACKENDS, AEGIS_BACKUPS], !kubernetes, "the endpoints come from Kubernetes"),
+            (&[AEGIS_DNS_REFRESH], route.discovery == Discovery::Dns, "no names are resolved"),
+            (&[AEGIS_LOCALITY], kubernetes, "only Kubernetes says where endpoints are"),
+            (
+                &[AEGIS_LOCALITY],
+                !kubernetes
+                    || ![Locality::Zone, Locality::Failover].contains(&route.locality)
+                    || self.zone.is_some(),
+                "AEGIS_ZONE does not say which zone is near",
+            ),
+            (
+                &[AEGIS_LOCALITY],
+                !kubernetes || route.locality != Locality::Node || self.node_name.is_some(),
+                "AEGIS_NODE_NAME does not say which node is near",
+            ),
+            (&[AEGIS_FAILBACK_TIME], route.has_tiers(), "no endpoints stand in for others"),
         ]
     }
 }

@@ -372,6 +372,7 @@ mod tests {
         let route = Arc::make_mut(&mut config.routes[0]);
         (route.pool.mode, route.protocol) = (PoolMode::Session, Protocol::Http1);
         route.locality = Locality::Zone;
+        route.backups = Some(vec!["10.0.0.9:1".parse().unwrap()]);
         let text = text_of(view(config, vec![endpoint("db:1", "10.0.0.1:1")]));
         let families = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
         let found = families.map(|family| family.split(' ').next().unwrap());

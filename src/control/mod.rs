@@ -8,6 +8,7 @@ mod lifecycle;
 pub mod logging;
 pub mod metrics;
 mod outages;
+mod tiers;
 pub mod view;
 
 #[cfg(test)]
@@ -149,6 +150,7 @@ impl Plane {
             discover(&self.config, at, publisher, status);
         }
         tokio::spawn(outages::log_outages(Arc::clone(&view)));
+        tokio::spawn(tiers::log_tiers(Arc::clone(&view)));
         tokio::spawn(admin::serve(admin, Arc::clone(&view)));
         Ok(lifecycle::run(&view, events).await)
     }
@@ -168,8 +170,10 @@ fn discover(config: &Config, at: usize, publisher: Publisher, status: Arc<Status
         let source = kubernetes::Kubernetes::new(config, route, status);
         tokio::spawn(source.run(publisher).instrument(span));
     } else {
+        let (hosts, tiers) = route.all_backends().map(|(host, tier)| (host.clone(), tier)).unzip();
         let backends = dns::Backends {
-            hosts: route.backends.clone(),
+            hosts,
+            tiers,
             refresh: route.dns_refresh,
             first_answer_max: config.start_timeout,
             resolver: dns::SystemResolver::default(),

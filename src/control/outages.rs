@@ -92,7 +92,7 @@ fn look(
 }
 
 /// What endpoints there are, and why none of them is usable.
-fn unusable(endpoints: &[Arc<Endpoint>]) -> String {
+pub(super) fn unusable(endpoints: &[Arc<Endpoint>]) -> String {
     if endpoints.is_empty() {
         return "there is no endpoint".to_owned();
     }

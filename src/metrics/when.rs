@@ -1,7 +1,7 @@
 //! Under which conditions a metric or one of its label values is there. What can never move in the
 //! configuration at hand is not shown.
 
-use crate::config::{Locality, PoolMode, RouteConfig};
+use crate::config::{PoolMode, RouteConfig};
 
 /// A condition.
 #[derive(Debug, Clone, Copy)]
@@ -41,8 +41,15 @@ impl When {
         holds: |config| (Self::SHARED.holds)(config) && (Self::MAY_BE_OPAQUE.holds)(config),
     };
     /// Near endpoints are preferred.
-    pub const LOCALITY: Self =
-        Self { text: "`AEGIS_LOCALITY` is set", holds: |config| config.locality != Locality::Off };
+    pub const LOCALITY: Self = Self {
+        text: "`AEGIS_LOCALITY` is `zone` or `node`",
+        holds: |config| config.locality.prefers_near(),
+    };
+    /// Some endpoints stand in for others.
+    pub const TIERS: Self = Self {
+        text: "`AEGIS_BACKUPS` is set, or `AEGIS_LOCALITY` is `failover`",
+        holds: RouteConfig::has_tiers,
+    };
     /// Idle sessions end.
     pub const IDLE_TIMEOUT: Self =
         Self { text: "`AEGIS_IDLE_TIMEOUT` is set", holds: |config| config.idle_timeout.is_some() };

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
+use serde::{Deserialize, Serialize};
+
 use super::{RouteId, WorkerId};
 use crate::io::net::Address;
 use crate::metrics::EndpointStats;
@@ -28,6 +30,44 @@ impl EndpointId {
 impl From<EndpointId> for usize {
     fn from(id: EndpointId) -> Self {
         id.0.into()
+    }
+}
+
+/// The rank of an endpoint: it is chosen only while no endpoint of a lower tier is usable.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
+#[serde(try_from = "u8")]
+pub struct Tier(u8);
+
+impl Tier {
+    /// The one that is used while it can be.
+    pub const FIRST: Self = Self(0);
+    /// So many there are at most: the own zone, its region, and elsewhere.
+    pub const COUNT_MAX: usize = 3;
+
+    /// The tier behind so many others.
+    ///
+    /// # Panics
+    /// They are [`Tier::COUNT_MAX`] or more.
+    pub const fn at(index: usize) -> Self {
+        assert!(index < Self::COUNT_MAX, "more tiers than there can be");
+        Self(index as u8)
+    }
+}
+
+impl TryFrom<u8> for Tier {
+    type Error = &'static str;
+
+    fn try_from(number: u8) -> Result<Self, Self::Error> {
+        let is_one = usize::from(number) < Self::COUNT_MAX;
+        is_one.then_some(Self(number)).ok_or("more tiers than there can be")
+    }
+}
+
+impl From<Tier> for usize {
+    fn from(tier: Tier) -> Self {
+        tier.0.into()
     }
 }
 
@@ -99,9 +139,18 @@ pub struct EndpointSnapshot {
     pub generation: u64,
     /// The endpoints, at most [`crate::limits::ENDPOINTS_MAX`].
     pub endpoints: Vec<Arc<Endpoint>>,
+    /// Their tiers, in the same order; those beyond its end are of the first one.
+    pub tiers: Vec<Tier>,
     /// Where keys say where a request goes: all stores that share the keys, in the order in which
     /// they were declared. Nothing but these names says which of them holds a key.
     pub stores: Vec<Store>,
+}
+
+impl EndpointSnapshot {
+    /// The tier of the endpoint at this place.
+    pub fn tier_of(&self, at: usize) -> Tier {
+        self.tiers.get(at).copied().unwrap_or_default()
+    }
 }
 
 /// One of the stores that share the keys. It holds its keys whether it is there or not: what it

@@ -164,6 +164,16 @@ impl Health {
         true
     }
 
+    /// Ejects it, however few its failures are: nobody but a probe is to find out whether it is well.
+    /// Says whether it was usable.
+    pub fn eject(&mut self, config: &HealthConfig, now: Instant, rng: &mut fastrand::Rng) -> bool {
+        if !self.is_usable() {
+            return false;
+        }
+        self.failures = self.failures.max(config.eject_failures.saturating_sub(1));
+        self.on_failure(config, now, rng)
+    }
+
     /// The probe could not be made, for a reason on this side; another one is due a little later.
     pub fn on_probe_lost(&mut self, now: Instant) {
         if self.is_probing() {

@@ -30,6 +30,7 @@ on_both_drivers![
     an_endpoint_that_goes_is_drained_within_its_time,
     a_rolling_replacement_fails_no_session,
     local_endpoints_are_preferred_until_they_are_gone,
+    the_own_zone_is_left_for_its_region_and_that_for_others_and_back_after_a_while,
     a_change_reaches_every_worker_within_milliseconds,
     a_thousand_endpoints_that_change_all_the_time_harm_nobody,
 ];
@@ -483,6 +484,40 @@ fn local_endpoints_are_preferred_until_they_are_gone(io: Io) {
     proxy.wait_for_endpoints(1);
     assert_eq!(who(&proxy), ["far"]);
     assert!(proxy.metric(SPILLOVERS, &[("reason", "few")]) >= 40);
+}
+
+fn the_own_zone_is_left_for_its_region_and_that_for_others_and_back_after_a_while(io: Io) {
+    let api = KubeApi::start();
+    let servers = backends(&["zone", "region", "elsewhere"]);
+    let place = |at: usize| {
+        let (name, zone) = [("zone", "eu-1a"), ("region", "eu-1b"), ("elsewhere", "us-2a")][at];
+        let address = servers[at].address();
+        api.slice(name, &Slice::of(address.port()).with(name, address.ip()).at("node", zone));
+    };
+    (0..3).for_each(place);
+    let proxy = on(io, &api)
+        .set("AEGIS_LOCALITY", "failover")
+        .set("AEGIS_ZONE", "eu-1a")
+        .set("AEGIS_REGION", "eu-1")
+        .set("AEGIS_FAILBACK_TIME", "1s")
+        .start();
+    proxy.wait_for_endpoints(3);
+    // However many sessions there are.
+    let held: Vec<_> = (0..40).map(|_| connect(proxy.address())).collect();
+    assert!(held.iter().all(|client| ask(client, "who") == "zone"));
+    api.delete_slice("zone");
+    proxy.wait_for_endpoints(2);
+    assert_eq!(who(&proxy), ["region"]);
+    api.delete_slice("region");
+    proxy.wait_for_endpoints(1);
+    assert_eq!(who(&proxy), ["elsewhere"]);
+    assert!(held.iter().all(|client| ask(client, "who") == "zone"), "sessions stay");
+    let returned = Instant::now();
+    place(0);
+    eventually("the zone is used again", PATIENCE, || {
+        (ask_once(proxy.address(), "who").unwrap() == "zone").then_some(())
+    });
+    assert!(returned.elapsed() >= Duration::from_secs(1), "after {:?}", returned.elapsed());
 }
 
 fn a_change_reaches_every_worker_within_milliseconds(io: Io) {

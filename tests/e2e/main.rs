@@ -51,6 +51,7 @@ mod routes;
 mod routes_attacks;
 mod routing;
 mod shares;
+mod tiers;
 mod transport;
 mod unheard;
 mod unix;

@@ -77,6 +77,20 @@ fn what_has_no_effect_is_told_with_the_reason() {
         ),
         (&[kube, ("AEGIS_LOCALITY", "zone"), ("AEGIS_ZONE", "a")], &[]),
         (&[kube, ("AEGIS_LOCALITY", "node"), ("AEGIS_ZONE", "a")], &["AEGIS_LOCALITY"]),
+        (&[kube, ("AEGIS_LOCALITY", "failover")], &["AEGIS_LOCALITY=\"failover\" has no effect"]),
+        (&[kube, ("AEGIS_LOCALITY", "failover"), ("AEGIS_ZONE", "a")], &[]),
+        (&[("AEGIS_FAILBACK_TIME", "1s")], &["AEGIS_FAILBACK_TIME"]),
+        (
+            &[
+                kube,
+                ("AEGIS_FAILBACK_TIME", "1s"),
+                ("AEGIS_LOCALITY", "failover"),
+                ("AEGIS_ZONE", "a"),
+            ],
+            &[],
+        ),
+        (&[("AEGIS_FAILBACK_TIME", "1s"), ("AEGIS_BACKUPS", "10.0.0.1:1")], &[]),
+        (&[kube, ("AEGIS_BACKUPS", "10.0.0.1:1")], &["AEGIS_BACKUPS"]),
         // Where this runs is a fact, and asks for nothing.
         (&[("AEGIS_ZONE", "a"), ("AEGIS_NODE_NAME", "n"), ("AEGIS_CPU_REQUEST", "100")], &[]),
         (&[("AEGIS_BACKEND_DRAIN", "1s")], &["AEGIS_BACKEND_DRAIN"]),
@@ -217,4 +231,49 @@ fn a_name_is_counted_as_the_addresses_that_it_may_stand_for() {
     let addresses = |backends| read(&[("AEGIS_BACKENDS", backends)]).unwrap().routes[0].addresses();
     assert_eq!(addresses("10.0.0.1:80,[::1]:80"), 2);
     assert_eq!(addresses("10.0.0.1:80,db:80"), 1 + crate::limits::ADDRESSES_PER_NAME);
+}
+
+#[test]
+fn backups_are_other_servers_than_those_that_they_stand_in_for() {
+    let keys = [
+        ("AEGIS_PROTOCOL", "chronos"),
+        ("AEGIS_POOL_MODE", "request"),
+        ("AEGIS_BALANCE", "key_hash"),
+        ("AEGIS_BACKUPS", "10.0.0.2:1"),
+    ];
+    let zones = [
+        ("AEGIS_KUBE_SERVICE", "db"),
+        ("AEGIS_PROTOCOL", "chronos"),
+        ("AEGIS_POOL_MODE", "request"),
+        ("AEGIS_BALANCE", "key_hash"),
+        ("AEGIS_LOCALITY", "failover"),
+        ("AEGIS_ZONE", "a"),
+    ];
+    let many = (1..=1000).map(|port| format!("10.0.0.2:{port}")).collect::<Vec<_>>().join(",");
+    let more = many.replace("10.0.0.2", "10.0.0.3");
+    for (vars, part) in [
+        (
+            &[("AEGIS_BACKENDS", "10.0.0.1:1,10.0.0.2:1"), ("AEGIS_BACKUPS", "10.0.0.2:1")][..],
+            "AEGIS_BACKENDS=\"10.0.0.2:1\" and AEGIS_BACKUPS=\"10.0.0.2:1\": nothing stands in for",
+        ),
+        (&keys, "AEGIS_BACKUPS=\"10.0.0.2:1\": no store has the keys of another one"),
+        (&zones, "AEGIS_LOCALITY=\"failover\": no store has the keys of another one"),
+        (
+            &[("AEGIS_DISCOVERY", "static"), ("AEGIS_BACKUPS", "spare.example:1")],
+            "AEGIS_BACKUPS=\"spare.example:1\": names have to be resolved",
+        ),
+        (
+            &[("AEGIS_LISTEN", "127.0.0.1:1"), ("AEGIS_BACKUPS", "127.0.0.1:1")],
+            "AEGIS_BACKUPS=\"127.0.0.1:1\": the proxy would connect to itself without end",
+        ),
+        (&[("AEGIS_BACKENDS", &many), ("AEGIS_BACKUPS", &more)], "2000 together, 1024 at most"),
+        (&[("AEGIS_BACKUPS", "db")], "AEGIS_BACKUPS=\"db\": \"db\": the port is missing"),
+        (&[("AEGIS_FAILBACK_TIME", "2h")], "AEGIS_FAILBACK_TIME=\"2h\": above 1h"),
+    ] {
+        let [problem] = &problems(vars)[..] else { panic!("{part}: {:?}", problems(vars)) };
+        assert!(problem.contains(part), "{problem}");
+    }
+    let discovery = |backups| read(&[("AEGIS_BACKUPS", backups)]).unwrap().routes[0].discovery;
+    assert_eq!(discovery("10.0.0.1:1,unix:/run/db.sock"), Discovery::Static);
+    assert_eq!(discovery("10.0.0.1:1,spare.example:1"), Discovery::Dns);
 }

@@ -8,7 +8,7 @@ use super::outstanding::Ends;
 use crate::config::PoolConfig;
 use crate::metrics::EndpointStats;
 use crate::proxy::WorkerId;
-use crate::proxy::endpoints::Endpoint;
+use crate::proxy::endpoints::{Endpoint, Tier};
 use crate::proxy::health::{Health, HealthConfig};
 use crate::proxy::outage::Recovery;
 use crate::proxy::pool::{Counts, Pool};
@@ -28,6 +28,9 @@ pub struct Entry {
     /// nobody knows any more what is on them.
     pub(super) opaque: usize,
     worker: WorkerId,
+    pub(super) tier: Tier,
+    /// Another tier is in use.
+    pub(super) is_spare: bool,
     pub(super) present: bool,
     /// When it left the set.
     pub(super) removed_at: Option<Instant>,
@@ -81,6 +84,8 @@ impl Entry {
             recovery: Recovery::default(),
             opaque: 0,
             worker,
+            tier: Tier::FIRST,
+            is_spare: false,
             present: true,
             removed_at: None,
             gone: false,
@@ -99,6 +104,19 @@ impl Entry {
     pub fn is_usable(&self, now: Instant) -> bool {
         let has_way = self.pool.idle() > 0 || !self.recovery.backs_off(now);
         self.present && self.health.is_usable() && has_way
+    }
+
+    /// Whether its tier is worth using for it: it is in the set, it is not ejected, and unless there is
+    /// a connection to it that nobody uses, its latest connect has not failed. A backoff that is over
+    /// proves nothing, so time does not count.
+    pub(super) fn holds_tier(&self) -> bool {
+        let has_way = self.pool.idle() > 0 || !self.recovery.is_unreachable();
+        self.present && self.health.is_usable() && has_way
+    }
+
+    /// Whether a tier is in use that is not its own: it has what it had, and gets nothing new.
+    pub fn is_spare(&self) -> bool {
+        self.is_spare
     }
 
     /// Whether a client that has waited may be sent there now: there is a connection for it, or one

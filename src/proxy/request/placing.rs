@@ -81,6 +81,7 @@ impl Placing<'_> {
         source: Option<IpAddr>,
         rng: &mut fastrand::Rng,
     ) -> Placement {
+        self.table.judge_tiers(self.now);
         let destination = self.destination(client, source);
         if destination == Destination::Any && self.table.is_empty() {
             return self.await_an_endpoint(client);
@@ -195,7 +196,7 @@ impl Placing<'_> {
     /// request that has waited longest, of those that it would do for.
     pub fn serve(&mut self, endpoint: EndpointId) -> Option<Key<Client>> {
         let entry = self.table.get(endpoint)?;
-        if !entry.is_present() || entry.pool.idle() == 0 {
+        if !entry.is_present() || entry.is_spare() || entry.pool.idle() == 0 {
             return None;
         }
         self.queue.serve_either(Line::Endpoint(endpoint), Line::Any)
@@ -234,7 +235,8 @@ impl Placing<'_> {
         let waiting = self.waiting_for(endpoint);
         let entry = self.table.get_mut(endpoint)?;
         entry.pool.stop_wanting();
-        entry.is_present().then(|| waiting.saturating_sub(entry.pool.connecting()))
+        let may_come = entry.is_present() && !entry.is_spare();
+        may_come.then(|| waiting.saturating_sub(entry.pool.connecting()))
     }
 
     /// Whether a client's request that has waited for a connection for as long as it may lacks an endpoint

@@ -1,4 +1,5 @@
 mod latency;
+mod tier;
 
 use super::entry::Ramp;
 use super::*;
@@ -332,6 +333,7 @@ fn a_key_belongs_to_a_declared_store_whoever_is_there() {
                 why: None,
             })
             .collect(),
+        ..EndpointSnapshot::default()
     };
     let mut table = Table::new(Balance::LeastConn, WorkerId::new(0), 0);
     let mut owners = |there: &[u16]| {
