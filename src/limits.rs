@@ -170,6 +170,12 @@ pub const UPKEEP_INTERVAL: Duration = Duration::from_millis(100);
 /// silence for as long is suspicious, since a kernel has sent the same thing four times by then.
 pub const SILENCE_LOOK_MAX: Duration = Duration::from_millis(1250);
 
+/// Slots of connections passed, and connections looked at for what the kernel has measured of them, in
+/// one upkeep: a look takes half a microsecond.
+pub const NETWORK_SLOTS: usize = 256;
+/// See [`NETWORK_SLOTS`].
+pub const NETWORK_LOOKS: usize = 16;
+
 /// Looks at connections in one turn: half a microsecond each, so that they stay below 100 µs. That is
 /// 1,280 a second for one worker; with more that are silent at once the looks come later.
 pub const SILENCE_LOOKS_MAX: usize = 128;

@@ -3,6 +3,7 @@
 //! It never forwards a byte. It speaks to workers by their mailboxes, and reads their counters.
 
 pub mod admin;
+mod diagnosis;
 mod discovery;
 mod lifecycle;
 pub mod logging;
@@ -151,6 +152,7 @@ impl Plane {
         }
         tokio::spawn(outages::log_outages(Arc::clone(&view)));
         tokio::spawn(tiers::log_tiers(Arc::clone(&view)));
+        tokio::spawn(diagnosis::run(Arc::clone(&view)));
         tokio::spawn(admin::serve(admin, Arc::clone(&view)));
         Ok(lifecycle::run(&view, events).await)
     }

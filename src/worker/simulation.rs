@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::contention::CoreWait;
+use super::contention::CoreTimes;
 use super::engine::{Engine, EngineSetup};
 use super::mailbox::{Command, Mailbox};
 use crate::config::{Balance, Config};
@@ -87,7 +87,7 @@ impl Run {
             stats: Arc::new([Arc::clone(&stats)]),
             started: Instant::now(),
             listening: Listening::default(),
-            core_wait: CoreWait::none(),
+            core_times: CoreTimes::none(),
             seed: rng.u64(..),
         };
         Self {

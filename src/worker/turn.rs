@@ -84,6 +84,7 @@ impl<D: Driver> Engine<D> {
         for route in &mut self.routes {
             route.upkeep(&mut self.cx);
         }
+        self.look_at_network();
         self.cx.load.forget_ended();
         self.cx.driver.buffers().release_idle();
     }

@@ -18,6 +18,7 @@ mod chaos;
 mod config;
 mod crowd;
 mod databases;
+mod diagnosis;
 mod dns;
 mod drain;
 mod endings;

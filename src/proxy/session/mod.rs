@@ -90,12 +90,12 @@ enum State {
     Open,
 }
 
-/// When the client's first byte was seen, for the time to the first byte back.
+/// When the client's first byte was seen, and the first byte back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum FirstByte {
     Unasked,
     Asked(Instant),
-    Answered,
+    Answered(Instant),
 }
 
 /// One client and, once connected, its backend.
@@ -418,8 +418,14 @@ impl Session {
     /// How long the client waited for the first byte back, once, when that has just come.
     pub fn take_first_byte(&mut self, now: Instant) -> Option<Duration> {
         let FirstByte::Asked(at) = self.first_byte else { return None };
-        self.first_byte = FirstByte::Answered;
+        self.first_byte = FirstByte::Answered(now);
         Some(now.saturating_duration_since(at))
+    }
+
+    /// When the first byte back has come.
+    pub fn answered_since(&self) -> Option<Instant> {
+        let FirstByte::Answered(since) = self.first_byte else { return None };
+        Some(since)
     }
 
     /// A side's socket took bytes.

@@ -404,6 +404,9 @@ impl Route {
         self.judge_closed(cx, &mut session);
         self.pools.on_connect_over(&mut session);
         self.leave(cx, session.endpoint(), session.conn(Side::Backend));
+        if let Some(since) = session.answered_since() {
+            self.stats.transfer.record(cx.now.saturating_duration_since(since));
+        }
         self.on_gone(cx, reason, session.age(cx.now));
     }
 
