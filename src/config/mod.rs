@@ -59,6 +59,11 @@ impl RouteConfig {
         first.chain(self.backups.iter().flatten().map(|backup| (backup, Tier::at(1))))
     }
 
+    /// Whether endpoints are checked by a request.
+    pub fn checks_by_request(&self) -> bool {
+        self.check_interval.is_some() && self.check == Check::Request
+    }
+
     /// Whether some endpoints stand in for others.
     pub fn has_tiers(&self) -> bool {
         match self.discovery {
@@ -100,6 +105,15 @@ pub enum Discovery {
     Dns,
     /// The Kubernetes API.
     Kubernetes,
+}
+
+/// How an endpoint is checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Check {
+    /// It has to take a connection.
+    Connect,
+    /// It has to answer the protocol's liveness request.
+    Request,
 }
 
 /// Which endpoints are preferred.

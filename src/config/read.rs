@@ -9,13 +9,13 @@ use std::sync::Arc;
 use super::kind::Kind;
 use super::routes::{AEGIS_ROUTES, Names};
 use super::service_links;
-use super::value::{Word, list_text, overlap, takes_in};
+use super::value::{Word, duration_text, list_text, overlap, takes_in};
 use super::variable::{PREFIX, RawConfig, Section, Variable};
 use super::variables::{
-    AEGIS_ADMIN, AEGIS_BACKENDS, AEGIS_BACKUPS, AEGIS_BALANCE, AEGIS_DISCOVERY,
-    AEGIS_KUBE_NAMESPACE, AEGIS_KUBE_SELECTOR, AEGIS_KUBE_SERVICE, AEGIS_KUBE_SNAPSHOT,
-    AEGIS_LISTEN, AEGIS_LOCALITY, AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MIN_IDLE, AEGIS_POOL_MODE,
-    AEGIS_PRESET, AEGIS_PROTOCOL, AEGIS_PROXY_PROTOCOL,
+    AEGIS_ADMIN, AEGIS_BACKENDS, AEGIS_BACKUPS, AEGIS_BALANCE, AEGIS_CHECK, AEGIS_CHECK_INTERVAL,
+    AEGIS_DISCOVERY, AEGIS_KUBE_NAMESPACE, AEGIS_KUBE_SELECTOR, AEGIS_KUBE_SERVICE,
+    AEGIS_KUBE_SNAPSHOT, AEGIS_LISTEN, AEGIS_LOCALITY, AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MIN_IDLE,
+    AEGIS_POOL_MODE, AEGIS_PRESET, AEGIS_PROTOCOL, AEGIS_PROXY_PROTOCOL,
 };
 use super::{
     Backend, Balance, Config, ConfigErrors, Discovery, PoolMode, Preset, Problem, Protocol,
@@ -196,6 +196,7 @@ impl Reader {
             self.check_addresses(config, route);
             self.check_discovery(route);
             self.check_pooling(route);
+            self.check_checks(route);
         }
         self.route = None;
         self.check_listeners(config);
@@ -315,6 +316,24 @@ impl Reader {
             let pairs = [(AEGIS_BACKENDS, backends), (AEGIS_BACKUPS, backups)];
             let [a, b] = pairs.map(|(variable, count)| (variable, format!("{count} items")));
             self.conflict(a, b, &format!("they are {count} together, {ENDPOINTS_MAX} at most"));
+        }
+    }
+
+    /// A check has to be one that the server can pass, and does not mind.
+    fn check_checks(&mut self, route: &RouteConfig) {
+        let Some(interval) = &route.check_interval else { return };
+        if route.checks_by_request() && route.protocol.facts().liveness_request.is_none() {
+            let check = (AEGIS_CHECK, route.check.to_string());
+            let protocol = (AEGIS_PROTOCOL, route.protocol.to_string());
+            let with_one = Protocol::words_where(|facts| facts.liveness_request.is_some());
+            self.conflict(check, protocol, &format!("only {with_one} have a request for that"));
+        }
+        if route.preset == Preset::Mysql {
+            let interval = (AEGIS_CHECK_INTERVAL, duration_text(interval));
+            let preset = (AEGIS_PRESET, route.preset.to_string());
+            let why =
+                "such a server counts connections without a login, until it locks the host out";
+            self.conflict(interval, preset, why);
         }
     }
 

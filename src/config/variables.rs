@@ -14,11 +14,12 @@ use super::kind::{
 use super::read::Reader;
 use super::routes::RouteName;
 use super::value::{
-    absolute_path, dns_label, list, listen_addresses, log_filter, selector, socket_address,
+    absolute_path, check_path, dns_label, list, listen_addresses, log_filter, selector,
+    socket_address,
 };
 use super::variable::{Row, Section, Variable, settings};
 use super::{
-    Backend, Balance, Discovery, IoChoice, KubePort, Locality, LogFormat, PoolMode, Preset,
+    Backend, Balance, Check, Discovery, IoChoice, KubePort, Locality, LogFormat, PoolMode, Preset,
     Protocol, ProxyProtocol, ServiceName, SocketMode, SocketOwner, Switch,
 };
 use crate::io::net::Address;
@@ -166,6 +167,17 @@ pub struct RouteConfig {
         "Failures in a row that take an endpoint out of use for a while.";
     eject_time: Duration = AEGIS_EJECT_TIME("1s") in durations(ms(10)..=hours(1)),
         "How long it stays out the first time. Doubles with each further one, up to a cap.";
+    check_interval: Option<Duration> = AEGIS_CHECK_INTERVAL("off")
+        in or("off", durations(ms(100)..=hours(1))),
+        "How often an endpoint is checked, once for all workers. off: what clients meet says all.";
+    check: Check = AEGIS_CHECK("connect") in words(),
+        "What a check is: a connect, or a request that any server of AEGIS_PROTOCOL answers at once.";
+    check_path: String = AEGIS_CHECK_PATH("/") in text("a path such as /healthz", check_path),
+        "What a check by request asks a server of http1 for; it is well that answers with 2xx or 3xx.";
+    check_fall: u32 = AEGIS_CHECK_FALL("3") in numbers(1..=1000),
+        "Checks in a row that have to fail until an endpoint is out of use.";
+    check_rise: u32 = AEGIS_CHECK_RISE("2") in numbers(1..=1000),
+        "Checks in a row that have to pass until it is in use again.";
 }
 
 /// What of Kubernetes the endpoints are: one of service and selector where it is used.

@@ -4,11 +4,12 @@ use super::routes::plain;
 use super::value::unknown_targets;
 use super::variable::{VARIABLES, Variable};
 use super::variables::{
-    AEGIS_BACKEND_DRAIN, AEGIS_BACKENDS, AEGIS_BACKUPS, AEGIS_DNS_REFRESH, AEGIS_FAILBACK_TIME,
-    AEGIS_KUBE_STORES, AEGIS_LINE_MAX, AEGIS_LOCALITY, AEGIS_POOL_IDLE_TIMEOUT,
-    AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MAX_LIFETIME, AEGIS_POOL_SIZE, AEGIS_PRESET, AEGIS_PROTOCOL,
-    AEGIS_QUEUE_MAX, AEGIS_QUEUE_TIMEOUT, AEGIS_REPEAT_WRITES, AEGIS_REQUEST_TIMEOUT,
-    AEGIS_SLOW_START, AEGIS_SOCKET_MODE, AEGIS_SOCKET_OWNER,
+    AEGIS_BACKEND_DRAIN, AEGIS_BACKENDS, AEGIS_BACKUPS, AEGIS_CHECK, AEGIS_CHECK_FALL,
+    AEGIS_CHECK_PATH, AEGIS_CHECK_RISE, AEGIS_DNS_REFRESH, AEGIS_FAILBACK_TIME, AEGIS_KUBE_STORES,
+    AEGIS_LINE_MAX, AEGIS_LOCALITY, AEGIS_POOL_IDLE_TIMEOUT, AEGIS_POOL_MAX_IDLE,
+    AEGIS_POOL_MAX_LIFETIME, AEGIS_POOL_SIZE, AEGIS_PRESET, AEGIS_PROTOCOL, AEGIS_QUEUE_MAX,
+    AEGIS_QUEUE_TIMEOUT, AEGIS_REPEAT_WRITES, AEGIS_REQUEST_TIMEOUT, AEGIS_SLOW_START,
+    AEGIS_SOCKET_MODE, AEGIS_SOCKET_OWNER,
 };
 use super::{Balance, Config, Discovery, Locality, PoolMode, Protocol, RouteConfig};
 
@@ -92,7 +93,7 @@ impl Config {
             ),
             (
                 &[AEGIS_PROTOCOL],
-                is_shared,
+                is_shared || route.checks_by_request(),
                 "with AEGIS_POOL_MODE=preconnect bytes are passed on as they are",
             ),
             (
@@ -140,6 +141,16 @@ impl Config {
                 &[AEGIS_LOCALITY],
                 !kubernetes || route.locality != Locality::Node || self.node_name.is_some(),
                 "AEGIS_NODE_NAME does not say which node is near",
+            ),
+            (
+                &[AEGIS_CHECK, AEGIS_CHECK_PATH, AEGIS_CHECK_FALL, AEGIS_CHECK_RISE],
+                route.check_interval.is_some(),
+                "AEGIS_CHECK_INTERVAL is off",
+            ),
+            (
+                &[AEGIS_CHECK_PATH],
+                route.checks_by_request() && route.protocol == Protocol::Http1,
+                "it is for AEGIS_CHECK=request with AEGIS_PROTOCOL=http1",
             ),
             (&[AEGIS_FAILBACK_TIME], route.has_tiers(), "no endpoints stand in for others"),
         ]

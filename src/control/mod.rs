@@ -3,6 +3,7 @@
 //! It never forwards a byte. It speaks to workers by their mailboxes, and reads their counters.
 
 pub mod admin;
+mod checks;
 mod diagnosis;
 mod discovery;
 mod lifecycle;
@@ -144,7 +145,15 @@ impl Plane {
             self.max_sessions,
             routes.iter().map(discovered).collect(),
         ));
+        let places = checks::Places::default();
         for (at, (snapshots, status)) in routes.into_iter().enumerate() {
+            let checks = checks::Checks {
+                route: Arc::clone(&self.config.routes[at]),
+                workers: self.workers.clone(),
+                snapshots: snapshots.subscribe(),
+                places: places.clone(),
+            };
+            tokio::spawn(checks.run().instrument(span_of(&self.config, at, "checks")));
             let publisher =
                 discovery::Publisher::new(self.workers.clone(), RouteId::at(at), snapshots)
                     .leaving_out(listening.clone(), Arc::clone(&status));
@@ -161,12 +170,7 @@ impl Plane {
 /// Starts discovery for the route at this place. What it logs names the route, where there are several.
 fn discover(config: &Config, at: usize, publisher: Publisher, status: Arc<Status>) {
     let route = Arc::clone(&config.routes[at]);
-    let span = if config.routes.len() == 1 {
-        Span::none()
-    } else {
-        // Of the highest level, so that it is there whatever the lines' levels are.
-        error_span!("discovery", route = route.name.as_str())
-    };
+    let span = span_of(config, at, "discovery");
     tokio::spawn(discovery::log_changes(publisher.subscribe()).instrument(span.clone()));
     if route.discovery == Discovery::Kubernetes {
         let source = kubernetes::Kubernetes::new(config, route, status);
@@ -184,6 +188,15 @@ fn discover(config: &Config, at: usize, publisher: Publisher, status: Arc<Status
         };
         tokio::spawn(backends.run(publisher).instrument(span));
     }
+}
+
+/// What names the route at this place in the log, where there are several.
+fn span_of(config: &Config, at: usize, what: &'static str) -> Span {
+    if config.routes.len() == 1 {
+        return Span::none();
+    }
+    // Of the highest level, so that it is there whatever the lines' levels are.
+    error_span!("route", what, route = config.routes[at].name.as_str())
 }
 
 /// All that the process listens on. `[::]` of the admin port means both families.

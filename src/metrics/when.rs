@@ -50,6 +50,11 @@ impl When {
         text: "`AEGIS_BACKUPS` is set, or `AEGIS_LOCALITY` is `failover`",
         holds: RouteConfig::has_tiers,
     };
+    /// Endpoints are checked.
+    pub const CHECKS: Self = Self {
+        text: "`AEGIS_CHECK_INTERVAL` is set",
+        holds: |config| config.check_interval.is_some(),
+    };
     /// Idle sessions end.
     pub const IDLE_TIMEOUT: Self =
         Self { text: "`AEGIS_IDLE_TIMEOUT` is set", holds: |config| config.idle_timeout.is_some() };

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{RouteId, WorkerId};
 use crate::io::net::Address;
-use crate::metrics::EndpointStats;
+use crate::metrics::{CheckStats, EndpointStats};
 
 /// Names an endpoint within one worker, which keeps the number as long as anything refers to it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -79,6 +79,9 @@ pub struct Endpoint {
     /// Where to connect.
     pub address: Address,
     near: AtomicBool,
+    fails_check: AtomicBool,
+    /// Its active checks, which the control thread counts.
+    pub checks: CheckStats,
     /// The first of the workers that keep its minimum of idle connections.
     first_worker: usize,
     /// Its counters, one block per worker, indexed by worker.
@@ -100,8 +103,15 @@ impl Endpoint {
         workers: usize,
     ) -> Arc<Self> {
         let stats = (0..workers).map(|_| EndpointStats::default()).collect();
-        let (name, near) = (name.into(), AtomicBool::new(false));
-        Arc::new(Self { name, address, near, first_worker: number, stats })
+        Arc::new(Self {
+            name: name.into(),
+            address,
+            near: AtomicBool::new(false),
+            fails_check: AtomicBool::new(false),
+            checks: CheckStats::default(),
+            first_worker: number,
+            stats,
+        })
     }
 
     /// How many of `count` connections to it, which all workers keep together, are this worker's.
@@ -117,6 +127,16 @@ impl Endpoint {
     /// Whether it is preferred because it is near.
     pub fn is_near(&self) -> bool {
         self.near.load(Relaxed)
+    }
+
+    /// Whether its active checks say that it is not to be used. Workers look when a snapshot comes.
+    pub fn fails_check(&self) -> bool {
+        self.fails_check.load(Relaxed)
+    }
+
+    /// For the checks alone, which deliver the latest snapshot again.
+    pub fn set_fails_check(&self, fails: bool) {
+        self.fails_check.store(fails, Relaxed);
     }
 
     /// For discovery alone. It is advice that may change while the endpoint stays the same one,

@@ -15,6 +15,7 @@ mod balance;
 mod black_holes;
 mod budget;
 mod chaos;
+mod checks;
 mod config;
 mod crowd;
 mod databases;

@@ -80,6 +80,18 @@ fn what_has_no_effect_is_told_with_the_reason() {
         (&[kube, ("AEGIS_LOCALITY", "failover")], &["AEGIS_LOCALITY=\"failover\" has no effect"]),
         (&[kube, ("AEGIS_LOCALITY", "failover"), ("AEGIS_ZONE", "a")], &[]),
         (&[("AEGIS_FAILBACK_TIME", "1s")], &["AEGIS_FAILBACK_TIME"]),
+        (&[("AEGIS_CHECK_RISE", "5")], &["AEGIS_CHECK_RISE=\"5\" has no effect: AEGIS_CHECK_INT"]),
+        (&[("AEGIS_CHECK_RISE", "5"), ("AEGIS_CHECK_INTERVAL", "1s")], &[]),
+        (&[("AEGIS_CHECK_PATH", "/x"), ("AEGIS_CHECK_INTERVAL", "1s")], &["AEGIS_CHECK_PATH"]),
+        (
+            &[
+                ("AEGIS_CHECK_PATH", "/x"),
+                ("AEGIS_CHECK_INTERVAL", "1s"),
+                ("AEGIS_CHECK", "request"),
+                ("AEGIS_PROTOCOL", "http1"),
+            ],
+            &[],
+        ),
         (
             &[
                 kube,
@@ -276,4 +288,22 @@ fn backups_are_other_servers_than_those_that_they_stand_in_for() {
     let discovery = |backups| read(&[("AEGIS_BACKUPS", backups)]).unwrap().routes[0].discovery;
     assert_eq!(discovery("10.0.0.1:1,unix:/run/db.sock"), Discovery::Static);
     assert_eq!(discovery("10.0.0.1:1,spare.example:1"), Discovery::Dns);
+}
+
+#[test]
+fn checks_are_such_that_a_server_can_pass_and_does_not_mind() {
+    let every = ("AEGIS_CHECK_INTERVAL", "1s");
+    for (vars, part) in [
+        (
+            &[every, ("AEGIS_CHECK", "request")][..],
+            "AEGIS_CHECK=\"request\" and AEGIS_PROTOCOL=\"tcp\": only chronos and http1 have",
+        ),
+        (&[every, ("AEGIS_PRESET", "mysql")], "until it locks the host out"),
+        (&[("AEGIS_CHECK_PATH", "healthz")], "it does not begin with /"),
+        (&[("AEGIS_CHECK_PATH", "/a b")], "without spaces"),
+        (&[("AEGIS_CHECK_INTERVAL", "10ms")], "below 100ms"),
+    ] {
+        let [problem] = &problems(vars)[..] else { panic!("{part}: {:?}", problems(vars)) };
+        assert!(problem.contains(part), "{problem}");
+    }
 }

@@ -82,6 +82,8 @@ fn random_text(variable: &Variable, rng: &mut fastrand::Rng) -> String {
             let host = word(rng, &["a.b", "C-D", "[::2]", "10.0.0.1", "unix:/run/db.sock"]);
             list(rng, 100, &host)
         }
+        "AEGIS_CHECK" => "connect".to_owned(),
+        "AEGIS_CHECK_PATH" => word(rng, &["/", "/healthz?deep=1"]),
         "AEGIS_DISCOVERY" => word(rng, &["auto", "dns"]),
         "AEGIS_KUBE_SERVICE" | "AEGIS_KUBE_SELECTOR" => "none".to_owned(),
         "AEGIS_KUBE_NAMESPACE" => word(rng, &["auto", "db-1"]),

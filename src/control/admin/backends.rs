@@ -88,8 +88,12 @@ struct LeftOutRow<'a> {
     why: String,
 }
 
-pub(super) fn state(usable: bool) -> &'static str {
-    if usable { "usable" } else { "ejected" }
+pub(super) fn state(fails_check: bool, usable: bool) -> &'static str {
+    match (fails_check, usable) {
+        (true, _) => "fails_check",
+        (false, true) => "usable",
+        (false, false) => "ejected",
+    }
 }
 
 fn endpoint_row<'a>(
@@ -99,7 +103,7 @@ fn endpoint_row<'a>(
     of_workers: bool,
 ) -> EndpointRow<'a> {
     let worker = |stats: &EndpointStats| WorkerRow {
-        state: state(stats.ejected.get() == 0),
+        state: state(endpoint.fails_check(), stats.ejected.get() == 0),
         counts: EndpointCounts::read(stats),
     };
     EndpointRow {
@@ -107,7 +111,7 @@ fn endpoint_row<'a>(
         address: &endpoint.address,
         near: endpoint.is_near(),
         tier,
-        state: state(usable(endpoint)),
+        state: state(endpoint.fails_check(), usable(endpoint)),
         total: EndpointCounts::total(&endpoint.stats),
         workers: of_workers.then(|| endpoint.stats.iter().map(worker).collect()),
     }

@@ -15,7 +15,7 @@ use crate::proxy::session::Tried;
 const NEAR_LOAD_FACTOR: u32 = 2;
 const NEAR_LOAD_FREE: u32 = 8;
 
-/// Which endpoints are looked at, of those whose tier is in use.
+/// Which endpoints are looked at, of those that are not withheld.
 #[derive(Debug, Clone, Copy)]
 enum Among {
     All,
@@ -26,7 +26,7 @@ enum Among {
 
 impl Among {
     fn holds(self, entry: &Entry) -> bool {
-        if entry.is_spare() {
+        if entry.is_withheld() {
             return false;
         }
         match self {

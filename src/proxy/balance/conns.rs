@@ -116,7 +116,7 @@ impl Table {
     pub fn release(&mut self, backend: &BackendConn, useful: bool, now: Instant) -> bool {
         let &BackendConn { conn, endpoint, made, retire_at, served, unread } = backend;
         let kept = self.change(endpoint, |entry| {
-            if useful && !entry.is_gone() && !entry.is_spare() {
+            if useful && !entry.is_gone() && !entry.is_withheld() {
                 return entry.pool.release(Taken { conn, made, retire_at, served, unread }, now);
             }
             entry.pool.leave();

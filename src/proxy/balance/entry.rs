@@ -114,9 +114,10 @@ impl Entry {
         self.present && self.health.is_usable() && has_way
     }
 
-    /// Whether a tier is in use that is not its own: it has what it had, and gets nothing new.
-    pub fn is_spare(&self) -> bool {
-        self.is_spare
+    /// Whether it gets nothing new, however well it takes connections: another tier is in use than its
+    /// own, or its checks fail.
+    pub fn is_withheld(&self) -> bool {
+        self.is_spare || self.health.fails_check()
     }
 
     /// Whether a client that has waited may be sent there now: there is a connection for it, or one

@@ -131,6 +131,7 @@ impl Table {
             (entry.present, entry.gone) = (true, false);
             entry.removed_at = None;
             entry.tier = snapshot.tier_of(at);
+            entry.health.set_fails_check(endpoint.fails_check());
             self.present.push(EndpointId::at(index));
             indices.push(Some(EndpointId::at(index)));
         }

@@ -138,6 +138,9 @@ impl Placing<'_> {
         let entry = self.table.get(endpoint).filter(|entry| entry.is_present());
         let Some(entry) = entry else { return Placement::Fail(ErrorReply::Unreachable) };
         let has_idle = entry.pool.idle() > 0;
+        if entry.health.fails_check() {
+            return Placement::Fail(ErrorReply::Unreachable);
+        }
         if !entry.health.is_usable() && !has_idle && entry.pool.backs_off(self.now) {
             // It has just been tried, and another store would give a wrong answer.
             return Placement::Fail(ErrorReply::Unreachable);
@@ -188,6 +191,9 @@ impl Placing<'_> {
 
     /// Whether requests wait for an endpoint that has no alternative, be it ejected or not.
     pub fn is_needed(&self, endpoint: EndpointId) -> bool {
+        if self.table.get(endpoint).is_none_or(|entry| entry.is_withheld()) {
+            return false;
+        }
         self.queue.waiting(Line::Endpoint(endpoint)) > 0
             || (self.queue.waiting(Line::Any) > 0 && !self.table.any_usable())
     }
@@ -196,7 +202,7 @@ impl Placing<'_> {
     /// request that has waited longest, of those that it would do for.
     pub fn serve(&mut self, endpoint: EndpointId) -> Option<Key<Client>> {
         let entry = self.table.get(endpoint)?;
-        if !entry.is_present() || entry.is_spare() || entry.pool.idle() == 0 {
+        if !entry.is_present() || entry.is_withheld() || entry.pool.idle() == 0 {
             return None;
         }
         self.queue.serve_either(Line::Endpoint(endpoint), Line::Any)
@@ -235,7 +241,7 @@ impl Placing<'_> {
         let waiting = self.waiting_for(endpoint);
         let entry = self.table.get_mut(endpoint)?;
         entry.pool.stop_wanting();
-        let may_come = entry.is_present() && !entry.is_spare();
+        let may_come = entry.is_present() && !entry.is_withheld();
         may_come.then(|| waiting.saturating_sub(entry.pool.connecting()))
     }
 

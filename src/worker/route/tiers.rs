@@ -21,13 +21,13 @@ impl Route {
         self.place_waiting_again(cx);
     }
 
-    /// Closes the idle connections of endpoints whose tier is not in use, except probes, which decide
-    /// whether it may be.
-    pub(super) fn evict_spare<D: Driver>(&mut self, cx: &mut Context<D>) {
+    /// Closes the idle connections of endpoints that get nothing new, except probes, which decide whether
+    /// they may.
+    pub(super) fn evict_withheld<D: Driver>(&mut self, cx: &mut Context<D>) {
         self.pools.table.judge_tiers(cx.now);
         for endpoint in self.pools.table.indices() {
             let entry = self.pools.table.get(endpoint);
-            if entry.is_some_and(|entry| entry.is_spare() && entry.health.is_usable()) {
+            if entry.is_some_and(|entry| entry.is_withheld() && !entry.health.is_probing()) {
                 self.pools.evict(cx, endpoint, Discard::Surplus);
             }
         }
