@@ -240,6 +240,25 @@ pub const fn conns_max(sessions_max: usize) -> usize {
         + POOL_CONNS_MAX
 }
 
+/// How long a worker without a share of an endpoint's places may use one while others wait for
+/// theirs, which have all had a turn after [`PLACE_ROUND`]. For each turn a connection is closed and
+/// another one made, which costs 0.15 ms: a hundredth of the least turn would be 3 %.
+pub const fn place_turn(places: usize, workers: usize) -> Duration {
+    let millis = PLACE_ROUND.as_millis() as usize * places / workers;
+    let most = if millis < 100 { millis } else { 100 };
+    Duration::from_millis(if most > 5 { most as u64 } else { 5 })
+}
+
+/// See [`place_turn`]: far below the time for which requests wait.
+const PLACE_ROUND: Duration = Duration::from_millis(250);
+
+/// A connection that serves several clients is not needed if it has been idle for so long: then it
+/// makes room for those of other workers. Shorter, and they would be made and closed in turns.
+pub const UNNEEDED_AFTER: Duration = Duration::from_millis(100);
+
+/// The same where others have less than their share: ten times what it takes to make another one.
+pub const UNNEEDED_BEYOND_SHARE_AFTER: Duration = Duration::from_millis(2);
+
 /// Endpoints counted for each configured address: pools hold their maximum only under load that
 /// comes and goes faster than they shrink, but an endpoint may go while another one comes.
 pub const POOL_ENDPOINTS_PER_BACKEND: usize = 2;
@@ -303,7 +322,7 @@ pub const WORKERS_MAX: usize = 256;
 /// asks for.
 pub const WORKERS_AUTO_MAX: usize = 4;
 
-/// Warm connections per worker and endpoint.
+/// Warm connections per endpoint.
 pub const POOL_IDLE_MAX: usize = 4096;
 
 /// Sessions that can be asked for: about what one local address can hold towards many endpoints.

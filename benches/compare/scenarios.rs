@@ -1,7 +1,7 @@
 //! What is measured, and which figures it is to reach.
 
 use crate::load::{BULK_WRITE, Pace};
-use crate::peers::Contestant;
+use crate::peers::{Contestant, WORKERS};
 use crate::stats::Metric;
 
 /// What a figure is held against.
@@ -43,6 +43,8 @@ pub struct Scenario {
     pub targets: Vec<Target>,
     /// The backend has a thread for each connection, and the contestants share connections.
     pub pools: bool,
+    /// Workers of Aegis.
+    pub workers: usize,
     /// What the sweep varies, and its value here.
     pub sweep: Option<(Sweep, usize)>,
 }
@@ -60,6 +62,7 @@ impl Scenario {
             reply: if bulk { 0 } else { 128 },
             targets: targets.to_vec(),
             pools: false,
+            workers: WORKERS,
             sweep: None,
         }
     }
@@ -194,7 +197,15 @@ fn idle() -> Scenario {
 }
 
 /// Before a backend with a thread for each connection.
-fn pools() -> [Scenario; 2] {
+fn pools() -> [Scenario; 3] {
+    let mut many_workers = Scenario::new(
+        "shared-32",
+        "200 connections, 32 workers that share 16 connections to the same backend",
+        Pace::Closed,
+        200,
+        &[],
+    );
+    many_workers.workers = 32;
     [
         Scenario::new(
             "crowd-4000",
@@ -212,5 +223,6 @@ fn pools() -> [Scenario; 2] {
             &[to(Metric::Throughput, 2.5)],
         )
         .with_pools(),
+        many_workers.with_pools(),
     ]
 }

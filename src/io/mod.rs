@@ -244,6 +244,11 @@ pub trait Driver {
     /// Closes a connection; what is still queued for it is dropped.
     fn close(&mut self, conn: ConnId, how: Close);
 
+    /// Whether a connection still has a descriptor: one that was closed may keep it until the kernel
+    /// has finished what it does with that. Once it has none it is closed with the next
+    /// [`Driver::wait`] at the latest.
+    fn has_descriptor(&self, conn: ConnId) -> bool;
+
     /// Looks at a connection itself: what the kernel knows of it at this moment, be it reported or not.
     /// It costs a system call.
     fn unheard(&mut self, conn: ConnId) -> Unheard;

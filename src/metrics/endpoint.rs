@@ -77,6 +77,10 @@ endpoint_stats! {
     pool_idle: Gauge, sum;
     /// Connections being made for the pool.
     pool_connecting: Gauge, sum;
+    /// Connections that the endpoint has, of those that it may have: 0 where they are not limited.
+    connections: Gauge, sum = "aegis_endpoint_connections";
+    /// Connections that the endpoint may have; 0: any number.
+    connections_max: Gauge, most = "aegis_endpoint_connections_max";
     /// Warm connections that the pools aim at.
     pool_target: Gauge, sum = "aegis_pool_target";
     /// Age of the oldest warm connection in milliseconds.

@@ -106,6 +106,10 @@ labels! {
         ConnectTimeout = "connect_timeout" if PRECONNECT,
         /// Discovery knew no endpoint at all for `AEGIS_ENDPOINT_WAIT`.
         NoEndpoint = "no_endpoint" if PRECONNECT,
+        /// As many sessions waited for an endpoint with a free place as may.
+        QueueFull = "queue_full" if SESSIONS_WAIT,
+        /// No endpoint had a free place for `AEGIS_QUEUE_TIMEOUT`.
+        QueueTimeout = "queue_timeout" if SESSIONS_WAIT,
         /// No byte moved for `AEGIS_IDLE_TIMEOUT`.
         IdleTimeout = "idle_timeout" if IDLE_TIMEOUT,
         /// One direction had ended and no byte moved for `AEGIS_HALF_CLOSE_TIMEOUT`.

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use serde::{Deserialize, Serialize};
 
+use super::places::Places;
 use super::{RouteId, WorkerId};
 use crate::io::net::Address;
 use crate::metrics::{CheckStats, EndpointStats};
@@ -86,6 +87,10 @@ pub struct Endpoint {
     first_worker: usize,
     /// Its counters, one block per worker, indexed by worker.
     pub stats: Box<[EndpointStats]>,
+    /// The places of all connections to it.
+    pub places: Places,
+    /// The places of those that are idle, or made to be.
+    pub idle_places: Places,
 }
 
 impl Endpoint {
@@ -103,6 +108,7 @@ impl Endpoint {
         workers: usize,
     ) -> Arc<Self> {
         let stats = (0..workers).map(|_| EndpointStats::default()).collect();
+        let (places, idle_places) = (Places::new(workers), Places::new(workers));
         Arc::new(Self {
             name: name.into(),
             address,
@@ -111,6 +117,8 @@ impl Endpoint {
             checks: CheckStats::default(),
             first_worker: number,
             stats,
+            places,
+            idle_places,
         })
     }
 

@@ -83,6 +83,7 @@ impl<D: Driver> Engine<D> {
             ),
             load: Load::new(now, setup.core_times),
             drain: Drain::new(setup.config.routes.len()),
+            calls: Vec::with_capacity(limits::WORKERS_MAX),
             driver,
         };
         let needs: Vec<_> = setup.config.routes.iter().map(|route| route.pool_conns()).collect();

@@ -43,6 +43,16 @@ impl Mail {
         self.own().take_snapshot()
     }
 
+    /// Whether places for connections are to be looked after.
+    pub(super) fn take_call_for_places(&self) -> bool {
+        self.own().take_call_for_places()
+    }
+
+    /// Has another worker look after them.
+    pub(super) fn call_for_places(&self, worker: WorkerId) {
+        self.mailboxes[usize::from(worker)].call_for_places();
+    }
+
     /// The command in force.
     pub(super) fn command(&self) -> Command {
         self.own().current_command()
@@ -93,11 +103,12 @@ impl Mail {
         self.stats[worker].sessions.get() as usize + self.mailboxes[worker].clients()
     }
 
-    /// The sessions of a route, of all workers together.
+    /// The sessions of a route, of all workers together, with those on the way.
     pub(super) fn sessions_of_route(&self, route: RouteId) -> usize {
         let active =
             |stats: &Arc<WorkerStats>| stats.routes[usize::from(route)].sessions_active.get();
-        self.stats.iter().map(active).sum::<u64>() as usize
+        let on_the_way = self.mailboxes.iter().map(|mailbox| mailbox.clients_of(route));
+        self.stats.iter().map(active).sum::<u64>() as usize + on_the_way.sum::<usize>()
     }
 
     /// Those of all workers together, with those on the way.

@@ -40,6 +40,7 @@ mod memory;
 mod no_endpoint;
 mod outage;
 mod pages;
+mod places;
 mod platform;
 mod pooling;
 mod pressure;

@@ -377,6 +377,10 @@ impl Driver for Epoll {
         }
     }
 
+    fn has_descriptor(&self, conn: ConnId) -> bool {
+        self.sockets.get(conn).is_some()
+    }
+
     fn unheard(&mut self, conn: ConnId) -> Unheard {
         let Some(socket) = self.sockets.get(conn) else { return Unheard::End };
         let broke = |completion: &Completion| matches!(completion, Completion::SendFailed(broken) if *broken == conn);

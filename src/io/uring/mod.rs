@@ -490,6 +490,10 @@ impl Driver for Uring {
         }
     }
 
+    fn has_descriptor(&self, conn: ConnId) -> bool {
+        self.sockets.get(conn).is_some()
+    }
+
     fn unheard(&mut self, conn: ConnId) -> Unheard {
         let Some(socket) = self.sockets.get(conn) else { return Unheard::End };
         let shown = socket.stream.unheard();

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::{Client, ErrorReply, Policy, Target};
 use crate::metrics::Spillover;
-use crate::proxy::balance::{Having, Table};
+use crate::proxy::balance::{Entry, Having, Table};
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::queue::{Line, Queue};
 use crate::proxy::session::Tried;
@@ -191,7 +191,7 @@ impl Placing<'_> {
 
     /// Whether requests wait for an endpoint that has no alternative, be it ejected or not.
     pub fn is_needed(&self, endpoint: EndpointId) -> bool {
-        if self.table.get(endpoint).is_none_or(|entry| entry.is_withheld()) {
+        if self.table.get(endpoint).is_none_or(Entry::is_withheld) {
             return false;
         }
         self.queue.waiting(Line::Endpoint(endpoint)) > 0

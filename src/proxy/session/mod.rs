@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use super::Side;
 use super::endpoints::EndpointId;
-use super::outage::Ticket;
+use super::line::Ticket;
 use super::pulse::Pulse;
 use super::relay::{Flow, Relay};
 use crate::io::{Chain, ConnId};
@@ -259,14 +259,14 @@ impl Session {
         self.state == State::Open
     }
 
-    /// Whether it waits for an endpoint.
+    /// Whether it waits for an endpoint, or for a place at one.
     pub fn awaits_endpoint(&self) -> bool {
         self.waits.is_some()
     }
 
-    /// What it is to be closed for if it has waited until `now` and may do so for `limit`.
-    pub fn waited_too_long(&self, limit: Duration, now: Instant) -> Option<CloseReason> {
-        self.waits.filter(|_| self.waits_until(limit) <= now)
+    /// What it is to be closed for if it waits for a usable endpoint for too long.
+    pub fn why_waits(&self) -> Option<CloseReason> {
+        self.waits
     }
 
     /// Until when it waits, if it may do so for `limit`.
@@ -289,8 +289,8 @@ impl Session {
         self.ticket.take().is_some()
     }
 
-    /// It waits for an endpoint, and is to be closed for `reason` if that is for too long. Those that it
-    /// has tried may be tried again.
+    /// It waits for an endpoint, or for a place at one. If none is usable for too long it is to be closed
+    /// for `reason`. Those that it has tried may be tried again.
     pub fn on_waiting(&mut self, ticket: Ticket, reason: CloseReason) {
         assert_eq!(self.state, State::Connecting, "an open session has an endpoint");
         assert!(self.endpoint.is_none() && self.waits.is_none(), "it is tried, or waits already");
