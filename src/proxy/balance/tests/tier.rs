@@ -137,7 +137,7 @@ fn a_connection_to_an_endpoint_that_is_not_needed_is_not_kept_when_it_comes_back
     unreachable(&mut table, 0);
     table.judge_tiers(now);
     table.start(at(1));
-    assert!(table.connected(at(1), ConnId::from_parts(1, 1), now, &mut rng));
+    assert!(table.connected(at(1), ConnId::from_parts(1, 1), true, now, &mut rng));
     let backend = table.acquire(at(1)).unwrap();
     reachable(&mut table, 0);
     table.judge_tiers(now);
