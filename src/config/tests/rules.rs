@@ -77,32 +77,6 @@ fn what_has_no_effect_is_told_with_the_reason() {
         ),
         (&[kube, ("AEGIS_LOCALITY", "zone"), ("AEGIS_ZONE", "a")], &[]),
         (&[kube, ("AEGIS_LOCALITY", "node"), ("AEGIS_ZONE", "a")], &["AEGIS_LOCALITY"]),
-        (&[kube, ("AEGIS_LOCALITY", "failover")], &["AEGIS_LOCALITY=\"failover\" has no effect"]),
-        (&[kube, ("AEGIS_LOCALITY", "failover"), ("AEGIS_ZONE", "a")], &[]),
-        (&[("AEGIS_FAILBACK_TIME", "1s")], &["AEGIS_FAILBACK_TIME"]),
-        (&[("AEGIS_CHECK_RISE", "5")], &["AEGIS_CHECK_RISE=\"5\" has no effect: AEGIS_CHECK_INT"]),
-        (&[("AEGIS_CHECK_RISE", "5"), ("AEGIS_CHECK_INTERVAL", "1s")], &[]),
-        (&[("AEGIS_CHECK_PATH", "/x"), ("AEGIS_CHECK_INTERVAL", "1s")], &["AEGIS_CHECK_PATH"]),
-        (
-            &[
-                ("AEGIS_CHECK_PATH", "/x"),
-                ("AEGIS_CHECK_INTERVAL", "1s"),
-                ("AEGIS_CHECK", "request"),
-                ("AEGIS_PROTOCOL", "http1"),
-            ],
-            &[],
-        ),
-        (
-            &[
-                kube,
-                ("AEGIS_FAILBACK_TIME", "1s"),
-                ("AEGIS_LOCALITY", "failover"),
-                ("AEGIS_ZONE", "a"),
-            ],
-            &[],
-        ),
-        (&[("AEGIS_FAILBACK_TIME", "1s"), ("AEGIS_BACKUPS", "10.0.0.1:1")], &[]),
-        (&[kube, ("AEGIS_BACKUPS", "10.0.0.1:1")], &["AEGIS_BACKUPS"]),
         // Where this runs is a fact, and asks for nothing.
         (&[("AEGIS_ZONE", "a"), ("AEGIS_NODE_NAME", "n"), ("AEGIS_CPU_REQUEST", "100")], &[]),
         (&[("AEGIS_BACKEND_DRAIN", "1s")], &["AEGIS_BACKEND_DRAIN"]),
@@ -133,9 +107,51 @@ fn what_has_no_effect_is_told_with_the_reason() {
             &["AEGIS_LOG: nothing that is known logs as \"agis\""],
         ),
     ] {
-        let warnings = read(vars).unwrap_or_else(|e| panic!("{vars:?}: {e}")).warnings();
-        let fits = warnings.iter().zip(warned).all(|(warning, begin)| warning.starts_with(begin));
-        assert!(fits && warnings.len() == warned.len(), "{vars:?}: {warnings:?}");
+        expect_warned(vars, warned);
+    }
+}
+
+fn expect_warned(vars: &[(&str, &str)], warned: &[&str]) {
+    let warnings = read(vars).unwrap_or_else(|e| panic!("{vars:?}: {e}")).warnings();
+    let fits = warnings.iter().zip(warned).all(|(warning, begin)| warning.starts_with(begin));
+    assert!(fits && warnings.len() == warned.len(), "{vars:?}: {warnings:?}");
+}
+
+#[test]
+fn what_stands_in_or_is_checked_without_effect_is_told() {
+    let kube = ("AEGIS_KUBE_SERVICE", "db");
+    for (vars, warned) in [
+        (
+            &[kube, ("AEGIS_LOCALITY", "failover")][..],
+            &["AEGIS_LOCALITY=\"failover\" has no effect"][..],
+        ),
+        (&[kube, ("AEGIS_LOCALITY", "failover"), ("AEGIS_ZONE", "a")], &[]),
+        (&[("AEGIS_FAILBACK_TIME", "1s")], &["AEGIS_FAILBACK_TIME"]),
+        (&[("AEGIS_CHECK_RISE", "5")], &["AEGIS_CHECK_RISE=\"5\" has no effect: AEGIS_CHECK_INT"]),
+        (&[("AEGIS_CHECK_RISE", "5"), ("AEGIS_CHECK_INTERVAL", "1s")], &[]),
+        (&[("AEGIS_CHECK_PATH", "/x"), ("AEGIS_CHECK_INTERVAL", "1s")], &["AEGIS_CHECK_PATH"]),
+        (
+            &[
+                ("AEGIS_CHECK_PATH", "/x"),
+                ("AEGIS_CHECK_INTERVAL", "1s"),
+                ("AEGIS_CHECK", "request"),
+                ("AEGIS_PROTOCOL", "http1"),
+            ],
+            &[],
+        ),
+        (
+            &[
+                kube,
+                ("AEGIS_FAILBACK_TIME", "1s"),
+                ("AEGIS_LOCALITY", "failover"),
+                ("AEGIS_ZONE", "a"),
+            ],
+            &[],
+        ),
+        (&[("AEGIS_FAILBACK_TIME", "1s"), ("AEGIS_BACKUPS", "10.0.0.1:1")], &[]),
+        (&[kube, ("AEGIS_BACKUPS", "10.0.0.1:1")], &["AEGIS_BACKUPS"]),
+    ] {
+        expect_warned(vars, warned);
     }
 }
 
