@@ -169,6 +169,16 @@ pub const CANCEL_WAIT: Duration = Duration::from_secs(1);
 /// As long as proxies give clients that take nothing, and far above any pause of a healthy one.
 pub const FLUSH_STALL_MAX: Duration = Duration::from_secs(30);
 
+/// Active checks of all routes at a time: with one that takes 1 s as it fails, 32 endpoints that hang
+/// may be checked each second.
+pub const CHECKS_MAX: usize = 32;
+
+/// Of the reply to a check so many bytes are looked at; its first line says enough.
+pub const CHECK_REPLY_MAX: usize = 4096;
+
+/// The longest path that a check asks for.
+pub const CHECK_PATH_MAX: usize = 1024;
+
 /// Pools and health are looked over this often.
 pub const UPKEEP_INTERVAL: Duration = Duration::from_millis(100);
 

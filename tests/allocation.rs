@@ -205,6 +205,7 @@ fn forwarding_with_settings_allocates_nothing(
         route: RouteId::default(),
         generation: 1,
         endpoints: vec![endpoint],
+        tiers: Vec::new(),
         stores: Vec::new(),
     }));
 

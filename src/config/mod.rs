@@ -30,6 +30,7 @@ pub use variables::{Config, KubeConfig, PoolConfig, RequestConfig, Resources, Ro
 use crate::io::net::Address;
 use crate::limits;
 pub use crate::protocol::ProtocolName as Protocol;
+use crate::proxy::endpoints::Tier;
 use variable::Section;
 
 impl Config {
@@ -64,10 +65,29 @@ impl RouteConfig {
             .collect()
     }
 
+    /// The backends and those that stand in for them, each with its tier.
+    pub fn all_backends(&self) -> impl Iterator<Item = (&Backend, Tier)> {
+        let first = self.backends.iter().map(|backend| (backend, Tier::FIRST));
+        first.chain(self.backups.iter().flatten().map(|backup| (backup, Tier::at(1))))
+    }
+
+    /// Whether endpoints are checked by a request.
+    pub fn checks_by_request(&self) -> bool {
+        self.check_interval.is_some() && self.check == Check::Request
+    }
+
+    /// Whether some endpoints stand in for others.
+    pub fn has_tiers(&self) -> bool {
+        match self.discovery {
+            Discovery::Static | Discovery::Dns => self.backups.is_some(),
+            Discovery::Kubernetes => self.locality == Locality::Failover,
+        }
+    }
+
     /// How many addresses the backends may come to stand for, for what is reserved for them.
     pub fn addresses(&self) -> usize {
         let names = self.names();
-        self.backends.len() - names + names * limits::ADDRESSES_PER_NAME
+        self.all_backends().count() - names + names * limits::ADDRESSES_PER_NAME
     }
 
     /// Connections that the pools of one worker may come to hold; those being made count as idle.
@@ -84,7 +104,7 @@ impl RouteConfig {
 
     /// How many of the backends are names.
     pub fn names(&self) -> usize {
-        self.backends.iter().filter(|backend| backend.is_name()).count()
+        self.all_backends().filter(|(backend, _)| backend.is_name()).count()
     }
 }
 
@@ -99,6 +119,15 @@ pub enum Discovery {
     Kubernetes,
 }
 
+/// How an endpoint is checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Check {
+    /// It has to take a connection.
+    Connect,
+    /// It has to answer the protocol's liveness request.
+    Request,
+}
+
 /// Which endpoints are preferred.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Locality {
@@ -108,6 +137,16 @@ pub enum Locality {
     Zone,
     /// Those of the same node.
     Node,
+    /// Those of the same zone, and others only while none of these is usable: then those of the same
+    /// region, then all.
+    Failover,
+}
+
+impl Locality {
+    /// Whether near endpoints are preferred, without a strict order.
+    pub fn prefers_near(self) -> bool {
+        matches!(self, Self::Zone | Self::Node)
+    }
 }
 
 /// A Service's name, and its namespace if it was given with it.

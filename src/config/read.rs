@@ -8,21 +8,23 @@ use std::sync::Arc;
 use super::kind::Kind;
 use super::routes::{AEGIS_ROUTES, Names};
 use super::service_links;
-use super::value::{Word, list_text, overlap, takes_in};
+use super::value::{Word, duration_text, list_text, overlap, takes_in};
 use super::variable::{PREFIX, RawConfig, Section, Variable};
 use super::variables::{
-    AEGIS_ADMIN, AEGIS_BACKENDS, AEGIS_BALANCE, AEGIS_DISCOVERY, AEGIS_ENDPOINT_MAX,
-    AEGIS_KUBE_NAMESPACE, AEGIS_KUBE_SELECTOR, AEGIS_KUBE_SERVICE, AEGIS_KUBE_SNAPSHOT,
-    AEGIS_LISTEN, AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MIN_IDLE, AEGIS_POOL_MODE, AEGIS_POOL_SIZE,
-    AEGIS_PRESET, AEGIS_PROTOCOL, AEGIS_PROXY_PROTOCOL,
+    AEGIS_ADMIN, AEGIS_BACKENDS, AEGIS_BACKUPS, AEGIS_BALANCE, AEGIS_CHECK, AEGIS_CHECK_INTERVAL,
+    AEGIS_DISCOVERY, AEGIS_ENDPOINT_MAX, AEGIS_KUBE_NAMESPACE, AEGIS_KUBE_SELECTOR,
+    AEGIS_KUBE_SERVICE, AEGIS_KUBE_SNAPSHOT, AEGIS_LISTEN, AEGIS_LOCALITY, AEGIS_POOL_MAX_IDLE,
+    AEGIS_POOL_MIN_IDLE, AEGIS_POOL_MODE, AEGIS_POOL_SIZE, AEGIS_PRESET, AEGIS_PROTOCOL,
+    AEGIS_PROXY_PROTOCOL,
 };
 use super::{
     Backend, Balance, Config, ConfigErrors, Discovery, PoolMode, Preset, Problem, Protocol,
     ProxyProtocol, RouteConfig, RouteName, ServiceName,
 };
 use crate::io::net::Address;
-use crate::limits::LISTEN_ADDRESSES_MAX;
+use crate::limits::{ENDPOINTS_MAX, LISTEN_ADDRESSES_MAX};
 use crate::listening::Listening;
+use crate::proxy::endpoints::Tier;
 
 impl Config {
     /// Reads the environment of this process.
@@ -199,6 +201,7 @@ impl Reader {
             self.check_addresses(config, route);
             self.check_discovery(route);
             self.check_pooling(route);
+            self.check_checks(route);
         }
         self.route = None;
         self.check_listeners(config);
@@ -236,7 +239,7 @@ impl Reader {
                 }
                 Discovery::Kubernetes
             }
-            None if route.backends.iter().any(Backend::is_name) => Discovery::Dns,
+            None if route.names() > 0 => Discovery::Dns,
             None => Discovery::Static,
         };
     }
@@ -313,10 +316,58 @@ impl Reader {
             self.conflict(discovery(), service, "a Service or a selector has to be named");
         }
         if route.discovery == Discovery::Static
-            && let Some(name) = route.backends.iter().find(|backend| backend.is_name())
+            && let Some((name, tier)) = route.all_backends().find(|(backend, _)| backend.is_name())
         {
-            let backend = (AEGIS_BACKENDS, name.to_string());
+            let backend = (list_of(tier), name.to_string());
             self.conflict(discovery(), backend, "names have to be resolved; dns does that");
+        }
+        self.check_backups(route);
+    }
+
+    /// What stands in for others is something else than these, and what has its own keys cannot.
+    fn check_backups(&mut self, route: &RouteConfig) {
+        let by_key = route.balance == Balance::KeyHash;
+        let balance = || (AEGIS_BALANCE, route.balance.to_string());
+        let why = "no store has the keys of another one";
+        if by_key && route.has_tiers() && route.discovery == Discovery::Kubernetes {
+            self.conflict(balance(), (AEGIS_LOCALITY, route.locality.to_string()), why);
+        }
+        if route.discovery == Discovery::Kubernetes {
+            return;
+        }
+        let Some(backups) = &route.backups else { return };
+        if let Some(both) = backups.iter().find(|backup| route.backends.contains(backup)) {
+            let (backend, backup) =
+                ((AEGIS_BACKENDS, both.to_string()), (AEGIS_BACKUPS, both.to_string()));
+            self.conflict(backend, backup, "nothing stands in for itself");
+        }
+        if by_key {
+            self.conflict(balance(), (AEGIS_BACKUPS, list_text(backups)), why);
+        }
+        let count = route.all_backends().count();
+        if count > ENDPOINTS_MAX {
+            let (backends, backups) = (route.backends.len(), backups.len());
+            let pairs = [(AEGIS_BACKENDS, backends), (AEGIS_BACKUPS, backups)];
+            let [a, b] = pairs.map(|(variable, count)| (variable, format!("{count} items")));
+            self.conflict(a, b, &format!("they are {count} together, {ENDPOINTS_MAX} at most"));
+        }
+    }
+
+    /// A check has to be one that the server can pass, and does not mind.
+    fn check_checks(&mut self, route: &RouteConfig) {
+        let Some(interval) = &route.check_interval else { return };
+        if route.checks_by_request() && route.protocol.facts().liveness_request.is_none() {
+            let check = (AEGIS_CHECK, route.check.to_string());
+            let protocol = (AEGIS_PROTOCOL, route.protocol.to_string());
+            let with_one = Protocol::words_where(|facts| facts.liveness_request.is_some());
+            self.conflict(check, protocol, &format!("only {with_one} have a request for that"));
+        }
+        if route.preset == Preset::Mysql {
+            let interval = (AEGIS_CHECK_INTERVAL, duration_text(interval));
+            let preset = (AEGIS_PRESET, route.preset.to_string());
+            let why =
+                "such a server counts connections without a login, until it locks the host out";
+            self.conflict(interval, preset, why);
         }
     }
 
@@ -372,18 +423,18 @@ impl Reader {
         }
         for other in &config.routes {
             let own = Listening::new(other.listen.iter().cloned());
-            let is_own = |backend: &&Backend| {
+            let is_own = |(backend, _): &(&Backend, Tier)| {
                 // Which other addresses are the host's own may have changed by the time of a connect.
                 backend.address().is_some_and(|target| own.reached_by(&target, |_| false).is_some())
             };
-            let Some(backend) = route.backends.iter().find(is_own) else { continue };
-            let backend = (AEGIS_BACKENDS, backend.to_string());
+            let Some((backend, tier)) = route.all_backends().find(is_own) else { continue };
+            let backend = (list_of(tier), backend.to_string());
             if other.name == route.name {
                 self.conflict(listen(), backend, "the proxy would connect to itself without end");
             } else if !self.is_refused(AEGIS_LISTEN) {
                 let of = self.route.clone();
                 let own = (other.name.own(AEGIS_LISTEN.name), list_text(&other.listen));
-                let pairs = [own, (self.name(AEGIS_BACKENDS), backend.1)];
+                let pairs = [own, (self.name(backend.0), backend.1)];
                 let why = format!("the proxy would connect to itself, by its route {}", other.name);
                 self.note(Problem::Conflict { route: of, pairs, why });
             }
@@ -441,4 +492,9 @@ impl Reader {
         let pairs = [(self.name(a.0), a.1), (self.name(b.0), b.1)];
         self.note(Problem::Conflict { route, pairs, why: why.to_owned() });
     }
+}
+
+/// The variable that lists the backends of this tier.
+fn list_of(tier: Tier) -> &'static Variable {
+    if tier == Tier::FIRST { AEGIS_BACKENDS } else { AEGIS_BACKUPS }
 }

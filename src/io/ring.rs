@@ -4,6 +4,7 @@
 //! kernel has taken the submission, which then holds a copy.
 #![allow(unsafe_code)]
 
+use rustix::io::Errno;
 use std::collections::VecDeque;
 use std::io;
 use std::ptr::{self, NonNull};
@@ -333,4 +334,9 @@ impl Drop for Ring {
         let patience = Timespec::from(Duration::from_secs(1));
         let _ = self.uring.submitter().register_sync_cancel(Some(patience), CancelBuilder::any());
     }
+}
+
+/// The result of a completion: a count or descriptor, or the error.
+pub(super) fn result(entry: &io_uring::cqueue::Entry) -> Result<u32, Errno> {
+    u32::try_from(entry.result()).map_err(|_| Errno::from_raw_os_error(-entry.result()))
 }

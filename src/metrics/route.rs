@@ -31,6 +31,8 @@ counted! {
             outage: DurationTotal = "aegis_outage_seconds_total" per WORKER;
             /// Sessions that wait for a usable endpoint or a place at one, or are being connected after that.
             clients_waiting: Gauge = "aegis_clients_waiting" per WORKER;
+            /// The tier of endpoints in use: 0 is the first one, and those behind stand in for it.
+            tier: Gauge = "aegis_endpoint_tier" per WORKER if TIERS;
             /// Payload bytes received, by where they were sent on to.
             bytes: Counter [direction: Direction] = "aegis_bytes_total" per WORKER;
             /// How sessions came by their backend connections.

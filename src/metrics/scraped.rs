@@ -53,8 +53,13 @@ scraped! {
 scraped! {
     /// Of endpoints, after what workers count of them.
     ENDPOINTS {
-        /// 1 while some worker sends sessions to the endpoint, else 0.
+        /// 1 while some worker may send sessions to the endpoint, else 0.
         ENDPOINT_USABLE: Gauge = "aegis_endpoint_usable" per ROUTE, ENDPOINT;
+        /// Active checks of the endpoint.
+        ENDPOINT_CHECKS: Counter = "aegis_endpoint_checks_total" per ROUTE, ENDPOINT if CHECKS;
+        /// Those that failed.
+        ENDPOINT_CHECK_FAILURES: Counter = "aegis_endpoint_check_failures_total" per ROUTE, ENDPOINT
+            if CHECKS;
         /// How long the network takes to the endpoint and back, as the kernel measures it on
         /// connections that are sampled.
         ENDPOINT_RTT: Histogram = "aegis_endpoint_rtt_seconds" per ROUTE, ENDPOINT;

@@ -14,7 +14,7 @@ use crate::io::sim::{ID_BYTES, Peer, Reachability, Sim, UNTOLD_BUFFERS_MAX};
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::{CloseReason, LabelSet, RouteStats, WorkerStats};
-use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
+use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store, Tier};
 use crate::proxy::{RouteId, WorkerId};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -27,6 +27,7 @@ pub(super) struct Run {
     mailbox: Arc<Mailbox>,
     pub(super) stats: Arc<RouteStats>,
     pub(super) endpoints: Vec<Arc<Endpoint>>,
+    tiers: Vec<Tier>,
     generation: u64,
     pub(super) rng: fastrand::Rng,
     buffers: u32,
@@ -101,6 +102,7 @@ impl Run {
             engine: Engine::new(sim, setup),
             mailbox,
             stats: Arc::clone(&stats.routes[0]),
+            tiers: vec![Tier::FIRST; endpoints.len()],
             endpoints,
             generation: 0,
             rng,
@@ -124,7 +126,11 @@ impl Run {
             why: None,
         });
         let stores = stores.collect();
-        self.mailbox.deliver(Arc::new(EndpointSnapshot { route, generation, endpoints, stores }));
+        let of = |endpoint| self.endpoints.iter().position(|one| Arc::ptr_eq(one, endpoint));
+        let tiers = endpoints.iter().map(|one| of(one).map_or(Tier::FIRST, |at| self.tiers[at]));
+        let tiers = tiers.collect();
+        let snapshot = EndpointSnapshot { route, generation, endpoints, tiers, stores };
+        self.mailbox.deliver(Arc::new(snapshot));
         self.engine.driver().wake();
     }
 
@@ -431,6 +437,70 @@ fn whoever_waits_through_an_outage_is_served_soon_after_it() {
     println!("{waited} sessions waited");
     assert!(waited > 100, "{waited}: the runs test too little");
     assert_eq!(failed, 0);
+}
+
+/// Endpoints stand in for others, and all of them fail and recover. Once all have been well for a while,
+/// who comes meets those that come first.
+fn tiers(seed: u64) -> (u64, u64) {
+    const TROUBLE: Duration = Duration::from_secs(20);
+    // An ejection is over, a probe has lasted, and the failback time has passed.
+    const CALM: Duration = Duration::from_secs(45);
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
+    let route = Arc::make_mut(&mut config.routes[0]);
+    route.endpoint_wait = 60 * SECOND;
+    route.failback_time = rng.u32(..4) * SECOND;
+    route.pool.min_idle = rng.usize(..3);
+    route.pool.max_idle = route.pool.min_idle + rng.usize(..4);
+    route.balance = [Balance::LeastConn, Balance::RoundRobin, Balance::PeakEwma][rng.usize(..3)];
+    let mut run = Run::with(rng, config, 60, limits::buffers_max(60));
+    for tier in &mut run.tiers[1..] {
+        *tier = Tier::at(run.rng.usize(..Tier::COUNT_MAX));
+    }
+    let all = run.endpoints.clone();
+    run.deliver(all.clone());
+    for _ in 0..run.rng.usize(1..40) {
+        let delay = Duration::from_millis(run.rng.u64(..20_000));
+        run.engine.driver().add_client(delay);
+    }
+    let mut moves = 0;
+    let mut tier = 0;
+    let turn = |run: &mut Run, tier: &mut u64, moves: &mut u64| {
+        run.turn();
+        *moves += u64::from(std::mem::replace(tier, run.stats.tier.get()) != run.stats.tier.get());
+    };
+    while run.engine.driver().elapsed() < TROUBLE {
+        run.disturb();
+        turn(&mut run, &mut tier, &mut moves);
+    }
+    (0..all.len()).for_each(|at| run.engine.driver().reach(at, Reachability::Up));
+    run.deliver(all);
+    while run.engine.driver().elapsed() < TROUBLE + CALM {
+        turn(&mut run, &mut tier, &mut moves);
+    }
+    assert_eq!(tier, 0, "those that come first have been well for long");
+    let late = run.engine.driver().peers.len();
+    for _ in 0..8 {
+        run.engine.driver().add_client(Duration::ZERO);
+    }
+    while run.engine.driver().elapsed() < TROUBLE + CALM + 5 * SECOND {
+        turn(&mut run, &mut tier, &mut moves);
+    }
+    let driver = run.engine.driver();
+    let late = driver.peers[late..].iter().filter(|peer| peer.is_client);
+    let met = late.filter_map(|peer| partner(driver, peer)?.endpoint).map(usize::from);
+    let met: Vec<_> = met.map(|at| run.tiers[at]).collect();
+    assert!(met.iter().all(|&tier| tier == Tier::FIRST), "{met:?}");
+    run.check_bytes();
+    run.stop();
+    (moves, met.len() as u64)
+}
+
+#[test]
+fn endpoints_stand_in_for_others_only_while_these_are_not_usable() {
+    let (moves, met) = run_seeds(0, 40, tiers);
+    println!("{moves} times another tier was used, {met} clients met the first one at last");
+    assert!(moves > 0 && met > 0, "{moves} and {met}: the runs test too little");
 }
 
 /// Two routes share a worker; of the endpoints every other one is the second one's.

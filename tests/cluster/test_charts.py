@@ -95,6 +95,14 @@ def test_validation_itself_finds_what_is_wrong():
         validate(monitor)
 
 
+def test_failover_by_zone_and_region_knows_where_the_pod_is():
+    for values in [sidecar(locality="failover"), sidecar(routes=[
+            {"name": "a", "listenPort": 1, "backend": {"service": "a"}, "locality": "failover"}])]:
+        text = json.dumps(template(CHART, values={**BACKEND, **values}))
+        for name, label in [("AEGIS_ZONE", "zone"), ("AEGIS_REGION", "region")]:
+            assert name in text and f"topology.kubernetes.io/{label}" in text, name
+
+
 def test_the_beta_of_the_policy_serves_too():
     objects = template(CHART, "--api-versions", "admissionregistration.k8s.io/v1beta1/MutatingAdmissionPolicy", values=BACKEND)
     assert one(objects, "MutatingAdmissionPolicy")["apiVersion"] == "admissionregistration.k8s.io/v1beta1"

@@ -18,6 +18,7 @@ use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
 
 on_both_drivers![
     clients_and_backends_may_be_of_either_kind,
+    a_unix_socket_may_stand_in_for_a_tcp_server,
     the_file_is_there_as_long_as_somebody_listens,
     a_stale_file_is_replaced_and_a_live_one_refused,
     the_file_of_somebody_else_stays,
@@ -79,6 +80,17 @@ fn named(name: &'static str, path: &Path) {
             });
         }
     });
+}
+
+fn a_unix_socket_may_stand_in_for_a_tcp_server(io: Io) {
+    let (directory, _) = place();
+    let (mut tcp, backup) = (Backend::named("tcp"), directory.path().join("backup"));
+    named("unix", &backup);
+    let proxy =
+        Builder::on(io).backends(&[tcp.address()]).set("AEGIS_BACKUPS", unix(&backup)).start();
+    assert_eq!(ask_once(proxy.address(), "who").unwrap(), "tcp");
+    tcp.kill();
+    assert_eq!(ask_once(proxy.address(), "who").unwrap(), "unix");
 }
 
 fn clients_and_backends_may_be_of_either_kind(io: Io) {

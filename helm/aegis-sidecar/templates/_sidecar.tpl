@@ -166,9 +166,13 @@ timeoutSeconds: {{ index . 4 }}
 {{- end }}
 {{- if without $localities "off" }}
 - {name: AEGIS_NODE_NAME, valueFrom: {fieldRef: {apiVersion: v1, fieldPath: spec.nodeName}}}
-{{- if has "zone" $localities }}
+{{- if or (has "zone" $localities) (has "failover" $localities) }}
 - name: AEGIS_ZONE
   valueFrom: {fieldRef: {apiVersion: v1, fieldPath: "metadata.labels['topology.kubernetes.io/zone']"}}
+{{- end }}
+{{- if has "failover" $localities }}
+- name: AEGIS_REGION
+  valueFrom: {fieldRef: {apiVersion: v1, fieldPath: "metadata.labels['topology.kubernetes.io/region']"}}
 {{- end }}
 {{- end }}
 - {name: AEGIS_DRAIN_DELAY, value: {{ .drain.delay }}}

@@ -8,10 +8,11 @@ use io_uring::types::Fd;
 use io_uring::{cqueue, opcode};
 use rustix::io::Errno;
 
+use super::Uring;
 use super::socket::{Accepting, Kind};
-use super::{Uring, result};
 use crate::fifo;
 use crate::io::net::Stream;
+use crate::io::ring::result;
 use crate::io::{Completion, ConnId, Driver};
 use crate::limits;
 

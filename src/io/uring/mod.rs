@@ -39,7 +39,7 @@ use super::halves::Sending;
 use super::net::{self, Address, Credentials, Stream};
 use super::probe::{self, Features};
 use super::provided::ProvidedBuffers;
-use super::ring::Ring;
+use super::ring::{Ring, result};
 use super::splice::{self, Pipes};
 use super::{Acks, Close, Completion, Conn, ConnId, Driver, DriverSetup, Network, Unheard, Wait};
 use crate::fifo;
@@ -596,9 +596,4 @@ impl Driver for Uring {
     fn strays(&self) -> u64 {
         self.strays
     }
-}
-
-/// The result of a completion: a count or descriptor, or the error.
-fn result(entry: &cqueue::Entry) -> Result<u32, Errno> {
-    u32::try_from(entry.result()).map_err(|_| Errno::from_raw_os_error(-entry.result()))
 }

@@ -8,10 +8,11 @@ use io_uring::types::Fd;
 use io_uring::{cqueue, opcode};
 use rustix::io::Errno;
 
+use super::Uring;
 use super::socket::{Attention, Kind, Receive, Socket};
-use super::{Uring, result};
 use crate::io::halves::Receiving;
 use crate::io::provided::ProvidedBuffers;
+use crate::io::ring::result;
 use crate::io::{Completion, ConnId};
 use crate::limits;
 

@@ -10,7 +10,7 @@ use crate::config::{PoolConfig, PoolMode};
 use crate::limits;
 use crate::metrics::EndpointStats;
 use crate::proxy::WorkerId;
-use crate::proxy::endpoints::Endpoint;
+use crate::proxy::endpoints::{Endpoint, Tier};
 use crate::proxy::health::{AT_ONCE, Health, HealthConfig};
 use crate::proxy::outage::Recovery;
 use crate::proxy::pool::{Counts, Pool};
@@ -36,6 +36,9 @@ pub struct Entry {
     /// Connections that are being closed, and keep their places until they are.
     pub(super) closing: usize,
     worker: WorkerId,
+    pub(super) tier: Tier,
+    /// Another tier is in use.
+    pub(super) is_spare: bool,
     pub(super) present: bool,
     /// When it left the set.
     pub(super) removed_at: Option<Instant>,
@@ -102,6 +105,8 @@ impl Entry {
             recovery: Recovery::default(),
             opaque: 0,
             worker,
+            tier: Tier::FIRST,
+            is_spare: false,
             present: true,
             removed_at: None,
             joined_at: None,
@@ -124,6 +129,20 @@ impl Entry {
         self.present && self.health.is_usable() && has_way
     }
 
+    /// Whether its tier is worth using for it: it is in the set, it is not ejected, and unless there is
+    /// a connection to it that nobody uses, its latest connect has not failed. A backoff that is over
+    /// proves nothing, so time does not count.
+    pub(super) fn holds_tier(&self) -> bool {
+        let has_way = self.pool.idle() > 0 || !self.recovery.is_unreachable();
+        self.present && self.health.is_usable() && has_way
+    }
+
+    /// Whether it gets nothing new, however well it takes connections: another tier is in use than its
+    /// own, or its checks fail.
+    pub fn is_withheld(&self) -> bool {
+        self.is_spare || self.health.fails_check()
+    }
+
     /// Whether a client that has waited may be sent there now: there is a connection for it, or a place,
     /// and one more connect may be made. Whether it is ejected does not matter: where all are, those that wait
     /// try the way.
@@ -134,7 +153,8 @@ impl Entry {
 
     /// Whether it would serve, and has all the connections that it may, each with a client.
     pub(super) fn is_full(&self, now: Instant) -> bool {
-        self.is_usable(now) && self.pool.idle() == 0 && !self.has_room()
+        let may_serve = self.is_usable(now) && !self.is_withheld();
+        may_serve && self.pool.idle() == 0 && !self.has_room()
     }
 
     /// Sessions on it, those still connecting included.

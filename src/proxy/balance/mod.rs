@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`entry`] | one endpoint: its pool, health, share |
 //! | [`choose`] | which one serves the next session or request |
+//! | [`tier`] | which endpoints may be chosen at all, where some stand in for others |
 //! | [`latency`] | how long an endpoint takes to answer, where that decides |
 //! | [`outstanding`] | the requests without a reply, by age |
 //! | [`conns`] | the ways in which connections change hands, each of which keeps all books |
@@ -19,6 +20,7 @@ mod outstanding;
 mod simulation;
 #[cfg(test)]
 mod tests;
+mod tier;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -29,6 +31,8 @@ pub use conns::Totals;
 pub use entry::Entry;
 
 use outstanding::Outstanding;
+pub use tier::Moved;
+use tier::Tiers;
 
 use super::WorkerId;
 use super::endpoints::{EndpointId, EndpointSnapshot};
@@ -62,6 +66,7 @@ pub struct Table {
     /// The hashes of their names, in the same order.
     names: Vec<StableHash>,
     policy: Balance,
+    tiers: Tiers,
     /// What is waited for, where latency decides.
     outstanding: Option<Outstanding>,
     worker: WorkerId,
@@ -88,6 +93,7 @@ impl Table {
             stores: Vec::new(),
             names: Vec::new(),
             policy,
+            tiers: Tiers::default(),
             worker,
             turn: worker.into(),
             turns: 0,
@@ -120,7 +126,7 @@ impl Table {
         });
         let known: HashMap<_, _> = known.collect();
         let mut vacant = 0;
-        for endpoint in snapshot.endpoints.iter().take(ENDPOINTS_MAX) {
+        for (at, endpoint) in snapshot.endpoints.iter().take(ENDPOINTS_MAX).enumerate() {
             // An endpoint that comes back finds its entry while anything of it lives.
             let index = known.get(&Arc::as_ptr(endpoint)).copied();
             let Some(index) = index.or_else(|| self.vacant(&mut vacant)) else {
@@ -137,6 +143,8 @@ impl Table {
             }
             entry.present = true;
             (entry.removed_at, entry.gone_at) = (None, None);
+            entry.tier = snapshot.tier_of(at);
+            entry.health.set_fails_check(endpoint.fails_check());
             self.present.push(EndpointId::at(index));
             indices.push(Some(EndpointId::at(index)));
         }
@@ -152,6 +160,7 @@ impl Table {
         let names = self.stores.iter().map(|store| StableHash::of(store.name.as_bytes()));
         self.names = names.collect();
         self.forget_unused();
+        self.on_tiers_known(now);
     }
 
     /// The number of the store that holds a key, whether it is there or not.

@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::Route;
 use super::pools::is_local;
 use super::sessions::Outcome;
-use crate::config::{Balance, Locality};
+use crate::config::Balance;
 use crate::io::{Chain, Close, ConnId, Driver};
 use crate::metrics::{Checkout, CloseReason};
 use crate::proxy::Side;
@@ -151,7 +151,7 @@ impl Route {
         tried: &Tried,
         source: Option<IpAddr>,
     ) -> Option<EndpointId> {
-        if self.config.locality == Locality::Off {
+        if !self.config.locality.prefers_near() {
             return self.pools.table.choose(tried, source, cx.now, &mut cx.rng);
         }
         let (chosen, spilled) = self.pools.table.choose_near(tried, source, cx.now, &mut cx.rng);

@@ -12,6 +12,7 @@ mod pools;
 mod requests;
 mod sessions;
 mod silence;
+mod tiers;
 mod upkeep;
 mod waiting;
 

@@ -92,7 +92,8 @@ impl Pools {
     ) -> Self {
         Self {
             name_in_log,
-            table: Table::new(config.balance, cx.worker, cx.owners.capacity()),
+            table: Table::new(config.balance, cx.worker, cx.owners.capacity())
+                .failing_back_after(config.failback_time),
             stats,
             conns_max: conns_max.min(limits::POOL_CONNS_MAX),
             short: Vec::with_capacity(limits::ENDPOINTS_MAX),
@@ -340,6 +341,7 @@ impl Pools {
     ) {
         if let Some(entry) = self.table.get_mut(endpoint) {
             entry.stats().connect_failures.add(1);
+            entry.recovery.on_unreachable();
         }
         self.on_endpoint_failure(cx, endpoint, error);
     }
@@ -372,13 +374,30 @@ impl Pools {
         stats.set_failure(Failure::of(error));
         stats.failures_in_a_row.set(u64::from(entry.health.failures()));
         if ejected {
-            stats.ejections.add(1);
             // A probe that fails ejects again; that is no news.
             if stats.ejected.get() == 0 {
                 tracing::warn!(route = self.name_in_log.as_deref(), endpoint = entry.endpoint.name, %error, "ejected");
             }
-            stats.ejected.set(1);
-            self.empty_pool(cx, endpoint, Discard::Endpoint);
+            self.on_ejected(cx, endpoint);
+        }
+        self.table.judge_tiers(now);
+    }
+
+    fn on_ejected<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
+        let Some(entry) = self.table.get(endpoint) else { return };
+        entry.stats().ejections.add(1);
+        entry.stats().ejected.set(1);
+        self.empty_pool(cx, endpoint, Discard::Endpoint);
+    }
+
+    /// Ejects an endpoint that fails, and that no client tries any more: others stand in for it.
+    pub(super) fn eject<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
+        let (now, health) = (cx.now, self.health);
+        let Some(entry) = self.table.get_mut(endpoint) else { return };
+        if entry.health.eject(&health, now, &mut cx.rng) {
+            entry.stats().failures_in_a_row.set(u64::from(entry.health.failures()));
+            tracing::warn!(endpoint = entry.endpoint.name, "ejected: others stand in for it");
+            self.on_ejected(cx, endpoint);
         }
     }
 

@@ -29,7 +29,7 @@ impl Route {
         let (now, keeps, share) = (cx.now, self.keeps_pools(cx), self.pools.pool_share());
         let needed = self.placing(cx).is_needed(endpoint);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
-        let tries = entry.health.is_usable() || needed;
+        let tries = (entry.health.is_usable() && !entry.is_withheld()) || needed;
         let short =
             if keeps && entry.is_present() && tries { entry.pool.shortage(share, now) } else { 0 };
         for _ in 0..short {
@@ -391,6 +391,7 @@ impl Route {
         self.look_for_outage(cx);
         self.look_for_silence(cx);
         self.evict_removed(cx);
+        self.evict_withheld(cx);
         self.gather_places(cx);
         for endpoint in self.pools.table.indices() {
             while let Some((conn, why)) = self.pools.table.expire(endpoint, now) {

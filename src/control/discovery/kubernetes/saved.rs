@@ -17,6 +17,7 @@ use crate::config::{Balance, RouteConfig, in_making};
 use crate::control::discovery::{Declared, Wanted};
 use crate::io::net::Address;
 use crate::limits::ENDPOINTS_MAX;
+use crate::proxy::endpoints::Tier;
 
 /// The format of the file. Another program's file is not guessed at.
 const VERSION: u32 = 1;
@@ -75,6 +76,8 @@ struct SavedEndpoint {
     name: String,
     address: Address,
     near: bool,
+    #[serde(default)]
+    tier: Tier,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -168,6 +171,7 @@ impl Snapshot {
             name: saved.name.clone(),
             address: saved.address.clone(),
             near: saved.near,
+            tier: saved.tier,
         });
         let stores = self.0.stores.iter().map(|saved| Declared {
             name: saved.name.clone(),
@@ -183,6 +187,7 @@ fn to_file(of: &Identity, named: &Named, confirmed: SystemTime) -> Saved {
         name: wanted.name.clone(),
         address: wanted.address.clone(),
         near: wanted.near,
+        tier: wanted.tier,
     });
     let stores = named.stores.iter().map(|store| SavedStore {
         name: store.name.clone(),

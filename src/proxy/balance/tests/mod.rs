@@ -1,4 +1,6 @@
+mod cancel;
 mod latency;
+mod tier;
 
 use super::entry::Ramp;
 use super::*;
@@ -393,6 +395,7 @@ fn a_key_belongs_to_a_declared_store_whoever_is_there() {
                 why: None,
             })
             .collect(),
+        ..EndpointSnapshot::default()
     };
     let mut table = Table::new(Balance::LeastConn, WorkerId::new(0), 0);
     let mut owners = |there: &[u16]| {
@@ -575,25 +578,4 @@ fn sessions_spill_over_where_near_endpoints_are_too_loaded() {
         assert_eq!(spillover, Some(Spillover::Loaded));
     }
     assert_eq!(choose(u32::MAX, u32::MAX - 1).1, None, "more than can be counted twice");
-}
-
-#[test]
-fn an_endpoint_that_left_is_asked_for_as_long_as_any_worker_has_sessions_on_it() {
-    let address = |port| SocketAddr::from(([127, 0, 0, 1], port)).into();
-    let endpoints = [1, 2].map(|port| Endpoint::new(format!("e{port}"), address(port), 2));
-    let mut table = table(Balance::LeastConn, &endpoints);
-    endpoints[1].stats[1].sessions_active.set(1);
-    let generation = 2;
-    let first = vec![Arc::clone(&endpoints[0])];
-    let snapshot = EndpointSnapshot { generation, endpoints: first, ..EndpointSnapshot::default() };
-    let now = Instant::now();
-    table.apply(&snapshot, &pool(), true, now);
-    table.get_mut(at(1)).unwrap().let_go(Duration::ZERO, now);
-    table.forget_unused();
-    let none = tried(&[]);
-    assert_eq!(table.next_of_all(Some(at(0)), &none), Some(at(1)), "the other worker's session");
-    endpoints[1].stats[1].sessions_active.set(0);
-    assert_eq!(table.next_of_all(Some(at(0)), &none), None);
-    table.forget_unused();
-    assert!(table.get(at(1)).is_none());
 }
