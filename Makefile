@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster faults fuzz bench lint image
+.PHONY: help demo test test-page test-cluster faults fuzz bench lint image
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -13,6 +13,9 @@ test: ## Run all tests, and say how long each part took (ARGS="--lib": a part of
 
 fuzz: ## Edit inputs of the scanners at random for SECONDS=60
 	AEGIS_FUZZ=$(or $(SECONDS),60) cargo test --release --test fuzz
+
+test-page: ## Test the page of the admin port in a real browser
+	tests/page/run
 
 test-cluster: ## Test the image, the charts, the manifests and the monitoring
 	tests/cluster/run

@@ -43,6 +43,7 @@ fn buffer_through_a_queue(bencher: Bencher) {
 #[divan::bench]
 fn pool_enter_and_refill(bencher: Bencher) {
     let config = PoolConfig {
+        endpoint_max: None,
         mode: aegis::config::PoolMode::Preconnect,
         size: 16,
         min_idle: 32,
@@ -63,7 +64,7 @@ fn pool_enter_and_refill(bencher: Bencher) {
     let one = EndpointId::at(0);
     let mut connect = |table: &mut Table, conn| {
         table.start(one);
-        table.connected(one, conn, now, &mut rng)
+        table.connected(one, conn, false, now, &mut rng)
     };
     (0..32).for_each(|number| assert!(connect(&mut table, ConnId::from_parts(number, 0))));
     bencher.bench_local(|| {

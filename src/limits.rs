@@ -170,6 +170,12 @@ pub const UPKEEP_INTERVAL: Duration = Duration::from_millis(100);
 /// silence for as long is suspicious, since a kernel has sent the same thing four times by then.
 pub const SILENCE_LOOK_MAX: Duration = Duration::from_millis(1250);
 
+/// Slots of connections passed, and connections looked at for what the kernel has measured of them, in
+/// one upkeep: a look takes half a microsecond.
+pub const NETWORK_SLOTS: usize = 256;
+/// See [`NETWORK_SLOTS`].
+pub const NETWORK_LOOKS: usize = 16;
+
 /// Looks at connections in one turn: half a microsecond each, so that they stay below 100 µs. That is
 /// 1,280 a second for one worker; with more that are silent at once the looks come later.
 pub const SILENCE_LOOKS_MAX: usize = 128;
@@ -223,6 +229,25 @@ pub const fn conns_max(sessions_max: usize) -> usize {
         // Warm ones, and those being made.
         + POOL_CONNS_MAX
 }
+
+/// How long a worker without a share of an endpoint's places may use one while others wait for
+/// theirs, which have all had a turn after [`PLACE_ROUND`]. For each turn a connection is closed and
+/// another one made, which costs 0.15 ms: a hundredth of the least turn would be 3 %.
+pub const fn place_turn(places: usize, workers: usize) -> Duration {
+    let millis = PLACE_ROUND.as_millis() as usize * places / workers;
+    let most = if millis < 100 { millis } else { 100 };
+    Duration::from_millis(if most > 5 { most as u64 } else { 5 })
+}
+
+/// See [`place_turn`]: far below the time for which requests wait.
+const PLACE_ROUND: Duration = Duration::from_millis(250);
+
+/// A connection that serves several clients is not needed if it has been idle for so long: then it
+/// makes room for those of other workers. Shorter, and they would be made and closed in turns.
+pub const UNNEEDED_AFTER: Duration = Duration::from_millis(100);
+
+/// The same where others have less than their share: ten times what it takes to make another one.
+pub const UNNEEDED_BEYOND_SHARE_AFTER: Duration = Duration::from_millis(2);
 
 /// Endpoints counted for each configured address: pools hold their maximum only under load that
 /// comes and goes faster than they shrink, but an endpoint may go while another one comes.
@@ -287,7 +312,7 @@ pub const WORKERS_MAX: usize = 256;
 /// asks for.
 pub const WORKERS_AUTO_MAX: usize = 4;
 
-/// Warm connections per worker and endpoint.
+/// Warm connections per endpoint.
 pub const POOL_IDLE_MAX: usize = 4096;
 
 /// Sessions that can be asked for: about what one local address can hold towards many endpoints.

@@ -18,8 +18,8 @@ use crate::usage::Processes;
 
 /// Workers or threads of every contestant.
 pub const WORKERS: usize = 2;
-/// Backend connections of each worker of Aegis where clients share them.
-const POOL_SIZE: usize = 8;
+/// Backend connections of Aegis where clients share them.
+const POOL_SIZE: usize = 16;
 /// Sessions that every contestant is set up for.
 const SESSIONS: usize = 9_000;
 const START: Duration = Duration::from_secs(5);
@@ -285,7 +285,7 @@ fn command(
                 ("AEGIS_LISTEN", listen.to_string()),
                 ("AEGIS_ADMIN", "127.0.0.1:0".to_owned()),
                 ("AEGIS_BACKENDS", backend.to_string()),
-                ("AEGIS_WORKERS", WORKERS.to_string()),
+                ("AEGIS_WORKERS", scenario.workers.to_string()),
                 ("AEGIS_MAX_SESSIONS", SESSIONS.to_string()),
                 ("AEGIS_IO", io.to_owned()),
                 ("AEGIS_LOG", "warn".to_owned()),

@@ -1,7 +1,7 @@
 //! What is measured, and which figures it is to reach.
 
 use crate::load::{BULK_WRITE, Pace};
-use crate::peers::{Contestant, Entry, Way};
+use crate::peers::{Contestant, Entry, WORKERS, Way};
 use crate::stats::Metric;
 
 /// What a figure is held against.
@@ -47,6 +47,8 @@ pub struct Scenario {
     pub pools: bool,
     /// What carries the bytes.
     pub ways: &'static [Way],
+    /// Workers of Aegis.
+    pub workers: usize,
     /// What the sweep varies, and its value here.
     pub sweep: Option<(Sweep, usize)>,
 }
@@ -65,6 +67,7 @@ impl Scenario {
             targets: targets.to_vec(),
             pools: false,
             ways: &[Way::Tcp],
+            workers: WORKERS,
             sweep: None,
         }
     }
@@ -217,7 +220,15 @@ fn idle() -> Scenario {
 }
 
 /// Before a backend with a thread for each connection.
-fn pools() -> [Scenario; 2] {
+fn pools() -> [Scenario; 3] {
+    let mut many_workers = Scenario::new(
+        "shared-32",
+        "200 connections, 32 workers that share 16 connections to the same backend",
+        Pace::Closed,
+        200,
+        &[],
+    );
+    many_workers.workers = 32;
     [
         Scenario::new(
             "crowd-4000",
@@ -235,5 +246,6 @@ fn pools() -> [Scenario; 2] {
             &[to(Metric::Throughput, 2.5)],
         )
         .with_pools(),
+        many_workers.with_pools(),
     ]
 }

@@ -35,8 +35,7 @@ fn describe(config: &Config, decisions: &Decisions) -> Vec<String> {
         let of =
             if config.routes.len() > 1 { format!("route {}: ", route.name) } else { String::new() };
         lines.push(format!(
-            "{of}warm connections to an endpoint: {min_idle} at least, of all workers; {max_idle} at \
-             most, of each"
+            "{of}warm connections to an endpoint: {min_idle} at least, {max_idle} at most"
         ));
         let by_preset =
             route.by_preset().into_iter().map(|(name, value)| format!("{name}={value}"));

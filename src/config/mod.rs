@@ -164,7 +164,15 @@ pub enum PoolMode {
 }
 
 impl PoolConfig {
-    /// Idle connections at most.
+    /// All connections to an endpoint at most, if that is bounded.
+    pub fn conns_max(&self) -> Option<usize> {
+        match self.mode {
+            PoolMode::Preconnect | PoolMode::Session => self.endpoint_max,
+            PoolMode::Request => Some(self.endpoint_max.unwrap_or(self.size).min(self.size)),
+        }
+    }
+
+    /// Idle connections to an endpoint at most.
     pub fn most(&self) -> usize {
         match self.mode {
             PoolMode::Preconnect => self.max_idle,

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use super::kind::Kind;
@@ -12,10 +11,10 @@ use super::service_links;
 use super::value::{Word, list_text, overlap, takes_in};
 use super::variable::{PREFIX, RawConfig, Section, Variable};
 use super::variables::{
-    AEGIS_ADMIN, AEGIS_BACKENDS, AEGIS_BALANCE, AEGIS_DISCOVERY, AEGIS_KUBE_NAMESPACE,
-    AEGIS_KUBE_SELECTOR, AEGIS_KUBE_SERVICE, AEGIS_KUBE_SNAPSHOT, AEGIS_LISTEN,
-    AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MIN_IDLE, AEGIS_POOL_MODE, AEGIS_PRESET, AEGIS_PROTOCOL,
-    AEGIS_PROXY_PROTOCOL,
+    AEGIS_ADMIN, AEGIS_BACKENDS, AEGIS_BALANCE, AEGIS_DISCOVERY, AEGIS_ENDPOINT_MAX,
+    AEGIS_KUBE_NAMESPACE, AEGIS_KUBE_SELECTOR, AEGIS_KUBE_SERVICE, AEGIS_KUBE_SNAPSHOT,
+    AEGIS_LISTEN, AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MIN_IDLE, AEGIS_POOL_MODE, AEGIS_POOL_SIZE,
+    AEGIS_PRESET, AEGIS_PROTOCOL, AEGIS_PROXY_PROTOCOL,
 };
 use super::{
     Backend, Balance, Config, ConfigErrors, Discovery, PoolMode, Preset, Problem, Protocol,
@@ -178,12 +177,12 @@ impl Reader {
 
     /// Decides what is left open and follows from other variables.
     fn settle(&mut self, config: &mut Config) {
-        let workers = config.workers;
         for route in &mut config.routes {
             let route = Arc::make_mut(route);
             self.route = Some(route.name.clone());
             self.settle_discovery(route);
-            self.settle_min_idle(route, workers);
+            self.settle_min_idle(route);
+            self.settle_endpoint_max(route);
         }
         self.route = None;
     }
@@ -238,11 +237,9 @@ impl Reader {
     }
 
     /// The default of the minimum gives way to the maximum; one that is set does not.
-    fn settle_min_idle(&mut self, route: &mut RouteConfig, workers: Option<NonZeroUsize>) {
-        // All workers keep the minimum together, and each may keep the maximum. Where their number is
-        // left open one has to be enough, so that what is right does not depend on the machine.
+    fn settle_min_idle(&mut self, route: &mut RouteConfig) {
         let pool = &mut route.pool;
-        let kept_max = pool.max_idle * workers.map_or(1, NonZeroUsize::get);
+        let kept_max = pool.max_idle;
         if pool.min_idle <= kept_max {
             return;
         }
@@ -250,10 +247,28 @@ impl Reader {
             self.conflict(
                 (AEGIS_POOL_MIN_IDLE, pool.min_idle.to_string()),
                 (AEGIS_POOL_MAX_IDLE, pool.max_idle.to_string()),
-                "the minimum of all workers together is above what they may keep",
+                "the minimum is above what may be kept",
             );
         }
         pool.min_idle = kept_max;
+    }
+
+    /// Defaults give way to the most connections that an endpoint may have; what is set does not.
+    fn settle_endpoint_max(&mut self, route: &mut RouteConfig) {
+        let pool = &mut route.pool;
+        let Some(most) = pool.endpoint_max else { return };
+        let is_used = pool.mode == PoolMode::Request;
+        for (variable, value, is_used) in [
+            (AEGIS_POOL_MIN_IDLE, &mut pool.min_idle, true),
+            (AEGIS_POOL_SIZE, &mut pool.size, is_used),
+        ] {
+            if *value > most && is_used && self.text(variable).is_some() {
+                let why = "an endpoint would have more connections than it may";
+                let endpoint_max = (AEGIS_ENDPOINT_MAX, most.to_string());
+                self.conflict((variable, value.to_string()), endpoint_max, why);
+            }
+            *value = (*value).min(most);
+        }
     }
 
     fn check_discovery(&mut self, route: &RouteConfig) {

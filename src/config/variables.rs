@@ -206,21 +206,25 @@ pub struct Resources {
         "The container's memory limit, from the downward API.";
 }
 
-/// Bounds of a pool, each per endpoint: the minimum is kept by all workers together, and the others
-/// hold for each worker.
+/// Bounds of the connections to one endpoint, which hold for all workers together.
 pub struct PoolConfig {
     mode: PoolMode = AEGIS_POOL_MODE("preconnect")
         in noted(words(), "; tcp allows preconnect only"),
         "How long a client has a backend connection: its own, its for now, or for a request.";
     size: usize = AEGIS_POOL_SIZE("16") in numbers(1..=limits::POOL_IDLE_MAX),
-        "Connections at most, per worker and endpoint, where each is lent for a request.";
+        "Connections at most, per endpoint, where each is lent for a request.";
     min_idle: usize = AEGIS_POOL_MIN_IDLE("4") in noted(
         numbers(0..=limits::POOL_IDLE_MAX),
-        ", not above what AEGIS_POOL_MAX_IDLE allows all workers",
+        ", not above AEGIS_POOL_MAX_IDLE",
     ),
-        "Warm connections kept at least, per endpoint, by all workers together.";
+        "Warm connections kept at least, per endpoint.";
     max_idle: usize = AEGIS_POOL_MAX_IDLE("64") in numbers(0..=limits::POOL_IDLE_MAX),
-        "Warm connections kept at most, per worker and endpoint. 0 makes none in advance.";
+        "Warm connections kept at most, per endpoint. 0 makes none in advance.";
+    endpoint_max: Option<usize> = AEGIS_ENDPOINT_MAX("off") in or("off", noted(
+        numbers(1..=limits::SESSIONS_MAX),
+        ", not below AEGIS_POOL_MIN_IDLE and AEGIS_POOL_SIZE",
+    )),
+        "All connections to an endpoint at most, in any mode; sessions beyond it wait in line.";
     idle_timeout: Option<Duration> = AEGIS_POOL_IDLE_TIMEOUT("60s")
         in or("off", durations(ms(10)..=days(30))),
         "Closes warm connections above the minimum that were idle for this long.";
@@ -232,9 +236,9 @@ pub struct PoolConfig {
 /// What holds for requests, where clients share used connections.
 pub struct RequestConfig {
     queue_max: usize = AEGIS_QUEUE_MAX("8192") in numbers(0..=limits::SESSIONS_MAX),
-        "Requests of one worker that wait for a backend connection; further ones get an error.";
+        "Requests or sessions of one worker that wait for a connection; further ones get an error.";
     queue_timeout: Duration = AEGIS_QUEUE_TIMEOUT("5s") in durations(ms(10)..=hours(1)),
-        "How long a request waits for a backend connection before it gets an error.";
+        "How long a request or a session waits for a backend connection before it gets an error.";
     timeout: Option<Duration> = AEGIS_REQUEST_TIMEOUT("30s")
         in or("off", durations(ms(10)..=days(1))),
         "How long a backend may pause: before its answer, within it, or while it is sent a request.";

@@ -109,7 +109,12 @@ impl Config {
                 "with AEGIS_POOL_MODE=preconnect bytes are passed on as they are",
             ),
             (
-                &[AEGIS_QUEUE_MAX, AEGIS_QUEUE_TIMEOUT, AEGIS_REQUEST_TIMEOUT],
+                &[AEGIS_QUEUE_MAX, AEGIS_QUEUE_TIMEOUT],
+                is_shared || route.pool.endpoint_max.is_some(),
+                "with AEGIS_POOL_MODE=preconnect and without AEGIS_ENDPOINT_MAX nothing waits in line",
+            ),
+            (
+                &[AEGIS_REQUEST_TIMEOUT],
                 is_shared,
                 "with AEGIS_POOL_MODE=preconnect requests are not told apart",
             ),

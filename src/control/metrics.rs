@@ -17,13 +17,14 @@ use crate::metrics::counted::Row;
 use crate::metrics::family::Family;
 use crate::metrics::scraped::{
     BUILD_INFO, CPU_SECONDS, DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, DISCOVERY_GENERATION,
-    DISCOVERY_LAST_SYNC, DISCOVERY_SNAPSHOT_AGE, DRAINING, ENDPOINT_USABLE, IO_DRIVER_INFO,
-    LOG_LINES_DROPPED, MAX_FDS, MAX_SESSIONS, OPEN_FDS, POOL_CONNECTIONS, RESIDENT_MEMORY,
-    START_TIME, STORE_PRESENT, THREADS, VIRTUAL_MEMORY,
+    DISCOVERY_LAST_SYNC, DISCOVERY_SNAPSHOT_AGE, DRAINING, ENDPOINT_RTT, ENDPOINT_USABLE,
+    IO_DRIVER_INFO, LOG_LINES_DROPPED, MAX_FDS, MAX_SESSIONS, OPEN_FDS, POOL_CONNECTIONS, PROBLEM,
+    RESIDENT_MEMORY, START_TIME, STORE_PRESENT, THREADS, VIRTUAL_MEMORY,
 };
-use crate::metrics::text::{family, sample, single};
+use crate::metrics::text::{durations, family, sample, single};
 use crate::metrics::{
-    EndpointCounts, EndpointStats, ErrorKind, LabelSet, PooledState, RouteStats, WorkerStats,
+    EndpointCounts, EndpointStats, ErrorKind, LabelSet, PooledState, Problem, RoundTrips,
+    RouteStats, WorkerStats,
 };
 
 /// Writes all metrics of the process, each as of the moment when it is written.
@@ -146,6 +147,13 @@ async fn write_endpoints(to: &mut Pieces, view: &View) {
         to.pause().await;
     }
 
+    family(&mut to.text, &ENDPOINT_RTT);
+    for (route, label, endpoint) in &labelled {
+        let all = RoundTrips::total(endpoint.stats.iter().map(|stats| &stats.rtt));
+        durations(&mut to.text, &ENDPOINT_RTT, &[route.name, label], &all);
+        to.pause().await;
+    }
+
     family(&mut to.text, &POOL_CONNECTIONS);
     for (route, label, endpoint) in &labelled {
         let counts = EndpointCounts::total(&endpoint.stats);
@@ -168,7 +176,25 @@ fn pooled(counts: &EndpointCounts, state: PooledState) -> u64 {
     }
 }
 
+fn write_problems(text: &mut String, view: &View) {
+    let found = view.findings();
+    let is = |problem, route| {
+        u8::from(found.iter().any(|one| (one.problem, one.route) == (problem, route)))
+    };
+    family(text, &PROBLEM);
+    for &problem in Problem::ALL {
+        if problem.is_of_process() {
+            sample(text, &PROBLEM, &["", problem.name()], is(problem, None));
+            continue;
+        }
+        for (at, route) in view.config().routes.iter().enumerate() {
+            sample(text, &PROBLEM, &[route.name.as_str(), problem.name()], is(problem, Some(at)));
+        }
+    }
+}
+
 fn write_identity(text: &mut String, view: &View) {
+    write_problems(text, view);
     single(text, &MAX_SESSIONS, view.max_sessions());
     single(text, &DRAINING, u8::from(view.draining()));
     single(text, &LOG_LINES_DROPPED, logging::lines_dropped());
@@ -180,18 +206,18 @@ fn write_identity(text: &mut String, view: &View) {
 }
 
 /// The process metrics that Prometheus client libraries agree on.
-struct ProcessCounts {
-    cpu_seconds: f64,
+pub(super) struct ProcessCounts {
+    pub(super) cpu_seconds: f64,
     start_seconds: f64,
-    resident_bytes: u64,
+    pub(super) resident_bytes: u64,
     virtual_bytes: u64,
     threads: i64,
-    fds: usize,
-    fds_max: Option<u64>,
+    pub(super) fds: usize,
+    pub(super) fds_max: Option<u64>,
 }
 
 impl ProcessCounts {
-    fn read() -> procfs::ProcResult<Self> {
+    pub(super) fn read() -> procfs::ProcResult<Self> {
         let process = Process::myself()?;
         let stat = process.stat()?;
         let ticks = procfs::ticks_per_second() as f64;

@@ -3,6 +3,7 @@
 //! It never forwards a byte. It speaks to workers by their mailboxes, and reads their counters.
 
 pub mod admin;
+mod diagnosis;
 mod discovery;
 mod lifecycle;
 pub mod logging;
@@ -149,6 +150,7 @@ impl Plane {
             discover(&self.config, at, publisher, status);
         }
         tokio::spawn(outages::log_outages(Arc::clone(&view)));
+        tokio::spawn(diagnosis::run(Arc::clone(&view)));
         tokio::spawn(admin::serve(admin, Arc::clone(&view)));
         Ok(lifecycle::run(&view, events).await)
     }

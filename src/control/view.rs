@@ -1,12 +1,13 @@
 //! What the process looks like from outside at one moment: read from counters, disturbs no worker.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use super::diagnosis::Finding;
 use super::discovery::status::Status;
 use super::{DriverInfo, WorkerHandle};
 use crate::config::{Config, Discovery, RouteConfig};
@@ -27,6 +28,7 @@ pub struct View {
     draining: AtomicBool,
     /// Of each route, by their numbers.
     discovery: Vec<Discovered>,
+    findings: Mutex<Vec<Finding>>,
 }
 
 /// What discovery shows of one route.
@@ -55,7 +57,7 @@ pub struct RouteView<'a> {
 
 impl RouteView<'_> {
     /// Why there is nowhere to send its clients, if so.
-    fn not_ready(&self) -> Option<String> {
+    pub fn not_ready(&self) -> Option<String> {
         let endpoints = &self.snapshot.endpoints;
         if endpoints.is_empty() {
             let why = self.discovery.stores_trouble().or_else(|| self.discovery.trouble());
@@ -67,7 +69,7 @@ impl RouteView<'_> {
     }
 
     /// Why it has not started yet, one reason each.
-    fn not_started(&self) -> Vec<String> {
+    pub fn not_started(&self) -> Vec<String> {
         if self.snapshot.generation == 0 {
             let stores = self.discovery.stores_trouble();
             let stores =
@@ -103,8 +105,8 @@ impl View {
         discovery: Vec<Discovered>,
     ) -> Self {
         assert_eq!(config.routes.len(), discovery.len(), "each route has its own");
-        let draining = AtomicBool::new(false);
-        Self { config, started, workers, driver, max_sessions, draining, discovery }
+        let (draining, findings) = (AtomicBool::new(false), Mutex::default());
+        Self { config, started, workers, driver, max_sessions, draining, discovery, findings }
     }
 
     /// The configuration.
@@ -162,6 +164,21 @@ impl View {
     /// Makes the process not ready for good.
     pub fn set_draining(&self) {
         self.draining.store(true, Relaxed);
+    }
+
+    /// What is wrong, as was found at the latest look.
+    pub fn findings(&self) -> Vec<Finding> {
+        self.lock_findings().clone()
+    }
+
+    /// This is wrong now. Returns what was until now.
+    pub fn set_findings(&self, now: Vec<Finding>) -> Vec<Finding> {
+        std::mem::replace(&mut self.lock_findings(), now)
+    }
+
+    fn lock_findings(&self) -> MutexGuard<'_, Vec<Finding>> {
+        // Whoever panicked left a whole list behind.
+        self.findings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Why the process is not alive, one reason a worker; empty if it is.

@@ -121,6 +121,21 @@ pub struct Acks {
     pub progress: Option<u64>,
 }
 
+/// What the kernel has measured of the way to a peer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Network {
+    /// How long it takes from a segment to its acknowledgement, smoothed.
+    pub rtt: Duration,
+    /// Segments with data that were sent, those sent again included.
+    pub segments: u32,
+    /// Segments that were sent again.
+    pub retransmits: u32,
+    /// Segments on their way now.
+    pub unacked: u32,
+    /// Bytes a second that arrived, as of the latest measurement; 0 before the first.
+    pub delivery_rate: u64,
+}
+
 /// How to close a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Close {
@@ -229,6 +244,11 @@ pub trait Driver {
     /// Closes a connection; what is still queued for it is dropped.
     fn close(&mut self, conn: ConnId, how: Close);
 
+    /// Whether a connection still has a descriptor: one that was closed may keep it until the kernel
+    /// has finished what it does with that. Once it has none it is closed with the next
+    /// [`Driver::wait`] at the latest.
+    fn has_descriptor(&self, conn: ConnId) -> bool;
+
     /// Looks at a connection itself: what the kernel knows of it at this moment, be it reported or not.
     /// It costs a system call.
     fn unheard(&mut self, conn: ConnId) -> Unheard;
@@ -244,6 +264,12 @@ pub trait Driver {
     /// What the peer has acknowledged. It costs a system call. `None` of a connection that is broken,
     /// or whose transport does not tell.
     fn acks(&self, conn: ConnId) -> Option<Acks>;
+
+    /// What the kernel has measured of the way to the peer. It costs a system call. `None` where there
+    /// is no network in between.
+    fn network(&self, _: ConnId) -> Option<Network> {
+        None
+    }
 
     /// Has the kernel ask the peer whether it is there, each second once it has been silent for so
     /// long, and send what it does not acknowledge again more often than usual. `None`: as usual, by

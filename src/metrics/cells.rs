@@ -30,16 +30,28 @@ pub enum Value {
     /// A time, to be shown in seconds.
     Nanoseconds(u64),
     /// Durations by how long they were.
-    Durations(Box<Durations>),
+    Durations(Durations),
 }
 
 /// What a histogram holds.
 #[derive(Debug)]
 pub struct Durations {
     /// The counts of all buckets, not cumulative.
-    pub counts: [u64; Histogram::BUCKETS],
+    pub counts: Vec<u64>,
+    /// The inclusive upper bound of a bucket in seconds; `None` for the last, unbounded one.
+    pub upper_bound: fn(usize) -> Option<f64>,
     /// All durations together, in seconds.
     pub sum: f64,
+}
+
+impl Durations {
+    /// Together with others of the same buckets.
+    #[must_use]
+    pub fn plus(mut self, other: Self) -> Self {
+        self.counts.iter_mut().zip(other.counts).for_each(|(total, n)| *total += n);
+        self.sum += other.sum;
+        self
+    }
 }
 
 impl Value {
@@ -48,11 +60,7 @@ impl Value {
         match (self, other) {
             (Self::Whole(a), Self::Whole(b)) => Self::Whole(a + b),
             (Self::Nanoseconds(a), Self::Nanoseconds(b)) => Self::Nanoseconds(a + b),
-            (Self::Durations(mut a), Self::Durations(b)) => {
-                a.counts.iter_mut().zip(b.counts).for_each(|(total, n)| *total += n);
-                a.sum += b.sum;
-                Self::Durations(a)
-            }
+            (Self::Durations(a), Self::Durations(b)) => Self::Durations(a.plus(b)),
             (a, b) => unreachable!("{a:?} and {b:?} are of one row"),
         }
     }
@@ -119,6 +127,11 @@ impl DurationTotal {
     pub fn set(&self, total: Duration) {
         self.0.store(total.as_nanos() as u64, Relaxed);
     }
+
+    /// The total as of some recent moment.
+    pub fn get(&self) -> Duration {
+        Duration::from_nanos(self.0.load(Relaxed))
+    }
 }
 
 impl Cell for DurationTotal {
@@ -177,9 +190,50 @@ impl Histogram {
         self.sum_ns.add(ns);
     }
 
-    fn read(&self) -> Durations {
-        let counts = std::array::from_fn(|i| self.buckets[i].get());
-        Durations { counts, sum: self.sum_ns.get() as f64 / 1e9 }
+    /// What it holds as of some recent moment.
+    pub fn read(&self) -> Durations {
+        read(&self.buckets, &self.sum_ns, Self::upper_bound_seconds)
+    }
+}
+
+fn read(buckets: &[Counter], sum_ns: &Counter, bound: fn(usize) -> Option<f64>) -> Durations {
+    let counts = buckets.iter().map(Counter::get).collect();
+    Durations { counts, upper_bound: bound, sum: sum_ns.get() as f64 / 1e9 }
+}
+
+/// A histogram of the times that a network takes there and back. It has few buckets, since each
+/// endpoint has one.
+#[derive(Debug, Default)]
+pub struct RoundTrips {
+    buckets: [Counter; Self::BOUNDS_US.len() + 1],
+    sum_ns: Counter,
+}
+
+impl RoundTrips {
+    /// From within a rack to around the world, in microseconds.
+    const BOUNDS_US: [u32; 12] =
+        [50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 100_000, 250_000, 1_000_000];
+
+    /// The inclusive upper bound of bucket `index` in seconds; `None` for the last, unbounded one.
+    pub fn upper_bound_seconds(index: usize) -> Option<f64> {
+        Self::BOUNDS_US.get(index).map(|&us| f64::from(us) / 1e6)
+    }
+
+    /// Counts one. To be called by the owning worker only.
+    pub fn record(&self, rtt: Duration) {
+        let us = rtt.as_micros();
+        let index = Self::BOUNDS_US.partition_point(|&bound| u128::from(bound) < us);
+        self.buckets[index].add(1);
+        self.sum_ns.add(rtt.as_nanos() as u64);
+    }
+
+    /// What it holds as of some recent moment, of all workers together.
+    pub fn total<'a>(workers: impl Iterator<Item = &'a Self>) -> Durations {
+        let none = Self::default();
+        let total = read(&none.buckets, &none.sum_ns, Self::upper_bound_seconds);
+        let bound = total.upper_bound;
+        let each = workers.map(|worker| read(&worker.buckets, &worker.sum_ns, bound));
+        each.fold(total, Durations::plus)
     }
 }
 
@@ -193,7 +247,7 @@ impl Cell for Histogram {
     const KIND: Kind = Kind::Histogram;
 
     fn value(&self, _: &[usize]) -> Value {
-        Value::Durations(Box::new(self.read()))
+        Value::Durations(self.read())
     }
 }
 
@@ -206,6 +260,11 @@ impl<L: Label, C: Cell> By<L, C> {
     #[inline]
     pub fn of(&self, label: L) -> &C {
         &self.0.as_ref()[label.index()]
+    }
+
+    /// All of them, in the order of the label's values.
+    pub fn all(&self) -> &[C] {
+        self.0.as_ref()
     }
 }
 
@@ -238,6 +297,19 @@ pub(super) use cells;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_round_trip_falls_into_the_first_bucket_whose_bound_holds_it() {
+        let (first, second) = (RoundTrips::default(), RoundTrips::default());
+        first.record(Duration::from_micros(50));
+        first.record(Duration::from_micros(51));
+        second.record(Duration::from_secs(2));
+        let total = RoundTrips::total([&first, &second].into_iter());
+        assert_eq!(total.counts, [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+        assert_eq!((total.upper_bound)(11), Some(1.0));
+        assert_eq!((total.upper_bound)(12), None);
+        assert!((total.sum - 2.000_101).abs() < 1e-9, "{}", total.sum);
+    }
 
     #[test]
     fn a_duration_falls_into_the_first_bucket_whose_bound_holds_it() {

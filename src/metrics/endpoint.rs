@@ -5,7 +5,7 @@ use std::io;
 
 use serde::Serialize;
 
-use super::cells::{Cell, Counter, Gauge};
+use super::cells::{Cell, Counter, Gauge, RoundTrips};
 use super::family::{Family, LabelName, family};
 
 /// Declares [`EndpointStats`], [`EndpointCounts`] and the rows, in the order of `/backends`:
@@ -21,6 +21,9 @@ macro_rules! endpoint_stats {
         #[repr(align(64))]
         pub struct EndpointStats {
             $($(#[doc = $doc])+ pub $field: $cell,)+
+            /// How long the network takes to the endpoint and back, on connections while they were
+            /// sampled.
+            pub rtt: RoundTrips,
             /// 1 while the worker has ejected the endpoint, else 0.
             pub ejected: Gauge,
             /// The number of its latest [`Failure`], or 0.
@@ -74,6 +77,10 @@ endpoint_stats! {
     pool_idle: Gauge, sum;
     /// Connections being made for the pool.
     pool_connecting: Gauge, sum;
+    /// Connections that the endpoint has, of those that it may have: 0 where they are not limited.
+    connections: Gauge, sum = "aegis_endpoint_connections";
+    /// Connections that the endpoint may have; 0: any number.
+    connections_max: Gauge, most = "aegis_endpoint_connections_max";
     /// Warm connections that the pools aim at.
     pool_target: Gauge, sum = "aegis_pool_target";
     /// Age of the oldest warm connection in milliseconds.
@@ -86,6 +93,16 @@ endpoint_stats! {
     connect_failures: Counter, sum = "aegis_endpoint_connect_failures_total";
     /// Times a worker ejected the endpoint.
     ejections: Counter, sum = "aegis_endpoint_ejections_total";
+    /// TCP segments sent to the endpoint, those sent again included, on connections while they were
+    /// sampled.
+    segments: Counter, sum = "aegis_endpoint_segments_total";
+    /// Those of them that had to be sent again.
+    retransmits: Counter, sum = "aegis_endpoint_retransmits_total";
+    /// Bytes a second that the network took to the endpoint on the connection sampled last; of several
+    /// workers, the most.
+    delivery_rate: Gauge, most = "aegis_endpoint_delivery_rate_bytes";
+    /// Segments that were on their way on the connection sampled last; of several workers, the most.
+    unacked: Gauge, most = "aegis_endpoint_unacked_segments";
 }
 
 fn sum(a: u64, b: u64) -> u64 {

@@ -106,6 +106,10 @@ labels! {
         ConnectTimeout = "connect_timeout" if PRECONNECT,
         /// Discovery knew no endpoint at all for `AEGIS_ENDPOINT_WAIT`.
         NoEndpoint = "no_endpoint" if PRECONNECT,
+        /// As many sessions waited for an endpoint with a free place as may.
+        QueueFull = "queue_full" if SESSIONS_WAIT,
+        /// No endpoint had a free place for `AEGIS_QUEUE_TIMEOUT`.
+        QueueTimeout = "queue_timeout" if SESSIONS_WAIT,
         /// No byte moved for `AEGIS_IDLE_TIMEOUT`.
         IdleTimeout = "idle_timeout" if IDLE_TIMEOUT,
         /// One direction had ended and no byte moved for `AEGIS_HALF_CLOSE_TIMEOUT`.
@@ -271,6 +275,39 @@ labels! {
         Lookup = "lookup",
         /// An endpoint is this proxy itself.
         Loop = "loop",
+    }
+}
+
+labels! {
+    /// What is wrong, by where to look.
+    pub enum Problem {
+        /// The database: its first byte takes four times as long as usual, or a second, or requests time
+        /// out.
+        BackendSlow = "backend_slow",
+        /// The database: connects fail, or endpoints are ejected.
+        BackendRefusing = "backend_refusing",
+        /// The database or discovery: there is no endpoint to send clients to.
+        NoEndpoint = "no_endpoint",
+        /// The network: a hundredth of all segments to an endpoint had to be sent again.
+        NetworkLossy = "network_lossy",
+        /// The proxy's limits: clients wait for a backend connection for a fifth of their time, or gave
+        /// up.
+        PoolSmall = "pool_small",
+        /// The proxy's limits: nearly as many sessions are open as may be.
+        SessionLimit = "session_limit",
+        /// The proxy: a worker is busy all the time.
+        WorkerOverloaded = "worker_overloaded",
+        /// The node: workers that could run wait for a core for a tenth of the time.
+        CpuThrottled = "cpu_throttled",
+        /// The cluster: the source of endpoints does not answer, or is not believed.
+        DiscoveryStale = "discovery_stale",
+    }
+}
+
+impl Problem {
+    /// Whether it is one of the process, not of a route.
+    pub fn is_of_process(self) -> bool {
+        matches!(self, Self::SessionLimit | Self::WorkerOverloaded | Self::CpuThrottled)
     }
 }
 

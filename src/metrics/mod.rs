@@ -35,12 +35,12 @@ pub mod text;
 pub mod when;
 pub mod worker;
 
-pub use cells::{By, Counter, DurationTotal, Gauge, Histogram};
+pub use cells::{By, Counter, DurationTotal, Durations, Gauge, Histogram, RoundTrips};
 pub use endpoint::{EndpointCounts, EndpointStats, Failure};
 pub use family::Family;
 pub use labels::{
     Checkout, CloseReason, Direction, Discard, ErrorKind, Label, LabelSet, Outcome, PooledState,
-    Retry, Spillover,
+    Problem, Retry, Spillover,
 };
 pub use route::RouteStats;
 pub use worker::{WorkerState, WorkerStats};

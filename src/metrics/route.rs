@@ -41,8 +41,10 @@ counted! {
             discards: Counter [reason: Discard] = "aegis_pool_discards_total";
             /// From the start of a connect to its success.
             connect_duration: Histogram = "aegis_connect_duration_seconds";
-            /// From a session's first byte towards the backend to the first byte back.
+            /// From a session's or request's first byte towards the backend to the first byte back.
             first_byte: Histogram = "aegis_first_byte_seconds";
+            /// From the first byte back to the last: of an answer, or of a session.
+            transfer: Histogram = "aegis_transfer_seconds";
             /// From accept to close.
             session_duration: Histogram = "aegis_session_duration_seconds";
             /// Requests that wait for a backend connection.
@@ -104,6 +106,11 @@ impl RouteStats {
     /// Sessions that ended for `reason`.
     pub fn closed(&self, reason: CloseReason) -> u64 {
         self.sessions_closed.of(reason).get()
+    }
+
+    /// Requests of any kind that ended so.
+    pub fn requests_ended(&self, outcome: Outcome) -> u64 {
+        self.requests.all().iter().map(|of_verb| of_verb.of(outcome).get()).sum()
     }
 
     /// Counts a session that went to an endpoint that is not near.

@@ -1,7 +1,7 @@
 //! What nobody counts: the control thread reads it when it is asked. One row per metric, in the order
 //! of the text.
 
-use super::cells::{Cell, Counter, Gauge};
+use super::cells::{Cell, Counter, Gauge, Histogram};
 use super::family::{Family, LabelName, family};
 
 /// Declares rows, and a list of them all:
@@ -55,6 +55,9 @@ scraped! {
     ENDPOINTS {
         /// 1 while some worker sends sessions to the endpoint, else 0.
         ENDPOINT_USABLE: Gauge = "aegis_endpoint_usable" per ROUTE, ENDPOINT;
+        /// How long the network takes to the endpoint and back, as the kernel measures it on
+        /// connections that are sampled.
+        ENDPOINT_RTT: Histogram = "aegis_endpoint_rtt_seconds" per ROUTE, ENDPOINT;
         /// Pooled connections, by what they are doing.
         POOL_CONNECTIONS: Gauge [state: PooledState] = "aegis_pool_connections" per ROUTE, ENDPOINT;
     }
@@ -63,6 +66,8 @@ scraped! {
 scraped! {
     /// Of the process; the last ones are those that Prometheus client libraries agree on.
     PROCESS {
+        /// 1 while the proxy finds this to be wrong, else 0; without a route where it is the process's.
+        PROBLEM: Gauge [kind: Problem] = "aegis_problem" per ROUTE;
         /// Most sessions at a time in the whole process.
         MAX_SESSIONS: Gauge = "aegis_max_sessions";
         /// 1 once the process was asked to end, else 0.

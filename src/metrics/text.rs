@@ -2,7 +2,7 @@
 
 use std::fmt::{Display, Write};
 
-use super::cells::{Durations, Histogram};
+use super::cells::Durations;
 use super::family::Family;
 
 /// The `Content-Type` of the format.
@@ -30,9 +30,9 @@ pub fn durations(text: &mut String, of: &Family, values: &[&str], all: &Duration
     let own = labels(of, values);
     // `_count` is the sum of the buckets, so it agrees with them while workers count on.
     let mut count = 0;
-    for (i, n) in all.counts.into_iter().enumerate() {
+    for (i, n) in all.counts.iter().enumerate() {
         count += n;
-        let le = Histogram::upper_bound_seconds(i);
+        let le = (all.upper_bound)(i);
         let le = le.map_or_else(|| "+Inf".to_owned(), |seconds| seconds.to_string());
         line(text, of.name, "_bucket", &[&own[..], &[("le", &le)]].concat(), count);
     }

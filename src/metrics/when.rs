@@ -40,6 +40,11 @@ impl When {
                `AEGIS_POOL_MODE` is `session` or `request`",
         holds: |config| (Self::SHARED.holds)(config) && (Self::MAY_BE_OPAQUE.holds)(config),
     };
+    /// Sessions may have to wait for a connection to an endpoint.
+    pub const SESSIONS_WAIT: Self = Self {
+        text: "`AEGIS_ENDPOINT_MAX` is set and `AEGIS_POOL_MODE` is `preconnect`",
+        holds: |config| config.pool.endpoint_max.is_some() && (Self::PRECONNECT.holds)(config),
+    };
     /// Near endpoints are preferred.
     pub const LOCALITY: Self =
         Self { text: "`AEGIS_LOCALITY` is set", holds: |config| config.locality != Locality::Off };

@@ -31,6 +31,8 @@ counted! {
             buffers_in_use: Gauge = "aegis_buffers_in_use" per WORKER;
             /// Time for which the worker was ready to run and waited for a core, or for its CPU quota.
             core_wait: DurationTotal = "aegis_worker_core_wait_seconds_total" per WORKER;
+            /// CPU time that the worker spent.
+            cpu: DurationTotal = "aegis_worker_cpu_seconds_total" per WORKER;
         }
         others {
             /// Milliseconds since the process started, as of the worker's latest turn.

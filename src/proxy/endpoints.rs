@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
+use super::places::Places;
 use super::{RouteId, WorkerId};
 use crate::io::net::Address;
 use crate::metrics::EndpointStats;
@@ -43,6 +44,10 @@ pub struct Endpoint {
     first_worker: usize,
     /// Its counters, one block per worker, indexed by worker.
     pub stats: Box<[EndpointStats]>,
+    /// The places of all connections to it.
+    pub places: Places,
+    /// The places of those that are idle, or made to be.
+    pub idle_places: Places,
 }
 
 impl Endpoint {
@@ -61,7 +66,8 @@ impl Endpoint {
     ) -> Arc<Self> {
         let stats = (0..workers).map(|_| EndpointStats::default()).collect();
         let (name, near) = (name.into(), AtomicBool::new(false));
-        Arc::new(Self { name, address, near, first_worker: number, stats })
+        let (places, idle_places) = (Places::new(workers), Places::new(workers));
+        Arc::new(Self { name, address, near, first_worker: number, stats, places, idle_places })
     }
 
     /// How many of `count` connections to it, which all workers keep together, are this worker's.

@@ -2,104 +2,26 @@
 //! endpoints return.
 //!
 //! ```text
-//! client ──no endpoint is usable, or all that were tried failed──▶ Line ──its turn──▶ a connect
+//! client ──no endpoint is usable, or all that were tried failed──▶ line ──its turn──▶ a connect
 //!                                                                  ▲ │                   │
 //!                                                  the connect failed └──its wait is over │
 //!                                                                  └─────────────────────┘
 //! ```
 //!
+//! The line is that of [`line`](super::line), in which sessions also wait for places.
+//!
 //! How many connects to an endpoint may be under way for those that wait is what its [`Recovery`]
 //! knows: one tries the way, and each that succeeds makes room for two. After a failure none is made
 //! for a while.
 
-use std::collections::BTreeMap;
-use std::ops::Bound;
 use std::time::{Duration, Instant};
 
 use super::backoff::Backoff;
-use super::session::Session;
 use crate::limits::WAITING_CONNECTS_MAX;
-use crate::slab::Key;
 
 /// An endpoint that has not failed for so long starts again with the shortest backoff, though no
 /// byte came from it: some never send any.
 const FORGIVEN_AFTER: Duration = Duration::from_secs(10);
-
-/// A place in the [`Line`], which its holder keeps until it is served for good.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Ticket {
-    since: Instant,
-    /// Of those that came at the same moment.
-    number: u64,
-}
-
-/// Sessions that wait for an endpoint, in order of arrival.
-#[derive(Debug, Default)]
-pub struct Line {
-    waiting: BTreeMap<Ticket, Key<Session>>,
-    /// Tickets so far.
-    tickets: u64,
-    /// Those whose holders are not served yet: they wait, or are being connected.
-    held: usize,
-}
-
-impl Line {
-    /// The place of a session that has looked for an endpoint since then.
-    pub fn ticket(&mut self, since: Instant) -> Ticket {
-        self.tickets += 1;
-        self.held += 1;
-        Ticket { since, number: self.tickets }
-    }
-
-    /// A session waits.
-    ///
-    /// # Panics
-    /// It waits already.
-    pub fn join(&mut self, ticket: Ticket, session: Key<Session>) {
-        let before = self.waiting.insert(ticket, session);
-        assert_eq!(before, None, "a ticket is one session's");
-    }
-
-    /// A session waits no longer.
-    ///
-    /// # Panics
-    /// It did not wait.
-    pub fn leave(&mut self, ticket: Ticket) {
-        let left = self.waiting.remove(&ticket);
-        assert!(left.is_some(), "it waits");
-    }
-
-    /// The holder of a ticket is served, or over.
-    ///
-    /// # Panics
-    /// Nobody holds one.
-    pub fn on_ticket_over(&mut self) {
-        assert!(self.held > 0, "a ticket is over once");
-        self.held -= 1;
-    }
-
-    /// Sessions that have had to wait and are not served yet, those included that are being connected.
-    pub fn held(&self) -> usize {
-        self.held
-    }
-
-    /// The next session behind `ticket`, or the first one.
-    pub fn next(&self, ticket: Option<Ticket>) -> Option<(Ticket, Key<Session>)> {
-        let from = ticket.map_or(Bound::Unbounded, Bound::Excluded);
-        let next = self.waiting.range((from, Bound::Unbounded)).next();
-        next.map(|(&ticket, &session)| (ticket, session))
-    }
-
-    /// How many wait.
-    pub fn len(&self) -> usize {
-        self.waiting.len()
-    }
-
-    /// Whether nobody waits.
-    pub fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
-    }
-}
 
 /// What clients of one worker feel of outages: from the first that finds no usable endpoint to when
 /// there is one and nobody waits any more.
@@ -210,29 +132,6 @@ mod tests {
     use super::*;
 
     const MS: Duration = Duration::from_millis(1);
-
-    #[test]
-    fn who_came_first_is_served_first_however_often_it_was_tried() {
-        let (mut line, start) = (Line::default(), Instant::now());
-        let key = |index| Key::from_parts(index, 1);
-        let second = line.ticket(start + MS);
-        line.join(second, key(2));
-        let third = line.ticket(start + MS);
-        line.join(third, key(3));
-        // It was being connected while the others began to wait.
-        let first = line.ticket(start);
-        line.join(first, key(1));
-        let order = |line: &Line| {
-            let from = |ticket| line.next(ticket).map(|(ticket, key)| (Some(ticket), key));
-            let all = std::iter::successors(from(None), |(ticket, _)| from(*ticket));
-            all.map(|(_, key)| key.index()).collect::<Vec<_>>()
-        };
-        assert_eq!(order(&line), [1, 2, 3]);
-        line.leave(first);
-        line.leave(second);
-        line.join(first, key(1));
-        assert_eq!(order(&line), [1, 3]);
-    }
 
     #[test]
     fn outages_last_from_the_first_client_to_the_end_and_add_up() {

@@ -1,7 +1,7 @@
-//! Whether others want the core that a worker runs on.
+//! How busy a worker is, and whether others want the core that it runs on.
 //!
-//! The scheduler counts for how long each thread was ready to run and had to wait for a core: the
-//! second figure of `/proc/<pid>/schedstat` (Linux, `Documentation/scheduler/sched-stats.rst`). The
+//! The scheduler counts for how long each thread ran, and for how long it was ready to run and had to
+//! wait for a core: the first two figures of `/proc/<pid>/schedstat` (Linux, `Documentation/scheduler/sched-stats.rst`). The
 //! wait for a new CPU quota, where one is used up, counts too.
 
 use std::fs::File;
@@ -11,37 +11,47 @@ use std::time::Duration;
 /// Room for three numbers of 64 bits.
 const LINE_MAX: usize = 64;
 
-/// The count of one thread.
-#[derive(Debug)]
-pub struct CoreWait(Option<File>);
+/// What the scheduler has counted of a thread since that began.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CoreTime {
+    /// For how long it ran.
+    pub ran: Duration,
+    /// For how long it was ready to run and had no core.
+    pub waited: Duration,
+}
 
-impl CoreWait {
-    /// That of the calling thread.
+/// The counts of one thread.
+#[derive(Debug)]
+pub struct CoreTimes(Option<File>);
+
+impl CoreTimes {
+    /// Those of the calling thread.
     pub fn of_this_thread() -> Self {
         let file = File::open("/proc/thread-self/schedstat");
         if let Err(error) = &file {
-            tracing::debug!(%error, "how long this thread waits for a core is not known");
+            tracing::debug!(%error, "how long this thread runs, and waits for a core, is not known");
         }
         Self(file.ok())
     }
 
-    /// One that stays at zero, for simulations.
+    /// Such as stay at zero, for simulations.
     #[cfg(test)]
     pub fn none() -> Self {
         Self(None)
     }
 
-    /// For how long the thread has waited since it began; zero if the kernel does not tell.
-    pub fn total(&self) -> Duration {
+    /// What they are now; zero if the kernel does not tell.
+    pub fn total(&self) -> CoreTime {
         let mut line = [0; LINE_MAX];
         let read = self.0.as_ref().and_then(|file| file.read_at(&mut line, 0).ok());
-        read.and_then(|read| waited(&line[..read])).unwrap_or_default()
+        read.and_then(|read| parse(&line[..read])).unwrap_or_default()
     }
 }
 
-fn waited(line: &[u8]) -> Option<Duration> {
-    let word = std::str::from_utf8(line).ok()?.split_ascii_whitespace().nth(1)?;
-    word.parse().ok().map(Duration::from_nanos)
+fn parse(line: &[u8]) -> Option<CoreTime> {
+    let mut words = std::str::from_utf8(line).ok()?.split_ascii_whitespace();
+    let mut next = || words.next()?.parse().ok().map(Duration::from_nanos);
+    Some(CoreTime { ran: next()?, waited: next()? })
 }
 
 #[cfg(test)]
@@ -52,17 +62,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_second_figure_is_what_was_waited() {
-        assert_eq!(waited(b"111789785 100090 120\n"), Some(Duration::from_nanos(100_090)));
+    fn the_first_figure_is_what_it_ran_and_the_second_what_it_waited() {
+        let expected =
+            CoreTime { ran: Duration::from_nanos(111), waited: Duration::from_nanos(100_090) };
+        assert_eq!(parse(b"111 100090 120\n"), Some(expected));
         for wrong in [&b""[..], b"1\n", b"1 x 2\n", b"\xff\xff"] {
-            assert_eq!(waited(wrong), None);
+            assert_eq!(parse(wrong), None);
         }
     }
 
     #[test]
     fn two_threads_on_one_core_wait_for_each_other() {
         let core = core_affinity::get_core_ids().and_then(|cores| cores.first().copied());
-        if core.is_none() || CoreWait::of_this_thread().0.is_none() {
+        if core.is_none() || CoreTimes::of_this_thread().0.is_none() {
             return eprintln!(
                 "SKIPPED: how long threads wait for a core: the kernel does not tell"
             );
@@ -70,10 +82,10 @@ mod tests {
         let enough = AtomicBool::new(false);
         let busy = || {
             core.map(core_affinity::set_for_current);
-            let wait = CoreWait::of_this_thread();
+            let times = CoreTimes::of_this_thread();
             let deadline = Instant::now() + Duration::from_secs(10);
             while !enough.load(Ordering::Relaxed) && Instant::now() < deadline {
-                if wait.total() >= Duration::from_millis(20) {
+                if times.total().waited >= Duration::from_millis(20) {
                     enough.store(true, Ordering::Relaxed);
                 }
             }

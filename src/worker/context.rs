@@ -35,6 +35,8 @@ pub(super) struct Context<D> {
     pub(super) load: Load,
     /// How far a drain has come.
     pub(super) drain: Drain,
+    /// Workers that are to look after places for connections, once this turn is over.
+    pub(super) calls: Vec<WorkerId>,
 }
 
 impl<D: Driver> Context<D> {

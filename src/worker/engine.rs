@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::acceptor::Acceptor;
-use super::contention::CoreWait;
+use super::contention::CoreTimes;
 use super::context::Context;
 use super::drain::Drain;
 use super::load::Load;
 use super::mail::Mail;
 use super::mailbox::{Command, Mailbox};
+use super::network::Looks;
 use super::owners::Owners;
 use super::places::Places;
 use super::route::Route;
@@ -44,7 +45,7 @@ pub struct EngineSetup {
     /// Where backends cannot be.
     pub listening: Listening,
     /// How long the worker waits for its core.
-    pub core_wait: CoreWait,
+    pub core_times: CoreTimes,
     /// Of the random numbers; equal seeds behave alike.
     pub seed: u64,
 }
@@ -57,6 +58,7 @@ pub struct Engine<D> {
     /// By their numbers.
     pub(super) routes: Box<[Route]>,
     pub(super) upkeep_at: Instant,
+    pub(super) network: Looks,
 }
 
 impl<D: Driver> Engine<D> {
@@ -79,8 +81,9 @@ impl<D: Driver> Engine<D> {
                 limits::sessions_of_worker_max(setup.sessions_max),
                 setup.config.routes.len(),
             ),
-            load: Load::new(now, setup.core_wait),
+            load: Load::new(now, setup.core_times),
             drain: Drain::new(setup.config.routes.len()),
+            calls: Vec::with_capacity(limits::WORKERS_MAX),
             driver,
         };
         let needs: Vec<_> = setup.config.routes.iter().map(|route| route.pool_conns()).collect();
@@ -99,6 +102,7 @@ impl<D: Driver> Engine<D> {
             mail: Mail::new(worker, setup.mailboxes, setup.stats),
             routes,
             upkeep_at: now,
+            network: Looks::default(),
             cx,
         }
     }

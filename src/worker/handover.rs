@@ -7,6 +7,9 @@
 //! Where sessions last for less than a second, a difference says only who was on a core lately, and
 //! goes away by itself.
 //!
+//! Clients of a route with fewer connections than workers go to as many workers as it has connections:
+//! others would wait for their turn with each request.
+//!
 //! A Unix socket is listened on by all workers together, and the kernel wakes the first of them that
 //! waits: on `io_uring` that is the same one for all clients, on epoll the next one only while that one
 //! is busy. So each such client goes to whoever has the fewest sessions then, however long those last.
@@ -24,20 +27,35 @@ const TOLERANCE: usize = 16;
 pub(super) struct Lighter {
     worker: WorkerId,
     sessions: usize,
+    /// However many it has.
+    is_bound: bool,
 }
 
 impl Lighter {
     /// The other worker with the fewest sessions, if that is fewer than `own`.
     pub(super) fn than(own: usize, mail: &Mail) -> Option<Self> {
-        let others =
-            mail.others().map(|worker| Self { worker, sessions: mail.sessions_of(worker) });
+        let others = mail.others().map(|worker| Self::at(worker, mail));
         others.min_by_key(|lighter| lighter.sessions).filter(|lighter| lighter.sessions < own)
+    }
+
+    fn at(worker: WorkerId, mail: &Mail) -> Self {
+        Self { worker, sessions: mail.sessions_of(worker), is_bound: false }
+    }
+
+    /// The one of the first `most` workers with the fewest sessions: for a client that only those
+    /// serve, and the `worker` that has accepted it does not.
+    pub(super) fn among(most: usize, worker: WorkerId, mail: &Mail) -> Option<Self> {
+        let serve = (0..most).map(WorkerId::new);
+        let lightest = serve.map(|worker| Self::at(worker, mail)).min_by_key(|one| one.sessions);
+        let is_bound = usize::from(worker) >= most;
+        let other = lightest.filter(|lightest| lightest.worker != worker);
+        other.map(|lightest| Self { is_bound, ..lightest })
     }
 
     /// Whether it has far fewer than `own`: if a client stayed, there would be two more here than
     /// there, at least.
     fn is_far_lighter_than(&self, own: usize) -> bool {
-        own > self.sessions + own / TOLERANCE
+        self.is_bound || own > self.sessions + own / TOLERANCE
     }
 }
 

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::batch::{Batcher, Plan};
-use super::contention::CoreWait;
+use super::contention::{CoreTime, CoreTimes};
 use crate::metrics::WorkerStats;
 
 /// A session that was shorter than this is one of many, each of which may be anybody's.
@@ -12,22 +12,24 @@ const SHORT: Duration = Duration::from_secs(1);
 /// What tells how many events to wait for, and whether a difference between workers lasts.
 pub(super) struct Load {
     pub(super) batcher: Batcher,
-    core_wait: CoreWait,
+    core_times: CoreTimes,
     /// Sessions shorter than [`SHORT`] that ended within about a second.
     ended_lately: usize,
 }
 
 impl Load {
-    /// None so far, on the part of a worker whose waits for its core are these.
-    pub(super) fn new(now: Instant, core_wait: CoreWait) -> Self {
-        Self { batcher: Batcher::new(now, core_wait.total()), core_wait, ended_lately: 0 }
+    /// None so far, on the part of a worker whose times on its core are these.
+    pub(super) fn new(now: Instant, core_times: CoreTimes) -> Self {
+        let batcher = Batcher::new(now, core_times.total().waited);
+        Self { batcher, core_times, ended_lately: 0 }
     }
 
     /// What to wait for.
     pub(super) fn plan(&mut self, stats: &WorkerStats, now: Instant) -> Plan {
         if self.batcher.window_is_over(now) {
-            let waited = self.core_wait.total();
+            let CoreTime { ran, waited } = self.core_times.total();
             stats.core_wait.set(waited);
+            stats.cpu.set(ran);
             self.batcher.on_window(now, waited);
         }
         self.batcher.plan(now)

@@ -43,6 +43,16 @@ impl Mail {
         self.own().take_snapshot()
     }
 
+    /// Whether places for connections are to be looked after.
+    pub(super) fn take_call_for_places(&self) -> bool {
+        self.own().take_call_for_places()
+    }
+
+    /// Has another worker look after them.
+    pub(super) fn call_for_places(&self, worker: WorkerId) {
+        self.mailboxes[usize::from(worker)].call_for_places();
+    }
+
     /// The command in force.
     pub(super) fn command(&self) -> Command {
         self.own().current_command()

@@ -7,7 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use crossbeam_queue::ArrayQueue;
 use rustix::event::{EventfdFlags, eventfd};
@@ -39,6 +39,8 @@ pub struct Mailbox {
     snapshots: Box<[ArrayQueue<Arc<EndpointSnapshot>>]>,
     clients: ArrayQueue<(RouteId, Stream)>,
     command: AtomicU8,
+    /// Places for connections have changed.
+    places: AtomicBool,
     wake: OwnedFd,
 }
 
@@ -53,6 +55,7 @@ impl Mailbox {
             snapshots: (0..routes).map(|_| ArrayQueue::new(1)).collect(),
             clients: ArrayQueue::new(limits::HANDED_OVER_MAX),
             command: AtomicU8::new(Command::Run as u8),
+            places: AtomicBool::new(false),
             wake,
         })
     }
@@ -87,6 +90,19 @@ impl Mailbox {
         }
         self.wake();
         Ok(())
+    }
+
+    /// Has the worker look after the places for connections: one was passed on to it, or others want
+    /// one of those that it has. From another worker.
+    pub fn call_for_places(&self) {
+        if !self.places.swap(true, Ordering::AcqRel) {
+            self.wake();
+        }
+    }
+
+    /// Whether that is to be done, once. For the worker.
+    pub fn take_call_for_places(&self) -> bool {
+        self.places.load(Ordering::Relaxed) && self.places.swap(false, Ordering::AcqRel)
     }
 
     /// A client that was handed over, if any waits. For the worker.

@@ -40,6 +40,7 @@ mod handover;
 mod load;
 mod mail;
 pub mod mailbox;
+mod network;
 mod owners;
 mod places;
 mod route;
@@ -48,7 +49,7 @@ mod simulation;
 pub mod timers;
 mod turn;
 
-use contention::CoreWait;
+use contention::CoreTimes;
 use engine::{Engine, EngineSetup};
 use mailbox::Mailbox;
 
@@ -200,7 +201,7 @@ fn serve<D: Driver>(driver: D, setup: WorkerSetup, started: &mpsc::Sender<io::Re
             stats: setup.stats,
             started: setup.started,
             listening: setup.listening,
-            core_wait: CoreWait::of_this_thread(),
+            core_times: CoreTimes::of_this_thread(),
             seed: fastrand::u64(..),
         },
     );

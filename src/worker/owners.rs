@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::flush::Flushing;
-use crate::io::{Chain, ConnId};
+use crate::io::{Chain, ConnId, Network};
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::request::Client;
 use crate::proxy::session::Session;
@@ -37,6 +37,14 @@ pub(super) struct Owned {
     /// The route that it came by, or was made for.
     pub route: RouteId,
     pub owner: Owner,
+    /// What the kernel had measured of it at the latest look.
+    seen: Network,
+}
+
+impl Owned {
+    fn new(conn: ConnId, route: RouteId, owner: Owner) -> Self {
+        Self { conn, route, owner, seen: Network::default() }
+    }
 }
 
 /// The owners of all connections, by slot.
@@ -60,9 +68,9 @@ impl Owners {
     pub(super) fn insert(&mut self, conn: ConnId, route: RouteId, owner: Owner) {
         let slot = conn.index();
         while self.slots.len() <= slot {
-            self.slots.push(Owned { conn, route, owner: Owner::None });
+            self.slots.push(Owned::new(conn, route, Owner::None));
         }
-        self.slots[slot] = Owned { conn, route, owner };
+        self.slots[slot] = Owned::new(conn, route, owner);
     }
 
     /// Takes note of whose a connection is from now on, of the same route.
@@ -95,6 +103,11 @@ impl Owners {
     /// The latest connection in a slot below [`Owners::len`], and whose it is.
     pub(super) fn at(&self, slot: usize) -> &Owned {
         &self.slots[slot]
+    }
+
+    /// What was seen last of the way that the connection in a slot takes.
+    pub(super) fn seen(&mut self, slot: usize) -> &mut Network {
+        &mut self.slots[slot].seen
     }
 
     /// How many slots were ever used.

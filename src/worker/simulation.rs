@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::contention::CoreWait;
+use super::contention::CoreTimes;
 use super::engine::{Engine, EngineSetup};
 use super::mailbox::{Command, Mailbox};
 use crate::config::{Balance, Config};
@@ -35,7 +35,8 @@ pub(super) struct Run {
 }
 
 impl Run {
-    fn new(seed: u64) -> Self {
+    /// `is_limited`: there may be few connections to an endpoint.
+    fn new(seed: u64, is_limited: bool) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
         let sessions_max = rng.usize(3..40);
         let lean = rng.bool();
@@ -45,6 +46,10 @@ impl Run {
         let route = Arc::make_mut(&mut config.routes[0]);
         route.pool.min_idle = rng.usize(..3);
         route.pool.max_idle = route.pool.min_idle + rng.usize(..4);
+        if is_limited {
+            route.pool.endpoint_max = Some(rng.usize(1..12));
+            route.requests.queue_timeout = Duration::from_millis(rng.u64(100..5_000));
+        }
         route.idle_timeout = idle_timeout;
         route.balance = [Balance::LeastConn, Balance::PeakEwma][sessions_max % 2];
         route.half_close_timeout = timeouts.then_some(3 * SECOND);
@@ -86,7 +91,7 @@ impl Run {
             stats: Arc::new([Arc::clone(&stats)]),
             started: Instant::now(),
             listening: Listening::default(),
-            core_wait: CoreWait::none(),
+            core_times: CoreTimes::none(),
             seed: rng.u64(..),
         };
         Self {
@@ -193,6 +198,10 @@ impl Run {
             self.turn();
         }
         assert!(self.engine.is_finished());
+        for endpoint in &self.endpoints {
+            let taken = [endpoint.places.taken(), endpoint.idle_places.taken()];
+            assert_eq!(taken, [0; 2], "places of {} leaked", endpoint.name);
+        }
         let driver = self.engine.driver();
         assert_eq!(driver.open_sockets(), 0, "connections leaked");
         assert_eq!(driver.buffers().free(), self.buffers, "buffers leaked");
@@ -262,7 +271,14 @@ fn partner<'a>(driver: &'a Sim, peer: &Peer) -> Option<&'a Peer> {
 }
 
 fn run(seed: u64) -> (u64, u64) {
-    let mut run = Run::new(seed);
+    run_one(Run::new(seed, false))
+}
+
+fn run_limited(seed: u64) -> (u64, u64) {
+    run_one(Run::new(seed, true))
+}
+
+fn run_one(mut run: Run) -> (u64, u64) {
     run.serve_clients();
     run.check_liveness();
     run.check_bytes();
@@ -414,10 +430,17 @@ fn two_routes_of_a_worker_never_meet() {
 }
 
 #[test]
+fn five_hundred_seeds_with_few_places_leak_none() {
+    let (opened, finished) = run_seeds(20_000, 500, run_limited);
+    println!("{opened} sessions, {finished} finished in order");
+    assert!(finished > opened / 10, "{finished} of {opened}: the runs test too little");
+}
+
+#[test]
 fn a_driver_that_is_silent_about_what_was_sent_is_found_out() {
     let found = (0..100).any(|seed| {
         let outcome = std::panic::catch_unwind(|| {
-            let mut run = Run::new(seed);
+            let mut run = Run::new(seed, false);
             run.engine.driver().withholds_sends = true;
             run.serve_clients();
         });

@@ -74,6 +74,12 @@ impl<D: Driver> Engine<D> {
         if self.cx.now >= self.upkeep_at {
             self.upkeep();
         }
+        for route in &mut self.routes {
+            route.settle_places(&mut self.cx);
+        }
+        while let Some(worker) = self.cx.calls.pop() {
+            self.mail.call_for_places(worker);
+        }
         self.cx.publish(events);
         Ok(())
     }
@@ -83,6 +89,7 @@ impl<D: Driver> Engine<D> {
         for route in &mut self.routes {
             route.upkeep(&mut self.cx);
         }
+        self.look_at_network();
         self.cx.load.forget_ended();
         self.cx.driver.buffers().release_idle();
     }
@@ -98,7 +105,8 @@ impl<D: Driver> Engine<D> {
             most = Duration::ZERO;
         }
         let upkeep_at = self.routes.iter().any(Route::needs_upkeep).then_some(self.upkeep_at);
-        let due = [self.cx.timers.next(), self.acceptor.wakes_at(), upkeep_at];
+        let places_at = self.routes.iter().filter_map(Route::wakes_at).min();
+        let due = [self.cx.timers.next(), self.acceptor.wakes_at(), upkeep_at, places_at];
         for at in due.into_iter().flatten() {
             most = most.min(at.saturating_duration_since(self.cx.now));
         }
@@ -150,10 +158,18 @@ impl<D: Driver> Engine<D> {
         let mut accepted = self.acceptor.take_accepted();
         let mut lighter = if accepted.is_empty() { None } else { self.lighter_worker() };
         for Accepted { conn, route, is_shared } in accepted.drain(..) {
-            if is_shared {
-                lighter = self.lightest_worker();
-            }
-            if let Some(conn) = hand_over(&mut self.cx, &self.mail, (conn, route), &mut lighter) {
+            let most = self.routes[usize::from(route)].workers_max();
+            let mut bound;
+            let to = if most < self.mail.workers() && self.cx.command < Command::Drain {
+                bound = Lighter::among(most, self.cx.worker, &self.mail);
+                &mut bound
+            } else {
+                if is_shared {
+                    lighter = self.lightest_worker();
+                }
+                &mut lighter
+            };
+            if let Some(conn) = hand_over(&mut self.cx, &self.mail, (conn, route), to) {
                 self.routes[usize::from(route)].on_client(&mut self.cx, conn);
             }
         }
@@ -182,6 +198,9 @@ impl<D: Driver> Engine<D> {
         self.mail.on_woken();
         while let Some(snapshot) = self.mail.take_snapshot() {
             self.routes[usize::from(snapshot.route)].apply(&mut self.cx, &snapshot);
+        }
+        if self.mail.take_call_for_places() {
+            self.routes.iter_mut().for_each(Route::on_call_for_places);
         }
         let command = self.mail.command();
         if command > self.cx.command {

@@ -54,7 +54,9 @@ fn long_connections_are_spread_evenly(io: Io) {
 
 fn clients_whose_requests_are_told_apart_are_spread_evenly(io: Io) {
     let backend = Backend::chronos();
-    let builder = builder(io, &backend).protocol("chronos", "request").set("AEGIS_POOL_SIZE", "1");
+    let builder = builder(io, &backend)
+        .protocol("chronos", "request")
+        .set("AEGIS_POOL_SIZE", WORKERS.to_string());
     spread(&builder.start(), "PING", "PONG");
 }
 

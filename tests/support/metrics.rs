@@ -10,6 +10,7 @@ pub const DISCOVERY_ENDPOINTS: &str = "aegis_discovery_endpoints";
 pub const DISCOVERY_ERRORS: &str = "aegis_discovery_errors_total";
 pub const DISCOVERY_LAST_SYNC: &str = "aegis_discovery_last_sync_timestamp_seconds";
 pub const DISCOVERY_SNAPSHOT_AGE: &str = "aegis_discovery_snapshot_age_seconds";
+pub const ENDPOINT_CONNECTIONS: &str = "aegis_endpoint_connections";
 pub const ENDPOINT_CONNECTS: &str = "aegis_endpoint_connects_total";
 pub const ENDPOINT_USABLE: &str = "aegis_endpoint_usable";
 pub const ENDPOINT_SESSIONS: &str = "aegis_endpoint_sessions_active";

@@ -85,11 +85,11 @@ impl Builder {
     }
 
     /// The size of the pools, for each worker and endpoint. The number of workers is to be set
-    /// before: they have the minimum together.
+    /// before.
     pub fn pool(self, min_idle: u64, max_idle: u64) -> Self {
         let workers = self.environment.get("AEGIS_WORKERS").map_or(1, |n| n.parse().unwrap());
         self.set("AEGIS_POOL_MIN_IDLE", (workers * min_idle).to_string())
-            .set("AEGIS_POOL_MAX_IDLE", max_idle.to_string())
+            .set("AEGIS_POOL_MAX_IDLE", (workers * max_idle).to_string())
     }
 
     pub fn without_pool(self) -> Self {

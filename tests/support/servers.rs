@@ -249,9 +249,11 @@ impl MariaDb {
         let (folder, address) = place();
         let path = |name| folder.path().join(name);
         let data = option("--datadir=", path("data"));
+        // A server that starts deletes what looks like temporary tables, another's as well.
+        let temporary = option("--tmpdir=", folder.path());
         let mut made = as_nobody(&install);
         made.args(["--no-defaults", "--auth-root-authentication-method=normal", "--skip-test-db"]);
-        output(made.arg(&data)).unwrap();
+        output(made.args([&data, &temporary])).unwrap();
         let mut command = as_nobody(&mariadbd);
         command
             .args(["--no-defaults", "--bind-address=127.0.0.2", "--innodb-buffer-pool-size=32M"])
@@ -259,6 +261,7 @@ impl MariaDb {
             .arg(option("--port=", address.port().to_string()))
             .args([
                 &data,
+                &temporary,
                 &option("--socket=", path("socket")),
                 &option("--pid-file=", path("pid")),
             ])

@@ -22,7 +22,7 @@ fn all_problems_are_told_at_once() {
     assert_eq!(
         errors.to_string(),
         r#"the configuration has 6 problems:
-  AEGIS_POOL_MIN_IDLE="9" and AEGIS_POOL_MAX_IDLE="8": the minimum of all workers together is above what they may keep.
+  AEGIS_POOL_MIN_IDLE="9" and AEGIS_POOL_MAX_IDLE="8": the minimum is above what may be kept.
   AEGIS_IDLE_TIMEOUT="": empty; unset it to have the default. Accepted: off, or a duration from 10ms to 30d.
   AEGIS_WORKERS="many": not a whole number, or far too large. Accepted: auto (or 0), or a number from 1 to 256.
   AEGIS_PIN="yes\n\u{1b}[2J": not one of the choices. Accepted: auto, on or off.

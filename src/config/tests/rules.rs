@@ -114,17 +114,39 @@ fn what_has_no_effect_is_told_with_the_reason() {
 }
 
 #[test]
-fn the_minimum_is_of_all_workers_and_the_maximum_of_each() {
+fn the_minimum_is_not_above_the_maximum_whatever_the_number_of_workers() {
     let pool = |vars: &[(&str, &str)]| read(vars).map(|config| config.routes[0].pool.min_idle).ok();
     let max = ("AEGIS_POOL_MAX_IDLE", "3");
-    assert_eq!(pool(&[("AEGIS_WORKERS", "4"), ("AEGIS_POOL_MIN_IDLE", "12"), max]), Some(12));
-    assert_eq!(pool(&[("AEGIS_WORKERS", "4"), ("AEGIS_POOL_MIN_IDLE", "13"), max]), None);
-    for auto in ["auto", "0"] {
-        assert_eq!(pool(&[("AEGIS_WORKERS", auto), ("AEGIS_POOL_MIN_IDLE", "3"), max]), Some(3));
-        assert_eq!(pool(&[("AEGIS_WORKERS", auto), ("AEGIS_POOL_MIN_IDLE", "4"), max]), None);
+    for workers in ["1", "4", "auto", "0"] {
+        let workers = ("AEGIS_WORKERS", workers);
+        assert_eq!(pool(&[workers, ("AEGIS_POOL_MIN_IDLE", "3"), max]), Some(3));
+        assert_eq!(pool(&[workers, ("AEGIS_POOL_MIN_IDLE", "4"), max]), None);
+        assert_eq!(pool(&[workers, max]), Some(3), "the default gives way");
     }
-    assert_eq!(pool(&[("AEGIS_WORKERS", "2"), max]), Some(4), "the default");
-    assert_eq!(pool(&[max]), Some(3), "gives way");
+}
+
+#[test]
+fn what_is_kept_and_made_is_within_the_limit_of_the_endpoint() {
+    let conflict = |name: &str, value| {
+        format!(
+            "{name}={value:?} and AEGIS_ENDPOINT_MAX=\"8\": an endpoint would have more connections \
+             than it may."
+        )
+    };
+    let max = ("AEGIS_ENDPOINT_MAX", "8");
+    let framed = [("AEGIS_PROTOCOL", "chronos"), ("AEGIS_POOL_MODE", "request"), max];
+    let found = problems(&[("AEGIS_POOL_MIN_IDLE", "9"), max]);
+    assert_eq!(found, [conflict("AEGIS_POOL_MIN_IDLE", "9")]);
+    let found = problems(&[&framed[..], &[("AEGIS_POOL_SIZE", "9")]].concat());
+    assert_eq!(found, [conflict("AEGIS_POOL_SIZE", "9")]);
+    // Defaults give way, and so does what is not used.
+    let pool = |vars: &[(&str, &str)]| read(vars).unwrap().routes[0].pool.clone();
+    let (sessions, requests) = (pool(&[("AEGIS_POOL_SIZE", "9"), max]), pool(&framed));
+    assert_eq!((sessions.conns_max(), requests.conns_max()), (Some(8), Some(8)));
+    assert_eq!(pool(&[("AEGIS_ENDPOINT_MAX", "2")]).min_idle, 2);
+    // Without it only requests are limited, by the size of the pool.
+    assert_eq!(pool(&[]).conns_max(), None);
+    assert_eq!(pool(&framed[..2]).conns_max(), Some(16));
 }
 
 #[test]

@@ -87,7 +87,7 @@ struct LeftOutRow<'a> {
     why: String,
 }
 
-fn state(usable: bool) -> &'static str {
+pub(super) fn state(usable: bool) -> &'static str {
     if usable { "usable" } else { "ejected" }
 }
 
@@ -154,7 +154,8 @@ pub(super) async fn write(view: Arc<View>, query: Query, mut to: Pieces) {
     to.end().await;
 }
 
-fn write_row(text: &mut String, before: &mut &str, row: &impl Serialize) {
+/// Writes a row as JSON on a line of its own.
+pub(super) fn write_row(text: &mut String, before: &mut &str, row: &impl Serialize) {
     // Strings and numbers can always be written.
     let row = serde_json::to_string(row).map_or(Cow::Borrowed("null"), Cow::Owned);
     text.push_str(before);

@@ -7,6 +7,8 @@ mod backends;
 mod connection;
 pub(super) mod page;
 mod rooms;
+mod status;
+mod web;
 
 use std::convert::Infallible;
 use std::fmt::Write;
@@ -24,7 +26,7 @@ use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 use warp::Filter;
 use warp::filters::BoxedFilter;
-use warp::http::StatusCode;
+use warp::http::{HeaderMap, StatusCode};
 use warp::reject::{MethodNotAllowed, Rejection};
 
 use super::View;
@@ -65,6 +67,7 @@ const PAGES: &[(&str, &str, Render)] = &[
     ("readyz", "200 while new sessions are welcome", |view, visit| now(&visit, probe(&view.not_ready()))),
     ("startupz", "200 once workers accept and the first endpoints are applied; waits for that, 8 s or ?wait=SECONDS", |view, visit| Box::pin(startup_page(view, visit))),
     ("backends", "endpoints, their state and pools, in JSON; ?limit=100&offset=0&workers=0", |view, visit| now(&visit, backends_page(view, &visit.query))),
+    ("status", "what the page shows, in JSON", |view, visit| now(&visit, status_page(view))),
     ("config", "the effective configuration, in JSON", |view, visit| now(&visit, config_page(&view))),
 ];
 
@@ -125,8 +128,16 @@ async fn serve_within(times: Times, listener: tokio::net::TcpListener, view: Arc
 
 fn pages(view: &Arc<View>) -> BoxedFilter<(Page,)> {
     let visit = || warp::ext::get::<Visit>();
-    let index = warp::path::end().and(visit()).then(|visit: Visit| now(&visit, index_page()));
-    let pages = PAGES.iter().fold(index.boxed(), |pages, &(path, _, render)| {
+    let index = warp::path::end()
+        .and(visit())
+        .and(warp::header::headers_cloned())
+        .then(|visit: Visit, headers| now(&visit, index_page(&headers)));
+    let index = web::FILES.iter().fold(index.boxed(), |pages, file| {
+        let file_page = warp::path(file.path).and(warp::path::end()).and(visit());
+        let file_page = file_page.then(|visit: Visit| now(&visit, file.page()));
+        pages.or(file_page).unify().boxed()
+    });
+    let pages = PAGES.iter().fold(index, |pages, &(path, _, render)| {
         let view = Arc::clone(view);
         let page = warp::path(path)
             .and(warp::path::end())
@@ -152,8 +163,9 @@ async fn rejected(rejection: Rejection) -> Result<Page, Infallible> {
     Ok(text_page(status, index()))
 }
 
-fn index_page() -> Page {
-    text_page(StatusCode::OK, index())
+/// A page for a browser; a list of all pages for a terminal.
+fn index_page(headers: &HeaderMap) -> Page {
+    if web::is_browser(headers) { web::INDEX.page() } else { text_page(StatusCode::OK, index()) }
 }
 
 fn metrics_page(view: Arc<View>) -> Page {
@@ -208,6 +220,10 @@ fn backends_page(view: Arc<View>, query: &str) -> Page {
         }
         Err(error) => text_page(StatusCode::BAD_REQUEST, error),
     }
+}
+
+fn status_page(view: Arc<View>) -> Page {
+    streamed("application/json", |pieces| status::write(view, pieces))
 }
 
 fn config_page(view: &View) -> Page {

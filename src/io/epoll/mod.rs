@@ -33,7 +33,7 @@ use super::descriptors::Descriptors;
 use super::halves::{Receiving, Sending};
 use super::net::{self, Address, Credentials, Listener, Stream};
 use super::splice::{self, Pipes};
-use super::{Acks, Close, Completion, Conn, ConnId, Driver, DriverSetup, Unheard, Wait};
+use super::{Acks, Close, Completion, Conn, ConnId, Driver, DriverSetup, Network, Unheard, Wait};
 use crate::fifo;
 use crate::limits;
 use crate::slab::Slab;
@@ -377,6 +377,10 @@ impl Driver for Epoll {
         }
     }
 
+    fn has_descriptor(&self, conn: ConnId) -> bool {
+        self.sockets.get(conn).is_some()
+    }
+
     fn unheard(&mut self, conn: ConnId) -> Unheard {
         let Some(socket) = self.sockets.get(conn) else { return Unheard::End };
         let broke = |completion: &Completion| matches!(completion, Completion::SendFailed(broken) if *broken == conn);
@@ -398,6 +402,10 @@ impl Driver for Epoll {
 
     fn acks(&self, conn: ConnId) -> Option<Acks> {
         self.sockets.get(conn)?.stream.acks()
+    }
+
+    fn network(&self, conn: ConnId) -> Option<Network> {
+        self.sockets.get(conn)?.stream.network()
     }
 
     fn ask(&mut self, conn: ConnId, options: &net::Options, silence: Option<Duration>) {

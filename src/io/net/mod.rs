@@ -27,7 +27,7 @@ use rustix::io::Errno;
 use rustix::net::SocketFlags;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use super::{Acks, Unheard};
+use super::{Acks, Network, Unheard};
 
 pub use address::{Address, AddressError, PATH_LEN_MAX, UNIX};
 pub use tcp::{Options, is_local};
@@ -183,6 +183,14 @@ impl Stream {
     pub(super) fn acks(&self) -> Option<Acks> {
         match self.transport {
             Transport::Tcp => tcp::acks(&self.fd),
+            Transport::Unix => None,
+        }
+    }
+
+    /// What the kernel has measured of the way to the peer, if there is a network in between.
+    pub(super) fn network(&self) -> Option<Network> {
+        match self.transport {
+            Transport::Tcp => tcp::network(&self.fd),
             Transport::Unix => None,
         }
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustix::ioctl::{Getter, Opcode, ioctl};
 use socket2::{Domain, SockRef, Socket, TcpKeepalive};
 
-use crate::io::Acks;
+use crate::io::{Acks, Network};
 
 /// Options of every TCP socket of the data plane.
 #[derive(Debug, Clone, Default)]
@@ -112,13 +112,40 @@ fn tcp_info(socket: &impl AsFd) -> io::Result<(TcpInfo, usize)> {
     if code == 0 { Ok((info, len as usize)) } else { Err(io::Error::last_os_error()) }
 }
 
+/// A member of 64 bits that begins at this place.
+fn wide(info: &TcpInfo, at: usize) -> u64 {
+    let [first, second] = [info[at], info[at + 1]].map(u32::to_ne_bytes);
+    let mut bytes = [0; 8];
+    bytes[..4].copy_from_slice(&first);
+    bytes[4..].copy_from_slice(&second);
+    u64::from_ne_bytes(bytes)
+}
+
+/// What `TCP_INFO` tells of the way to the peer.
+pub(super) fn network(socket: &impl AsFd) -> Option<Network> {
+    const UNACKED: usize = 6;
+    const RTT_US: usize = 17;
+    const TOTAL_RETRANS: usize = 25;
+    const DATA_SEGS_OUT: usize = 39;
+    const DELIVERY_RATE: usize = 40;
+    let (info, len) = tcp_info(socket).ok()?;
+    // Linux before 4.9 lacks the last one.
+    (len >= (DELIVERY_RATE + 2) * size_of::<u32>()).then(|| Network {
+        rtt: Duration::from_micros(info[RTT_US].into()),
+        segments: info[DATA_SEGS_OUT],
+        retransmits: info[TOTAL_RETRANS],
+        unacked: info[UNACKED],
+        delivery_rate: wide(&info, DELIVERY_RATE),
+    })
+}
+
 /// What the peer has acknowledged, as `TCP_INFO` tells.
 pub(super) fn acks(socket: &impl AsFd) -> Option<Acks> {
     const PROBES_BYTE: usize = 3;
     const UNACKED: usize = 6;
     const LAST_DATA_SENT: usize = 11;
     const LAST_ACK_RECV: usize = 14;
-    const BYTES_ACKED: [usize; 2] = [30, 31];
+    const BYTES_ACKED: usize = 30;
     const NOTSENT_BYTES: usize = 36;
     const SND_WND: usize = 57;
     let (info, len) = tcp_info(socket).ok()?;
@@ -131,16 +158,12 @@ pub(super) fn acks(socket: &impl AsFd) -> Option<Acks> {
     // What finds no room is answered all the same, be it bytes or a probe. Until it is sent again the
     // peer has nothing to acknowledge, whatever the kernel still counts as on its way.
     let answered = info[LAST_ACK_RECV] <= info[LAST_DATA_SENT];
-    let [first, second] = BYTES_ACKED.map(|at| info[at].to_ne_bytes());
-    let mut acked = [0; 8];
-    acked[..4].copy_from_slice(&first);
-    acked[4..].copy_from_slice(&second);
     Some(Acks {
         awaited: probes > 0 || unacked && !answered,
         pending: unacked || info[NOTSENT_BYTES] > 0,
         last: Duration::from_millis(info[LAST_ACK_RECV].into()),
         sent: Duration::from_millis(info[LAST_DATA_SENT].into()),
-        progress: (unacked && has_room).then_some(u64::from_ne_bytes(acked)),
+        progress: (unacked && has_room).then(|| wide(&info, BYTES_ACKED)),
     })
 }
 

@@ -173,6 +173,10 @@ impl Driver for Sim {
         }
     }
 
+    fn has_descriptor(&self, conn: ConnId) -> bool {
+        self.sockets.get(conn).is_some()
+    }
+
     fn unheard(&mut self, conn: ConnId) -> Unheard {
         let Some(socket) = self.sockets.get(conn) else { return Unheard::End };
         let peer = &self.peers[socket.peer];

@@ -39,7 +39,7 @@ use super::probe::Features;
 use super::provided::ProvidedBuffers;
 use super::ring::Ring;
 use super::splice::{self, Pipes};
-use super::{Acks, Close, Completion, Conn, ConnId, Driver, DriverSetup, Unheard, Wait};
+use super::{Acks, Close, Completion, Conn, ConnId, Driver, DriverSetup, Network, Unheard, Wait};
 use crate::fifo;
 use crate::limits;
 use crate::slab::Slab;
@@ -490,6 +490,10 @@ impl Driver for Uring {
         }
     }
 
+    fn has_descriptor(&self, conn: ConnId) -> bool {
+        self.sockets.get(conn).is_some()
+    }
+
     fn unheard(&mut self, conn: ConnId) -> Unheard {
         let Some(socket) = self.sockets.get(conn) else { return Unheard::End };
         let shown = socket.stream.unheard();
@@ -510,6 +514,10 @@ impl Driver for Uring {
 
     fn acks(&self, conn: ConnId) -> Option<Acks> {
         self.sockets.get(conn)?.stream.acks()
+    }
+
+    fn network(&self, conn: ConnId) -> Option<Network> {
+        self.sockets.get(conn)?.stream.network()
     }
 
     fn ask(&mut self, conn: ConnId, options: &net::Options, silence: Option<Duration>) {

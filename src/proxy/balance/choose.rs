@@ -51,10 +51,11 @@ pub enum Having {
 impl Having {
     fn holds(self, entry: &Entry) -> bool {
         match self {
-            Self::Anything => true,
+            // What has neither is full, and served by those who wait in line.
+            Self::Anything => entry.pool.idle() > 0 || entry.has_room(),
             Self::Idle => entry.pool.idle() > 0,
-            Self::Room => entry.pool.room() > 0,
-            Self::Conn => entry.pool.idle() > 0 || entry.pool.room() > 0,
+            Self::Room => entry.pool.room() > 0 && entry.has_room(),
+            Self::Conn => entry.pool.idle() > 0 || (entry.pool.room() > 0 && entry.has_room()),
         }
     }
 }
@@ -135,8 +136,9 @@ impl Table {
     ) -> Option<EndpointId> {
         self.turn = self.turn.wrapping_add(1);
         let search = |among| Search { tried, source, among, having: Having::Anything, now };
-        let chosen =
-            self.pick(&search(Among::Usable), rng).or_else(|| self.pick(&search(Among::All), rng));
+        let chosen = self
+            .pick(&search(Among::Usable), rng)
+            .or_else(|| self.pick_unusable(&search(Among::All), rng));
         chosen.inspect(|&index| self.take_turn(index))
     }
 
@@ -197,7 +199,7 @@ impl Table {
             }
             (Some(near), _) => (Some(near), None),
             (None, Some(other)) => (Some(other), Some(Spillover::Few)),
-            (None, None) => (self.pick(&search(Among::All), rng), None),
+            (None, None) => (self.pick_unusable(&search(Among::All), rng), None),
         };
         (chosen.inspect(|&index| self.take_turn(index)), spilled)
     }
@@ -222,6 +224,15 @@ impl Table {
             }
         }
         self.pick_now(search, rng)
+    }
+
+    /// One that is not usable, unless there are usable ones that are only full.
+    fn pick_unusable(
+        &mut self,
+        search: &Search<'_>,
+        rng: &mut fastrand::Rng,
+    ) -> Option<EndpointId> {
+        if self.has_other(search.tried) { None } else { self.pick(search, rng) }
     }
 
     fn pick_now(&self, search: &Search<'_>, rng: &mut fastrand::Rng) -> Option<EndpointId> {

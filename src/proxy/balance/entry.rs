@@ -3,9 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::held::Held;
 use super::latency::Latency;
 use super::outstanding::Ends;
-use crate::config::PoolConfig;
+use crate::config::{PoolConfig, PoolMode};
+use crate::limits;
 use crate::metrics::EndpointStats;
 use crate::proxy::WorkerId;
 use crate::proxy::endpoints::Endpoint;
@@ -27,6 +29,12 @@ pub struct Entry {
     /// Those of its connections in use that are not released to the pool, though it reuses them:
     /// nobody knows any more what is on them.
     pub(super) opaque: usize,
+    /// The places of its connections.
+    pub(super) places: Held,
+    /// The places of those that are idle, or made to be.
+    pub(super) idle_places: Held,
+    /// Connections that are being closed, and keep their places until they are.
+    pub(super) closing: usize,
     worker: WorkerId,
     pub(super) present: bool,
     /// When it left the set.
@@ -74,7 +82,16 @@ impl Entry {
         // Its counters may be of an earlier time, in which it ended up anyhow.
         endpoint.stats[usize::from(worker)].reset_gauges();
         let min_idle = endpoint.share_of(worker, pool.min_idle);
+        let workers = endpoint.stats.len();
+        // With fewer places than workers nobody has a share: they take turns.
+        let share = |max: usize| if max < workers { 0 } else { endpoint.share_of(worker, max) };
+        let (max, idle_max) = (pool.conns_max(), idle_max(pool));
+        endpoint.stats[usize::from(worker)].connections_max.set(max.unwrap_or(0) as u64);
+        let idle_share = idle_max.map_or(0, share).max(min_idle);
         Self {
+            places: Held::none(worker, max, max.map_or(0, share), now),
+            idle_places: Held::none(worker, idle_max, idle_share, now),
+            closing: 0,
             endpoint: Arc::clone(endpoint),
             pool: Pool::new(&PoolConfig { min_idle, ..pool.clone() }, now),
             health: Health::default(),
@@ -101,11 +118,17 @@ impl Entry {
         self.present && self.health.is_usable() && has_way
     }
 
-    /// Whether a client that has waited may be sent there now: there is a connection for it, or one
-    /// more connect may be made. Whether it is ejected does not matter: where all are, those that wait
+    /// Whether a client that has waited may be sent there now: there is a connection for it, or a place,
+    /// and one more connect may be made. Whether it is ejected does not matter: where all are, those that wait
     /// try the way.
     pub fn has_room_for_waiting(&self, now: Instant) -> bool {
-        self.present && (self.pool.idle() > 0 || self.recovery.has_room(now))
+        let may_connect = self.has_room() && self.recovery.has_room(now);
+        self.present && (self.pool.idle() > 0 || may_connect)
+    }
+
+    /// Whether it would serve, and has all the connections that it may, each with a client.
+    pub(super) fn is_full(&self, now: Instant) -> bool {
+        self.is_usable(now) && self.pool.idle() == 0 && !self.has_room()
     }
 
     /// Sessions on it, those still connecting included.
@@ -209,6 +232,86 @@ impl Entry {
     }
 
     pub(super) fn is_unused(&self) -> bool {
-        self.pool.counts() == Counts::default()
+        self.pool.counts() == Counts::default() && self.closing == 0
     }
+
+    /// Connections that it has, or that are being made or closed.
+    pub(super) fn conns(&self) -> usize {
+        let Counts { idle, connecting, in_use } = self.pool.counts();
+        idle + connecting + in_use + self.closing
+    }
+
+    /// Connections that are being closed, and keep their places until they are.
+    pub fn closing(&self) -> usize {
+        self.closing
+    }
+
+    /// Places held for connections that are about to be made.
+    pub fn spare(&self) -> usize {
+        self.places.count().saturating_sub(self.conns())
+    }
+
+    /// Likewise of those for idle ones.
+    pub(super) fn spare_idle(&self) -> usize {
+        self.idle_places.count().saturating_sub(self.pooled())
+    }
+
+    /// Idle connections, and those being made for the pool.
+    pub(super) fn pooled(&self) -> usize {
+        self.pool.idle() + self.pool.connecting()
+    }
+
+    /// Whether there may be one more connection to it.
+    pub fn has_room(&self) -> bool {
+        self.spare() > 0 || !self.places.are_all_taken(&self.endpoint.places)
+    }
+
+    /// Whether this worker has to make room for others that have less than their share: the
+    /// connection that it needs least is to be closed.
+    pub fn must_yield(&self, now: Instant) -> bool {
+        let wanted = self.places.wanted(&self.endpoint.places).needy;
+        if wanted <= self.closing || self.places.beyond_share() == 0 {
+            return false;
+        }
+        let Some(max) = self.places.max() else { return false };
+        let turn = limits::place_turn(max, self.endpoint.stats.len());
+        self.places.has_share() || self.places.held_for(now) >= turn
+    }
+
+    /// When an idle connection is to be closed for others, should it be idle still; `None` if they
+    /// need none.
+    pub fn yields_idle_at(&self, now: Instant) -> Option<Instant> {
+        let oldest = self.pool.oldest_since()?;
+        let wanted = self.places.wanted(&self.endpoint.places);
+        if wanted.needy + wanted.others <= self.closing {
+            return None;
+        }
+        // With connections of their own it is sessions that wait.
+        if !self.pool.reuses() || self.must_yield(now) {
+            return Some(now);
+        }
+        let is_for_needy = wanted.needy > self.closing && self.places.beyond_share() > 0;
+        let after =
+            if is_for_needy { limits::UNNEEDED_BEYOND_SHARE_AFTER } else { limits::UNNEEDED_AFTER };
+        Some(oldest + after)
+    }
+
+    /// Whether an idle connection is to be closed so that others can keep their share of idle ones.
+    pub fn must_yield_pooled(&self) -> bool {
+        self.pool.idle() > 0
+            && self.idle_places.beyond_share() > 0
+            && self.idle_places.wanted(&self.endpoint.idle_places).needy > 0
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.places.give_all(&self.endpoint.places);
+        self.idle_places.give_all(&self.endpoint.idle_places);
+    }
+}
+
+/// How many idle connections there may be, if that is not how many there may be at all.
+fn idle_max(pool: &PoolConfig) -> Option<usize> {
+    (pool.mode != PoolMode::Request).then(|| pool.most())
 }

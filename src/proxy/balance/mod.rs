@@ -7,10 +7,12 @@
 //! | [`latency`] | how long an endpoint takes to answer, where that decides |
 //! | [`outstanding`] | the requests without a reply, by age |
 //! | [`conns`] | the ways in which connections change hands, each of which keeps all books |
+//! | [`held`] | what this worker has of the places that all workers share |
 
 mod choose;
 mod conns;
 mod entry;
+mod held;
 mod latency;
 mod outstanding;
 #[cfg(test)]
@@ -32,7 +34,7 @@ use super::WorkerId;
 use super::endpoints::{EndpointId, EndpointSnapshot};
 use super::route::{self, StableHash};
 use crate::config::{Balance, PoolConfig};
-use crate::limits::ENDPOINTS_MAX;
+use crate::limits::{ENDPOINTS_MAX, WORKERS_MAX};
 
 /// A store as a worker sees it; see [`super::endpoints::Store`].
 #[derive(Debug)]
@@ -66,6 +68,8 @@ pub struct Table {
     turns: u64,
     /// The next one chosen has the turn of another one, which was passed over.
     substitutes: bool,
+    /// Workers that are to be woken: a place was passed on to them, or others want one of theirs.
+    wakes: Vec<WorkerId>,
 }
 
 impl Table {
@@ -85,6 +89,7 @@ impl Table {
             turn: worker.into(),
             turns: 0,
             substitutes: false,
+            wakes: Vec::with_capacity(WORKERS_MAX),
         }
     }
 
@@ -154,7 +159,9 @@ impl Table {
         self.present.iter().filter(|&&index| endpoint.is_none_or(|one| one == index)).any(
             |&index| {
                 let entry = self.entries[usize::from(index)].as_ref();
-                entry.is_some_and(|entry| entry.pool.idle() + entry.pool.in_use() > 0)
+                // Where others have all places, there is one, only not here.
+                let is_connected = |entry: &Entry| entry.pool.idle() + entry.pool.in_use() > 0;
+                entry.is_some_and(|entry| is_connected(entry) || !entry.has_room())
             },
         )
     }

@@ -257,12 +257,13 @@ impl Pool {
         self.pacing.on_connecting();
     }
 
-    /// A connect for the pool succeeded. Says whether the connection is kept. One that `probes` the
-    /// endpoint is kept for a while even where none are.
+    /// A connect for the pool succeeded. Says whether the connection is kept, which takes a place. One
+    /// that `probes` the endpoint is kept for a while even where none are.
     #[must_use = "a connection that is not kept is to be closed"]
     pub(super) fn on_connected(
         &mut self,
         conn: ConnId,
+        has_place: bool,
         probes: bool,
         now: Instant,
         rng: &mut fastrand::Rng,
@@ -270,7 +271,8 @@ impl Pool {
         self.connecting -= 1;
         self.pacing.on_connected();
         let probes = probes && self.idle.is_empty() && !self.policy.reuses();
-        if !self.policy.keeps_one_more(self.counts()) && !probes {
+        let has_room = has_place && self.policy.keeps_one_more(self.counts());
+        if !(has_room || probes) {
             return false;
         }
         // Ages are spread by a tenth either way, so that a pool is never renewed all at once.

@@ -10,6 +10,7 @@ const ALL: usize = usize::MAX;
 
 fn config() -> PoolConfig {
     PoolConfig {
+        endpoint_max: None,
         mode: PoolMode::Preconnect,
         size: 4,
         min_idle: 2,
@@ -29,7 +30,7 @@ fn warmed(now: Instant, count: u32) -> Pool {
     let mut pool = Pool::new(&config(), now);
     for number in 0..count {
         pool.on_connecting();
-        assert!(pool.on_connected(conn(number), false, now, &mut rng));
+        assert!(pool.on_connected(conn(number), true, false, now, &mut rng));
     }
     pool.pacing.round = None;
     pool
@@ -45,7 +46,7 @@ fn fill(pool: &mut Pool, next: &mut u32, start: Instant, time: Duration) -> Vec<
         let short = pool.shortage(ALL, now);
         for _ in 0..short {
             pool.on_connecting();
-            assert!(pool.on_connected(conn(*next), false, now, &mut rng));
+            assert!(pool.on_connected(conn(*next), true, false, now, &mut rng));
             *next += 1;
         }
         made.push(short);
@@ -124,7 +125,7 @@ fn end_logins(pool: &mut Pool, start: Instant, limit: Duration, seconds: u32) ->
         }
         for _ in 0..pool.shortage(ALL, now) {
             pool.on_connecting();
-            assert!(pool.on_connected(conn(next), false, now, &mut rng));
+            assert!(pool.on_connected(conn(next), true, false, now, &mut rng));
             open.push((conn(next), now));
             next += 1;
         }
@@ -172,7 +173,7 @@ fn sessions_make_a_server_that_greets_no_less_unknown() {
     while now < start + 2 * ALONE_FOR {
         for _ in 0..pool.shortage(ALL, now) {
             pool.on_connecting();
-            assert!(pool.on_connected(conn(next), false, now, &mut rng));
+            assert!(pool.on_connected(conn(next), true, false, now, &mut rng));
             pool.on_greeting();
             next += 1;
         }
@@ -268,7 +269,7 @@ fn failures_back_off_and_one_connect_tries_the_way() {
     let later = now + 2 * BACKOFF_MIN;
     assert_eq!(pool.shortage(ALL, later), 1);
     pool.on_connecting();
-    assert!(pool.on_connected(conn(7), false, later, &mut rng));
+    assert!(pool.on_connected(conn(7), true, false, later, &mut rng));
     assert_eq!(pool.shortage(ALL, later), 0, "one at a time");
     assert_eq!(pool.shortage(ALL, later + 2 * ROUND), 1);
 }
@@ -284,7 +285,7 @@ fn lent_connections_come_back_and_the_latest_is_lent_first() {
     pool.stop_wanting();
     for number in 0..3 {
         pool.on_connecting();
-        assert!(pool.on_connected(conn(number), false, now, &mut rng));
+        assert!(pool.on_connected(conn(number), true, false, now, &mut rng));
     }
     let last = pool.acquire().unwrap();
     assert_eq!((last.conn, pool.in_use(), pool.room()), (conn(2), 1, 1));
@@ -306,11 +307,11 @@ fn connections_that_requests_share_are_kept_up_to_the_size_and_no_further() {
     let mut pool = Pool::new(&few, now);
     for number in 0..4 {
         pool.on_connecting();
-        assert!(pool.on_connected(conn(number), false, now, &mut rng), "four requests wait");
+        assert!(pool.on_connected(conn(number), true, false, now, &mut rng), "four requests wait");
     }
     let in_use: Vec<_> = std::iter::from_fn(|| pool.acquire()).collect();
     pool.on_connecting();
-    assert!(!pool.on_connected(conn(4), false, now, &mut rng), "a probe is one too many");
+    assert!(!pool.on_connected(conn(4), true, false, now, &mut rng), "a probe is one too many");
     for taken in in_use {
         assert!(pool.release(taken, now), "others may wait");
     }
@@ -323,7 +324,7 @@ fn a_backend_that_closes_after_it_has_served_is_connected_to_again() {
     let mut pool = Pool::new(&PoolConfig { mode: PoolMode::Request, ..config() }, now);
     let mut rng = fastrand::Rng::with_seed(1);
     pool.on_connecting();
-    assert!(pool.on_connected(conn(0), false, now, &mut rng));
+    assert!(pool.on_connected(conn(0), true, false, now, &mut rng));
     let taken = pool.acquire().unwrap();
     assert!(pool.release(Taken { served: true, ..taken }, now));
     assert!(!pool.on_died(taken.conn, now, &mut rng));
@@ -342,7 +343,7 @@ fn a_backend_that_accepts_only_to_close_is_not_stormed() {
         for _ in 0..pool.shortage(ALL, now) {
             connects += 1;
             pool.on_connecting();
-            assert!(pool.on_connected(conn(connects), false, now, &mut rng));
+            assert!(pool.on_connected(conn(connects), true, false, now, &mut rng));
             assert!(pool.on_died(conn(connects), now, &mut rng), "it is no good");
         }
         pool.expire(now);

@@ -1,13 +1,13 @@
 //! The backend's side: a connection, the reply on it, and what comes in place of one.
 
 use std::mem;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::action::{Action, Actions, Fate};
 use super::backend::Backend;
 use super::client::Client;
 use super::policy::Moment;
-use super::state::{History, InFlight, Pending, Progress, State, Wanted};
+use super::state::{History, InFlight, Pending, Progress, State, Times, Wanted};
 use super::{BackendConn, Broadcast, ErrorReply, Reply, Request};
 use crate::io::buffers::Buffers;
 use crate::io::{Buf, ConnId};
@@ -23,8 +23,19 @@ pub struct Replied {
     pub passed: usize,
     /// The endpoint has answered on this connection, which was made then.
     pub answered: Option<(EndpointId, ConnId, Instant)>,
+    /// How long it was from the request to this, if this is the first of the reply.
+    pub first_byte: Option<Duration>,
+    /// How long it was from the first of the reply to this, if this is the last of it.
+    pub transfer: Option<Duration>,
     /// And then this.
     pub actions: Actions,
+}
+
+impl Replied {
+    /// Nothing of it is a reply.
+    fn unexpected(actions: Actions) -> Self {
+        Self { passed: 0, answered: None, first_byte: None, transfer: None, actions }
+    }
 }
 
 /// There is no buffer for what has to be sent.
@@ -190,11 +201,13 @@ impl Client {
             // Between two requests of a client, or behind a reply that came early.
             _ => {
                 let actions = self.on_backend_lost(Discard::Unexpected, Retry::Broken, moment);
-                return Replied { passed: 0, answered: None, actions };
+                return Replied::unexpected(actions);
             }
         };
         self.active = moment.now;
+        let begins = flight.reply == Progress::Expected;
         flight.on_reply(moment.now);
+        let Times { asked, answered } = flight.times;
         let BackendConn { conn, endpoint, made, .. } = flight.backend.conn;
         let bytes = moment.buffers.bytes(buf);
         let reply = self.framing.reply(bytes);
@@ -206,6 +219,9 @@ impl Client {
             self.on_queued(count as u32);
             count
         };
+        let ends = matches!(reply, Reply::Complete | Reply::Surplus(_));
+        let since = |at| moment.now.saturating_duration_since(at);
+        let (first_byte, transfer) = (begins.then(|| since(asked)), ends.then(|| since(answered)));
         let actions = match reply {
             Reply::Partial => self.on_part(moment),
             Reply::Complete => self.on_complete(moment),
@@ -213,7 +229,8 @@ impl Client {
             Reply::Surplus(_) => self.conclude(Some(Discard::Unexpected), moment),
             Reply::Opaque => self.on_opaque_reply(moment.now),
         };
-        Replied { passed, answered: Some((endpoint, conn, made)), actions }
+        let answered = Some((endpoint, conn, made));
+        Replied { passed, answered, first_byte, transfer, actions }
     }
 
     fn on_part(&mut self, moment: &Moment<'_>) -> Actions {

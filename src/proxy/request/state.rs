@@ -182,6 +182,15 @@ pub(super) enum Progress {
     Complete,
 }
 
+/// When a request and its reply passed by.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Times {
+    /// Its first byte was sent.
+    pub(super) asked: Instant,
+    /// The first byte of the reply came; as `asked` before that.
+    pub(super) answered: Instant,
+}
+
 /// A request that is with a backend.
 #[derive(Debug)]
 pub(super) struct InFlight {
@@ -201,6 +210,8 @@ pub(super) struct InFlight {
     pub(super) reply: Progress,
     /// Bytes of it went to nobody.
     pub(super) cut: bool,
+    /// When what happened to it.
+    pub(super) times: Times,
     /// When a byte of it or of its reply moved last, in any direction.
     pub(super) moved: Instant,
     /// The client's pace with a request that is sent on as it comes.
@@ -226,6 +237,7 @@ impl InFlight {
             queued: 0,
             reply: Progress::Expected,
             cut: false,
+            times: Times { asked: now, answered: now },
             moved: now,
             upload: Upload::new(now),
         };
@@ -251,6 +263,9 @@ impl InFlight {
 
     /// Bytes of the reply came.
     pub(super) fn on_reply(&mut self, now: Instant) {
+        if self.reply == Progress::Expected {
+            self.times.answered = now;
+        }
         self.reply = Progress::Begun;
         self.moved = now;
         self.backend.conn.served = true;

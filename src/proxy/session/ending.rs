@@ -59,6 +59,8 @@ pub fn how_to_close(reason: CloseReason) -> Close {
         | CloseReason::ConnectFailed
         | CloseReason::ConnectTimeout
         | CloseReason::NoEndpoint
+        | CloseReason::QueueFull
+        | CloseReason::QueueTimeout
         | CloseReason::Overload => Close::Reset,
     }
 }

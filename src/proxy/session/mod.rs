@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use super::Side;
 use super::endpoints::EndpointId;
-use super::outage::Ticket;
+use super::line::Ticket;
 use super::pulse::Pulse;
 use super::relay::{Flow, Relay};
 use crate::io::{Chain, ConnId};
@@ -90,12 +90,12 @@ enum State {
     Open,
 }
 
-/// When the client's first byte was seen, for the time to the first byte back.
+/// When the client's first byte was seen, and the first byte back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum FirstByte {
     Unasked,
     Asked(Instant),
-    Answered,
+    Answered(Instant),
 }
 
 /// One client and, once connected, its backend.
@@ -259,14 +259,14 @@ impl Session {
         self.state == State::Open
     }
 
-    /// Whether it waits for an endpoint.
+    /// Whether it waits for an endpoint, or for a place at one.
     pub fn awaits_endpoint(&self) -> bool {
         self.waits.is_some()
     }
 
-    /// What it is to be closed for if it has waited until `now` and may do so for `limit`.
-    pub fn waited_too_long(&self, limit: Duration, now: Instant) -> Option<CloseReason> {
-        self.waits.filter(|_| self.waits_until(limit) <= now)
+    /// What it is to be closed for if it waits for a usable endpoint for too long.
+    pub fn why_waits(&self) -> Option<CloseReason> {
+        self.waits
     }
 
     /// Until when it waits, if it may do so for `limit`.
@@ -289,8 +289,8 @@ impl Session {
         self.ticket.take().is_some()
     }
 
-    /// It waits for an endpoint, and is to be closed for `reason` if that is for too long. Those that it
-    /// has tried may be tried again.
+    /// It waits for an endpoint, or for a place at one. If none is usable for too long it is to be closed
+    /// for `reason`. Those that it has tried may be tried again.
     pub fn on_waiting(&mut self, ticket: Ticket, reason: CloseReason) {
         assert_eq!(self.state, State::Connecting, "an open session has an endpoint");
         assert!(self.endpoint.is_none() && self.waits.is_none(), "it is tried, or waits already");
@@ -418,8 +418,14 @@ impl Session {
     /// How long the client waited for the first byte back, once, when that has just come.
     pub fn take_first_byte(&mut self, now: Instant) -> Option<Duration> {
         let FirstByte::Asked(at) = self.first_byte else { return None };
-        self.first_byte = FirstByte::Answered;
+        self.first_byte = FirstByte::Answered(now);
         Some(now.saturating_duration_since(at))
+    }
+
+    /// When the first byte back has come.
+    pub fn answered_since(&self) -> Option<Instant> {
+        let FirstByte::Answered(since) = self.first_byte else { return None };
+        Some(since)
     }
 
     /// A side's socket took bytes.

@@ -4,7 +4,7 @@ use super::deadline::LEFT_AFTER;
 use super::*;
 use crate::io::Close;
 use crate::limits::FLUSH_STALL_MAX;
-use crate::proxy::outage::Line;
+use crate::proxy::line::Line;
 use std::time::Duration;
 
 const LIMIT: u32 = 100;
@@ -227,7 +227,7 @@ fn a_client_without_a_backend_leaves_by_a_reset_or_by_an_end_before_the_first_by
     };
     let left = Action::Close(CloseReason::ClientLeft);
     let mut waiting = Session::new(ConnId::from_parts(0, 0), now);
-    waiting.on_waiting(Line::default().ticket(now), CloseReason::NoEndpoint);
+    waiting.on_waiting(Line::default().ticket(now, now), CloseReason::NoEndpoint);
     assert_eq!(waiting.on_ended(Side::Client, now), left, "no endpoint is there");
     let none = Timeouts { idle: None, half_close: None };
     let mut slow = connecting();
@@ -248,23 +248,24 @@ fn a_client_without_a_backend_leaves_by_a_reset_or_by_an_end_before_the_first_by
 fn a_session_waits_for_as_long_as_it_may_since_it_looks_for_a_backend() {
     let start = Instant::now();
     let mut session = Session::new(ConnId::from_parts(0, 0), start);
-    let ticket = Line::default().ticket(start);
+    let ticket = Line::default().ticket(start, start);
     session.on_waiting(ticket, CloseReason::NoEndpoint);
-    assert_eq!(session.waited_too_long(SECOND, start + SECOND / 2), None);
+    assert_eq!(session.waits_until(SECOND), start + SECOND);
     session.on_waited();
-    assert_eq!(session.waited_too_long(SECOND, start + SECOND), None, "it is being connected");
+    assert_eq!(session.why_waits(), None, "it is being connected");
     session.on_trying(EndpointId::at(3), None);
     session.on_connect_failed();
     session.on_waiting(ticket, CloseReason::ConnectFailed);
     assert_eq!(session.tried().attempts(), 0, "all may be tried again");
     let failed = Some(CloseReason::ConnectFailed);
-    assert_eq!(session.waited_too_long(SECOND, start + SECOND), failed, "of its last failure");
+    assert_eq!(session.why_waits(), failed, "of its last failure");
+    assert_eq!(session.waits_until(SECOND), start + SECOND);
     session.on_waited();
     session.on_connected(ConnId::from_parts(1, 0), 0, start);
     // A day later it is moved, before a byte.
     let later = start + 24 * 3600 * SECOND;
     session.on_moved(later);
-    session.on_waiting(Line::default().ticket(later), CloseReason::BackendReset);
+    session.on_waiting(Line::default().ticket(later, later), CloseReason::BackendReset);
     assert_eq!(session.waits_until(SECOND), later + SECOND);
 }
 

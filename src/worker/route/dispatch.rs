@@ -23,7 +23,7 @@ impl Route {
         let key = self.sessions.begin(cx, client);
         self.retries.on_request(cx.now);
         let others_wait = !self.sessions.line.is_empty();
-        if self.may_wait() && (others_wait || self.pools.table.is_outage(cx.now)) {
+        if others_wait || (self.may_wait() && self.pools.table.is_outage(cx.now)) {
             let reason = self.why_unusable();
             self.have_wait(cx, key, reason);
         } else {
@@ -44,6 +44,7 @@ impl Route {
             Outcome::Asked => self.on_session_asked(cx, key),
             Outcome::Answered => self.on_session_answered(cx, key),
             Outcome::Replied => self.on_session_replied(cx, key),
+            Outcome::Cancels => self.serve_cancel(cx, key),
             Outcome::Over(reason) => self.close_session(cx, key, reason),
         }
     }
@@ -74,6 +75,10 @@ impl Route {
                 && matches!(otherwise, CloseReason::ConnectFailed | CloseReason::ConnectTimeout);
             if costs && !self.takes_retry(cx) {
                 return self.on_none_left(cx, key, otherwise);
+            }
+            if !self.has_conn_for_session(cx, key, endpoint) {
+                // Another worker was faster.
+                return self.have_wait(cx, key, otherwise);
             }
             if tried.attempts() > 0 && !is_cancel {
                 self.stats.connect_retries.add(1);
@@ -175,11 +180,35 @@ impl Route {
         }
         // A cancel request that reaches nobody has nothing to wait for.
         let is_cancel = session.cancel().is_some();
-        if self.may_wait() && !is_cancel {
+        let may_try = session.tried().attempts() < self.config.connect_attempts;
+        let is_full = may_try && self.pools.table.is_full(cx.now);
+        if (self.may_wait() || is_full) && !is_cancel {
             self.have_wait(cx, key, otherwise);
         } else {
             self.give_up(cx, key, otherwise);
         }
+    }
+
+    /// Whether there is an idle connection for a session, or a place for another one. A cancel request
+    /// has one beyond all others.
+    pub(super) fn has_conn_for_session<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Session>,
+        endpoint: EndpointId,
+    ) -> bool {
+        self.pools.prove_oldest(cx, endpoint);
+        let is_cancel = self.sessions.of(key).cancel().is_some();
+        let table = &mut self.pools.table;
+        if table.get(endpoint).is_some_and(|entry| entry.pool.oldest_conn(cx.now).is_some())
+            || table.reserve(endpoint, cx.now)
+            || (is_cancel && table.reserve_beyond(endpoint, cx.now))
+        {
+            return true;
+        }
+        // One that is too old to be used makes room.
+        self.pools.give_up_oldest(cx, endpoint);
+        false
     }
 
     pub(super) fn try_endpoint<D: Driver>(
@@ -188,7 +217,6 @@ impl Route {
         key: Key<Session>,
         endpoint: EndpointId,
     ) -> io::Result<()> {
-        self.pools.prove_oldest(cx, endpoint);
         let warm = self.pools.table.enter(endpoint, cx.now);
         self.pools.mark_short(endpoint);
         self.sessions.of(key).on_trying(endpoint, warm.map(|(conn, _)| conn));
@@ -284,7 +312,8 @@ impl Route {
         self.leave(cx, endpoint, backend);
     }
 
-    /// A session no longer counts as one of its endpoint's, nor does what it waits for there.
+    /// A session no longer counts as one of its endpoint's, nor does what it waits for there. Its
+    /// connection was closed.
     pub(super) fn leave<D: Driver>(
         &mut self,
         cx: &Context<D>,
@@ -298,9 +327,11 @@ impl Route {
         if self.reuses_conns() {
             // It was a client whose bytes had become opaque: its place is free for who waits.
             self.pools.table.opaque_closed(endpoint);
+            self.pools.on_closing(endpoint, backend);
             return self.on_place_in_pool_free(endpoint);
         }
         self.pools.table.leave(endpoint);
+        self.pools.on_closing(endpoint, backend);
         if self.pools.table.get_mut(endpoint).is_some_and(|entry| !entry.is_present()) {
             self.pools.table.forget_unused();
         }
@@ -394,16 +425,20 @@ impl Route {
         key: Key<Session>,
         reason: CloseReason,
     ) {
+        let waits_max = self.config.endpoint_wait + self.sessions.waited_for_place(key, cx.now);
         debug_assert!(
             !reason.is_for_want_of_endpoint()
                 || self.sessions.of(key).cancel().is_some()
-                || self.sessions.of(key).waits_until(self.config.endpoint_wait) <= cx.now,
+                || self.sessions.of(key).waits_until(waits_max) <= cx.now,
             "{reason:?} while it may wait"
         );
         let mut session = self.sessions.close(cx, key, reason);
         self.judge_closed(cx, &mut session);
         self.pools.on_connect_over(&mut session);
         self.leave(cx, session.endpoint(), session.conn(Side::Backend));
+        if let Some(since) = session.answered_since() {
+            self.stats.transfer.record(cx.now.saturating_duration_since(since));
+        }
         self.on_gone(cx, reason, session.age(cx.now));
     }
 

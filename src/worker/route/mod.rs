@@ -5,6 +5,7 @@
 
 mod dispatch;
 mod events;
+mod places;
 mod pools;
 mod requests;
 mod sessions;
@@ -13,7 +14,7 @@ mod upkeep;
 mod waiting;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::context::Context;
 use super::mailbox::Command;
@@ -103,6 +104,9 @@ impl Route {
         self.stats.applied_generation.set(snapshot.generation);
         self.pools.short.clear();
         self.pools.short.extend(self.pools.table.indices());
+        if !self.pools.table.is_empty() {
+            self.pools.look_after_places();
+        }
         self.place_waiting_again(cx);
     }
 
@@ -121,7 +125,21 @@ impl Route {
 
     /// Whether there is something to do in this turn already.
     pub(super) fn is_due(&self) -> bool {
-        !(self.requests.due.is_empty() && self.pools.freed.is_empty())
+        !(self.requests.due.is_empty() && self.pools.freed.is_empty()) || self.pools.has_closed()
+    }
+
+    /// When places are to be looked after.
+    pub(super) fn wakes_at(&self) -> Option<Instant> {
+        self.pools.places_at
+    }
+
+    /// The workers that serve its clients: where connections serve several of them, no more than may
+    /// have one at a time. Others would have to wait for their turn.
+    pub(super) fn workers_max(&self) -> usize {
+        match self.config.pool.mode {
+            PoolMode::Request => self.config.pool.conns_max().unwrap_or(usize::MAX),
+            PoolMode::Preconnect | PoolMode::Session => usize::MAX,
+        }
     }
 
     /// Without idle connections or endpoints to watch there is nothing to look over.
@@ -165,7 +183,7 @@ impl Route {
         }
     }
 
-    /// Sessions that wait for an endpoint.
+    /// Sessions that wait for an endpoint, or for a place at one.
     #[cfg(test)]
     pub(super) fn waiting(&self) -> usize {
         self.sessions.line.held()

@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::places::Closing;
 use crate::config::{Discovery, RouteConfig};
 use crate::io::net::Address;
 use crate::io::{Close, ConnId, Driver, Unheard, net};
@@ -38,6 +39,12 @@ pub(super) struct Pools {
     listening: Listening,
     /// Idle connections of an endpoint at most.
     idle_max: usize,
+    /// Connections that were closed, and keep their places until they are in fact.
+    pub(super) closing: Vec<Closing>,
+    /// Places are to be looked after in this turn.
+    pub(super) places_due: bool,
+    /// They are to be looked after then: a connection may not be needed any more.
+    pub(super) places_at: Option<Instant>,
 }
 
 /// For how long an endpoint that left the set is taken to come back.
@@ -80,6 +87,9 @@ impl Pools {
             options: socket_options(config),
             listening,
             idle_max: config.pool.most(),
+            closing: Vec::with_capacity(limits::POOL_CONNECTING_MAX),
+            places_due: false,
+            places_at: None,
         }
     }
 
@@ -140,7 +150,7 @@ impl Pools {
     ) -> bool {
         let oldest = self.table.evict(endpoint);
         if let Some(conn) = oldest {
-            self.discard(cx, conn, Discard::Surplus);
+            self.discard(cx, endpoint, conn, Discard::Surplus);
             self.publish_pool(cx, endpoint);
         }
         oldest.is_some()
@@ -159,12 +169,24 @@ impl Pools {
     }
 
     /// Closes a connection that has left its pool.
-    pub(super) fn discard<D: Driver>(&self, cx: &mut Context<D>, conn: ConnId, why: Discard) {
+    pub(super) fn discard<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+        conn: ConnId,
+        why: Discard,
+    ) {
         if let Owner::Idle { mut greeting, .. } = cx.owners.take(conn) {
             cx.driver.buffers().clear(&mut greeting);
         }
         self.stats.count_discard(why);
         cx.driver.close(conn, Close::Graceful);
+        self.on_closing(endpoint, Some(conn));
+    }
+
+    /// Whether places are to be looked after.
+    pub(super) fn has_closed(&self) -> bool {
+        self.places_due
     }
 
     pub(super) fn discard_idle<D: Driver>(
@@ -179,7 +201,7 @@ impl Pools {
         let is_silent = why == Discard::Dead
             && matches!(cx.owners.get(conn), Some(Owner::Idle { greeting, .. }) if greeting.is_empty());
         let failed = self.table.died(endpoint, conn, now, &mut cx.rng);
-        self.discard(cx, conn, why);
+        self.discard(cx, endpoint, conn, why);
         if failed && is_silent {
             self.on_endpoint_failure(cx, endpoint, &ended_at_once());
         }
@@ -193,7 +215,7 @@ impl Pools {
         why: Discard,
     ) {
         while let Some(conn) = self.table.evict(endpoint) {
-            self.discard(cx, conn, why);
+            self.discard(cx, endpoint, conn, why);
         }
     }
 
@@ -205,7 +227,7 @@ impl Pools {
         at: Instant,
     ) {
         while let Some(conn) = self.table.evict_made_before(endpoint, at) {
-            self.discard(cx, conn, Discard::Silent);
+            self.discard(cx, endpoint, conn, Discard::Silent);
         }
     }
 

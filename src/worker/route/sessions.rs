@@ -3,14 +3,14 @@
 //! What concerns others comes back as an [`Outcome`].
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::config::{Preset, ProxyProtocol, RouteConfig};
 use crate::io::{Buf, Chain, Close, ConnId, Driver};
 use crate::metrics::{CloseReason, Direction, RouteStats};
 use crate::protocol::postgres::{CANCEL_REQUEST_MAX, is_cancel_request};
 use crate::protocol::proxy_header::{Addresses, HEADER_MAX, write_v1, write_v2};
-use crate::proxy::outage::Line;
+use crate::proxy::line::{Line, Ticket};
 use crate::proxy::session::{Action, Ending, Session, Timeouts};
 use crate::proxy::{RouteId, Side};
 use crate::slab::{Key, Slab};
@@ -33,6 +33,8 @@ pub(super) enum Outcome {
     Answered,
     /// The first byte came from its backend since that was asked; it had greeted before.
     Replied,
+    /// It waits, and has turned out to be a cancel request.
+    Cancels,
     /// It is over, and to be closed.
     Over(CloseReason),
 }
@@ -41,7 +43,7 @@ pub(super) enum Outcome {
 pub(super) struct Sessions {
     route: RouteId,
     slab: Slab<Session>,
-    /// Those that wait for an endpoint.
+    /// Those that wait for an endpoint, or for a place at one.
     pub(super) line: Line,
     timeouts: Timeouts,
     proxy_protocol: ProxyProtocol,
@@ -63,7 +65,7 @@ impl Sessions {
         Self {
             route,
             slab: Slab::with_capacity(places),
-            line: Line::default(),
+            line: Line::new(places),
             timeouts,
             proxy_protocol: config.proxy_protocol,
             stats,
@@ -118,22 +120,31 @@ impl Sessions {
         key
     }
 
-    /// A session waits for an endpoint, at the place that it has had in line. Says whether it had none.
-    pub(super) fn have_wait(&mut self, key: Key<Session>, reason: CloseReason) -> bool {
+    /// The place that a session has had in line, if it has had to wait.
+    pub(super) fn ticket_of(&self, key: Key<Session>) -> Option<Ticket> {
+        self.slab[key].ticket()
+    }
+
+    /// A session waits, at the place that it has had in line.
+    pub(super) fn have_wait(&mut self, key: Key<Session>, reason: CloseReason, now: Instant) {
         let session = &mut self.slab[key];
-        let is_new = session.ticket().is_none();
-        let ticket = session.ticket().unwrap_or_else(|| self.line.ticket(session.seeking()));
+        let ticket = session.ticket().unwrap_or_else(|| self.line.ticket(session.seeking(), now));
         session.on_waiting(ticket, reason);
         self.line.join(ticket, key);
-        is_new
     }
 
     /// Takes a session out of the line: its turn has come.
-    pub(super) fn serve(&mut self, key: Key<Session>) {
+    pub(super) fn serve<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) {
         let session = &mut self.slab[key];
-        let Some(ticket) = session.ticket() else { unreachable!("it waits in line") };
+        cx.timers.clear(session.client().index());
         session.on_waited();
-        self.line.leave(ticket);
+        self.line.leave(key);
+    }
+
+    /// For how much of its wait a session has waited for a place.
+    pub(super) fn waited_for_place(&self, key: Key<Session>, now: Instant) -> Duration {
+        let ticket = self.ticket_of(key);
+        ticket.map(|ticket| self.line.waited_for_place(ticket, now)).unwrap_or_default()
     }
 
     /// Receives from a client that has no backend: it may leave. What it sends meanwhile is kept, and
@@ -211,7 +222,9 @@ impl Sessions {
             return outcome;
         }
         debug_assert_eq!(from, Side::Client, "there is no backend");
-        keep(cx, session, buf)
+        let kept = keep(cx, session, buf);
+        let cancels = session.awaits_endpoint() && session.cancel().is_some();
+        if cancels && kept == Outcome::Done { Outcome::Cancels } else { kept }
     }
 
     /// Takes note if a client begins with a cancel request. Without a buffer to keep it in, it goes to
@@ -354,10 +367,8 @@ impl Sessions {
         let Some(mut session) = self.slab.remove(key) else {
             unreachable!("a session is closed once")
         };
-        if session.awaits_endpoint()
-            && let Some(ticket) = session.ticket()
-        {
-            self.line.leave(ticket);
+        if session.awaits_endpoint() {
+            self.line.leave(key);
         }
         if session.take_ticket() {
             self.line.on_ticket_over();

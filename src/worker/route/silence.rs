@@ -14,6 +14,7 @@ use crate::io::{ConnId, Driver, Unheard};
 use crate::limits;
 use crate::metrics::{CloseReason, Discard, Retry};
 use crate::proxy::Side;
+use crate::proxy::balance::Entry;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::pulse::{Patience, Pulse};
 use crate::worker::context::Context;
@@ -81,6 +82,17 @@ fn watched<'a>(
 }
 
 impl Route {
+    /// The endpoint of a connection of this owner, if it leads to one.
+    pub(in crate::worker) fn entry_of(&mut self, owner: &Owner) -> Option<&mut Entry> {
+        let endpoint = match *owner {
+            Owner::Session(key, Side::Backend) => self.sessions.of(key).endpoint(),
+            Owner::InUse(key) => self.requests.clients.get_mut(key)?.backend().map(|b| b.endpoint),
+            Owner::Idle { endpoint, .. } => Some(endpoint),
+            _ => None,
+        };
+        self.pools.table.get_mut(endpoint?)
+    }
+
     /// Looks at the next part of the connections, all of which have their turn between two looks.
     pub(super) fn look_for_silence<D: Driver>(&mut self, cx: &mut Context<D>) {
         let Some(patience) = self.silence.patience else { return };
@@ -103,7 +115,7 @@ impl Route {
         slot: usize,
         patience: &Patience,
     ) -> bool {
-        let &Owned { conn, route, ref owner } = cx.owners.at(slot);
+        let &Owned { conn, route, ref owner, .. } = cx.owners.at(slot);
         if route != self.id {
             return false;
         }

@@ -25,7 +25,7 @@ impl Route {
         }
     }
 
-    fn refill<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
+    pub(super) fn refill<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
         let (now, keeps, share) = (cx.now, self.keeps_pools(cx), self.pools.pool_share());
         let needed = self.placing(cx).is_needed(endpoint);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
@@ -33,10 +33,16 @@ impl Route {
         let short =
             if keeps && entry.is_present() && tries { entry.pool.shortage(share, now) } else { 0 };
         for _ in 0..short {
-            if !self.has_room_for(cx, endpoint) || !self.start_connect(cx, endpoint) {
+            let Some(entry) = self.pools.table.get(endpoint) else { break };
+            let may_be_idle =
+                entry.pool.wanted() > 0 || self.pools.table.reserve_idle(endpoint, now);
+            if !may_be_idle || !self.has_room_for(cx, endpoint) || !self.start_connect(cx, endpoint)
+            {
                 break;
             }
         }
+        let waits = self.waits_for(endpoint);
+        self.pools.table.return_spare(endpoint, waits);
         self.pools.publish_pool(cx, endpoint);
     }
 
@@ -84,8 +90,14 @@ impl Route {
             // Those in reserve are for clients that are here already.
             return false;
         }
-        let Some(entry) = self.pools.table.get_mut(endpoint) else { return false };
-        let address = entry.endpoint.address.clone();
+        let Some(entry) = self.pools.table.get(endpoint) else { return false };
+        let (address, is_waited_for) = (entry.endpoint.address.clone(), entry.pool.wanted() > 0);
+        if !self.pools.table.reserve(endpoint, cx.now) {
+            if is_waited_for {
+                self.pools.table.want_place(endpoint, cx.now);
+            }
+            return false;
+        }
         self.pools.table.start(endpoint);
         match self.pools.connect(cx, &address) {
             Ok(conn) => {
@@ -94,7 +106,7 @@ impl Route {
                 true
             }
             Err(error) => {
-                self.pool_failed(cx, endpoint, &error);
+                self.pool_failed(cx, endpoint, None, &error);
                 false
             }
         }
@@ -111,7 +123,8 @@ impl Route {
         self.stats.connect_duration.record(cx.now.saturating_duration_since(since));
         self.pools.on_endpoint_connected(cx, endpoint);
         let (now, keeps, health) = (cx.now, self.keeps_pools(cx), self.pools.health);
-        let kept = self.pools.table.connected(endpoint, conn, now, &mut cx.rng);
+        let is_waited_for = self.waits_for(endpoint);
+        let kept = self.pools.table.connected(endpoint, conn, is_waited_for, now, &mut cx.rng);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         if !kept && entry.health.on_settled(&health, now) {
             // There is no room to see whether it lasts.
@@ -129,7 +142,12 @@ impl Route {
             }
         } else {
             self.pools.table.remove(endpoint, conn);
-            self.pools.discard(cx, conn, if useful { Discard::Surplus } else { Discard::Endpoint });
+            self.pools.discard(
+                cx,
+                endpoint,
+                conn,
+                if useful { Discard::Surplus } else { Discard::Endpoint },
+            );
         }
         self.pools.mark_short(endpoint);
     }
@@ -143,17 +161,19 @@ impl Route {
     ) {
         cx.timers.clear(conn.index());
         cx.driver.close(conn, Close::Reset);
-        self.pool_failed(cx, endpoint, error);
+        self.pool_failed(cx, endpoint, Some(conn), error);
     }
 
     fn pool_failed<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         endpoint: EndpointId,
+        conn: Option<ConnId>,
         error: &io::Error,
     ) {
         let now = cx.now;
         self.pools.table.connect_failed(endpoint, now, &mut cx.rng);
+        self.pools.on_closing(endpoint, conn);
         if is_local(error) {
             if let Some(entry) = self.pools.table.get_mut(endpoint) {
                 entry.health.on_probe_lost(now);
@@ -370,9 +390,10 @@ impl Route {
         self.look_for_outage(cx);
         self.look_for_silence(cx);
         self.evict_removed(cx);
+        self.gather_places(cx);
         for endpoint in self.pools.table.indices() {
             while let Some((conn, why)) = self.pools.table.expire(endpoint, now) {
-                self.pools.discard(cx, conn, why);
+                self.pools.discard(cx, endpoint, conn, why);
             }
             let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
             if let Some(slow_start) = self.config.slow_start {
@@ -404,6 +425,7 @@ impl Route {
 
         let table = &self.pools.table;
         table.assert_invariants();
+        self.assert_place_invariants();
         let mut found: HashMap<EndpointId, [usize; 2]> = HashMap::new();
         for owned in cx.owners.of_route(self.id) {
             match owned.owner {

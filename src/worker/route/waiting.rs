@@ -1,4 +1,7 @@
-//! Sessions for which no endpoint is usable: they wait in line, and are served as endpoints return.
+//! Sessions for which no endpoint is usable, or which find all of them full: they wait in line, and are
+//! served as endpoints return and places become free.
+
+use std::time::Instant;
 
 use super::Route;
 use super::pools::is_local;
@@ -31,7 +34,8 @@ impl Route {
         }
     }
 
-    /// Has a session wait for an endpoint, and closes it for `reason` when that has been too long.
+    /// Has a session wait for an endpoint, or for a place at one, behind those that came before. It is
+    /// closed when that has been too long, for `reason` if no endpoint was usable.
     pub(super) fn have_wait<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
@@ -41,24 +45,49 @@ impl Route {
         if self.sessions.of(key).may_have_left() {
             return self.close_session(cx, key, CloseReason::ClientLeft);
         }
-        if self.sessions.have_wait(key, reason) {
-            self.stats.outage_waited.add(1);
+        if self.sessions.line.is_empty() {
+            let is_full = self.pools.table.is_full(cx.now);
+            self.sessions.line.set_full(is_full, cx.now);
         }
-        self.feel_outage(cx);
+        let (line, is_new) = (&self.sessions.line, self.sessions.ticket_of(key).is_none());
+        if line.is_full() && is_new && line.len() >= self.config.requests.queue_max {
+            return self.close_session(cx, key, CloseReason::QueueFull);
+        }
+        self.sessions.have_wait(key, reason, cx.now);
+        if !self.sessions.line.is_full() {
+            self.stats.outage_waited.add(u64::from(is_new));
+            self.feel_outage(cx);
+        }
         self.on_wait_over(cx, key);
+    }
+
+    /// When a session that waits has done so for too long, and what it is closed for then.
+    fn wait_ends(&self, cx: &Context<impl Driver>, key: Key<Session>) -> (Instant, CloseReason) {
+        let for_place = self.sessions.waited_for_place(key, cx.now);
+        if self.sessions.line.is_full() {
+            let left = self.config.requests.queue_timeout.saturating_sub(for_place);
+            return (cx.now + left, CloseReason::QueueTimeout);
+        }
+        let Some((session, reason)) =
+            self.sessions.get(key).and_then(|session| Some((session, session.why_waits()?)))
+        else {
+            unreachable!("it waits")
+        };
+        (session.waits_until(self.config.endpoint_wait + for_place), reason)
     }
 
     /// The time of a session that waits may be over. If it is not, it is looked at again then.
     pub(super) fn on_wait_over<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) {
-        let wait = self.config.endpoint_wait;
-        let session = self.sessions.of(key);
-        match session.waited_too_long(wait, cx.now) {
-            Some(reason) => {
-                self.record_wait(cx, key);
-                self.give_up(cx, key, reason);
-            }
-            None => cx.timers.set(session.client().index(), session.waits_until(wait)),
+        let (at, reason) = self.wait_ends(cx, key);
+        if at > cx.now {
+            let client = self.sessions.of(key).client();
+            return cx.timers.set(client.index(), at);
         }
+        if reason == CloseReason::QueueTimeout {
+            return self.close_session(cx, key, reason);
+        }
+        self.record_wait(cx, key);
+        self.give_up(cx, key, reason);
     }
 
     /// Closes a session for want of a usable endpoint.
@@ -75,6 +104,7 @@ impl Route {
 
     fn record_wait<D: Driver>(&mut self, cx: &Context<D>, key: Key<Session>) {
         let waited = cx.now.saturating_duration_since(self.sessions.of(key).seeking());
+        let waited = waited.saturating_sub(self.sessions.waited_for_place(key, cx.now));
         let longest = &self.stats.outage_longest_ms;
         longest.set(longest.get().max(waited.as_millis() as u64));
     }
@@ -97,53 +127,86 @@ impl Route {
 
     /// Publishes what clients feel of an outage, while there is one.
     fn look_after_outage<D: Driver>(&mut self, cx: &Context<D>) {
+        let line = &self.sessions.line;
+        self.stats.clients_waiting.set(line.held() as u64);
         if !self.outage.is_on() {
             return;
         }
-        let waiting = self.sessions.line.held();
+        let sessions_wait = line.held() > 0 && !line.is_full();
         let requests_wait = !self.requests.queue.is_empty() && !self.pools.table.is_connected(None);
-        if waiting == 0 && !requests_wait && !self.pools.table.is_outage(cx.now) {
+        if !sessions_wait && !requests_wait && !self.pools.table.is_outage(cx.now) {
             self.outage.on_over(cx.now);
             self.stats.outage_since_ms.set(0);
         }
-        self.stats.clients_waiting.set(waiting as u64);
         self.stats.outage.set(self.outage.total(cx.now));
     }
 
     /// Serves those that wait, in order, as far as endpoints take them now.
     pub(in crate::worker) fn serve_waiting<D: Driver>(&mut self, cx: &mut Context<D>) {
-        self.serve_line(cx);
+        if !self.sessions.line.is_empty() {
+            self.serve_those_who_wait(cx);
+        }
+        self.look_at_what_is_waited_for(cx);
         self.look_after_outage(cx);
     }
 
-    fn serve_line<D: Driver>(&mut self, cx: &mut Context<D>) {
-        let mut passed_over = None;
-        while let Some((ticket, key)) = self.sessions.line.next(passed_over) {
+    /// Whether it is places that are waited for, or endpoints, may have changed.
+    fn look_at_what_is_waited_for<D: Driver>(&mut self, cx: &mut Context<D>) {
+        let waits = !self.sessions.line.is_empty();
+        let is_full = waits && self.pools.table.is_full(cx.now);
+        if self.sessions.line.set_full(is_full, cx.now) {
+            let mut at = self.sessions.line.first();
+            while let Some(key) = at {
+                at = self.sessions.line.next(key);
+                self.on_wait_over(cx, key);
+            }
+        }
+        if waits && self.pools.table.is_outage(cx.now) {
+            self.feel_outage(cx);
+        }
+        if waits {
+            self.want_places(cx);
+        }
+    }
+
+    fn serve_those_who_wait<D: Driver>(&mut self, cx: &mut Context<D>) {
+        let mut at = self.sessions.line.first();
+        while let Some(key) = at {
+            at = self.sessions.line.next(key);
             let session = self.sessions.of(key);
             let (client, silent) = (session.client(), !session.has_early());
             // One that may have left is served once that is heard: if there are bytes before its end,
             // they come first.
             if silent && cx.driver.unheard(client) == Unheard::End {
-                passed_over = Some(ticket);
                 continue;
             }
             if session.cancel().is_some() {
-                // It goes to one endpoint after the other, from the first on, whoever takes it.
-                passed_over = Some(ticket);
-                if !self.pools.table.is_outage(cx.now) {
-                    cx.timers.clear(client.index());
-                    self.sessions.serve(key);
-                    self.dispatch(cx, key, CloseReason::ConnectFailed);
-                }
+                self.serve_cancel(cx, key);
                 continue;
             }
-            let fit = Entry::has_room_for_waiting;
-            let Some(endpoint) = self.choose_among(cx, client, &Tried::default(), fit) else {
+            if !self.may_wait() {
+                if !self.pools.table.has_room() {
+                    return;
+                }
+                self.sessions.serve(cx, key);
+                self.dispatch(cx, key, CloseReason::NoEndpoint);
+                continue;
+            }
+            let is_outage = self.pools.table.is_outage(cx.now);
+            let is_fit = |entry: &Entry, now| {
+                // Where all are ejected, those that wait try the way.
+                entry.has_room_for_waiting(now) && (is_outage || entry.is_usable(now))
+            };
+            let Some(endpoint) = self.choose_among(cx, client, &Tried::default(), is_fit) else {
                 return;
             };
-            cx.timers.clear(client.index());
             self.record_wait(cx, key);
-            self.sessions.serve(key);
+            self.sessions.serve(cx, key);
+            if !self.has_conn_for_session(cx, key, endpoint) {
+                // Another worker was faster, or the one there is was too old: next turn.
+                self.pools.look_after_places();
+                return self.have_wait(cx, key, CloseReason::ConnectFailed);
+            }
             match self.try_endpoint(cx, key, endpoint) {
                 Ok(()) => {}
                 Err(error) if is_local(&error) => {
@@ -154,8 +217,22 @@ impl Route {
                     self.pools.on_endpoint_unreachable(cx, endpoint, &error);
                     self.leave_endpoint(cx, key);
                     self.have_wait(cx, key, CloseReason::ConnectFailed);
+                    // It is still the first one, and another endpoint may take it.
+                    if self.sessions.line.has(key) {
+                        at = Some(key);
+                    }
                 }
             }
+        }
+    }
+
+    /// A session that waits is a cancel request. It goes to one endpoint after the other, from the first
+    /// on, whoever takes it, and past all that wait: they may wait for the very session that it is to
+    /// cancel.
+    pub(super) fn serve_cancel<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) {
+        if !self.pools.table.is_outage(cx.now) {
+            self.sessions.serve(cx, key);
+            self.dispatch(cx, key, CloseReason::ConnectFailed);
         }
     }
 }

@@ -28,6 +28,7 @@ pub(super) fn endpoint(number: u16) -> Arc<Endpoint> {
 
 pub(super) fn pool() -> PoolConfig {
     PoolConfig {
+        endpoint_max: None,
         mode: crate::config::PoolMode::Preconnect,
         size: 16,
         min_idle: 0,

@@ -71,15 +71,18 @@ impl Scene {
     fn idle(mut self, endpoint: usize) -> Self {
         self.conns += 1;
         let conn = ConnId::from_parts(self.conns, 0);
+        assert!(self.table.reserve(at(endpoint), self.bench.now));
         self.table.start(at(endpoint));
-        assert!(self.table.connected(at(endpoint), conn, self.bench.now, &mut self.rng));
+        assert!(self.table.connected(at(endpoint), conn, false, self.bench.now, &mut self.rng));
         self
     }
 
     /// A connect to an endpoint has just failed, and it is ejected.
     fn failed(mut self, endpoint: usize) -> Self {
+        assert!(self.table.reserve(at(endpoint), self.bench.now));
         self.table.start(at(endpoint));
         self.table.connect_failed(at(endpoint), self.bench.now, &mut self.rng);
+        self.table.closed(at(endpoint));
         let config = HealthConfig { eject_failures: 1, eject_time: SECOND };
         let entry = self.table.get_mut(at(endpoint)).unwrap();
         assert!(entry.health.on_failure(&config, self.bench.now, &mut self.rng));
@@ -214,6 +217,7 @@ fn only_requests_without_an_alternative_fail_with_their_endpoint() {
 fn a_connection_is_missing_for_each_that_waits() {
     let mut scene = Scene::new(2, Binding::Nothing, "GET a\n").waiting(ANY, 2);
     scene.queue.join(own(1), key(2));
+    assert!(scene.table.reserve(at(1), scene.bench.now));
     scene.table.start(at(1));
     assert_eq!(scene.placing().missing(at(0)), Some(2));
     assert_eq!(scene.placing().missing(at(1)), Some(2), "one is being made");

@@ -20,7 +20,10 @@ impl Route {
         let Some((client, mut moment)) = self.client(cx, key) else {
             unreachable!("a connection in use has a client")
         };
-        let Replied { passed, answered, actions } = client.on_reply(&buf, &mut moment);
+        let Replied { passed, answered, first_byte, transfer, actions } =
+            client.on_reply(&buf, &mut moment);
+        first_byte.inspect(|&waited| self.stats.first_byte.record(waited));
+        transfer.inspect(|&took| self.stats.transfer.record(took));
         match self.conn_of(key).filter(|_| passed > 0) {
             Some(conn) => {
                 cx.driver.buffers().set_len(&mut buf, passed);

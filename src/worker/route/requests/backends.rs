@@ -94,7 +94,8 @@ impl Route {
             cx.driver.receive(backend.conn, true);
         }
         // Whether there is room for it is seen once those that wait have had theirs.
-        let useful = self.keeps_pools(cx);
+        let entry = self.pools.table.get(backend.endpoint);
+        let useful = self.keeps_pools(cx) && !entry.is_some_and(|entry| entry.must_yield(cx.now));
         if self.pools.table.release(backend, useful, cx.now) {
             let greeting = Chain::default();
             cx.owners.set(backend.conn, Owner::Idle { endpoint: backend.endpoint, greeting });
@@ -142,6 +143,7 @@ impl Route {
         cx.owners.take(conn);
         self.stats.count_discard(why);
         cx.driver.close(conn, how);
+        self.pools.on_closing(endpoint, Some(conn));
         self.on_place_in_pool_free(endpoint);
     }
 

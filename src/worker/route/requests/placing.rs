@@ -43,7 +43,14 @@ impl Route {
                         return self.on_acquired(cx, key, backend);
                     }
                 }
-                Placement::Wait(line, supply) => return self.wait(cx, key, line, supply),
+                Placement::Wait(line, supply) => {
+                    self.wait(cx, key, line, supply);
+                    if supply.is_none() {
+                        // All that may serve it are full.
+                        self.want_places(cx);
+                    }
+                    return;
+                }
                 Placement::Fail(error) => return self.fail(cx, key, error),
                 Placement::Done => return self.reply_of_all(cx, key),
             }

@@ -1,0 +1,61 @@
+//! What the kernel measures of the way to the endpoints: a few connections are looked at ten times a
+//! second, all in turns.
+
+use super::engine::Engine;
+use super::owners::{Owned, Owner};
+use crate::io::{Driver, Network};
+use crate::limits;
+
+/// Which connection is looked at next.
+#[derive(Debug, Default)]
+pub(super) struct Looks {
+    at: usize,
+}
+
+impl Looks {
+    /// The slot to look at next, of so many.
+    fn next_slot(&mut self, slots: usize) -> usize {
+        self.at = if self.at == 0 { slots } else { self.at.min(slots) } - 1;
+        self.at
+    }
+}
+
+impl<D: Driver> Engine<D> {
+    /// Looks at the next few connections to endpoints.
+    pub(super) fn look_at_network(&mut self) {
+        let slots = self.cx.owners.len();
+        let mut looks = 0;
+        for _ in 0..slots.min(limits::NETWORK_SLOTS) {
+            let slot = self.network.next_slot(slots);
+            looks += usize::from(self.look_at_slot(slot));
+            if looks == limits::NETWORK_LOOKS {
+                return;
+            }
+        }
+    }
+
+    /// Looks at the connection in a slot, if it leads to an endpoint. Says whether it was looked at,
+    /// which costs a system call.
+    fn look_at_slot(&mut self, slot: usize) -> bool {
+        let &Owned { conn, route, ref owner, .. } = self.cx.owners.at(slot);
+        // What is being connected or flushed has nothing to tell.
+        if matches!(owner, Owner::None | Owner::Connecting { .. } | Owner::Flushing(_)) {
+            return false;
+        }
+        let route = &mut self.routes[usize::from(route)];
+        let Some(entry) = route.entry_of(owner) else { return false };
+        let Some(now) = self.cx.driver.network(conn) else { return true };
+        let before = std::mem::replace(self.cx.owners.seen(slot), now);
+        let stats = entry.stats();
+        let Network { rtt, segments, retransmits, unacked, delivery_rate } = now;
+        let sent = segments.wrapping_sub(before.segments);
+        if sent > 0 {
+            stats.rtt.record(rtt);
+            stats.segments.add(sent.into());
+            stats.retransmits.add(retransmits.wrapping_sub(before.retransmits).into());
+            stats.delivery_rate.set(delivery_rate);
+            stats.unacked.set(unacked.into());
+        }
+        true
+    }
+}

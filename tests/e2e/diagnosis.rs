@@ -1,0 +1,266 @@
+//! What is wrong is said in one word: by a metric, by a line of the log, and by what the page shows.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use crate::support::backend::Backend;
+use crate::support::client::{ask_once, read_line, try_ask, try_connect};
+use crate::support::kube_api::KubeApi;
+use crate::support::link::{Fate, Link};
+use crate::support::proxy::{Builder, Proxy};
+use crate::support::{Io, PATIENCE, eventually};
+
+const PROBLEM: &str = "aegis_problem";
+
+/// The proxy with the driver that is there on every machine: nothing here depends on it.
+fn proxy() -> Builder {
+    Builder::on(Io::Epoll)
+}
+
+/// Waits until the proxy finds this problem; returns what the page says of it.
+fn found(proxy: &Proxy, kind: &str) -> String {
+    proxy.wait_for(PROBLEM, &[("kind", kind)], |found| found == 1);
+    let words = eventually("the page says it", PATIENCE, || said(proxy, kind));
+    eventually("the log says it", PATIENCE, || {
+        let is_it = |line: &serde_json::Value| line["problem"] == kind && line["level"] == "WARN";
+        proxy.log_at("WARN").iter().any(is_it).then_some(())
+    });
+    words
+}
+
+/// The words of a problem in what the page reads.
+fn said(proxy: &Proxy, kind: &str) -> Option<String> {
+    let status = proxy.get("/status").json();
+    let routes = status["routes"].as_array().unwrap();
+    let of = |health: &serde_json::Value| health["reasons"].as_array().unwrap().clone();
+    let mut all = routes.iter().flat_map(|route| of(&route["health"])).chain(of(&status["health"]));
+    let reason = all.find(|reason| reason["problem"] == kind)?;
+    Some(reason["words"].as_str().unwrap().to_owned())
+}
+
+fn is_over(proxy: &Proxy, kind: &str) {
+    proxy.wait_for(PROBLEM, &[("kind", kind)], |found| found == 0);
+    eventually("the log says that it is over", PATIENCE, || {
+        let is_it = |line: &serde_json::Value| line["problem"] == kind;
+        proxy.log_events("problem is over").iter().any(is_it).then_some(())
+    });
+}
+
+/// Clients that do the same again and again until this is dropped.
+struct Load {
+    over: Arc<AtomicBool>,
+    clients: Vec<JoinHandle<()>>,
+}
+
+impl Load {
+    fn of(clients: usize, work: impl Fn() + Send + Sync + 'static) -> Self {
+        let (over, work) = (Arc::new(AtomicBool::new(false)), Arc::new(work));
+        let client = |_| {
+            let (over, work) = (Arc::clone(&over), Arc::clone(&work));
+            thread::spawn(move || {
+                while !over.load(Relaxed) {
+                    work();
+                }
+            })
+        };
+        Self { clients: (0..clients).map(client).collect(), over }
+    }
+
+    /// Clients that ask for a line, each on a connection of its own each time.
+    fn asking(clients: usize, proxy: SocketAddr) -> Self {
+        Self::of(clients, move || {
+            // Errors are what some of the tests are about.
+            let _ = ask_once(proxy, "GET k");
+            thread::sleep(Duration::from_millis(2));
+        })
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.over.store(true, Relaxed);
+        self.clients.drain(..).for_each(|client| client.join().unwrap());
+    }
+}
+
+/// Answers each line after a time that can be changed.
+fn taking(milliseconds: &Arc<AtomicU64>) -> Backend {
+    let milliseconds = Arc::clone(milliseconds);
+    Backend::scripted(move |mut stream| {
+        while read_line(stream).is_ok_and(|line| !line.is_empty()) {
+            thread::sleep(Duration::from_millis(milliseconds.load(Relaxed)));
+            if stream.write_all(b"v\n").is_err() {
+                return;
+            }
+        }
+    })
+}
+
+#[test]
+fn a_backend_that_becomes_slow_is_told_from_one_that_is_as_usual() {
+    let takes = Arc::new(AtomicU64::new(1));
+    let backend = taking(&takes);
+    let proxy = proxy().backends(&[backend.address()]).start();
+    let _load = Load::asking(4, proxy.address());
+    proxy.wait_for("aegis_sessions_closed_total", &[("reason", "finished")], |n| n > 200);
+    thread::sleep(Duration::from_secs(2));
+    assert_eq!(said(&proxy, "backend_slow"), None, "it is as usual");
+    takes.store(200, Relaxed);
+    let words = found(&proxy, "backend_slow");
+    assert!(words.starts_with("the first byte takes ") && words.contains("usual"), "{words}");
+    takes.store(1, Relaxed);
+    is_over(&proxy, "backend_slow");
+}
+
+#[test]
+fn a_backend_that_refuses_is_named() {
+    let mut backend = Backend::named("db");
+    let proxy = proxy()
+        .backends(&[backend.address()])
+        .set("AEGIS_ENDPOINT_WAIT", "50ms")
+        .set("AEGIS_EJECT_TIME", "1s")
+        .start();
+    let _load = Load::asking(2, proxy.address());
+    backend.kill();
+    let words = found(&proxy, "backend_refusing");
+    assert!(words.contains(&format!("{} refuses", backend.address())), "{words}");
+    let words = found(&proxy, "no_endpoint");
+    assert_eq!(words, "no endpoint usable: all 1 are ejected");
+    backend.start();
+    is_over(&proxy, "no_endpoint");
+    is_over(&proxy, "backend_refusing");
+}
+
+#[test]
+fn a_network_that_loses_segments_is_told_from_a_backend_that_is_slow() {
+    let Some(link) = Link::new() else { return };
+    let servers = [Backend::named_on("db", Link::here())];
+    let hosts = link.hosts(&servers);
+    let proxy = proxy().backends(&hosts).start();
+    let address = proxy.address();
+    let (sender, clients) = std::sync::mpsc::channel();
+    for _ in 0..8 {
+        sender.send(try_connect(address).unwrap()).unwrap();
+    }
+    let clients = std::sync::Mutex::new((sender, clients));
+    let _load = Load::of(8, move || {
+        let client = clients.lock().unwrap().1.recv().unwrap();
+        let _ = client.set_read_timeout(Some(Duration::from_secs(2)));
+        let _ = try_ask(&client, "some words, again and again");
+        clients.lock().unwrap().0.send(client).unwrap();
+    });
+    thread::sleep(Duration::from_secs(3));
+    assert_eq!(said(&proxy, "network_lossy"), None, "nothing is lost yet");
+    link.set(0, Fate::Lossy(20, Duration::from_millis(1)), Fate::Arrive);
+    let words = found(&proxy, "network_lossy");
+    assert!(words.starts_with(&hosts[0].to_string()) && words.contains('%'), "{words}");
+    let rtt = proxy.metrics();
+    let count = rtt.sum("aegis_endpoint_rtt_seconds_count", &[]).unwrap();
+    assert!(count > 0, "round trips were sampled");
+}
+
+#[test]
+fn a_pool_that_is_too_small_is_told_from_a_backend_that_is_slow() {
+    let takes = Arc::new(AtomicU64::new(5));
+    let backend = taking(&takes);
+    let proxy = proxy()
+        .backends(&[backend.address()])
+        .protocol("chronos", "request")
+        .set("AEGIS_POOL_SIZE", "1")
+        .set("AEGIS_WORKERS", "1")
+        .start();
+    let _load = Load::asking(8, proxy.address());
+    let words = found(&proxy, "pool_small");
+    assert!(words.starts_with("clients wait "), "{words}");
+    assert_eq!(said(&proxy, "backend_slow"), None);
+}
+
+#[test]
+fn a_worker_that_is_busy_all_the_time_is_named() {
+    let backend = Backend::chronos();
+    let proxy = proxy().backends(&[backend.address()]).protocol("chronos", "request").start();
+    let address = proxy.address();
+    // Lines that the proxy answers by itself: nobody else is busy.
+    let _load = Load::of(1, move || {
+        let Ok(client) = try_connect(address) else { return };
+        let mut reader = client.try_clone().unwrap();
+        let reading = thread::spawn(move || {
+            let mut answers = vec![0; 1 << 20];
+            while reader.read(&mut answers).is_ok_and(|count| count > 0) {}
+        });
+        let lines = [b'\n'; 4096];
+        for _ in 0..200 {
+            if (&client).write_all(&lines).is_err() {
+                break;
+            }
+        }
+        let _ = client.shutdown(std::net::Shutdown::Both);
+        reading.join().unwrap();
+    });
+    let words = found(&proxy, "worker_overloaded");
+    assert!(words.contains(" is busy all the time (runs "), "{words}");
+}
+
+/// A process that wants the first core all the time.
+struct Busy(Child);
+
+impl Busy {
+    fn start() -> Self {
+        let mut busy = Command::new("taskset");
+        busy.args(["-c", "0", "sh", "-c", "while :; do :; done"]).stdin(Stdio::null());
+        Self(busy.spawn().unwrap())
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+#[test]
+fn workers_that_wait_for_a_core_are_told_from_those_that_are_busy() {
+    let backend = Backend::echo();
+    let proxy = proxy().backends(&[backend.address()]).start();
+    let _busy = [Busy::start(), Busy::start(), Busy::start()];
+    let mut pin = Command::new("taskset");
+    pin.args(["-a", "-p", "-c", "0", &proxy.id().to_string()]).stdout(Stdio::null());
+    assert!(pin.status().unwrap().success());
+    let _load = Load::asking(8, proxy.address());
+    let words = found(&proxy, "cpu_throttled");
+    assert!(words.contains("waited for a core"), "{words}");
+}
+
+#[test]
+fn endpoints_that_may_be_old_are_said_to_be() {
+    let mut api = KubeApi::start();
+    api.grant();
+    let backend = Backend::named("db");
+    api.announce("a", backend.address());
+    let proxy = proxy().kubernetes(&api).start();
+    proxy.wait_for_endpoints(1);
+    assert_eq!(ask_once(proxy.address(), "who").unwrap(), "db");
+    api.kill();
+    let words = found(&proxy, "discovery_stale");
+    assert!(words.starts_with("the endpoints may be old: "), "{words}");
+    api.restart();
+    api.announce("b", Backend::named("db").address());
+    proxy.wait_for_endpoints(2);
+    is_over(&proxy, "discovery_stale");
+}
+
+#[test]
+fn sessions_near_the_limit_are_said() {
+    let backend = Backend::echo();
+    let proxy = proxy().backends(&[backend.address()]).set("AEGIS_MAX_SESSIONS", "8").start();
+    let clients: Vec<TcpStream> = (0..8).map(|_| try_connect(proxy.address()).unwrap()).collect();
+    assert_eq!(found(&proxy, "session_limit"), "8 of 8 sessions are open");
+    drop(clients);
+    is_over(&proxy, "session_limit");
+}

@@ -1,0 +1,111 @@
+"""The page at the admin port, as its readers see it."""
+
+import os
+import re
+
+import pytest
+
+from conftest import ROOT, TARGET, eventually
+
+AXE = TARGET / "page-tests/node_modules/axe-core/axe.min.js"
+# Where a look is: a desktop, a phone, and both by night.
+LOOKS = {
+    "light": {}, "dark": {"dark": True}, "phone": {"width": 390, "height": 844},
+    "phone-dark": {"width": 390, "height": 844, "dark": True},
+}
+
+
+def number(text):
+    return float(re.sub(r"[^0-9.]", "", text) or "nan")
+
+
+def test_numbers_are_those_of_the_metrics_and_change(start, load, browse):
+    proxy = start()
+    load = load(proxy, clients=8)
+    page = browse(proxy)
+    eventually("8 sessions are shown", lambda: number(page.tile("sessions")) == 8)
+    assert proxy.metric("aegis_sessions_active") == 8
+    eventually("a rate is shown", lambda: number(page.tile("requests a second")) > 0)
+    load.stop()
+    eventually("they are gone", lambda: number(page.tile("sessions")) == 0)
+    eventually("the rate falls", lambda: number(page.tile("requests a second")) == 0)
+    assert page.text("#route-0 h2") == "default: fine"
+    assert page.text("#workers tbody tr").count("running") == 2
+    assert page.errors() == []
+
+
+def test_the_part_that_is_slow_is_seen(backend, start, load, browse):
+    backend.delay = 0.05
+    proxy = start()
+    load(proxy)
+    page = browse(proxy)
+
+    # The third of the four parts of a request's way.
+    share = "#route-0 table:first-of-type tbody tr:nth-child(3)"
+    eventually("the first byte takes nearly all", lambda: re.search(r"first byte\s+(9\d|100) %", page.text(share)))
+
+
+def test_a_backend_that_refuses_is_named(backend, start, load, browse):
+    proxy = start(AEGIS_ENDPOINT_WAIT="100ms", AEGIS_EJECT_TIME="1s", AEGIS_POOL_MIN_IDLE="0")
+    load(proxy)
+    page = browse(proxy)
+    eventually("it is fine", lambda: page.text("#route-0 h2") == "default: fine")
+    backend.gone()
+    eventually("it is said", lambda: "refuses" in page.text('[data-problem="backend_refusing"]'))
+    eventually("the worst of all is on top", lambda: "down" in page.text("#health"))
+    eventually("ends are listed", lambda: "request" in page.text("#route-0 h3 + ul"))
+    assert page.errors() == []
+
+
+def test_it_says_that_the_proxy_is_lost_and_goes_on_with_the_next(start, load, browse):
+    proxy = start()
+    page = browse(proxy)
+    assert page.text("#lost") == ""
+    proxy.stop()
+    eventually("it is said", lambda: "has not answered since" in page.text("#lost"))
+    proxy.start()
+    eventually("it is forgotten", lambda: page.text("#lost") == "")
+    load(proxy)
+    eventually("the next one is shown", lambda: number(page.tile("sessions")) == 8)
+    # The browser itself complains of the connects that failed meanwhile.
+    assert [error for error in page.errors() if "ERR_CONNECTION_REFUSED" not in error] == []
+
+
+def test_nothing_is_asked_of_anybody_else(start, browse):
+    proxy = start()
+    page = browse(proxy)
+    own = f"http://127.0.0.1:{proxy.admin}/"
+    asked = page.requests()
+    assert f"{own}status" in asked
+    assert [url for url in asked if not url.startswith((own, "data:"))] == []
+
+
+def test_a_name_from_outside_is_text(start, browse):
+    name = "<img/src=x/onerror=alert(1)>"
+    proxy = start(AEGIS_ROUTES="default", AEGIS_LISTEN="127.0.0.1:0")
+    page = browse(proxy)
+    page.browser.execute_script(
+        "const reading = structuredClone(history[history.length - 1]);"
+        "reading.routes[0].endpoints[0].name = arguments[0]; reading.alive += 1; heard(reading);", name)
+    assert name in page.text("#route-0 table")
+    assert page.browser.execute_script("return document.images.length") == 0
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_everybody_can_read_it(look, start, load, browse, backend):
+    proxy = start()
+    load(proxy)
+    page = browse(proxy, **LOOKS[look])
+    eventually("there are rates", lambda: number(page.tile("requests a second")) > 0)
+    page.browser.execute_script(AXE.read_text())
+    found = page.browser.execute_async_script(
+        "axe.run({runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'best-practice']}).then(arguments[0])")
+    assert found["passes"], "nothing was checked"
+    wrong = [(one["id"], [node["html"] for node in one["nodes"]]) for one in found["violations"]]
+    assert wrong == []
+    wide = page.browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+    assert wide <= 0, "the page is wider than its window"
+    if os.environ.get("AEGIS_SCREENSHOTS"):
+        # So that the curves have something to show.
+        eventually("it has run for 25 s", lambda: proxy.status()["alive"] > 25)
+        page.browser.save_screenshot(str(ROOT / f"docs/page-{look}.png"))
