@@ -170,6 +170,9 @@ pub const UPKEEP_INTERVAL: Duration = Duration::from_millis(100);
 /// silence for as long is suspicious, since a kernel has sent the same thing four times by then.
 pub const SILENCE_LOOK_MAX: Duration = Duration::from_millis(1250);
 
+/// Ends of sessions and requests that a worker holds for the log.
+pub const ENDS_MAX: usize = 256;
+
 /// Slots of connections passed, and connections looked at for what the kernel has measured of them, in
 /// one upkeep: a look takes half a microsecond.
 pub const NETWORK_SLOTS: usize = 256;

@@ -194,6 +194,7 @@ fn forwarding_with_settings_allocates_nothing(
         pool_conns_max: 64,
         mailboxes: Arc::new([Arc::clone(&mailbox)]),
         stats: Arc::new([Arc::clone(&stats)]),
+        ends: Arc::default(),
         listening: Listening::new(listeners.addresses.clone()),
         started: Instant::now(),
         exited: alive,

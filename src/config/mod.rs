@@ -233,6 +233,19 @@ pub enum ProxyProtocol {
     V2,
 }
 
+/// Which ends of sessions and requests are logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EndsLogged {
+    /// None.
+    Off,
+    /// Those that are not normal.
+    Abnormal,
+    /// Those, and one of a hundred of the others.
+    Sampled,
+    /// All.
+    All,
+}
+
 /// The log's format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {

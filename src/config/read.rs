@@ -263,9 +263,14 @@ impl Reader {
             (AEGIS_POOL_SIZE, &mut pool.size, is_used),
         ] {
             if *value > most && is_used && self.text(variable).is_some() {
-                let why = "an endpoint would have more connections than it may";
+                let why = format!(
+                    "an endpoint would have more connections than it may; set {} to {value} or more, or \
+                     {} to {most} or less",
+                    self.name(AEGIS_ENDPOINT_MAX),
+                    self.name(variable)
+                );
                 let endpoint_max = (AEGIS_ENDPOINT_MAX, most.to_string());
-                self.conflict((variable, value.to_string()), endpoint_max, why);
+                self.conflict((variable, value.to_string()), endpoint_max, &why);
             }
             *value = (*value).min(most);
         }

@@ -11,8 +11,8 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
 use super::{
-    Backend, Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, PoolMode,
-    Preset, Protocol, ProxyProtocol, ServiceName, Switch,
+    Backend, Balance, Discovery, EndsLogged, HostPort, IoChoice, KubePort, Locality, LogFormat,
+    PoolMode, Preset, Protocol, ProxyProtocol, ServiceName, Switch,
 };
 
 use crate::io::net::{Address, AddressError, PATH_LEN_MAX, UNIX};
@@ -459,6 +459,7 @@ words! {
     }
     ProxyProtocol { "off" => Off, "v1" => V1, "v2" => V2, }
     LogFormat { "text" => Text, "json" => Json, }
+    EndsLogged { "off" => Off, "abnormal" => Abnormal, "sampled" => Sampled, "all" => All, }
 }
 
 /// The text of a list.

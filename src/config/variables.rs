@@ -18,8 +18,8 @@ use super::value::{
 };
 use super::variable::{Row, Section, Variable, settings};
 use super::{
-    Backend, Balance, Discovery, IoChoice, KubePort, Locality, LogFormat, PoolMode, Preset,
-    Protocol, ProxyProtocol, ServiceName, SocketMode, SocketOwner, Switch,
+    Backend, Balance, Discovery, EndsLogged, IoChoice, KubePort, Locality, LogFormat, PoolMode,
+    Preset, Protocol, ProxyProtocol, ServiceName, SocketMode, SocketOwner, Switch,
 };
 use crate::io::net::Address;
 use crate::limits;
@@ -150,6 +150,8 @@ pub struct RouteConfig {
         "TCP keep-alive probes start after this idle time.";
     proxy_protocol: ProxyProtocol = AEGIS_PROXY_PROTOCOL("off") in words(),
         "The PROXY protocol header sent to backends.";
+    log_ends: EndsLogged = AEGIS_LOG_ENDS("abnormal") in words(),
+        "Which ends of sessions and requests are logged; sampled adds one of 100 normal ones.";
     => "Failing endpoints"
     eject_failures: u32 = AEGIS_EJECT_FAILURES("3") in numbers(1..=1000),
         "Failures in a row that take an endpoint out of use for a while.";
@@ -236,7 +238,7 @@ pub struct PoolConfig {
 /// What holds for requests, where clients share used connections.
 pub struct RequestConfig {
     queue_max: usize = AEGIS_QUEUE_MAX("8192") in numbers(0..=limits::SESSIONS_MAX),
-        "Requests or sessions of one worker that wait for a connection; further ones get an error.";
+        "Requests or sessions that wait for a connection at most, per worker, each with a line of its own.";
     queue_timeout: Duration = AEGIS_QUEUE_TIMEOUT("5s") in durations(ms(10)..=hours(1)),
         "How long a request or a session waits for a backend connection before it gets an error.";
     timeout: Option<Duration> = AEGIS_REQUEST_TIMEOUT("30s")

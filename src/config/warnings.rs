@@ -50,26 +50,22 @@ impl Config {
         let not_read = format!("requests of {readers} are not told apart here");
         let at_once =
             format!("AEGIS_BALANCE={} gives each endpoint its share at once", route.balance);
-        let rules = self.rules(route, &kube, [&not_read, &at_once]);
-        let idle = rules.into_iter().filter(|(_, has_effect, _)| !has_effect);
+        let of_endpoints = self.rules_of_endpoints(route, &kube, &at_once);
+        let rules = of_endpoints.into_iter().chain(rules_of_pools(route, &not_read));
+        let idle = rules.filter(|(_, has_effect, _)| !has_effect);
         idle.flat_map(|(variables, _, why)| variables.iter().map(|v| (v.name, why.to_owned())))
             .collect()
     }
 
-    fn rules<'a>(
+    /// Whether each variable has an effect, of those that say where endpoints are and which is used.
+    fn rules_of_endpoints<'a>(
         &self,
         route: &RouteConfig,
         kube: &'a [&'a Variable],
-        [not_read, at_once]: [&'a str; 2],
+        at_once: &'a str,
     ) -> Vec<Rule<'a>> {
         let kubernetes = route.discovery == Discovery::Kubernetes;
-        let mode = route.pool.mode;
-        let is_shared = mode != PoolMode::Preconnect;
-        let is_read = |variable: &Variable| {
-            is_shared && route.protocol.facts().variables.contains(&variable.name)
-        };
         let by_key = route.balance == Balance::KeyHash;
-        let keeps_idle = mode == PoolMode::Request || route.pool.max_idle > 0;
         let ramps = ![Balance::SourceHash, Balance::KeyHash].contains(&route.balance);
         vec![
             (kube, kubernetes, "the endpoints do not come from Kubernetes"),
@@ -98,43 +94,51 @@ impl Config {
                 "the endpoints are always the same ones",
             ),
             (&[AEGIS_SLOW_START], route.discovery == Discovery::Static || ramps, at_once),
-            (
-                &[AEGIS_PRESET],
-                !is_shared,
-                "it is for servers whose bytes are passed on as they are",
-            ),
-            (
-                &[AEGIS_PROTOCOL],
-                is_shared,
-                "with AEGIS_POOL_MODE=preconnect bytes are passed on as they are",
-            ),
-            (
-                &[AEGIS_QUEUE_MAX, AEGIS_QUEUE_TIMEOUT],
-                is_shared || route.pool.endpoint_max.is_some(),
-                "with AEGIS_POOL_MODE=preconnect and without AEGIS_ENDPOINT_MAX nothing waits in line",
-            ),
-            (
-                &[AEGIS_REQUEST_TIMEOUT],
-                is_shared,
-                "with AEGIS_POOL_MODE=preconnect requests are not told apart",
-            ),
-            (&[AEGIS_LINE_MAX], is_read(AEGIS_LINE_MAX), not_read),
-            (&[AEGIS_REPEAT_WRITES], is_read(AEGIS_REPEAT_WRITES), not_read),
-            (
-                &[AEGIS_POOL_SIZE],
-                mode == PoolMode::Request,
-                "it is for AEGIS_POOL_MODE=request; elsewhere AEGIS_POOL_MAX_IDLE says how many",
-            ),
-            (
-                &[AEGIS_POOL_MAX_IDLE],
-                mode != PoolMode::Request || route.pool.max_idle == 0,
-                "with AEGIS_POOL_MODE=request AEGIS_POOL_SIZE says how many",
-            ),
-            (
-                &[AEGIS_POOL_IDLE_TIMEOUT, AEGIS_POOL_MAX_LIFETIME],
-                keeps_idle || mode == PoolMode::Session,
-                "AEGIS_POOL_MAX_IDLE=0 keeps no connections",
-            ),
         ]
     }
+}
+
+/// The same, of those that say how clients come by connections.
+fn rules_of_pools<'a>(route: &RouteConfig, not_read: &'a str) -> Vec<Rule<'a>> {
+    let mode = route.pool.mode;
+    let is_shared = mode != PoolMode::Preconnect;
+    let is_read = |variable: &Variable| {
+        is_shared && route.protocol.facts().variables.contains(&variable.name)
+    };
+    let keeps_idle = mode == PoolMode::Request || route.pool.max_idle > 0;
+    vec![
+        (&[AEGIS_PRESET], !is_shared, "it is for servers whose bytes are passed on as they are"),
+        (
+            &[AEGIS_PROTOCOL],
+            is_shared,
+            "with AEGIS_POOL_MODE=preconnect bytes are passed on as they are",
+        ),
+        (
+            &[AEGIS_QUEUE_MAX, AEGIS_QUEUE_TIMEOUT],
+            is_shared || route.pool.endpoint_max.is_some(),
+            "with AEGIS_POOL_MODE=preconnect and without AEGIS_ENDPOINT_MAX nothing waits in line",
+        ),
+        (
+            &[AEGIS_REQUEST_TIMEOUT],
+            is_shared,
+            "with AEGIS_POOL_MODE=preconnect requests are not told apart",
+        ),
+        (&[AEGIS_LINE_MAX], is_read(AEGIS_LINE_MAX), not_read),
+        (&[AEGIS_REPEAT_WRITES], is_read(AEGIS_REPEAT_WRITES), not_read),
+        (
+            &[AEGIS_POOL_SIZE],
+            mode == PoolMode::Request,
+            "it is for AEGIS_POOL_MODE=request; elsewhere AEGIS_POOL_MAX_IDLE says how many",
+        ),
+        (
+            &[AEGIS_POOL_MAX_IDLE],
+            mode != PoolMode::Request || route.pool.max_idle == 0,
+            "with AEGIS_POOL_MODE=request AEGIS_POOL_SIZE says how many",
+        ),
+        (
+            &[AEGIS_POOL_IDLE_TIMEOUT, AEGIS_POOL_MAX_LIFETIME],
+            keeps_idle || mode == PoolMode::Session,
+            "AEGIS_POOL_MAX_IDLE=0 keeps no connections",
+        ),
+    ]
 }

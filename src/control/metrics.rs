@@ -18,8 +18,8 @@ use crate::metrics::family::Family;
 use crate::metrics::scraped::{
     BUILD_INFO, CPU_SECONDS, DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, DISCOVERY_GENERATION,
     DISCOVERY_LAST_SYNC, DISCOVERY_SNAPSHOT_AGE, DRAINING, ENDPOINT_RTT, ENDPOINT_USABLE,
-    IO_DRIVER_INFO, LOG_LINES_DROPPED, MAX_FDS, MAX_SESSIONS, OPEN_FDS, POOL_CONNECTIONS, PROBLEM,
-    RESIDENT_MEMORY, START_TIME, STORE_PRESENT, THREADS, VIRTUAL_MEMORY,
+    ENDS_DROPPED, IO_DRIVER_INFO, LOG_LINES_DROPPED, MAX_FDS, MAX_SESSIONS, OPEN_FDS,
+    POOL_CONNECTIONS, PROBLEM, RESIDENT_MEMORY, START_TIME, STORE_PRESENT, THREADS, VIRTUAL_MEMORY,
 };
 use crate::metrics::text::{durations, family, sample, single};
 use crate::metrics::{
@@ -198,6 +198,7 @@ fn write_identity(text: &mut String, view: &View) {
     single(text, &MAX_SESSIONS, view.max_sessions());
     single(text, &DRAINING, u8::from(view.draining()));
     single(text, &LOG_LINES_DROPPED, logging::lines_dropped());
+    single(text, &ENDS_DROPPED, view.workers().iter().map(|w| w.ends.dropped()).sum::<u64>());
     let driver = view.driver();
     family(text, &IO_DRIVER_INFO);
     sample(text, &IO_DRIVER_INFO, &[driver.driver, &driver.reason, &driver.kernel], 1);

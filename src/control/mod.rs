@@ -5,6 +5,7 @@
 pub mod admin;
 mod diagnosis;
 mod discovery;
+mod ends;
 mod lifecycle;
 pub mod logging;
 pub mod metrics;
@@ -35,6 +36,7 @@ use crate::io::net::Address;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
 use crate::proxy::RouteId;
+use crate::worker::ends::Ends;
 use crate::worker::mailbox::Mailbox;
 
 /// Threads in which the Kubernetes client looks the name of its API server up. Nothing else waits
@@ -48,6 +50,8 @@ pub struct WorkerHandle {
     pub mailbox: Arc<Mailbox>,
     /// What the worker counts.
     pub stats: Arc<WorkerStats>,
+    /// What it has to tell of sessions and requests that have ended.
+    pub ends: Arc<Ends>,
 }
 
 /// Which driver does the I/O, and why.
@@ -151,6 +155,7 @@ impl Plane {
         }
         tokio::spawn(outages::log_outages(Arc::clone(&view)));
         tokio::spawn(diagnosis::run(Arc::clone(&view)));
+        tokio::spawn(ends::run(Arc::clone(&view)));
         tokio::spawn(admin::serve(admin, Arc::clone(&view)));
         Ok(lifecycle::run(&view, events).await)
     }

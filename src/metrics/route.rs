@@ -29,7 +29,7 @@ counted! {
             /// Time for which clients found no usable endpoint: from the first that did until there was
             /// one and nobody waited.
             outage: DurationTotal = "aegis_outage_seconds_total" per WORKER;
-            /// Sessions that wait for a usable endpoint, or are being connected after they have waited.
+            /// Sessions that wait for a usable endpoint or a place at one, or are being connected after that.
             clients_waiting: Gauge = "aegis_clients_waiting" per WORKER;
             /// Payload bytes received, by where they were sent on to.
             bytes: Counter [direction: Direction] = "aegis_bytes_total" per WORKER;

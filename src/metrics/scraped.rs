@@ -74,6 +74,8 @@ scraped! {
         DRAINING: Gauge = "aegis_draining";
         /// Lines of the log that were not read in time or could not be written.
         LOG_LINES_DROPPED: Counter = "aegis_log_lines_dropped_total";
+        /// Ends of sessions and requests that were not logged, since there were too many.
+        ENDS_DROPPED: Counter = "aegis_ends_dropped_total";
         /// The driver that does the I/O, and why this one.
         IO_DRIVER_INFO: Gauge = "aegis_io_driver_info" per DRIVER, REASON, KERNEL;
         /// The program's version and target.

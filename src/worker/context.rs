@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::drain::Drain;
+use super::ends::Ends;
 use super::load::Load;
 use super::mailbox::Command;
 use super::owners::Owners;
@@ -19,6 +20,8 @@ pub(super) struct Context<D> {
     pub(super) worker: WorkerId,
     pub(super) driver: D,
     pub(super) stats: Arc<WorkerStats>,
+    /// Where it tells of those that have ended.
+    pub(super) ends: Arc<Ends>,
     pub(super) timers: Timers,
     pub(super) rng: fastrand::Rng,
     /// The time of this turn.

@@ -103,11 +103,12 @@ impl Mail {
         self.stats[worker].sessions.get() as usize + self.mailboxes[worker].clients()
     }
 
-    /// The sessions of a route, of all workers together.
+    /// The sessions of a route, of all workers together, with those on the way.
     pub(super) fn sessions_of_route(&self, route: RouteId) -> usize {
         let active =
             |stats: &Arc<WorkerStats>| stats.routes[usize::from(route)].sessions_active.get();
-        self.stats.iter().map(active).sum::<u64>() as usize
+        let on_the_way = self.mailboxes.iter().map(|mailbox| mailbox.clients_of(route));
+        self.stats.iter().map(active).sum::<u64>() as usize + on_the_way.sum::<usize>()
     }
 
     /// Those of all workers together, with those on the way.

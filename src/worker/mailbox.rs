@@ -7,7 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 
 use crossbeam_queue::ArrayQueue;
 use rustix::event::{EventfdFlags, eventfd};
@@ -38,6 +38,8 @@ pub struct Mailbox {
     /// One for each route.
     snapshots: Box<[ArrayQueue<Arc<EndpointSnapshot>>]>,
     clients: ArrayQueue<(RouteId, Stream)>,
+    /// How many of those that wait are of each route; one more for a moment.
+    clients_of: Box<[AtomicUsize]>,
     command: AtomicU8,
     /// Places for connections have changed.
     places: AtomicBool,
@@ -54,6 +56,7 @@ impl Mailbox {
         Ok(Self {
             snapshots: (0..routes).map(|_| ArrayQueue::new(1)).collect(),
             clients: ArrayQueue::new(limits::HANDED_OVER_MAX),
+            clients_of: (0..routes).map(|_| AtomicUsize::new(0)).collect(),
             command: AtomicU8::new(Command::Run as u8),
             places: AtomicBool::new(false),
             wake,
@@ -81,10 +84,14 @@ impl Mailbox {
         if self.current_command() >= Command::Drain {
             return Err(client);
         }
-        self.clients.push((route, client)).map_err(|(_, client)| client)?;
+        self.clients_of[usize::from(route)].fetch_add(1, Ordering::Relaxed);
+        if let Err((_, client)) = self.clients.push((route, client)) {
+            self.clients_of[usize::from(route)].fetch_sub(1, Ordering::Relaxed);
+            return Err(client);
+        }
         // The command may have come in between, and the worker have ended without another look.
         if self.current_command() >= Command::Drain
-            && let Some((_, client)) = self.clients.pop()
+            && let Some((_, client)) = self.take_client()
         {
             return Err(client);
         }
@@ -107,7 +114,14 @@ impl Mailbox {
 
     /// A client that was handed over, if any waits. For the worker.
     pub fn take_client(&self) -> Option<(RouteId, Stream)> {
-        self.clients.pop()
+        let (route, client) = self.clients.pop()?;
+        self.clients_of[usize::from(route)].fetch_sub(1, Ordering::Relaxed);
+        Some((route, client))
+    }
+
+    /// How many clients of a route wait.
+    pub fn clients_of(&self, route: RouteId) -> usize {
+        self.clients_of[usize::from(route)].load(Ordering::Relaxed)
     }
 
     /// How many clients wait.

@@ -10,23 +10,13 @@ import yaml
 
 from api_server import api_server
 from containers import Native, aegis, ask, eventually, store
+from pages import PAGES as PAGES_BY_NAME, blocks, commands
 from tools import CHART, INJECTS, ROOT, helm, kinds, kustomize, one, refusal, run, template, validate
 
-README = (ROOT / "README.md").read_text()
-PAGE = (ROOT / "docs/KUBERNETES.md").read_text()
-PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
+README = PAGES_BY_NAME["README.md"]
+PAGE = PAGES_BY_NAME["KUBERNETES.md"]
+PAGES = list(PAGES_BY_NAME.values())
 ASSETS = os.environ.get("KUBEBUILDER_ASSETS")
-
-
-def blocks(text, language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
-
-
-def commands(text):
-    """The words of each command in the text's blocks of shell, without comments."""
-    lines = "\n".join(blocks(text, "sh")).replace("\\\n", " ").splitlines()
-    joined = re.sub(r"\$\(\n(.*?)\)", r"$(\1)", "\n".join(lines), flags=re.S).splitlines()
-    return [shlex.split(line, comments=True) for line in joined if shlex.split(line, comments=True)]
 
 
 def cluster_section():

@@ -23,6 +23,7 @@ mod dns;
 mod drain;
 mod endings;
 mod endpoint_wait;
+mod ends;
 mod failover;
 mod http;
 mod integrity;

@@ -130,7 +130,7 @@ fn what_is_kept_and_made_is_within_the_limit_of_the_endpoint() {
     let conflict = |name: &str, value| {
         format!(
             "{name}={value:?} and AEGIS_ENDPOINT_MAX=\"8\": an endpoint would have more connections \
-             than it may."
+             than it may; set AEGIS_ENDPOINT_MAX to 9 or more, or {name} to 8 or less."
         )
     };
     let max = ("AEGIS_ENDPOINT_MAX", "8");

@@ -432,12 +432,13 @@ impl Route {
                 || self.sessions.of(key).waits_until(waits_max) <= cx.now,
             "{reason:?} while it may wait"
         );
+        self.tell_of_session(cx, key, reason);
         let mut session = self.sessions.close(cx, key, reason);
         self.judge_closed(cx, &mut session);
         self.pools.on_connect_over(&mut session);
         self.leave(cx, session.endpoint(), session.conn(Side::Backend));
-        if let Some(since) = session.answered_since() {
-            self.stats.transfer.record(cx.now.saturating_duration_since(since));
+        if let Some((_, transfer)) = session.answer_times(cx.now) {
+            self.stats.transfer.record(transfer);
         }
         self.on_gone(cx, reason, session.age(cx.now));
     }

@@ -4,6 +4,7 @@
 //! A route's methods are handed the worker's context, and know nothing of other routes.
 
 mod dispatch;
+mod ended;
 mod events;
 mod places;
 mod pools;

@@ -142,6 +142,7 @@ impl Route {
         key: Key<Client>,
         reason: CloseReason,
     ) {
+        self.tell_of_client(cx, key, reason);
         let Some((client, moment)) = self.client(cx, key) else { return };
         let (ending, actions) = client.on_closing(reason, moment.buffers);
         self.act_for(cx, key, &actions);
