@@ -127,6 +127,7 @@ on_each_driver![unix:
     a_reset_of_a_unix_client_is_one_where_bytes_are_unread_and_else_an_end,
     an_urgent_byte_of_a_unix_client_arrives_at_its_place,
     a_full_unix_socket_waits_for_room,
+    a_unix_peer_that_reads_wakes_nobody,
     unix_bulk_arrives_whole_with_its_end,
     a_drain_empties_the_queue_of_a_unix_listener,
     where_one_driver_has_ended_a_shared_queue_another_one_is_told_of_no_error,

@@ -4,7 +4,6 @@
 //! kernel has taken the submission, which then holds a copy.
 #![allow(unsafe_code)]
 
-use rustix::io::Errno;
 use std::collections::VecDeque;
 use std::io;
 use std::ptr::{self, NonNull};
@@ -13,6 +12,7 @@ use std::time::{Duration, Instant};
 use io_uring::squeue::{self, Flags};
 use io_uring::types::{CancelBuilder, Fd, Timespec};
 use io_uring::{EnterFlags, IoUring, cqueue, opcode};
+use rustix::io::Errno;
 use socket2::SockAddr;
 
 use super::probe::{self, Features};

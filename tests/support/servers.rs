@@ -256,6 +256,12 @@ impl Postgres {
         self.server.address
     }
 
+    /// Where else it listens.
+    #[allow(dead_code, reason = "the benchmarks use it")]
+    pub fn unix(&self) -> PathBuf {
+        self.server.folder.path().join(format!(".s.PGSQL.{}", self.server.address.port()))
+    }
+
     /// Tells it to end as at a switchover: clients are told, and cut.
     pub fn stop_fast(&self) {
         kill_process(Pid::from_child(&self.server.child), Signal::INT).unwrap();
@@ -335,8 +341,10 @@ impl MariaDb {
         let ask = || {
             let mut client = Command::new(&mariadb);
             client.args(["--no-defaults", "-uroot", "-e"]).arg(
+                // By the server's own socket one is `localhost`, where others come before `%`.
                 "create user if not exists aegis@'%' identified by 'word'; \
-                 grant all on *.* to aegis@'%'",
+                 create user if not exists aegis@localhost identified by 'word'; \
+                 grant all on *.* to aegis@'%'; grant all on *.* to aegis@localhost",
             );
             output(of_mariadb(&mut client, &target))
         };
@@ -349,7 +357,8 @@ impl MariaDb {
         self.server.address
     }
 
-    fn socket(&self) -> PathBuf {
+    /// Where else it listens.
+    pub fn unix(&self) -> PathBuf {
         self.server.folder.path().join("socket")
     }
 
@@ -379,7 +388,7 @@ impl MariaDb {
     pub fn administer(&self, statement: &str) -> String {
         let mut root = Command::new(&self.mariadb);
         root.args(["--no-defaults", "-uroot", "-N", "-e", statement]);
-        output(of_mariadb(&mut root, &Target::Unix(self.socket()))).unwrap()
+        output(of_mariadb(&mut root, &Target::Unix(self.unix()))).unwrap()
     }
 
     /// One of its counters, such as `Aborted_connects`.
@@ -419,6 +428,8 @@ impl Redis {
             .args(["--bind", "127.0.0.2", "--port", &address.port().to_string()])
             .args(["--save", "", "--appendonly", "no", "--dir"])
             .arg(folder.path())
+            .arg("--unixsocket")
+            .arg(folder.path().join("socket"))
             .args(options);
         let target = Target::Tcp(address);
         let ask = || output(of_redis(&mut Command::new(&cli), &target).arg("ping"));
@@ -429,6 +440,12 @@ impl Redis {
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.server.address
+    }
+
+    /// Where else it listens.
+    #[allow(dead_code, reason = "the benchmarks use it")]
+    pub fn unix(&self) -> PathBuf {
+        self.server.folder.path().join("socket")
     }
 
     /// redis-benchmark at `target`.

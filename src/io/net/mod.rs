@@ -7,6 +7,7 @@
 //! | listening | a socket per worker | one, which all workers share |
 //! | a reset | by `SO_LINGER` | only where bytes were left unread; else it looks like an end |
 //! | acknowledgements, probes | `TCP_INFO` | none: there is no network to lose anything |
+//! | room to send | told where a send has found none | told each time that the peer reads |
 //! | taken and undelivered | what is not acknowledged | nothing: the peer has what the kernel took |
 //!
 //! What a transport does not have is answered here, so that nobody above needs to ask which it is.
@@ -179,6 +180,12 @@ impl Stream {
         } else {
             Unheard::Bytes
         }
+    }
+
+    /// Whether the kernel tells of room each time that the peer reads, and not only where a send has
+    /// found none.
+    pub(super) fn tells_of_room_unasked(&self) -> bool {
+        self.transport == Transport::Unix
     }
 
     /// Bytes that the kernel has taken and not sent for the first time, since the peer has no room.
