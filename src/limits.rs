@@ -11,6 +11,12 @@ pub const ENDPOINTS_MAX: usize = 1024;
 /// its clients to leave waits as much longer.
 pub const ENDPOINT_LINGER: Duration = Duration::from_secs(2);
 
+/// What is on an endpoint that left is cut within so long, each session at a moment of its own. All at
+/// once would be reconnects and logins all at once, of a whole fleet, at the endpoint that takes its
+/// place. With the usual hundred to a few hundred connections to a database that is as many logins a
+/// second, which one core serves; and a server that still takes writes has that much longer for them.
+pub const CUT_TIME: Duration = Duration::from_secs(1);
+
 /// An address behind a name may be missing in fewer answers than this, since name servers give a
 /// part of the addresses at a time, and has left only then.
 pub const DNS_ANSWERS_TO_LEAVE: u32 = 3;
@@ -149,7 +155,8 @@ const ACCEPT_QUEUE_MAX: usize = LISTEN_BACKLOG as usize + 1;
 
 /// Clients that may wait in a worker's mailbox, handed over by others: a full accept queue, which one
 /// worker may take at once and share with another. With 64, of 400 that came at a time by a Unix socket
-/// one of two workers had 335.
+/// one of two workers on `io_uring` had 236 to 335, the latter being all but 65; with 1,024 never more
+/// than 206.
 pub const HANDED_OVER_MAX: usize = 1024;
 
 /// Connections that all pools of one worker together may hold, warm or being made.
@@ -163,12 +170,25 @@ pub const CANCEL_WAIT: Duration = Duration::from_secs(1);
 /// As long as proxies give clients that take nothing, and far above any pause of a healthy one.
 pub const FLUSH_STALL_MAX: Duration = Duration::from_secs(30);
 
+/// Active checks of all routes at a time: with one that takes 1 s as it fails, 32 endpoints that hang
+/// may be checked each second.
+pub const CHECKS_MAX: usize = 32;
+
+/// Of the reply to a check so many bytes are looked at; its first line says enough.
+pub const CHECK_REPLY_MAX: usize = 4096;
+
+/// The longest path that a check asks for.
+pub const CHECK_PATH_MAX: usize = 1024;
+
 /// Pools and health are looked over this often.
 pub const UPKEEP_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Peers are looked at for their acknowledgements this often, where `AEGIS_TCP_USER_TIMEOUT` allows;
 /// silence for as long is suspicious, since a kernel has sent the same thing four times by then.
 pub const SILENCE_LOOK_MAX: Duration = Duration::from_millis(1250);
+
+/// Ends of sessions and requests that a worker holds for the log.
+pub const ENDS_MAX: usize = 256;
 
 /// Slots of connections passed, and connections looked at for what the kernel has measured of them, in
 /// one upkeep: a look takes half a microsecond.

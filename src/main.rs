@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use aegis::cli::{self, Command, EXIT_CONFIG, EXIT_USAGE};
-use aegis::config::Config;
+use aegis::config::{Config, RouteName};
 use aegis::control::{DriverInfo, Outcome, Plane, Runtime, admin, logging};
 use aegis::startup::{self, Capacity, Decisions, Plan, StartError, listeners};
 
@@ -56,9 +56,7 @@ fn run(config: Arc<Config>) -> Result<ExitCode, StartError> {
     let admin = admin::bind(config.admin)?;
     let workers = startup::start_workers(prepared, listeners, &config, capacity, started)?;
     for (address, &route) in workers.addresses.iter().zip(&workers.routes) {
-        // There is nothing to tell apart where there is one.
-        let route =
-            (config.routes.len() > 1).then(|| config.routes[usize::from(route)].name.as_str());
+        let route = config.name_in_log(usize::from(route)).map(RouteName::as_str);
         tracing::info!(%address, route, "listening");
     }
 

@@ -194,6 +194,7 @@ fn forwarding_with_settings_allocates_nothing(
         pool_conns_max: 64,
         mailboxes: Arc::new([Arc::clone(&mailbox)]),
         stats: Arc::new([Arc::clone(&stats)]),
+        ends: Arc::default(),
         listening: Listening::new(listeners.addresses.clone()),
         started: Instant::now(),
         exited: alive,
@@ -204,6 +205,7 @@ fn forwarding_with_settings_allocates_nothing(
         route: RouteId::default(),
         generation: 1,
         endpoints: vec![endpoint],
+        tiers: Vec::new(),
         stores: Vec::new(),
     }));
 
@@ -235,7 +237,12 @@ fn steady_forwarding_allocates_nothing_on_any_driver() {
         Ok(features) => {
             forwarding_allocates_nothing(DriverKind::Uring(features));
             // As on a kernel that lacks what can be done without.
-            let oldest = Features { defer_taskrun: false, min_wait: false, no_iowait: false };
+            let oldest = Features {
+                restricted: false,
+                defer_taskrun: false,
+                min_wait: false,
+                no_iowait: false,
+            };
             forwarding_allocates_nothing(DriverKind::Uring(oldest));
         }
         Err(why) => eprintln!("SKIPPED: allocation on io_uring: {why}"),

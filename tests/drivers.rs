@@ -33,9 +33,14 @@ struct Rig<D> {
 }
 
 fn prepare() -> (DriverSetup, SocketAddr) {
-    let any = "127.0.0.1:0".parse().unwrap();
+    let (setup, addresses) = prepare_listeners(1);
+    (setup, addresses[0])
+}
+
+fn prepare_listeners(count: usize) -> (DriverSetup, Vec<SocketAddr>) {
+    let any = vec!["127.0.0.1:0".parse().unwrap(); count];
     let access = Access { mode: SocketMode::DEFAULT, owner: None };
-    let mut listeners = listeners::listen(&[any], 1, &Options::default(), access).unwrap();
+    let mut listeners = listeners::listen(&any, 1, &Options::default(), access).unwrap();
     let wake = Mailbox::new(1).unwrap().wake_fd().try_clone_to_owned().unwrap();
     let setup = DriverSetup {
         listeners: listeners.sets.remove(0),
@@ -43,7 +48,7 @@ fn prepare() -> (DriverSetup, SocketAddr) {
         conns_max: 4000,
         buffers_max: BUFFERS,
     };
-    (setup, listeners.addresses[0].tcp().unwrap())
+    (setup, listeners.addresses.iter().map(|address| address.tcp().unwrap()).collect())
 }
 
 /// Runs a test on each driver. It says so where `io_uring` cannot run.
@@ -122,12 +127,30 @@ on_each_driver![unix:
     a_reset_of_a_unix_client_is_one_where_bytes_are_unread_and_else_an_end,
     an_urgent_byte_of_a_unix_client_arrives_at_its_place,
     a_full_unix_socket_waits_for_room,
+    a_unix_peer_that_reads_wakes_nobody,
     unix_bulk_arrives_whole_with_its_end,
     a_drain_empties_the_queue_of_a_unix_listener,
     where_one_driver_has_ended_a_shared_queue_another_one_is_told_of_no_error,
     a_unix_connect_waits_for_room_in_the_accept_queue,
     a_connection_to_a_socket_of_this_process_leads_back,
 ];
+
+#[test]
+fn several_listeners_bring_no_more_clients_than_there_is_room_for() {
+    let (setup, addresses) = prepare_listeners(3);
+    let driver = Epoll::new(setup).unwrap();
+    let rig = Rig { driver, address: addresses[0], seen: Vec::new() };
+    checks::several_listeners_bring_no_more_clients_than_there_is_room_for(rig, &addresses);
+    match probe::uring() {
+        Ok(features) => {
+            let (setup, addresses) = prepare_listeners(3);
+            let driver = Uring::new(setup, probe::set_up(features).unwrap()).unwrap();
+            let rig = Rig { driver, address: addresses[0], seen: Vec::new() };
+            checks::several_listeners_bring_no_more_clients_than_there_is_room_for(rig, &addresses);
+        }
+        Err(why) => eprintln!("SKIPPED: several listeners on io_uring: {why}"),
+    }
+}
 
 impl<D: Driver> Rig<D> {
     fn turn(&mut self) {

@@ -4,20 +4,23 @@
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr};
 use std::process::{Child, Command, Stdio, exit};
 
-use mio::net::{TcpListener, TcpStream};
-use mio::{Events, Interest, Poll, Token};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Registry, Token};
+use rustix::fd::AsRawFd;
 use slab::Slab;
-use socket2::{Domain, Socket, Type};
+use socket2::Socket;
 
 use crate::frame::{Frame, Incoming, Outgoing};
+use crate::net::{Address, Listener, Transport};
 
 /// The argument that makes this program the backend.
 pub const ARGUMENT: &str = "--backend";
-/// Connections of the kernel's accept queue.
-const BACKLOG: i32 = 4096;
+/// The argument behind it for a thread for each connection.
+const THREADED: &str = "--threaded";
+/// What it prints once it listens.
+const READY: &str = "ready\n";
 /// Bytes read at a time.
 const READ: usize = 256 * 1024;
 
@@ -25,17 +28,25 @@ const READ: usize = 256 * 1024;
 pub struct Backend {
     child: Child,
     /// Where it listens, one address a contestant.
-    pub addresses: Vec<SocketAddr>,
+    pub addresses: Vec<Address>,
+    _folder: tempfile::TempDir,
 }
 
 impl Backend {
-    /// Starts a backend that listens at `count` addresses, with a thread for each connection if it
-    /// is to be `threaded`.
-    pub fn start(count: usize, threaded: bool) -> Result<Self, String> {
+    /// Starts a backend that listens at an address for each of `transports`, with a thread for each
+    /// connection if it is to be `threaded`.
+    pub fn start(transports: &[Transport], threaded: bool) -> Result<Self, String> {
         let context = |error: io::Error| format!("starting the backend: {error}");
+        let folder = tempfile::tempdir().map_err(context)?;
+        let address = |(at, transport): (usize, &Transport)| {
+            Address::free(*transport, &folder.path().join(at.to_string()))
+        };
+        let addresses = transports.iter().enumerate().map(address);
+        let addresses: Vec<_> = addresses.collect::<io::Result<_>>().map_err(context)?;
         let mut child = Command::new(std::env::current_exe().map_err(context)?)
-            .args([ARGUMENT, &count.to_string()])
-            .args(threaded.then_some("threaded"))
+            .arg(ARGUMENT)
+            .args(threaded.then_some(THREADED))
+            .args(addresses.iter().map(Address::to_string))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -43,11 +54,10 @@ impl Backend {
         let mut line = String::new();
         let output = child.stdout.take().expect("it is piped");
         BufReader::new(output).read_line(&mut line).map_err(context)?;
-        let addresses: Vec<_> = line.split_whitespace().filter_map(|a| a.parse().ok()).collect();
-        if addresses.len() == count {
-            Ok(Self { child, addresses })
+        if line == READY {
+            Ok(Self { child, addresses, _folder: folder })
         } else {
-            Err(format!("starting the backend: it said {line:?}"))
+            Err(format!("starting the backend: it printed {line:?}"))
         }
     }
 
@@ -72,41 +82,35 @@ impl Drop for Backend {
     }
 }
 
-/// The backend's process: says where it listens, serves until its input ends.
-pub fn main(count: usize, threaded: bool) -> io::Result<()> {
+/// The backend's process: listens where its arguments say, serves until its input ends.
+pub fn main(arguments: impl Iterator<Item = String>) -> Result<(), String> {
+    let mut arguments = arguments.peekable();
+    let threaded = arguments.next_if(|argument| argument == THREADED).is_some();
+    let listen = |address: String| {
+        address.parse::<Address>()?.listen().map_err(|error| format!("{address}: {error}"))
+    };
+    let listeners = arguments.map(listen).collect::<Result<Vec<_>, _>>()?;
+
     std::thread::spawn(|| {
         let _ = io::copy(&mut io::stdin(), &mut io::sink());
         exit(0);
     });
     if threaded {
-        return serve_by_threads(count);
+        serve_by_threads(listeners);
+        return Ok(());
     }
-    let mut server = Server {
-        poll: Poll::new()?,
-        listeners: (0..count).map(|_| listener()).collect::<io::Result<_>>()?,
-        conns: Slab::new(),
-        buffer: vec![0; READ],
-    };
-    for (at, listener) in server.listeners.iter_mut().enumerate() {
-        print!("{} ", listener.local_addr()?);
-        server.poll.registry().register(listener, Token(at), Interest::READABLE)?;
-    }
-    println!();
-    server.run()
+    let mut server = Server::new(listeners).map_err(|error| error.to_string())?;
+    print!("{READY}");
+    server.run().map_err(|error| error.to_string())
 }
 
 /// A thread for each listener, and one for each connection.
-fn serve_by_threads(count: usize) -> io::Result<()> {
+fn serve_by_threads(listeners: Vec<Listener>) {
     let mut threads = Vec::new();
-    for _ in 0..count {
-        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-        let port = crate::peers::free_port()?;
-        socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)).into())?;
-        socket.listen(BACKLOG)?;
-        let listener = std::net::TcpListener::from(socket);
-        print!("{} ", listener.local_addr()?);
+    for listener in listeners {
         threads.push(std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
+            loop {
+                let Ok(stream) = listener.accept(true) else { continue };
                 let serve = move || serve_blocking(&stream).unwrap_or(());
                 let thread = std::thread::Builder::new().stack_size(64 * 1024);
                 if let Err(error) = thread.spawn(serve) {
@@ -116,17 +120,15 @@ fn serve_by_threads(count: usize) -> io::Result<()> {
             }
         }));
     }
-    println!();
+    print!("{READY}");
     for thread in threads {
         drop(thread.join());
     }
-    Ok(())
 }
 
 /// Answers one request a read.
-fn serve_blocking(mut stream: &std::net::TcpStream) -> io::Result<()> {
+fn serve_blocking(mut stream: &Socket) -> io::Result<()> {
     let mut buffer = [0; 512];
-    stream.set_nodelay(true)?;
     loop {
         let read = stream.read(&mut buffer)?;
         let mut bytes = &buffer[..read];
@@ -144,28 +146,32 @@ fn serve_blocking(mut stream: &std::net::TcpStream) -> io::Result<()> {
     }
 }
 
-fn listener() -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-    socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, crate::peers::free_port()?)).into())?;
-    socket.listen(BACKLOG)?;
-    socket.set_nonblocking(true)?;
-    Ok(TcpListener::from_std(socket.into()))
-}
-
 struct Conn {
-    stream: TcpStream,
+    stream: Socket,
+    /// Whether it is registered for room too, as it had none once.
+    watches_room: bool,
     incoming: Incoming,
     replies: VecDeque<Outgoing>,
 }
 
 struct Server {
     poll: Poll,
-    listeners: Vec<TcpListener>,
+    listeners: Vec<Listener>,
     conns: Slab<Conn>,
     buffer: Vec<u8>,
 }
 
 impl Server {
+    fn new(listeners: Vec<Listener>) -> io::Result<Self> {
+        let poll = Poll::new()?;
+        for (at, listener) in listeners.iter().enumerate() {
+            listener.socket.set_nonblocking(true)?;
+            let fd = listener.socket.as_raw_fd();
+            poll.registry().register(&mut SourceFd(&fd), Token(at), Interest::READABLE)?;
+        }
+        Ok(Self { poll, listeners, conns: Slab::new(), buffer: vec![0; READ] })
+    }
+
     fn run(&mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(1024);
         loop {
@@ -184,22 +190,22 @@ impl Server {
 
     fn accept(&mut self, listener: usize) -> io::Result<()> {
         loop {
-            let stream = match self.listeners[listener].accept() {
-                Ok((stream, _)) => stream,
+            let stream = match self.listeners[listener].accept(false) {
+                Ok(stream) => stream,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => continue,
                 Err(error) => return Err(error),
             };
-            stream.set_nodelay(true)?;
             let entry = self.conns.vacant_entry();
             let token = Token(self.listeners.len() + entry.key());
-            let conn = entry.insert(Conn {
+            let fd = stream.as_raw_fd();
+            self.poll.registry().register(&mut SourceFd(&fd), token, Interest::READABLE)?;
+            entry.insert(Conn {
                 stream,
+                watches_room: false,
                 incoming: Incoming::default(),
                 replies: VecDeque::new(),
             });
-            let interest = Interest::READABLE | Interest::WRITABLE;
-            self.poll.registry().register(&mut conn.stream, token, interest)?;
         }
     }
 
@@ -207,7 +213,10 @@ impl Server {
         // The connection may have ended earlier in the same turn.
         let Some(conn) = self.conns.get_mut(key) else { return };
         // A reset is an end like any other: whoever misses a reply says so.
-        if !conn.serve(&mut self.buffer, ended).unwrap_or(false) {
+        let served = conn.serve(&mut self.buffer, ended);
+        let token = Token(self.listeners.len() + key);
+        let watched = conn.watch_room(self.poll.registry(), token);
+        if !served.and_then(|goes_on| watched.map(|()| goes_on)).unwrap_or(false) {
             self.conns.remove(key);
         }
     }
@@ -243,6 +252,17 @@ impl Conn {
                 return Ok(true); // More will come with an event of its own.
             }
         }
+    }
+
+    /// Watches for room once there was none. (Of a Unix socket the kernel tells of room each time that
+    /// the other end reads.)
+    fn watch_room(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+        if self.watches_room || self.replies.is_empty() {
+            return Ok(());
+        }
+        self.watches_room = true;
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        registry.reregister(&mut SourceFd(&self.stream.as_raw_fd()), token, interest)
     }
 
     fn flush(&mut self) -> io::Result<()> {

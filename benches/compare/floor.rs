@@ -3,41 +3,53 @@
 //! they are the least CPU time that a request can cost.
 
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::num::NonZeroUsize;
 use std::thread;
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
+use socket2::Socket;
 
 use crate::load::Pace;
+use crate::net::{Address, Listener, Transport};
+use crate::peers::Way;
 use crate::scenarios::Scenario;
 use crate::stats::Run;
 
-/// Measures the floor of a scenario for about so long; there is none where a proxy may do with
-/// other operations than these.
-pub fn measure(scenario: &Scenario, measured: Duration) -> io::Result<Option<Run>> {
-    if scenario.pools {
-        return Ok(None); // A proxy that lends connections makes fewer of them.
+/// Measures the floor of a scenario by a way for about so long; there is none where a proxy may do
+/// with other operations than these.
+pub fn measure(scenario: &Scenario, way: Way, measured: Duration) -> io::Result<Option<Run>> {
+    // A proxy that lends connections makes fewer of them, and bulk it may splice.
+    if scenario.pools || scenario.is_bulk() {
+        return Ok(None);
     }
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    // It does half of its sends and receives on either side.
+    let sides = [way.of_clients(), way.of_backend()];
+    let costs = sides.map(|side| of_transport(scenario, side, measured / 2));
+    let [clients, backend] = costs;
+    Ok(Some(Run { cpu: Some(f64::midpoint(clients?, backend?)), ..Run::default() }))
+}
+
+fn of_transport(scenario: &Scenario, by: Transport, measured: Duration) -> io::Result<f64> {
+    let folder = tempfile::tempdir()?;
+    let address = Address::free(by, &folder.path().join("socket"))?;
+    let listener = address.listen()?;
+    let connect = || connect(&address, &listener);
     let mut messages = Messages::of(scenario);
-    let cost = match scenario.pace {
-        Pace::Bulk => return Ok(None), // It may splice.
+    match scenario.pace {
         Pace::Churn => cost(measured, 1, || {
-            let mut pair = connect(&listener)?;
+            let mut pair = connect()?;
             messages.round_trips(std::slice::from_mut(&mut pair))?;
             let (client, mut server) = pair;
             drop(client);
             server.read(&mut [0]).map(drop)
         }),
-        Pace::Closed | Pace::Open(_) => {
+        Pace::Closed | Pace::Open(_) | Pace::Bulk => {
             let mut pairs: Vec<_> =
-                (0..scenario.connections).map(|_| connect(&listener)).collect::<io::Result<_>>()?;
+                (0..scenario.connections).map(|_| connect()).collect::<io::Result<_>>()?;
             cost(measured, pairs.len(), || messages.round_trips(&mut pairs))
         }
-    };
-    Ok(Some(Run { cpu: Some(cost?), ..Run::default() }))
+    }
 }
 
 /// Fills in what follows from a floor's CPU time, if `ends` is what the load and the backend take
@@ -80,12 +92,9 @@ fn cpu_time() -> Duration {
     Duration::try_from(time).unwrap_or_default()
 }
 
-fn connect(listener: &TcpListener) -> io::Result<(TcpStream, TcpStream)> {
-    let client = TcpStream::connect(listener.local_addr()?)?;
-    let (server, _) = listener.accept()?;
-    client.set_nodelay(true)?;
-    server.set_nodelay(true)?;
-    Ok((client, server))
+fn connect(address: &Address, listener: &Listener) -> io::Result<(Socket, Socket)> {
+    let client = address.connect()?;
+    Ok((client, listener.accept(true)?))
 }
 
 struct Messages {
@@ -103,7 +112,7 @@ impl Messages {
     }
 
     /// A request and its reply on each of the connections.
-    fn round_trips(&mut self, pairs: &mut [(TcpStream, TcpStream)]) -> io::Result<()> {
+    fn round_trips(&mut self, pairs: &mut [(Socket, Socket)]) -> io::Result<()> {
         let (requested, replied) = (self.request.len(), self.reply.len());
         for (client, _) in pairs.iter_mut() {
             client.write_all(&self.request)?;

@@ -2,26 +2,23 @@
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
-use mio::net::TcpStream;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
-use nix::errno::Errno;
-use nix::sys::socket::setsockopt;
-use nix::sys::socket::sockopt::IpBindAddressNoPort;
 use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
 };
-use socket2::{Domain, Socket, Type};
+use socket2::Socket;
 
 use crate::frame::{FRAME_MIN, Frame, Incoming, Outgoing};
 use crate::load::{Load, PATIENCE, Pace, Window, histogram};
+use crate::net::Address;
 
 /// Frames that a bulk stream may write before the others have their turn.
 const BULK_TURN: usize = 8;
@@ -45,7 +42,9 @@ pub struct Counts {
 }
 
 struct Conn {
-    stream: TcpStream,
+    stream: Socket,
+    /// What it is registered for, if it is.
+    interest: Option<Interest>,
     incoming: Incoming,
     outgoing: Option<Outgoing>,
     /// The reply that is due, and since when.
@@ -55,7 +54,7 @@ struct Conn {
 
 /// A generator of load.
 pub struct Generator<'a> {
-    target: SocketAddr,
+    target: &'a Address,
     load: Load,
     part: Part,
     window: &'a Window,
@@ -82,10 +81,10 @@ pub struct Generator<'a> {
 impl<'a> Generator<'a> {
     /// Of `load` it takes its part, on `streams` as far as they are made before.
     pub fn new(
-        target: SocketAddr,
+        target: &'a Address,
         load: Load,
         part: Part,
-        streams: Vec<std::net::TcpStream>,
+        streams: Vec<Socket>,
         window: &'a Window,
     ) -> io::Result<Self> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
@@ -113,8 +112,8 @@ impl<'a> Generator<'a> {
         };
         for stream in streams {
             stream.set_nonblocking(true)?;
-            generator.add(TcpStream::from_std(stream));
-            generator.register(generator.conns.len() - 1, BOTH)?;
+            generator.add(stream);
+            generator.register(generator.conns.len() - 1)?;
         }
         Ok(generator)
     }
@@ -180,11 +179,12 @@ impl<'a> Generator<'a> {
         Ok(())
     }
 
-    fn add(&mut self, stream: TcpStream) {
+    fn add(&mut self, stream: Socket) {
         // No two connections of a run have an id in common.
         let at = self.conns.len() * self.part.of + self.part.at;
         self.conns.push(Conn {
             stream,
+            interest: None,
             incoming: Incoming::default(),
             outgoing: None,
             awaited: None,
@@ -192,8 +192,20 @@ impl<'a> Generator<'a> {
         });
     }
 
-    fn register(&mut self, at: usize, interest: Interest) -> io::Result<()> {
-        self.poll.registry().register(&mut self.conns[at].stream, Token(at), interest)
+    /// Watches for room once a connection had none. Of a Unix socket the kernel tells of room each
+    /// time that the other end reads, which would wake the generator for nothing.
+    fn register(&mut self, at: usize) -> io::Result<()> {
+        let conn = &mut self.conns[at];
+        let before = conn.interest;
+        let waits = conn.outgoing.is_some() || before == Some(BOTH);
+        let interest = if waits { BOTH } else { Interest::READABLE };
+        conn.interest = Some(interest);
+        let fd = conn.stream.as_raw_fd();
+        match before {
+            Some(before) if before == interest => Ok(()),
+            Some(_) => self.poll.registry().reregister(&mut SourceFd(&fd), Token(at), interest),
+            None => self.poll.registry().register(&mut SourceFd(&fd), Token(at), interest),
+        }
     }
 
     fn set_out(&mut self, start: Instant) -> Result<(), String> {
@@ -269,6 +281,11 @@ impl<'a> Generator<'a> {
     }
 
     fn write(&mut self, at: usize) -> Result<(), String> {
+        self.send(at)?;
+        self.register(at).map_err(|error| format!("watching a connection: {error}"))
+    }
+
+    fn send(&mut self, at: usize) -> Result<(), String> {
         for _ in 0..BULK_TURN {
             let conn = &mut self.conns[at];
             let Some(outgoing) = &mut conn.outgoing else { return Ok(()) };
@@ -350,18 +367,18 @@ impl<'a> Generator<'a> {
 
     /// Closes the connection, and makes a request on another one in its place.
     fn ask_anew(&mut self, at: usize, since: Instant) -> Result<(), String> {
-        let context = |error: io::Error| format!("connecting: {error}");
-        let stream =
-            connect_from(at * self.part.of + self.part.at, self.target).map_err(context)?;
+        let client = (at * self.part.of + self.part.at) as u32;
+        let client = Ipv4Addr::from_bits(Ipv4Addr::new(127, 1, 0, 0).to_bits() + client + 1);
+        let stream = self.target.begin_connect(client);
+        let stream = stream.map_err(|error| format!("connecting: {error}"))?;
         if at == self.conns.len() {
             self.add(stream);
         } else {
             self.conns[at].stream = stream;
+            self.conns[at].interest = None;
             self.conns[at].incoming = Incoming::default();
         }
-        self.request(at, since)?;
-        let is_written = self.conns[at].outgoing.is_none();
-        self.register(at, if is_written { Interest::READABLE } else { BOTH }).map_err(context)
+        self.request(at, since)
     }
 
     /// Lets nothing begin any more.
@@ -377,18 +394,5 @@ impl<'a> Generator<'a> {
     fn is_done(&self) -> bool {
         let quiet = |conn: &Conn| conn.awaited.is_none() && conn.outgoing.is_none();
         self.late.is_empty() && self.conns.iter().all(quiet)
-    }
-}
-
-/// Begins to connect, from an address of the client's own: other machines have theirs, while the ports
-/// of one are used up at this rate, and looking for a free one would take most of the time.
-fn connect_from(client: usize, target: SocketAddr) -> io::Result<TcpStream> {
-    let address = Ipv4Addr::from_bits(Ipv4Addr::new(127, 1, 0, 0).to_bits() + client as u32 + 1);
-    let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None)?;
-    setsockopt(&socket, IpBindAddressNoPort, &true)?;
-    socket.bind(&SocketAddr::from((address, 0)).into())?;
-    match socket.connect(&target.into()) {
-        Err(error) if error.raw_os_error() != Some(Errno::EINPROGRESS as i32) => Err(error),
-        _ => Ok(TcpStream::from_std(socket.into())),
     }
 }

@@ -1,16 +1,17 @@
 //! The load: a generator on each core, every byte of every reply checked.
 
 use std::io::{self, Read};
-use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
+use socket2::Socket;
 
 use crate::frame::{FRAME_MAX, Frame, Incoming, Outgoing};
 use crate::generator::{Generator, Part};
+use crate::net::Address;
 
 /// Connections that are made at a time before the run, well below any accept queue.
 const CONNECTING: usize = 64;
@@ -86,7 +87,7 @@ impl Window {
 
 /// Runs the load against `target`; `on_edge` is called where the measured time begins and ends.
 pub fn run(
-    target: SocketAddr,
+    target: &Address,
     load: &Load,
     on_edge: &mut dyn FnMut(Edge),
 ) -> Result<Outcome, String> {
@@ -137,18 +138,13 @@ pub fn histogram() -> Histogram<u64> {
 }
 
 /// Makes connections, each of which has served one request.
-pub fn connect(
-    target: SocketAddr,
-    count: usize,
-    ids: u64,
-) -> Result<Vec<std::net::TcpStream>, String> {
+pub fn connect(target: &Address, count: usize, ids: u64) -> Result<Vec<Socket>, String> {
     let context = |error: io::Error| format!("connecting: {error}");
     let mut streams = Vec::with_capacity(count);
     while streams.len() < count {
         let from = streams.len();
         while streams.len() < count.min(from + CONNECTING) {
-            let stream = std::net::TcpStream::connect(target).map_err(context)?;
-            stream.set_nodelay(true).map_err(context)?;
+            let stream = target.connect().map_err(context)?;
             stream.set_read_timeout(Some(PATIENCE)).map_err(context)?;
             streams.push(stream);
         }
@@ -159,7 +155,7 @@ pub fn connect(
 }
 
 /// One request on each of the connections.
-fn round_trips(streams: &[std::net::TcpStream], ids: u64) -> Result<(), String> {
+fn round_trips(streams: &[Socket], ids: u64) -> Result<(), String> {
     let frame = |at: usize| Frame { id: ids + at as u64, len: 64, reply: 64 };
     for (at, mut stream) in streams.iter().enumerate() {
         Outgoing::new(frame(at)).write(&mut stream).map_err(|e| format!("request: {e}"))?;

@@ -7,6 +7,7 @@ mod frame;
 mod generator;
 mod load;
 mod measure;
+mod net;
 mod page;
 mod peers;
 mod report;
@@ -88,9 +89,7 @@ impl Options {
 fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     let result = if arguments.next().as_deref() == Some(backend::ARGUMENT) {
-        let count = arguments.next().and_then(|count| count.parse().ok()).unwrap_or(1);
-        backend::main(count, arguments.next().is_some())
-            .map_err(|error| format!("the backend: {error}"))
+        backend::main(arguments).map_err(|error| format!("the backend: {error}"))
     } else {
         compare(&Options::parse())
     };

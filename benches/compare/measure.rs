@@ -6,7 +6,8 @@ use std::time::Duration;
 use crate::backend::Backend;
 use crate::floor;
 use crate::load::{self, Edge, Load, Outcome, Pace};
-use crate::peers::{Contestant, Running};
+use crate::net::Transport;
+use crate::peers::{Contestant, Entry, Running};
 use crate::scenarios::{RATE_TO_BE_MEASURED, Scenario};
 use crate::stats::Run;
 use crate::syscalls;
@@ -24,7 +25,7 @@ pub struct Effort {
 
 /// A contestant's runs, one a round.
 pub struct Results {
-    pub contestant: Contestant,
+    pub entry: Entry,
     pub runs: Vec<Run>,
     /// System calls a request (or a MB), counted in a run of its own.
     pub syscalls: Option<f64>,
@@ -37,15 +38,15 @@ pub fn measure(
     effort: Effort,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Vec<Results>, String> {
-    let contestants = scenario.contestants(contestants);
-    let has_floor = contestants.contains(&Contestant::Floor);
-    let contestants: Vec<_> =
-        contestants.into_iter().filter(|contestant| *contestant != Contestant::Floor).collect();
-    let mut backend = Backend::start(contestants.len(), scenario.pools)?;
-    let proxies: Vec<Running> = contestants
+    let entries = scenario.entries(contestants);
+    let (floors, entries): (Vec<_>, Vec<_>) =
+        entries.into_iter().partition(|entry| entry.contestant == Contestant::Floor);
+    let transports: Vec<Transport> = entries.iter().map(|entry| entry.way.of_backend()).collect();
+    let mut backend = Backend::start(&transports, scenario.pools)?;
+    let proxies: Vec<Running> = entries
         .iter()
         .zip(&backend.addresses)
-        .map(|(contestant, address)| Running::start(*contestant, *address, scenario))
+        .map(|(entry, address)| Running::start(*entry, address, scenario))
         .collect::<Result<_, _>>()?;
     let mut scenario = scenario.clone();
     if scenario.pace == RATE_TO_BE_MEASURED {
@@ -53,44 +54,41 @@ pub fn measure(
         progress(&format!("{}: half of {capacity:.0}/s", scenario.name));
         scenario.pace = Pace::Open(capacity / 2.0);
     }
-    let mut results: Vec<Results> = contestants
-        .into_iter()
-        .map(|contestant| Results { contestant, runs: Vec::new(), syscalls: None })
-        .collect();
-    let mut floors = Vec::new();
+    let of = |entry| Results { entry, runs: Vec::new(), syscalls: None };
+    let mut results: Vec<Results> = entries.into_iter().map(of).collect();
+    let mut floors: Vec<Results> = floors.into_iter().map(of).collect();
     for round in 0..effort.rounds {
-        if has_floor {
+        for floor in &mut floors {
             let measured = effort.measured.min(FLOOR_MEASURED);
-            let floor =
-                floor::measure(&scenario, measured).map_err(|e| format!("the floor: {e}"))?;
-            floors.extend(floor);
+            let run = floor::measure(&scenario, floor.entry.way, measured);
+            floor.runs.extend(run.map_err(|error| format!("the floor: {error}"))?);
         }
         for turn in 0..proxies.len() {
             // Backwards every other time, so that nobody always has the same one's leavings.
             let turn = if round % 2 == 0 { turn } else { proxies.len() - 1 - turn };
             let at = (round + turn) % proxies.len();
             let proxy = &proxies[at];
-            let name = proxy.contestant.name();
+            let name = proxy.entry.name();
             progress(&format!("{} {}/{} {name}", scenario.name, round + 1, effort.rounds));
             let run = run(&scenario, proxy, effort.measured, &mut backend)?;
             results[at].runs.push(run);
         }
     }
     for (results, proxy) in results.iter_mut().zip(&proxies) {
-        if proxy.contestant.is_proxy() {
+        if proxy.entry.contestant.is_proxy() {
             let measured = effort.measured.min(Duration::from_millis(500));
             results.syscalls = count_syscalls(&scenario, proxy, measured, &mut backend)?;
         }
     }
-    if let Some(direct) = results.iter().find(|results| results.contestant == Contestant::Direct) {
-        for (floor, direct) in floors.iter_mut().zip(&direct.runs) {
-            floor::extend(floor, &scenario, direct.cpu);
+    for floor in &mut floors {
+        let direct = Entry { contestant: Contestant::Direct, ..floor.entry };
+        if let Some(direct) = results.iter().find(|results| results.entry == direct) {
+            for (floor, direct) in floor.runs.iter_mut().zip(&direct.runs) {
+                floor::extend(floor, &scenario, direct.cpu);
+            }
         }
     }
-    if !floors.is_empty() {
-        let contestant = Contestant::Floor;
-        results.push(Results { contestant, runs: floors, syscalls: None });
-    }
+    results.extend(floors.into_iter().filter(|floor| !floor.runs.is_empty()));
     Ok(results)
 }
 
@@ -102,9 +100,10 @@ fn slowest(
     backend: &mut Backend,
 ) -> Result<f64, String> {
     let closed = Scenario { pace: Pace::Closed, ..scenario.clone() };
-    let any_peer = proxies.iter().any(|proxy| proxy.contestant.is_peer());
+    let is_peer = |proxy: &&Running| proxy.entry.contestant.is_peer();
+    let any_peer = proxies.iter().any(|proxy| is_peer(&proxy));
     let mut slowest = f64::INFINITY;
-    for proxy in proxies.iter().filter(|proxy| proxy.contestant.is_peer() || !any_peer) {
+    for proxy in proxies.iter().filter(|proxy| is_peer(proxy) || !any_peer) {
         let run = run(&closed, proxy, effort.measured, backend)?;
         slowest = slowest.min(run.throughput.unwrap_or(f64::INFINITY));
     }
@@ -123,7 +122,7 @@ fn run(
         alone = Some(put(scenario, &load, proxy, backend, &mut |_| {})?);
     }
     let load = load_of(scenario, measured);
-    let is_proxy = proxy.contestant.is_proxy();
+    let is_proxy = proxy.entry.contestant.is_proxy();
     // Without a proxy it is the load and the backend that are watched.
     let ends = Processes(vec![std::process::id(), backend.id()]);
     let processes = if is_proxy { &proxy.processes } else { &ends };
@@ -169,13 +168,13 @@ fn put(
     backend: &mut Backend,
     on_edge: &mut dyn FnMut(Edge),
 ) -> Result<Outcome, String> {
-    let outcome = load::run(proxy.address, load, on_edge);
+    let outcome = load::run(&proxy.address, load, on_edge);
     // What was closed at the end of the run keeps both sides busy for a moment.
     sleep(
         Duration::from_millis(20)
             + Duration::from_micros(50) * (load.idle + load.connections) as u32,
     );
-    let context = |error| format!("{} through {}: {error}", scenario.name, proxy.contestant.name());
+    let context = |error| format!("{} through {}: {error}", scenario.name, proxy.entry.name());
     backend.check().map_err(context)?;
     let outcome = outcome.map_err(context)?;
     if outcome.requests == 0 {

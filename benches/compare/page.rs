@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use plotters::coord::ranged1d::{AsRangedCoord, Ranged, ValueFormatter};
 use plotters::prelude::*;
 
-use crate::peers::Contestant;
+use crate::peers::{Contestant, Entry, Way};
 use crate::report::{Line, Measured, Report};
 use crate::scenarios::Sweep;
 use crate::stats::{Metric, Run};
@@ -18,7 +18,7 @@ const STYLE: &str = "body{font:15px system-ui;margin:2em auto;max-width:1180px;c
 
 /// One contestant's points.
 struct Curve {
-    contestant: Contestant,
+    entry: Entry,
     points: Vec<(f64, f64)>,
 }
 
@@ -95,12 +95,12 @@ fn table(scenario: &Measured) -> String {
 }
 
 fn swept(report: &Report, sweep: Sweep, metric: Metric) -> Vec<Curve> {
-    let point = |scenario: &Measured, contestant| {
+    let point = |scenario: &Measured, entry| {
         let (_, x) = scenario.sweep.filter(|(which, _)| *which == sweep)?;
-        let line = scenario.lines.iter().find(|line| line.contestant == contestant)?;
+        let line = scenario.lines.iter().find(|line| line.entry == entry)?;
         Some((x as f64, line.median.get(metric)?))
     };
-    curves(|contestant| report.scenarios.iter().filter_map(|s| point(s, contestant)).collect())
+    curves(|entry| report.scenarios.iter().filter_map(|s| point(s, entry)).collect())
 }
 
 fn percentiles(scenario: &Measured) -> Vec<Curve> {
@@ -108,14 +108,16 @@ fn percentiles(scenario: &Measured) -> Vec<Curve> {
         let all = [(2.0, run.p50), (10.0, run.p90), (100.0, run.p99), (1000.0, run.p999)];
         all.into_iter().filter_map(|(x, y)| Some((x, y?))).collect()
     };
-    let line =
-        |contestant| scenario.lines.iter().find(|line: &&Line| line.contestant == contestant);
-    curves(|contestant| line(contestant).map(|line| points(&line.median)).unwrap_or_default())
+    let line = |entry| scenario.lines.iter().find(|line: &&Line| line.entry == entry);
+    curves(|entry| line(entry).map(|line| points(&line.median)).unwrap_or_default())
 }
 
-fn curves(points: impl Fn(Contestant) -> Vec<(f64, f64)>) -> Vec<Curve> {
-    let curve = |&contestant: &Contestant| Curve { contestant, points: points(contestant) };
-    Contestant::ALL.iter().map(curve).filter(|curve| !curve.points.is_empty()).collect()
+fn curves(points: impl Fn(Entry) -> Vec<(f64, f64)>) -> Vec<Curve> {
+    let by_each_way =
+        |&contestant: &Contestant| Way::ALL.iter().map(move |&way| Entry { contestant, way });
+    let curve = |entry| Curve { entry, points: points(entry) };
+    let all = Contestant::ALL.iter().flat_map(by_each_way).map(curve);
+    all.filter(|curve| !curve.points.is_empty()).collect()
 }
 
 /// Both axes are logarithmic: the work spans four decades.
@@ -161,12 +163,12 @@ where
         .map_err(|error| context(&error))?;
     chart.configure_mesh().light_line_style(WHITE).draw().map_err(|error| context(&error))?;
     for curve in curves {
-        let color = color(curve.contestant);
+        let color = color(curve.entry);
         let line = LineSeries::new(curve.points.iter().copied(), color.stroke_width(2));
         chart
             .draw_series(line.point_size(3))
             .map_err(|error| context(&error))?
-            .label(curve.contestant.name())
+            .label(curve.entry.name())
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color.stroke_width(2)));
     }
     chart
@@ -178,8 +180,14 @@ where
     area.present().map_err(|error| context(&error))
 }
 
-fn color(contestant: Contestant) -> RGBColor {
-    match contestant {
+/// The less TCP, the paler.
+fn color(entry: Entry) -> RGBAColor {
+    let opacity = match entry.way {
+        Way::Tcp => 1.0,
+        Way::UnixClients => 0.6,
+        Way::Unix => 0.35,
+    };
+    let color = match entry.contestant {
         Contestant::Direct => RGBColor(150, 150, 150),
         Contestant::Uring => RGBColor(200, 30, 30),
         Contestant::Epoll => RGBColor(240, 150, 30),
@@ -189,7 +197,8 @@ fn color(contestant: Contestant) -> RGBColor {
         Contestant::Haproxy => RGBColor(30, 90, 200),
         Contestant::Nginx => RGBColor(30, 150, 60),
         Contestant::Floor => RGBColor(90, 90, 90),
-    }
+    };
+    color.mix(opacity)
 }
 
 fn escape(text: &str) -> String {

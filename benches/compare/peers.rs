@@ -2,11 +2,9 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -14,6 +12,7 @@ use clap::ValueEnum;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::load;
+use crate::net::{Address, Transport};
 use crate::scenarios::Scenario;
 use crate::usage::Processes;
 
@@ -26,6 +25,48 @@ const SESSIONS: usize = 9_000;
 const START: Duration = Duration::from_secs(5);
 const STOP: Duration = Duration::from_secs(5);
 const NGINX_MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
+
+/// What carries the bytes on either side of a contestant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// TCP on both
+    Tcp,
+    /// A Unix socket for clients, TCP to the backend
+    UnixClients,
+    /// Unix sockets on both
+    Unix,
+}
+
+impl Way {
+    pub const ALL: &[Self] = &[Self::Tcp, Self::UnixClients, Self::Unix];
+
+    pub fn of_clients(self) -> Transport {
+        if self == Self::Tcp { Transport::Tcp } else { Transport::Unix }
+    }
+
+    pub fn of_backend(self) -> Transport {
+        if self == Self::Unix { Transport::Unix } else { Transport::Tcp }
+    }
+}
+
+/// One that takes part in a scenario.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    pub contestant: Contestant,
+    pub way: Way,
+}
+
+impl Entry {
+    /// What it is called in the report.
+    pub fn name(self) -> String {
+        let way = match self.way {
+            Way::Tcp => "",
+            Way::UnixClients => ", Unix",
+            Way::Unix => ", Unix both",
+        };
+        format!("{}{way}", self.contestant.name())
+    }
+}
 
 /// What stands between the load and the backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum)]
@@ -132,24 +173,11 @@ const AEGIS: &str = env!("CARGO_BIN_EXE_aegis-proxy");
 /// The command that runs another build of Aegis, or this one with other settings.
 pub static OTHER: OnceLock<Vec<String>> = OnceLock::new();
 
-/// A port that nobody listens on, below those that the kernel gives to clients.
-pub fn free_port() -> io::Result<u16> {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let spread = (std::process::id() % 500) as u16 * 20;
-    for _ in 0..1000 {
-        let port = 20_000 + (spread + NEXT.fetch_add(1, Relaxed)) % 12_000;
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
-            return Ok(port);
-        }
-    }
-    Err(io::Error::other("no free port from 20000 to 32000"))
-}
-
 /// A contestant that runs; it stops with this handle.
 pub struct Running {
-    pub contestant: Contestant,
+    pub entry: Entry,
     /// Where clients connect.
-    pub address: SocketAddr,
+    pub address: Address,
     child: Option<Child>,
     pub processes: Processes,
     /// Bytes of user space before the first connection.
@@ -159,20 +187,18 @@ pub struct Running {
 
 impl Running {
     /// Starts it in front of `backend`, and waits until it serves.
-    pub fn start(
-        contestant: Contestant,
-        backend: SocketAddr,
-        scenario: &Scenario,
-    ) -> Result<Self, String> {
-        let context = |error: io::Error| format!("starting {}: {error}", contestant.name());
+    pub fn start(entry: Entry, backend: &Address, scenario: &Scenario) -> Result<Self, String> {
+        let contestant = entry.contestant;
+        let context = |error: io::Error| format!("starting {}: {error}", entry.name());
         let folder = tempfile::tempdir().map_err(context)?;
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port().map_err(context)?));
+        let address = Address::free(entry.way.of_clients(), &folder.path().join("socket"));
+        let address = address.map_err(context)?;
         let command =
-            command(contestant, address, backend, scenario, folder.path()).map_err(context)?;
+            command(contestant, &address, backend, scenario, folder.path()).map_err(context)?;
         let Some(mut command) = command else {
             return Ok(Self {
-                contestant,
-                address: backend,
+                entry,
+                address: backend.clone(),
                 child: None,
                 processes: Processes::default(),
                 memory_at_start: 0,
@@ -185,7 +211,7 @@ impl Running {
         let child = command.spawn().map_err(context)?;
         let processes = Processes(vec![child.id()]);
         let mut running = Self {
-            contestant,
+            entry,
             address,
             child: Some(child),
             processes,
@@ -193,11 +219,11 @@ impl Running {
             _folder: folder,
         };
         let deadline = Instant::now() + START;
-        while let Err(error) = load::connect(address, 1, 0) {
+        while let Err(error) = load::connect(&running.address, 1, 0) {
             let ended = running.child.as_mut().is_some_and(|c| !matches!(c.try_wait(), Ok(None)));
             if ended || Instant::now() > deadline {
                 let log = fs::read_to_string(&log).unwrap_or_default();
-                return Err(format!("{} does not serve: {error}\n{log}", contestant.name()));
+                return Err(format!("{} does not serve: {error}\n{log}", entry.name()));
             }
             sleep(Duration::from_millis(10));
         }
@@ -205,7 +231,7 @@ impl Running {
         let first = running.processes.0[0];
         while running.processes.0.len() < contestant.processes() {
             if Instant::now() > deadline {
-                return Err(format!("{} runs as {:?} only", contestant.name(), running.processes));
+                return Err(format!("{} runs as {:?} only", entry.name(), running.processes));
             }
             running.processes = Processes::of(first);
         }
@@ -236,8 +262,8 @@ impl Drop for Running {
 
 fn command(
     contestant: Contestant,
-    listen: SocketAddr,
-    backend: SocketAddr,
+    listen: &Address,
+    backend: &Address,
     scenario: &Scenario,
     folder: &Path,
 ) -> io::Result<Option<Command>> {
@@ -294,11 +320,19 @@ fn command(
 
 /// As its configuration manual advises: a thread a core with a listener of its own each, no
 /// logging, splicing for bulk.
-fn haproxy(listen: SocketAddr, backend: SocketAddr, splice: bool) -> String {
+fn haproxy(listen: &Address, backend: &Address, splice: bool) -> String {
+    let written = |address: &Address| match address {
+        Address::Tcp(address) => address.to_string(),
+        Address::Unix(path) => format!("unix@{}", path.display()),
+    };
+    // The threads share a Unix socket.
+    let shards = if listen.transport() == Transport::Tcp { " shards by-thread" } else { "" };
     let mut text = format!(
         "global\n  nbthread {WORKERS}\n  maxconn {SESSIONS}\n\
          defaults\n  mode tcp\n  timeout connect 5s\n  timeout client 1h\n  timeout server 1h\n\
-         listen bench\n  bind {listen} backlog 4096 shards by-thread\n  server backend {backend}\n",
+         listen bench\n  bind {} backlog 4096{shards}\n  server backend {}\n",
+        written(listen),
+        written(backend),
     );
     if splice {
         // Not `splice-auto`, which here hardly ever splices and takes twice the CPU time.
@@ -310,12 +344,13 @@ fn haproxy(listen: SocketAddr, backend: SocketAddr, splice: bool) -> String {
 
 /// As its documentation advises: one worker per core with a listener of its own, connections
 /// enough for both sides, no logging.
-fn nginx(listen: SocketAddr, backend: SocketAddr, folder: &Path) -> String {
+fn nginx(listen: &Address, backend: &Address, folder: &Path) -> String {
+    let reuse = if listen.transport() == Transport::Tcp { " reuseport" } else { "" };
     format!(
         "load_module {NGINX_MODULE};\ndaemon off;\nuser root;\nworker_processes {WORKERS};\n\
          worker_rlimit_nofile {files};\npid {folder}/pid;\nerror_log stderr crit;\n\
          events {{ worker_connections {files}; }}\n\
-         stream {{\n  server {{\n    listen {listen} reuseport backlog=4096;\n\
+         stream {{\n  server {{\n    listen {listen}{reuse} backlog=4096;\n\
          \x20   proxy_pass {backend};\n    tcp_nodelay on;\n    proxy_timeout 1h;\n\
          \x20   proxy_connect_timeout 5s;\n  }}\n}}\n",
         files = 2 * SESSIONS + 1000,

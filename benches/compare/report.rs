@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::measure::Results;
 use crate::page;
-use crate::peers::{Contestant, WORKERS};
+use crate::peers::{Contestant, Entry, WORKERS, Way};
 use crate::scenarios::{Against, Scenario, Sweep, Target};
 use crate::stats::{Metric, Run, Summary, paired};
 
@@ -40,8 +40,8 @@ pub struct Measured {
 #[derive(Serialize)]
 pub struct Line {
     #[serde(skip)]
-    pub contestant: Contestant,
-    pub name: &'static str,
+    pub entry: Entry,
+    pub name: String,
     pub median: Run,
     pub syscalls: Option<f64>,
     pub runs: Vec<Run>,
@@ -50,7 +50,7 @@ pub struct Line {
 /// A figure of Aegis beside what it is to be.
 #[derive(Serialize)]
 pub struct Verdict {
-    pub driver: &'static str,
+    pub driver: String,
     pub metric: Metric,
     pub against: &'static str,
     pub figure: Summary,
@@ -88,8 +88,8 @@ impl Report {
     /// Adds a scenario, and gives its table.
     pub fn add(&mut self, scenario: &Scenario, results: &[Results]) -> String {
         let line = |results: &Results| Line {
-            contestant: results.contestant,
-            name: results.contestant.name(),
+            entry: results.entry,
+            name: results.entry.name(),
             median: median(&results.runs),
             syscalls: results.syscalls,
             runs: results.runs.clone(),
@@ -112,7 +112,7 @@ impl Report {
     /// Every target, and whether it was met.
     pub fn verdicts(&self) -> String {
         let mut text = format!(
-            "{:16} {:16} {:14} {:22} {:>8}  {:17} {:>8} {:9} {:>8} {:>8}\n",
+            "{:16} {:26} {:14} {:22} {:>8}  {:17} {:>8} {:9} {:>8} {:>8}\n",
             "scenario",
             "driver",
             "metric",
@@ -156,7 +156,7 @@ impl std::fmt::Display for Verdict {
         let aside = |figure: Option<f64>| figure.map_or_else(String::new, |f| format!("{f:.2}"));
         write!(
             f,
-            "{:16} {:14} {:22} {median:>8.digits$}  {spread:17} {sign} {:<6} {met:9} {:>8} {:>8}",
+            "{:26} {:14} {:22} {median:>8.digits$}  {spread:17} {sign} {:<6} {met:9} {:>8} {:>8}",
             self.driver,
             self.metric.name(),
             self.against,
@@ -184,56 +184,75 @@ fn median(runs: &[Run]) -> Run {
 }
 
 fn verdicts(scenario: &Scenario, lines: &[Line]) -> Vec<Verdict> {
-    let runs =
-        |wanted: Contestant| lines.iter().find(|l| l.contestant == wanted).map(|l| &l.runs[..]);
-    let peers: Vec<&[Run]> =
-        lines.iter().filter(|line| line.contestant.is_peer()).map(|line| &line.runs[..]).collect();
-    let mut verdicts = Vec::new();
     let ours: &[_] = if scenario.pools {
         &[Contestant::Request]
     } else {
         &[Contestant::Uring, Contestant::Epoll]
     };
-    for &contestant in ours {
-        let Some(own) = runs(contestant) else { continue };
-        for target in &scenario.targets {
-            let Some(target) = for_driver(*target, contestant) else { continue };
-            let haproxy: Vec<_> = runs(Contestant::Haproxy).into_iter().collect();
-            let figure_of = |own: &[Run]| match target.against {
-                Against::Peers => paired(target.metric, own, &peers),
-                Against::Haproxy => paired(target.metric, own, &haproxy),
-                Against::Nothing => {
-                    Summary::of(own.iter().filter_map(|run| run.get(target.metric)))
-                }
-            };
-            let against = match target.against {
-                Against::Peers => "better peer",
-                Against::Haproxy => "HAProxy with splice",
-                Against::Nothing => "itself",
-            };
-            let figure = figure_of(own);
-            let aside = |who| runs(who).and_then(figure_of).map(|figure| figure.median);
-            // Its CPU time is that of the load and the backend.
-            let direct =
-                if target.metric == Metric::Cpu { None } else { aside(Contestant::Direct) };
-            verdicts.extend(figure.map(|figure| Verdict {
-                driver: contestant.name(),
-                metric: target.metric,
-                against,
-                figure,
-                direct,
-                floor: aside(Contestant::Floor),
-                bound: target.bound,
-                met: target.metric.meets(figure.median, target.bound),
-            }));
+    let mut verdicts = Vec::new();
+    for contestant in ours {
+        for line in lines.iter().filter(|line| line.entry.contestant == *contestant) {
+            let targets = scenario.targets.iter();
+            let targets = targets.filter_map(|target| for_entry(*target, line.entry));
+            verdicts.extend(targets.filter_map(|target| verdict(target, line.entry, lines)));
         }
     }
     verdicts
 }
 
+fn runs_of(lines: &[Line], entry: Entry) -> Option<&[Run]> {
+    lines.iter().find(|line| line.entry == entry).map(|line| &line.runs[..])
+}
+
+fn verdict(target: Target, entry: Entry, lines: &[Line]) -> Option<Verdict> {
+    let against = match target.against {
+        Against::Peers => "better peer",
+        Against::Haproxy => "HAProxy with splice",
+        Against::OwnTcp => "its own TCP",
+        Against::Nothing => "itself",
+    };
+    // What a contestant's figure is by the same way.
+    let figure_of = |contestant| {
+        let entry = Entry { contestant, ..entry };
+        let own = runs_of(lines, entry)?;
+        let others: Vec<&[Run]> = match target.against {
+            Against::Peers => {
+                let is_peer = |e: Entry| e.contestant.is_peer() && e.way == entry.way;
+                lines.iter().filter(|line| is_peer(line.entry)).map(|line| &line.runs[..]).collect()
+            }
+            Against::Haproxy => {
+                let haproxy = Entry { contestant: Contestant::Haproxy, ..entry };
+                runs_of(lines, haproxy).into_iter().collect()
+            }
+            Against::OwnTcp => {
+                runs_of(lines, Entry { way: Way::Tcp, ..entry }).into_iter().collect()
+            }
+            Against::Nothing => {
+                return Summary::of(own.iter().filter_map(|run| run.get(target.metric)));
+            }
+        };
+        paired(target.metric, own, &others)
+    };
+    let figure = figure_of(entry.contestant)?;
+    let aside = |contestant| figure_of(contestant).map(|figure| figure.median);
+    // Its CPU time is that of the load and the backend.
+    let direct = if target.metric == Metric::Cpu { None } else { aside(Contestant::Direct) };
+    Some(Verdict {
+        driver: entry.name(),
+        metric: target.metric,
+        against,
+        figure,
+        direct,
+        floor: aside(Contestant::Floor),
+        bound: target.bound,
+        met: target.metric.meets(figure.median, target.bound),
+    })
+}
+
 /// On epoll, Aegis is to be no worse than the better peer.
-fn for_driver(target: Target, contestant: Contestant) -> Option<Target> {
-    match (contestant, target.against) {
+fn for_entry(target: Target, entry: Entry) -> Option<Target> {
+    match (entry.contestant, target.against) {
+        (_, Against::OwnTcp) => Some(target).filter(|_| entry.way != Way::Tcp),
         (Contestant::Uring | Contestant::Request, _) => Some(target),
         (_, Against::Nothing) => None,
         (_, _) => Some(Target { bound: 1.0, against: Against::Peers, ..target }),
@@ -241,22 +260,25 @@ fn for_driver(target: Target, contestant: Contestant) -> Option<Target> {
 }
 
 impl Measured {
-    /// What another build is compared with: this one, set up alike.
-    fn base_of(&self, other: Contestant) -> Option<&Line> {
-        let base = match other {
-            Contestant::Other if self.pools => Contestant::Request,
-            Contestant::Other => Contestant::Uring,
-            Contestant::OtherEpoll => Contestant::Epoll,
-            _ => return None,
+    /// What a line is compared with: another build with this one, set up alike, and all with
+    /// themselves over TCP.
+    fn bases_of(&self, entry: Entry) -> impl Iterator<Item = &Line> {
+        let base = match entry.contestant {
+            Contestant::Other if self.pools => Some(Contestant::Request),
+            Contestant::Other => Some(Contestant::Uring),
+            Contestant::OtherEpoll => Some(Contestant::Epoll),
+            _ => None,
         };
-        self.lines.iter().find(|line| line.contestant == base)
+        let base = base.map(|contestant| Entry { contestant, ..entry });
+        let over_tcp = (entry.way != Way::Tcp).then_some(Entry { way: Way::Tcp, ..entry });
+        self.lines.iter().filter(move |line| [base, over_tcp].contains(&Some(line.entry)))
     }
 
     fn table(&self) -> String {
         let (work, cpu, per) =
             if self.bulk { ("GB/s", "CPU s/GB", "MB") } else { ("req/s", "CPU µs", "req") };
         let mut text = format!(
-            "{}: {}\n  {:16}{work:>9}{:>9}{:>9}{:>9}{:>9}{:>9}{cpu:>10}{:>10}{:>10}{:>9}\n",
+            "{}: {}\n  {:26}{work:>9}{:>9}{:>9}{:>9}{:>9}{:>9}{cpu:>10}{:>10}{:>10}{:>9}\n",
             self.name,
             self.about,
             "",
@@ -271,7 +293,7 @@ impl Measured {
         );
         for line in &self.lines {
             let run = &line.median;
-            let _ = write!(text, "  {:16}", line.name);
+            let _ = write!(text, "  {:26}", line.name);
             let digits = if self.bulk { 2 } else { 0 };
             let cells = [
                 (run.throughput, 9, digits),
@@ -292,7 +314,7 @@ impl Measured {
             text.push('\n');
         }
         for line in &self.lines {
-            if let Some(base) = self.base_of(line.contestant) {
+            for base in self.bases_of(line.entry) {
                 let _ = writeln!(text, "  {} to {}:{}", line.name, base.name, ratios(line, base));
             }
         }

@@ -1,7 +1,7 @@
 //! What is measured, and which figures it is to reach.
 
 use crate::load::{BULK_WRITE, Pace};
-use crate::peers::{Contestant, WORKERS};
+use crate::peers::{Contestant, Entry, WORKERS, Way};
 use crate::stats::Metric;
 
 /// What a figure is held against.
@@ -11,6 +11,8 @@ pub enum Against {
     Peers,
     /// The ratio to `HAProxy`.
     Haproxy,
+    /// The ratio to itself over TCP, by each other way.
+    OwnTcp,
     /// Nothing: it is the figure itself.
     Nothing,
 }
@@ -43,6 +45,8 @@ pub struct Scenario {
     pub targets: Vec<Target>,
     /// The backend has a thread for each connection, and the contestants share connections.
     pub pools: bool,
+    /// What carries the bytes.
+    pub ways: &'static [Way],
     /// Workers of Aegis.
     pub workers: usize,
     /// What the sweep varies, and its value here.
@@ -62,19 +66,25 @@ impl Scenario {
             reply: if bulk { 0 } else { 128 },
             targets: targets.to_vec(),
             pools: false,
+            ways: &[Way::Tcp],
             workers: WORKERS,
             sweep: None,
         }
     }
 
-    /// Which of the contestants take part.
-    pub fn contestants(&self, all: &[Contestant]) -> Vec<Contestant> {
-        let takes_part = |contestant: &Contestant| match contestant {
+    /// Who takes part, each of the contestants by each way.
+    pub fn entries(&self, all: &[Contestant]) -> Vec<Entry> {
+        let takes_part = |entry: &Entry| match entry.contestant {
             Contestant::Request => self.pools,
             Contestant::Epoll | Contestant::OtherEpoll => !self.pools,
+            // Without a proxy there is one side.
+            Contestant::Direct => entry.way != Way::UnixClients,
+            // One peer shows what Unix sockets give; a second one would take more minutes.
+            Contestant::Nginx => self.ways == [Way::Tcp],
             _ => true,
         };
-        all.iter().copied().filter(takes_part).collect()
+        let by_each_way = |&contestant| self.ways.iter().map(move |&way| Entry { contestant, way });
+        all.iter().flat_map(by_each_way).filter(takes_part).collect()
     }
 
     /// The same before a backend with a thread for each connection, where clients share connections.
@@ -119,6 +129,7 @@ fn to(metric: Metric, bound: f64) -> Target {
 
 fn named() -> Vec<Scenario> {
     let mut all = small_messages();
+    all.extend(unix());
     all.extend(bulk());
     all.push(idle());
     all.extend(pools());
@@ -171,6 +182,18 @@ fn small_messages() -> Vec<Scenario> {
             &[to(Throughput, 1.7), to(P99, 0.6)],
         ),
     ]
+}
+
+/// TCP and Unix sockets beside each other.
+fn unix() -> [Scenario; 3] {
+    let to_tcp = |metric| Target { metric, bound: 0.75, against: Against::OwnTcp };
+    let targets = [to_tcp(Metric::Cpu), to_tcp(Metric::P50), to(Metric::Cpu, 1.0)];
+    [(1, "unix-1"), (16, "unix-16"), (200, "unix-200")].map(|(connections, name)| {
+        let about = format!("TCP and Unix sockets, {connections} connections, 64 B → 128 B");
+        let mut scenario = Scenario::new(name, &about, Pace::Closed, connections, &targets);
+        scenario.ways = Way::ALL;
+        scenario
+    })
 }
 
 fn bulk() -> [Scenario; 2] {

@@ -1,6 +1,7 @@
 //! The loads, each by the server's own tool.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use crate::servers::{MariaDb, Missing, Postgres, Redis, Target, output};
 
@@ -18,6 +19,24 @@ pub enum Server {
     Redis,
 }
 
+impl Server {
+    pub const ALL: [Self; 3] = [Self::Postgres, Self::MariaDb, Self::Redis];
+}
+
+/// Where clients connect: a port and a Unix socket.
+#[derive(Debug, Clone)]
+pub struct Targets {
+    pub tcp: SocketAddr,
+    pub unix: PathBuf,
+}
+
+impl Targets {
+    /// Either of them, in the order of the table.
+    pub fn both(&self) -> [Target; 2] {
+        [Target::Tcp(self.tcp), Target::Unix(self.unix.clone())]
+    }
+}
+
 impl Databases {
     pub fn start() -> Result<Self, Missing> {
         let postgres = Postgres::start(&["max_connections=300", "shared_buffers=256MB"])?;
@@ -28,12 +47,13 @@ impl Databases {
         Ok(Self { postgres, mariadb, redis: Redis::start(&[])? })
     }
 
-    pub fn address(&self, server: Server) -> SocketAddr {
-        match server {
-            Server::Postgres => self.postgres.address(),
-            Server::MariaDb => self.mariadb.address(),
-            Server::Redis => self.redis.address(),
-        }
+    pub fn targets(&self, server: Server) -> Targets {
+        let (tcp, unix) = match server {
+            Server::Postgres => (self.postgres.address(), self.postgres.unix()),
+            Server::MariaDb => (self.mariadb.address(), self.mariadb.unix()),
+            Server::Redis => (self.redis.address(), self.redis.unix()),
+        };
+        Targets { tcp, unix }
     }
 }
 

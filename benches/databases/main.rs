@@ -1,5 +1,6 @@
-//! Aegis in front of real databases, beside no proxy and `HAProxy`: the servers' own load tools, in
-//! turns, in one run. Prints a table for `docs/PERFORMANCE.md`.
+//! Aegis in front of real databases, beside no proxy and `HAProxy`: the servers' own load tools, by TCP
+//! and by Unix sockets, in turns, in one run. Each proxy is one process in front of all three servers.
+//! Prints a table for `docs/PERFORMANCE.md`.
 #![allow(missing_docs)]
 
 mod loads;
@@ -18,7 +19,6 @@ mod usage;
 mod servers;
 
 use std::fs;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -26,7 +26,8 @@ use clap::Parser;
 
 use crate::loads::{Databases, LOADS, Load};
 use crate::proxies::{Contestant, Proxy};
-use crate::table::{Line, Run, table};
+use crate::servers::Target;
+use crate::table::{Line, Run, column, table};
 
 /// Compares Aegis with other ways to real databases
 #[derive(Parser)]
@@ -77,12 +78,13 @@ fn compare(options: &Options) -> Result<(), String> {
         return Err("there is no such load; --list shows all".to_owned());
     }
     let rounds = options.rounds.unwrap_or(if options.quick { 1 } else { 7 });
-    let seconds = options.seconds.unwrap_or(if options.quick { 1 } else { 3 });
+    let seconds = options.seconds.unwrap_or(if options.quick { 1 } else { 2 });
     let databases = Databases::start().map_err(|missing| missing.0)?;
+    let start = |contestant: &Contestant| Proxy::start(*contestant, &databases);
+    let proxies: Vec<Proxy> = Contestant::ALL.iter().map(start).collect::<Result<_, _>>()?;
     let mut lines = Vec::new();
     for load in loads {
-        let server = databases.address(load.server);
-        lines.push(measure(load, &databases, server, (rounds, seconds))?);
+        lines.push(measure(load, &databases, &proxies, (rounds, seconds))?);
     }
     let table = format!("{}\n{}", heading(rounds, seconds)?, table(&lines));
     println!("{table}");
@@ -95,27 +97,29 @@ fn compare(options: &Options) -> Result<(), String> {
     Ok(())
 }
 
-/// Every contestant once a round, in an order that rotates and turns round.
+/// Every column once a round, in an order that rotates and turns round.
 fn measure(
     load: &Load,
     databases: &Databases,
-    server: SocketAddr,
+    proxies: &[Proxy],
     (rounds, seconds): (usize, u32),
 ) -> Result<Line, String> {
-    let start = |contestant: &Contestant| Proxy::start(*contestant, server);
-    let proxies: Vec<Proxy> = Contestant::ALL.iter().map(start).collect::<Result<_, _>>()?;
-    let mut runs: Vec<Vec<Run>> = vec![Vec::new(); proxies.len()];
+    let both = |proxy: &Proxy| proxy.targets(load.server).both();
+    let targets: Vec<Target> = proxies.iter().flat_map(both).collect();
+    let mut runs: Vec<Vec<Run>> = vec![Vec::new(); targets.len()];
     for round in 0..rounds {
-        for turn in 0..proxies.len() {
+        for turn in 0..targets.len() {
             // Backwards every other time, so that nobody always has the same one's leavings.
-            let turn = if round % 2 == 0 { turn } else { proxies.len() - 1 - turn };
-            let at = (round + turn) % proxies.len();
-            let (before, target) = (proxies[at].usage(), proxies[at].address.into());
-            let context = |error| format!("{} through {}: {error}", load.name, Contestant::ALL[at]);
-            let done = (load.run)(databases, &target, seconds).map_err(context)?;
-            let used = proxies[at].usage() - before;
+            let turn = if round % 2 == 0 { turn } else { targets.len() - 1 - turn };
+            let at = (round + turn) % targets.len();
+            let proxy = &proxies[at / 2];
+            let name = column(at);
+            let before = proxy.usage();
+            let context = |error| format!("{} through {name}: {error}", load.name);
+            let done = (load.run)(databases, &targets[at], seconds).map_err(context)?;
+            let used = proxy.usage() - before;
             let cpu_us = used.cpu_ns as f64 / 1e3 / done.count as f64;
-            eprintln!("{:16} {:14} {done:?}", load.name, Contestant::ALL[at]);
+            eprintln!("{:16} {name:20} {done:?}", load.name);
             runs[at].push(Run { done, cpu_us });
         }
     }

@@ -20,14 +20,21 @@ pub struct Line {
     pub runs: Vec<Vec<Run>>,
 }
 
-/// Medians, and each way's throughput as a share of that without a proxy, round by round.
+/// A column's name: each contestant has one for TCP and one for Unix sockets.
+pub fn column(at: usize) -> String {
+    let kind = if at.is_multiple_of(2) { "" } else { ", Unix" };
+    format!("{}{kind}", Contestant::ALL[at / 2])
+}
+
+/// Medians, and each column's throughput as a share of the first one's, round by round.
 pub fn table(lines: &[Line]) -> String {
     let mut text = String::from("| load | |");
-    for contestant in Contestant::ALL {
-        let _ = write!(text, " {contestant} |");
+    let columns = 2 * Contestant::ALL.len();
+    for at in 0..columns {
+        let _ = write!(text, " {} |", column(at));
     }
     text.push_str("\n| --- | --- |");
-    text.push_str(&" --- |".repeat(Contestant::ALL.len()));
+    text.push_str(&" --- |".repeat(columns));
     text.push('\n');
     for line in lines {
         row(&mut text, line.about, "per second", line, |runs| {

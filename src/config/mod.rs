@@ -2,6 +2,7 @@
 //! units).
 
 mod error;
+mod files;
 mod kind;
 mod preset;
 mod read;
@@ -19,6 +20,7 @@ mod tests;
 use std::net::{IpAddr, SocketAddr};
 
 pub use error::{ConfigErrors, Problem};
+pub(crate) use files::in_making;
 pub use preset::Preset;
 pub use routes::RouteName;
 pub use unix::{SocketMode, SocketOwner};
@@ -28,6 +30,7 @@ pub use variables::{Config, KubeConfig, PoolConfig, RequestConfig, Resources, Ro
 use crate::io::net::Address;
 use crate::limits;
 pub use crate::protocol::ProtocolName as Protocol;
+use crate::proxy::endpoints::Tier;
 use variable::Section;
 
 impl Config {
@@ -37,6 +40,16 @@ impl Config {
         let mut texts = Vec::new();
         self.print(&mut texts);
         texts
+    }
+
+    /// What the log calls the route at this place: nothing where there is nothing to tell apart.
+    pub fn name_in_log(&self, route: usize) -> Option<&RouteName> {
+        (self.routes.len() > 1).then(|| &self.routes[route].name)
+    }
+
+    /// Which variable to set for the route at this place.
+    pub fn name_to_set(&self, variable: &str, route: usize) -> String {
+        self.name_in_log(route).map_or_else(|| variable.to_owned(), |route| route.own(variable))
     }
 }
 
@@ -63,10 +76,29 @@ impl RouteConfig {
             .collect()
     }
 
+    /// The backends and those that stand in for them, each with its tier.
+    pub fn all_backends(&self) -> impl Iterator<Item = (&Backend, Tier)> {
+        let first = self.backends.iter().map(|backend| (backend, Tier::FIRST));
+        first.chain(self.backups.iter().flatten().map(|backup| (backup, Tier::at(1))))
+    }
+
+    /// Whether endpoints are checked by a request.
+    pub fn checks_by_request(&self) -> bool {
+        self.check_interval.is_some() && self.check == Check::Request
+    }
+
+    /// Whether some endpoints stand in for others.
+    pub fn has_tiers(&self) -> bool {
+        match self.discovery {
+            Discovery::Static | Discovery::Dns => self.backups.is_some(),
+            Discovery::Kubernetes => self.locality == Locality::Failover,
+        }
+    }
+
     /// How many addresses the backends may come to stand for, for what is reserved for them.
     pub fn addresses(&self) -> usize {
         let names = self.names();
-        self.backends.len() - names + names * limits::ADDRESSES_PER_NAME
+        self.all_backends().count() - names + names * limits::ADDRESSES_PER_NAME
     }
 
     /// Connections that the pools of one worker may come to hold; those being made count as idle.
@@ -83,7 +115,7 @@ impl RouteConfig {
 
     /// How many of the backends are names.
     pub fn names(&self) -> usize {
-        self.backends.iter().filter(|backend| backend.is_name()).count()
+        self.all_backends().filter(|(backend, _)| backend.is_name()).count()
     }
 }
 
@@ -98,6 +130,15 @@ pub enum Discovery {
     Kubernetes,
 }
 
+/// How an endpoint is checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Check {
+    /// It has to take a connection.
+    Connect,
+    /// It has to answer the protocol's liveness request.
+    Request,
+}
+
 /// Which endpoints are preferred.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Locality {
@@ -107,6 +148,16 @@ pub enum Locality {
     Zone,
     /// Those of the same node.
     Node,
+    /// Those of the same zone, and others only while none of these is usable: then those of the same
+    /// region, then all.
+    Failover,
+}
+
+impl Locality {
+    /// Whether near endpoints are preferred, without a strict order.
+    pub fn prefers_near(self) -> bool {
+        matches!(self, Self::Zone | Self::Node)
+    }
 }
 
 /// A Service's name, and its namespace if it was given with it.
@@ -242,6 +293,19 @@ pub enum ProxyProtocol {
     V1,
     /// Version 2, binary.
     V2,
+}
+
+/// Which ends of sessions and requests are logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EndsLogged {
+    /// None.
+    Off,
+    /// Those that are not normal.
+    Abnormal,
+    /// Those, and one of a hundred of the others.
+    Sampled,
+    /// All.
+    All,
 }
 
 /// The log's format.

@@ -8,21 +8,23 @@ use std::sync::Arc;
 use super::kind::Kind;
 use super::routes::{AEGIS_ROUTES, Names};
 use super::service_links;
-use super::value::{Word, list_text, overlap, takes_in};
+use super::value::{Word, duration_text, list_text, overlap, takes_in};
 use super::variable::{PREFIX, RawConfig, Section, Variable};
 use super::variables::{
-    AEGIS_ADMIN, AEGIS_BACKENDS, AEGIS_BALANCE, AEGIS_DISCOVERY, AEGIS_ENDPOINT_MAX,
-    AEGIS_KUBE_NAMESPACE, AEGIS_KUBE_SELECTOR, AEGIS_KUBE_SERVICE, AEGIS_KUBE_SNAPSHOT,
-    AEGIS_LISTEN, AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MIN_IDLE, AEGIS_POOL_MODE, AEGIS_POOL_SIZE,
-    AEGIS_PRESET, AEGIS_PROTOCOL, AEGIS_PROXY_PROTOCOL,
+    AEGIS_ADMIN, AEGIS_BACKENDS, AEGIS_BACKUPS, AEGIS_BALANCE, AEGIS_CHECK, AEGIS_CHECK_INTERVAL,
+    AEGIS_DISCOVERY, AEGIS_ENDPOINT_MAX, AEGIS_KUBE_NAMESPACE, AEGIS_KUBE_SELECTOR,
+    AEGIS_KUBE_SERVICE, AEGIS_KUBE_SNAPSHOT, AEGIS_LISTEN, AEGIS_LOCALITY, AEGIS_POOL_MAX_IDLE,
+    AEGIS_POOL_MIN_IDLE, AEGIS_POOL_MODE, AEGIS_POOL_SIZE, AEGIS_PRESET, AEGIS_PROTOCOL,
+    AEGIS_PROXY_PROTOCOL,
 };
 use super::{
     Backend, Balance, Config, ConfigErrors, Discovery, PoolMode, Preset, Problem, Protocol,
     ProxyProtocol, RouteConfig, RouteName, ServiceName,
 };
 use crate::io::net::Address;
-use crate::limits::LISTEN_ADDRESSES_MAX;
+use crate::limits::{ENDPOINTS_MAX, LISTEN_ADDRESSES_MAX};
 use crate::listening::Listening;
+use crate::proxy::endpoints::Tier;
 
 impl Config {
     /// Reads the environment of this process.
@@ -119,6 +121,11 @@ impl Reader {
         text.and_then(|(_, text)| Preset::of_word(text.trim())).unwrap_or(Preset::None)
     }
 
+    /// Whether the preset of that route has a default of its own for a variable.
+    fn suggests(&self, variable: &Variable) -> bool {
+        self.preset().default_of(variable) != variable.default
+    }
+
     /// Every route, with what is its own.
     pub(super) fn read_routes(&mut self) -> Vec<Arc<RouteConfig>> {
         let names = self.names.all.clone();
@@ -194,6 +201,7 @@ impl Reader {
             self.check_addresses(config, route);
             self.check_discovery(route);
             self.check_pooling(route);
+            self.check_checks(route);
         }
         self.route = None;
         self.check_listeners(config);
@@ -231,12 +239,13 @@ impl Reader {
                 }
                 Discovery::Kubernetes
             }
-            None if route.backends.iter().any(Backend::is_name) => Discovery::Dns,
+            None if route.names() > 0 => Discovery::Dns,
             None => Discovery::Static,
         };
     }
 
-    /// The default of the minimum gives way to the maximum; one that is set does not.
+    /// The default of the minimum gives way to the maximum; one that is set does not. What a preset
+    /// suggests gives way to it.
     fn settle_min_idle(&mut self, route: &mut RouteConfig) {
         let pool = &mut route.pool;
         let kept_max = pool.max_idle;
@@ -244,6 +253,10 @@ impl Reader {
             return;
         }
         if self.text(AEGIS_POOL_MIN_IDLE).is_some() {
+            if self.text(AEGIS_POOL_MAX_IDLE).is_none() && self.suggests(AEGIS_POOL_MAX_IDLE) {
+                pool.max_idle = pool.min_idle;
+                return;
+            }
             self.conflict(
                 (AEGIS_POOL_MIN_IDLE, pool.min_idle.to_string()),
                 (AEGIS_POOL_MAX_IDLE, pool.max_idle.to_string()),
@@ -257,15 +270,23 @@ impl Reader {
     fn settle_endpoint_max(&mut self, route: &mut RouteConfig) {
         let pool = &mut route.pool;
         let Some(most) = pool.endpoint_max else { return };
-        let is_used = pool.mode == PoolMode::Request;
+        let has_size = pool.mode == PoolMode::Request;
         for (variable, value, is_used) in [
             (AEGIS_POOL_MIN_IDLE, &mut pool.min_idle, true),
-            (AEGIS_POOL_SIZE, &mut pool.size, is_used),
+            (AEGIS_POOL_SIZE, &mut pool.size, has_size),
         ] {
-            if *value > most && is_used && self.text(variable).is_some() {
-                let why = "an endpoint would have more connections than it may";
+            if !is_used {
+                continue; // Else what nobody has set would seem to be set, and in vain.
+            }
+            if *value > most && self.text(variable).is_some() {
+                let why = format!(
+                    "an endpoint would have more connections than it may; set {} to {value} or more, or \
+                     {} to {most} or less",
+                    self.name(AEGIS_ENDPOINT_MAX),
+                    self.name(variable)
+                );
                 let endpoint_max = (AEGIS_ENDPOINT_MAX, most.to_string());
-                self.conflict((variable, value.to_string()), endpoint_max, why);
+                self.conflict((variable, value.to_string()), endpoint_max, &why);
             }
             *value = (*value).min(most);
         }
@@ -295,10 +316,58 @@ impl Reader {
             self.conflict(discovery(), service, "a Service or a selector has to be named");
         }
         if route.discovery == Discovery::Static
-            && let Some(name) = route.backends.iter().find(|backend| backend.is_name())
+            && let Some((name, tier)) = route.all_backends().find(|(backend, _)| backend.is_name())
         {
-            let backend = (AEGIS_BACKENDS, name.to_string());
+            let backend = (list_of(tier), name.to_string());
             self.conflict(discovery(), backend, "names have to be resolved; dns does that");
+        }
+        self.check_backups(route);
+    }
+
+    /// What stands in for others is something else than these, and what has its own keys cannot.
+    fn check_backups(&mut self, route: &RouteConfig) {
+        let by_key = route.balance == Balance::KeyHash;
+        let balance = || (AEGIS_BALANCE, route.balance.to_string());
+        let why = "no store has the keys of another one";
+        if by_key && route.has_tiers() && route.discovery == Discovery::Kubernetes {
+            self.conflict(balance(), (AEGIS_LOCALITY, route.locality.to_string()), why);
+        }
+        if route.discovery == Discovery::Kubernetes {
+            return;
+        }
+        let Some(backups) = &route.backups else { return };
+        if let Some(both) = backups.iter().find(|backup| route.backends.contains(backup)) {
+            let (backend, backup) =
+                ((AEGIS_BACKENDS, both.to_string()), (AEGIS_BACKUPS, both.to_string()));
+            self.conflict(backend, backup, "nothing stands in for itself");
+        }
+        if by_key {
+            self.conflict(balance(), (AEGIS_BACKUPS, list_text(backups)), why);
+        }
+        let count = route.all_backends().count();
+        if count > ENDPOINTS_MAX {
+            let (backends, backups) = (route.backends.len(), backups.len());
+            let pairs = [(AEGIS_BACKENDS, backends), (AEGIS_BACKUPS, backups)];
+            let [a, b] = pairs.map(|(variable, count)| (variable, format!("{count} items")));
+            self.conflict(a, b, &format!("they are {count} together, {ENDPOINTS_MAX} at most"));
+        }
+    }
+
+    /// A check has to be one that the server can pass, and does not mind.
+    fn check_checks(&mut self, route: &RouteConfig) {
+        let Some(interval) = &route.check_interval else { return };
+        if route.checks_by_request() && route.protocol.facts().liveness_request.is_none() {
+            let check = (AEGIS_CHECK, route.check.to_string());
+            let protocol = (AEGIS_PROTOCOL, route.protocol.to_string());
+            let with_one = Protocol::words_where(|facts| facts.liveness_request.is_some());
+            self.conflict(check, protocol, &format!("only {with_one} have a request for that"));
+        }
+        if route.preset == Preset::Mysql {
+            let interval = (AEGIS_CHECK_INTERVAL, duration_text(interval));
+            let preset = (AEGIS_PRESET, route.preset.to_string());
+            let why =
+                "such a server counts connections without a login, until it locks the host out";
+            self.conflict(interval, preset, why);
         }
     }
 
@@ -354,18 +423,18 @@ impl Reader {
         }
         for other in &config.routes {
             let own = Listening::new(other.listen.iter().cloned());
-            let is_own = |backend: &&Backend| {
+            let is_own = |(backend, _): &(&Backend, Tier)| {
                 // Which other addresses are the host's own may have changed by the time of a connect.
                 backend.address().is_some_and(|target| own.reached_by(&target, |_| false).is_some())
             };
-            let Some(backend) = route.backends.iter().find(is_own) else { continue };
-            let backend = (AEGIS_BACKENDS, backend.to_string());
+            let Some((backend, tier)) = route.all_backends().find(is_own) else { continue };
+            let backend = (list_of(tier), backend.to_string());
             if other.name == route.name {
                 self.conflict(listen(), backend, "the proxy would connect to itself without end");
             } else if !self.is_refused(AEGIS_LISTEN) {
                 let of = self.route.clone();
                 let own = (other.name.own(AEGIS_LISTEN.name), list_text(&other.listen));
-                let pairs = [own, (self.name(AEGIS_BACKENDS), backend.1)];
+                let pairs = [own, (self.name(backend.0), backend.1)];
                 let why = format!("the proxy would connect to itself, by its route {}", other.name);
                 self.note(Problem::Conflict { route: of, pairs, why });
             }
@@ -423,4 +492,9 @@ impl Reader {
         let pairs = [(self.name(a.0), a.1), (self.name(b.0), b.1)];
         self.note(Problem::Conflict { route, pairs, why: why.to_owned() });
     }
+}
+
+/// The variable that lists the backends of this tier.
+fn list_of(tier: Tier) -> &'static Variable {
+    if tier == Tier::FIRST { AEGIS_BACKENDS } else { AEGIS_BACKUPS }
 }

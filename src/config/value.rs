@@ -11,11 +11,12 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
 use super::{
-    Backend, Balance, Discovery, HostPort, IoChoice, KubePort, Locality, LogFormat, PoolMode,
-    Preset, Protocol, ProxyProtocol, ServiceName, Switch,
+    Backend, Balance, Check, Discovery, EndsLogged, HostPort, IoChoice, KubePort, Locality,
+    LogFormat, PoolMode, Preset, Protocol, ProxyProtocol, ServiceName, Switch,
 };
 
 use crate::io::net::{Address, AddressError, PATH_LEN_MAX, UNIX};
+use crate::limits::CHECK_PATH_MAX;
 
 /// A value, or why the text is none.
 pub(super) type Parsed<T> = Result<T, String>;
@@ -284,6 +285,17 @@ pub(super) fn absolute_path(text: &str) -> Parsed<PathBuf> {
     }
 }
 
+/// The path of a web page, which stands in a request as it is.
+pub(super) fn check_path(text: &str) -> Parsed<String> {
+    if !text.starts_with('/') {
+        return Err("it does not begin with /".to_owned());
+    }
+    if text.len() > CHECK_PATH_MAX || !text.bytes().all(|b| b.is_ascii_graphic() && b != b'#') {
+        return Err(format!("not up to {CHECK_PATH_MAX} letters, digits and signs without spaces"));
+    }
+    Ok(text.to_owned())
+}
+
 /// A label selector, as far as it can be checked here: the API server knows its syntax.
 pub(super) fn selector(text: &str) -> Parsed<String> {
     let fits = |c: char| c.is_ascii_alphanumeric() || "-_./=!,() ".contains(c);
@@ -444,7 +456,8 @@ words! {
         "dns" => Dns,
         "kubernetes" => Kubernetes,
     }
-    Locality { "off" => Off, "zone" => Zone, "node" => Node, }
+    Check { "connect" => Connect, "request" => Request, }
+    Locality { "off" => Off, "zone" => Zone, "node" => Node, "failover" => Failover, }
     Preset { "none" => None, "postgres" => Postgres, "mysql" => Mysql, "redis" => Redis, }
     PoolMode { "preconnect" => Preconnect, "session" => Session, "request" => Request, }
     Switch { "auto" => Auto, "on" => On, "off" => Off, }
@@ -459,6 +472,7 @@ words! {
     }
     ProxyProtocol { "off" => Off, "v1" => V1, "v2" => V2, }
     LogFormat { "text" => Text, "json" => Json, }
+    EndsLogged { "off" => Off, "abnormal" => Abnormal, "sampled" => Sampled, "all" => All, }
 }
 
 /// The text of a list.

@@ -14,12 +14,13 @@ use super::kind::{
 use super::read::Reader;
 use super::routes::RouteName;
 use super::value::{
-    absolute_path, dns_label, list, listen_addresses, log_filter, selector, socket_address,
+    absolute_path, check_path, dns_label, list, listen_addresses, log_filter, selector,
+    socket_address,
 };
 use super::variable::{Row, Section, Variable, settings};
 use super::{
-    Backend, Balance, Discovery, IoChoice, KubePort, Locality, LogFormat, PoolMode, Preset,
-    Protocol, ProxyProtocol, ServiceName, SocketMode, SocketOwner, Switch,
+    Backend, Balance, Check, Discovery, EndsLogged, IoChoice, KubePort, Locality, LogFormat,
+    PoolMode, Preset, Protocol, ProxyProtocol, ServiceName, SocketMode, SocketOwner, Switch,
 };
 use crate::io::net::Address;
 use crate::limits;
@@ -44,11 +45,13 @@ pub struct Config {
     max_sessions: Option<NonZeroUsize> = AEGIS_MAX_SESSIONS("auto")
         in word_or("auto", numbers(1..=limits::SESSIONS_MAX)),
         "Sessions at a time in the whole process. auto: what RLIMIT_NOFILE allows, 10000 at most.";
-    => "Node and zone"
+    => "Node, zone and region"
     node_name: Option<String> = AEGIS_NODE_NAME("none") in Place("a node's name"),
         "The node that this runs on, from the downward API.";
     zone: Option<String> = AEGIS_ZONE("none") in Place("a zone's name"),
         "The zone that this runs in, from the downward API.";
+    region: Option<String> = AEGIS_REGION("none") in Place("a region's name"),
+        "The region that this runs in, from the downward API.";
     => "Start and shutdown"
     start_timeout: Duration = AEGIS_START_TIMEOUT("5s") in durations(seconds(0)..=minutes(5)),
         "How long a start waits for an API or name server out of reach; wrong settings hold it forever.";
@@ -97,6 +100,13 @@ pub struct RouteConfig {
         parse: |text, max| list(text, max, str::parse),
     },
         "Where connections go. A name stands for all the addresses it resolves to.";
+    backups: Option<Vec<Backend>> = AEGIS_BACKUPS("none") in or("none", List {
+        of: "HOST:PORT or unix:/PATH",
+        count_max: limits::ENDPOINTS_MAX,
+        note: "none of AEGIS_BACKENDS",
+        parse: |text, max| list(text, max, str::parse),
+    }),
+        "Where connections go while none of AEGIS_BACKENDS is usable.";
     dns_refresh: Duration = AEGIS_DNS_REFRESH("5s") in durations(ms(100)..=hours(1)),
         "How often names are resolved again; where their TTL is longer, after that, 30s at most.";
     discovery: Discovery = AEGIS_DISCOVERY("auto") in auto_or_words(Discovery::Static),
@@ -106,7 +116,9 @@ pub struct RouteConfig {
     kube: KubeConfig;
     => "Endpoints"
     locality: Locality = AEGIS_LOCALITY("off") in words(),
-        "Prefers endpoints of the same zone or node. Needs Kubernetes, AEGIS_ZONE or AEGIS_NODE_NAME.";
+        "Prefers endpoints of the same zone or node; failover: strictly zone, then region, then others.";
+    failback_time: Duration = AEGIS_FAILBACK_TIME("10s") in durations(seconds(0)..=hours(1)),
+        "How long endpoints that others stand in for have to be usable again before they are used.";
     backend_drain: Option<Duration> = AEGIS_BACKEND_DRAIN("off")
         in or("off", durations(seconds(0)..=days(1))),
         "Ends sessions on an endpoint this long after it left. off: they end by themselves.";
@@ -150,11 +162,24 @@ pub struct RouteConfig {
         "TCP keep-alive probes start after this idle time.";
     proxy_protocol: ProxyProtocol = AEGIS_PROXY_PROTOCOL("off") in words(),
         "The PROXY protocol header sent to backends.";
+    log_ends: EndsLogged = AEGIS_LOG_ENDS("abnormal") in words(),
+        "Which ends of sessions and requests are logged; sampled adds one of 100 normal ones.";
     => "Failing endpoints"
     eject_failures: u32 = AEGIS_EJECT_FAILURES("3") in numbers(1..=1000),
         "Failures in a row that take an endpoint out of use for a while.";
     eject_time: Duration = AEGIS_EJECT_TIME("1s") in durations(ms(10)..=hours(1)),
         "How long it stays out the first time. Doubles with each further one, up to a cap.";
+    check_interval: Option<Duration> = AEGIS_CHECK_INTERVAL("off")
+        in or("off", durations(ms(100)..=hours(1))),
+        "How often an endpoint is checked, once for all workers. off: what clients meet says all.";
+    check: Check = AEGIS_CHECK("connect") in words(),
+        "What a check is: a connect, or a request that any server of AEGIS_PROTOCOL answers at once.";
+    check_path: String = AEGIS_CHECK_PATH("/") in text("a path such as /healthz", check_path),
+        "What a check by request asks a server of http1 for; it is well that answers with 2xx or 3xx.";
+    check_fall: u32 = AEGIS_CHECK_FALL("3") in numbers(1..=1000),
+        "Checks in a row that have to fail until an endpoint is out of use.";
+    check_rise: u32 = AEGIS_CHECK_RISE("2") in numbers(1..=1000),
+        "Checks in a row that have to pass until it is in use again.";
 }
 
 /// What of Kubernetes the endpoints are: one of service and selector where it is used.
@@ -236,7 +261,7 @@ pub struct PoolConfig {
 /// What holds for requests, where clients share used connections.
 pub struct RequestConfig {
     queue_max: usize = AEGIS_QUEUE_MAX("8192") in numbers(0..=limits::SESSIONS_MAX),
-        "Requests or sessions of one worker that wait for a connection; further ones get an error.";
+        "Requests or sessions of a worker that wait for a connection at most; it has a line of each.";
     queue_timeout: Duration = AEGIS_QUEUE_TIMEOUT("5s") in durations(ms(10)..=hours(1)),
         "How long a request or a session waits for a backend connection before it gets an error.";
     timeout: Option<Duration> = AEGIS_REQUEST_TIMEOUT("30s")

@@ -4,11 +4,12 @@ use super::routes::plain;
 use super::value::unknown_targets;
 use super::variable::{VARIABLES, Variable};
 use super::variables::{
-    AEGIS_BACKEND_DRAIN, AEGIS_BACKENDS, AEGIS_DNS_REFRESH, AEGIS_KUBE_STORES, AEGIS_LINE_MAX,
-    AEGIS_LOCALITY, AEGIS_POOL_IDLE_TIMEOUT, AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MAX_LIFETIME,
-    AEGIS_POOL_SIZE, AEGIS_PRESET, AEGIS_PROTOCOL, AEGIS_QUEUE_MAX, AEGIS_QUEUE_TIMEOUT,
-    AEGIS_REPEAT_WRITES, AEGIS_REQUEST_TIMEOUT, AEGIS_SLOW_START, AEGIS_SOCKET_MODE,
-    AEGIS_SOCKET_OWNER,
+    AEGIS_BACKEND_DRAIN, AEGIS_BACKENDS, AEGIS_BACKUPS, AEGIS_CHECK, AEGIS_CHECK_FALL,
+    AEGIS_CHECK_PATH, AEGIS_CHECK_RISE, AEGIS_DNS_REFRESH, AEGIS_FAILBACK_TIME, AEGIS_KUBE_STORES,
+    AEGIS_LINE_MAX, AEGIS_LOCALITY, AEGIS_POOL_IDLE_TIMEOUT, AEGIS_POOL_MAX_IDLE,
+    AEGIS_POOL_MAX_LIFETIME, AEGIS_POOL_SIZE, AEGIS_PRESET, AEGIS_PROTOCOL, AEGIS_QUEUE_MAX,
+    AEGIS_QUEUE_TIMEOUT, AEGIS_REPEAT_WRITES, AEGIS_REQUEST_TIMEOUT, AEGIS_SLOW_START,
+    AEGIS_SOCKET_MODE, AEGIS_SOCKET_OWNER,
 };
 use super::{Balance, Config, Discovery, Locality, PoolMode, Protocol, RouteConfig};
 
@@ -50,30 +51,29 @@ impl Config {
         let not_read = format!("requests of {readers} are not told apart here");
         let at_once =
             format!("AEGIS_BALANCE={} gives each endpoint its share at once", route.balance);
-        let rules = self.rules(route, &kube, [&not_read, &at_once]);
-        let idle = rules.into_iter().filter(|(_, has_effect, _)| !has_effect);
+        let of_endpoints = self.rules_of_endpoints(route, &kube, &at_once);
+        let rules = of_endpoints
+            .into_iter()
+            .chain(rules_of_pools(route, &not_read))
+            .chain(rules_of_checks(route));
+        let idle = rules.filter(|(_, has_effect, _)| !has_effect);
         idle.flat_map(|(variables, _, why)| variables.iter().map(|v| (v.name, why.to_owned())))
             .collect()
     }
 
-    fn rules<'a>(
+    /// Whether each variable has an effect, of those that say where endpoints are and which is used.
+    fn rules_of_endpoints<'a>(
         &self,
         route: &RouteConfig,
         kube: &'a [&'a Variable],
-        [not_read, at_once]: [&'a str; 2],
+        at_once: &'a str,
     ) -> Vec<Rule<'a>> {
         let kubernetes = route.discovery == Discovery::Kubernetes;
-        let mode = route.pool.mode;
-        let is_shared = mode != PoolMode::Preconnect;
-        let is_read = |variable: &Variable| {
-            is_shared && route.protocol.facts().variables.contains(&variable.name)
-        };
         let by_key = route.balance == Balance::KeyHash;
-        let keeps_idle = mode == PoolMode::Request || route.pool.max_idle > 0;
         let ramps = ![Balance::SourceHash, Balance::KeyHash].contains(&route.balance);
         vec![
             (kube, kubernetes, "the endpoints do not come from Kubernetes"),
-            (&[AEGIS_BACKENDS], !kubernetes, "the endpoints come from Kubernetes"),
+            (&[AEGIS_BACKENDS, AEGIS_BACKUPS], !kubernetes, "the endpoints come from Kubernetes"),
             (&[AEGIS_KUBE_STORES], !kubernetes || by_key, "AEGIS_BALANCE is not key_hash"),
             (
                 &[AEGIS_SOCKET_MODE, AEGIS_SOCKET_OWNER],
@@ -84,7 +84,9 @@ impl Config {
             (&[AEGIS_LOCALITY], kubernetes, "only Kubernetes says where endpoints are"),
             (
                 &[AEGIS_LOCALITY],
-                !kubernetes || route.locality != Locality::Zone || self.zone.is_some(),
+                !kubernetes
+                    || ![Locality::Zone, Locality::Failover].contains(&route.locality)
+                    || self.zone.is_some(),
                 "AEGIS_ZONE does not say which zone is near",
             ),
             (
@@ -98,43 +100,68 @@ impl Config {
                 "the endpoints are always the same ones",
             ),
             (&[AEGIS_SLOW_START], route.discovery == Discovery::Static || ramps, at_once),
-            (
-                &[AEGIS_PRESET],
-                !is_shared,
-                "it is for servers whose bytes are passed on as they are",
-            ),
-            (
-                &[AEGIS_PROTOCOL],
-                is_shared,
-                "with AEGIS_POOL_MODE=preconnect bytes are passed on as they are",
-            ),
-            (
-                &[AEGIS_QUEUE_MAX, AEGIS_QUEUE_TIMEOUT],
-                is_shared || route.pool.endpoint_max.is_some(),
-                "with AEGIS_POOL_MODE=preconnect and without AEGIS_ENDPOINT_MAX nothing waits in line",
-            ),
-            (
-                &[AEGIS_REQUEST_TIMEOUT],
-                is_shared,
-                "with AEGIS_POOL_MODE=preconnect requests are not told apart",
-            ),
-            (&[AEGIS_LINE_MAX], is_read(AEGIS_LINE_MAX), not_read),
-            (&[AEGIS_REPEAT_WRITES], is_read(AEGIS_REPEAT_WRITES), not_read),
-            (
-                &[AEGIS_POOL_SIZE],
-                mode == PoolMode::Request,
-                "it is for AEGIS_POOL_MODE=request; elsewhere AEGIS_POOL_MAX_IDLE says how many",
-            ),
-            (
-                &[AEGIS_POOL_MAX_IDLE],
-                mode != PoolMode::Request || route.pool.max_idle == 0,
-                "with AEGIS_POOL_MODE=request AEGIS_POOL_SIZE says how many",
-            ),
-            (
-                &[AEGIS_POOL_IDLE_TIMEOUT, AEGIS_POOL_MAX_LIFETIME],
-                keeps_idle || mode == PoolMode::Session,
-                "AEGIS_POOL_MAX_IDLE=0 keeps no connections",
-            ),
         ]
     }
+}
+
+/// The same, of those that say how clients come by connections.
+fn rules_of_pools<'a>(route: &RouteConfig, not_read: &'a str) -> Vec<Rule<'a>> {
+    let mode = route.pool.mode;
+    let is_shared = mode != PoolMode::Preconnect;
+    let is_read = |variable: &Variable| {
+        is_shared && route.protocol.facts().variables.contains(&variable.name)
+    };
+    let keeps_idle = mode == PoolMode::Request || route.pool.max_idle > 0;
+    vec![
+        (&[AEGIS_PRESET], !is_shared, "it is for servers whose bytes are passed on as they are"),
+        (
+            &[AEGIS_PROTOCOL],
+            is_shared || route.checks_by_request(),
+            "with AEGIS_POOL_MODE=preconnect bytes are passed on as they are",
+        ),
+        (
+            &[AEGIS_QUEUE_MAX, AEGIS_QUEUE_TIMEOUT],
+            is_shared || route.pool.endpoint_max.is_some(),
+            "with AEGIS_POOL_MODE=preconnect and without AEGIS_ENDPOINT_MAX nothing waits in line",
+        ),
+        (
+            &[AEGIS_REQUEST_TIMEOUT],
+            is_shared,
+            "with AEGIS_POOL_MODE=preconnect requests are not told apart",
+        ),
+        (&[AEGIS_LINE_MAX], is_read(AEGIS_LINE_MAX), not_read),
+        (&[AEGIS_REPEAT_WRITES], is_read(AEGIS_REPEAT_WRITES), not_read),
+        (
+            &[AEGIS_POOL_SIZE],
+            mode == PoolMode::Request,
+            "it is for AEGIS_POOL_MODE=request; elsewhere AEGIS_POOL_MAX_IDLE says how many",
+        ),
+        (
+            &[AEGIS_POOL_MAX_IDLE],
+            mode != PoolMode::Request || route.pool.max_idle == 0,
+            "with AEGIS_POOL_MODE=request AEGIS_POOL_SIZE says how many",
+        ),
+        (
+            &[AEGIS_POOL_IDLE_TIMEOUT, AEGIS_POOL_MAX_LIFETIME],
+            keeps_idle || mode == PoolMode::Session,
+            "AEGIS_POOL_MAX_IDLE=0 keeps no connections",
+        ),
+    ]
+}
+
+/// The same, of those that say which endpoints stand in for others, and how they are checked.
+fn rules_of_checks(route: &RouteConfig) -> Vec<Rule<'static>> {
+    vec![
+        (
+            &[AEGIS_CHECK, AEGIS_CHECK_PATH, AEGIS_CHECK_FALL, AEGIS_CHECK_RISE],
+            route.check_interval.is_some(),
+            "AEGIS_CHECK_INTERVAL is off",
+        ),
+        (
+            &[AEGIS_CHECK_PATH],
+            route.checks_by_request() && route.protocol == Protocol::Http1,
+            "it is for AEGIS_CHECK=request with AEGIS_PROTOCOL=http1",
+        ),
+        (&[AEGIS_FAILBACK_TIME], route.has_tiers(), "no endpoints stand in for others"),
+    ]
 }

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use super::View;
 use super::view::{RouteView, usable};
 use crate::metrics::{
-    EndpointCounts, EndpointStats, Failure, Histogram, LabelSet, Outcome, Problem, RouteStats,
+    CloseReason, EndpointCounts, EndpointStats, Failure, Histogram, LabelSet, Outcome, Problem,
+    RouteStats,
 };
 use crate::proxy::endpoints::Endpoint;
 
@@ -99,7 +100,6 @@ struct RouteSample {
     queue: Total,
     connect: Total,
     first_byte: Total,
-    transfer: Total,
     timed_out: u64,
     gave_up: u64,
     endpoints: Vec<(Arc<Endpoint>, EndpointCounts)>,
@@ -112,6 +112,7 @@ impl RouteSample {
             let of_worker = |stats: &&RouteStats| stats.requests_ended(outcome);
             route.stats.iter().map(of_worker).sum::<u64>()
         };
+        let closed = |reason| route.stats.iter().map(|stats| stats.closed(reason)).sum::<u64>();
         let counted = |endpoint: &Arc<Endpoint>| {
             (Arc::clone(endpoint), EndpointCounts::total(&endpoint.stats))
         };
@@ -119,9 +120,11 @@ impl RouteSample {
             queue: total(|stats| &stats.queue_wait),
             connect: total(|stats| &stats.connect_duration),
             first_byte: total(|stats| &stats.first_byte),
-            transfer: total(|stats| &stats.transfer),
             timed_out: ended(Outcome::Timeout),
-            gave_up: ended(Outcome::QueueFull) + ended(Outcome::QueueTimeout),
+            gave_up: ended(Outcome::QueueFull)
+                + ended(Outcome::QueueTimeout)
+                + closed(CloseReason::QueueFull)
+                + closed(CloseReason::QueueTimeout),
             endpoints: route.snapshot.endpoints.iter().map(counted).collect(),
         }
     }
@@ -354,12 +357,10 @@ fn slow(first_byte: Total, timed_out: u64, usual: &mut Option<f64>) -> Option<St
 /// Whether clients wait for a connection for a good part of their time.
 fn queued(before: &RouteSample, now: &RouteSample) -> Option<String> {
     let queue = now.queue.since(before.queue);
-    let whole = [
-        now.connect.since(before.connect),
-        now.first_byte.since(before.first_byte),
-        now.transfer.since(before.transfer),
-    ];
-    let whole = queue.sum + whole.iter().map(|phase| phase.sum).sum::<f64>();
+    // Sessions may last for days.
+    let whole = queue.sum
+        + now.connect.since(before.connect).sum
+        + now.first_byte.since(before.first_byte).sum;
     let gave_up = now.gave_up.saturating_sub(before.gave_up);
     let share = if whole > 0.0 { queue.sum / whole } else { 0.0 };
     let waits = queue.count >= EVENTS_MIN && queue.mean() >= QUEUE_MIN && share >= QUEUE_SHARE;
@@ -367,7 +368,7 @@ fn queued(before: &RouteSample, now: &RouteSample) -> Option<String> {
         return None;
     }
     let mut words = format!(
-        "clients wait {} for a backend connection, {:.0} % of their time",
+        "clients wait {} for a backend connection, {:.0} % of the time until their first byte",
         time(queue.mean()),
         share * 100.0
     );

@@ -17,14 +17,15 @@ use crate::metrics::counted::Row;
 use crate::metrics::family::Family;
 use crate::metrics::scraped::{
     BUILD_INFO, CPU_SECONDS, DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, DISCOVERY_GENERATION,
-    DISCOVERY_LAST_SYNC, DISCOVERY_SNAPSHOT_AGE, DRAINING, ENDPOINT_RTT, ENDPOINT_USABLE,
-    IO_DRIVER_INFO, LOG_LINES_DROPPED, MAX_FDS, MAX_SESSIONS, OPEN_FDS, POOL_CONNECTIONS, PROBLEM,
-    RESIDENT_MEMORY, START_TIME, STORE_PRESENT, THREADS, VIRTUAL_MEMORY,
+    DISCOVERY_LAST_SYNC, DISCOVERY_SNAPSHOT_AGE, DRAINING, ENDPOINT_CHECK_FAILURES,
+    ENDPOINT_CHECKS, ENDPOINT_RTT, ENDPOINT_USABLE, ENDS_DROPPED, IO_DRIVER_INFO,
+    LOG_LINES_DROPPED, MAX_FDS, MAX_SESSIONS, OPEN_FDS, POOL_CONNECTIONS, PROBLEM, RESIDENT_MEMORY,
+    START_TIME, STORE_PRESENT, THREADS, VIRTUAL_MEMORY,
 };
 use crate::metrics::text::{durations, family, sample, single};
 use crate::metrics::{
-    EndpointCounts, EndpointStats, ErrorKind, LabelSet, PooledState, Problem, RoundTrips,
-    RouteStats, WorkerStats,
+    CheckStats, EndpointCounts, EndpointStats, ErrorKind, LabelSet, PooledState, Problem,
+    RoundTrips, RouteStats, WorkerStats,
 };
 
 /// Writes all metrics of the process, each as of the moment when it is written.
@@ -147,6 +148,19 @@ async fn write_endpoints(to: &mut Pieces, view: &View) {
         to.pause().await;
     }
 
+    for row in [&ENDPOINT_CHECKS, &ENDPOINT_CHECK_FAILURES] {
+        let checked = || labelled.iter().filter(|(route, ..)| row.when.holds(route.config));
+        if checked().next().is_some() {
+            family(&mut to.text, row);
+        }
+        for (route, label, endpoint) in checked() {
+            let CheckStats { made, failed } = &endpoint.checks;
+            let count = if row.name == ENDPOINT_CHECKS.name { made } else { failed };
+            sample(&mut to.text, row, &[route.name, label], count.get());
+            to.pause().await;
+        }
+    }
+
     family(&mut to.text, &ENDPOINT_RTT);
     for (route, label, endpoint) in &labelled {
         let all = RoundTrips::total(endpoint.stats.iter().map(|stats| &stats.rtt));
@@ -198,6 +212,7 @@ fn write_identity(text: &mut String, view: &View) {
     single(text, &MAX_SESSIONS, view.max_sessions());
     single(text, &DRAINING, u8::from(view.draining()));
     single(text, &LOG_LINES_DROPPED, logging::lines_dropped());
+    single(text, &ENDS_DROPPED, view.workers().iter().map(|w| w.ends.dropped()).sum::<u64>());
     let driver = view.driver();
     family(text, &IO_DRIVER_INFO);
     sample(text, &IO_DRIVER_INFO, &[driver.driver, &driver.reason, &driver.kernel], 1);
@@ -398,6 +413,8 @@ mod tests {
         let route = Arc::make_mut(&mut config.routes[0]);
         (route.pool.mode, route.protocol) = (PoolMode::Session, Protocol::Http1);
         route.locality = Locality::Zone;
+        route.check_interval = Some(Duration::from_secs(1));
+        route.backups = Some(vec!["10.0.0.9:1".parse().unwrap()]);
         let text = text_of(view(config, vec![endpoint("db:1", "10.0.0.1:1")]));
         let families = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
         let found = families.map(|family| family.split(' ').next().unwrap());

@@ -3,13 +3,16 @@
 //! It never forwards a byte. It speaks to workers by their mailboxes, and reads their counters.
 
 pub mod admin;
+mod checks;
 mod diagnosis;
 mod discovery;
+mod ends;
 mod lifecycle;
 pub mod logging;
 pub mod metrics;
 mod outages;
 pub mod survey;
+mod tiers;
 pub mod view;
 
 #[cfg(test)]
@@ -31,11 +34,12 @@ use lifecycle::Signals;
 use view::Discovered;
 pub use view::View;
 
-use crate::config::{Balance, Config, Discovery};
+use crate::config::{Balance, Config, Discovery, RouteName};
 use crate::io::net::Address;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
 use crate::proxy::RouteId;
+use crate::worker::ends::Ends;
 use crate::worker::mailbox::Mailbox;
 
 /// Threads in which the Kubernetes client looks the name of its API server up. Nothing else waits
@@ -49,6 +53,8 @@ pub struct WorkerHandle {
     pub mailbox: Arc<Mailbox>,
     /// What the worker counts.
     pub stats: Arc<WorkerStats>,
+    /// What it has to tell of sessions and requests that have ended.
+    pub ends: Arc<Ends>,
 }
 
 /// Which driver does the I/O, and why.
@@ -144,14 +150,24 @@ impl Plane {
             self.max_sessions,
             routes.iter().map(discovered).collect(),
         ));
+        let places = checks::Places::default();
         for (at, (snapshots, status)) in routes.into_iter().enumerate() {
+            let checks = checks::Checks {
+                route: Arc::clone(&self.config.routes[at]),
+                workers: self.workers.clone(),
+                snapshots: snapshots.subscribe(),
+                places: places.clone(),
+            };
+            tokio::spawn(checks.run().instrument(span_of(&self.config, at, "checks")));
             let publisher =
                 discovery::Publisher::new(self.workers.clone(), RouteId::at(at), snapshots)
                     .leaving_out(listening.clone(), Arc::clone(&status));
             discover(&self.config, at, publisher, status);
         }
         tokio::spawn(outages::log_outages(Arc::clone(&view)));
+        tokio::spawn(tiers::log_tiers(Arc::clone(&view)));
         tokio::spawn(diagnosis::run(Arc::clone(&view)));
+        tokio::spawn(ends::run(Arc::clone(&view)));
         tokio::spawn(admin::serve(admin, Arc::clone(&view)));
         Ok(lifecycle::run(&view, events).await)
     }
@@ -160,19 +176,16 @@ impl Plane {
 /// Starts discovery for the route at this place. What it logs names the route, where there are several.
 fn discover(config: &Config, at: usize, publisher: Publisher, status: Arc<Status>) {
     let route = Arc::clone(&config.routes[at]);
-    let span = if config.routes.len() == 1 {
-        Span::none()
-    } else {
-        // Of the highest level, so that it is there whatever the lines' levels are.
-        error_span!("discovery", route = route.name.as_str())
-    };
+    let span = span_of(config, at, "discovery");
     tokio::spawn(discovery::log_changes(publisher.subscribe()).instrument(span.clone()));
     if route.discovery == Discovery::Kubernetes {
         let source = kubernetes::Kubernetes::new(config, route, status);
         tokio::spawn(source.run(publisher).instrument(span));
     } else {
+        let (hosts, tiers) = route.all_backends().map(|(host, tier)| (host.clone(), tier)).unzip();
         let backends = dns::Backends {
-            hosts: route.backends.clone(),
+            hosts,
+            tiers,
             refresh: route.dns_refresh,
             first_answer_max: config.start_timeout,
             resolver: dns::SystemResolver::default(),
@@ -181,6 +194,13 @@ fn discover(config: &Config, at: usize, publisher: Publisher, status: Arc<Status
         };
         tokio::spawn(backends.run(publisher).instrument(span));
     }
+}
+
+/// What names the route at this place in the log, where there are several.
+fn span_of(config: &Config, at: usize, what: &'static str) -> Span {
+    // Of the highest level, so that it is there whatever the lines' levels are.
+    let named = |name: &RouteName| error_span!("route", what, route = name.as_str());
+    config.name_in_log(at).map_or_else(Span::none, named)
 }
 
 /// All that the process listens on. `[::]` of the admin port means both families.

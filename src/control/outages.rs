@@ -92,11 +92,11 @@ fn look(
 }
 
 /// What endpoints there are, and why none of them is usable.
-fn unusable(endpoints: &[Arc<Endpoint>]) -> String {
+pub(super) fn unusable(endpoints: &[Arc<Endpoint>]) -> String {
     if endpoints.is_empty() {
         return "there is no endpoint".to_owned();
     }
-    let why = |endpoint: &Arc<Endpoint>| format!("{}: {}", endpoint.name, why(&endpoint.stats));
+    let why = |endpoint: &Arc<Endpoint>| format!("{}: {}", endpoint.name, why(endpoint));
     let mut all: Vec<_> = endpoints.iter().take(NAMED_MAX).map(why).collect();
     if endpoints.len() > NAMED_MAX {
         all.push(format!("{} more", endpoints.len() - NAMED_MAX));
@@ -105,7 +105,10 @@ fn unusable(endpoints: &[Arc<Endpoint>]) -> String {
 }
 
 /// How an endpoint has failed last, as far as any worker knows.
-fn why(workers: &[EndpointStats]) -> &'static str {
-    let failed = workers.iter().find_map(EndpointStats::failure);
+fn why(endpoint: &Endpoint) -> &'static str {
+    if endpoint.fails_check() {
+        return "fails its checks";
+    }
+    let failed = endpoint.stats.iter().find_map(EndpointStats::failure);
     failed.map_or("not known yet", Failure::name)
 }

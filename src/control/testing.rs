@@ -56,6 +56,7 @@ pub(super) fn workers_of(routes: usize, count: usize) -> Vec<WorkerHandle> {
     let worker = || WorkerHandle {
         mailbox: Arc::new(Mailbox::new(routes).unwrap()),
         stats: Arc::new(WorkerStats::new(routes)),
+        ends: Arc::default(),
     };
     (0..count).map(|_| worker()).collect()
 }

@@ -65,7 +65,10 @@ impl RouteView<'_> {
             return Some(format!("no endpoint: {why}"));
         }
         let is_usable = endpoints.iter().any(|endpoint| usable(endpoint));
-        (!is_usable).then(|| format!("no endpoint usable: all {} are ejected", endpoints.len()))
+        let failing = endpoints.iter().filter(|endpoint| endpoint.fails_check()).count();
+        let checks = if failing > 0 { " or fail their checks" } else { "" };
+        let why = || format!("no endpoint usable: all {} are ejected{checks}", endpoints.len());
+        (!is_usable).then(why)
     }
 
     /// Why it has not started yet, one reason each.
@@ -254,9 +257,9 @@ impl View {
 }
 
 /// Whether some worker would send a session to `endpoint`. Each worker judges by its own failures,
-/// so an endpoint counts as ejected once all of them have ejected it.
+/// so an endpoint counts as ejected once all of them have ejected it; its checks are made for all.
 pub fn usable(endpoint: &Endpoint) -> bool {
-    endpoint.stats.iter().any(|stats| stats.ejected.get() == 0)
+    !endpoint.fails_check() && endpoint.stats.iter().any(|stats| stats.ejected.get() == 0)
 }
 
 /// A label for each endpoint, unique in the snapshot: its name, and the address where two share it.

@@ -14,30 +14,37 @@ use crate::fifo;
 /// The pause between two rounds of tries: what a connect waits for at most when there is room again.
 /// Half of it would cost twice as many system calls where nobody accepts.
 const RETRY_PAUSE: Duration = Duration::from_millis(2);
-/// A round ends after so many that still find no room, so that those that wait cost little however
-/// many they are.
-const FAILED_MAX: usize = 4;
 
-/// The connects that wait for room, those that have waited for longest first.
+/// The connects that wait for room. Those to one address wait for the first of them, and for nobody
+/// else: a server that accepts nothing is not to hold up another one.
 #[derive(Debug, Default)]
 pub(super) struct Crowded {
-    waiting: VecDeque<(ConnId, Address)>,
+    /// By address, of which there are as many as the configuration names.
+    lines: Vec<Line>,
     retry_at: Option<Instant>,
 }
 
-impl Crowded {
-    /// Has room for so many without allocating.
-    pub(super) fn with_capacity(conns_max: usize) -> Self {
-        Self { waiting: VecDeque::with_capacity(conns_max), retry_at: None }
-    }
+/// The connects to one address, in their order.
+#[derive(Debug)]
+struct Line {
+    address: Address,
+    waiting: VecDeque<ConnId>,
+}
 
+impl Crowded {
     /// A connect found no room.
     pub(super) fn push(&mut self, conn: ConnId, address: &Address, now: Instant) {
-        self.waiting.push_back((conn, address.clone()));
+        let at = self.lines.iter().position(|line| line.address == *address);
+        let at = at.unwrap_or_else(|| {
+            self.lines.push(Line { address: address.clone(), waiting: VecDeque::new() });
+            self.lines.len() - 1
+        });
+        self.lines[at].waiting.push_back(conn);
         self.retry_at.get_or_insert(now + RETRY_PAUSE);
     }
 
-    /// Tries again, if it is time. `connect` says whether there is still no room.
+    /// Tries again, if it is time. `connect` says whether there is still no room: then the others of that
+    /// address would find none either, so that those that wait cost little however many they are.
     pub(super) fn retry(
         &mut self,
         now: Instant,
@@ -46,18 +53,15 @@ impl Crowded {
         if self.retry_at.is_none_or(|at| now < at) {
             return;
         }
-        let mut failed = 0;
-        for _ in 0..self.waiting.len() {
-            let Some((conn, address)) = fifo::pop(&mut self.waiting) else { break };
-            if connect(conn, &address) {
-                self.waiting.push_back((conn, address));
-                failed += 1;
-                if failed == FAILED_MAX {
-                    break;
-                }
+        for Line { address, waiting } in &mut self.lines {
+            while let Some(&conn) = waiting.front()
+                && !connect(conn, address)
+            {
+                fifo::pop(waiting);
             }
         }
-        self.retry_at = (!self.waiting.is_empty()).then_some(now + RETRY_PAUSE);
+        let waits = self.lines.iter().any(|line| !line.waiting.is_empty());
+        self.retry_at = waits.then_some(now + RETRY_PAUSE);
     }
 
     /// How long the driver may sleep that may sleep for `most`.
@@ -70,32 +74,50 @@ impl Crowded {
 mod tests {
     use super::*;
 
+    /// Which are tried in a round in which there is room for so many, one after the other.
+    fn round(crowded: &mut Crowded, now: Instant, room: usize) -> Vec<usize> {
+        let mut tried = Vec::new();
+        crowded.retry(now, |conn, _| {
+            tried.push(conn.index());
+            tried.len() > room
+        });
+        tried
+    }
+
     #[test]
-    fn those_that_wait_are_tried_in_their_order_a_few_at_a_time() {
-        let mut crowded = Crowded::with_capacity(16);
-        let begun = Instant::now();
+    fn those_that_wait_are_tried_in_their_order_until_there_is_no_room() {
+        let (mut crowded, begun) = (Crowded::default(), Instant::now());
         let address: Address = "unix:/run/db.sock".parse().unwrap();
-        let round = |crowded: &mut Crowded, now, room: usize| {
-            let mut tried = Vec::new();
-            crowded.retry(now, |conn, _| {
-                tried.push(conn.index());
-                tried.len() > room
-            });
-            tried
-        };
-        for index in 0..7 {
+        for index in 0..4 {
             crowded.push(ConnId::from_parts(index, 0), &address, begun);
         }
         let minute = Duration::from_secs(60);
         assert_eq!(crowded.sleep_max(minute, begun), RETRY_PAUSE);
-        assert!(round(&mut crowded, begun, 7).is_empty(), "not before its time");
+        assert!(round(&mut crowded, begun, 4).is_empty(), "not before its time");
         let mut now = begun + RETRY_PAUSE;
-        assert_eq!(round(&mut crowded, now, 0), [0, 1, 2, 3]);
+        assert_eq!(round(&mut crowded, now, 0), [0], "the others would find none either");
         now += RETRY_PAUSE;
-        assert_eq!(round(&mut crowded, now, 3), [4, 5, 6, 0, 1, 2, 3]);
+        assert_eq!(round(&mut crowded, now, 2), [0, 1, 2]);
         assert_eq!(crowded.sleep_max(minute, now), RETRY_PAUSE);
         now += RETRY_PAUSE;
-        assert_eq!(round(&mut crowded, now, 7), [0, 1, 2, 3]);
+        assert_eq!(round(&mut crowded, now, 4), [2, 3]);
         assert_eq!(crowded.sleep_max(minute, now), minute, "nobody waits");
+    }
+
+    #[test]
+    fn those_that_wait_for_one_address_hold_up_no_other() {
+        let (mut crowded, begun) = (Crowded::default(), Instant::now());
+        let [full, free] =
+            ["unix:/run/full.sock", "unix:/run/free.sock"].map(|text| text.parse().unwrap());
+        for index in 0..1000 {
+            crowded.push(ConnId::from_parts(index, 0), &full, begun);
+        }
+        crowded.push(ConnId::from_parts(1000, 0), &free, begun);
+        let mut tried = Vec::new();
+        crowded.retry(begun + RETRY_PAUSE, |conn, address| {
+            tried.push(conn.index());
+            *address == full
+        });
+        assert_eq!(tried, [0, 1000]);
     }
 }

@@ -29,6 +29,7 @@ mod halves;
 pub mod net;
 pub mod probe;
 mod provided;
+mod restrictions;
 mod ring;
 #[cfg(test)]
 pub mod sim;
@@ -320,6 +321,11 @@ pub trait Driver {
     /// Times that moving bulk within the kernel failed, for want of descriptors or where something
     /// forbids it, since the start. It is copied then, and moved again some time later.
     fn splice_failures(&self) -> u64 {
+        0
+    }
+
+    /// Times that the kernel said what cannot be, since the start. It costs the connection that it was said of.
+    fn strays(&self) -> u64 {
         0
     }
 }

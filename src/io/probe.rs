@@ -14,6 +14,7 @@ use socket2::{Domain, Socket, Type};
 
 use super::buffers::Buffers;
 use super::provided::ProvidedBuffers;
+use super::restrictions;
 use super::uring::Rings;
 
 /// What may pass by itself is tried again for so long. The choice is for the life of the process, and
@@ -24,7 +25,10 @@ const SHORTAGE_PAUSE: Duration = Duration::from_millis(20);
 
 /// What of `io_uring` may be missing without ruling it out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "a kernel has each or lacks it")]
 pub struct Features {
+    /// Rings that refuse what no worker asks of them. Only a filter can be in the way.
+    pub restricted: bool,
     /// `DEFER_TASKRUN` (kernel 6.1): completions are run when we wait, not when they interrupt.
     pub defer_taskrun: bool,
     /// A minimum wait for batches in one system call (kernel 6.12).
@@ -99,7 +103,7 @@ pub fn uring() -> Result<Features, Denied> {
     patiently(SHORTAGE_MAX, probe_uring)
 }
 
-/// Sets up a ring with what `features` names.
+/// Sets up a ring with what `features` names, to be enabled by [`enable_ring`] once all is registered.
 pub(super) fn build_ring(features: Features, sq: u32, cq: u32) -> io::Result<IoUring> {
     let mut builder = IoUring::builder();
     builder
@@ -115,7 +119,16 @@ pub(super) fn build_ring(features: Features, sq: u32, cq: u32) -> io::Result<IoU
     } else {
         builder.setup_coop_taskrun();
     }
+    if features.restricted {
+        // Else there would be a time before the restrictions.
+        builder.setup_r_disabled();
+    }
     builder.build(sq)
+}
+
+/// Makes a ring ready for submissions, by this thread only.
+pub(super) fn enable_ring(uring: &IoUring, features: Features) -> io::Result<()> {
+    if features.restricted { restrictions::enable_restricted(uring) } else { Ok(()) }
 }
 
 /// Sets up what a worker's driver needs of the kernel, on the worker's own thread. A probe needs less,
@@ -145,9 +158,18 @@ fn patiently<T>(
     }
 }
 
-/// Sets a real ring up and moves a byte over it with every operation that cannot be done without.
+/// Tries a restricted ring first.
 fn probe_uring() -> Result<Features, Denied> {
-    let mut features = Features { defer_taskrun: true, min_wait: false, no_iowait: false };
+    match probe_ring(true) {
+        Err(denied) if !denied.may_pass() => probe_ring(false),
+        outcome => outcome,
+    }
+}
+
+/// Sets a real ring up and moves a byte over it with every operation that cannot be done without.
+fn probe_ring(restricted: bool) -> Result<Features, Denied> {
+    let mut features =
+        Features { restricted, defer_taskrun: true, min_wait: false, no_iowait: false };
     let ring = match build_ring(features, 8, 16) {
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
             features.defer_taskrun = false;
@@ -165,6 +187,7 @@ fn probe_uring() -> Result<Features, Denied> {
     let mut provided = ProvidedBuffers::register(&ring)
         .map_err(|error| denied("registering a ring of buffers", error))?;
     provided.refill(&mut buffers, false);
+    enable_ring(&ring, features).map_err(|error| denied("restricting a ring", error))?;
     connect_and_receive(ring)
         .map_err(|error| denied("a connect and a multishot accept and receive", error))?;
     Ok(features)

@@ -122,11 +122,13 @@ impl ProvidedBuffers {
         }
     }
 
-    /// The buffer that the kernel filled with `len` bytes.
+    /// The buffer that the kernel filled with `len` bytes, if it has this one. It is empty where so many do
+    /// not fit.
     pub(super) fn take(&mut self, id: u16, len: u32) -> Option<Buf> {
         let buf = self.provided.get_mut(usize::from(id))?.take()?;
         self.available -= 1;
-        Some(Buf::filled(buf.index(), len))
+        let fits = len as usize <= BUFFER_SIZE;
+        Some(Buf::filled(buf.index(), if fits { len } else { 0 }))
     }
 }
 

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use io_uring::squeue::{self, Flags};
 use io_uring::types::{CancelBuilder, Fd, Timespec};
 use io_uring::{EnterFlags, IoUring, cqueue, opcode};
+use rustix::io::Errno;
 use socket2::SockAddr;
 
 use super::probe::{self, Features};
@@ -333,4 +334,9 @@ impl Drop for Ring {
         let patience = Timespec::from(Duration::from_secs(1));
         let _ = self.uring.submitter().register_sync_cancel(Some(patience), CancelBuilder::any());
     }
+}
+
+/// The result of a completion: a count or descriptor, or the error.
+pub(super) fn result(entry: &io_uring::cqueue::Entry) -> Result<u32, Errno> {
+    u32::try_from(entry.result()).map_err(|_| Errno::from_raw_os_error(-entry.result()))
 }

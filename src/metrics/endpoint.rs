@@ -105,6 +105,15 @@ endpoint_stats! {
     unacked: Gauge, most = "aegis_endpoint_unacked_segments";
 }
 
+/// What the control thread counts of an endpoint's active checks.
+#[derive(Debug, Default)]
+pub struct CheckStats {
+    /// Checks made.
+    pub made: Counter,
+    /// Those that failed.
+    pub failed: Counter,
+}
+
 fn sum(a: u64, b: u64) -> u64 {
     a + b
 }

@@ -127,6 +127,11 @@ labels! {
 }
 
 impl CloseReason {
+    /// Whether nothing went wrong.
+    pub fn is_normal(self) -> bool {
+        matches!(self, Self::Finished | Self::ClientLeft | Self::Drained)
+    }
+
     /// Whether no endpoint could be used, and the session may have waited for one.
     pub fn is_for_want_of_endpoint(self) -> bool {
         matches!(self, Self::ConnectFailed | Self::ConnectTimeout | Self::NoEndpoint)
@@ -167,6 +172,13 @@ labels! {
         ClientGone = "client_gone",
         /// The client neither sent the rest of it nor took its answer in time.
         ClientTimeout = "client_timeout",
+    }
+}
+
+impl Outcome {
+    /// Whether nothing went wrong.
+    pub fn is_normal(self) -> bool {
+        matches!(self, Self::Answered | Self::Opaque)
     }
 }
 
@@ -290,8 +302,8 @@ labels! {
         NoEndpoint = "no_endpoint",
         /// The network: a hundredth of all segments to an endpoint had to be sent again.
         NetworkLossy = "network_lossy",
-        /// The proxy's limits: clients wait for a backend connection for a fifth of their time, or gave
-        /// up.
+        /// The proxy's limits: clients wait for a backend connection for a fifth of the time until their
+        /// first byte, or gave up.
         PoolSmall = "pool_small",
         /// The proxy's limits: nearly as many sessions are open as may be.
         SessionLimit = "session_limit",

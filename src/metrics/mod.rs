@@ -36,7 +36,7 @@ pub mod when;
 pub mod worker;
 
 pub use cells::{By, Counter, DurationTotal, Durations, Gauge, Histogram, RoundTrips};
-pub use endpoint::{EndpointCounts, EndpointStats, Failure};
+pub use endpoint::{CheckStats, EndpointCounts, EndpointStats, Failure};
 pub use family::Family;
 pub use labels::{
     Checkout, CloseReason, Direction, Discard, ErrorKind, Label, LabelSet, Outcome, PooledState,

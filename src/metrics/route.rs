@@ -29,8 +29,10 @@ counted! {
             /// Time for which clients found no usable endpoint: from the first that did until there was
             /// one and nobody waited.
             outage: DurationTotal = "aegis_outage_seconds_total" per WORKER;
-            /// Sessions that wait for a usable endpoint, or are being connected after they have waited.
+            /// Sessions that wait for a usable endpoint or a place at one, or are being connected after that.
             clients_waiting: Gauge = "aegis_clients_waiting" per WORKER;
+            /// The tier of endpoints in use: 0 is the first one, and those behind stand in for it.
+            tier: Gauge = "aegis_endpoint_tier" per WORKER if TIERS;
             /// Payload bytes received, by where they were sent on to.
             bytes: Counter [direction: Direction] = "aegis_bytes_total" per WORKER;
             /// How sessions came by their backend connections.
@@ -49,8 +51,9 @@ counted! {
             session_duration: Histogram = "aegis_session_duration_seconds";
             /// Requests that wait for a backend connection.
             queue_depth: Gauge = "aegis_queue_depth" if SHARED;
-            /// How long requests waited for a backend connection.
-            queue_wait: Histogram = "aegis_queue_wait_seconds" if SHARED;
+            /// How long sessions and requests waited for a backend connection, or until one was begun for
+            /// them.
+            queue_wait: Histogram = "aegis_queue_wait_seconds";
             /// Requests sent again because their connection was lost, by how.
             retries: Counter [reason: Retry] = "aegis_retries_total" if SHARED;
             /// Requests ended, by what they asked for and how they ended.

@@ -53,8 +53,13 @@ scraped! {
 scraped! {
     /// Of endpoints, after what workers count of them.
     ENDPOINTS {
-        /// 1 while some worker sends sessions to the endpoint, else 0.
+        /// 1 while some worker may send sessions to the endpoint, else 0.
         ENDPOINT_USABLE: Gauge = "aegis_endpoint_usable" per ROUTE, ENDPOINT;
+        /// Active checks of the endpoint.
+        ENDPOINT_CHECKS: Counter = "aegis_endpoint_checks_total" per ROUTE, ENDPOINT if CHECKS;
+        /// Those that failed.
+        ENDPOINT_CHECK_FAILURES: Counter = "aegis_endpoint_check_failures_total" per ROUTE, ENDPOINT
+            if CHECKS;
         /// How long the network takes to the endpoint and back, as the kernel measures it on
         /// connections that are sampled.
         ENDPOINT_RTT: Histogram = "aegis_endpoint_rtt_seconds" per ROUTE, ENDPOINT;
@@ -74,6 +79,8 @@ scraped! {
         DRAINING: Gauge = "aegis_draining";
         /// Lines of the log that were not read in time or could not be written.
         LOG_LINES_DROPPED: Counter = "aegis_log_lines_dropped_total";
+        /// Ends of sessions and requests that were not logged, since there were too many.
+        ENDS_DROPPED: Counter = "aegis_ends_dropped_total";
         /// The driver that does the I/O, and why this one.
         IO_DRIVER_INFO: Gauge = "aegis_io_driver_info" per DRIVER, REASON, KERNEL;
         /// The program's version and target.

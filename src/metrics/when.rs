@@ -1,7 +1,7 @@
 //! Under which conditions a metric or one of its label values is there. What can never move in the
 //! configuration at hand is not shown.
 
-use crate::config::{Locality, PoolMode, RouteConfig};
+use crate::config::{PoolMode, RouteConfig};
 
 /// A condition.
 #[derive(Debug, Clone, Copy)]
@@ -46,8 +46,20 @@ impl When {
         holds: |config| config.pool.endpoint_max.is_some() && (Self::PRECONNECT.holds)(config),
     };
     /// Near endpoints are preferred.
-    pub const LOCALITY: Self =
-        Self { text: "`AEGIS_LOCALITY` is set", holds: |config| config.locality != Locality::Off };
+    pub const LOCALITY: Self = Self {
+        text: "`AEGIS_LOCALITY` is `zone` or `node`",
+        holds: |config| config.locality.prefers_near(),
+    };
+    /// Some endpoints stand in for others.
+    pub const TIERS: Self = Self {
+        text: "`AEGIS_BACKUPS` is set, or `AEGIS_LOCALITY` is `failover`",
+        holds: RouteConfig::has_tiers,
+    };
+    /// Endpoints are checked.
+    pub const CHECKS: Self = Self {
+        text: "`AEGIS_CHECK_INTERVAL` is set",
+        holds: |config| config.check_interval.is_some(),
+    };
     /// Idle sessions end.
     pub const IDLE_TIMEOUT: Self =
         Self { text: "`AEGIS_IDLE_TIMEOUT` is set", holds: |config| config.idle_timeout.is_some() };

@@ -27,6 +27,9 @@ counted! {
             /// Times that moving bulk within the kernel failed, for want of descriptors or of
             /// permission; it is copied for a second then.
             splice_failures: Counter = "aegis_splice_failures_total" per WORKER;
+            /// Completions of the kernel that answer nothing, or cannot be true: a fault of its own, which
+            /// costs the connection that they name.
+            strays: Counter = "aegis_stray_completions_total" per WORKER;
             /// Buffers now holding bytes in flight.
             buffers_in_use: Gauge = "aegis_buffers_in_use" per WORKER;
             /// Time for which the worker was ready to run and waited for a core, or for its CPU quota.

@@ -49,6 +49,11 @@ macro_rules! protocols {
                 match self { $(Self::$name => $module::$name::write_error(error, text, space),)+ }
             }
 
+            /// See [`Protocol::is_live`].
+            pub fn is_live(self, reply: &[u8]) -> Option<bool> {
+                match self { $(Self::$name => $module::$name::is_live(reply),)+ }
+            }
+
             /// See [`Protocol::is_success`].
             pub fn is_success(self, reply: &[u8]) -> bool {
                 match self { $(Self::$name => $module::$name::is_success(reply),)+ }

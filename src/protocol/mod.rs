@@ -115,6 +115,12 @@ pub trait Protocol: fmt::Debug + Sized {
         space: &mut dyn Write,
     ) -> io::Result<()>;
 
+    /// Whether the reply to the liveness request says that the server is well, if these first bytes of it
+    /// are enough to tell.
+    fn is_live(_reply: &[u8]) -> Option<bool> {
+        unreachable!("there is no request for that")
+    }
+
     /// Whether one store's reply to a request that goes to all of them says that all is well.
     fn is_success(_reply: &[u8]) -> bool {
         unreachable!("no request of this protocol goes to all stores")
@@ -144,7 +150,8 @@ pub struct Facts {
     pub ends_after_error: bool,
     /// The variables that are there for it and for others like it.
     pub variables: &'static [&'static str],
-    /// A request that changes nothing and that any server answers at once, if there is one.
+    /// A request that changes nothing and that any server answers at once, if there is one. In it
+    /// `{path}` stands for what users would have it ask for, and `{host}` for the server's address.
     pub liveness_request: Option<&'static [u8]>,
 }
 

@@ -4,6 +4,8 @@
 
 /// What stands in place of a version of the protocol.
 const CANCEL: u32 = 80_877_102;
+/// Likewise, to ask whether the server encrypts: `SSLRequest` and `GSSENCRequest`.
+const NEGOTIATIONS: [u32; 2] = [80_877_103, 80_877_104];
 /// Length, code and process id.
 const HEAD: usize = 12;
 /// The secret's length: 4 before version 3.2 of the protocol.
@@ -12,16 +14,24 @@ const SECRET_MAX: usize = 256;
 /// The longest such request.
 pub const CANCEL_REQUEST_MAX: usize = HEAD + SECRET_MAX;
 
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    let word = bytes.get(at..at + 4)?.try_into().ok()?;
+    Some(u32::from_be_bytes(word))
+}
+
+/// Whether the first bytes of a client ask for encryption. If the server has none, the client begins
+/// again: a cancel request may follow.
+pub fn is_negotiation(bytes: &[u8]) -> bool {
+    let code = word(bytes, 4).filter(|code| NEGOTIATIONS.contains(code));
+    bytes.len() == 8 && word(bytes, 0) == Some(8) && code.is_some()
+}
+
 /// Whether the first bytes of a client are a request to cancel, and nothing else. Clients send one in
 /// one piece; in several it is not recognized.
 pub fn is_cancel_request(bytes: &[u8]) -> bool {
-    let word = |at: usize| {
-        let word = bytes.get(at..at + 4).and_then(|word| word.try_into().ok());
-        word.map(u32::from_be_bytes)
-    };
     (HEAD + 4..=CANCEL_REQUEST_MAX).contains(&bytes.len())
-        && word(0) == Some(bytes.len() as u32)
-        && word(4) == Some(CANCEL)
+        && word(bytes, 0) == Some(bytes.len() as u32)
+        && word(bytes, 4) == Some(CANCEL)
 }
 
 #[cfg(test)]
@@ -46,6 +56,12 @@ mod tests {
         for (code, rest, what) in others {
             assert!(!is_cancel_request(&message(code, &rest)), "{what}");
         }
+        for code in NEGOTIATIONS {
+            let asks = message(code, &[]);
+            assert!(is_negotiation(&asks) && !is_negotiation(&asks[..7]));
+            assert!(!is_negotiation(&[&asks[..], &asks].concat()), "something follows");
+        }
+        assert!(!is_negotiation(&message(CANCEL, &[])));
         let whole = message(CANCEL, &[0; 8]);
         for len in 0..whole.len() {
             assert!(!is_cancel_request(&whole[..len]), "{len} bytes");

@@ -54,6 +54,25 @@ fn a_liveness_request_changes_nothing_and_goes_to_one_endpoint() {
 }
 
 #[test]
+fn the_first_line_of_a_reply_says_whether_a_server_is_well() {
+    for (protocol, reply, expected) in [
+        (ProtocolName::Chronos, "", None),
+        (ProtocolName::Chronos, "PON", None),
+        (ProtocolName::Chronos, "PONG\n", Some(true)),
+        (ProtocolName::Chronos, "ERR_UNKNOWN_COMMAND\n", Some(false)),
+        (ProtocolName::Http1, "HTTP/1.1 200 OK", None),
+        (ProtocolName::Http1, "HTTP/1.1 200 OK\r\n", Some(true)),
+        (ProtocolName::Http1, "HTTP/1.0 302 Found\n", Some(true)),
+        (ProtocolName::Http1, "HTTP/1.1 503 Away\r\n", Some(false)),
+        (ProtocolName::Http1, "HTTP/1.1 2000 OK\r\n", Some(false)),
+        (ProtocolName::Http1, "SSH-2.0-x 200 200\r\n", Some(false)),
+        (ProtocolName::Http1, "\n", Some(false)),
+    ] {
+        assert_eq!(protocol.is_live(reply.as_bytes()), expected, "{protocol}: {reply:?}");
+    }
+}
+
+#[test]
 fn requests_are_counted_under_the_words_they_begin_with() {
     let lines = ["PING", "GET k", "SET k v", "DEL k", "COMPACT"].map(|line| format!("{line}\n"));
     let heads = ["GET", "HEAD", "POST", "PUT", "DELETE"]

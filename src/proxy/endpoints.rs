@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
+use serde::{Deserialize, Serialize};
+
 use super::places::Places;
 use super::{RouteId, WorkerId};
 use crate::io::net::Address;
-use crate::metrics::EndpointStats;
+use crate::metrics::{CheckStats, EndpointStats};
 
 /// Names an endpoint within one worker, which keeps the number as long as anything refers to it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -32,6 +34,44 @@ impl From<EndpointId> for usize {
     }
 }
 
+/// The rank of an endpoint: it is chosen only while no endpoint of a lower tier is usable.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
+#[serde(try_from = "u8")]
+pub struct Tier(u8);
+
+impl Tier {
+    /// The one that is used while it can be.
+    pub const FIRST: Self = Self(0);
+    /// So many there are at most: the own zone, its region, and elsewhere.
+    pub const COUNT_MAX: usize = 3;
+
+    /// The tier behind so many others.
+    ///
+    /// # Panics
+    /// They are [`Tier::COUNT_MAX`] or more.
+    pub const fn at(index: usize) -> Self {
+        assert!(index < Self::COUNT_MAX, "more tiers than there can be");
+        Self(index as u8)
+    }
+}
+
+impl TryFrom<u8> for Tier {
+    type Error = &'static str;
+
+    fn try_from(number: u8) -> Result<Self, Self::Error> {
+        let is_one = usize::from(number) < Self::COUNT_MAX;
+        is_one.then_some(Self(number)).ok_or("more tiers than there can be")
+    }
+}
+
+impl From<Tier> for usize {
+    fn from(tier: Tier) -> Self {
+        tier.0.into()
+    }
+}
+
 /// One backend address, shared by all workers.
 #[derive(Debug)]
 pub struct Endpoint {
@@ -40,6 +80,9 @@ pub struct Endpoint {
     /// Where to connect.
     pub address: Address,
     near: AtomicBool,
+    fails_check: AtomicBool,
+    /// Its active checks, which the control thread counts.
+    pub checks: CheckStats,
     /// The first of the workers that keep its minimum of idle connections.
     first_worker: usize,
     /// Its counters, one block per worker, indexed by worker.
@@ -65,9 +108,18 @@ impl Endpoint {
         workers: usize,
     ) -> Arc<Self> {
         let stats = (0..workers).map(|_| EndpointStats::default()).collect();
-        let (name, near) = (name.into(), AtomicBool::new(false));
         let (places, idle_places) = (Places::new(workers), Places::new(workers));
-        Arc::new(Self { name, address, near, first_worker: number, stats, places, idle_places })
+        Arc::new(Self {
+            name: name.into(),
+            address,
+            near: AtomicBool::new(false),
+            fails_check: AtomicBool::new(false),
+            checks: CheckStats::default(),
+            first_worker: number,
+            stats,
+            places,
+            idle_places,
+        })
     }
 
     /// How many of `count` connections to it, which all workers keep together, are this worker's.
@@ -80,9 +132,24 @@ impl Endpoint {
         count / workers + usize::from(place < count % workers)
     }
 
+    /// Whether any worker has sessions on it.
+    pub fn has_sessions(&self) -> bool {
+        self.stats.iter().any(|stats| stats.sessions_active.get() > 0)
+    }
+
     /// Whether it is preferred because it is near.
     pub fn is_near(&self) -> bool {
         self.near.load(Relaxed)
+    }
+
+    /// Whether its active checks say that it is not to be used. Workers look when a snapshot comes.
+    pub fn fails_check(&self) -> bool {
+        self.fails_check.load(Relaxed)
+    }
+
+    /// For the checks alone, which deliver the latest snapshot again.
+    pub fn set_fails_check(&self, fails: bool) {
+        self.fails_check.store(fails, Relaxed);
     }
 
     /// For discovery alone. It is advice that may change while the endpoint stays the same one,
@@ -105,9 +172,18 @@ pub struct EndpointSnapshot {
     pub generation: u64,
     /// The endpoints, at most [`crate::limits::ENDPOINTS_MAX`].
     pub endpoints: Vec<Arc<Endpoint>>,
+    /// Their tiers, in the same order; those beyond its end are of the first one.
+    pub tiers: Vec<Tier>,
     /// Where keys say where a request goes: all stores that share the keys, in the order in which
     /// they were declared. Nothing but these names says which of them holds a key.
     pub stores: Vec<Store>,
+}
+
+impl EndpointSnapshot {
+    /// The tier of the endpoint at this place.
+    pub fn tier_of(&self, at: usize) -> Tier {
+        self.tiers.get(at).copied().unwrap_or_default()
+    }
 }
 
 /// One of the stores that share the keys. It holds its keys whether it is there or not: what it

@@ -56,19 +56,35 @@ pub struct Health {
     weight: u32,
     failed_at: Option<Instant>,
     ejections: u32,
+    fails_check: bool,
 }
 
 impl Default for Health {
     fn default() -> Self {
         let state = State::Usable { since: None };
-        Self { state, failures: 0, weight: 0, failed_at: None, ejections: 0 }
+        Self { state, failures: 0, weight: 0, failed_at: None, ejections: 0, fails_check: false }
     }
 }
 
 impl Health {
     /// Whether sessions may be sent there.
     pub fn is_usable(&self) -> bool {
+        self.is_admitted() && !self.fails_check
+    }
+
+    /// Whether it is not ejected.
+    fn is_admitted(&self) -> bool {
         matches!(self.state, State::Usable { .. })
+    }
+
+    /// Whether its active checks, which the control thread makes, fail.
+    pub fn fails_check(&self) -> bool {
+        self.fails_check
+    }
+
+    /// Its active checks fail from now on, or pass.
+    pub fn set_fails_check(&mut self, fails: bool) {
+        self.fails_check = fails;
     }
 
     /// Failures since the last success.
@@ -81,9 +97,9 @@ impl Health {
         self.weight
     }
 
-    /// Whether it is usable and nothing is held against it.
+    /// Whether it is not ejected and no failure is held against it.
     pub fn is_sound(&self) -> bool {
-        self.is_usable() && self.failures == 0 && self.weight == 0
+        self.is_admitted() && self.failures == 0 && self.weight == 0
     }
 
     /// A byte came from it on a connection made at `made`. Says whether that re-admits the endpoint.
@@ -92,7 +108,7 @@ impl Health {
         if self.failed_at.is_some_and(|at| made < at) {
             return false;
         }
-        let readmitted = !self.is_usable();
+        let readmitted = !self.is_admitted();
         if readmitted {
             self.state = State::Usable { since: Some(now) };
         }
@@ -103,7 +119,7 @@ impl Health {
 
     /// A session without a byte from it has lasted.
     pub fn on_lasted(&mut self) {
-        if self.is_usable() {
+        if self.is_admitted() {
             self.failures = 0;
             self.weight = 0;
         }
@@ -162,6 +178,16 @@ impl Health {
         let until = now + time.mul_f64(0.8 + 0.4 * rng.f64());
         self.state = State::Ejected { until };
         true
+    }
+
+    /// Ejects it, however few its failures are: nobody but a probe is to find out whether it is well.
+    /// Says whether it was usable.
+    pub fn eject(&mut self, config: &HealthConfig, now: Instant, rng: &mut fastrand::Rng) -> bool {
+        if !self.is_admitted() {
+            return false;
+        }
+        self.failures = self.failures.max(config.eject_failures.saturating_sub(1));
+        self.on_failure(config, now, rng)
     }
 
     /// The probe could not be made, for a reason on this side; another one is due a little later.

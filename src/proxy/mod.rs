@@ -6,6 +6,8 @@
 pub mod admission;
 mod backoff;
 pub mod balance;
+pub mod check;
+pub mod cut;
 pub mod endpoints;
 pub mod health;
 pub mod line;

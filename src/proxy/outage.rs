@@ -63,6 +63,8 @@ impl Outage {
 pub struct Recovery {
     backoff: Backoff,
     failed_at: Option<Instant>,
+    /// Its latest connect has failed.
+    is_unreachable: bool,
     /// Sessions' connects under way.
     connecting: u32,
     /// So many may be, for those that wait.
@@ -72,7 +74,7 @@ pub struct Recovery {
 impl Default for Recovery {
     fn default() -> Self {
         let backoff = Backoff::default();
-        Self { backoff, failed_at: None, connecting: 0, connecting_max: 1 }
+        Self { backoff, failed_at: None, is_unreachable: false, connecting: 0, connecting_max: 1 }
     }
 }
 
@@ -80,6 +82,11 @@ impl Recovery {
     /// Whether a connect has failed just now, so that none is made for a while.
     pub(super) fn backs_off(&self, now: Instant) -> bool {
         self.backoff.is_on(now)
+    }
+
+    /// Whether the latest connect has failed, however long ago.
+    pub(super) fn is_unreachable(&self) -> bool {
+        self.is_unreachable
     }
 
     /// Whether one more connect may be made for a session that waits.
@@ -101,6 +108,7 @@ impl Recovery {
     /// A connect has succeeded.
     pub fn on_connected(&mut self) {
         self.backoff.end();
+        self.is_unreachable = false;
         self.connecting_max = (self.connecting_max + 1).min(WAITING_CONNECTS_MAX);
     }
 
@@ -113,6 +121,11 @@ impl Recovery {
         self.failed_at = Some(now);
         self.connecting_max = 1;
         self.backoff.on_failed(now, rng);
+    }
+
+    /// A connect has failed, which is reported as a failure as well.
+    pub fn on_unreachable(&mut self) {
+        self.is_unreachable = true;
     }
 
     /// A byte has come from the endpoint on a connection made since it failed.

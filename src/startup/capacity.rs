@@ -10,7 +10,8 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 
 use crate::config::{Config, Discovery, RouteConfig};
 use crate::limits::{
-    ADMIN_CONNECTIONS, DESCRIPTORS_RESERVED, PIPES_MAX, POOL_CONNS_MAX, SESSIONS_AUTO_MAX,
+    ADMIN_CONNECTIONS, CHECKS_MAX, DESCRIPTORS_RESERVED, PIPES_MAX, POOL_CONNS_MAX,
+    SESSIONS_AUTO_MAX,
 };
 
 /// What the process has room for.
@@ -87,6 +88,8 @@ struct DescriptorUsers {
     kubernetes: usize,
     /// Configured names, each of which may be looked up at any time.
     names: usize,
+    /// Whether endpoints are checked.
+    checks: bool,
 }
 
 impl DescriptorUsers {
@@ -100,6 +103,7 @@ impl DescriptorUsers {
             pool_conns: pool_conns.min(POOL_CONNS_MAX),
             kubernetes: routes().filter(by_kubernetes).count(),
             names: routes().filter(|route| !by_kubernetes(route)).map(|route| route.names()).sum(),
+            checks: routes().any(|route| route.check_interval.is_some()),
         }
     }
 }
@@ -170,12 +174,14 @@ fn descriptors_needed(
 ) -> DescriptorsNeeded {
     let [workers, listeners] = [users.workers, users.listeners].map(|n| n as u64);
     let kubernetes = users.kubernetes as u64 * KUBERNETES_DESCRIPTORS;
+    let checks = if users.checks { CHECKS_MAX as u64 } else { 0 };
+    let names = users.names as u64 * DESCRIPTORS_PER_NAME;
     DescriptorsNeeded {
         sessions: max_sessions as u64 * DESCRIPTORS_PER_SESSION,
         pools: workers * pool_conns,
         workers: workers * (listeners + DESCRIPTORS_PER_WORKER),
         admin: ADMIN_CONNECTIONS as u64,
-        control: CONTROL_DESCRIPTORS + kubernetes + users.names as u64 * DESCRIPTORS_PER_NAME,
+        control: CONTROL_DESCRIPTORS + kubernetes + names + checks,
         standard: STANDARD_DESCRIPTORS,
         slack: SLACK_DESCRIPTORS,
     }
@@ -237,8 +243,14 @@ mod tests {
     use super::*;
     use crate::limits::ENDPOINTS_MAX;
 
-    const USERS: DescriptorUsers =
-        DescriptorUsers { workers: 4, listeners: 2, pool_conns: 64 * 6, kubernetes: 0, names: 0 };
+    const USERS: DescriptorUsers = DescriptorUsers {
+        workers: 4,
+        listeners: 2,
+        pool_conns: 64 * 6,
+        kubernetes: 0,
+        names: 0,
+        checks: false,
+    };
     /// 4 × (5 + 2 + 2 × 16 + 16) + 32 + 32 + 3 + 64. All pools together may come to hold 4 × 64 × 6.
     const FIXED: u64 = 220 + 131;
 
@@ -311,6 +323,7 @@ mod tests {
         let needed = |users| descriptors_needed(0, 0, users).control;
         assert_eq!(needed(&users), needed(&USERS) + 16);
         assert_eq!(needed(&DescriptorUsers { names: 100, ..USERS }), needed(&USERS) + 200);
+        assert_eq!(needed(&DescriptorUsers { checks: true, ..USERS }), needed(&USERS) + 32);
     }
 
     #[test]

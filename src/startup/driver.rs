@@ -72,6 +72,9 @@ impl Choice {
 /// What works of `io_uring`, by what does not.
 fn describe(features: Features) -> String {
     let mut missing = Vec::new();
+    if !features.restricted {
+        missing.push("restrictions of its rings (denied)");
+    }
     if !features.defer_taskrun {
         missing.push("DEFER_TASKRUN (kernel 6.1)");
     }

@@ -5,12 +5,15 @@ use std::io;
 use super::capacity::CapacityError;
 use super::driver::Unavailable;
 use super::listeners::ListenError;
+use crate::config::ConfigErrors;
 use crate::worker::WorkerError;
 
 /// Why the process cannot start.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 pub enum StartError {
+    /// The configuration does not go together on this host.
+    Config(#[from] ConfigErrors),
     /// The descriptors do not suffice.
     Capacity(#[from] CapacityError),
     /// The driver that is demanded does not work here.
@@ -28,7 +31,7 @@ impl StartError {
     /// the next start.
     pub fn is_configuration(&self) -> bool {
         let kind = match self {
-            Self::Capacity(_) | Self::Driver(_) => return true,
+            Self::Config(_) | Self::Capacity(_) | Self::Driver(_) => return true,
             Self::Worker(_) => return false,
             Self::Listen(error) => error.kind(),
             Self::Io(error) => error.kind(),

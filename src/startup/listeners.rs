@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::socket_file::{self, Access, SocketFile};
-use crate::config::Config;
+use crate::config::{Config, RouteName};
 use crate::io::net::{Address, Options};
 use crate::limits::LISTEN_BACKLOG;
 use crate::proxy::RouteId;
@@ -27,15 +27,31 @@ const IN_USE_PAUSE_UNIX: Duration = Duration::from_millis(100);
 
 /// A listening socket could not be had.
 #[derive(Debug, thiserror::Error)]
-pub enum ListenError {
+#[error("{variable}: {failure}")]
+pub struct ListenError {
+    /// By which the address is set: a route's own, where there are several.
+    variable: String,
+    failure: ListenFailure,
+}
+
+impl ListenError {
+    /// What kind of failure it is.
+    pub fn kind(&self) -> io::ErrorKind {
+        self.failure.kind()
+    }
+}
+
+/// Why an address cannot be listened at.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenFailure {
     /// Somebody else listens there.
-    #[error("AEGIS_LISTEN: {0} is in use by another program; stop it or choose another {kind}", kind = kind(.0))]
+    #[error("{0} is in use by another program; stop it or choose another {kind}", kind = kind(.0))]
     InUse(Address),
     /// Every address is of a family that the host lacks.
-    #[error("AEGIS_LISTEN: the host has none of the address families of {list}", list = list(.0))]
+    #[error("the host has none of the address families of {list}", list = list(.0))]
     NoFamily(Vec<Address>),
     /// Anything else.
-    #[error("AEGIS_LISTEN: cannot listen on {0}: {1}")]
+    #[error("cannot listen on {0}: {1}")]
     Other(Address, #[source] io::Error),
 }
 
@@ -47,7 +63,7 @@ fn list(addresses: &[Address]) -> String {
     addresses.iter().map(Address::to_string).collect::<Vec<_>>().join(", ")
 }
 
-impl ListenError {
+impl ListenFailure {
     /// What kind of failure it is.
     pub fn kind(&self) -> io::ErrorKind {
         match self {
@@ -80,7 +96,11 @@ pub fn listen_by_route(config: &Config, workers: usize) -> Result<Listeners, Lis
     let mut routes = Vec::new();
     for (number, route) in config.routes.iter().enumerate() {
         let access = Access { mode: route.socket_mode, owner: route.socket_owner };
-        let own = listen(&route.listen, workers, &socket_options(route), access)?;
+        let in_log = config.name_in_log(number).map(RouteName::as_str);
+        let _named = in_log.map(|route| tracing::error_span!("listening", route).entered());
+        let own = listen(&route.listen, workers, &socket_options(route), access);
+        let variable = || config.name_to_set("AEGIS_LISTEN", number);
+        let own = own.map_err(|failure| ListenError { variable: variable(), failure })?;
         routes.resize(routes.len() + own.addresses.len(), RouteId::at(number));
         all.addresses.extend(own.addresses);
         all.files.extend(own.files);
@@ -103,7 +123,7 @@ pub fn listen(
     workers: usize,
     options: &Options,
     access: Access,
-) -> Result<Listeners, ListenError> {
+) -> Result<Listeners, ListenFailure> {
     let mut listeners = Listeners::none(workers);
     for address in addresses {
         let added = match address {
@@ -116,13 +136,13 @@ pub fn listen(
                 tracing::warn!(%address, %error, "not listening: the host lacks the address family");
             }
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                return Err(ListenError::InUse(address.clone()));
+                return Err(ListenFailure::InUse(address.clone()));
             }
-            Err(error) => return Err(ListenError::Other(address.clone(), error)),
+            Err(error) => return Err(ListenFailure::Other(address.clone(), error)),
         }
     }
     if listeners.addresses.is_empty() {
-        return Err(ListenError::NoFamily(addresses.to_vec()));
+        return Err(ListenFailure::NoFamily(addresses.to_vec()));
     }
     listeners.routes = vec![RouteId::default(); listeners.addresses.len()].into();
     Ok(listeners)
@@ -227,7 +247,11 @@ mod tests {
 
     const ACCESS: Access = Access { mode: SocketMode::DEFAULT, owner: None };
 
-    fn listen_to(text: &str, workers: usize, options: &Options) -> Result<Listeners, ListenError> {
+    fn listen_to(
+        text: &str,
+        workers: usize,
+        options: &Options,
+    ) -> Result<Listeners, ListenFailure> {
         listen(&[text.parse().unwrap()], workers, options, ACCESS)
     }
 
@@ -238,7 +262,7 @@ mod tests {
         assert_ne!(address.tcp().unwrap().port(), 0);
         assert_eq!(listeners.sets.iter().map(Vec::len).collect::<Vec<_>>(), [1, 1, 1]);
         let error = listen_to(&address.to_string(), 1, &Options::default()).unwrap_err();
-        assert!(matches!(&error, ListenError::InUse(a) if a == address), "{error}");
+        assert!(matches!(&error, ListenFailure::InUse(a) if a == address), "{error}");
     }
 
     #[test]
@@ -248,12 +272,29 @@ mod tests {
         let listeners = listen_to(&text, 3, &Options::default()).unwrap();
         assert_eq!(listeners.sets.iter().map(Vec::len).collect::<Vec<_>>(), [1, 1, 1]);
         let error = listen_to(&text, 1, &Options::default()).unwrap_err();
-        let what = format!(
-            "AEGIS_LISTEN: {text} is in use by another program; stop it or choose another path"
-        );
+        let what = format!("{text} is in use by another program; stop it or choose another path");
         assert_eq!(error.to_string(), what);
         drop(listeners);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn an_address_that_is_in_use_names_the_variable_of_its_route() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let taken = taken.local_addr().unwrap().to_string();
+        let error = |vars: &[(&str, &str)]| {
+            let owned = vars.iter().map(|&(name, text)| (name.to_owned(), text.to_owned()));
+            let config = Config::from_vars(owned).unwrap();
+            listen_by_route(&config, 1).unwrap_err().to_string()
+        };
+        let what = format!("{taken} is in use by another program; stop it or choose another port");
+        assert_eq!(error(&[("AEGIS_LISTEN", &taken)]), format!("AEGIS_LISTEN: {what}"));
+        let two = [
+            ("AEGIS_ROUTES", "orders,cache-eu"),
+            ("AEGIS_ORDERS__LISTEN", "127.0.0.1:0"),
+            ("AEGIS_CACHE_EU__LISTEN", &taken),
+        ];
+        assert_eq!(error(&two), format!("AEGIS_CACHE_EU__LISTEN: {what}"));
     }
 
     #[test]

@@ -44,6 +44,7 @@ pub fn cpu_quota() -> Option<String> {
 /// # Errors
 /// They do not allow what is configured.
 pub fn decide(config: &Config) -> Result<Decisions, StartError> {
+    config.check_files()?;
     let nofile = capacity::raise_nofile()?;
     let driver = driver::choose(config.io)?;
     let plan = cores::plan(config.workers, config.pin, &config.resources);

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::config::{SocketMode, SocketOwner};
+use crate::io::net::refuse_descriptors;
 use crate::limits::LISTEN_BACKLOG;
 
 /// Whoever may read a directory may lock it, and holds nobody up for longer than this.
@@ -51,6 +52,8 @@ pub(super) fn listen(path: &Path, access: Access) -> io::Result<(Socket, SocketF
     let _lock = lock(directory)?;
     make_room(path)?;
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // Before anybody can send some. Older kernels cannot do it.
+    let _ = refuse_descriptors(&socket);
     socket.bind(&SockAddr::unix(path)?).map_err(|error| match error.kind() {
         ErrorKind::PermissionDenied => {
             explained(&error, format!("this user may not create files in {}", directory.display()))

@@ -15,6 +15,7 @@ use crate::io::net::Address;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
 use crate::proxy::RouteId;
+use crate::worker::ends::Ends;
 use crate::worker::mailbox::Mailbox;
 use crate::worker::{Prepared, WorkerSetup};
 
@@ -52,6 +53,7 @@ pub fn start_workers(
     let mailboxes: Arc<[_]> = (0..workers)
         .map(|_| Mailbox::new(config.routes.len()).map(Arc::new))
         .collect::<Result<_, _>>()?;
+    let ends: Vec<Arc<Ends>> = (0..workers).map(|_| Arc::default()).collect();
     let (alive, exited) = mpsc::channel(1);
     let listening = Listening::new(addresses.clone());
     for (index, (worker, listeners)) in prepared.into_iter().zip(sets).enumerate() {
@@ -64,15 +66,17 @@ pub fn start_workers(
             pool_conns_max: capacity.pool_conns_max,
             mailboxes: Arc::clone(&mailboxes),
             stats: Arc::clone(&stats),
+            ends: Arc::clone(&ends[index]),
             started,
             listening: listening.clone(),
             exited: alive.clone(),
         })?;
     }
-    let handle = |(mailbox, stats): (&Arc<_>, &Arc<_>)| WorkerHandle {
-        mailbox: Arc::clone(mailbox),
-        stats: Arc::clone(stats),
+    let handle = |(index, ends)| WorkerHandle {
+        mailbox: Arc::clone(&mailboxes[index]),
+        stats: Arc::clone(&stats[index]),
+        ends,
     };
-    let handles = mailboxes.iter().zip(&*stats).map(handle).collect();
+    let handles = ends.into_iter().enumerate().map(handle).collect();
     Ok(Workers { handles, exited, addresses, routes, files })
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::drain::Drain;
+use super::ends::Ends;
 use super::load::Load;
 use super::mailbox::Command;
 use super::owners::Owners;
@@ -19,6 +20,8 @@ pub(super) struct Context<D> {
     pub(super) worker: WorkerId,
     pub(super) driver: D,
     pub(super) stats: Arc<WorkerStats>,
+    /// Where it tells of those that have ended.
+    pub(super) ends: Arc<Ends>,
     pub(super) timers: Timers,
     pub(super) rng: fastrand::Rng,
     /// The time of this turn.
@@ -102,6 +105,7 @@ impl<D: Driver> Context<D> {
         stats.buffer_waits.add(self.driver.buffer_waits() - stats.buffer_waits.get());
         let failures = self.driver.splice_failures() - stats.splice_failures.get();
         stats.splice_failures.add(failures);
+        stats.strays.add(self.driver.strays() - stats.strays.get());
         let in_use = self.driver.buffers_provided();
         let buffers = self.driver.buffers();
         stats.buffers_in_use.set(u64::from(buffers.capacity() - buffers.free() - in_use));

@@ -7,6 +7,7 @@ use super::acceptor::Acceptor;
 use super::contention::CoreTimes;
 use super::context::Context;
 use super::drain::Drain;
+use super::ends::Ends;
 use super::load::Load;
 use super::mail::Mail;
 use super::mailbox::{Command, Mailbox};
@@ -40,6 +41,8 @@ pub struct EngineSetup {
     pub mailboxes: Arc<[Arc<Mailbox>]>,
     /// The counters of all workers, its own at its number.
     pub stats: Arc<[Arc<WorkerStats>]>,
+    /// Where it tells of those that have ended.
+    pub ends: Arc<Ends>,
     /// When the process started.
     pub started: Instant,
     /// Where backends cannot be.
@@ -71,6 +74,7 @@ impl<D: Driver> Engine<D> {
         let cx = Context {
             worker,
             stats: Arc::clone(&setup.stats[usize::from(worker)]),
+            ends: setup.ends,
             owners: Owners::with_capacity(conns_max),
             timers: Timers::new(conns_max, now),
             rng: fastrand::Rng::with_seed(setup.seed),

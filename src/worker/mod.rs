@@ -34,6 +34,7 @@ pub mod batch;
 pub mod contention;
 mod context;
 mod drain;
+pub mod ends;
 pub mod engine;
 mod flush;
 mod handover;
@@ -50,6 +51,7 @@ pub mod timers;
 mod turn;
 
 use contention::CoreTimes;
+use ends::Ends;
 use engine::{Engine, EngineSetup};
 use mailbox::Mailbox;
 
@@ -72,6 +74,8 @@ pub struct WorkerSetup {
     pub mailboxes: Arc<[Arc<Mailbox>]>,
     /// The counters of all workers, its own at `index`.
     pub stats: Arc<[Arc<WorkerStats>]>,
+    /// Where it tells of those that have ended.
+    pub ends: Arc<Ends>,
     /// When the process started.
     pub started: Instant,
     /// Where backends cannot be.
@@ -199,6 +203,7 @@ fn serve<D: Driver>(driver: D, setup: WorkerSetup, started: &mpsc::Sender<io::Re
             pool_conns_max: setup.pool_conns_max,
             mailboxes: setup.mailboxes,
             stats: setup.stats,
+            ends: setup.ends,
             started: setup.started,
             listening: setup.listening,
             core_times: CoreTimes::of_this_thread(),

@@ -14,7 +14,7 @@ use crate::io::sim::{ID_BYTES, Peer, Reachability, Sim, UNTOLD_BUFFERS_MAX};
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::{CloseReason, LabelSet, RouteStats, WorkerStats};
-use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
+use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store, Tier};
 use crate::proxy::{RouteId, WorkerId};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -27,6 +27,7 @@ pub(super) struct Run {
     mailbox: Arc<Mailbox>,
     pub(super) stats: Arc<RouteStats>,
     pub(super) endpoints: Vec<Arc<Endpoint>>,
+    tiers: Vec<Tier>,
     generation: u64,
     pub(super) rng: fastrand::Rng,
     buffers: u32,
@@ -52,6 +53,8 @@ impl Run {
         }
         route.idle_timeout = idle_timeout;
         route.balance = [Balance::LeastConn, Balance::PeakEwma][sessions_max % 2];
+        route.backend_drain =
+            [None, None, Some(Duration::ZERO), Some(SECOND)][sessions_max / 2 % 4];
         route.half_close_timeout = timeouts.then_some(3 * SECOND);
         // Short of buffers, or with plenty.
         let buffers = if lean { 6 * sessions_max + 64 } else { limits::buffers_max(sessions_max) };
@@ -89,6 +92,7 @@ impl Run {
             pool_conns_max: limits::POOL_CONNS_MAX,
             mailboxes: Arc::new([Arc::clone(&mailbox)]),
             stats: Arc::new([Arc::clone(&stats)]),
+            ends: Arc::default(),
             started: Instant::now(),
             listening: Listening::default(),
             core_times: CoreTimes::none(),
@@ -98,6 +102,7 @@ impl Run {
             engine: Engine::new(sim, setup),
             mailbox,
             stats: Arc::clone(&stats.routes[0]),
+            tiers: vec![Tier::FIRST; endpoints.len()],
             endpoints,
             generation: 0,
             rng,
@@ -121,7 +126,11 @@ impl Run {
             why: None,
         });
         let stores = stores.collect();
-        self.mailbox.deliver(Arc::new(EndpointSnapshot { route, generation, endpoints, stores }));
+        let of = |endpoint| self.endpoints.iter().position(|one| Arc::ptr_eq(one, endpoint));
+        let tiers = endpoints.iter().map(|one| of(one).map_or(Tier::FIRST, |at| self.tiers[at]));
+        let tiers = tiers.collect();
+        let snapshot = EndpointSnapshot { route, generation, endpoints, tiers, stores };
+        self.mailbox.deliver(Arc::new(snapshot));
         self.engine.driver().wake();
     }
 
@@ -368,12 +377,130 @@ fn outage(seed: u64) -> (u64, u64) {
     (waited, run.stats.closed(CloseReason::ConnectFailed))
 }
 
+/// The same with few places: once endpoints are back, those that wait do so for a place at a full one,
+/// and all are served as sessions end.
+fn outage_with_few_places(seed: u64) -> (u64, u64) {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
+    let route = Arc::make_mut(&mut config.routes[0]);
+    route.endpoint_wait = 30 * SECOND;
+    route.pool.min_idle = rng.usize(..2);
+    route.pool.endpoint_max = Some(rng.usize(1..4));
+    route.requests.queue_timeout = 600 * SECOND;
+    // Whoever stalls holds a place for no longer.
+    route.idle_timeout = Some(5 * SECOND);
+    let clients = rng.usize(1..40);
+    let mut run = Run::with(rng, config, clients, limits::buffers_max(clients));
+    let all = run.endpoints.clone();
+    run.deliver(all.clone());
+    for _ in 0..clients {
+        let delay = Duration::from_millis(run.rng.u64(..20_000));
+        run.engine.driver().add_client(delay);
+    }
+    for _ in 0..run.rng.u8(1..4) {
+        let until = run.engine.driver().elapsed() + Duration::from_millis(run.rng.u64(..10_000));
+        for at in 0..all.len() {
+            let state = [Reachability::Refusing, Reachability::Silent][run.rng.usize(..2)];
+            run.engine.driver().reach(at, state);
+        }
+        while run.engine.driver().elapsed() < until {
+            run.turn();
+        }
+        (0..all.len()).for_each(|at| run.engine.driver().reach(at, Reachability::Up));
+        let until = until + Duration::from_millis(run.rng.u64(..5_000));
+        while run.engine.driver().elapsed() < until {
+            run.turn();
+        }
+    }
+    while run.engine.driver().clients_outside() + run.engine.waiting() > 0 {
+        run.turn();
+        assert!(run.engine.driver().elapsed() < 400 * SECOND, "somebody waits for ever");
+    }
+    let waited = run.stats.outage_waited.get();
+    let failed = run.stats.outage_given_up.get() + run.stats.closed(CloseReason::QueueTimeout);
+    run.check_bytes();
+    run.stop();
+    assert_eq!(failed, 0, "nobody has waited for too long");
+    (waited, run.stats.closed(CloseReason::Finished))
+}
+
+#[test]
+fn whoever_waits_through_outages_and_then_for_a_place_is_served() {
+    let (waited, finished) = run_seeds(30_000, 100, outage_with_few_places);
+    println!("{waited} sessions waited, {finished} finished in order");
+    assert!(waited > 50 && finished > 50, "{waited} and {finished}: the runs test too little");
+}
+
 #[test]
 fn whoever_waits_through_an_outage_is_served_soon_after_it() {
     let (waited, failed) = run_seeds(0, 100, outage);
     println!("{waited} sessions waited");
     assert!(waited > 100, "{waited}: the runs test too little");
     assert_eq!(failed, 0);
+}
+
+/// Endpoints stand in for others, and all of them fail and recover. Once all have been well for a while,
+/// who comes meets those that come first.
+fn tiers(seed: u64) -> (u64, u64) {
+    const TROUBLE: Duration = Duration::from_secs(20);
+    // An ejection is over, a probe has lasted, and the failback time has passed.
+    const CALM: Duration = Duration::from_secs(45);
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
+    let route = Arc::make_mut(&mut config.routes[0]);
+    route.endpoint_wait = 60 * SECOND;
+    route.failback_time = rng.u32(..4) * SECOND;
+    route.pool.min_idle = rng.usize(..3);
+    route.pool.max_idle = route.pool.min_idle + rng.usize(..4);
+    route.balance = [Balance::LeastConn, Balance::RoundRobin, Balance::PeakEwma][rng.usize(..3)];
+    let mut run = Run::with(rng, config, 60, limits::buffers_max(60));
+    for tier in &mut run.tiers[1..] {
+        *tier = Tier::at(run.rng.usize(..Tier::COUNT_MAX));
+    }
+    let all = run.endpoints.clone();
+    run.deliver(all.clone());
+    for _ in 0..run.rng.usize(1..40) {
+        let delay = Duration::from_millis(run.rng.u64(..20_000));
+        run.engine.driver().add_client(delay);
+    }
+    let mut moves = 0;
+    let mut tier = 0;
+    let turn = |run: &mut Run, tier: &mut u64, moves: &mut u64| {
+        run.turn();
+        *moves += u64::from(std::mem::replace(tier, run.stats.tier.get()) != run.stats.tier.get());
+    };
+    while run.engine.driver().elapsed() < TROUBLE {
+        run.disturb();
+        turn(&mut run, &mut tier, &mut moves);
+    }
+    (0..all.len()).for_each(|at| run.engine.driver().reach(at, Reachability::Up));
+    run.deliver(all);
+    while run.engine.driver().elapsed() < TROUBLE + CALM {
+        turn(&mut run, &mut tier, &mut moves);
+    }
+    assert_eq!(tier, 0, "those that come first have been well for long");
+    let late = run.engine.driver().peers.len();
+    for _ in 0..8 {
+        run.engine.driver().add_client(Duration::ZERO);
+    }
+    while run.engine.driver().elapsed() < TROUBLE + CALM + 5 * SECOND {
+        turn(&mut run, &mut tier, &mut moves);
+    }
+    let driver = run.engine.driver();
+    let late = driver.peers[late..].iter().filter(|peer| peer.is_client);
+    let met = late.filter_map(|peer| partner(driver, peer)?.endpoint).map(usize::from);
+    let met: Vec<_> = met.map(|at| run.tiers[at]).collect();
+    assert!(met.iter().all(|&tier| tier == Tier::FIRST), "{met:?}");
+    run.check_bytes();
+    run.stop();
+    (moves, met.len() as u64)
+}
+
+#[test]
+fn endpoints_stand_in_for_others_only_while_these_are_not_usable() {
+    let (moves, met) = run_seeds(0, 40, tiers);
+    println!("{moves} times another tier was used, {met} clients met the first one at last");
+    assert!(moves > 0 && met > 0, "{moves} and {met}: the runs test too little");
 }
 
 /// Two routes share a worker; of the endpoints every other one is the second one's.

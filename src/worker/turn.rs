@@ -67,6 +67,7 @@ impl<D: Driver> Engine<D> {
             self.routes[route].on_timer(&mut self.cx, slot);
         }
         for route in &mut self.routes {
+            route.look_after_tiers(&mut self.cx);
             route.serve_clients(&mut self.cx);
             route.serve_waiting(&mut self.cx);
             route.refill_short_pools(&mut self.cx);

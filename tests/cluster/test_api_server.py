@@ -11,7 +11,7 @@ import yaml
 
 from api_server import api_server
 from containers import eventually
-from tools import CHART, INJECTS, ROOT, kustomize, template
+from tools import CHART, INJECTS, ROOT, USER_CHART, kustomize, one, template
 
 ASSETS = os.environ.get("KUBEBUILDER_ASSETS")
 pytestmark = pytest.mark.skipif(not ASSETS, reason="KUBEBUILDER_ASSETS is not set: nothing was tried at a real API server")
@@ -273,6 +273,19 @@ def test_a_pod_that_brings_its_sidecar_along_is_its_own_affair(injecting):
     assert dry(injecting, brought)["spec"]["initContainers"] == once["spec"]["initContainers"]
 
 
+def test_a_sidecar_of_routes_is_seen_as_one(injecting):
+    """As by the library chart: it has no AEGIS_LISTEN."""
+    values = {"routes": [{"name": "a", "listenPort": 5432, "backend": {"service": "a"}}]}
+    spec = one(template(USER_CHART, values={"sidecar": values}), "Deployment")["spec"]["template"]["spec"]
+    brought = pod(initContainers=[{**spec["initContainers"][0], "name": "own"}], volumes=spec["volumes"])
+    assert sidecars(dry(injecting, brought)) == [] and "WITHOUT" not in warnings(injecting, brought)
+    taken = pod(labels=chosen("aegis"), initContainers=[
+        {**spec["initContainers"][0], "name": "own", "ports": [], "env": [{"name": "AEGIS_A__LISTEN", "value": "127.0.0.1:8081"}]}],
+        volumes=[{"name": "aegis-token-of-own", "emptyDir": {}}])
+    taken["spec"]["initContainers"][0]["volumeMounts"] = []
+    assert "8081 or 8082, too is own" in refusal(injecting, taken)
+
+
 def test_the_sidecar_comes_before_what_is_there(injecting):
     other = {**POD["spec"]["containers"][0], "name": "migrate"}
     created = dry(injecting, pod(initContainers=[other], volumes=[{"name": "mine", "emptyDir": {}}]))
@@ -327,6 +340,29 @@ def test_the_cores_of_a_pod_reach_its_sidecar(injecting):
         "AEGIS_MEMORY_LIMIT": {"resource": "limits.memory", "divisor": "1"}}
 
 
+def test_a_pod_has_a_socket_by_one_annotation(injecting):
+    """All of its containers mount the folder, whatever else they mount, and the sidecar of no other release."""
+    mine = [{"name": "mine", "mountPath": "/mine"}]
+    apps = [{**POD["spec"]["containers"][0], "name": name, **more} for name, more in [("web", {}), ("job", {"volumeMounts": mine})]]
+    other = {**apps[1], "name": "migrate"}
+    created = dry(injecting, pod({"socket-folder": "/run/db", "socket-file": ".s.PGSQL.5432"}, containers=apps,
+                                 initContainers=[other], volumes=[{"name": "mine", "emptyDir": {}}]))
+    mount = {"name": "aegis-unix", "mountPath": "/run/db"}
+    got = {c["name"]: c["volumeMounts"] for c in created["spec"]["containers"] + created["spec"]["initContainers"]}
+    readable = {**mount, "readOnly": True}
+    assert mount in got.pop("aegis")
+    assert got == {"web": [readable], "job": [*mine, readable], "migrate": [*mine, readable]}
+    assert env(created)["AEGIS_LISTEN"] == "unix:/run/db/.s.PGSQL.5432,127.0.0.1:8081,[::1]:8081"
+    assert env(created)["AEGIS_SOCKET_MODE"] == "0666"
+    assert {"name": "aegis-unix", "emptyDir": {}} in created["spec"]["volumes"]
+    assert [c["name"] for c in created["spec"]["initContainers"]] == ["aegis", "migrate"]
+    plain = dry(injecting, POD)
+    assert "unix" not in str(plain["spec"]) and "SOCKET" not in str(plain["spec"])
+    again = {key: copy.deepcopy(created[key]) for key in ["apiVersion", "kind", "spec"]}
+    again["metadata"] = {key: created["metadata"][key] for key in ["name", "namespace", "labels", "annotations"]}
+    assert dry(injecting, again)["spec"] == created["spec"], "a second admission changes nothing"
+
+
 def containers(**more):
     return [{**POD["spec"]["containers"][0], **more}]
 
@@ -355,6 +391,13 @@ REFUSED = [
     (pod({"log-level": "wran"}), "set it to off, error, warn, info, debug or trace"),
     (pod({"image": " "}), "set it to an image, such as aegis-proxy:0.1.0"),
     *((pod({"image": value}), "set it to an image") for value in ["", "$(X)", "UPPER", "a:b:c", "a//b", "a:" + "b" * 129, "a" * 513]),
+    *((pod({"socket-folder": value}), "aegis-proxy.io/socket-folder is") for value in [
+        "run", "/", "/a:b", "/run/../etc", "/run/", "/run/aegis", "/run/aegis/x", "/" + "a" * 64, "/$(X)"]),
+    *((pod({"socket-file": value}), "to the name of a file such as db.sock") for value in ["", "..", "a/b", "a" * 41, "$(X)", "a,b"]),
+    (pod({"socket-folder": "/db"}, containers=containers(volumeMounts=[{"name": "mine", "mountPath": "/db"}]),
+         volumes=[{"name": "mine", "emptyDir": {}}]), "sockets are to be is web: set the annotation aegis-proxy.io/socket-folder"),
+    (pod(volumes=[{"name": "aegis-unix", "emptyDir": {}}]), "or aegis-unix, as the sidecar's are: rename it"),
+    (pod({"routes": "a"}), "unknown annotation aegis-proxy.io/routes: remove it"),
     (pod({"servcie": "x"}), "unknown annotation aegis-proxy.io/servcie: remove it. There are service, namespace"),
     (pod({"protocol": "redis"}), "aegis-proxy.io/protocol is redis: set it to tcp, chronos or http1"),
     (pod({"protocol": "a\nb"}), "aegis-proxy.io/protocol: set it to tcp, chronos or http1"),
@@ -366,8 +409,8 @@ REFUSED = [
     (pod(namespace="stock", containers=containers(ports=[{"containerPort": 8082, "hostPort": 8082}])), "too is web: change it there"),
     (pod(containers=containers(name="aegis")), "a container of the pod is called aegis, as the sidecar is: rename it"),
     (pod(initContainers=[{**containers()[0], "name": "aegis"}]), "a container of the pod is called aegis, as the sidecar is: rename it"),
-    (pod(volumes=[{"name": "aegis-token", "emptyDir": {}}]), "a volume of the pod is called aegis-token or"),
-    (pod(volumes=[{"name": "aegis-state", "emptyDir": {}}]), "or aegis-state, as the sidecar's are: rename it"),
+    (pod(volumes=[{"name": "aegis-token", "emptyDir": {}}]), "a volume of the pod is called aegis-token, aegis-state or"),
+    (pod(volumes=[{"name": "aegis-state", "emptyDir": {}}]), "aegis-state or aegis-unix, as the sidecar's are: rename it"),
     (pod(namespace="stock", hostNetwork=True), "set hostNetwork to false"),
     (pod(namespace="stock", **WINDOWS), "the pod is for Windows, and the sidecar is a program for Linux: remove the label"),
     (pod(namespace="stock", nodeSelector={"kubernetes.io/os": "windows"}), "the pod is for Windows"),
@@ -430,6 +473,9 @@ def test_large_pods_are_no_burden(two_namespaces):
     assert refusal(two_namespaces, item) == ""
     item["metadata"]["annotations"] |= {"aegis-proxy.io/service": "x" * 150_000}
     assert "the annotation aegis-proxy.io/service: set it to the name of a Service" in refusal(two_namespaces, item)
+    item["metadata"]["annotations"]["aegis-proxy.io/service"] = "chronos"
+    item["metadata"]["annotations"]["aegis-proxy.io/socket-folder"] = "/run/db"
+    assert all(c["volumeMounts"][0]["mountPath"] == "/run/db" for c in dry(two_namespaces, item)["spec"]["containers"])
     item["metadata"]["annotations"] = {f"aegis-proxy.io/{n}": "x" for n in range(3000)}
     assert "unknown annotation: remove it. There are service" in refusal(two_namespaces, item)
 
@@ -676,6 +722,127 @@ def test_an_unclear_enabled_is_refused_and_names_are_not(server, releases):
 def test_an_image_is_refused_where_the_release_says_so(server, releases):
     releases("first", injection={"imageOverride": False})
     assert "unknown annotation aegis-proxy.io/image" in refusal(server, pod({"image": "x"}))
+
+
+ROUTES = [
+    {"name": "orders-eu", "listenPort": 5432, "backend": {"service": "postgres", "port": 5432}, "protocol": "tcp",
+     "socket": {"file": ".s.PGSQL.5432"}},
+    {"name": "cache", "listenPort": 8081, "backend": {"selector": "app=chronos", "namespace": "other"}, "balance": "key_hash",
+     "pool": {"size": 3}, "queue": {"timeout": "6s"}},
+    {"name": "mine", "listenPort": 8083, "backend": {}},
+]
+
+
+@pytest.fixture
+def routed(server, releases):
+    """A release of three routes, one of which has no Service."""
+    values = {"clients": VALUES["clients"], "sidecar": {"routes": ROUTES, "socket": {"folder": "/run/db"}}}
+    releases("first")
+    server.helm("upgrade", "first", CHART, "--namespace", "db", "--reset-values", "--values", "-", input=yaml.dump(values))
+    item = pod({"mine.service": "x"})
+    eventually(lambda: not refusal(server, item) and "AEGIS_ROUTES" in env(dry(server, item)), lambda: refusal(server, item))
+    return server
+
+
+def test_a_release_of_routes_injects_what_the_library_renders(routed):
+    values = {"routes": [{**ROUTES[0]}, ROUTES[1], {**ROUTES[2], "backend": {"service": "own"}}], "socket": {"folder": "/run/db"}}
+    for route in values["routes"]:
+        route["backend"] = {"namespace": "db", **route["backend"]}
+    spec = one(template(USER_CHART, values={"sidecar": values}), "Deployment")["spec"]["template"]["spec"]
+    expected = spec["initContainers"][0]
+    created = dry(routed, pod({"mine.service": "own"}))
+    container = sidecar(created)
+
+    def entries(container):
+        return sorted(json.dumps(entry, sort_keys=True) for entry in container["env"])
+
+    assert entries(container) == entries(expected)
+    assert container["volumeMounts"] == expected["volumeMounts"]
+    assert [volume["name"] for volume in created["spec"]["volumes"]] == [volume["name"] for volume in spec["volumes"]]
+    assert created["spec"]["containers"][0]["volumeMounts"] == spec["containers"][0]["volumeMounts"]
+    text = routed.helm("get", "notes", "first", "--namespace", "db").stdout
+    assert "orders-eu: 5432, to postgres" in text and "mine: 8083, to the Service that the annotation aegis-proxy.io/mine.service names" in text
+    assert "aegis-proxy.io/routes: orders-eu" in text and "Unix sockets in /run/db" in text
+
+
+def test_a_pod_chooses_among_the_routes(routed):
+    got = env(dry(routed, pod({"routes": "cache, orders-eu"})))
+    assert got["AEGIS_ROUTES"] == "cache,orders-eu"
+    assert not [name for name in got if name.startswith("AEGIS_MINE__")], "a variable of a route that is not named is an error"
+    got = env(dry(routed, pod({"routes": "cache", "socket-folder": ""})))
+    assert got["AEGIS_CACHE__LISTEN"] == "127.0.0.1:8081,[::1]:8081" and "AEGIS_SOCKET_MODE" not in got
+    ports = containers(ports=[{"containerPort": 5432}])
+    assert refusal(routed, pod({"routes": "cache"}, containers=ports)) == ""
+    assert "5432, 8081, 8083 or 8082, too is web: change it there" in refusal(routed, pod({"routes": "orders-eu"}, containers=ports))
+
+
+def test_a_pod_chooses_for_a_route_by_annotation(routed):
+    """Its own annotation, then what the release says of the route, then what is for all routes."""
+    chosen_ = {"orders-eu.service": "other", "orders-eu.namespace": "data", "orders-eu.port": "5433", "orders-eu.socket-file": "pg",
+               "orders-eu.connect-timeout": "3s", "connect-timeout": "2s", "queue-timeout": "2s", "routes": "orders-eu,cache,mine",
+               "mine.service": "m", "mine.protocol": "tcp", "mine.tcp-user-timeout": "4s", "balance": "round_robin"}
+    item = pod(chosen_)
+    item["metadata"]["annotations"]["first.aegis-proxy.io/mine.backend-drain"] = "5s"
+    got = env(dry(routed, item))
+    own = {name: value for name, value in got.items() if name.startswith(("AEGIS_MINE__", "AEGIS_ORDERS_EU__")) and "SNAPSHOT" not in name}
+    assert own == {
+        "AEGIS_ORDERS_EU__LISTEN": "unix:/run/db/pg,127.0.0.1:5432,[::1]:5432", "AEGIS_ORDERS_EU__DISCOVERY": "kubernetes",
+        "AEGIS_ORDERS_EU__KUBE_SERVICE": "other", "AEGIS_ORDERS_EU__KUBE_NAMESPACE": "data", "AEGIS_ORDERS_EU__KUBE_PORT": "5433",
+        "AEGIS_ORDERS_EU__PROTOCOL": "tcp", "AEGIS_ORDERS_EU__POOL_MODE": "preconnect", "AEGIS_ORDERS_EU__CONNECT_TIMEOUT": "3s",
+        "AEGIS_MINE__LISTEN": "unix:/run/db/mine.sock,127.0.0.1:8083,[::1]:8083", "AEGIS_MINE__DISCOVERY": "kubernetes",
+        "AEGIS_MINE__KUBE_SERVICE": "m", "AEGIS_MINE__KUBE_NAMESPACE": "db", "AEGIS_MINE__KUBE_PORT": "auto",
+        "AEGIS_MINE__PROTOCOL": "tcp", "AEGIS_MINE__POOL_MODE": "preconnect", "AEGIS_MINE__TCP_USER_TIMEOUT": "4s",
+        "AEGIS_MINE__BACKEND_DRAIN": "5s"}
+    assert (got["AEGIS_CONNECT_TIMEOUT"], got["AEGIS_QUEUE_TIMEOUT"], got["AEGIS_BALANCE"]) == ("2s", "2s", "round_robin")
+    assert (got["AEGIS_CACHE__QUEUE_TIMEOUT"], got["AEGIS_CACHE__BALANCE"]) == ("6s", "key_hash"), "the release's own for the route"
+
+
+ROUTES_REFUSED = [
+    ({}, "no backend: set the annotation aegis-proxy.io/mine.service to the name of a Service in the namespace db"),
+    ({"routes": "cache,nobody"}, "aegis-proxy.io/routes is cache,nobody: set it to some of orders-eu,cache,mine, each once"),
+    *(({"routes": value}, "set it to some of orders-eu,cache,mine") for value in ["", "cache,cache", "cache,,", "Cache", "x" * 2000]),
+    ({"routes": "cache", "service": "x"}, "unknown annotation aegis-proxy.io/service: remove it. There are routes, socket-folder, protocol"),
+    ({"routes": "cache", "cache.service": "x"}, "unknown annotation aegis-proxy.io/cache.service"),
+    ({"routes": "cache", "orders-eu.port": "1"}, "that the pod does not have aegis-proxy.io/orders-eu.port: remove it, or name the route"),
+    ({"routes": "cache", "cache.balance": "hash"}, "aegis-proxy.io/cache.balance is hash: set it to least_conn"),
+    ({"routes": "cache", "cache.queue-timeout": ""}, "aegis-proxy.io/cache.queue-timeout"),
+    ({"routes": "cache", "cache.tcp-user-timeout": "1ms"}, "aegis-proxy.io/cache.tcp-user-timeout is 1ms: set it to off, or a duration"),
+    ({"routes": "cache", "cache.protocol": "tcp"}, "remove the annotations aegis-proxy.io/cache.protocol and"),
+    ({"routes": "orders-eu", "pool-mode": "session"}, "set the annotation aegis-proxy.io/orders-eu.pool-mode to preconnect"),
+    ({"mine.service": "A"}, "aegis-proxy.io/mine.service is A: set it to the name of a Service"),
+    ({"routes": "cache", "cache.socket-file": "a/b"}, "aegis-proxy.io/cache.socket-file is a/b: set it to the name of a file"),
+    ({"routes": "cache,orders-eu", "cache.socket-file": ".s.PGSQL.5432"}, "two routes have the same socket file"),
+]
+
+
+def test_routes_that_cannot_work_are_refused_with_what_to_change(routed):
+    wrong = []
+    for annotations, message in ROUTES_REFUSED:
+        said = refusal(routed, pod(annotations))
+        if message not in said or "aegis: " not in said:
+            wrong.append((message, annotations, said))
+    assert not wrong
+    fine = [{"routes": "cache", "protocol": "tcp", "pool-mode": "preconnect", "cache.pool-mode": "request", "cache.protocol": "chronos"},
+            {"routes": "orders-eu", "balance": "key_hash", "orders-eu.balance": "least_conn"}]
+    assert [refusal(routed, pod(annotations)) for annotations in fine] == ["", ""]
+
+
+def test_as_many_routes_as_there_may_be_are_no_burden(server, releases):
+    """The server bounds what a policy's expressions may cost."""
+    routes = [{"name": f"a-route-of-a-long-name-{n}", "listenPort": 9000 + n, "backend": {"service": f"s{n}"}} for n in range(10)]
+    routes += [{"name": f"r{n}", "listenPort": 9100 + n, "backend": {"service": f"s{n}"}} for n in range(6)]
+    releases("first")
+    values = {"clients": VALUES["clients"], "sidecar": {"routes": routes, "socket": {"folder": "/run/db"}}}
+    server.helm("upgrade", "first", CHART, "--namespace", "db", "--reset-values", "--values", "-", input=yaml.dump(values))
+    eventually(lambda: not refusal(server, POD) and "AEGIS_ROUTES" in env(dry(server, POD)), lambda: refusal(server, POD))
+    item = pod({f"{route['name']}.{name}": value for route in routes for name, value in [
+        ("service", "x"), ("queue-timeout", "1s"), ("protocol", "tcp"), ("backend-drain", "2s")]},
+        containers=[container for n in range(100) for container in containers(name=f"web-{n}")])
+    item["metadata"]["annotations"] |= {f"example.org/{n}": "x" * 20 for n in range(2000)}
+    eventually(lambda: refusal(server, item) == "", lambda: refusal(server, item)[:2000])
+    got = env(dry(server, item))
+    assert sum(name.endswith("__BACKEND_DRAIN") for name in got) == 16
+    assert len(got["AEGIS_ROUTES"].split(",")) == 16
 
 
 def listed(server, *selector):

@@ -52,6 +52,7 @@ MATRIX = {
     "one-store-of-three": {**CLIENTS, **sidecar(balance="key_hash", stores=3)},
     "http": {**CLIENTS, **sidecar(protocol="http1", pool={"mode": "session"}, requestTimeout="off")},
     "any-bytes": {**CLIENTS, **sidecar(protocol="tcp")},
+    "socket": {**CLIENTS, **sidecar(socket={"folder": "/run/db"})},
     "io_uring": {**CLIENTS, **sidecar(seccomp={"type": "Localhost"}), "seccomp": {"operator": True}},
     "chosen": {**CLIENTS, **sidecar(workers=3, tcpUserTimeout="5s", backendDrain="off", startTimeout="9s",
                                     resources={"requests": {"cpu": 2}, "limits": {"cpu": "2.5"}})},
@@ -92,6 +93,14 @@ def test_validation_itself_finds_what_is_wrong():
     one(monitor, "PodMonitor")["spec"]["podMetricsEndpoints"] = "all"
     with pytest.raises(AssertionError, match="podMetricsEndpoints"):
         validate(monitor)
+
+
+def test_failover_by_zone_and_region_knows_where_the_pod_is():
+    for values in [sidecar(locality="failover"), sidecar(routes=[
+            {"name": "a", "listenPort": 1, "backend": {"service": "a"}, "locality": "failover"}])]:
+        text = json.dumps(template(CHART, values={**BACKEND, **values}))
+        for name, label in [("AEGIS_ZONE", "zone"), ("AEGIS_REGION", "region")]:
+            assert name in text and f"topology.kubernetes.io/{label}" in text, name
 
 
 def test_the_beta_of_the_policy_serves_too():
@@ -156,6 +165,15 @@ REFUSALS = {
     "one port twice": (sidecar(adminPort=8081), "both 8081: change one"),
     "two backends": ({"sidecar": {"backend": {"service": "a", "addresses": "b:1"}}},
                      "backend.service and backend.addresses are set: keep one"),
+    "no folder": (sidecar(socket={"folder": "run/db"}), "/socket/folder"),
+    "folder above": (sidecar(socket={"folder": "/run/../etc"}), "/socket/folder"),
+    "folder that the kubelet would expand": (sidecar(socket={"folder": "/$(AEGIS_ADMIN)"}), "/socket/folder"),
+    "too long a folder": (sidecar(socket={"folder": "/" + "a" * 64}), "/socket/folder"),
+    "folder with something in it": (sidecar(socket={"folder": "/run/aegis"}), "where the sidecar has something else: set it to another one"),
+    "file in another folder": (sidecar(socket={"file": "../x"}), "/socket/file"),
+    "too long a file": (sidecar(socket={"file": "a" * 41}), "/socket/file"),
+    "mode that YAML makes a number of": (sidecar(socket={"mode": 0o666}), "got number, want string"),
+    "two routes of one name": ({"sidecar": {"routes": [{"name": "a", "listenPort": 5432, "backend": {}}] * 2}}, "two routes are called a"),
     "variable set twice": (sidecar(env={"AEGIS_DRAIN_DELAY": "1s"}), "env.AEGIS_DRAIN_DELAY: another value"),
 }
 
@@ -183,6 +201,17 @@ def test_the_library_renders_what_the_component_patches_in():
                                    "spec": {"initContainers": [container], "volumes": volumes}}}}
     file = ROOT / "manifests/component/sidecar.yaml"
     golden(file, "# Made from helm/aegis-sidecar by its test.\n" + yaml.dump(patch, sort_keys=False))
+
+
+def test_the_library_renders_what_the_socket_component_patches_in():
+    """manifests/socket is what a folder adds to the component: UPDATE=1 makes it anew."""
+    plain, volumes = library({"backend": {"service": "store"}})
+    container, more = library({"backend": {"service": "store"}, "socket": {"folder": "/run/db"}})
+    added = {"name": "aegis", **{key: [item for item in container[key] if item not in plain[key]] for key in ["env", "volumeMounts"]}}
+    spec = {"template": {"spec": {"initContainers": [added], "volumes": [item for item in more if item not in volumes]}}}
+    for name, kind, version, at in [("sidecar", "Deployment", "apps/v1", spec), ("cronjob", "CronJob", "batch/v1", {"jobTemplate": {"spec": spec}})]:
+        patch = {"apiVersion": version, "kind": kind, "metadata": {"name": "any"}, "spec": at}
+        golden(ROOT / f"manifests/socket/{name}.yaml", "# Made from helm/aegis-sidecar by its test.\n" + yaml.dump(patch, sort_keys=False))
 
 
 def golden(file, text):
@@ -279,9 +308,36 @@ def test_each_route_has_variables_of_its_own_and_shares_the_rest():
     assert "/run/aegis" not in [mount["mountPath"] for mount in container["volumeMounts"]], "nothing to keep"
 
 
+def test_a_socket_is_mounted_in_both_containers_by_one_value():
+    spec = one(template(USER_CHART, values={"sidecar": {"backend": {"service": "db"}, "socket": {"folder": "/run/db"}}}),
+               "Deployment")["spec"]["template"]["spec"]
+    (container,) = spec["initContainers"]
+    env = {item["name"]: item.get("value") for item in container["env"]}
+    assert env["AEGIS_LISTEN"] == "unix:/run/db/aegis.sock,127.0.0.1:8081,[::1]:8081"
+    assert env["AEGIS_SOCKET_MODE"] == "0666", "who mounts it runs as another user"
+    assert {"name": "aegis-unix", "mountPath": "/run/db"} in container["volumeMounts"]
+    assert spec["containers"][0]["volumeMounts"] == [{"name": "aegis-unix", "mountPath": "/run/db", "readOnly": True}]
+    assert {"name": "aegis-unix", "emptyDir": {}} in spec["volumes"]
+    plain = one(template(USER_CHART, values={"sidecar": {"backend": {"service": "db"}}}), "Deployment")["spec"]["template"]["spec"]
+    assert not plain["containers"][0]["volumeMounts"] and "unix" not in str(plain)
+
+
+def test_each_route_has_a_socket_of_its_own():
+    routes = [{**ROUTES[0], "socket": {"file": ".s.PGSQL.5432"}}, ROUTES[1]]
+    container, _ = library({"backend": {"service": ""}, "routes": routes, "socket": {"folder": "/run/db", "mode": "0660"}})
+    env = {item["name"]: item.get("value") for item in container["env"]}
+    assert env["AEGIS_ORDERS_EU__LISTEN"] == "unix:/run/db/.s.PGSQL.5432,127.0.0.1:5432,[::1]:5432"
+    assert env["AEGIS_CACHE__LISTEN"] == "unix:/run/db/cache.sock,127.0.0.1:8081,[::1]:8081"
+    assert env["AEGIS_SOCKET_MODE"] == "0660"
+
+
 @pytest.mark.parametrize("change, message", [
     ({"backend": {"service": "db"}}, "routes and backend.service are set: give each route its backend"),
+    ({"backend": {"service": "", "namespace": "db"}}, "routes and backend.namespace are set"),
     ({"routes": [ROUTES[0], ROUTES[0]]}, "two routes are called orders-eu"),
+    ({"socket": {"file": "x"}}, "routes and socket.file are set: give each route its socket.file"),
+    ({"routes": [ROUTES[0], {**ROUTES[1], "socket": {"file": "orders-eu.sock"}}]},
+     "the socket.file of route cache is orders-eu.sock, which is another one's"),
     ({"routes": [ROUTES[0], {**ROUTES[1], "listenPort": 5432}]}, "the listenPort of route cache is 5432"),
     ({"routes": [{**ROUTES[0], "listenPort": 8082}]}, "the listenPort of route orders-eu is 8082"),
     ({"routes": [{**ROUTES[0], "backend": {}}]}, "route orders-eu has no backend"),
@@ -296,8 +352,38 @@ def test_routes_that_do_not_fit_are_refused(change, message):
     assert message in refusal(USER_CHART, values=values)
 
 
-def test_the_injecting_chart_takes_one_route():
-    assert "sidecar.routes is for charts that include aegis-sidecar" in refusal(CHART, values={"sidecar": {"routes": ROUTES}})
+INJECTED_ROUTES = {**CLIENTS, "sidecar": {"routes": [*ROUTES, {"name": "mine", "listenPort": 8084, "backend": {"selector": "app=db"}}],
+                                          "socket": {"folder": "/run/db"}}}
+
+
+@pytest.mark.parametrize("injects", [[], INJECTS], ids=["no-policy-api", "policy-api"])
+def test_the_injecting_chart_takes_routes(injects):
+    """Each may be read and reached where it is."""
+    egress = {"networkPolicy": {"enabled": True, "egress": {"enabled": True}}}
+    objects = template(CHART, *injects, values={**INJECTED_ROUTES, **egress})
+    validate(objects)
+    roles = {item["metadata"]["namespace"]: sorted(resource for rule in item["rules"] for resource in rule["resources"])
+             for item in objects if item["kind"] == "Role"}
+    own = ["statefulsets"] if injects else []
+    assert roles == {"db": ["endpointslices", "pods", *own], "data": ["endpointslices"]}
+    for name in ["shop-endpoints", "shop-test"]:
+        found = [item["metadata"]["namespace"] for item in objects if item["kind"] == "RoleBinding" and item["metadata"]["name"] == name]
+        assert sorted(found) == ["data", "db"]
+    rules = one(objects, "NetworkPolicy")["spec"]["egress"][2:]
+    reached = [([place_["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] for place_ in rule.get("to", [])],
+                [port["port"] for port in rule.get("ports", [])]) for rule in rules]
+    assert reached == [(["db"], [5432]), (["data"], []), ([], [80]), (["db"], [])]
+    probe = one([item for item in objects if item["kind"] == "Pod"], "Pod")
+    assert "127.0.0.1 5432" in probe["spec"]["containers"][0]["command"][2], "the first route"
+    assert "The route web speaks http1 and its pool mode is session." in notes(values=INJECTED_ROUTES)
+
+
+def test_a_selector_may_be_read_only_where_it_is():
+    objects = template(CHART, values={**CLIENTS, "backendNamespaces": ["more"], "sidecar": {"routes": [
+        {"name": "a", "listenPort": 5432, "backend": {"selector": "app=a", "namespace": "one"}},
+        {"name": "b", "listenPort": 5433, "backend": {"service": "b", "namespace": "two"}}]}})
+    roles = {item["metadata"]["namespace"]: [rule["resources"] for rule in item["rules"]] for item in objects if item["kind"] == "Role"}
+    assert roles == {"more": [["endpointslices"], ["pods"]], "one": [["pods"]], "two": [["endpointslices"]]}
 
 
 def test_workers_follow_the_request_of_cpu():
@@ -405,6 +491,8 @@ def test_the_policy_injects_what_the_library_renders(values):
         chosen["poolMode"] = '"preconnect"' if chosen["protocol"] == '"tcp"' else '"request"'
     # What is not chosen is not added.
     expression = re.sub(r'\(variables\.\w+ == "" \? \[\] : \[.*?\}\]\) \+', "", expression)
+    expression = re.sub(r'\(variables\.socketFolder == "" \? \[\] : object.*?\}\)\) \+', "", expression)
+    expression = re.sub(r'\(variables\.socketFolder == "" \? "" : [^)]*\) \+ ', "", expression)
     expression = re.sub(r"variables\.(\w+)", lambda found: chosen[found[1]], expression)
     values_of = re.findall(r'value: (Object\.spec\.\w+\{.*?\})\s+\}\]', expression, re.S)
     injected = [cel_to_json(value) for value in values_of]

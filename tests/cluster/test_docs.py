@@ -86,6 +86,8 @@ def test_every_block_of_yaml_is_valid():
     for text in [text for page in PAGES for text in blocks(page, "yaml")]:
         if "{{" in text or text.startswith(("# Chart.yaml", "# values.yaml")):
             continue  # Tried as part of a chart.
+        if text.startswith(("# routes.yaml", "# kustomization.yaml")):
+            continue  # Tried with the component.
         for item in yaml.safe_load_all(text):
             if "kind" in item:
                 validate([item])
@@ -102,6 +104,21 @@ def test_every_block_of_yaml_is_valid():
             objects = template(CHART, values=yaml.safe_load(text), namespace="db")
             validate(objects)
             assert kinds(objects).count("NetworkPolicy") == 1
+
+
+def test_the_recipes_for_failovers_are_values_of_the_chart():
+    recipes = [yaml.safe_load(text) for _, text in files((ROOT / "docs/FAILOVER.md").read_text())]
+    assert len(recipes) == 3
+    for recipe in recipes:
+        values = {**recipe, "clients": [{"namespace": "shop", "serviceAccount": "web"}]}
+        objects = template(CHART, *INJECTS, values=values)
+        validate(objects)
+        role = one(objects, "Role")
+        assert ["pods"] in [rule["resources"] for rule in role["rules"]], role
+        rendered = yaml.dump([item for item in objects if item["kind"] == "MutatingAdmissionPolicy"], width=10_000)
+        backend, sidecar = recipe["sidecar"]["backend"], recipe["sidecar"]
+        for set_value in [backend["selector"], sidecar["backendDrain"], *sidecar["env"].values(), "AEGIS_BACKEND_DRAIN"]:
+            assert set_value in rendered, set_value
 
 
 def test_every_command_is_of_a_known_program_and_names_what_exists():

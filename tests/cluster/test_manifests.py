@@ -84,6 +84,63 @@ def test_the_component_patches_the_same_into_cron_jobs():
     assert file.read_text() == text, f"{file} differs: UPDATE=1 make test-cluster writes it"
 
 
+def workload(folder, kind, pod, labels=None):
+    """A file of a workload that asks for the sidecar."""
+    labels = {"aegis-proxy.io/inject": "enabled"} if labels is None else labels
+    spec = {"selector": {"matchLabels": {"app": "a"}}, "template": pod}
+    if kind == "CronJob":
+        spec = {"schedule": "@hourly", "jobTemplate": {"spec": {"template": {**pod, "spec": {**pod["spec"], "restartPolicy": "Never"}}}}}
+    version = "batch/v1" if kind == "CronJob" else "apps/v1"
+    item = {"apiVersion": version, "kind": kind, "metadata": {"name": "web", "labels": labels}, "spec": spec}
+    (folder / "workload.yaml").write_text(yaml.dump(item))
+
+
+POD = {"metadata": {"labels": {"app": "a"}}, "spec": {"containers": [{"name": "a", "image": "a"}]}}
+
+
+@pytest.mark.parametrize("kind", ["Deployment", "CronJob"])
+def test_a_second_component_adds_a_socket(kind, tmp_path):
+    workload(tmp_path, kind, POD)
+    components = [os.path.relpath(ROOT / "manifests" / name, tmp_path.resolve()) for name in ["component", "socket"]]
+    (tmp_path / "kustomization.yaml").write_text(yaml.dump({"resources": ["workload.yaml"], "components": components}))
+    (item,) = kustomize(tmp_path)
+    validate([item])
+    spec = item["spec"]["jobTemplate"]["spec"] if kind == "CronJob" else item["spec"]
+    spec = spec["template"]["spec"]
+    (container,) = spec["initContainers"]
+    env = {item["name"]: item.get("value") for item in container["env"]}
+    assert (env["AEGIS_LISTEN"], env["AEGIS_SOCKET_MODE"]) == ("unix:/run/db/aegis.sock,127.0.0.1:8081,[::1]:8081", "0666")
+    assert env["AEGIS_KUBE_SERVICE"] == "store", "the rest is there still"
+    assert sorted(mount["mountPath"] for mount in container["volumeMounts"]) == [
+        "/run/aegis", "/run/db", "/var/run/secrets/kubernetes.io/serviceaccount"]
+    assert {"name": "aegis-unix", "emptyDir": {}} in spec["volumes"] and len(spec["volumes"]) == 3
+
+
+def test_a_patch_of_the_page_gives_the_component_routes(tmp_path):
+    page = (ROOT / "docs/KUBERNETES.md").read_text().split("Several databases by the component")[1].split("The last two need")[0]
+    folder = tmp_path / "app"
+    folder.mkdir()
+    (tmp_path / "aegis").symlink_to(ROOT)
+    blocks = [block.split("```")[0] for block in page.split("```yaml\n")[1:]]
+    for block in blocks:
+        (folder / block.splitlines()[0].removeprefix("# ")).write_text(block)
+    assert len(blocks) == 2
+    workload(folder, "Deployment", POD)
+    text = (folder / "kustomization.yaml").read_text()
+    (folder / "kustomization.yaml").write_text(text.replace("../aegis", os.path.relpath(ROOT, folder.resolve())))
+    (item,) = kustomize(folder)
+    validate([item])
+    (container,) = item["spec"]["template"]["spec"]["initContainers"]
+    env = {item["name"]: item.get("value") for item in container["env"]}
+    assert env["AEGIS_ROUTES"] == "orders,cache" and env["AEGIS_CACHE__LISTEN"] == env["AEGIS_LISTEN"]
+    program = ROOT / "target/debug/aegis-proxy"
+    if program.exists():
+        given = {name: value or {"AEGIS_KUBE_NAMESPACE": "shop", "AEGIS_WORKERS": "1"}.get(name) for name, value in env.items()}
+        given = {name: value for name, value in given.items() if value}
+        said = run(program, "check", env=given).stdout
+        assert "AEGIS_ORDERS__KUBE_SERVICE=postgres" in said and "AEGIS_CACHE__KUBE_SERVICE=store" in said
+
+
 def test_the_store_serves_on_while_the_sidecars_hear_of_its_end():
     spec = by_name(kustomize(DEMO), "StatefulSet", "store")["spec"]["template"]["spec"]
     (container,) = spec["containers"]

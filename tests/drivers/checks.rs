@@ -407,6 +407,31 @@ pub fn a_drain_serves_who_has_connected_and_lets_nobody_else_in<D: Driver>(mut r
     assert_eq!(late.kind(), ErrorKind::ConnectionRefused);
 }
 
+pub fn several_listeners_bring_no_more_clients_than_there_is_room_for<D: Driver>(
+    mut rig: Rig<D>,
+    addresses: &[SocketAddr],
+) {
+    rig.driver.accept(1);
+    rig.turn();
+    let clients: Vec<_> = addresses.iter().map(TcpStream::connect).collect();
+    assert!(clients.iter().all(Result::is_ok) && clients.len() == 3);
+    for let_in in [1, 2] {
+        rig.until("a client", |_, seen| seen.len() >= let_in);
+        for _ in 0..5 {
+            rig.driver.accept(0);
+            rig.turn();
+        }
+        assert_eq!(rig.seen.len(), let_in, "{:?}", rig.seen);
+        if let_in == 1 {
+            rig.driver.accept(1);
+        }
+    }
+    assert!(rig.driver.stop_listening());
+    rig.until("who is left in a drain", |_, seen| seen.len() == addresses.len());
+    let accepted = |seen: &Completion| matches!(seen, Completion::Accepted(..));
+    assert!(rig.seen.iter().all(accepted), "{:?}", rig.seen);
+}
+
 pub fn a_closed_connection_brings_no_more_events<D: Driver>(mut rig: Rig<D>) {
     let (mut client, conn) = rig.accept();
     rig.driver.receive(conn, true);

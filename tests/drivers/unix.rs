@@ -197,6 +197,28 @@ pub fn a_full_unix_socket_waits_for_room<D: Driver>(mut unix: UnixRig<D>) {
     assert!(reader.join().unwrap().unwrap() == bytes, "wrong bytes");
 }
 
+pub fn a_unix_peer_that_reads_wakes_nobody<D: Driver>(mut unix: UnixRig<D>) {
+    const MESSAGES: usize = 20;
+    let (mut client, conn) = unix.accept();
+    unix.rig.driver.receive(conn, true);
+    let (mut woken, mut reply) = (0, [0; 5]);
+    for _ in 0..MESSAGES {
+        client.write_all(b"ask").unwrap();
+        unix.until_received(b"ask");
+        unix.rig.send(conn, b"reply");
+        unix.until_seen("the send", |seen| matches!(seen, Completion::Sent(_, 5)));
+        client.read_exact(&mut reply).unwrap();
+        // The kernel would tell of room at once; a timer of an earlier wait takes longer, mostly.
+        let begun = Instant::now();
+        unix.rig.driver.wait(Wait::for_one(Duration::from_millis(40))).unwrap();
+        woken += usize::from(begun.elapsed() < Duration::from_millis(2));
+    }
+    assert!(
+        woken < MESSAGES / 2,
+        "woken {woken} times where the peer has read {MESSAGES} messages"
+    );
+}
+
 pub fn unix_bulk_arrives_whole_with_its_end<D: Driver>(mut unix: UnixRig<D>) {
     const BULK: usize = 32 << 20;
     let ((mut writer, from), (mut reader, to)) = (unix.accept(), unix.accept());

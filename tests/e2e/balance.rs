@@ -1,11 +1,9 @@
-//! Balancing by latency, and the budget of retries, with real sockets.
-//!
-//! `cargo test --release --test e2e balance::table -- --ignored --nocapture` prints what clients wait
-//! with each way of balancing.
+//! Balancing by latency, and the budget of retries, with real sockets. What clients wait with each way of
+//! balancing: `cargo bench --bench balance`.
 
 use std::io::Write;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -176,75 +174,5 @@ fn retries_of_connects_are_bounded_by_the_budget(io: Io) {
         } else {
             assert_eq!((retries, refused), (2 * SESSIONS, 0), "three attempts each");
         }
-    }
-}
-
-/// Requests at an even pace, whatever the replies do: each is timed from when it was due.
-fn paced(proxy: &Proxy, seconds: u64) -> Vec<Duration> {
-    const CLIENTS: u32 = 32;
-    const EACH: Duration = Duration::from_millis(40);
-    let waits = Mutex::new(Vec::new());
-    let (begun, waits_of_all) = (Instant::now(), &waits);
-    thread::scope(|scope| {
-        for number in 0..CLIENTS {
-            scope.spawn(move || {
-                let client = connect(proxy.address());
-                let mut due = begun + EACH * number / CLIENTS;
-                let mut waits = Vec::new();
-                while due < begun + Duration::from_secs(seconds) {
-                    thread::sleep(due.saturating_duration_since(Instant::now()));
-                    ask(&client, "GET a");
-                    waits.push(due.elapsed());
-                    due += EACH;
-                }
-                waits_of_all.lock().unwrap().append(&mut waits);
-            });
-        }
-    });
-    let mut waits = waits.into_inner().unwrap();
-    waits.sort_unstable();
-    waits
-}
-
-/// Has a server stand still for a second of each ten.
-fn stall_by_turns(server: &Server, stop: &AtomicBool) {
-    let begun = Instant::now();
-    while !stop.load(Relaxed) {
-        let still = (begun.elapsed().as_secs() + 7).is_multiple_of(10);
-        server.stands_still.store(still, Relaxed);
-        thread::sleep(MS);
-    }
-    server.stands_still.store(false, Relaxed);
-}
-
-#[test]
-#[ignore = "prints a table, and takes two minutes"]
-fn a_slow_endpoint_is_felt_least_where_latency_decides() {
-    println!(
-        "| one endpoint of five | way | p50 | p99 | p99.9 | its share |\n| - | - | - | - | - | - |"
-    );
-    for (what, first, stalls) in [
-        ("like the others", MS, false),
-        ("ten times as slow", 10 * MS, false),
-        ("stalls for 1 s of 10", MS, true),
-    ] {
-        let mut felt = Vec::new();
-        for balance in ["least_conn", "random_two", "peak_ewma"] {
-            let servers = servers(first);
-            let proxy = framed(Io::Epoll, &servers, balance);
-            let stop = AtomicBool::new(!stalls);
-            let waits = thread::scope(|scope| {
-                scope.spawn(|| stall_by_turns(&servers[0], &stop));
-                let _stop = SetOnDrop(&stop);
-                paced(&proxy, 24)
-            });
-            let at = |part: f64| waits[((waits.len() - 1) as f64 * part) as usize];
-            let share = 100.0 * share_of_first(&servers);
-            let [p50, p99, p999] =
-                [0.5, 0.99, 0.999].map(|part| format!("{:.1} ms", at(part).as_secs_f64() * 1e3));
-            println!("| {what} | `{balance}` | {p50} | {p99} | {p999} | {share:.1} % |");
-            felt.push(at(0.999));
-        }
-        assert!(first == MS && !stalls || felt[2] < felt[0].min(felt[1]), "{what}: {felt:?}");
     }
 }

@@ -5,6 +5,7 @@ mod cancel;
 mod facts;
 mod loads;
 mod logins;
+mod switchover;
 
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::servers::Missing;

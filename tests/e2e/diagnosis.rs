@@ -181,6 +181,20 @@ fn a_pool_that_is_too_small_is_told_from_a_backend_that_is_slow() {
 }
 
 #[test]
+fn places_at_an_endpoint_that_are_too_few_are_told_from_a_backend_that_is_slow() {
+    let backend = taking(&Arc::new(AtomicU64::new(5)));
+    let proxy = self::proxy()
+        .backends(&[backend.address()])
+        .without_pool()
+        .set("AEGIS_ENDPOINT_MAX", "2")
+        .start();
+    let _load = Load::asking(8, proxy.address());
+    let words = found(&proxy, "pool_small");
+    assert!(words.starts_with("clients wait "), "{words}");
+    assert_eq!(said(&proxy, "backend_slow"), None);
+}
+
+#[test]
 fn a_worker_that_is_busy_all_the_time_is_named() {
     let backend = Backend::chronos();
     let proxy = proxy().backends(&[backend.address()]).protocol("chronos", "request").start();

@@ -12,6 +12,8 @@ use crate::support::{Io, skip, uring_unavailable};
 const SETUP: i64 = libc::SYS_io_uring_setup;
 const ENTER: i64 = libc::SYS_io_uring_enter;
 const REGISTER: i64 = libc::SYS_io_uring_register;
+/// `IORING_REGISTER_RESTRICTIONS` and `IORING_REGISTER_ENABLE_RINGS`, arguments of the last.
+const RESTRICT_AND_ENABLE: [u64; 2] = [11, 12];
 
 fn echoes(proxy: &Proxy) {
     expect_echo(&connect(proxy.address()), 0, 1 << 20).unwrap();
@@ -122,7 +124,28 @@ fn auto_runs_on_io_uring_where_it_works() {
     let proxy = Builder::on(Io::Auto).backends(&[backend.address()]).start();
     assert_eq!(proxy.log_field("io driver", "driver"), "io_uring");
     assert_eq!(proxy.metric(IO_DRIVER, &[("driver", "io_uring")]), 1);
+    let reason = proxy.log_field("io driver", "reason");
+    assert!(!reason.contains("restrictions"), "its rings are restricted: {reason}");
     echoes(&proxy);
+}
+
+/// A filter may know only those ways of registering that are usual.
+#[test]
+fn rings_that_cannot_be_restricted_serve_and_it_is_said() {
+    if let Some(why) = uring_unavailable() {
+        return skip(&format!("io_uring does not work on this host: {why}"));
+    }
+    for operation in RESTRICT_AND_ENABLE {
+        let backend = Backend::echo();
+        let proxy = Builder::on(Io::Auto)
+            .backends(&[backend.address()])
+            .deny_where(REGISTER, libc::EPERM, (1, operation))
+            .start();
+        assert_eq!(proxy.log_field("io driver", "driver"), "io_uring");
+        let reason = proxy.log_field("io driver", "reason");
+        assert!(reason.contains("without restrictions of its rings"), "{reason}");
+        echoes(&proxy);
+    }
 }
 
 /// Whether the text has the error's name or the system's words for it.

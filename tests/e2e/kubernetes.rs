@@ -9,7 +9,7 @@ use crate::support::client::{ask, ask_once, connect, wait_closed};
 use crate::support::kube_api::{Credentials, KubeApi, NAMESPACE, Slice, host_ip};
 use crate::support::metrics::{
     APPLIED_GENERATION, DISCOVERY_ERRORS, ENDPOINT_SESSIONS, Labels, SESSIONS_ACTIVE,
-    SESSIONS_CLOSED, SPILLOVERS,
+    SESSIONS_CLOSED,
 };
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, SetOnDrop, eventually, heavy, measured, on_both_drivers, skip};
@@ -29,14 +29,13 @@ on_both_drivers![
     a_rotated_token_is_read_again,
     an_endpoint_that_goes_is_drained_within_its_time,
     a_rolling_replacement_fails_no_session,
-    local_endpoints_are_preferred_until_they_are_gone,
     a_change_reaches_every_worker_within_milliseconds,
     a_thousand_endpoints_that_change_all_the_time_harm_nobody,
 ];
 
 const NO_ENDPOINT: Labels = &[("reason", "no_endpoint")];
 
-fn on(io: Io, api: &KubeApi) -> Builder {
+pub(crate) fn on(io: Io, api: &KubeApi) -> Builder {
     Builder::on(io)
         .kubernetes(api)
         .set("AEGIS_KUBE_WATCH_TIMEOUT", "2s")
@@ -45,12 +44,12 @@ fn on(io: Io, api: &KubeApi) -> Builder {
 }
 
 /// Servers that the API may name: each has a slice, for each has a port of its own.
-fn backends(names: &[&'static str]) -> Vec<Backend> {
+pub(crate) fn backends(names: &[&'static str]) -> Vec<Backend> {
     names.iter().map(|name| Backend::named_at(name, host_ip())).collect()
 }
 
 /// Who answers 40 sessions, each once.
-fn who(proxy: &Proxy) -> Vec<String> {
+pub(crate) fn who(proxy: &Proxy) -> Vec<String> {
     let mut who: Vec<_> = (0..40).map(|_| ask_once(proxy.address(), "who").unwrap()).collect();
     who.sort_unstable();
     who.dedup();
@@ -226,6 +225,12 @@ fn pods_are_found_by_their_labels(io: Io) {
     proxy.wait_for_endpoints(1);
     assert_eq!(who(&proxy), ["a"]);
     api.pod("chronos-1", &labels, servers[1].address());
+    proxy.wait_for_endpoints(2);
+    assert_eq!(who(&proxy), ["a", "b"]);
+    api.label_pod("chronos-1", &serde_json::json!({"app": "other"}));
+    proxy.wait_for_endpoints(1);
+    assert_eq!(who(&proxy), ["a"], "a pod that lost its label is another one's");
+    api.label_pod("chronos-1", &labels);
     proxy.wait_for_endpoints(2);
     assert_eq!(who(&proxy), ["a", "b"]);
     api.delete_pod("chronos-0");
@@ -457,32 +462,6 @@ fn a_rolling_replacement_fails_no_session(io: Io) {
     });
     assert_eq!(who(&proxy), ["new"]);
     measured(&format!("{} sessions served, none failed", served.load(Relaxed)));
-}
-
-fn local_endpoints_are_preferred_until_they_are_gone(io: Io) {
-    let api = KubeApi::start();
-    let servers = backends(&["near", "far"]);
-    let place = |name: &str, server: &Backend, zone: &str| {
-        let address = server.address();
-        let slice = Slice::of(address.port()).with(name, address.ip()).at("node", zone);
-        api.slice(name, &slice);
-    };
-    place("near", &servers[0], "z1");
-    place("far", &servers[1], "z2");
-    let proxy = on(io, &api).set("AEGIS_LOCALITY", "zone").set("AEGIS_ZONE", "z1").start();
-    proxy.wait_for_endpoints(2);
-    assert_eq!(who(&proxy), ["near"]);
-    assert_eq!(proxy.metric(SPILLOVERS, &[]), 0);
-    // Too loaded: a session more than the far one would be far behind.
-    let held: Vec<_> = (0..60).map(|_| connect(proxy.address())).collect();
-    let by: Vec<_> = held.iter().map(|client| ask(client, "who")).collect();
-    assert!(by.iter().any(|who| who == "far"), "all on the near one");
-    assert!(proxy.metric(SPILLOVERS, &[("reason", "loaded")]) > 0);
-    drop(held);
-    api.delete_slice("near");
-    proxy.wait_for_endpoints(1);
-    assert_eq!(who(&proxy), ["far"]);
-    assert!(proxy.metric(SPILLOVERS, &[("reason", "few")]) >= 40);
 }
 
 fn a_change_reaches_every_worker_within_milliseconds(io: Io) {

@@ -2,8 +2,8 @@
 //! too many, counted at the backend, and nobody starves.
 
 use std::collections::HashMap;
-use std::io::Write;
-use std::net::{SocketAddr, TcpStream};
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -14,7 +14,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::support::backend::Backend;
 use crate::support::client::{ask, connect, read_line, try_ask, try_connect};
 use crate::support::metrics::{
-    ENDPOINT_CONNECTIONS, POOL_CONNECTIONS, SESSIONS_ACTIVE, SESSIONS_CLOSED,
+    CLIENTS_WAITING, ENDPOINT_CONNECTIONS, OUTAGE_SECONDS, POOL_CONNECTIONS, SESSIONS_ACTIVE,
+    SESSIONS_CLOSED,
 };
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
@@ -33,9 +34,15 @@ on_both_drivers![
     all_places_come_back_after_all_connections_have_died,
     an_endpoint_that_comes_back_has_all_its_places,
     a_drain_serves_who_waits_in_line,
+    sessions_that_wait_are_served_in_the_order_in_which_they_came,
+    a_session_that_has_waited_for_an_endpoint_may_still_wait_for_a_place,
+    a_cancel_request_passes_those_that_wait_for_the_session_that_it_cancels,
 ];
 
 const WORKERS: usize = 32;
+
+/// A cancel request of `PostgreSQL`.
+const CANCEL: [u8; 16] = [0, 0, 0, 16, 4, 210, 22, 46, 0, 0, 0, 42, 1, 2, 3, 4];
 
 /// Connections that a backend has at a time, counted as the kernel sees it: one that the proxy has
 /// closed is no longer there, though its thread may not know it yet.
@@ -198,15 +205,8 @@ fn sessions_beyond_the_limit_wait_in_line(io: Io) {
         let longest = thread::scope(|scope| {
             let sessions = (0..48).map(|_| {
                 scope.spawn(move || {
-                    let mut longest = Duration::ZERO;
-                    for _ in 0..8 {
-                        let since = Instant::now();
-                        let client = connect(address);
-                        assert_eq!(ask(&client, "PING"), "PONG");
-                        longest = longest.max(since.elapsed());
-                        thread::sleep(Duration::from_millis(5));
-                    }
-                    longest
+                    let times = (0..8).map(|_| ping(address));
+                    times.max().unwrap()
                 })
             });
             let sessions: Vec<_> = sessions.collect();
@@ -279,6 +279,14 @@ fn warm_connections_make_room_for_sessions_of_other_workers(io: Io) {
     assert_eq!(census.most(), 8);
 }
 
+/// A session of one request; how long it took.
+fn ping(address: SocketAddr) -> Duration {
+    let since = Instant::now();
+    let client = connect(address);
+    assert_eq!(ask(&client, "PING"), "PONG");
+    since.elapsed()
+}
+
 fn pooled_sessions_and_requests_keep_to_the_limit_of_the_endpoint(io: Io) {
     for mode in ["session", "request"] {
         let census = census();
@@ -290,12 +298,7 @@ fn pooled_sessions_and_requests_keep_to_the_limit_of_the_endpoint(io: Io) {
         let address = proxy.address();
         thread::scope(|scope| {
             for _ in 0..12 {
-                scope.spawn(move || {
-                    for _ in 0..20 {
-                        let client = connect(address);
-                        assert_eq!(ask(&client, "PING"), "PONG");
-                    }
-                });
+                scope.spawn(move || (0..20).map(|_| ping(address)).max());
             }
         });
         assert!(census.most() <= 3, "{} connections in {mode} mode", census.most());
@@ -391,4 +394,100 @@ fn a_drain_serves_who_waits_in_line(io: Io) {
             scope.spawn(move || assert_eq!(ask(&client, "who"), "a"));
         }
     });
+}
+
+fn outage_seconds(proxy: &Proxy) -> f64 {
+    let metrics = proxy.metrics();
+    let found = metrics.samples().iter().filter(|sample| sample.name == OUTAGE_SECONDS);
+    found.map(|sample| sample.value).sum()
+}
+
+fn sessions_that_wait_are_served_in_the_order_in_which_they_came(io: Io) {
+    let backend = Backend::named("a");
+    let proxy = workers(io, 1, &[&backend])
+        .set("AEGIS_ENDPOINT_MAX", "1")
+        .set("AEGIS_QUEUE_TIMEOUT", "1m")
+        .start();
+    let first = connect(proxy.address());
+    assert_eq!(ask(&first, "who"), "a");
+    let waiting: Vec<_> = (2..8)
+        .map(|count| {
+            let client = connect(proxy.address());
+            proxy.wait_for(SESSIONS_ACTIVE, &[], |active| active == count);
+            client
+        })
+        .collect();
+    assert_eq!(proxy.metric(CLIENTS_WAITING, &[]), 6);
+    drop(first);
+    for client in waiting {
+        // Were another one served first, this one would wait for it for ever.
+        assert_eq!(ask(&client, "who"), "a");
+    }
+    assert!(outage_seconds(&proxy) < f64::EPSILON, "it was there all the time");
+}
+
+fn a_session_that_has_waited_for_an_endpoint_may_still_wait_for_a_place(io: Io) {
+    let mut backend = Backend::named("a");
+    backend.kill();
+    let proxy = workers(io, 1, &[&backend])
+        .set("AEGIS_ENDPOINT_MAX", "1")
+        .set("AEGIS_ENDPOINT_WAIT", "1m")
+        .set("AEGIS_QUEUE_TIMEOUT", "1s")
+        .start();
+    let clients: Vec<_> = (0..4).map(|_| connect(proxy.address())).collect();
+    proxy.wait_for(CLIENTS_WAITING, &[], |waiting| waiting == 4);
+    // Longer than anybody may wait for a place.
+    eventually("it lasts", PATIENCE, || (outage_seconds(&proxy) > 1.2).then_some(()));
+    backend.start();
+    assert_eq!(ask(&clients[0], "who"), "a");
+    // The others find it full from now on, and wait for that for as long as anybody.
+    proxy.wait_for(SESSIONS_CLOSED, &[("reason", "queue_timeout")], |closed| closed == 3);
+    assert!(clients[1..].iter().all(|client| try_ask(client, "who").is_err()));
+    assert_eq!(ask(&clients[0], "who"), "a");
+}
+
+/// A server that has a session until it is to cancel it, and the connections that it has had at a time.
+fn cancelled_server() -> (Backend, Arc<AtomicUsize>) {
+    let (sessions, most) = (Mutex::new(Vec::<TcpStream>::new()), Arc::new(AtomicUsize::new(0)));
+    let (open, counted) = (AtomicUsize::new(0), Arc::clone(&most));
+    let backend = Backend::scripted(move |mut stream| {
+        counted.fetch_max(open.fetch_add(1, SeqCst) + 1, SeqCst);
+        let mut bytes = [0; 64];
+        while let Ok(count @ 1..) = stream.read(&mut bytes) {
+            if bytes[..count] == CANCEL {
+                for session in sessions.lock().unwrap().drain(..) {
+                    session.shutdown(Shutdown::Both).unwrap();
+                }
+                break;
+            }
+            sessions.lock().unwrap().push(stream.try_clone().unwrap());
+            stream.write_all(b"a\n").unwrap();
+        }
+        open.fetch_sub(1, SeqCst);
+    });
+    (backend, most)
+}
+
+fn a_cancel_request_passes_those_that_wait_for_the_session_that_it_cancels(io: Io) {
+    let (backend, most) = cancelled_server();
+    let proxy = workers(io, 2, &[&backend])
+        .set("AEGIS_PRESET", "postgres")
+        .set("AEGIS_ENDPOINT_MAX", "1")
+        .set("AEGIS_QUEUE_TIMEOUT", "1m")
+        .start();
+    let first = connect(proxy.address());
+    assert_eq!(ask(&first, "who"), "a");
+    let waiting: Vec<_> = (0..3).map(|_| connect(proxy.address())).collect();
+    proxy.wait_for(CLIENTS_WAITING, &[], |waiting| waiting == 3);
+    let mut cancels = connect(proxy.address());
+    cancels.write_all(&CANCEL).unwrap();
+    assert_eq!(cancels.read(&mut [0; 1]).unwrap(), 0, "it is through");
+    assert_eq!((&first).read(&mut [0; 1]).unwrap(), 0, "it is cancelled");
+    drop(first);
+    // Its place goes to one of those that wait, and one only.
+    proxy.wait_for(CLIENTS_WAITING, &[], |waiting| waiting == 2);
+    assert!(most.load(SeqCst) <= 2, "{most:?} connections");
+    drop(waiting);
+    proxy.wait_for(SESSIONS_ACTIVE, &[], |active| active == 0);
+    assert_eq!(ask(&connect(proxy.address()), "who"), "a", "no place is lost");
 }

@@ -89,6 +89,11 @@ fn an_outage_of_one_route_leaves_the_other(io: Io) {
         let reply = ask_once(of_cache, "GET key").unwrap_or_default();
         (reply.starts_with("ERR") && usable(&proxy, "cache") == 0).then_some(())
     });
+    let ejected = proxy.log_events("ejected");
+    assert!(
+        !ejected.is_empty() && ejected.iter().all(|line| line["route"] == "cache"),
+        "{ejected:?}"
+    );
     for _ in 0..10 {
         assert_eq!(ask(&steady, "who"), "orders");
         assert_eq!(ask_once(of_orders, "who").unwrap(), "orders");
@@ -109,6 +114,8 @@ fn an_outage_of_one_route_leaves_the_other(io: Io) {
         (ask_once(of_cache, "SET key 2").ok()? == "OK").then_some(())
     });
     assert_eq!(proxy.get("/readyz").status, 200);
+    let back = proxy.log_events("usable again");
+    assert!(back.iter().any(|line| line["route"] == "cache"), "{back:?}");
 }
 
 fn usable(proxy: &Proxy, route: &str) -> u64 {
@@ -197,4 +204,14 @@ fn mistakes_name_the_route_and_the_variable_and_what_to_set() {
         .run();
     let told = "AEGIS_CACHE__LISTEN: AEGIS_ROUTES=\"orders\" does not name \"cache\"";
     assert!(unnamed.code == Some(78) && unnamed.errors.contains(told), "{unnamed:?}");
+    let folder = std::env::temp_dir();
+    let path = |name: &str| format!("unix:{}", folder.join(name).display());
+    let up = format!("../{}/aliased", folder.file_name().unwrap().display());
+    let aliased = Builder::bare()
+        .set("AEGIS_ROUTES", "orders,cache")
+        .set("AEGIS_ORDERS__LISTEN", path("aliased"))
+        .set("AEGIS_CACHE__LISTEN", path(&up))
+        .run();
+    let told = "both are the same file. Set another one for each.";
+    assert!(aliased.code == Some(78) && aliased.errors.contains(told), "{aliased:?}");
 }

@@ -18,6 +18,7 @@ use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
 
 on_both_drivers![
     clients_and_backends_may_be_of_either_kind,
+    a_unix_socket_may_stand_in_for_a_tcp_server,
     the_file_is_there_as_long_as_somebody_listens,
     a_stale_file_is_replaced_and_a_live_one_refused,
     the_file_of_somebody_else_stays,
@@ -79,6 +80,17 @@ fn named(name: &'static str, path: &Path) {
             });
         }
     });
+}
+
+fn a_unix_socket_may_stand_in_for_a_tcp_server(io: Io) {
+    let (directory, _) = place();
+    let (mut tcp, backup) = (Backend::named("tcp"), directory.path().join("backup"));
+    named("unix", &backup);
+    let proxy =
+        Builder::on(io).backends(&[tcp.address()]).set("AEGIS_BACKUPS", unix(&backup)).start();
+    assert_eq!(ask_once(proxy.address(), "who").unwrap(), "tcp");
+    tcp.kill();
+    assert_eq!(ask_once(proxy.address(), "who").unwrap(), "unix");
 }
 
 fn clients_and_backends_may_be_of_either_kind(io: Io) {
@@ -223,7 +235,10 @@ fn a_backend_that_is_a_socket_of_the_proxy_itself_is_left_alone(io: Io) {
     proxy.wait_for(DISCOVERY_ENDPOINTS, &[], |endpoints| endpoints == 1);
     let why = eventually("it is ejected", PATIENCE, || {
         let _ = UnixStream::connect(&path);
-        proxy.log_events("ejected").first().map(|event| event["error"].to_string())
+        proxy.log_events("ejected").first().map(|event| {
+            assert!(event["route"].is_null(), "there is one only: {event}");
+            event["error"].to_string()
+        })
     });
     assert!(why.contains("leads back to this proxy itself"), "{why}");
 }

@@ -270,6 +270,17 @@ impl KubeApi {
         assert_eq!(status, 200, "{body}");
     }
 
+    /// Makes a pod have these labels and no other ones.
+    pub fn label_pod(&self, name: &str, labels: &Value) {
+        let path = format!("{PODS}/{name}");
+        let (status, body) = self.request("GET", &path, None);
+        assert_eq!(status, 200, "{body}");
+        let mut pod: Value = serde_json::from_str(&body).unwrap();
+        pod["metadata"]["labels"] = labels.clone();
+        let (status, body) = self.request("PUT", &path, Some(&pod));
+        assert_eq!(status, 200, "{body}");
+    }
+
     pub fn delete_pod(&self, name: &str) {
         let path = format!("{PODS}/{name}?gracePeriodSeconds=0");
         let (status, body) = self.request("DELETE", &path, None);

@@ -83,14 +83,19 @@ impl Server {
         command.stdout(log.try_clone().unwrap()).stderr(log);
         let child = command.spawn().unwrap();
         let mut server = Self { child, folder, address, stop };
+        server.wait_for(&mut answers);
+        server
+    }
+
+    /// Waits until it answers.
+    fn wait_for(&mut self, answers: &mut dyn FnMut() -> Result<String, String>) {
         let deadline = Instant::now() + START;
         while let Err(why) = answers() {
-            let ended = server.child.try_wait().unwrap();
-            let log = || server.log();
+            let ended = self.child.try_wait().unwrap();
+            let log = || self.log();
             assert!(ended.is_none() && Instant::now() < deadline, "{why}; {ended:?}: {}", log());
             sleep(Duration::from_millis(10));
         }
-        server
     }
 
     /// What it has logged so far.
@@ -149,40 +154,112 @@ fn option(name: &str, value: impl AsRef<OsStr>) -> OsString {
 /// A `PostgreSQL` server with the superuser `aegis`, who needs no password, and a database `postgres`.
 pub struct Postgres {
     server: Server,
+    programs: PostgresPrograms,
+}
+
+#[derive(Clone)]
+struct PostgresPrograms {
+    postgres: PathBuf,
+    base_backup: PathBuf,
     psql: PathBuf,
     pgbench: PathBuf,
 }
 
-impl Postgres {
-    /// Starts one with further settings, such as `authentication_timeout=1s`.
-    pub fn start(settings: &[&str]) -> Result<Self, Missing> {
-        let programs = Programs::of("postgresql");
-        let initdb = programs.find("initdb")?;
-        let postgres = programs.find("postgres")?;
-        let (psql, pgbench) = (programs.find("psql")?, programs.find("pgbench")?);
-        let (folder, address) = place();
-        let data = folder.path().join("data");
-        let mut made = as_nobody(&initdb);
-        made.args(["-A", "trust", "-U", "aegis", "--no-sync", "-D"]).arg(&data);
-        output(&mut made).unwrap();
-        let mut command = as_nobody(&postgres);
-        command.arg("-D").arg(&data);
+impl PostgresPrograms {
+    /// Starts a server with what is in its folder, and further settings.
+    fn start(self, (folder, address): (TempDir, SocketAddr), settings: &[&str]) -> Postgres {
+        let command = self.server(&folder, address, settings);
+        let answers = self.answers(address);
+        // Told to end at once it still gives its shared memory back.
+        let server = Server::start(Signal::QUIT, (folder, address), command, answers);
+        Postgres { server, programs: self }
+    }
+
+    fn server(&self, folder: &TempDir, address: SocketAddr, settings: &[&str]) -> Command {
+        let mut command = as_nobody(&self.postgres);
+        command.arg("-D").arg(folder.path().join("data"));
         let port = format!("port={}", address.port());
         let sockets = format!("unix_socket_directories={}", folder.path().display());
         let own = ["fsync=off", "listen_addresses=127.0.0.2", &port, &sockets];
         for setting in own.iter().chain(settings) {
             command.args(["-c", setting]);
         }
-        let target = Target::Tcp(address);
-        let ask = || output(at(Command::new(&psql).args(["-Atc", "select 1"]), &target));
-        // Told to end at once it still gives its shared memory back.
-        let server = Server::start(Signal::QUIT, (folder, address), command, ask);
-        Ok(Self { server, psql, pgbench })
+        command
+    }
+
+    fn answers(&self, address: SocketAddr) -> impl FnMut() -> Result<String, String> + use<> {
+        let (psql, target) = (self.psql.clone(), Target::Tcp(address));
+        move || output(at(Command::new(&psql).args(["-Atc", "select 1"]), &target))
+    }
+}
+
+impl Postgres {
+    /// Starts one with further settings, such as `authentication_timeout=1s`.
+    pub fn start(settings: &[&str]) -> Result<Self, Missing> {
+        let found = Programs::of("postgresql");
+        let initdb = found.find("initdb")?;
+        let programs = PostgresPrograms {
+            postgres: found.find("postgres")?,
+            base_backup: found.find("pg_basebackup")?,
+            psql: found.find("psql")?,
+            pgbench: found.find("pgbench")?,
+        };
+        let (folder, address) = place();
+        let mut made = as_nobody(&initdb);
+        made.args(["-A", "trust", "-U", "aegis", "--no-sync", "-D"]);
+        output(made.arg(folder.path().join("data"))).unwrap();
+        Ok(programs.start((folder, address), settings))
+    }
+
+    /// Starts a standby of it, which has what it has and follows it.
+    pub fn start_standby(&self) -> Self {
+        let (folder, address) = place();
+        let mut copy = as_nobody(&self.programs.base_backup);
+        copy.args(["-R", "-X", "stream", "-c", "fast", "--no-sync", "-D"]);
+        copy.arg(folder.path().join("data"));
+        output(at(&mut copy, &Target::Tcp(self.address()))).unwrap();
+        self.programs.clone().start((folder, address), &[])
+    }
+
+    /// Makes a standby a primary.
+    pub fn promote(&self) {
+        let promoted = self.ask(&Target::Tcp(self.address()), "select pg_promote()");
+        assert_eq!(promoted.as_deref(), Ok("t"));
+    }
+
+    /// Waits until it has ended, after [`Postgres::stop_fast`].
+    pub fn wait(&mut self) {
+        let deadline = Instant::now() + STOP;
+        while self.server.child.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < deadline, "it does not end: {}", self.server.log());
+            sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Starts it again, after it has ended, as a standby of another one.
+    pub fn follow(&mut self, primary: &Self) {
+        let data = self.server.folder.path().join("data");
+        File::create(data.join("standby.signal")).unwrap();
+        let (ip, port) = (primary.address().ip(), primary.address().port());
+        let source = format!("primary_conninfo=host={ip} port={port} user=aegis");
+        let (folder, address) = (&self.server.folder, self.server.address);
+        let mut command = self.programs.server(folder, address, &[&source]);
+        let log = File::options().append(true).open(folder.path().join("log")).unwrap();
+        command.stdout(log.try_clone().unwrap()).stderr(log);
+        self.server.child = command.spawn().unwrap();
+        let mut answers = self.programs.answers(address);
+        self.server.wait_for(&mut answers);
     }
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.server.address
+    }
+
+    /// Where else it listens.
+    #[allow(dead_code, reason = "the benchmarks use it")]
+    pub fn unix(&self) -> PathBuf {
+        self.server.folder.path().join(format!(".s.PGSQL.{}", self.server.address.port()))
     }
 
     /// Tells it to end as at a switchover: clients are told, and cut.
@@ -192,14 +269,14 @@ impl Postgres {
 
     /// psql at `target`.
     pub fn psql(&self, target: &Target) -> Command {
-        let mut psql = Command::new(&self.psql);
+        let mut psql = Command::new(&self.programs.psql);
         at(psql.args(["-X", "-v", "ON_ERROR_STOP=1"]), target);
         psql
     }
 
     /// pgbench at `target`.
     pub fn pgbench(&self, target: &Target) -> Command {
-        let mut pgbench = Command::new(&self.pgbench);
+        let mut pgbench = Command::new(&self.programs.pgbench);
         at(&mut pgbench, target);
         pgbench
     }
@@ -264,8 +341,10 @@ impl MariaDb {
         let ask = || {
             let mut client = Command::new(&mariadb);
             client.args(["--no-defaults", "-uroot", "-e"]).arg(
+                // By the server's own socket one is `localhost`, where others come before `%`.
                 "create user if not exists aegis@'%' identified by 'word'; \
-                 grant all on *.* to aegis@'%'",
+                 create user if not exists aegis@localhost identified by 'word'; \
+                 grant all on *.* to aegis@'%'; grant all on *.* to aegis@localhost",
             );
             output(of_mariadb(&mut client, &target))
         };
@@ -278,7 +357,8 @@ impl MariaDb {
         self.server.address
     }
 
-    fn socket(&self) -> PathBuf {
+    /// Where else it listens.
+    pub fn unix(&self) -> PathBuf {
         self.server.folder.path().join("socket")
     }
 
@@ -308,7 +388,7 @@ impl MariaDb {
     pub fn administer(&self, statement: &str) -> String {
         let mut root = Command::new(&self.mariadb);
         root.args(["--no-defaults", "-uroot", "-N", "-e", statement]);
-        output(of_mariadb(&mut root, &Target::Unix(self.socket()))).unwrap()
+        output(of_mariadb(&mut root, &Target::Unix(self.unix()))).unwrap()
     }
 
     /// One of its counters, such as `Aborted_connects`.
@@ -348,6 +428,8 @@ impl Redis {
             .args(["--bind", "127.0.0.2", "--port", &address.port().to_string()])
             .args(["--save", "", "--appendonly", "no", "--dir"])
             .arg(folder.path())
+            .arg("--unixsocket")
+            .arg(folder.path().join("socket"))
             .args(options);
         let target = Target::Tcp(address);
         let ask = || output(of_redis(&mut Command::new(&cli), &target).arg("ping"));
@@ -358,6 +440,12 @@ impl Redis {
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.server.address
+    }
+
+    /// Where else it listens.
+    #[allow(dead_code, reason = "the benchmarks use it")]
+    pub fn unix(&self) -> PathBuf {
+        self.server.folder.path().join("socket")
     }
 
     /// redis-benchmark at `target`.

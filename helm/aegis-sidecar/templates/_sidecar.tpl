@@ -3,10 +3,15 @@ What a pod needs for Aegis, from the values of this chart: to include in your ow
 
   initContainers:
     {{- include "aegis-sidecar.container" .Values.sidecar | nindent 8 }}
+  containers:
+    - name: web
+      volumeMounts:
+        {{- include "aegis-sidecar.socket-mount" .Values.sidecar | nindent 12 }}
   volumes:
     {{- include "aegis-sidecar.volume" .Values.sidecar | nindent 8 }}
 
-Each gives a list. The sidecar comes first, so that it serves those that follow it.
+Each gives a list, the one of mounts nothing without socket.folder. The sidecar comes first, so that it
+serves those that follow it.
 */}}
 {{- define "aegis-sidecar.container" -}}
 {{- include "aegis-sidecar.check" . -}}
@@ -15,6 +20,15 @@ Each gives a list. The sidecar comes first, so that it serves those that follow 
 
 {{- define "aegis-sidecar.volume" -}}
 {{- include "aegis-sidecar.volume-specs" . }}
+{{- end }}
+
+{{- /* What a container of the application mounts to connect by a Unix socket, which needs no right to write. */}}
+{{- define "aegis-sidecar.socket-mount" -}}
+{{- if .socket.folder -}}
+- name: {{ include "aegis-sidecar.name" . }}-unix
+  mountPath: {{ .socket.folder }}
+  readOnly: true
+{{- end }}
 {{- end }}
 
 {{- define "aegis-sidecar.name" -}}
@@ -34,6 +48,15 @@ Each gives a list. The sidecar comes first, so that it serves those that follow 
 {{- $by_kubernetes := false }}
 {{- range $backends }}{{ if not .addresses }}{{ $by_kubernetes = true }}{{ end }}{{ end }}
 {{- if $by_kubernetes }}/run/aegis{{ end }}
+{{- end }}
+
+{{- /* Where the sockets are. A policy adds what belongs to that in the pods that choose a folder. */}}
+{{- define "aegis-sidecar.socket-folder" -}}
+{{- if not (hasPrefix "cel:" .socket.folder) }}{{ .socket.folder }}{{ end }}
+{{- end }}
+
+{{- define "aegis-sidecar.socket-file" -}}
+{{- (.socket | default dict).file | default (printf "%s.sock" (.name | default "aegis")) }}
 {{- end }}
 
 {{- define "aegis-sidecar.container-spec" -}}
@@ -82,6 +105,14 @@ volumeMounts:
   - name: {{ include "aegis-sidecar.name" $ }}-state
     mountPath: {{ . }}
   {{- end }}
+  {{- if include "aegis-sidecar.socket-folder" . }}
+  {{- include "aegis-sidecar.own-socket-mount" . | nindent 2 }}
+  {{- end }}
+{{- end }}
+
+{{- define "aegis-sidecar.own-socket-mount" -}}
+- name: {{ include "aegis-sidecar.name" . }}-unix
+  mountPath: {{ toJson .socket.folder }}
 {{- end }}
 
 {{- define "aegis-sidecar.probe" -}}
@@ -105,9 +136,12 @@ timeoutSeconds: {{ index . 4 }}
 {{- end }}
 - {name: AEGIS_ADMIN, value: "[::]:{{ .adminPort }}"}
 {{- else -}}
-{{ include "aegis-sidecar.listen" (list "AEGIS_" .listenPort) }}
+{{ include "aegis-sidecar.listen" (list "AEGIS_" .listenPort .socket.folder (include "aegis-sidecar.socket-file" (omit . "name"))) }}
 - {name: AEGIS_ADMIN, value: "[::]:{{ .adminPort }}"}
 {{ include "aegis-sidecar.backend-env" (list "AEGIS_" .backend "endpoints.json") }}
+{{- end }}
+{{- if include "aegis-sidecar.socket-folder" . }}
+- {{ include "aegis-sidecar.socket-mode" . }}
 {{- end }}
 - {name: AEGIS_PROTOCOL, value: {{ toJson .protocol }}}
 - {name: AEGIS_POOL_MODE, value: {{ include "aegis-sidecar.pool-mode" . | toJson }}}
@@ -132,9 +166,13 @@ timeoutSeconds: {{ index . 4 }}
 {{- end }}
 {{- if without $localities "off" }}
 - {name: AEGIS_NODE_NAME, valueFrom: {fieldRef: {apiVersion: v1, fieldPath: spec.nodeName}}}
-{{- if has "zone" $localities }}
+{{- if or (has "zone" $localities) (has "failover" $localities) }}
 - name: AEGIS_ZONE
   valueFrom: {fieldRef: {apiVersion: v1, fieldPath: "metadata.labels['topology.kubernetes.io/zone']"}}
+{{- end }}
+{{- if has "failover" $localities }}
+- name: AEGIS_REGION
+  valueFrom: {fieldRef: {apiVersion: v1, fieldPath: "metadata.labels['topology.kubernetes.io/region']"}}
 {{- end }}
 {{- end }}
 - {name: AEGIS_DRAIN_DELAY, value: {{ .drain.delay }}}
@@ -158,10 +196,24 @@ timeoutSeconds: {{ index . 4 }}
 {{- end }}
 {{- end }}
 
-{{- /* Where clients of loopback connect. What variables begin with, and the port. */}}
+{{- /* Where clients connect. What variables begin with, the port of loopback, the sockets' folder and a file. */}}
 {{- define "aegis-sidecar.listen" -}}
-{{- $port := index . 1 -}}
-- {name: {{ index . 0 }}LISTEN, value: "127.0.0.1:{{ $port }},[::1]:{{ $port }}"}
+{{- $loopback := printf "127.0.0.1:%d,[::1]:%d" (int (index . 1)) (int (index . 1)) -}}
+{{- $folder := index . 2 -}}
+{{- $file := index . 3 -}}
+{{- $value := $loopback -}}
+{{- if hasPrefix "cel:" $folder -}}
+{{- $folder = trimPrefix "cel:" $folder -}}
+{{- $file = include "aegis-sidecar.cel" (list "" $file) -}}
+{{- $value = printf `cel:(%s == "" ? "" : "unix:" + %s + "/" + %s + ",") + %s` $folder $folder $file (toJson $loopback) -}}
+{{- else if $folder -}}
+{{- $value = printf "unix:%s/%s,%s" $folder $file $loopback -}}
+{{- end -}}
+- {name: {{ index . 0 }}LISTEN, value: {{ toJson $value }}}
+{{- end }}
+
+{{- define "aegis-sidecar.socket-mode" -}}
+{name: AEGIS_SOCKET_MODE, value: {{ toJson .socket.mode }}}
 {{- end }}
 
 {{- /* Where connections go. What variables begin with, the value `backend`, and a file for the endpoints. */}}
@@ -193,7 +245,7 @@ timeoutSeconds: {{ index . 4 }}
 {{- define "aegis-sidecar.route-env" -}}
 {{- $route := index . 1 -}}
 {{- $prefix := printf "AEGIS_%s__" ($route.name | upper | replace "-" "_") -}}
-{{ include "aegis-sidecar.listen" (list $prefix $route.listenPort) }}
+{{ include "aegis-sidecar.listen" (list $prefix $route.listenPort (index . 0).socket.folder (include "aegis-sidecar.socket-file" $route)) }}
 {{ include "aegis-sidecar.backend-env" (list $prefix $route.backend (printf "endpoints-%s.json" $route.name)) }}
 {{- if or $route.protocol $route.pool }}
 - {name: {{ $prefix }}PROTOCOL, value: {{ (include "aegis-sidecar.of-route" . | fromYaml).protocol | toJson }}}
@@ -259,24 +311,61 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 - name: {{ include "aegis-sidecar.name" . }}-state
   emptyDir: {}
 {{- end }}
+{{- if include "aegis-sidecar.socket-folder" . }}
+{{ include "aegis-sidecar.socket-volume" . }}
+{{- end }}
+{{- end }}
+
+{{- define "aegis-sidecar.socket-volume" -}}
+- name: {{ include "aegis-sidecar.name" . }}-unix
+  emptyDir: {}
 {{- end }}
 
 {{- /* Refuses what no schema can refuse with a message that helps. */}}
 {{- define "aegis-sidecar.check" -}}
-{{- if .routes }}
-{{- include "aegis-sidecar.check-routes" . }}
-{{- else if not (include "aegis-sidecar.backend-kinds" .) }}
+{{- include "aegis-sidecar.check-options" . }}
+{{- range $route := .routes }}
+{{- if not (include "aegis-sidecar.backend-kinds" $route) }}
+{{- fail (printf "aegis-sidecar: route %s has no backend: set one of backend.service, backend.selector and backend.addresses" $route.name) }}
+{{- end }}
+{{- end }}
+{{- if not (or .routes (include "aegis-sidecar.backend-kinds" .)) }}
 {{- fail "aegis-sidecar: no backend: set one of backend.service, backend.selector and backend.addresses" }}
 {{- end }}
-{{- include "aegis-sidecar.check-options" . }}
+{{- end }}
+
+{{- /* The same where the service may come later, by annotation. */}}
+{{- define "aegis-sidecar.check-options" -}}
+{{- if .routes }}
+{{- include "aegis-sidecar.check-routes" . }}
+{{- end }}
+{{- include "aegis-sidecar.check-route" . }}
+{{- $folder := .socket.folder }}
+{{- range include "aegis-sidecar.taken-folders" . | fromYamlArray }}
+{{- if hasPrefix (printf "%s/" .) (printf "%s/" $folder) }}
+{{- fail (printf "aegis-sidecar: socket.folder is %s, where the sidecar has something else: set it to another one, such as /run/db" $folder) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* Folders in which the sidecar has something else. */}}
+{{- define "aegis-sidecar.taken-folders" -}}
+- /run/aegis
+- /var/run/secrets/kubernetes.io/serviceaccount
 {{- end }}
 
 {{- define "aegis-sidecar.check-routes" -}}
-{{- if include "aegis-sidecar.backend-kinds" . }}
-{{- fail (printf "aegis-sidecar: routes and %s are set: give each route its backend" (include "aegis-sidecar.backend-kinds" .)) }}
+{{- range $name, $value := .backend }}
+{{- if $value }}
+{{- fail (printf "aegis-sidecar: routes and backend.%s are set: give each route its backend" $name) }}
+{{- end }}
+{{- end }}
+{{- if .socket.file }}
+{{- fail "aegis-sidecar: routes and socket.file are set: give each route its socket.file" }}
 {{- end }}
 {{- $names := list }}
 {{- $ports := list (int .adminPort) }}
+{{- $files := list }}
 {{- range $route := .routes }}
 {{- if has $route.name $names }}
 {{- fail (printf "aegis-sidecar: two routes are called %s: change one of them" $route.name) }}
@@ -286,16 +375,16 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- fail (printf "aegis-sidecar: the listenPort of route %s is %v, which is another one's or adminPort: change one of them" $route.name $route.listenPort) }}
 {{- end }}
 {{- $ports = append $ports (int $route.listenPort) }}
-{{- $values := include "aegis-sidecar.of-route" (list $ $route) | fromYaml }}
-{{- if not (include "aegis-sidecar.backend-kinds" $values) }}
-{{- fail (printf "aegis-sidecar: route %s has no backend: set one of backend.service, backend.selector and backend.addresses" $route.name) }}
+{{- $file := include "aegis-sidecar.socket-file" $route }}
+{{- if has $file $files }}
+{{- fail (printf "aegis-sidecar: the socket.file of route %s is %s, which is another one's: change one of them" $route.name $file) }}
 {{- end }}
-{{- include "aegis-sidecar.check-options" $values }}
+{{- $files = append $files $file }}
+{{- include "aegis-sidecar.check-route" (include "aegis-sidecar.of-route" (list $ $route) | fromYaml) }}
 {{- end }}
 {{- end }}
 
-{{- /* The same where the service may come later, by annotation. */}}
-{{- define "aegis-sidecar.check-options" -}}
+{{- define "aegis-sidecar.check-route" -}}
 {{- $kinds := include "aegis-sidecar.backend-kinds" . }}
 {{- if contains " and " $kinds }}
 {{- fail (printf "aegis-sidecar: %s are set: keep one of them" $kinds) }}

@@ -11,10 +11,6 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{ .Release.Name }}.{{ .Release.Namespace }}.aegis-proxy.io
 {{- end }}
 
-{{- define "aegis.backend-namespace" -}}
-{{ .Values.sidecar.backend.namespace | default .Release.Namespace }}
-{{- end }}
-
 {{- /* A pod may have the sidecars of several releases: `aegis` is that of the one that `enabled` means. */}}
 {{- define "aegis.sidecar-name" -}}
 {{- if include "aegis.takes-enabled" . -}}
@@ -24,12 +20,24 @@ aegis-{{ include "aegis.injection-name" . | replace "." "-" | trunc 51 | trimSuf
 {{- end }}
 {{- end }}
 
-{{- /* The sidecar's values, with its name and the backend's namespace in place. */}}
+{{- /* The sidecar's values, with its name and the backends' namespaces in place. */}}
 {{- define "aegis.sidecar" -}}
 {{- $values := deepCopy .Values.sidecar -}}
-{{- $_ := set $values.backend "namespace" (include "aegis.backend-namespace" .) -}}
+{{- range $values.routes | default (list $values) -}}
+{{- $_ := set .backend "namespace" (.backend.namespace | default $.Release.Namespace) -}}
+{{- end -}}
 {{- $_ := set $values "name" ($values.name | default (include "aegis.sidecar-name" .)) -}}
 {{- toYaml $values }}
+{{- end }}
+
+{{- /* Its routes, each with all values: without `routes` the sidecar itself is the only one. */}}
+{{- define "aegis.routes" -}}
+{{- $sidecar := include "aegis.sidecar" . | fromYaml -}}
+{{- $routes := list -}}
+{{- range $sidecar.routes -}}
+{{- $routes = append $routes (include "aegis-sidecar.of-route" (list $sidecar .) | fromYaml) -}}
+{{- end -}}
+{{- $routes | default (list $sidecar) | toYaml }}
 {{- end }}
 
 {{- /* The version of the API that can inject, or nothing. */}}

@@ -27,7 +27,7 @@ what stands here, and `/config` on the admin port says what a running process wo
 - **Lists** have commas between their items, and no item twice.
 - **Words** are written as below. `true` and `false` are taken for `on` and `off`, since readers of
   YAML make the former of the latter.
-- Spaces around a value do not matter. An empty value is a mistake, except for the node and the zone:
+- Spaces around a value do not matter. An empty value is a mistake, except for node, zone and region:
   a variable that is not set has its default.
 
 ## How mistakes are reported

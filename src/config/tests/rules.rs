@@ -47,6 +47,7 @@ fn what_has_no_effect_is_told_with_the_reason() {
         (&[][..], &[][..]),
         // Defaults may be written out.
         (&[("AEGIS_POOL_SIZE", "16"), ("AEGIS_KUBE_PORT", "auto")], &[]),
+        (&[("AEGIS_ENDPOINT_MAX", "4")], &[]),
         (
             &[("AEGIS_KUBE_PORT", "5432")],
             &["AEGIS_KUBE_PORT=\"5432\" has no effect: the endpoints"],
@@ -107,9 +108,51 @@ fn what_has_no_effect_is_told_with_the_reason() {
             &["AEGIS_LOG: nothing that is known logs as \"agis\""],
         ),
     ] {
-        let warnings = read(vars).unwrap_or_else(|e| panic!("{vars:?}: {e}")).warnings();
-        let fits = warnings.iter().zip(warned).all(|(warning, begin)| warning.starts_with(begin));
-        assert!(fits && warnings.len() == warned.len(), "{vars:?}: {warnings:?}");
+        expect_warned(vars, warned);
+    }
+}
+
+fn expect_warned(vars: &[(&str, &str)], warned: &[&str]) {
+    let warnings = read(vars).unwrap_or_else(|e| panic!("{vars:?}: {e}")).warnings();
+    let fits = warnings.iter().zip(warned).all(|(warning, begin)| warning.starts_with(begin));
+    assert!(fits && warnings.len() == warned.len(), "{vars:?}: {warnings:?}");
+}
+
+#[test]
+fn what_stands_in_or_is_checked_without_effect_is_told() {
+    let kube = ("AEGIS_KUBE_SERVICE", "db");
+    for (vars, warned) in [
+        (
+            &[kube, ("AEGIS_LOCALITY", "failover")][..],
+            &["AEGIS_LOCALITY=\"failover\" has no effect"][..],
+        ),
+        (&[kube, ("AEGIS_LOCALITY", "failover"), ("AEGIS_ZONE", "a")], &[]),
+        (&[("AEGIS_FAILBACK_TIME", "1s")], &["AEGIS_FAILBACK_TIME"]),
+        (&[("AEGIS_CHECK_RISE", "5")], &["AEGIS_CHECK_RISE=\"5\" has no effect: AEGIS_CHECK_INT"]),
+        (&[("AEGIS_CHECK_RISE", "5"), ("AEGIS_CHECK_INTERVAL", "1s")], &[]),
+        (&[("AEGIS_CHECK_PATH", "/x"), ("AEGIS_CHECK_INTERVAL", "1s")], &["AEGIS_CHECK_PATH"]),
+        (
+            &[
+                ("AEGIS_CHECK_PATH", "/x"),
+                ("AEGIS_CHECK_INTERVAL", "1s"),
+                ("AEGIS_CHECK", "request"),
+                ("AEGIS_PROTOCOL", "http1"),
+            ],
+            &[],
+        ),
+        (
+            &[
+                kube,
+                ("AEGIS_FAILBACK_TIME", "1s"),
+                ("AEGIS_LOCALITY", "failover"),
+                ("AEGIS_ZONE", "a"),
+            ],
+            &[],
+        ),
+        (&[("AEGIS_FAILBACK_TIME", "1s"), ("AEGIS_BACKUPS", "10.0.0.1:1")], &[]),
+        (&[kube, ("AEGIS_BACKUPS", "10.0.0.1:1")], &["AEGIS_BACKUPS"]),
+    ] {
+        expect_warned(vars, warned);
     }
 }
 
@@ -130,7 +173,7 @@ fn what_is_kept_and_made_is_within_the_limit_of_the_endpoint() {
     let conflict = |name: &str, value| {
         format!(
             "{name}={value:?} and AEGIS_ENDPOINT_MAX=\"8\": an endpoint would have more connections \
-             than it may."
+             than it may; set AEGIS_ENDPOINT_MAX to 9 or more, or {name} to 8 or less."
         )
     };
     let max = ("AEGIS_ENDPOINT_MAX", "8");
@@ -239,4 +282,83 @@ fn a_name_is_counted_as_the_addresses_that_it_may_stand_for() {
     let addresses = |backends| read(&[("AEGIS_BACKENDS", backends)]).unwrap().routes[0].addresses();
     assert_eq!(addresses("10.0.0.1:80,[::1]:80"), 2);
     assert_eq!(addresses("10.0.0.1:80,db:80"), 1 + crate::limits::ADDRESSES_PER_NAME);
+}
+
+#[test]
+fn what_a_preset_suggests_gives_way_to_what_is_set() {
+    let kept = |vars: &[(&str, &str)]| {
+        let pool = read(vars).unwrap().routes[0].pool.clone();
+        (pool.min_idle, pool.max_idle)
+    };
+    let [mysql, postgres] = ["mysql", "postgres"].map(|preset| ("AEGIS_PRESET", preset));
+    assert_eq!(kept(&[mysql]), (0, 0));
+    assert_eq!(kept(&[mysql, ("AEGIS_POOL_MIN_IDLE", "2")]), (2, 2));
+    assert_eq!(kept(&[postgres, ("AEGIS_POOL_MIN_IDLE", "8")]), (8, 8));
+    assert_eq!(kept(&[postgres, ("AEGIS_POOL_MIN_IDLE", "2")]), (2, 4));
+    assert_eq!(kept(&[postgres, ("AEGIS_POOL_MAX_IDLE", "64")]), (0, 64));
+    let both = [mysql, ("AEGIS_POOL_MIN_IDLE", "200"), ("AEGIS_POOL_MAX_IDLE", "1")];
+    assert_eq!(problems(&both).len(), 1, "what is set does not");
+}
+
+#[test]
+fn backups_are_other_servers_than_those_that_they_stand_in_for() {
+    let keys = [
+        ("AEGIS_PROTOCOL", "chronos"),
+        ("AEGIS_POOL_MODE", "request"),
+        ("AEGIS_BALANCE", "key_hash"),
+        ("AEGIS_BACKUPS", "10.0.0.2:1"),
+    ];
+    let zones = [
+        ("AEGIS_KUBE_SERVICE", "db"),
+        ("AEGIS_PROTOCOL", "chronos"),
+        ("AEGIS_POOL_MODE", "request"),
+        ("AEGIS_BALANCE", "key_hash"),
+        ("AEGIS_LOCALITY", "failover"),
+        ("AEGIS_ZONE", "a"),
+    ];
+    let many = (1..=1000).map(|port| format!("10.0.0.2:{port}")).collect::<Vec<_>>().join(",");
+    let more = many.replace("10.0.0.2", "10.0.0.3");
+    for (vars, part) in [
+        (
+            &[("AEGIS_BACKENDS", "10.0.0.1:1,10.0.0.2:1"), ("AEGIS_BACKUPS", "10.0.0.2:1")][..],
+            "AEGIS_BACKENDS=\"10.0.0.2:1\" and AEGIS_BACKUPS=\"10.0.0.2:1\": nothing stands in for",
+        ),
+        (&keys, "AEGIS_BACKUPS=\"10.0.0.2:1\": no store has the keys of another one"),
+        (&zones, "AEGIS_LOCALITY=\"failover\": no store has the keys of another one"),
+        (
+            &[("AEGIS_DISCOVERY", "static"), ("AEGIS_BACKUPS", "spare.example:1")],
+            "AEGIS_BACKUPS=\"spare.example:1\": names have to be resolved",
+        ),
+        (
+            &[("AEGIS_LISTEN", "127.0.0.1:1"), ("AEGIS_BACKUPS", "127.0.0.1:1")],
+            "AEGIS_BACKUPS=\"127.0.0.1:1\": the proxy would connect to itself without end",
+        ),
+        (&[("AEGIS_BACKENDS", &many), ("AEGIS_BACKUPS", &more)], "2000 together, 1024 at most"),
+        (&[("AEGIS_BACKUPS", "db")], "AEGIS_BACKUPS=\"db\": \"db\": the port is missing"),
+        (&[("AEGIS_FAILBACK_TIME", "2h")], "AEGIS_FAILBACK_TIME=\"2h\": above 1h"),
+    ] {
+        let [problem] = &problems(vars)[..] else { panic!("{part}: {:?}", problems(vars)) };
+        assert!(problem.contains(part), "{problem}");
+    }
+    let discovery = |backups| read(&[("AEGIS_BACKUPS", backups)]).unwrap().routes[0].discovery;
+    assert_eq!(discovery("10.0.0.1:1,unix:/run/db.sock"), Discovery::Static);
+    assert_eq!(discovery("10.0.0.1:1,spare.example:1"), Discovery::Dns);
+}
+
+#[test]
+fn checks_are_such_that_a_server_can_pass_and_does_not_mind() {
+    let every = ("AEGIS_CHECK_INTERVAL", "1s");
+    for (vars, part) in [
+        (
+            &[every, ("AEGIS_CHECK", "request")][..],
+            "AEGIS_CHECK=\"request\" and AEGIS_PROTOCOL=\"tcp\": only chronos and http1 have",
+        ),
+        (&[every, ("AEGIS_PRESET", "mysql")], "until it locks the host out"),
+        (&[("AEGIS_CHECK_PATH", "healthz")], "it does not begin with /"),
+        (&[("AEGIS_CHECK_PATH", "/a b")], "without spaces"),
+        (&[("AEGIS_CHECK_INTERVAL", "10ms")], "below 100ms"),
+    ] {
+        let [problem] = &problems(vars)[..] else { panic!("{part}: {:?}", problems(vars)) };
+        assert!(problem.contains(part), "{problem}");
+    }
 }

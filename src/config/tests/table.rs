@@ -82,12 +82,14 @@ fn random_text(variable: &Variable, rng: &mut fastrand::Rng) -> String {
             let host = word(rng, &["a.b", "C-D", "[::2]", "10.0.0.1", "unix:/run/db.sock"]);
             list(rng, 100, &host)
         }
+        "AEGIS_CHECK" => "connect".to_owned(),
+        "AEGIS_CHECK_PATH" => word(rng, &["/", "/healthz?deep=1"]),
         "AEGIS_DISCOVERY" => word(rng, &["auto", "dns"]),
         "AEGIS_KUBE_SERVICE" | "AEGIS_KUBE_SELECTOR" => "none".to_owned(),
         "AEGIS_KUBE_NAMESPACE" => word(rng, &["auto", "db-1"]),
         "AEGIS_KUBE_PORT" => word(rng, &["auto", "chronos", "8080"]),
         "AEGIS_KUBE_SNAPSHOT" => word(rng, &["none", "/run/aegis/endpoints.json"]),
-        "AEGIS_NODE_NAME" | "AEGIS_ZONE" => word(rng, &["none", "", "eu-1a"]),
+        "AEGIS_NODE_NAME" | "AEGIS_ZONE" | "AEGIS_REGION" => word(rng, &["none", "", "eu-1a"]),
         // Others suggest less than the minimum below.
         "AEGIS_PRESET" => word(rng, &["none", "redis"]),
         "AEGIS_POOL_MIN_IDLE" => rng.usize(0..=64).to_string(),
@@ -116,7 +118,7 @@ fn text_of_shape(shape: &Shape, rng: &mut fastrand::Rng) -> Option<String> {
 
 /// Values that go together.
 const TOGETHER: [&[(&str, &str)]; 4] = [
-    &[("AEGIS_PROXY_PROTOCOL", "v1")],
+    &[("AEGIS_PROXY_PROTOCOL", "v1"), ("AEGIS_BACKUPS", "10.0.0.2:1,spare.example:2")],
     &[("AEGIS_PROXY_PROTOCOL", "v2"), ("AEGIS_PROTOCOL", "http1")],
     &[("AEGIS_PROTOCOL", "http1"), ("AEGIS_POOL_MODE", "session")],
     &[("AEGIS_PROTOCOL", "chronos"), ("AEGIS_POOL_MODE", "request"), ("AEGIS_BALANCE", "key_hash")],

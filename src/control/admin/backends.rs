@@ -12,7 +12,7 @@ use crate::control::view::{labels, usable};
 use crate::io::net::Address;
 use crate::limits::ENDPOINTS_MAX;
 use crate::metrics::{EndpointCounts, EndpointStats};
-use crate::proxy::endpoints::{Endpoint, Store};
+use crate::proxy::endpoints::{Endpoint, Store, Tier};
 
 /// Endpoints of a page that names no limit: a screen or two of a terminal.
 const LIMIT: usize = 100;
@@ -60,6 +60,7 @@ struct EndpointRow<'a> {
     name: &'a str,
     address: &'a Address,
     near: bool,
+    tier: Tier,
     state: &'static str,
     total: EndpointCounts,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -87,20 +88,30 @@ struct LeftOutRow<'a> {
     why: String,
 }
 
-pub(super) fn state(usable: bool) -> &'static str {
-    if usable { "usable" } else { "ejected" }
+pub(super) fn state(fails_check: bool, usable: bool) -> &'static str {
+    match (fails_check, usable) {
+        (true, _) => "fails_check",
+        (false, true) => "usable",
+        (false, false) => "ejected",
+    }
 }
 
-fn endpoint_row<'a>(endpoint: &'a Endpoint, name: &'a str, of_workers: bool) -> EndpointRow<'a> {
+fn endpoint_row<'a>(
+    endpoint: &'a Endpoint,
+    tier: Tier,
+    name: &'a str,
+    of_workers: bool,
+) -> EndpointRow<'a> {
     let worker = |stats: &EndpointStats| WorkerRow {
-        state: state(stats.ejected.get() == 0),
+        state: state(endpoint.fails_check(), stats.ejected.get() == 0),
         counts: EndpointCounts::read(stats),
     };
     EndpointRow {
         name,
         address: &endpoint.address,
         near: endpoint.is_near(),
-        state: state(usable(endpoint)),
+        tier,
+        state: state(endpoint.fails_check(), usable(endpoint)),
         total: EndpointCounts::total(&endpoint.stats),
         workers: of_workers.then(|| endpoint.stats.iter().map(worker).collect()),
     }
@@ -114,11 +125,12 @@ pub(super) async fn write(view: Arc<View>, query: Query, mut to: Pieces) {
     let snapshot = &route.snapshot;
     let (endpoints, stores) = (&snapshot.endpoints, &snapshot.stores);
     let applied: Vec<_> = route.stats.iter().map(|stats| stats.applied_generation.get()).collect();
+    let tiers: Vec<_> = route.stats.iter().map(|stats| stats.tier.get()).collect();
     // Writing to a string cannot fail.
     let _ = write!(
         to.text,
         "{{\"route\": {:?}, \"routes\": {names:?},\n \"generation\": {}, \
-         \"applied_generations\": {applied:?},\n \"offset\": {}, \
+         \"applied_generations\": {applied:?}, \"tiers\": {tiers:?},\n \"offset\": {}, \
          \"endpoints_total\": {}, \"endpoints\": [",
         route.name,
         snapshot.generation,
@@ -130,8 +142,9 @@ pub(super) async fn write(view: Arc<View>, query: Query, mut to: Pieces) {
     let range = part(endpoints.len());
     let labels = labels(endpoints);
     let mut before = "\n  ";
-    for (endpoint, label) in endpoints[range.clone()].iter().zip(&labels[range]) {
-        let row = endpoint_row(endpoint, label, query.workers);
+    for at in range {
+        let (endpoint, tier) = (&endpoints[at], snapshot.tier_of(at));
+        let row = endpoint_row(endpoint, tier, &labels[at], query.workers);
         write_row(&mut to.text, &mut before, &row);
         to.pause().await;
     }

@@ -368,8 +368,12 @@ fn endpoint_row(endpoint: &Endpoint, name: String) -> EndpointRow<'_> {
         name,
         address: &endpoint.address,
         near: endpoint.is_near(),
-        state: state(is_usable),
-        why: failure.filter(|_| !is_usable).map(Failure::name),
+        state: state(endpoint.fails_check(), is_usable),
+        why: if endpoint.fails_check() {
+            Some("fails its checks")
+        } else {
+            failure.filter(|_| !is_usable).map(Failure::name)
+        },
         counts: EndpointCounts::total(&endpoint.stats),
         rtt: Rtt { sum: rtt.sum, count: rtt.counts.iter().sum() },
     }

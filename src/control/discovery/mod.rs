@@ -22,7 +22,7 @@ use crate::io::net::{Address, is_local};
 use crate::limits::ENDPOINTS_MAX;
 use crate::listening::Listening;
 use crate::proxy::RouteId;
-use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
+use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store, Tier};
 use status::{ErrorKind, LeftOut, Status};
 
 /// An endpoint that a source wants.
@@ -34,12 +34,14 @@ pub(super) struct Wanted {
     pub address: Address,
     /// Whether it is preferred because it is near.
     pub near: bool,
+    /// Whether others come first.
+    pub tier: Tier,
 }
 
 impl Wanted {
     /// An endpoint of which only this is known.
     pub(super) fn new(name: impl Into<String>, address: impl Into<Address>) -> Self {
-        Self { name: name.into(), address: address.into(), near: false }
+        Self { name: name.into(), address: address.into(), near: false, tier: Tier::FIRST }
     }
 }
 
@@ -185,21 +187,22 @@ impl Publisher {
             remembered.0.iter().map(|(e, _)| ((e.address.clone(), e.name.as_str()), e)).collect();
         let mut seen = HashSet::new();
         let mut own = Vec::new();
-        let mut endpoints: Vec<_> = wanted
+        let (mut endpoints, mut tiers): (Vec<_>, Vec<_>) = wanted
             .into_iter()
             .filter(|wanted| seen.insert(wanted.address.clone()) && !self.is_own(wanted, &mut own))
             .enumerate()
-            .map(|(number, Wanted { name, address, near })| {
+            .map(|(number, Wanted { name, address, near, tier })| {
                 let endpoint = match known.get(&(address.clone(), name.as_str())) {
                     Some(endpoint) => Arc::clone(endpoint),
                     None => Endpoint::numbered(number, name, address, self.workers.len()),
                 };
                 endpoint.set_near(near);
-                endpoint
+                (endpoint, tier)
             })
-            .collect();
+            .unzip();
         let left_out = endpoints.len().saturating_sub(ENDPOINTS_MAX);
         endpoints.truncate(ENDPOINTS_MAX);
+        tiers.truncate(ENDPOINTS_MAX);
         remembered.settle(&endpoints, now);
         let stores = placed(stores, &endpoints, &own);
         let only_own = own.first().filter(|_| endpoints.is_empty() && !self.has_begun());
@@ -209,7 +212,8 @@ impl Publisher {
         if is_held {
             return;
         }
-        if last.generation > 0 && same(&last.endpoints, &endpoints) && last.stores == stores {
+        let is_same = same(&last.endpoints, &endpoints) && last.tiers == tiers;
+        if last.generation > 0 && is_same && last.stores == stores {
             return;
         }
         let names =
@@ -225,7 +229,7 @@ impl Publisher {
             warn!(left_out, max = ENDPOINTS_MAX, "too many endpoints: the last are left out");
         }
         let snapshot =
-            Arc::new(EndpointSnapshot { route: self.route, generation, endpoints, stores });
+            Arc::new(EndpointSnapshot { route: self.route, generation, endpoints, tiers, stores });
         self.snapshots.send_replace(Arc::clone(&snapshot));
         for worker in &self.workers {
             worker.mailbox.deliver(Arc::clone(&snapshot));
@@ -372,6 +376,26 @@ mod tests {
         publisher.publish([]);
         publisher.publish([]);
         assert_eq!(publisher.snapshots.borrow().generation, 1);
+    }
+
+    #[test]
+    fn the_tier_of_an_endpoint_is_part_of_the_state_and_the_first_one_counts() {
+        let publisher = publisher();
+        let of = |address: &str, tier| Wanted {
+            tier: Tier::at(tier),
+            ..Wanted::new(address, address.parse::<Address>().unwrap())
+        };
+        let tiers = || publisher.snapshots.borrow().tiers.clone();
+        publisher.publish([of("10.0.0.1:1", 0), of("10.0.0.2:1", 1), of("10.0.0.1:1", 1)]);
+        assert_eq!(tiers(), [0, 1].map(Tier::at));
+        let endpoints = publisher.snapshots.borrow().endpoints.clone();
+        publisher.publish([of("10.0.0.1:1", 2), of("10.0.0.2:1", 1)]);
+        assert_eq!(tiers(), [2, 1].map(Tier::at));
+        assert!(
+            same(&endpoints, &publisher.snapshots.borrow().endpoints),
+            "they are the same ones"
+        );
+        assert_eq!(publisher.snapshots.borrow().generation, 2);
     }
 
     #[test]

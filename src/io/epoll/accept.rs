@@ -3,7 +3,7 @@
 use std::io;
 use std::mem;
 
-use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::epoll::{self, EventData};
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
 use socket2::{SockRef, Type};
@@ -19,12 +19,9 @@ impl Epoll {
     pub(super) fn register(&mut self, socket: Socket) -> io::Result<ConnId> {
         let full = |_| io::Error::from(io::ErrorKind::QuotaExceeded);
         let conn = self.sockets.insert(socket).map_err(full)?;
-        // Nothing more wakes for `PRI`: it only says more of what has arrived.
-        let incoming = EventFlags::IN | EventFlags::PRI | EventFlags::RDHUP;
-        let interest = incoming | EventFlags::OUT | EventFlags::ET;
         let data = EventData::new_u64(conn_data(conn));
-        let stream = &self.sockets.get(conn).expect("it was just inserted").stream;
-        if let Err(errno) = epoll::add(&self.fd, stream, data, interest) {
+        let socket = self.sockets.get(conn).expect("it was just inserted");
+        if let Err(errno) = epoll::add(&self.fd, &socket.stream, data, socket.interest()) {
             self.sockets.remove(conn);
             return Err(errno.into());
         }

@@ -131,7 +131,7 @@ impl Epoll {
             listeners,
             room: 0,
             refusing: false,
-            crowded: Crowded::with_capacity(setup.conns_max),
+            crowded: Crowded::default(),
             descriptors: Descriptors::new(),
             sockets: Slab::with_capacity(setup.conns_max),
             buffers: Buffers::new(setup.buffers_max)?,

@@ -6,7 +6,6 @@
 use std::mem;
 
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
 
 use super::Epoll;
 use super::socket::{HangUp, Socket, Turn};
@@ -89,14 +88,14 @@ impl Epoll {
     /// Reads from a socket whose turn it is, and which has filled so many buffers before this one.
     fn receive_into(&mut self, mut buf: Buf, conn: ConnId, filled: u32) -> Option<Completion> {
         let socket = self.sockets.get_mut(conn).expect("an open connection");
-        let received =
-            rustix::net::recv(&socket.stream, self.buffers.space(&mut buf), RecvFlags::empty());
-        if let Ok((1.., count)) = received {
+        let received = socket.stream.receive(self.buffers.space(&mut buf));
+        if let Ok((count @ 1.., stopped)) = received {
             // A short read empties the socket, unless its end is waiting behind, or it stopped at an
-            // urgent mark. (Had a mark or an end come since the latest event, another would follow
-            // for it.)
+            // urgent mark or at descriptors. (Had a mark or an end come since the latest event,
+            // another would follow for it.)
             let is_full = count == limits::BUFFER_SIZE;
-            if !is_full && socket.hang_up == HangUp::None && !socket.urgent {
+            let is_all = !is_full && !stopped;
+            if is_all && socket.hang_up == HangUp::None && !socket.urgent {
                 socket.turn().run_dry();
             }
             socket.bulk.on_received(count as u32, self.window);

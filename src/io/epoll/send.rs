@@ -6,11 +6,12 @@
 use std::io;
 use std::os::fd::AsFd;
 
+use rustix::event::epoll::{self, EventData};
 use rustix::io::Errno;
 use rustix::net::SendFlags;
 
-use super::Epoll;
 use super::socket::{Room, Socket};
+use super::{Epoll, conn_data};
 use crate::io::buffers::Buffers;
 use crate::io::halves::Sending;
 use crate::io::splice::Pipes;
@@ -47,12 +48,25 @@ impl Epoll {
         if sent > 0 {
             self.completions.push_back(Completion::Sent(conn, sent));
         }
-        if failed {
+        if failed || !self.watch_room(conn) {
             return self.fail_send(conn);
         }
         if let Some(source) = source {
             self.resume(source);
         }
+    }
+
+    /// Has the kernel tell of room, or no more. Says whether it will.
+    fn watch_room(&mut self, conn: ConnId) -> bool {
+        let socket = self.sockets.get_mut(conn).expect("an open connection");
+        let is_to_watch = socket.is_to_watch_room();
+        if socket.watches_room == is_to_watch {
+            return true;
+        }
+        socket.watches_room = is_to_watch;
+        let data = EventData::new_u64(conn_data(conn));
+        // If there is room by now, this tells of it.
+        epoll::modify(&self.fd, &socket.stream, data, socket.interest()).is_ok()
     }
 
     /// Nothing more can be sent. What has arrived can still be received.

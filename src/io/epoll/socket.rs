@@ -1,5 +1,7 @@
 //! What the driver keeps of a socket.
 
+use rustix::event::epoll::EventFlags;
+
 use crate::io::ConnId;
 use crate::io::buffers::Chain;
 use crate::io::halves::{Receiving, Sending, transitions};
@@ -87,6 +89,8 @@ pub(super) struct Socket {
     pub(super) stream: Stream,
     pub(super) receiving: Receiving<Turn>,
     pub(super) sending: Sending<Room>,
+    /// An edge will tell of room.
+    pub(super) watches_room: bool,
     pub(super) hang_up: HangUp,
     /// There is or was an urgent mark, at which reads and moves stop short: what they bring does not
     /// say how much there is, until one brings nothing.
@@ -114,6 +118,7 @@ impl Socket {
 
     fn new(stream: Stream, sending: Sending<Room>) -> Self {
         Self {
+            watches_room: !stream.tells_of_room_unasked(),
             stream,
             receiving: Receiving::Unused(Turn::Dry),
             sending,
@@ -125,6 +130,19 @@ impl Socket {
             queue: Chain::with_reserve(),
             pipe: None,
         }
+    }
+
+    /// Whether an edge is to tell of room: where the kernel tells of it unasked, only while there is
+    /// none, or each message that a peer reads would wake the worker.
+    pub(super) fn is_to_watch_room(&self) -> bool {
+        self.sending.progress() == Some(Room::Full) || !self.stream.tells_of_room_unasked()
+    }
+
+    /// The events that it is registered for.
+    pub(super) fn interest(&self) -> EventFlags {
+        // Nothing more wakes for `PRI`: it only says more of what has arrived.
+        let incoming = EventFlags::IN | EventFlags::PRI | EventFlags::RDHUP | EventFlags::ET;
+        if self.watches_room { incoming | EventFlags::OUT } else { incoming }
     }
 
     /// Bytes that are to be sent, or being sent.

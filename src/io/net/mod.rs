@@ -7,11 +7,13 @@
 //! | listening | a socket per worker | one, which all workers share |
 //! | a reset | by `SO_LINGER` | only where bytes were left unread; else it looks like an end |
 //! | acknowledgements, probes | `TCP_INFO` | none: there is no network to lose anything |
+//! | room to send | told where a send has found none | told each time that the peer reads |
 //! | taken and undelivered | what is not acknowledged | nothing: the peer has what the kernel took |
 //!
 //! What a transport does not have is answered here, so that nobody above needs to ask which it is.
 
 mod address;
+mod option;
 mod tcp;
 mod unix;
 
@@ -23,14 +25,14 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::SocketFlags;
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, SocketFlags};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::{Acks, Network, Unheard};
 
 pub use address::{Address, AddressError, PATH_LEN_MAX, UNIX};
 pub use tcp::{Options, is_local};
-pub use unix::Credentials;
+pub use unix::{Credentials, refuse_descriptors};
 
 /// What carries a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +57,12 @@ impl Transport {
             // A TCP socket has it from its listener. Where there is no urgent data there is no need.
             let _ = SockRef::from(&fd).set_out_of_band_inline(true);
         }
-        Stream { fd, transport: self }
+        self.stream(fd)
+    }
+
+    fn stream(self, fd: OwnedFd) -> Stream {
+        let takes_descriptors = self == Self::Unix && refuse_descriptors(&fd).is_err();
+        Stream { fd, transport: self, takes_descriptors }
     }
 }
 
@@ -64,6 +71,8 @@ impl Transport {
 pub struct Stream {
     fd: OwnedFd,
     transport: Transport,
+    /// Its peer may send descriptors along with bytes.
+    takes_descriptors: bool,
 }
 
 impl Stream {
@@ -83,7 +92,19 @@ impl Stream {
                 socket
             }
         };
-        Ok(Self { fd: socket.into(), transport })
+        Ok(transport.stream(socket.into()))
+    }
+
+    /// Receives what has come, as far as there is room. Says how many bytes that are, and whether
+    /// descriptors were between them and what may follow: a receive stops there, whatever is behind.
+    pub(super) fn receive(&self, space: &mut [u8]) -> Result<(usize, bool), Errno> {
+        if !self.takes_descriptors {
+            return Ok((rustix::net::recv(&self.fd, space, RecvFlags::empty())?.1, false));
+        }
+        let mut none = RecvAncillaryBuffer::default();
+        let mut parts = [io::IoSliceMut::new(space)];
+        let received = rustix::net::recvmsg(&self.fd, &mut parts, &mut none, RecvFlags::empty())?;
+        Ok((received.bytes, received.flags.contains(ReturnFlags::CTRUNC)))
     }
 
     /// Whether a connect is over as soon as it is asked for.
@@ -136,6 +157,11 @@ impl Stream {
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Write);
     }
 
+    /// Nothing more can be received behind what has arrived. The peer notices nothing.
+    pub(super) fn stop_receiving(&self) {
+        let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Read);
+    }
+
     /// Makes the coming close a reset, where the transport has them.
     pub(super) fn close_with_reset(&self) {
         if self.transport == Transport::Tcp {
@@ -154,6 +180,12 @@ impl Stream {
         } else {
             Unheard::Bytes
         }
+    }
+
+    /// Whether the kernel tells of room each time that the peer reads, and not only where a send has
+    /// found none.
+    pub(super) fn tells_of_room_unasked(&self) -> bool {
+        self.transport == Transport::Unix
     }
 
     /// Bytes that the kernel has taken and not sent for the first time, since the peer has no room.

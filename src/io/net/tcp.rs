@@ -10,6 +10,7 @@ use std::time::Duration;
 use rustix::ioctl::{Getter, Opcode, ioctl};
 use socket2::{Domain, SockRef, Socket, TcpKeepalive};
 
+use super::option::set_int;
 use crate::io::{Acks, Network};
 
 /// Options of every TCP socket of the data plane.
@@ -82,20 +83,6 @@ impl Options {
 fn send_again_steadily(socket: &impl AsFd) {
     // Where it fails the connection is broken, which is reported by itself.
     let _ = set_int(socket, libc::IPPROTO_TCP, libc::TCP_THIN_LINEAR_TIMEOUTS, 1);
-}
-
-/// Sets an option whose value is an int.
-fn set_int(
-    socket: &impl AsFd,
-    level: libc::c_int,
-    name: libc::c_int,
-    value: libc::c_int,
-) -> io::Result<()> {
-    let fd = socket.as_fd().as_raw_fd();
-    let len = size_of_val(&value) as libc::socklen_t;
-    // SAFETY: the kernel reads an int of that length during the call.
-    let code = unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), len) };
-    if code == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// The beginning of `struct tcp_info`, up to the last member that is read here.

@@ -8,12 +8,30 @@ use io_uring::types::Fd;
 use io_uring::{cqueue, opcode};
 use rustix::io::Errno;
 
+use super::Uring;
 use super::socket::{Accepting, Kind};
-use super::{Uring, result};
+use crate::fifo;
+use crate::io::net::Stream;
+use crate::io::ring::result;
 use crate::io::{Completion, ConnId, Driver};
 use crate::limits;
 
 impl Uring {
+    /// Lets at most so many in of those who came when there was no room. Each listener has an accept of
+    /// its own under way, so one client of each may come where there is room for one.
+    pub(super) fn let_in_early(&mut self, max: usize) {
+        for _ in 0..max {
+            let Some((client, index)) = fifo::pop(&mut self.early) else { return };
+            let accepted = self.let_in(client, index);
+            self.ready.extend(accepted);
+        }
+    }
+
+    fn let_in(&mut self, client: Stream, index: usize) -> Option<Completion> {
+        self.room = self.room.saturating_sub(1);
+        self.adopt(client).map(|conn| Completion::Accepted(conn, index))
+    }
+
     pub(super) fn settle_listener(&mut self, index: usize) {
         let queues = self.listeners.len() * limits::LISTEN_BACKLOG as usize;
         // A multishot accept may empty the whole queue before it can be stopped: near the limit, and
@@ -58,12 +76,16 @@ impl Uring {
                 // SAFETY: the kernel has just given this descriptor to us alone.
                 let fd = unsafe { OwnedFd::from_raw_fd(fd.cast_signed()) };
                 self.descriptors.on_new(&fd);
-                // The listener may be closed by now.
                 let client = listener.transport.accepted(fd);
                 if self.refusing {
                     client.welcome();
                 }
-                self.adopt(client).map(|conn| Completion::Accepted(conn, index))
+                // Where it is closed by now, nobody gives room any more.
+                if self.room == 0 && listener.net.is_some() {
+                    self.early.push_back((client, index));
+                    return None;
+                }
+                self.let_in(client, index)
             }
             Err(Errno::CANCELED | Errno::CONNABORTED | Errno::INTR) => None,
             Err(Errno::INVAL) if listener.transport.is_shared() => {

@@ -12,6 +12,8 @@ mod bulk;
 mod receive;
 mod send;
 mod socket;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 use std::collections::VecDeque;
@@ -35,9 +37,9 @@ use super::crowded::Crowded;
 use super::descriptors::Descriptors;
 use super::halves::Sending;
 use super::net::{self, Address, Credentials, Stream};
-use super::probe::Features;
+use super::probe::{self, Features};
 use super::provided::ProvidedBuffers;
-use super::ring::Ring;
+use super::ring::{Ring, result};
 use super::splice::{self, Pipes};
 use super::{Acks, Close, Completion, Conn, ConnId, Driver, DriverSetup, Network, Unheard, Wait};
 use crate::fifo;
@@ -54,6 +56,8 @@ pub struct Uring {
     listeners: Vec<Listener>,
     wake: OwnedFd,
     room: usize,
+    /// Clients of these listeners that came when there was no room, and wait for some.
+    early: VecDeque<(Stream, usize)>,
     /// No handshake begins any more.
     refusing: bool,
     crowded: Crowded,
@@ -70,6 +74,7 @@ pub struct Uring {
     /// The window that the turn falls in.
     window: u32,
     buffer_waits: u64,
+    strays: u64,
 }
 
 /// What the kernel keeps for a driver, and may have no memory for.
@@ -87,6 +92,7 @@ impl Rings {
     pub(super) fn new(features: Features) -> io::Result<Self> {
         let ring = Ring::new(features)?;
         let provided = ProvidedBuffers::register(ring.uring())?;
+        probe::enable_ring(ring.uring(), features)?;
         Ok(Self { ring, provided })
     }
 }
@@ -98,6 +104,7 @@ impl Uring {
     /// The buffers cannot be mapped, or the kernel denies something.
     pub fn new(setup: DriverSetup, rings: Rings) -> io::Result<Self> {
         let Rings { ring, provided } = rings;
+        let early = VecDeque::with_capacity(setup.listeners.len());
         let mut driver = Self {
             provided,
             sockets: Slab::with_capacity(setup.conns_max),
@@ -108,8 +115,9 @@ impl Uring {
                 .collect::<io::Result<_>>()?,
             wake: setup.wake,
             room: 0,
+            early,
             refusing: false,
-            crowded: Crowded::with_capacity(setup.conns_max),
+            crowded: Crowded::default(),
             descriptors: Descriptors::new(),
             start: Instant::now(),
             now: Instant::now(),
@@ -121,6 +129,7 @@ impl Uring {
             pipes: Pipes::new(),
             window: 0,
             buffer_waits: 0,
+            strays: 0,
             ring,
             buffers: Buffers::new(setup.buffers_max)?,
         };
@@ -200,13 +209,29 @@ impl Uring {
 
     /// The kernel has given an operation back. Its socket, unless it was only waiting to be closed.
     fn came_back(&mut self, kind: Kind, conn: ConnId) -> Option<&mut Socket> {
-        let socket = self.live(conn);
+        let Some(socket) = self.sockets.get_mut(conn).filter(|socket| socket.ops.has(kind)) else {
+            return self.on_stray(conn);
+        };
         socket.ops.remove(kind);
         if socket.is_closing() {
             self.finish_close(conn);
             return None;
         }
         self.sockets.get_mut(conn)
+    }
+
+    /// The kernel says of a connection what cannot be: that an operation ends which it does not hold, or
+    /// that more bytes were taken than there are. Only a fault of its own explains that, and who knows what
+    /// else went wrong: the connection fails as soon as what had arrived is received.
+    #[cold]
+    fn on_stray<T>(&mut self, conn: ConnId) -> Option<T> {
+        self.strays += 1;
+        if let Some(socket) = self.sockets.get_mut(conn).filter(|socket| !socket.is_closing()) {
+            // Towards the peer it stays open, for nothing is to look whole there: its user resets it.
+            socket.error_taken = true;
+            socket.stream.stop_receiving();
+        }
+        None
     }
 
     fn on_connect(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
@@ -359,6 +384,7 @@ impl Driver for Uring {
         // A client that is accepted is to get its backend too.
         let fits = room > 0 && self.descriptors.can_accept();
         self.room = if fits { room } else { 0 };
+        self.let_in_early(self.room);
     }
 
     fn hold(&mut self, listener: usize, held: bool) {
@@ -373,6 +399,7 @@ impl Driver for Uring {
     }
 
     fn stop_listening(&mut self) -> bool {
+        self.let_in_early(usize::MAX);
         self.room = 0;
         for index in 0..self.listeners.len() {
             let listener = &mut self.listeners[index];
@@ -565,9 +592,8 @@ impl Driver for Uring {
     fn splice_failures(&self) -> u64 {
         self.pipes.failures()
     }
-}
 
-/// The result of a completion: a count or descriptor, or the error.
-fn result(entry: &cqueue::Entry) -> Result<u32, Errno> {
-    u32::try_from(entry.result()).map_err(|_| Errno::from_raw_os_error(-entry.result()))
+    fn strays(&self) -> u64 {
+        self.strays
+    }
 }

@@ -8,10 +8,11 @@ use io_uring::types::Fd;
 use io_uring::{cqueue, opcode};
 use rustix::io::Errno;
 
+use super::Uring;
 use super::socket::{Attention, Kind, Receive, Socket};
-use super::{Uring, result};
 use crate::io::halves::Receiving;
 use crate::io::provided::ProvidedBuffers;
+use crate::io::ring::result;
 use crate::io::{Completion, ConnId};
 use crate::limits;
 
@@ -72,7 +73,13 @@ impl Uring {
         let buf = cqueue::buffer_select(entry.flags())
             .and_then(|id| self.provided.take(id, entry.result().max(0) as u32));
         let more = cqueue::more(entry.flags());
-        let socket = self.live(conn);
+        let holds = |socket: &&mut Socket| socket.ops.has(Kind::Receive);
+        let Some(socket) = self.sockets.get_mut(conn).filter(holds) else {
+            if let Some(buf) = buf {
+                self.buffers.give(buf);
+            }
+            return self.on_stray(conn);
+        };
         let polled = socket.receiving.progress() == Some(Receive::Polled);
         if !more {
             socket.ops.remove(Kind::Receive);
@@ -92,16 +99,16 @@ impl Uring {
             self.mark_pending(conn);
             return None;
         }
-        let outcome = result(entry);
         match buf {
-            Some(buf) if matches!(outcome, Ok(1..)) => {
+            Some(buf) if !buf.is_empty() => {
                 self.on_bytes(conn, buf.len(), more);
                 return Some(Completion::Received(conn, buf));
             }
             Some(buf) => self.buffers.give(buf),
             None => {}
         }
-        self.on_no_bytes(conn, outcome)
+        // One that goes on has brought something.
+        if more { self.on_stray(conn) } else { self.on_no_bytes(conn, result(entry)) }
     }
 
     fn on_bytes(&mut self, conn: ConnId, bytes: u32, more: bool) {
@@ -131,7 +138,7 @@ impl Uring {
                 self.starving.push_back(conn);
                 None
             }
-            Ok(_) if !self.live(conn).error_taken => {
+            Ok(0) if !self.live(conn).error_taken => {
                 self.live(conn).receiving.end();
                 Some(Completion::Ended(conn))
             }

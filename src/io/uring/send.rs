@@ -76,14 +76,13 @@ impl Uring {
         conn: ConnId,
         result: Result<u32, Errno>,
     ) -> Option<Completion> {
-        let sending = self.live(conn).send();
+        let sending = self.came_back(Kind::Send, conn)?.send();
         let offered = if let Send::Submitted(bytes) = *sending { bytes } else { 0 };
         sending.complete();
-        self.came_back(Kind::Send, conn)?;
         let socket = self.sockets.get_mut(conn)?;
         let mut sent = None;
         match result {
-            Ok(count) => {
+            Ok(count) if count <= offered => {
                 self.buffers.advance(&mut socket.queue, count);
                 if count < offered {
                     self.block(conn);
@@ -94,6 +93,10 @@ impl Uring {
             }
             Err(Errno::AGAIN) => self.block(conn),
             Err(Errno::INTR) => self.mark_pending(conn),
+            Ok(_) => {
+                self.fail_send(conn);
+                return self.on_stray(conn);
+            }
             Err(_) => self.fail_send(conn),
         }
         // A break that was noticed while the send was under way.

@@ -78,6 +78,10 @@ impl Protocol for Chronos {
         writeln!(space, "ERR {text}")
     }
 
+    fn is_live(reply: &[u8]) -> Option<bool> {
+        reply.contains(&b'\n').then(|| !reply.starts_with(b"ERR"))
+    }
+
     fn is_success(reply: &[u8]) -> bool {
         reply.trim_ascii_end() == b"OK_COMPACTED"
     }

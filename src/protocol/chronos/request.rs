@@ -120,8 +120,13 @@ fn split_word(text: &[u8]) -> Option<(&[u8], &[u8])> {
 
 /// Where the first character is that is, or is not, white space. Bytes that are not UTF-8 are not.
 fn find(text: &[u8], wanted: impl Fn(bool) -> bool) -> Option<usize> {
-    let mut at = 0;
-    for chunk in text.utf8_chunks() {
+    // Up to the first byte that is not ASCII nothing is to be decoded, which is most of the work.
+    let is_found = |&byte: &u8| !byte.is_ascii() || wanted(char::from(byte).is_whitespace());
+    let mut at = text.iter().position(is_found)?;
+    if text[at].is_ascii() {
+        return Some(at);
+    }
+    for chunk in text[at..].utf8_chunks() {
         if let Some(found) = chunk.valid().find(|c: char| wanted(c.is_whitespace())) {
             return Some(at + found);
         }

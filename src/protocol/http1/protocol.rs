@@ -19,8 +19,16 @@ impl Protocol for Http1 {
         commands: &Method::LABELS,
         can_be_opaque: true,
         ends_after_error: true,
+        liveness_request: Some(b"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"),
         ..Facts::FRAMED
     };
+
+    fn is_live(reply: &[u8]) -> Option<bool> {
+        let end = reply.iter().position(|&byte| byte == b'\n')?;
+        let status = reply[..end].split(|&byte| byte == b' ').nth(1).unwrap_or_default();
+        let is_fine = status.len() == 3 && matches!(status[0], b'2' | b'3');
+        Some(reply.starts_with(b"HTTP/1.") && is_fine)
+    }
 
     fn new(_: &Settings) -> Self {
         Self { requests: RequestScanner::new(), responses: ResponseScanner::new() }

@@ -15,7 +15,7 @@ use crate::proxy::session::Tried;
 const NEAR_LOAD_FACTOR: u32 = 2;
 const NEAR_LOAD_FREE: u32 = 8;
 
-/// Which endpoints are looked at.
+/// Which endpoints are looked at, of those that are not withheld.
 #[derive(Debug, Clone, Copy)]
 enum Among {
     All,
@@ -26,6 +26,9 @@ enum Among {
 
 impl Among {
     fn holds(self, entry: &Entry) -> bool {
+        if entry.is_withheld() {
+            return false;
+        }
         match self {
             Self::All => true,
             Self::Usable => entry.health.is_usable(),
@@ -119,7 +122,7 @@ impl Table {
         let entries = self.present.iter().filter(|&&index| !tried.contains(index));
         entries
             .filter_map(|&index| Some((index, self.entries[usize::from(index)].as_ref()?)))
-            .filter(|(_, entry)| entry.health.is_usable())
+            .filter(|(_, entry)| Among::Usable.holds(entry))
             .filter(|(_, entry)| entry.pool.idle() > 0 || !entry.pool.backs_off(now))
             .max_by_key(|(_, entry)| affinity(source, entry))
             .map(|(index, _)| index)
@@ -135,6 +138,7 @@ impl Table {
         rng: &mut fastrand::Rng,
     ) -> Option<EndpointId> {
         self.turn = self.turn.wrapping_add(1);
+        self.judge_tiers(now);
         let search = |among| Search { tried, source, among, having: Having::Anything, now };
         let chosen = self
             .pick(&search(Among::Usable), rng)
@@ -147,7 +151,9 @@ impl Table {
     pub fn next_of_all(&self, behind: Option<EndpointId>, tried: &Tried) -> Option<EndpointId> {
         let from = behind.map_or(0, |behind| usize::from(behind) + 1);
         let has_turn = |entry: &Entry| {
-            entry.health.is_usable() && (entry.is_present() || entry.sessions() > 0)
+            // The session may be another worker's.
+            let has_sessions = entry.sessions() > 0 || entry.endpoint.has_sessions();
+            entry.health.is_usable() && (entry.is_present() || has_sessions)
         };
         let mut others = self.indices().skip(from).filter(|&index| !tried.contains(index));
         others.find(|&index| self.get(index).is_some_and(has_turn))
@@ -157,7 +163,7 @@ impl Table {
     pub fn has_other(&self, tried: &Tried) -> bool {
         let entries = self.present.iter().filter(|&&index| !tried.contains(index));
         let mut entries = entries.filter_map(|&index| self.entries[usize::from(index)].as_ref());
-        entries.any(|entry| entry.health.is_usable())
+        entries.any(|entry| Among::Usable.holds(entry))
     }
 
     /// An endpoint was chosen.
@@ -186,6 +192,7 @@ impl Table {
         rng: &mut fastrand::Rng,
     ) -> (Option<EndpointId>, Option<Spillover>) {
         self.turn = self.turn.wrapping_add(1);
+        self.judge_tiers(now);
         let search = |among| Search { tried, source, among, having: Having::Anything, now };
         let near = self.pick(&search(Among::Near), rng);
         let other = self.pick(&search(Among::Far), rng);

@@ -256,7 +256,7 @@ impl Table {
     pub fn release(&mut self, backend: &BackendConn, useful: bool, now: Instant) -> bool {
         let &BackendConn { conn, endpoint, made, retire_at, served, unread } = backend;
         let kept = self.change(endpoint, |entry| {
-            let is_useful = useful && !entry.is_gone();
+            let is_useful = useful && !entry.is_gone() && !entry.is_withheld();
             if is_useful && entry.idle_places.take(&entry.endpoint.idle_places, now) {
                 return entry.pool.release(Taken { conn, made, retire_at, served, unread }, now);
             }

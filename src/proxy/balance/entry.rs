@@ -10,8 +10,8 @@ use crate::config::{PoolConfig, PoolMode};
 use crate::limits;
 use crate::metrics::EndpointStats;
 use crate::proxy::WorkerId;
-use crate::proxy::endpoints::Endpoint;
-use crate::proxy::health::{Health, HealthConfig};
+use crate::proxy::endpoints::{Endpoint, Tier};
+use crate::proxy::health::{AT_ONCE, Health, HealthConfig};
 use crate::proxy::outage::Recovery;
 use crate::proxy::pool::{Counts, Pool};
 
@@ -36,11 +36,16 @@ pub struct Entry {
     /// Connections that are being closed, and keep their places until they are.
     pub(super) closing: usize,
     worker: WorkerId,
+    pub(super) tier: Tier,
+    /// Another tier is in use.
+    pub(super) is_spare: bool,
     pub(super) present: bool,
     /// When it left the set.
     pub(super) removed_at: Option<Instant>,
-    /// It left the set for good, as far as anybody can tell: see [`Entry::let_go`].
-    pub(super) gone: bool,
+    /// When it joined others, of which there may have been one that it takes the place of.
+    pub(super) joined_at: Option<Instant>,
+    /// Since when it counts as having left the set for good: see [`Entry::let_go`].
+    pub(super) gone_at: Option<Instant>,
     pub(super) ramp: Ramp,
     /// How long it takes to answer.
     pub(super) latency: Latency,
@@ -50,6 +55,8 @@ pub struct Entry {
     pub(super) turns: u64,
     /// When it last took a connection or answered.
     alive_at: Option<Instant>,
+    /// When it last answered.
+    answered_at: Option<Instant>,
     /// When it last did not know a connection any more that it had taken.
     forgotten_at: Option<Instant>,
 }
@@ -98,14 +105,18 @@ impl Entry {
             recovery: Recovery::default(),
             opaque: 0,
             worker,
+            tier: Tier::FIRST,
+            is_spare: false,
             present: true,
             removed_at: None,
-            gone: false,
+            joined_at: None,
+            gone_at: None,
             ramp: if joins { Ramp::Cold } else { Ramp::Full },
             latency: Latency::default(),
             owed: Ends::default(),
             turns: 0,
             alive_at: None,
+            answered_at: None,
             forgotten_at: None,
         }
     }
@@ -118,6 +129,20 @@ impl Entry {
         self.present && self.health.is_usable() && has_way
     }
 
+    /// Whether its tier is worth using for it: it is in the set, it is not ejected, and unless there is
+    /// a connection to it that nobody uses, its latest connect has not failed. A backoff that is over
+    /// proves nothing, so time does not count.
+    pub(super) fn holds_tier(&self) -> bool {
+        let has_way = self.pool.idle() > 0 || !self.recovery.is_unreachable();
+        self.present && self.health.is_usable() && has_way
+    }
+
+    /// Whether it gets nothing new, however well it takes connections: another tier is in use than its
+    /// own, or its checks fail.
+    pub fn is_withheld(&self) -> bool {
+        self.is_spare || self.health.fails_check()
+    }
+
     /// Whether a client that has waited may be sent there now: there is a connection for it, or a place,
     /// and one more connect may be made. Whether it is ejected does not matter: where all are, those that wait
     /// try the way.
@@ -128,7 +153,8 @@ impl Entry {
 
     /// Whether it would serve, and has all the connections that it may, each with a client.
     pub(super) fn is_full(&self, now: Instant) -> bool {
-        self.is_usable(now) && self.pool.idle() == 0 && !self.has_room()
+        let may_serve = self.is_usable(now) && !self.is_withheld();
+        may_serve && self.pool.idle() == 0 && !self.has_room()
     }
 
     /// Sessions on it, those still connecting included.
@@ -176,7 +202,18 @@ impl Entry {
         self.alive_at = self.alive_at.max(Some(at));
     }
 
-    /// When it last did that.
+    /// It answered somebody.
+    pub fn on_answered(&mut self, at: Instant) {
+        self.on_alive(at);
+        self.answered_at = self.alive_at;
+    }
+
+    /// Whether it has done so within the time in which an end without a byte counts as a failure.
+    pub fn has_answered_lately(&self, now: Instant) -> bool {
+        self.answered_at.is_some_and(|at| now.saturating_duration_since(at) < AT_ONCE)
+    }
+
+    /// When it last took a connection or answered.
     pub fn alive_at(&self) -> Option<Instant> {
         self.alive_at
     }
@@ -204,21 +241,25 @@ impl Entry {
         load << self.health.weight().min(16)
     }
 
-    /// Whether it left the set at least `drain` ago, for good, and still has sessions.
-    pub fn is_overdue(&self, drain: Duration, now: Instant) -> bool {
-        let passed = |at| now.saturating_duration_since(at) >= drain;
-        self.pool.in_use() > 0 && self.gone && self.removed_at.is_some_and(passed)
+    /// Since when what is on it is to be cut, if it is: it left the set for good, and at least `drain`
+    /// ago.
+    pub fn overdue_since(&self, drain: Duration, now: Instant) -> Option<Instant> {
+        let since = self.gone_at?.max(self.removed_at? + drain);
+        (self.pool.in_use() > 0 && since <= now).then_some(since)
     }
 
     /// Takes note of whether it left the set at least `linger` ago. Until then it may come back any
     /// moment: it gets nothing new, but what it has stays as it is.
     pub fn let_go(&mut self, linger: Duration, now: Instant) {
-        self.gone |= self.removed_at.is_some_and(|at| now.saturating_duration_since(at) >= linger);
+        let passed = |at| now.saturating_duration_since(at) >= linger;
+        if self.removed_at.is_some_and(passed) {
+            self.gone_at.get_or_insert(now);
+        }
     }
 
     /// Whether it left the set for good.
     pub fn is_gone(&self) -> bool {
-        self.gone
+        self.gone_at.is_some()
     }
 
     /// This worker's counters of the endpoint.

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`entry`] | one endpoint: its pool, health, share |
 //! | [`choose`] | which one serves the next session or request |
+//! | [`tier`] | which endpoints may be chosen at all, where some stand in for others |
 //! | [`latency`] | how long an endpoint takes to answer, where that decides |
 //! | [`outstanding`] | the requests without a reply, by age |
 //! | [`conns`] | the ways in which connections change hands, each of which keeps all books |
@@ -19,16 +20,19 @@ mod outstanding;
 mod simulation;
 #[cfg(test)]
 mod tests;
+mod tier;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use choose::Having;
 pub use conns::Totals;
 pub use entry::Entry;
 
 use outstanding::Outstanding;
+pub use tier::Moved;
+use tier::Tiers;
 
 use super::WorkerId;
 use super::endpoints::{EndpointId, EndpointSnapshot};
@@ -55,11 +59,14 @@ pub struct Table {
     totals: Totals,
     /// Those that the latest snapshot names, in its order.
     present: Vec<EndpointId>,
+    /// When the latest of them joined others.
+    joined_at: Option<Instant>,
     /// The stores that share the keys, if keys say where requests go.
     stores: Vec<Store>,
     /// The hashes of their names, in the same order.
     names: Vec<StableHash>,
     policy: Balance,
+    tiers: Tiers,
     /// What is waited for, where latency decides.
     outstanding: Option<Outstanding>,
     worker: WorkerId,
@@ -82,9 +89,11 @@ impl Table {
             entries: Vec::new(),
             totals: Totals::default(),
             present: Vec::new(),
+            joined_at: None,
             stores: Vec::new(),
             names: Vec::new(),
             policy,
+            tiers: Tiers::default(),
             worker,
             turn: worker.into(),
             turns: 0,
@@ -105,6 +114,7 @@ impl Table {
         now: Instant,
     ) {
         let joins = slow_start && !self.present.is_empty();
+        let is_first = !self.has_entries();
         for entry in self.entries.iter_mut().flatten() {
             entry.present = false;
             entry.removed_at.get_or_insert(now);
@@ -116,7 +126,7 @@ impl Table {
         });
         let known: HashMap<_, _> = known.collect();
         let mut vacant = 0;
-        for endpoint in snapshot.endpoints.iter().take(ENDPOINTS_MAX) {
+        for (at, endpoint) in snapshot.endpoints.iter().take(ENDPOINTS_MAX).enumerate() {
             // An endpoint that comes back finds its entry while anything of it lives.
             let index = known.get(&Arc::as_ptr(endpoint)).copied();
             let Some(index) = index.or_else(|| self.vacant(&mut vacant)) else {
@@ -127,11 +137,19 @@ impl Table {
             let worker = self.worker;
             let entry = self.entries[index]
                 .get_or_insert_with(|| Entry::new(endpoint, worker, pool, joins, now));
-            (entry.present, entry.gone) = (true, false);
-            entry.removed_at = None;
+            let was_there = entry.removed_at.is_some() && !entry.is_gone();
+            if !was_there {
+                entry.joined_at = (!is_first).then_some(now);
+            }
+            entry.present = true;
+            (entry.removed_at, entry.gone_at) = (None, None);
+            entry.tier = snapshot.tier_of(at);
+            entry.health.set_fails_check(endpoint.fails_check());
             self.present.push(EndpointId::at(index));
             indices.push(Some(EndpointId::at(index)));
         }
+        let present = self.present.iter().filter_map(|&index| self.get(index));
+        self.joined_at = present.filter_map(|entry| entry.joined_at).max();
         let endpoint = |at: usize| indices.get(at).copied().flatten();
         let stores = snapshot.stores.iter().map(|store| Store {
             name: Arc::clone(&store.name),
@@ -142,6 +160,7 @@ impl Table {
         let names = self.stores.iter().map(|store| StableHash::of(store.name.as_bytes()));
         self.names = names.collect();
         self.forget_unused();
+        self.on_tiers_known(now);
     }
 
     /// The number of the store that holds a key, whether it is there or not.
@@ -166,12 +185,14 @@ impl Table {
         )
     }
 
-    /// Frees the entries of endpoints that are gone and to which nothing refers any more. Where very
-    /// many left just now, they are not waited for.
+    /// Frees the entries of endpoints that are gone and to which nothing refers any more, in any worker.
+    /// Where very many left just now, they are not waited for.
     pub fn forget_unused(&mut self) {
         let crowded = self.entries.len() > 2 * ENDPOINTS_MAX;
         for slot in &mut self.entries {
-            let over = |entry: &Entry| !entry.present && (entry.gone || crowded);
+            // What another worker's session is about may come to this one.
+            let is_over = |entry: &Entry| entry.is_gone() && !entry.endpoint.has_sessions();
+            let over = |entry: &Entry| !entry.present && (is_over(entry) || crowded);
             if slot.as_ref().is_some_and(|entry| over(entry) && entry.is_unused()) {
                 *slot = None;
             }
@@ -226,6 +247,14 @@ impl Table {
     pub fn is_outage(&self, now: Instant) -> bool {
         let entries = self.present.iter().map(|&index| self.entries[usize::from(index)].as_ref());
         !entries.flatten().any(|entry| entry.is_usable(now))
+    }
+
+    /// Whether another endpoint has taken the place of one that left: it has joined since, or less than
+    /// `before` ahead of that.
+    pub fn is_replaced(&self, index: EndpointId, before: Duration) -> bool {
+        let left = self.get(index).and_then(|entry| entry.removed_at);
+        let joined = self.joined_at;
+        left.is_some_and(|left| joined.is_some_and(|joined| joined + before >= left))
     }
 
     /// Whether there is any endpoint to look after, removed ones included.

@@ -45,6 +45,8 @@ pub struct Client {
     began: bool,
     /// It is in the worker's list of those to be served.
     pub(super) due: bool,
+    /// The endpoint that its request was sent to last, and how often it was sent.
+    pub(super) asked: Option<(EndpointId, u32)>,
     /// When its timer fires.
     pub(super) timer: Option<Instant>,
     /// Marks the load estimator's window in which it was last counted as active.
@@ -102,6 +104,7 @@ impl Client {
             ended: false,
             began: false,
             due: false,
+            asked: None,
             timer: None,
             window: 0,
             opened: now,
@@ -115,6 +118,11 @@ impl Client {
             Side::Client => Some(self.conn),
             Side::Backend => self.backend().map(|backend| backend.conn),
         }
+    }
+
+    /// The endpoint that its latest request was sent to last, and how often it was sent.
+    pub fn asked(&self) -> Option<(EndpointId, u32)> {
+        self.asked
     }
 
     /// The connection to a backend that it holds.
@@ -302,6 +310,7 @@ impl Client {
 
     fn begin(&mut self, request: Request, moment: &mut Moment<'_>) -> Actions {
         moment.retries.on_request(moment.now);
+        self.asked = None;
         let goes_to_all = moment.policy.binding == Binding::Key && request.to_all;
         let broadcast = goes_to_all.then(|| Box::new(Broadcast::new(moment.policy.protocol)));
         self.on_begun(Wanted::Request(request), broadcast, moment.now)

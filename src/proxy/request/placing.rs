@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::{Client, ErrorReply, Policy, Target};
 use crate::metrics::Spillover;
-use crate::proxy::balance::{Having, Table};
+use crate::proxy::balance::{Entry, Having, Table};
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::queue::{Line, Queue};
 use crate::proxy::session::Tried;
@@ -81,6 +81,7 @@ impl Placing<'_> {
         source: Option<IpAddr>,
         rng: &mut fastrand::Rng,
     ) -> Placement {
+        self.table.judge_tiers(self.now);
         let destination = self.destination(client, source);
         if destination == Destination::Any && self.table.is_empty() {
             return self.await_an_endpoint(client);
@@ -137,6 +138,9 @@ impl Placing<'_> {
         let entry = self.table.get(endpoint).filter(|entry| entry.is_present());
         let Some(entry) = entry else { return Placement::Fail(ErrorReply::Unreachable) };
         let has_idle = entry.pool.idle() > 0;
+        if entry.health.fails_check() {
+            return Placement::Fail(ErrorReply::Unreachable);
+        }
         if !entry.health.is_usable() && !has_idle && entry.pool.backs_off(self.now) {
             // It has just been tried, and another store would give a wrong answer.
             return Placement::Fail(ErrorReply::Unreachable);
@@ -187,6 +191,9 @@ impl Placing<'_> {
 
     /// Whether requests wait for an endpoint that has no alternative, be it ejected or not.
     pub fn is_needed(&self, endpoint: EndpointId) -> bool {
+        if self.table.get(endpoint).is_none_or(Entry::is_withheld) {
+            return false;
+        }
         self.queue.waiting(Line::Endpoint(endpoint)) > 0
             || (self.queue.waiting(Line::Any) > 0 && !self.table.any_usable())
     }
@@ -195,7 +202,7 @@ impl Placing<'_> {
     /// request that has waited longest, of those that it would do for.
     pub fn serve(&mut self, endpoint: EndpointId) -> Option<Key<Client>> {
         let entry = self.table.get(endpoint)?;
-        if !entry.is_present() || entry.pool.idle() == 0 {
+        if !entry.is_present() || entry.is_withheld() || entry.pool.idle() == 0 {
             return None;
         }
         self.queue.serve_either(Line::Endpoint(endpoint), Line::Any)
@@ -234,7 +241,8 @@ impl Placing<'_> {
         let waiting = self.waiting_for(endpoint);
         let entry = self.table.get_mut(endpoint)?;
         entry.pool.stop_wanting();
-        entry.is_present().then(|| waiting.saturating_sub(entry.pool.connecting()))
+        let may_come = entry.is_present() && !entry.is_withheld();
+        may_come.then(|| waiting.saturating_sub(entry.pool.connecting()))
     }
 
     /// Whether a client's request that has waited for a connection for as long as it may lacks an endpoint

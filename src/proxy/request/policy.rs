@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::Binding;
-use crate::config::{Balance, Locality, PoolMode, Protocol, RouteConfig};
+use crate::config::{Balance, PoolMode, Protocol, RouteConfig};
 use crate::io::buffers::Buffers;
 use crate::limits;
 use crate::proxy::retry_budget::RetryBudget;
@@ -63,7 +63,7 @@ impl Policy {
                 Balance::SourceHash => Binding::Source,
                 _ => Binding::Nothing,
             },
-            prefers_near: config.locality != Locality::Off,
+            prefers_near: config.locality.prefers_near(),
             ends_after_error: config.protocol.facts().ends_after_error,
             drain_delay,
         }

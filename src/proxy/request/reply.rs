@@ -114,7 +114,9 @@ impl Client {
         self.framing.on_asked();
         let BackendConn { conn, endpoint, .. } = backend.conn;
         let asks = Action::Asks(endpoint, conn, moment.now.saturating_duration_since(wanting));
-        self.state = State::InFlight(InFlight::new(request, history, backend, moment.now));
+        let flight = InFlight::new(request, history, backend, moment.now);
+        self.asked = Some((endpoint, flight.history.tried.attempts()));
+        self.state = State::InFlight(flight);
         let mut actions = Actions::from(asks).and(Action::Send(conn));
         if request.whole {
             self.settle_after(moment.room(), moment, &mut actions);

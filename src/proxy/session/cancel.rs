@@ -9,6 +9,28 @@ use crate::io::Chain;
 use crate::limits::CANCEL_WAIT;
 use crate::proxy::endpoints::EndpointId;
 
+/// What a client has begun with.
+#[derive(Debug, Default)]
+pub(super) enum Beginning {
+    /// Nothing yet, or anything.
+    #[default]
+    Other,
+    /// It has asked for encryption, and for nothing else yet.
+    Negotiation,
+    /// A cancel request.
+    Cancel(Cancel),
+}
+
+impl Beginning {
+    pub(super) fn cancel(&self) -> Option<&Cancel> {
+        if let Self::Cancel(cancel) = self { Some(cancel) } else { None }
+    }
+
+    fn cancel_mut(&mut self) -> Option<&mut Cancel> {
+        if let Self::Cancel(cancel) = self { Some(cancel) } else { None }
+    }
+}
+
 /// A request that every endpoint is to have.
 #[derive(Debug)]
 pub(super) struct Cancel {
@@ -21,51 +43,64 @@ pub(super) struct Cancel {
 }
 
 impl Session {
+    /// Whether what its client sends next may be a cancel request: it has sent nothing else.
+    pub fn may_begin_with_cancel(&self) -> bool {
+        !self.has_client_spoken() || matches!(self.beginning, Beginning::Negotiation)
+    }
+
+    /// Its client has sent the first bytes, which ask for encryption or not.
+    pub fn on_begun(&mut self, negotiates: bool) {
+        self.beginning = if negotiates { Beginning::Negotiation } else { Beginning::Other };
+    }
+
     /// Its client has begun with a cancel request, whose bytes are these.
     pub fn on_cancel(&mut self, request: Chain) {
-        assert!(self.cancel.is_none(), "a client begins once");
-        self.cancel = Some(Cancel { request, reached: None, delivered: false });
+        assert!(self.cancel().is_none(), "a client begins once");
+        self.beginning = Beginning::Cancel(Cancel { request, reached: None, delivered: false });
         // That the connection is ended without a word is how it is done.
         self.vouch();
     }
 
     /// The request that every endpoint is to have, if this is one.
     pub fn cancel(&self) -> Option<&Chain> {
-        self.cancel.as_ref().map(|cancel| &cancel.request)
+        self.beginning.cancel().map(|cancel| &cancel.request)
     }
 
     /// The last endpoint that has had it, beside those tried before it was known for what it is.
     pub fn cancel_reached(&self) -> Option<EndpointId> {
-        self.cancel.as_ref().and_then(|cancel| cancel.reached)
+        self.beginning.cancel().and_then(|cancel| cancel.reached)
     }
 
     /// The present endpoint is through with it.
     pub fn on_cancel_delivered(&mut self) {
-        if let Some(cancel) = &mut self.cancel {
+        if let Some(cancel) = self.beginning.cancel_mut() {
             cancel.delivered = true;
         }
     }
 
     /// Whether it is a request that an endpoint has been through with: it is over where none is left.
     pub fn is_cancel_delivered(&self) -> bool {
-        self.cancel.as_ref().is_some_and(|cancel| cancel.delivered)
+        self.beginning.cancel().is_some_and(|cancel| cancel.delivered)
     }
 
     /// Takes the request out, to be freed.
     pub fn take_cancel(&mut self) -> Chain {
-        self.cancel.take().map_or_else(Chain::default, |cancel| cancel.request)
+        match std::mem::take(&mut self.beginning) {
+            Beginning::Cancel(cancel) => cancel.request,
+            Beginning::Other | Beginning::Negotiation => Chain::default(),
+        }
     }
 
     /// The next endpoint was chosen.
     pub(super) fn on_cancel_trying(&mut self, endpoint: EndpointId) {
-        if let Some(cancel) = &mut self.cancel {
+        if let Some(cancel) = self.beginning.cancel_mut() {
             cancel.reached = Some(endpoint);
         }
     }
 
     /// When the present endpoint has had time enough.
     pub(super) fn cancel_deadline(&self) -> Option<Instant> {
-        let waits = self.cancel.is_some() && self.state == State::Open;
+        let waits = self.cancel().is_some() && self.state == State::Open;
         waits.then(|| self.connected.max(self.active) + CANCEL_WAIT)
     }
 

@@ -95,7 +95,7 @@ enum State {
 enum FirstByte {
     Unasked,
     Asked(Instant),
-    Answered(Instant),
+    Answered { asked: Instant, since: Instant },
 }
 
 /// One client and, once connected, its backend.
@@ -110,9 +110,10 @@ pub struct Session {
     to_client: Relay,
     /// What the client sent before there was a backend.
     early: Chain,
-    /// A request that every endpoint is to have.
-    cancel: Option<cancel::Cancel>,
+    /// What the client has begun with.
+    beginning: cancel::Beginning,
     failure: Option<Failure>,
+    ended_first: Option<Side>,
     opened: Instant,
     /// Since when it has looked for a backend.
     seeking: Instant,
@@ -151,8 +152,9 @@ impl Session {
             to_backend: Relay::default(),
             to_client: Relay::default(),
             early: Chain::default(),
-            cancel: None,
+            beginning: cancel::Beginning::default(),
             failure: None,
+            ended_first: None,
             opened: now,
             seeking: now,
             ticket: None,
@@ -182,7 +184,7 @@ impl Session {
         self.failure = None;
         self.warm_since = None;
         self.prefaced = false;
-        self.heard = self.cancel.is_some();
+        self.heard = self.cancel().is_some();
         self.backend_pulse = Pulse::default();
     }
 
@@ -418,14 +420,32 @@ impl Session {
     /// How long the client waited for the first byte back, once, when that has just come.
     pub fn take_first_byte(&mut self, now: Instant) -> Option<Duration> {
         let FirstByte::Asked(at) = self.first_byte else { return None };
-        self.first_byte = FirstByte::Answered(now);
+        self.first_byte = FirstByte::Answered { asked: at, since: now };
         Some(now.saturating_duration_since(at))
     }
 
-    /// When the first byte back has come.
-    pub fn answered_since(&self) -> Option<Instant> {
-        let FirstByte::Answered(since) = self.first_byte else { return None };
-        Some(since)
+    /// How long it took from the client's first byte to the first byte back, and from that until now.
+    pub fn answer_times(&self, now: Instant) -> Option<(Duration, Duration)> {
+        let FirstByte::Answered { asked, since } = self.first_byte else { return None };
+        Some((since.saturating_duration_since(asked), now.saturating_duration_since(since)))
+    }
+
+    /// How long it took from the client's coming to its backend, if it has one.
+    pub fn placed_within(&self) -> Option<Duration> {
+        self.is_open().then(|| self.connected.saturating_duration_since(self.opened))
+    }
+
+    /// Bytes that came from a side so far, on the connections that it has now.
+    pub fn received(&self, from: Side) -> u64 {
+        match from {
+            Side::Client => self.to_backend.received(),
+            Side::Backend => self.to_client.received(),
+        }
+    }
+
+    /// The side that was the first to end or to break, if one was.
+    pub fn ended_first(&self) -> Option<Side> {
+        self.ended_first.or_else(|| self.failure.map(|failure| failure.side))
     }
 
     /// A side's socket took bytes.
@@ -442,6 +462,9 @@ impl Session {
 
     /// A side ended its direction.
     pub fn on_ended(&mut self, from: Side, now: Instant) -> Action {
+        if self.failure.is_none() {
+            self.ended_first.get_or_insert(from);
+        }
         if self.state == State::Connecting {
             if self.early.is_empty() && self.awaits_endpoint() {
                 return Action::Close(CloseReason::ClientLeft);

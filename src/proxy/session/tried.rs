@@ -16,6 +16,11 @@ impl Tried {
         u32::from(self.len)
     }
 
+    /// The endpoint that was tried last.
+    pub fn last(&self) -> Option<EndpointId> {
+        self.endpoints[..usize::from(self.len)].last().copied()
+    }
+
     /// Whether this endpoint was tried.
     pub fn contains(&self, endpoint: EndpointId) -> bool {
         self.endpoints[..usize::from(self.len)].contains(&endpoint)

@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::Route;
 use super::pools::is_local;
 use super::sessions::Outcome;
-use crate::config::{Balance, Locality};
+use crate::config::Balance;
 use crate::io::{Chain, Close, ConnId, Driver};
 use crate::metrics::{Checkout, CloseReason};
 use crate::proxy::Side;
@@ -151,7 +151,7 @@ impl Route {
         tried: &Tried,
         source: Option<IpAddr>,
     ) -> Option<EndpointId> {
-        if self.config.locality == Locality::Off {
+        if !self.config.locality.prefers_near() {
             return self.pools.table.choose(tried, source, cx.now, &mut cx.rng);
         }
         let (chosen, spilled) = self.pools.table.choose_near(tried, source, cx.now, &mut cx.rng);
@@ -223,6 +223,7 @@ impl Route {
         if let Some((backend, made)) = warm {
             self.sessions.of(key).on_warm(made);
             self.stats.count_checkout(Checkout::Hit);
+            self.stats.queue_wait.record(self.sessions.of(key).age(cx.now));
             let Owner::Idle { greeting, .. } = cx.owners.take(backend) else {
                 unreachable!("a pool's connection is idle")
             };
@@ -272,6 +273,7 @@ impl Route {
         let (Some(since), Some(endpoint)) = (since, endpoint) else {
             unreachable!("a session that connects has an endpoint")
         };
+        self.stats.queue_wait.record(session.age(since));
         self.stats.connect_duration.record(cx.now.saturating_duration_since(since));
         self.pools.table.shook_hands(endpoint, backend, cx.now);
         self.pools.on_endpoint_connected(cx, endpoint);
@@ -432,29 +434,15 @@ impl Route {
                 || self.sessions.of(key).waits_until(waits_max) <= cx.now,
             "{reason:?} while it may wait"
         );
+        self.tell_of_session(cx, key, reason);
         let mut session = self.sessions.close(cx, key, reason);
         self.judge_closed(cx, &mut session);
         self.pools.on_connect_over(&mut session);
         self.leave(cx, session.endpoint(), session.conn(Side::Backend));
-        if let Some(since) = session.answered_since() {
-            self.stats.transfer.record(cx.now.saturating_duration_since(since));
+        if let Some((_, transfer)) = session.answer_times(cx.now) {
+            self.stats.transfer.record(transfer);
         }
         self.on_gone(cx, reason, session.age(cx.now));
-    }
-
-    /// Ends the sessions on an endpoint that left the set long enough ago.
-    pub(super) fn close_sessions_on<D: Driver>(
-        &mut self,
-        cx: &mut Context<D>,
-        endpoint: EndpointId,
-    ) {
-        for slot in 0..self.sessions.slots() {
-            if let Some(key) = self.sessions.key_at(slot)
-                && self.sessions.of(key).endpoint() == Some(endpoint)
-            {
-                self.close_session(cx, key, CloseReason::EndpointRemoved);
-            }
-        }
     }
 
     pub(super) fn close_all_sessions<D: Driver>(

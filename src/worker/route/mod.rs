@@ -3,13 +3,16 @@
 //!
 //! A route's methods are handed the worker's context, and know nothing of other routes.
 
+mod cut;
 mod dispatch;
+mod ended;
 mod events;
 mod places;
 mod pools;
 mod requests;
 mod sessions;
 mod silence;
+mod tiers;
 mod upkeep;
 mod waiting;
 
@@ -63,11 +66,12 @@ impl Route {
         let config = Arc::clone(&process.routes[usize::from(id)]);
         let places = cx.places.slots();
         let stats = &cx.stats.routes[usize::from(id)];
+        let in_log = process.name_in_log(usize::from(id)).map(ToString::to_string);
         Self {
             id,
             sessions: Sessions::new(id, &config, Arc::clone(stats), places),
             requests: Requests::new(&config, process.drain_delay, places),
-            pools: Pools::new(&config, cx, Arc::clone(stats), pool_conns_max, listening),
+            pools: Pools::new(&config, cx, Arc::clone(stats), pool_conns_max, listening, in_log),
             stats: Arc::clone(stats),
             silence: Silence::new(config.tcp_user_timeout),
             retries: RetryBudget::new(config.retry_budget, cx.now),
@@ -87,7 +91,13 @@ impl Route {
         if tracing::enabled!(tracing::Level::TRACE)
             && let Some(Credentials { pid, uid, gid }) = cx.driver.credentials(conn)
         {
-            tracing::trace!(pid, uid, gid, "a client came by a Unix socket");
+            tracing::trace!(
+                route = self.pools.name_in_log.as_deref(),
+                pid,
+                uid,
+                gid,
+                "a client came by a Unix socket"
+            );
         }
         if self.reuses_conns() {
             self.begin_client(cx, conn);
@@ -101,6 +111,9 @@ impl Route {
         let slow_start = self.config.slow_start.is_some();
         self.pools.table.apply(snapshot, &self.config.pool, slow_start, cx.now);
         self.evict_removed(cx);
+        for endpoint in self.pools.table.indices() {
+            self.cut_overdue(cx, endpoint);
+        }
         self.stats.applied_generation.set(snapshot.generation);
         self.pools.short.clear();
         self.pools.short.extend(self.pools.table.indices());

@@ -15,7 +15,7 @@ use crate::metrics::{Discard, Failure, RouteStats};
 use crate::proxy::balance::Table;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::health::{HealthConfig, PROBE_SETTLED};
-use crate::proxy::session::Session;
+use crate::proxy::session::{Session, Tried};
 use crate::worker::context::Context;
 use crate::worker::owners::Owner;
 use crate::worker::socket_options;
@@ -31,14 +31,18 @@ pub(super) struct Pools {
     /// Endpoints that may have connections for requests that wait.
     pub freed: Vec<EndpointId>,
     pub health: HealthConfig,
-    /// For so long an endpoint that left the set is taken to come back.
-    pub linger: Duration,
+    /// For so long an endpoint that left the set is taken to come back, …
+    linger: Duration,
+    /// … and for so long if another one has taken its place.
+    linger_replaced: Duration,
     /// Of connections to backends.
     pub options: net::Options,
     /// Where backends cannot be.
     listening: Listening,
     /// Idle connections of an endpoint at most.
     idle_max: usize,
+    /// What the log calls the route, where there are several.
+    pub name_in_log: Option<String>,
     /// Connections that were closed, and keep their places until they are in fact.
     pub(super) closing: Vec<Closing>,
     /// Places are to be looked after in this turn.
@@ -59,6 +63,18 @@ fn linger_of(config: &RouteConfig) -> Duration {
     }
 }
 
+/// The same if another one has taken its place: then it does not come back, unless name servers have
+/// only given other addresses for once.
+fn linger_replaced_of(config: &RouteConfig) -> Duration {
+    let linger = linger_of(config);
+    match config.discovery {
+        Discovery::Dns => linger,
+        Discovery::Static | Discovery::Kubernetes => {
+            config.backend_drain.map_or(linger, |drain| drain.min(linger))
+        }
+    }
+}
+
 /// The address of a backend is one of this process.
 pub(super) fn leads_back() -> io::Error {
     io::Error::other("its address leads back to this proxy itself")
@@ -72,9 +88,12 @@ impl Pools {
         stats: Arc<RouteStats>,
         conns_max: usize,
         listening: Listening,
+        name_in_log: Option<String>,
     ) -> Self {
         Self {
-            table: Table::new(config.balance, cx.worker, cx.owners.capacity()),
+            name_in_log,
+            table: Table::new(config.balance, cx.worker, cx.owners.capacity())
+                .failing_back_after(config.failback_time),
             stats,
             conns_max: conns_max.min(limits::POOL_CONNS_MAX),
             short: Vec::with_capacity(limits::ENDPOINTS_MAX),
@@ -84,6 +103,7 @@ impl Pools {
                 eject_time: config.eject_time,
             },
             linger: linger_of(config),
+            linger_replaced: linger_replaced_of(config),
             options: socket_options(config),
             listening,
             idle_max: config.pool.most(),
@@ -117,6 +137,15 @@ impl Pools {
             return self.listening.paths().any(|path| cx.driver.leads_back_to(conn, path));
         };
         from == to || self.listening.reached_by(&to.into(), |ip| ip == from.ip()).is_some()
+    }
+
+    /// For how long an endpoint that left the set is taken to come back.
+    pub(super) fn linger_of(&self, endpoint: EndpointId) -> Duration {
+        if self.table.is_replaced(endpoint, limits::ENDPOINT_LINGER) {
+            self.linger_replaced
+        } else {
+            self.linger
+        }
     }
 
     /// Remembers that requests that wait may find a connection of an endpoint.
@@ -254,7 +283,7 @@ impl Pools {
     ) {
         let now = cx.now;
         if let Some(entry) = self.table.get_mut(endpoint) {
-            entry.on_alive(now);
+            entry.on_answered(now);
             entry.pool.on_proven(made);
         }
         self.on_endpoint_well(cx, endpoint, made);
@@ -294,7 +323,11 @@ impl Pools {
     pub(super) fn on_readmitted(&mut self, endpoint: EndpointId) {
         let Some(entry) = self.table.get_mut(endpoint) else { return };
         entry.stats().ejected.set(0);
-        tracing::info!(endpoint = entry.endpoint.name, "usable again");
+        tracing::info!(
+            route = self.name_in_log.as_deref(),
+            endpoint = entry.endpoint.name,
+            "usable again"
+        );
         self.free(endpoint);
         self.mark_short(endpoint);
     }
@@ -308,12 +341,27 @@ impl Pools {
     ) {
         if let Some(entry) = self.table.get_mut(endpoint) {
             entry.stats().connect_failures.add(1);
+            entry.recovery.on_unreachable();
         }
         self.on_endpoint_failure(cx, endpoint, error);
     }
 
-    /// The endpoint has failed: a connect to it, or what it had accepted ended at once.
+    /// The endpoint has failed, whoever its clients are: a connect to it, or what it had accepted
+    /// ended at once, unasked.
     pub(super) fn on_endpoint_failure<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+        error: &io::Error,
+    ) {
+        if let Some(entry) = self.table.get_mut(endpoint) {
+            entry.recovery.on_failed(cx.now, &mut cx.rng);
+        }
+        self.count_failure(cx, endpoint, error);
+    }
+
+    /// The endpoint has failed, once more in a row.
+    fn count_failure<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         endpoint: EndpointId,
@@ -321,19 +369,35 @@ impl Pools {
     ) {
         let (now, health) = (cx.now, self.health);
         let Some(entry) = self.table.get_mut(endpoint) else { return };
-        entry.recovery.on_failed(now, &mut cx.rng);
         let ejected = entry.on_failure(&health, now, &mut cx.rng);
         let stats = entry.stats();
         stats.set_failure(Failure::of(error));
         stats.failures_in_a_row.set(u64::from(entry.health.failures()));
         if ejected {
-            stats.ejections.add(1);
             // A probe that fails ejects again; that is no news.
             if stats.ejected.get() == 0 {
-                tracing::warn!(endpoint = entry.endpoint.name, %error, "ejected");
+                tracing::warn!(route = self.name_in_log.as_deref(), endpoint = entry.endpoint.name, %error, "ejected");
             }
-            stats.ejected.set(1);
-            self.empty_pool(cx, endpoint, Discard::Endpoint);
+            self.on_ejected(cx, endpoint);
+        }
+        self.table.judge_tiers(now);
+    }
+
+    fn on_ejected<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
+        let Some(entry) = self.table.get(endpoint) else { return };
+        entry.stats().ejections.add(1);
+        entry.stats().ejected.set(1);
+        self.empty_pool(cx, endpoint, Discard::Endpoint);
+    }
+
+    /// Ejects an endpoint that fails, and that no client tries any more: others stand in for it.
+    pub(super) fn eject<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
+        let (now, health) = (cx.now, self.health);
+        let Some(entry) = self.table.get_mut(endpoint) else { return };
+        if entry.health.eject(&health, now, &mut cx.rng) {
+            entry.stats().failures_in_a_row.set(u64::from(entry.health.failures()));
+            tracing::warn!(endpoint = entry.endpoint.name, "ejected: others stand in for it");
+            self.on_ejected(cx, endpoint);
         }
     }
 
@@ -351,17 +415,37 @@ impl Pools {
         self.evict(cx, endpoint, why);
     }
 
-    /// An endpoint ended a fresh connection at once, without a byte on it.
+    /// An endpoint ended a fresh connection at once, without a byte on it. If it was asked something,
+    /// that may be its answer to this one client: see [`Pools::may_mean_one_client`]. Likewise others
+    /// wait for it only once it is ejected.
     pub(super) fn on_failed_at_once<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         endpoint: EndpointId,
+        was_asked: bool,
     ) {
         let now = cx.now;
         if let Some(entry) = self.table.get_mut(endpoint) {
             entry.pool.on_failed(now, &mut cx.rng);
         }
-        self.on_endpoint_failure(cx, endpoint, &ended_at_once());
+        if was_asked && self.may_mean_one_client(endpoint, now) {
+            return;
+        }
+        self.count_failure(cx, endpoint, &ended_at_once());
+        if let Some(entry) = self.table.get_mut(endpoint)
+            && (!was_asked || !entry.health.is_usable())
+        {
+            entry.recovery.on_failed(now, &mut cx.rng);
+        }
+    }
+
+    /// Whether an endpoint that has just ended a connection answers others, who would have to wait if it
+    /// were ejected. Where there is another one to go to, it is rather taken for ill too soon.
+    fn may_mean_one_client(&self, endpoint: EndpointId, now: Instant) -> bool {
+        let mut this = Tried::default();
+        this.push(endpoint);
+        let answers = self.table.get(endpoint).is_some_and(|entry| entry.has_answered_lately(now));
+        answers && !self.table.has_other(&this)
     }
 
     /// Re-admits an endpoint whose probe has stayed open for a while.

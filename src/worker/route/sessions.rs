@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::config::{Preset, ProxyProtocol, RouteConfig};
 use crate::io::{Buf, Chain, Close, ConnId, Driver};
 use crate::metrics::{CloseReason, Direction, RouteStats};
-use crate::protocol::postgres::{CANCEL_REQUEST_MAX, is_cancel_request};
+use crate::protocol::postgres::{CANCEL_REQUEST_MAX, is_cancel_request, is_negotiation};
 use crate::protocol::proxy_header::{Addresses, HEADER_MAX, write_v1, write_v2};
 use crate::proxy::line::{Line, Ticket};
 use crate::proxy::session::{Action, Ending, Session, Timeouts};
@@ -212,7 +212,7 @@ impl Sessions {
         from: Side,
         buf: Buf,
     ) -> Outcome {
-        if self.has_cancels && from == Side::Client && !self.slab[key].has_client_spoken() {
+        if self.has_cancels && from == Side::Client && self.slab[key].may_begin_with_cancel() {
             self.look_for_cancel(cx, key, &buf);
         }
         let session = &mut self.slab[key];
@@ -233,6 +233,7 @@ impl Sessions {
         let mut bytes = [0; CANCEL_REQUEST_MAX];
         let begins = cx.driver.buffers().bytes(buf);
         let len = begins.len();
+        self.slab[key].on_begun(is_negotiation(begins));
         if !is_cancel_request(begins) {
             return;
         }

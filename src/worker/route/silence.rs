@@ -232,7 +232,7 @@ impl Route {
     ) {
         let now = cx.now;
         self.pools.evict_made_before(cx, endpoint, since);
-        self.discard_idle_in_use_of(cx, endpoint);
+        self.discard_idle_in_use_of(cx, endpoint, Discard::Dead);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         if entry.is_present() && entry.alive_at().is_none_or(|at| at <= since) {
             entry.pool.on_emptied(now, &mut cx.rng);

@@ -29,7 +29,7 @@ impl Route {
         let (now, keeps, share) = (cx.now, self.keeps_pools(cx), self.pools.pool_share());
         let needed = self.placing(cx).is_needed(endpoint);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
-        let tries = entry.health.is_usable() || needed;
+        let tries = (entry.health.is_usable() && !entry.is_withheld()) || needed;
         let short =
             if keeps && entry.is_present() && tries { entry.pool.shortage(share, now) } else { 0 };
         for _ in 0..short {
@@ -239,9 +239,10 @@ impl Route {
     /// Closes the idle connections of endpoints that have left for good. Those of one that may come
     /// back stay for a little, unless nobody needs them.
     pub(super) fn evict_removed<D: Driver>(&mut self, cx: &mut Context<D>) {
-        let (now, linger) = (cx.now, self.pools.linger);
+        let now = cx.now;
         let keeps = self.keeps_pools(cx);
         for endpoint in self.pools.table.indices() {
+            let linger = self.pools.linger_of(endpoint);
             let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
             entry.let_go(linger, now);
             if entry.is_gone() || !(keeps || entry.is_present()) {
@@ -283,7 +284,7 @@ impl Route {
         broken: bool,
     ) -> bool {
         let Some(session) = self.sessions.get_mut(key) else { return false };
-        let untouched = session.is_untouched();
+        let (untouched, was_asked) = (session.is_untouched(), session.has_client_spoken());
         let (verdict, endpoint) = (session.judge(broken, cx.now), session.endpoint());
         let Some(endpoint) = endpoint else { return false };
         let why = match verdict {
@@ -294,7 +295,7 @@ impl Route {
                 Retry::Forgotten
             }
             Verdict::Failed => {
-                self.pools.on_failed_at_once(cx, endpoint);
+                self.pools.on_failed_at_once(cx, endpoint, was_asked);
                 Retry::Ended
             }
         };
@@ -342,8 +343,8 @@ impl Route {
     /// so none that was made before now. Its host was restarted, or its address has moved.
     fn on_forgotten<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
         self.pools.empty_pool(cx, endpoint, Discard::Dead);
-        self.discard_idle_in_use_of(cx, endpoint);
-        self.pools.on_failed_at_once(cx, endpoint);
+        self.discard_idle_in_use_of(cx, endpoint, Discard::Dead);
+        self.pools.on_failed_at_once(cx, endpoint, false);
         self.pools.mark_short(endpoint);
     }
 
@@ -358,7 +359,7 @@ impl Route {
         let Some(&backend) = client.and_then(Client::unanswered_backend) else { return why };
         let fresh = cx.now.saturating_duration_since(backend.made) < AT_ONCE && !backend.served;
         if fresh {
-            self.pools.on_failed_at_once(cx, backend.endpoint);
+            self.pools.on_failed_at_once(cx, backend.endpoint, true);
         } else if why == Retry::Broken {
             let entry = self.pools.table.get_mut(backend.endpoint);
             let was_known = entry.is_some_and(|entry| entry.on_forgotten(backend.made, cx.now));
@@ -390,6 +391,7 @@ impl Route {
         self.look_for_outage(cx);
         self.look_for_silence(cx);
         self.evict_removed(cx);
+        self.evict_withheld(cx);
         self.gather_places(cx);
         for endpoint in self.pools.table.indices() {
             while let Some((conn, why)) = self.pools.table.expire(endpoint, now) {
@@ -399,10 +401,7 @@ impl Route {
             if let Some(slow_start) = self.config.slow_start {
                 entry.ramp_up(slow_start, now);
             }
-            if self.config.backend_drain.is_some_and(|drain| entry.is_overdue(drain, now)) {
-                self.close_sessions_on(cx, endpoint);
-                self.reclaim_from(cx, endpoint);
-            }
+            self.cut_overdue(cx, endpoint);
             let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
             let running = cx.command < Command::Drain && entry.is_present();
             if running && entry.health.take_probe(now) {

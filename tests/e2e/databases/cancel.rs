@@ -25,7 +25,11 @@ on_both_drivers!(
     an_endpoint_that_does_not_answer_is_passed_over,
     an_endpoint_that_refuses_is_passed_over,
     what_else_a_client_begins_with_goes_to_one_endpoint,
+    a_cancel_request_behind_a_refused_encryption_reaches_every_endpoint,
 );
+
+/// `SSLRequest` and `GSSENCRequest`, which the servers here refuse.
+const NEGOTIATIONS: [[u8; 8]; 2] = [[0, 0, 0, 8, 4, 210, 22, 47], [0, 0, 0, 8, 4, 210, 22, 48]];
 
 /// What a server does with a connection on which something has come.
 #[derive(Clone, Copy, PartialEq)]
@@ -45,7 +49,11 @@ fn server(then: Then, heard: Sender<Vec<u8>>) -> SocketAddr {
             let (mut stream, heard) = (stream.unwrap(), heard.clone());
             thread::spawn(move || {
                 let mut bytes = [0; 64];
-                let count = stream.read(&mut bytes).unwrap_or(0);
+                let mut count = stream.read(&mut bytes).unwrap_or(0);
+                while NEGOTIATIONS.iter().any(|asks| bytes[..count] == asks[..]) {
+                    let _ = stream.write_all(b"N");
+                    count = stream.read(&mut bytes).unwrap_or(0);
+                }
                 if count > 0 {
                     // The test may be over.
                     let _ = heard.send(bytes[..count].to_vec());
@@ -137,6 +145,29 @@ fn what_else_a_client_begins_with_goes_to_one_endpoint(io: Io) {
         hears_the_end(begin_with(&proxy, bytes));
         let heard: Vec<_> = hear.iter().flat_map(Receiver::try_iter).collect();
         assert_eq!(heard, [bytes]);
+    }
+}
+
+/// As libpq does from version 17 on where it prefers encryption.
+fn a_cancel_request_behind_a_refused_encryption_reaches_every_endpoint(io: Io) {
+    for warm in [0, 2] {
+        let (hear, proxy) = start(io, &[Then::End; 3], warm);
+        for asks in [&NEGOTIATIONS[..1], &NEGOTIATIONS] {
+            let mut client = TcpStream::connect(proxy.address()).unwrap();
+            client.set_read_timeout(Some(PATIENCE)).unwrap();
+            for ask in asks {
+                client.write_all(ask).unwrap();
+                let mut refusal = [0];
+                client.read_exact(&mut refusal).unwrap();
+                assert_eq!(&refusal, b"N");
+            }
+            client.write_all(&CANCEL).unwrap();
+            hears_the_end(client);
+            for hears in &hear {
+                assert_eq!(hears.try_iter().collect::<Vec<_>>(), [CANCEL]);
+            }
+        }
+        assert_all_finished(&proxy);
     }
 }
 

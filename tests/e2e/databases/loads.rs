@@ -1,9 +1,11 @@
-//! The servers' own load tools run through the proxy unchanged: no error, and nothing lost or done
-//! twice.
+//! The servers' own load tools run through the proxy unchanged, by TCP and by Unix sockets: no error,
+//! and nothing lost or done twice.
 
+use std::path::Path;
 use std::thread;
 
 use crate::support::proxy::Builder;
+use crate::support::sandbox::hand_over;
 use crate::support::servers::{MariaDb, Postgres, Redis, Target, output};
 use crate::support::{Io, heavy, measured};
 
@@ -23,13 +25,12 @@ fn load_postgres(server: &Postgres, target: &Target) {
     };
     let before = rows();
     let mut load = server.pgbench(target);
-    let report = output(load.args(["-n", "-c", "50", "-j", "2", "-T", "2", "-M", "prepared"]));
+    let report = output(load.args(["-n", "-c", "50", "-j", "2", "-t", "10", "-M", "prepared"]));
     let report = report.unwrap();
-    let done: u64 = field(&report, "number of transactions actually processed:").parse().unwrap();
+    assert_eq!(field(&report, "number of transactions actually processed:"), "500/500");
     assert!(field(&report, "number of failed transactions:").starts_with("0 "), "{report}");
-    measured(&format!("pgbench: {done} transactions"));
-    assert!(done > 0);
-    assert_eq!(rows() - before, done, "each transaction adds a row");
+    measured(&format!("pgbench: {} transactions/s", field(&report, "tps =")));
+    assert_eq!(rows() - before, 500, "each transaction adds a row");
     let sums = server.ask(
         &own,
         "select (select sum(abalance) from pgbench_accounts), \
@@ -93,29 +94,41 @@ fn load_redis(server: &Redis, target: &Target) {
     assert_eq!(ask(&["get", "counter:__rand_int__"]), "72000");
 }
 
-/// All three loads at a time, each on a route of its own.
+/// Listens on both kinds of sockets.
+fn listen(socket: &Path) -> String {
+    format!("127.0.0.1:0,unix:{}", socket.display())
+}
+
+/// All three loads at a time, each on a route of its own, first by TCP and then by Unix sockets.
 fn load_all(io: Io, postgres: &Postgres, mariadb: &MariaDb, redis: &Redis) {
+    let folder = tempfile::tempdir().unwrap();
+    hand_over(folder.path());
+    // psql connects to no other name.
+    let sockets = [".s.PGSQL.5432", "shop", "cache"].map(|name| folder.path().join(name));
     let mut builder = Builder::on(io).set("AEGIS_ROUTES", "orders,shop,cache");
-    for (route, address, preset) in [
-        ("ORDERS", postgres.address(), "postgres"),
-        ("SHOP", mariadb.address(), "mysql"),
-        ("CACHE", redis.address(), "redis"),
+    for (route, socket, address, preset) in [
+        ("ORDERS", &sockets[0], postgres.address(), "postgres"),
+        ("SHOP", &sockets[1], mariadb.address(), "mysql"),
+        ("CACHE", &sockets[2], redis.address(), "redis"),
     ] {
         builder = builder
+            .set(&format!("AEGIS_{route}__LISTEN"), listen(socket))
             .set(&format!("AEGIS_{route}__BACKENDS"), address.to_string())
             .set(&format!("AEGIS_{route}__PRESET"), preset);
     }
     let proxy = builder.start();
     let listening = proxy.log_events("listening").into_iter();
-    let targets = listening.map(|event| event["address"].as_str().unwrap().parse().unwrap());
-    let targets: Vec<_> = targets.map(Target::Tcp).collect();
-    let [orders, shop, cache] = &targets[..] else { panic!("{targets:?}") };
-    thread::scope(|scope| {
-        scope.spawn(|| load_postgres(postgres, orders));
-        scope.spawn(|| load_mariadb(mariadb, shop));
-        scope.spawn(|| load_redis(redis, cache));
-    });
-    assert_all_finished(&proxy);
+    let ports = listening.filter_map(|event| event["address"].as_str().unwrap().parse().ok());
+    let ports: Vec<_> = ports.map(Target::Tcp).collect();
+    for [orders, shop, cache] in [ports.try_into().unwrap(), sockets.map(Target::Unix)] {
+        measured(&format!("orders at {orders:?}"));
+        thread::scope(|scope| {
+            scope.spawn(|| load_postgres(postgres, &orders));
+            scope.spawn(|| load_mariadb(mariadb, &shop));
+            scope.spawn(|| load_redis(redis, &cache));
+        });
+        assert_all_finished(&proxy);
+    }
     assert_eq!(mariadb.status("Aborted_clients"), 0, "every client has said that it leaves");
     assert_eq!(mariadb.status("Aborted_connects"), 0, "and nobody came for nothing");
 }

@@ -44,7 +44,7 @@ struct State {
     forgotten: u64,
     /// By the collection's path and the name.
     objects: BTreeMap<(String, String), Value>,
-    log: Vec<(u64, &'static str, String, Value)>,
+    log: Vec<Change>,
     wrong: Wrong,
     /// Counts what ends all watches.
     cut: u64,
@@ -52,6 +52,33 @@ struct State {
     requests: u64,
     /// How long the proxy wanted its watches to last.
     timeouts: Vec<u64>,
+}
+
+struct Change {
+    version: u64,
+    path: String,
+    /// As it is, or was at last.
+    object: Value,
+    is_deleted: bool,
+    /// As it was before.
+    old: Option<Value>,
+}
+
+impl Change {
+    /// What a watch is told of it: for who selects by label, what begins to match appears, and what no
+    /// longer does disappears.
+    fn event(&self, request: &Request) -> Option<Value> {
+        let had = self.old.as_ref().is_some_and(|old| matches(old, request));
+        let has = !self.is_deleted && matches(&self.object, request);
+        let kind = match (had, has) {
+            _ if self.path != request.path => return None,
+            (false, false) => return None,
+            (false, true) => "ADDED",
+            (true, true) => "MODIFIED",
+            (true, false) => "DELETED",
+        };
+        Some(json!({"type": kind, "object": self.object}))
+    }
 }
 
 #[derive(Default)]
@@ -133,20 +160,22 @@ impl Store {
         object["metadata"]["resourceVersion"] = json!(state.version.to_string());
         let key = (collection.to_owned(), name.to_owned());
         let old = state.objects.insert(key, object.clone());
-        let kind = if old.is_some() { "MODIFIED" } else { "ADDED" };
         let version = state.version;
-        state.log.push((version, kind, collection.to_owned(), object.clone()));
+        let path = collection.to_owned();
+        state.log.push(Change { version, path, object: object.clone(), is_deleted: false, old });
         self.changed.notify_all();
         object
     }
 
     fn delete(&self, collection: &str, name: &str) -> Option<Value> {
         let mut state = self.lock();
-        let mut object = state.objects.remove(&(collection.to_owned(), name.to_owned()))?;
+        let old = state.objects.remove(&(collection.to_owned(), name.to_owned()))?;
+        let mut object = old.clone();
         state.version += 1;
         let version = state.version;
         object["metadata"]["resourceVersion"] = json!(version.to_string());
-        state.log.push((version, "DELETED", collection.to_owned(), object.clone()));
+        let (path, old) = (collection.to_owned(), Some(old));
+        state.log.push(Change { version, path, object: object.clone(), is_deleted: true, old });
         self.changed.notify_all();
         Some(object)
     }
@@ -411,12 +440,8 @@ fn watch(stream: &mut Tls, request: &Request, store: &Store) -> std::io::Result<
                 let gone = failure(410, "too old resource version");
                 (vec![json!({"type": "ERROR", "object": gone})], u64::MAX)
             } else {
-                let new = state.log.iter().filter(|(version, ..)| *version > seen);
-                let new = new.filter(|(_, _, path, object)| {
-                    *path == request.path && matches(object, request)
-                });
-                let event = |kind: &str, object: &Value| json!({"type": kind, "object": object});
-                (new.map(|(_, kind, _, object)| event(kind, object)).collect(), state.version)
+                let new = state.log.iter().filter(|change| change.version > seen);
+                (new.filter_map(|change| change.event(request)).collect(), state.version)
             }
         };
         events.iter().try_for_each(|event| chunk(stream, event))?;

@@ -7,18 +7,20 @@ use super::resolver::{Answer, Family};
 use crate::config::Backend;
 use crate::io::net::Address;
 use crate::limits::{DNS_ANSWERS_TO_LEAVE, ENDPOINTS_MAX};
+use crate::proxy::endpoints::Tier;
 
 /// What is known of one of the configured backends.
 #[derive(Debug)]
 pub(super) struct Host {
     /// Where it is; else it is to be looked up.
     fixed: Option<Address>,
+    tier: Tier,
     families: [FamilyState; Family::ALL.len()],
 }
 
 impl Host {
-    pub(super) fn new(backend: &Backend) -> Self {
-        Self { fixed: backend.address(), families: Default::default() }
+    pub(super) fn new(backend: &Backend, tier: Tier) -> Self {
+        Self { fixed: backend.address(), tier, families: Default::default() }
     }
 
     fn len(&self) -> usize {
@@ -48,15 +50,18 @@ impl Host {
 
     /// Its endpoints, at most `max`.
     fn wanted(&self, backend: &Backend, max: usize) -> Vec<Wanted> {
+        let tier = self.tier;
         let host = match (&self.fixed, backend) {
             (None, Backend::Tcp(host)) => host,
-            (Some(address), _) => return vec![Wanted::new(backend.to_string(), address.clone())],
+            (Some(address), _) => {
+                return vec![Wanted { tier, ..Wanted::new(backend.to_string(), address.clone()) }];
+            }
             (None, Backend::Unix(_)) => unreachable!("a Unix socket is where its path says"),
         };
         let addresses = self.families.iter().flat_map(|known| &known.addresses).take(max);
         let wanted = |&ip: &IpAddr| {
             let name = format!("{}:{}@{ip}", host.host, host.port);
-            Wanted::new(name, SocketAddr::new(ip, host.port))
+            Wanted { tier, ..Wanted::new(name, SocketAddr::new(ip, host.port)) }
         };
         addresses.map(wanted).collect()
     }
@@ -117,7 +122,7 @@ mod tests {
 
     #[test]
     fn a_family_has_its_own_last_known_good_addresses() {
-        let mut host = Host::new(&backend("db"));
+        let mut host = Host::new(&backend("db"), Tier::FIRST);
         let mut after = |family: Family, answer: &Answer| {
             host.on_answer(family, answer.clone());
             let addresses = host.families.iter().flat_map(|known| known.addresses.clone());
@@ -147,7 +152,7 @@ mod tests {
         let all: Vec<_> =
             (0..4000u32).map(|i| IpAddr::from((0x0a00_0000 + i).to_be_bytes())).collect();
         let backends = ["huge", "small", "10.0.0.1"].map(backend);
-        let mut hosts = backends.each_ref().map(Host::new);
+        let mut hosts = backends.each_ref().map(|backend| Host::new(backend, Tier::FIRST));
         hosts[1].on_answer(Family::V4, found(&["10.1.0.1", "10.1.0.2"], None));
         for (count, kept) in [(1021, 1021), (1022, 1021), (4000, 1021)] {
             let addresses = all[..count].to_vec();

@@ -33,6 +33,7 @@ use tracing::{Instrument, warn};
 use super::status::{ErrorKind, Status};
 use super::{Publisher, Wanted};
 use crate::config::Backend;
+use crate::proxy::endpoints::Tier;
 use host::Host;
 use lookup::{News, follow};
 pub(crate) use resolver::SystemResolver;
@@ -43,6 +44,8 @@ use resolver::{Answer, Resolve};
 pub(crate) struct Backends<R> {
     /// Names and addresses, in the order of the endpoints.
     pub hosts: Vec<Backend>,
+    /// The tier of each, in the same order; those beyond its end are of the first one.
+    pub tiers: Vec<Tier>,
     /// How soon a name is looked up again at the soonest; later where its addresses hold longer.
     pub refresh: Duration,
     /// How long the first snapshot waits for names while no endpoint is known.
@@ -58,7 +61,7 @@ pub(crate) struct Backends<R> {
 impl<R: Resolve> Backends<R> {
     /// Keeps the endpoints published: for ever, or once if there are no names among them.
     ///
-    /// The first snapshot comes as soon as any endpoint is known; without one, or where keys say where
+    /// The first snapshot comes as soon as any endpoint of the first tier is known; without one, or where keys say where
     /// requests go, when every name has been looked up or `first_answer_max` has passed.
     pub(crate) async fn run(self, publisher: Publisher) {
         // Each name has one lookup at a time, which tells of each family once.
@@ -73,7 +76,7 @@ impl<R: Resolve> Backends<R> {
                 let lookup = follow(index, host.clone(), self.refresh, resolver, answers);
                 lookups.spawn(lookup.in_current_span());
             }
-            hosts.push(Host::new(backend));
+            hosts.push(Host::new(backend, self.tiers.get(index).copied().unwrap_or_default()));
         }
         if lookups.is_empty() {
             self.status.on_sync();
@@ -85,7 +88,8 @@ impl<R: Resolve> Backends<R> {
         let mut begun = false;
         loop {
             let known = host::wanted(&hosts, &self.hosts);
-            let some = known.iter().any(|wanted| !wanted.is_empty());
+            // Those that stand in for others do not come before these are looked up.
+            let some = known.iter().flatten().any(|wanted| wanted.tier == Tier::FIRST);
             let answered = hosts.iter().all(|host| host.is_answered(self.by_key));
             begun |= answered || (some && !self.by_key);
             if begun && self.by_key {
@@ -211,6 +215,7 @@ mod tests {
         let publisher = Publisher::new(workers(1), crate::proxy::RouteId::default(), snapshots);
         let backends = Backends {
             hosts: backends.iter().map(|h| backend(h)).collect(),
+            tiers: Vec::new(),
             refresh: Duration::from_millis(1),
             first_answer_max,
             resolver: script.clone(),
@@ -240,6 +245,31 @@ mod tests {
     }
 
     #[test]
+    fn those_that_stand_in_for_a_name_do_not_come_before_it_is_looked_up() {
+        block_on(async {
+            let snapshots = watch::Sender::default();
+            let mut receiver = snapshots.subscribe();
+            let script = Script::new(&[Some(&["10.0.0.1"])]);
+            let backends = Backends {
+                hosts: ["db", "10.0.0.9"].map(backend).into(),
+                tiers: vec![Tier::FIRST, Tier::at(1)],
+                refresh: Duration::from_millis(1),
+                first_answer_max: Duration::from_secs(3600),
+                resolver: script,
+                by_key: false,
+                status: Arc::default(),
+            };
+            let publisher = Publisher::new(workers(1), crate::proxy::RouteId::default(), snapshots);
+            let running = tokio::spawn(backends.run(publisher));
+            let first = receiver.wait_for(|s: &Arc<EndpointSnapshot>| s.generation == 1).await;
+            let first = first.unwrap().clone();
+            running.abort();
+            assert_eq!(names(&first), ["db:5432@10.0.0.1", "10.0.0.9:5432"]);
+            assert_eq!(first.tiers, [Tier::FIRST, Tier::at(1)]);
+        });
+    }
+
+    #[test]
     fn a_unix_socket_is_published_as_it_is_configured() {
         block_on(async {
             let snapshots = watch::Sender::default();
@@ -247,6 +277,7 @@ mod tests {
             let sockets = ["unix:/run/db.sock", "unix:/run/other.sock"];
             let backends = Backends {
                 hosts: sockets.map(|text| text.parse().unwrap()).into(),
+                tiers: Vec::new(),
                 refresh: Duration::from_millis(1),
                 first_answer_max: Duration::ZERO,
                 resolver: Script::new(&[]),

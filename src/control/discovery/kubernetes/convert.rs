@@ -9,9 +9,13 @@ use super::known::Weight;
 use super::objects::Pod;
 use crate::config::{KubePort, Locality};
 use crate::control::discovery::Wanted;
+use crate::proxy::endpoints::Tier;
 
 /// The label that topology controllers put on nodes, and from 1.35 on also on pods.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+
+/// The label beside it for regions.
+const REGION_LABEL: &str = "topology.kubernetes.io/region";
 
 /// How objects are read.
 #[derive(Debug, Clone)]
@@ -24,6 +28,8 @@ pub(super) struct Rules {
     pub node: Option<String>,
     /// The own zone.
     pub zone: Option<String>,
+    /// The own region.
+    pub region: Option<String>,
     /// Whether the names of all pods are of interest.
     pub by_key: bool,
 }
@@ -37,6 +43,7 @@ pub(super) struct Candidate {
     address: SocketAddr,
     terminating: bool,
     near: bool,
+    tier: Tier,
 }
 
 /// What is kept of one object.
@@ -49,6 +56,35 @@ pub(super) struct Extract {
     misfit: Option<String>,
     /// Whether some of them serve.
     misses_some: bool,
+}
+
+impl Rules {
+    /// The tier of what is in this zone and region, as far as it is known. Slices name zones only: a
+    /// zone is of the own region where its name begins with that of the region, as clouds name them.
+    fn tier_in(&self, zone: Option<&str>, region: Option<&str>) -> Tier {
+        if self.locality != Locality::Failover {
+            return Tier::FIRST;
+        }
+        let is_own = |own: &Option<String>, its| own.is_some() && own.as_deref() == its;
+        let named_after = |own: &String| zone.is_some_and(|zone| is_zone_of(zone, own));
+        if is_own(&self.zone, zone) {
+            Tier::FIRST
+        } else if is_own(&self.region, region)
+            || region.is_none() && self.region.as_ref().is_some_and(named_after)
+        {
+            Tier::at(1)
+        } else {
+            Tier::at(2)
+        }
+    }
+}
+
+/// Whether the name of a zone is that of the region and a letter, as in `us-east-1a`, or more behind a
+/// dash, as in `us-central1-a` and `eastus-1`; so `eastus2-1` is not of `eastus`.
+fn is_zone_of(zone: &str, region: &str) -> bool {
+    let Some(rest) = zone.strip_prefix(region) else { return false };
+    let is_letter = rest.len() == 1 && rest.as_bytes()[0].is_ascii_alphabetic();
+    is_letter || rest.len() > 1 && rest.starts_with('-')
 }
 
 impl Weight for Extract {
@@ -116,6 +152,8 @@ fn candidate(endpoint: &Endpoint, port: u16, rules: &Rules) -> Option<Candidate>
             Some(zones) => zones.iter().any(|zone| Some(&zone.name) == rules.zone.as_ref()),
             None => same(&rules.zone, &endpoint.zone),
         },
+        // Hints spread the load; here it is where an endpoint is that counts.
+        Locality::Failover => same(&rules.zone, &endpoint.zone),
     };
     Some(Candidate {
         id: target.and_then(|target| target.uid.clone()).unwrap_or_else(|| ip.to_string()),
@@ -123,6 +161,7 @@ fn candidate(endpoint: &Endpoint, port: u16, rules: &Rules) -> Option<Candidate>
         address,
         terminating: endpoint.conditions.as_ref().and_then(|c| c.terminating).unwrap_or(false),
         near,
+        tier: rules.tier_in(endpoint.zone.as_deref(), None),
     })
 }
 
@@ -158,11 +197,12 @@ fn pod_serving(pod: &Pod, rules: &Rules) -> Extract {
     let (Some(ip), true) = (ip, serves) else { return Extract::default() };
     let address = SocketAddr::new(ip, port);
     let node = spec.and_then(|spec| spec.node_name.as_ref());
-    let zone = pod.metadata.labels.as_ref().and_then(|labels| labels.get(ZONE_LABEL));
+    let label = |name| pod.metadata.labels.as_ref().and_then(|labels| labels.get(name));
+    let (zone, region) = (label(ZONE_LABEL), label(REGION_LABEL));
     let near = match rules.locality {
         Locality::Off => false,
         Locality::Node => node.is_some() && node == rules.node.as_ref(),
-        Locality::Zone => zone.is_some() && zone == rules.zone.as_ref(),
+        Locality::Zone | Locality::Failover => zone.is_some() && zone == rules.zone.as_ref(),
     };
     let candidate = Candidate {
         id: pod.metadata.uid.clone().unwrap_or_else(|| ip.to_string()),
@@ -170,6 +210,7 @@ fn pod_serving(pod: &Pod, rules: &Rules) -> Extract {
         address,
         terminating: pod.metadata.deletion_timestamp.is_some(),
         near,
+        tier: rules.tier_in(zone.map(String::as_str), region.map(String::as_str)),
     };
     Extract { candidates: vec![candidate], ..Extract::default() }
 }
@@ -232,7 +273,12 @@ pub(super) fn union<'a>(all: impl Iterator<Item = &'a Extract>) -> Union {
     let mut wanted: Vec<_> = endpoints
         .into_values()
         .filter(|candidate| last_resort || !candidate.terminating)
-        .map(|c| Wanted { name: c.name.clone(), address: c.address.into(), near: c.near })
+        .map(|c| Wanted {
+            name: c.name.clone(),
+            address: c.address.into(),
+            near: c.near,
+            tier: c.tier,
+        })
         .collect();
     wanted.sort_unstable_by(|a, b| (&a.name, &a.address).cmp(&(&b.name, &b.address)));
     let misfit = misfit.filter(|_| !fits).cloned();
@@ -361,6 +407,65 @@ mod tests {
             let Union { wanted, .. } = union([&slice(&slice_, &rules)].into_iter());
             let found: Vec<_> = wanted.iter().filter(|w| w.near).map(|w| &w.name[..]).collect();
             assert_eq!(found, near, "{locality:?}");
+        }
+    }
+
+    #[test]
+    fn the_zone_comes_first_then_its_region_then_others() {
+        let in_zone = |rules: &Rules, zone: Option<&str>| {
+            let mut one = endpoint("10.0.0.1", "a", json!({}));
+            one["zone"] = json!(zone);
+            // Hints do not say where an endpoint is.
+            one["hints"] = json!({"forZones": [{"name": "us-east-1a"}]});
+            let slice_ = slice_of("IPv4", one_port(), json!([one]));
+            usize::from(union([&slice(&slice_, rules)].into_iter()).wanted[0].tier)
+        };
+        let own = |name: &str| Some(name.to_owned());
+        let failover = Rules { locality: Locality::Failover, ..rules() };
+        for (region, zone, expected) in [
+            ("us-east-1", "us-east-1a", [0, 1, 2, 2]),
+            ("us-central1", "us-central1-a", [0, 1, 2, 2]),
+        ] {
+            let rules = Rules { region: own(region), zone: own(zone), ..failover.clone() };
+            let next = format!("{}z", &zone[..zone.len() - 1]);
+            let zones = [Some(zone), Some(&next[..]), Some("elsewhere-a"), None];
+            assert_eq!(zones.map(|zone| in_zone(&rules, zone)), expected, "{region}");
+        }
+        let near = Rules { zone: own("z"), locality: Locality::Zone, ..rules() };
+        assert_eq!(in_zone(&near, Some("elsewhere")), 0, "no strict order");
+        assert_eq!(in_zone(&failover, Some("z")), 2, "it is not known where this runs");
+        for (zone, region, expected) in [
+            ("eastus-1", "eastus", true),
+            ("eastus2-1", "eastus", false),
+            ("us-east-1a", "us-east-1", true),
+            ("us-east-10a", "us-east-1", false),
+            ("us-west-2-lax-1a", "us-west-2", true),
+            ("us-east-1", "us-east-1", false),
+        ] {
+            assert_eq!(is_zone_of(zone, region), expected, "{zone} of {region}");
+        }
+    }
+
+    #[test]
+    fn a_pod_says_its_region_itself() {
+        let pod_in = |zone: &str, region: &str| -> Pod {
+            let labels = json!({ZONE_LABEL: zone, REGION_LABEL: region});
+            serde_json::from_value(json!({
+                "metadata": {"name": "a", "uid": "a", "labels": labels},
+                "spec": {"containers": [{"name": "c", "ports": [{"containerPort": 8080}]}]},
+                "status": {"phase": "Running", "podIP": "10.0.0.1",
+                           "conditions": [{"type": "Ready", "status": "True"}]},
+            }))
+            .unwrap()
+        };
+        let [zone, region] = ["z1", "here"].map(|name| Some(name.to_owned()));
+        let rules = Rules { locality: Locality::Failover, zone, region, ..rules() };
+        for (zone, region, expected) in
+            [("z1", "here", 0), ("z2", "here", 1), ("here-a", "there", 2)]
+        {
+            let extract = pod(&pod_in(zone, region), &rules);
+            let tier = union([&extract].into_iter()).wanted[0].tier;
+            assert_eq!(usize::from(tier), expected, "{zone} in {region}");
         }
     }
 

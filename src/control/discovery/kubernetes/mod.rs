@@ -113,9 +113,10 @@ impl Kubernetes {
     /// The source that the configuration describes for a route.
     pub(crate) fn new(process: &Config, route: Arc<RouteConfig>, status: Arc<Status>) -> Self {
         let (node, zone) = (process.node_name.clone(), process.zone.clone());
+        let region = process.region.clone();
         let (port, locality) = (route.kube.port.clone(), route.locality);
         let by_key = route.balance == Balance::KeyHash;
-        let rules = Rules { port, locality, node, zone, by_key };
+        let rules = Rules { port, locality, node, zone, region, by_key };
         Self { config: route, start_timeout: process.start_timeout, status, rules }
     }
 

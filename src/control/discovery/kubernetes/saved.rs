@@ -13,10 +13,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use crate::config::{Balance, RouteConfig};
+use crate::config::{Balance, RouteConfig, in_making};
 use crate::control::discovery::{Declared, Wanted};
 use crate::io::net::Address;
 use crate::limits::ENDPOINTS_MAX;
+use crate::proxy::endpoints::Tier;
 
 /// The format of the file. Another program's file is not guessed at.
 const VERSION: u32 = 1;
@@ -75,6 +76,8 @@ struct SavedEndpoint {
     name: String,
     address: Address,
     near: bool,
+    #[serde(default)]
+    tier: Tier,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -168,6 +171,7 @@ impl Snapshot {
             name: saved.name.clone(),
             address: saved.address.clone(),
             near: saved.near,
+            tier: saved.tier,
         });
         let stores = self.0.stores.iter().map(|saved| Declared {
             name: saved.name.clone(),
@@ -183,6 +187,7 @@ fn to_file(of: &Identity, named: &Named, confirmed: SystemTime) -> Saved {
         name: wanted.name.clone(),
         address: wanted.address.clone(),
         near: wanted.near,
+        tier: wanted.tier,
     });
     let stores = named.stores.iter().map(|store| SavedStore {
         name: store.name.clone(),
@@ -200,8 +205,7 @@ fn to_file(of: &Identity, named: &Named, confirmed: SystemTime) -> Saved {
 
 /// Replaces the file as a whole, so that who reads it sees the old or the new one.
 fn write(path: &Path, saved: &Saved) -> io::Result<()> {
-    let mut new = path.as_os_str().to_owned();
-    new.push(".new");
+    let new = in_making(path);
     // One that was left behind by a crash, or is something else, such as a pipe.
     match fs::remove_file(&new) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

@@ -7,7 +7,14 @@ use super::convert::Rules;
 use crate::config::Locality;
 
 pub(super) fn rules() -> Rules {
-    Rules { port: None, locality: Locality::Off, node: None, zone: None, by_key: true }
+    Rules {
+        port: None,
+        locality: Locality::Off,
+        node: None,
+        zone: None,
+        region: None,
+        by_key: true,
+    }
 }
 
 pub(super) fn named(port: &str) -> Rules {

@@ -1,4 +1,6 @@
+mod cancel;
 mod latency;
+mod tier;
 
 use super::entry::Ramp;
 use super::*;
@@ -273,7 +275,7 @@ fn an_endpoint_that_comes_back_is_what_it_was_and_is_not_drained() {
     let overdue = |table: &mut Table, now| {
         let entry = table.get_mut(at(0)).unwrap();
         entry.let_go(2 * SECOND, now);
-        entry.is_overdue(Duration::ZERO, now)
+        entry.overdue_since(Duration::ZERO, now).is_some()
     };
     table.apply(&less, &pool(), true, now);
     assert!(!overdue(&mut table, now + SECOND), "it may come back");
@@ -287,6 +289,66 @@ fn an_endpoint_that_comes_back_is_what_it_was_and_is_not_drained() {
     assert!(overdue(&mut table, now + 11 * SECOND));
     table.apply(&all, &pool(), true, now + 12 * SECOND);
     assert!(!overdue(&mut table, now + 20 * SECOND), "and may come back all the same");
+}
+
+#[test]
+fn an_endpoint_is_replaced_by_one_that_joins_about_when_it_leaves() {
+    const SECOND: Duration = Duration::from_secs(1);
+    let (a, b) = (endpoint(0), endpoint(1));
+    let both = vec![Arc::clone(&a), Arc::clone(&b)];
+    let (a, b) = (vec![a], vec![b]);
+    let none = Vec::new();
+    let cases = [
+        ("in one step", vec![(0, &b)], true),
+        ("with none in between", vec![(0, &none), (1, &b)], true),
+        ("with both in between", vec![(0, &both), (1, &b)], true),
+        ("by none", vec![(0, &none)], false),
+        ("by one that has been there for long", vec![(0, &both), (9, &b)], false),
+    ];
+    for (how, steps, wanted) in cases {
+        let mut table = table(Balance::LeastConn, &a);
+        table.get_mut(at(0)).unwrap().pool.set_in_use(1);
+        let now = Instant::now();
+        for (after, endpoints) in steps {
+            let snapshot =
+                EndpointSnapshot { endpoints: endpoints.clone(), ..EndpointSnapshot::default() };
+            table.apply(&snapshot, &pool(), true, now + after * SECOND);
+        }
+        assert_eq!(table.is_replaced(at(0), 2 * SECOND), wanted, "{how}");
+    }
+}
+
+#[test]
+fn an_endpoint_that_was_there_at_the_start_or_comes_back_replaces_none() {
+    const SECOND: Duration = Duration::from_secs(1);
+    let (a, b) = (endpoint(0), endpoint(1));
+    let both = vec![Arc::clone(&a), Arc::clone(&b)];
+    let mut table = table(Balance::LeastConn, &both);
+    let now = Instant::now();
+    for (after, endpoints) in [(0, vec![b]), (1, both), (2, vec![a])] {
+        let snapshot = EndpointSnapshot { endpoints, ..EndpointSnapshot::default() };
+        table.apply(&snapshot, &pool(), true, now + after * SECOND);
+    }
+    assert!(!table.is_replaced(at(1), 2 * SECOND), "the other one was away for a moment only");
+}
+
+#[test]
+fn what_is_on_an_endpoint_is_overdue_once_it_is_gone_and_its_time_is_over() {
+    const SECOND: Duration = Duration::from_secs(1);
+    let (a, b) = (endpoint(0), endpoint(1));
+    let mut table = table(Balance::LeastConn, &[a]);
+    table.get_mut(at(0)).unwrap().pool.set_in_use(1);
+    let now = Instant::now();
+    let snapshot = EndpointSnapshot { endpoints: vec![b], ..EndpointSnapshot::default() };
+    table.apply(&snapshot, &pool(), true, now);
+    let entry = table.get_mut(at(0)).unwrap();
+    assert_eq!(entry.overdue_since(Duration::ZERO, now + SECOND), None, "it may come back");
+    entry.let_go(2 * SECOND, now + 3 * SECOND);
+    assert_eq!(entry.overdue_since(Duration::ZERO, now + 4 * SECOND), Some(now + 3 * SECOND));
+    assert_eq!(entry.overdue_since(5 * SECOND, now + 4 * SECOND), None);
+    assert_eq!(entry.overdue_since(5 * SECOND, now + 5 * SECOND), Some(now + 5 * SECOND));
+    entry.pool.set_in_use(0);
+    assert_eq!(entry.overdue_since(Duration::ZERO, now + 5 * SECOND), None, "nothing is on it");
 }
 
 #[test]
@@ -333,6 +395,7 @@ fn a_key_belongs_to_a_declared_store_whoever_is_there() {
                 why: None,
             })
             .collect(),
+        ..EndpointSnapshot::default()
     };
     let mut table = Table::new(Balance::LeastConn, WorkerId::new(0), 0);
     let mut owners = |there: &[u16]| {

@@ -5,6 +5,7 @@ use std::time::Instant;
 use crate::io::{Buf, Close, ConnId, Driver};
 use crate::metrics::{CloseReason, Direction, Discard, Retry};
 use crate::proxy::Side;
+use crate::proxy::cut::Cut;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::request::{Client, ClientEnding, ErrorReply, Framing};
 use crate::slab::Key;
@@ -142,6 +143,7 @@ impl Route {
         key: Key<Client>,
         reason: CloseReason,
     ) {
+        self.tell_of_client(cx, key, reason);
         let Some((client, moment)) = self.client(cx, key) else { return };
         let (ending, actions) = client.on_closing(reason, moment.buffers);
         self.act_for(cx, key, &actions);
@@ -177,15 +179,19 @@ impl Route {
         }
     }
 
-    /// Takes the connections of an endpoint that left the set long enough ago from their clients.
+    /// Takes the connections of an endpoint that left the set long enough ago from their clients: at
+    /// once where there is no request on them, else at their moments.
     pub(in crate::worker) fn reclaim_from<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         endpoint: EndpointId,
+        cut: Cut,
     ) {
+        self.discard_idle_in_use_of(cx, endpoint, Discard::Endpoint);
         for slot in 0..self.requests.clients.slots() {
             if let Some(key) = self.requests.clients.key_at(slot)
                 && self.holds_one_of(key, endpoint)
+                && cut.takes(&mut cx.rng)
             {
                 self.lose(cx, key, Discard::Endpoint, Retry::Ended);
             }
@@ -197,12 +203,13 @@ impl Route {
         &mut self,
         cx: &mut Context<D>,
         endpoint: EndpointId,
+        why: Discard,
     ) {
         for slot in 0..self.requests.clients.slots() {
             if let Some(key) = self.requests.clients.key_at(slot)
                 && self.holds_one_of(key, endpoint)
             {
-                self.tell(cx, key, |client, _| client.discard_kept(Discard::Dead));
+                self.tell(cx, key, |client, _| client.discard_kept(why));
             }
         }
     }

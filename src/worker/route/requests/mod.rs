@@ -157,7 +157,10 @@ impl Route {
             Action::Discard(conn, endpoint, why, how) => {
                 self.discard_backend(cx, conn, endpoint, why, how);
             }
-            Action::Count(verb, outcome, took) => self.stats.count_request(verb, outcome, took),
+            Action::Count(verb, outcome, took) => {
+                self.stats.count_request(verb, outcome, took);
+                self.tell_of_request(cx, key, (verb, outcome), took);
+            }
             Action::CountRetry(why) => self.stats.count_retry(why),
             Action::CountRefusedRetry => self.stats.retries_refused.add(1),
             Action::Reply(error, store) => self.reply(cx, key, error, store),

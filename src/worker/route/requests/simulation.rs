@@ -51,7 +51,7 @@ fn config(protocol: Protocol, rng: &mut fastrand::Rng) -> Config {
         route.balance = Balance::KeyHash;
     }
     route.connect_timeout = [200 * MS, 3 * SECOND][rng.usize(..2)];
-    route.backend_drain = (rng.u8(..4) == 0).then_some(SECOND);
+    route.backend_drain = [None, None, Some(SECOND), Some(Duration::ZERO)][rng.usize(..4)];
     route.idle_timeout = (rng.u8(..6) == 0).then_some(10 * SECOND);
     route.half_close_timeout = (rng.u8(..4) == 0).then_some(3 * SECOND);
     config

@@ -1,0 +1,82 @@
+//! Writes what workers tell of sessions and requests that have ended into the log: a line each, with
+//! the names of OpenTelemetry where it has some.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::View;
+use crate::io::net::Address;
+use crate::metrics::LabelSet;
+use crate::proxy::Side;
+use crate::worker::ends::{End, How};
+
+/// How often the workers' rings are emptied.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// Lines written each time, for each worker: a storm of ends must not fill the log for hours. What
+/// waits too long is dropped, and counted.
+const LINES_MAX: usize = 50;
+
+/// Where these lines come from, for `AEGIS_LOG`.
+const TARGET: &str = "aegis::ends";
+
+/// Writes for as long as the process runs.
+pub(super) async fn run(view: Arc<View>) {
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        write(&view);
+    }
+}
+
+/// Writes what there is to tell now.
+pub(super) fn write(view: &View) {
+    for (number, worker) in view.workers().iter().enumerate() {
+        let ends = std::iter::from_fn(|| worker.ends.take());
+        ends.take(LINES_MAX).for_each(|end| line(view, number, &end));
+    }
+}
+
+fn line(view: &View, worker: usize, end: &End) {
+    let route = view.config().routes[usize::from(end.route)].name.as_str();
+    let (name, command, how) = match end.how {
+        How::Session(reason) => ("aegis.session.end", None, reason.name()),
+        How::Request(verb, outcome) => ("aegis.request.end", Some(verb.label()), outcome.name()),
+    };
+    let error = (!end.how.is_normal()).then_some(how);
+    let seconds = |time: Option<Duration>| time.map(|time| time.as_secs_f64());
+    let endpoint = end.endpoint.as_deref();
+    let (server, port) = match endpoint.map(|endpoint| &endpoint.address) {
+        Some(Address::Tcp(address)) => (Some(address.ip().to_string()), Some(address.port())),
+        Some(Address::Unix(path)) => (Some(path.display().to_string()), None),
+        None => (None, None),
+    };
+    let first = end.ended_first.map(|side| match side {
+        Side::Client => "client",
+        Side::Backend => "backend",
+    });
+    tracing::info!(
+        target: TARGET,
+        {
+        "event.name" = name,
+        "error.type" = error,
+        "aegis.end" = how,
+        "aegis.ended_first" = first,
+        "aegis.route" = route,
+        "aegis.command" = command,
+        "aegis.worker" = worker,
+        "aegis.endpoint" = endpoint.map(|endpoint| endpoint.name.as_str()),
+        "aegis.attempts" = end.attempts,
+        "client.address" = end.client.map(|client| client.ip().to_string()),
+        "client.port" = end.client.map(|client| client.port()),
+        "server.address" = server,
+        "server.port" = port,
+        "aegis.bytes.to_backend" = end.bytes.map(|bytes| bytes.0),
+        "aegis.bytes.to_client" = end.bytes.map(|bytes| bytes.1),
+        duration = end.lasted.as_secs_f64(),
+        "aegis.seconds.to_backend" = seconds(end.placed),
+        "aegis.seconds.first_byte" = seconds(end.first_byte),
+        "aegis.seconds.transfer" = seconds(end.transfer),
+        },
+        "ended"
+    );
+}

@@ -1,0 +1,149 @@
+//! Endpoints that stand in for others.
+
+use super::*;
+use crate::proxy::balance::Moved;
+use crate::proxy::endpoints::Tier;
+
+const BACK: Duration = Duration::from_secs(10);
+const CONFIG: HealthConfig = HealthConfig { eject_failures: 3, eject_time: Duration::from_secs(1) };
+
+/// A table of endpoints of these tiers.
+fn tiered(policy: Balance, tiers: &[usize]) -> Table {
+    let mut table = Table::new(policy, WorkerId::new(0), 0).failing_back_after(BACK);
+    apply(&mut table, tiers, Instant::now());
+    table
+}
+
+fn apply(table: &mut Table, tiers: &[usize], now: Instant) {
+    let known = |at| table.get(EndpointId::at(at)).map(|entry| Arc::clone(&entry.endpoint));
+    let endpoints = (0..tiers.len()).map(|at| known(at).unwrap_or_else(|| endpoint(at as u16)));
+    let snapshot = EndpointSnapshot {
+        endpoints: endpoints.collect(),
+        tiers: tiers.iter().map(|&tier| Tier::at(tier)).collect(),
+        ..EndpointSnapshot::default()
+    };
+    table.apply(&snapshot, &pool(), false, now);
+}
+
+fn choices(table: &mut Table, now: Instant) -> Vec<usize> {
+    let mut rng = fastrand::Rng::with_seed(1);
+    let mut chosen: Vec<_> = (0..60)
+        .filter_map(|_| table.choose(&Tried::default(), None, now, &mut rng))
+        .map(usize::from)
+        .collect();
+    chosen.sort_unstable();
+    chosen.dedup();
+    chosen
+}
+
+fn unreachable(table: &mut Table, index: u16) {
+    let entry = table.get_mut(at(index)).unwrap();
+    entry.recovery.on_unreachable();
+}
+
+fn reachable(table: &mut Table, index: u16) {
+    table.get_mut(at(index)).unwrap().recovery.on_connected();
+}
+
+#[test]
+fn every_policy_chooses_from_the_lowest_tier_with_a_usable_endpoint() {
+    for policy in EVEN.into_iter().chain([Balance::SourceHash]) {
+        let now = Instant::now();
+        let mut table = tiered(policy, &[1, 0, 2, 0, 1]);
+        assert_eq!(choices(&mut table, now), [1, 3], "{policy:?}");
+        eject(&mut table, at(1));
+        assert_eq!(choices(&mut table, now), [3], "{policy:?}");
+        // One that is ejected, and one whose latest connect has failed.
+        unreachable(&mut table, 3);
+        assert_eq!(choices(&mut table, now), [0, 4], "{policy:?}");
+        unreachable(&mut table, 0);
+        eject(&mut table, at(4));
+        assert_eq!(choices(&mut table, now), [2], "{policy:?}");
+        reachable(&mut table, 3);
+        assert_eq!(choices(&mut table, now), [2], "{policy:?}: not at once");
+        assert_eq!(choices(&mut table, now + BACK), [3], "{policy:?}");
+    }
+}
+
+#[test]
+fn while_no_tier_has_a_usable_endpoint_all_are_tried() {
+    let now = Instant::now();
+    let mut table = tiered(Balance::RoundRobin, &[0, 1]);
+    unreachable(&mut table, 0);
+    unreachable(&mut table, 1);
+    assert_eq!(choices(&mut table, now), [0, 1]);
+    reachable(&mut table, 1);
+    assert_eq!(choices(&mut table, now), [1], "the first to return is used");
+}
+
+#[test]
+fn an_endpoint_that_was_tried_in_vain_is_no_reason_to_leave_its_tier() {
+    let mut rng = fastrand::Rng::with_seed(1);
+    let now = Instant::now();
+    let mut table = tiered(Balance::LeastConn, &[0, 0, 1]);
+    assert_eq!(table.choose(&tried(&[0]), None, now, &mut rng), Some(at(1)));
+    assert_eq!(table.choose(&tried(&[0, 1]), None, now, &mut rng), None);
+    assert!(!table.has_other(&tried(&[0, 1])));
+}
+
+#[test]
+fn a_snapshot_that_takes_a_tier_away_moves_on_at_once_and_one_that_brings_it_back_later() {
+    let now = Instant::now();
+    let mut table = tiered(Balance::LeastConn, &[1, 0]);
+    let moved = |from, to| Some(Moved { from: Tier::at(from), to: Tier::at(to) });
+    assert_eq!(table.take_moved(), None);
+    apply(&mut table, &[1], now);
+    assert_eq!((table.take_moved(), table.take_moved()), (moved(0, 1), None));
+    apply(&mut table, &[1, 0], now);
+    assert_eq!(choices(&mut table, now), [0]);
+    assert_eq!(choices(&mut table, now + BACK), [1]);
+    assert_eq!(table.take_moved(), moved(1, 0));
+    // Where the last tier is left alone, it is in use whatever it was.
+    apply(&mut table, &[1], now + BACK);
+    apply(&mut table, &[0], now + BACK);
+    assert_eq!(choices(&mut table, now + BACK), [0]);
+    assert_eq!(table.tier(), Tier::FIRST);
+}
+
+#[test]
+fn those_that_a_tier_was_left_for_are_found_and_ejected_whatever_their_failures() {
+    let mut rng = fastrand::Rng::with_seed(1);
+    let now = Instant::now();
+    let mut table = tiered(Balance::LeastConn, &[0, 0, 1]);
+    eject(&mut table, at(0));
+    unreachable(&mut table, 1);
+    table.judge_tiers(now);
+    let Some(Moved { from, .. }) = table.take_moved() else { panic!("it is left") };
+    let left = |table: &Table| [0, 1, 2].map(|index| table.was_left(at(index), from));
+    assert_eq!(left(&table), [false, true, false]);
+    let health = &mut table.get_mut(at(1)).unwrap().health;
+    assert!(health.eject(&CONFIG, now, &mut rng) && !health.eject(&CONFIG, now, &mut rng));
+    assert!(!health.is_usable() && health.take_probe(now + 2 * CONFIG.eject_time));
+    assert_eq!(left(&table), [false; 3]);
+}
+
+#[test]
+fn a_connection_to_an_endpoint_that_is_not_needed_is_not_kept_when_it_comes_back() {
+    let mut rng = fastrand::Rng::with_seed(1);
+    let now = Instant::now();
+    let mode = crate::config::PoolMode::Request;
+    let mut table = Table::new(Balance::LeastConn, WorkerId::new(0), 0).failing_back_after(BACK);
+    let snapshot = EndpointSnapshot {
+        endpoints: vec![endpoint(0), endpoint(1)],
+        tiers: vec![Tier::FIRST, Tier::at(1)],
+        ..EndpointSnapshot::default()
+    };
+    table.apply(&snapshot, &PoolConfig { mode, ..pool() }, false, now);
+    unreachable(&mut table, 0);
+    table.judge_tiers(now);
+    assert!(table.reserve(at(1), now) && table.reserve_idle(at(1), now));
+    table.start(at(1));
+    assert!(table.connected(at(1), ConnId::from_parts(1, 1), true, now, &mut rng));
+    let backend = table.acquire(at(1)).unwrap();
+    reachable(&mut table, 0);
+    table.judge_tiers(now);
+    assert!(table.release(&backend, true, now), "its tier is still in use");
+    let backend = table.acquire(at(1)).unwrap();
+    table.judge_tiers(now + BACK);
+    assert!(!table.release(&backend, true, now + BACK));
+}

@@ -1,0 +1,220 @@
+//! Active checks of endpoints: `AEGIS_CHECK_INTERVAL`.
+
+use std::io::{Read, Write};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use crate::support::backend::Backend;
+use crate::support::client::{ask_once, connect, read_line};
+use crate::support::metrics::ENDPOINT_USABLE;
+use crate::support::proxy::{Builder, Proxy};
+use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
+
+on_both_drivers![
+    an_endpoint_that_accepts_and_never_answers_is_found_by_a_request_and_comes_back,
+    an_endpoint_that_refuses_is_found_by_a_connect_without_any_client,
+    a_web_server_is_well_while_it_says_so,
+    an_endpoint_is_checked_once_per_interval_however_many_workers_there_are,
+    while_all_fail_their_checks_clients_wait_and_are_not_sent_there,
+    a_tier_is_left_for_its_checks_and_used_again,
+    what_is_wrong_about_checks_is_told_at_once,
+];
+
+const CHECKS: &str = "aegis_endpoint_checks_total";
+const CHECK_FAILURES: &str = "aegis_endpoint_check_failures_total";
+
+/// A store that answers each line with its name, or hangs while it is told to. It counts the `PING`s.
+struct Store {
+    server: Backend,
+    hangs: Arc<AtomicBool>,
+    pings: Arc<AtomicU64>,
+}
+
+impl Store {
+    fn named(name: &'static str) -> Self {
+        let (hangs, pings) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
+        let (its_hangs, its_pings) = (Arc::clone(&hangs), Arc::clone(&pings));
+        let server = Backend::scripted(move |mut stream| {
+            while let Ok(line) = read_line(stream) {
+                if its_hangs.load(Relaxed) {
+                    // Whoever asked has to lose patience.
+                    let _ = stream.read(&mut [0; 64]);
+                    return;
+                }
+                its_pings.fetch_add(u64::from(line == "PING"), Relaxed);
+                let reply = if line == "PING" { "PONG" } else { name };
+                if stream.write_all(format!("{reply}\n").as_bytes()).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { server, hangs, pings }
+    }
+}
+
+fn checked(io: Io, backends: &[SocketAddr]) -> Builder {
+    Builder::on(io)
+        .backends(backends)
+        .set("AEGIS_CHECK_INTERVAL", "100ms")
+        .set("AEGIS_CONNECT_TIMEOUT", "200ms")
+        .without_pool()
+}
+
+fn by_request(io: Io, backends: &[SocketAddr]) -> Builder {
+    let builder = checked(io, backends).set("AEGIS_CHECK", "request");
+    builder.set("AEGIS_PROTOCOL", "chronos")
+}
+
+/// Waits until an endpoint is in use, or not.
+fn wait_for(proxy: &Proxy, endpoint: SocketAddr, usable: bool) {
+    let name = endpoint.to_string();
+    proxy.wait_for(ENDPOINT_USABLE, &[("endpoint", &name)], |now| now == u64::from(usable));
+}
+
+fn an_endpoint_that_accepts_and_never_answers_is_found_by_a_request_and_comes_back(io: Io) {
+    let (a, b) = (Store::named("a"), Store::named("b"));
+    for mode in ["preconnect", "request"] {
+        let (a_address, b_address) = (a.server.address(), b.server.address());
+        let proxy = by_request(io, &[a_address, b_address])
+            .set("AEGIS_POOL_MODE", mode)
+            .set("AEGIS_BALANCE", "round_robin")
+            // Requests go where a connection is idle.
+            .pool(2, 4)
+            .start();
+        let who = || {
+            let mut who: Vec<_> =
+                (0..20).map(|_| ask_once(proxy.address(), "GET who").unwrap()).collect();
+            who.sort_unstable();
+            who.dedup();
+            who
+        };
+        assert_eq!(who(), ["a", "b"]);
+        a.hangs.store(true, Relaxed);
+        wait_for(&proxy, a_address, false);
+        // A worker has it a moment later.
+        eventually("the other one serves alone", PATIENCE, || {
+            let asked: Vec<_> = (0..4).map(|_| connect(proxy.address())).collect();
+            let quick = asked.iter().all(|client| {
+                client.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+                (&*client).write_all(b"GET who\n").unwrap();
+                read_line(client).is_ok_and(|who| who == "b")
+            });
+            quick.then_some(())
+        });
+        assert_eq!(who(), ["b"]);
+        let rows = proxy.get("/backends").json();
+        assert_eq!(rows["endpoints"][0]["state"], "fails_check");
+        assert!(proxy.metric(CHECK_FAILURES, &[]) >= 3);
+        a.hangs.store(false, Relaxed);
+        wait_for(&proxy, a_address, true);
+        eventually("both serve", PATIENCE, || (who() == ["a", "b"]).then_some(()));
+        assert_eq!(proxy.log_events("out of use: its checks fail").len(), 1);
+        assert_eq!(proxy.log_events("in use again: its checks pass").len(), 1);
+    }
+}
+
+fn an_endpoint_that_refuses_is_found_by_a_connect_without_any_client(io: Io) {
+    let mut server = Backend::named("a");
+    let proxy = checked(io, &[server.address()]).start();
+    proxy.wait_for(CHECKS, &[], |checks| checks >= 2);
+    assert_eq!(proxy.metric(CHECK_FAILURES, &[]), 0);
+    server.kill();
+    wait_for(&proxy, server.address(), false);
+    assert_eq!(proxy.metric("aegis_endpoint_ejections_total", &[]), 0, "no worker has tried");
+    assert!(proxy.get("/readyz").body.contains("no endpoint usable"));
+    server.start();
+    wait_for(&proxy, server.address(), true);
+    assert_eq!(ask_once(proxy.address(), "who").unwrap(), "a");
+}
+
+fn a_web_server_is_well_while_it_says_so(io: Io) {
+    let status = Arc::new(AtomicU64::new(200));
+    let its_status = Arc::clone(&status);
+    let server = Backend::scripted(move |mut stream| {
+        let line = read_line(stream).unwrap_or_default();
+        let is_asked = line.trim() == "GET /healthz HTTP/1.1";
+        let status = if is_asked { its_status.load(Relaxed) } else { 404 };
+        let _ = write!(stream, "HTTP/1.1 {status} So\r\nContent-Length: 0\r\n\r\n");
+        let _ = stream.read(&mut [0; 1024]);
+    });
+    let proxy = checked(io, &[server.address()])
+        .set("AEGIS_CHECK", "request")
+        .set("AEGIS_CHECK_PATH", "/healthz")
+        .set("AEGIS_PROTOCOL", "http1")
+        .start();
+    proxy.wait_for(CHECKS, &[], |checks| checks >= 5);
+    assert_eq!(proxy.metric(CHECK_FAILURES, &[]), 0);
+    status.store(503, Relaxed);
+    wait_for(&proxy, server.address(), false);
+    let line = proxy.log_events("out of use: its checks fail").remove(0);
+    assert!(line["error"].as_str().unwrap().contains("503"), "{line}");
+    status.store(204, Relaxed);
+    wait_for(&proxy, server.address(), true);
+}
+
+fn an_endpoint_is_checked_once_per_interval_however_many_workers_there_are(io: Io) {
+    let store = Store::named("a");
+    let proxy = by_request(io, &[store.server.address()]).set("AEGIS_WORKERS", "4").start();
+    let (begun, before) = (Instant::now(), store.pings.load(Relaxed));
+    proxy.wait_for(CHECKS, &[], |checks| checks >= 20);
+    let (made, took) = (store.pings.load(Relaxed) - before, begun.elapsed());
+    // A tenth sooner at the soonest.
+    let most = took.as_millis() as u64 / 90 + 1;
+    assert!(made <= most, "{made} checks in {took:?}");
+    // One may be under way.
+    let pings = store.pings.load(Relaxed);
+    assert!(store.server.accepted() <= pings + 1, "and nobody else");
+}
+
+fn while_all_fail_their_checks_clients_wait_and_are_not_sent_there(io: Io) {
+    let store = Store::named("a");
+    let proxy = by_request(io, &[store.server.address()]).set("AEGIS_ENDPOINT_WAIT", "1m").start();
+    store.hangs.store(true, Relaxed);
+    wait_for(&proxy, store.server.address(), false);
+    let waiting: Vec<_> = (0..5).map(|_| connect(proxy.address())).collect();
+    for mut client in &waiting {
+        client.write_all(b"GET who\n").unwrap();
+    }
+    proxy.wait_for("aegis_clients_waiting", &[], |waiting| waiting == 5);
+    assert_eq!(proxy.metric("aegis_endpoint_connects_total", &[]), 0);
+    store.hangs.store(false, Relaxed);
+    for client in &waiting {
+        assert_eq!(read_line(client).unwrap(), "a");
+    }
+}
+
+fn a_tier_is_left_for_its_checks_and_used_again(io: Io) {
+    let (first, spare) = (Store::named("first"), Store::named("spare"));
+    let proxy = by_request(io, &[first.server.address()])
+        .set("AEGIS_BACKUPS", spare.server.address().to_string())
+        .set("AEGIS_FAILBACK_TIME", "500ms")
+        .start();
+    let tier = |tier: u64| proxy.wait_for("aegis_endpoint_tier", &[], |tiers| tiers == 2 * tier);
+    assert_eq!(ask_once(proxy.address(), "GET who").unwrap(), "first");
+    first.hangs.store(true, Relaxed);
+    tier(1);
+    assert_eq!(ask_once(proxy.address(), "GET who").unwrap(), "spare");
+    first.hangs.store(false, Relaxed);
+    tier(0);
+    assert_eq!(ask_once(proxy.address(), "GET who").unwrap(), "first");
+}
+
+fn what_is_wrong_about_checks_is_told_at_once(io: Io) {
+    let ended = Builder::on(io)
+        .set("AEGIS_BACKENDS", "127.0.0.2:9")
+        .set("AEGIS_CHECK_INTERVAL", "1s")
+        .set("AEGIS_CHECK", "request")
+        .set("AEGIS_CHECK_PATH", "healthz")
+        .set("AEGIS_CHECK_FALL", "0")
+        .run();
+    assert_eq!(ended.code, Some(78));
+    for part in [
+        "AEGIS_CHECK=\"request\" and AEGIS_PROTOCOL=\"tcp\": only chronos and http1",
+        "AEGIS_CHECK_PATH=\"healthz\": ",
+        "AEGIS_CHECK_FALL=\"0\": below 1",
+    ] {
+        assert!(ended.errors.contains(part), "{}", ended.errors);
+    }
+}

@@ -1,0 +1,234 @@
+//! The label of a primary moves to another pod: new sessions follow it at once, old ones are cut, little
+//! by little. What real databases make of it is in `databases/switchover.rs`.
+
+use std::io::{ErrorKind, Write};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::support::backend::Backend;
+use crate::support::client::{ask, ask_once, connect, read_line, try_ask};
+use crate::support::kube_api::{KubeApi, NAMESPACE, host_ip};
+use crate::support::metrics::{
+    ENDPOINT_SESSIONS, POOL_CONNECTIONS, REQUESTS, SESSIONS_ACTIVE, SESSIONS_CLOSED,
+};
+use crate::support::proxy::{Builder, Proxy};
+use crate::support::{Io, PATIENCE, eventually, measured, on_both_drivers};
+
+on_both_drivers![
+    a_promotion_moves_new_sessions_at_once_and_cuts_old_ones_little_by_little,
+    sessions_on_which_nothing_has_moved_follow_unharmed,
+    a_moment_with_two_primaries_delays_no_cut,
+    requests_are_cut_like_sessions_and_new_ones_follow_at_once,
+];
+
+const REMOVED: &[(&str, &str)] = &[("reason", "endpoint_removed")];
+
+/// Two pods, the first of which is the primary.
+struct Pair {
+    api: KubeApi,
+    servers: [Backend; 2],
+}
+
+fn role(role: &str) -> Value {
+    json!({"cnpg.io/cluster": "orders", "cnpg.io/instanceRole": role})
+}
+
+impl Pair {
+    fn start(servers: [Backend; 2]) -> Self {
+        let api = KubeApi::start();
+        for (name, role, server) in
+            [("orders-1", role("primary"), &servers[0]), ("orders-2", role("replica"), &servers[1])]
+        {
+            api.pod(name, &role, server.address());
+        }
+        Self { api, servers }
+    }
+
+    /// Servers that say their names, `a` and `b`.
+    fn named() -> Self {
+        Self::start(["a", "b"].map(|name| Backend::named_at(name, host_ip())))
+    }
+
+    fn proxy(&self, io: Io) -> Builder {
+        Builder::on(io)
+            .kubernetes(&self.api)
+            .set("AEGIS_KUBE_SERVICE", "none")
+            .set("AEGIS_KUBE_NAMESPACE", NAMESPACE)
+            .set("AEGIS_KUBE_SELECTOR", "cnpg.io/cluster=orders,cnpg.io/instanceRole=primary")
+            .set("AEGIS_KUBE_PORT", "chronos")
+            .set("AEGIS_BACKEND_DRAIN", "0s")
+            .set("AEGIS_ENDPOINT_WAIT", "60s")
+    }
+
+    fn demote_first(&self) {
+        self.api.label_pod("orders-1", &role("replica"));
+    }
+
+    fn promote_second(&self) {
+        self.api.label_pod("orders-2", &role("primary"));
+    }
+
+    fn address_of_first(&self) -> String {
+        self.servers[0].address().to_string()
+    }
+}
+
+/// Waits until new sessions go to the second server, whichever worker they come to.
+fn wait_until_followed(proxy: &Proxy) {
+    eventually("new sessions follow", PATIENCE, || {
+        (0..20).all(|_| ask_once(proxy.address(), "who").unwrap() == "b").then_some(())
+    });
+}
+
+/// Sessions that have been served by the first server.
+fn sessions(proxy: &Proxy, count: usize) -> Vec<TcpStream> {
+    let clients: Vec<_> = (0..count).map(|_| connect(proxy.address())).collect();
+    for client in &clients {
+        assert_eq!(ask(client, "who"), "a");
+    }
+    clients
+}
+
+/// When each is cut, which shows as a reset.
+fn when_cut(clients: Vec<TcpStream>) -> Vec<Instant> {
+    let wait = |client: TcpStream| {
+        thread::spawn(move || {
+            let outcome = read_line(&client);
+            assert_eq!(outcome.unwrap_err().kind(), ErrorKind::ConnectionReset);
+            Instant::now()
+        })
+    };
+    let waiting: Vec<_> = clients.into_iter().map(wait).collect();
+    let mut cut: Vec<_> = waiting.into_iter().map(|one| one.join().unwrap()).collect();
+    cut.sort_unstable();
+    cut
+}
+
+fn a_promotion_moves_new_sessions_at_once_and_cuts_old_ones_little_by_little(io: Io) {
+    const SESSIONS: usize = 100;
+    let pair = Pair::named();
+    let proxy = pair.proxy(io).pool(2, 2).start();
+    proxy.wait_for_endpoints(1);
+    let clients = sessions(&proxy, SESSIONS);
+    let cut = thread::spawn(move || when_cut(clients));
+    let flipped = Instant::now();
+    pair.demote_first();
+    pair.promote_second();
+    wait_until_followed(&proxy);
+    let cut = cut.join().unwrap();
+    let [first, median, last] =
+        [0, SESSIONS / 2, SESSIONS - 1].map(|at| (cut[at] - flipped).as_millis());
+    measured(&format!("{}: sessions were cut {first}, {median}, {last} ms after", io.name()));
+    let spread = cut[SESSIONS * 9 / 10] - cut[SESSIONS / 10];
+    assert!(spread > Duration::from_millis(300), "nine tenths within {spread:?}");
+    assert!(first < 2000, "an endpoint that is replaced is not taken to come back: {first} ms");
+    proxy.wait_for(SESSIONS_CLOSED, REMOVED, |count| count == SESSIONS as u64);
+    eventually("nothing is left on the old primary, warm or not", PATIENCE, || {
+        (pair.servers[0].open() == 0).then_some(())
+    });
+}
+
+fn sessions_on_which_nothing_has_moved_follow_unharmed(io: Io) {
+    const SESSIONS: usize = 10;
+    let pair = Pair::named();
+    let proxy = pair.proxy(io).pool(2, 2).start();
+    proxy.wait_for_endpoints(1);
+    let address = pair.address_of_first();
+    let old = [("endpoint", &*address)];
+    let clients: Vec<_> = (0..SESSIONS).map(|_| connect(proxy.address())).collect();
+    let all_are_there = |count| count == SESSIONS as u64;
+    proxy.wait_for(SESSIONS_ACTIVE, &[], all_are_there);
+    eventually("they are on the old primary", PATIENCE, || {
+        (pair.servers[0].accepted() >= SESSIONS as u64).then_some(())
+    });
+    pair.demote_first();
+    pair.promote_second();
+    wait_until_followed(&proxy);
+    proxy.wait_for(SESSIONS_ACTIVE, &[], all_are_there);
+    eventually("the old primary is left", PATIENCE, || (pair.servers[0].open() == 0).then_some(()));
+    assert_eq!(proxy.metrics().sum(ENDPOINT_SESSIONS, &old).unwrap_or(0), 0);
+    for client in &clients {
+        assert_eq!(ask(client, "who"), "b");
+    }
+    assert_eq!(proxy.metric(SESSIONS_CLOSED, REMOVED), 0);
+}
+
+fn a_moment_with_two_primaries_delays_no_cut(io: Io) {
+    const SESSIONS: usize = 10;
+    let pair = Pair::named();
+    let proxy = pair.proxy(io).without_pool().start();
+    proxy.wait_for_endpoints(1);
+    let clients = sessions(&proxy, SESSIONS);
+    pair.promote_second();
+    proxy.wait_for_endpoints(2);
+    assert_eq!(proxy.metric(SESSIONS_CLOSED, REMOVED), 0, "both are in the set");
+    let cut = thread::spawn(move || when_cut(clients));
+    let flipped = Instant::now();
+    pair.demote_first();
+    wait_until_followed(&proxy);
+    let first = cut.join().unwrap()[0] - flipped;
+    assert!(first < Duration::from_secs(2), "{first:?}");
+}
+
+/// A server that answers each line with its name and with what it does not know any more: requests for
+/// `slow` are not answered by the first one.
+fn store(name: &'static str, asked: &Arc<AtomicU64>) -> Backend {
+    let asked = Arc::clone(asked);
+    Backend::scripted_at((host_ip(), 0).into(), move |mut stream| {
+        while let Ok(line) = read_line(stream) {
+            asked.fetch_add(1, Relaxed);
+            if name == "a" && line.contains("slow") {
+                continue;
+            }
+            if stream.write_all(format!("{name}\n").as_bytes()).is_err() {
+                return;
+            }
+        }
+    })
+}
+
+fn requests_are_cut_like_sessions_and_new_ones_follow_at_once(io: Io) {
+    const CLIENTS: usize = 3;
+    let asked = [(); 2].map(|()| Arc::<AtomicU64>::default());
+    let pair = Pair::start([store("a", &asked[0]), store("b", &asked[1])]);
+    let proxy = pair.proxy(io).protocol("chronos", "request").start();
+    proxy.wait_for_endpoints(1);
+    let idle: Vec<_> = (0..CLIENTS).map(|_| connect(proxy.address())).collect();
+    for client in &idle {
+        assert_eq!(ask(client, "GET k"), "a");
+    }
+    let slow = |request: &'static str| {
+        let clients = (0..CLIENTS).map(|_| connect(proxy.address()));
+        let ask = |client: TcpStream| thread::spawn(move || try_ask(&client, request));
+        clients.map(ask).collect::<Vec<_>>()
+    };
+    let (reads, writes) = (slow("GET slow"), slow("SET slow v"));
+    let before = 3 * CLIENTS as u64;
+    eventually("all are in flight", PATIENCE, || (asked[0].load(Relaxed) == before).then_some(()));
+    pair.demote_first();
+    pair.promote_second();
+    eventually("requests follow", PATIENCE, || {
+        (0..20).all(|_| ask_once(proxy.address(), "GET k").unwrap() == "b").then_some(())
+    });
+    let followed = asked[0].load(Relaxed);
+    for client in &idle {
+        assert_eq!(ask(client, "SET k v"), "b");
+    }
+    for read in reads {
+        assert_eq!(read.join().unwrap().unwrap(), "b", "what may be repeated is");
+    }
+    for write in writes {
+        let answer = write.join().unwrap().unwrap();
+        assert!(answer.starts_with("ERR"), "nobody knows whether it was done: {answer}");
+    }
+    assert_eq!(asked[0].load(Relaxed), followed, "the old primary gets nothing more");
+    eventually("and keeps no connection", PATIENCE, || (pair.servers[0].open() == 0).then_some(()));
+    let failed = proxy.metric(REQUESTS, &[("outcome", "backend_lost")]);
+    assert_eq!(failed, CLIENTS as u64, "{}", proxy.metrics().describe(REQUESTS));
+    assert!(proxy.metric(POOL_CONNECTIONS, &[]) > 0);
+}
