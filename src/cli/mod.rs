@@ -9,6 +9,7 @@ mod healthcheck;
 mod help;
 mod host;
 mod output;
+mod shell;
 mod table;
 mod top;
 
@@ -19,6 +20,8 @@ use clap::ArgMatches;
 
 pub use check::{Check, check};
 pub use output::{EXIT_CONFIG, EXIT_USAGE, fail, print};
+
+const NAME: &str = "aegis-proxy";
 
 /// What the program is asked to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,7 +34,7 @@ pub enum Command {
     Tool(Tool),
 }
 
-/// A command for which there need be no configuration: it asks a proxy that runs.
+/// A command for which there need be no configuration, such as those that ask a running proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tool {
     name: &'static str,
@@ -45,6 +48,8 @@ const TOOLS: &[ToolRow] = &[
     (healthcheck::NAME, healthcheck::definition, healthcheck::run),
     (endpoints::NAME, endpoints::definition, endpoints::run),
     (top::NAME, top::definition, top::run),
+    (shell::COMPLETIONS, shell::completions_definition, shell::completions),
+    (shell::MAN, shell::man_definition, shell::man),
 ];
 
 impl Tool {
@@ -71,7 +76,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
 }
 
 fn definition() -> clap::Command {
-    clap::Command::new("aegis-proxy")
+    clap::Command::new(NAME)
         .version(env!("CARGO_PKG_VERSION"))
         .about("A Layer 4 TCP proxy and connection pooler for the sidecar of a database's clients")
         .override_usage("aegis-proxy [COMMAND]")

@@ -13,7 +13,7 @@ use crate::support::backend::Backend;
 use crate::support::client::ask_once;
 use crate::support::kube_api::{KubeApi, host_ip};
 use crate::support::proxy::{Builder, Ended, Proxy, binary};
-use crate::support::{Io, PATIENCE, eventually};
+use crate::support::{Io, PATIENCE, eventually, skip};
 
 /// Runs a command in the environment of this proxy's container.
 fn run(proxy: &Proxy, arguments: &[&'static str]) -> Ended {
@@ -264,4 +264,60 @@ fn top_prints_once_where_there_is_no_terminal() {
     let ended = run_at(&admin, &["top"]);
     assert_eq!(ended.errors, format!("aegis-proxy: nothing listens at {admin}\n"));
     assert_eq!(ended.code, Some(1));
+}
+
+/// What a shell prints that runs this script, or nothing where there is no such shell.
+fn in_shell(shell: &str, script: &str, argument: &std::path::Path) -> Option<String> {
+    let mut command = Command::new(shell);
+    match command.args(["-c", script, shell]).arg(argument).output() {
+        Ok(output) => {
+            assert!(output.status.success(), "{shell}: {output:?}");
+            Some(String::from_utf8(output.stdout).unwrap())
+        }
+        Err(error) => {
+            skip(&format!("{shell} does not run: {error}"));
+            None
+        }
+    }
+}
+
+#[test]
+fn shells_complete_commands_and_options() {
+    let folder = tempfile::tempdir().unwrap();
+    for shell in ["bash", "zsh", "fish"] {
+        let ended = Builder::bare().argument("completions").argument(shell).run();
+        assert_eq!((ended.code, &*ended.errors), (Some(0), ""), "{shell}");
+        let file = folder.path().join(shell);
+        std::fs::write(&file, &ended.output).unwrap();
+        let script = match shell {
+            // As a key asks for them.
+            "bash" => {
+                r#"source "$1"
+                complete=$(complete -p aegis-proxy) && complete=${complete##*-F }
+                complete() {
+                    COMP_WORDS=(aegis-proxy "$@") COMP_CWORD=$#
+                    ${complete% *} aegis-proxy "${@: -1}" "${COMP_WORDS[$# - 1]}"
+                    echo "${COMPREPLY[*]}"
+                }
+                complete he
+                complete healthcheck --probe ''"#
+            }
+            "zsh" => "zsh -n \"$1\"",
+            _ => "fish --no-execute $argv[1]",
+        };
+        if let Some(completed) = in_shell(shell, script, &file).filter(|_| shell == "bash") {
+            assert_eq!(completed, "healthcheck\nlivez readyz startupz\n");
+        }
+    }
+    let ended = Builder::bare().argument("completions").argument("csh").run();
+    assert_eq!(ended.code, Some(2), "{ended:?}");
+}
+
+#[test]
+fn the_man_page_tells_of_every_command_and_variable() {
+    let ended = Builder::bare().argument("man").run();
+    assert_eq!((ended.code, &*ended.errors), (Some(0), ""));
+    for part in [".TH aegis-proxy 1", "healthcheck", "AEGIS_BACKENDS"] {
+        assert!(ended.output.contains(part), "{part}: {}", ended.output);
+    }
 }

@@ -95,8 +95,8 @@ fn watch(admin: &Admin, first: Value, mut terminal: Terminal) {
     let (mut lost, mut next, mut top) = (None::<String>, Instant::now() + INTERVAL, 0_usize);
     loop {
         let all = readings.lines();
-        let shown = fit(&all, lost.as_deref(), &mut top, terminal.size());
-        if terminal.show(&shown).is_err() {
+        let screen = fit(&all, lost.as_deref(), &mut top, terminal.size());
+        if terminal.show(&screen).is_err() {
             return;
         }
         match terminal.key(next.saturating_duration_since(Instant::now())) {
@@ -121,14 +121,14 @@ fn fit(
 ) -> Vec<Line> {
     let room = rows.saturating_sub(1);
     *top = (*top).min(all.len().saturating_sub(room));
-    let below = all.len().saturating_sub(*top + room);
-    let last = match lost {
+    let hidden = all.len().saturating_sub(*top + room);
+    let below = match lost {
         Some(why) => Line::new(Tone::Bad, format!("lost, what is shown is old: {why}")),
-        None if below > 0 => Line::new(Tone::Dim, format!("{HELP}; {below} more lines below")),
+        None if hidden > 0 => Line::new(Tone::Dim, format!("{HELP}; {hidden} more lines below")),
         None => Line::new(Tone::Dim, HELP),
     };
-    let shown = all.iter().skip(*top).take(room).map(|line| line.cut(columns));
-    shown.chain([last.cut(columns)]).collect()
+    let fitting = all.iter().skip(*top).take(room).map(|line| line.cut(columns));
+    fitting.chain([below.cut(columns)]).collect()
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! What the page at `/` shows, as lines of text: from one reading of `/status` and an older one.
 
+use std::fmt::Write;
+
 use serde_json::Value;
 
 use crate::cli::table::{Align, plain, table};
@@ -118,11 +120,13 @@ fn route(pair: Pair<'_>, bounds: &Value) -> Vec<Line> {
     );
     if !now["requests"].is_null() {
         let requests = pair.rate(|route| total(&route["requests"]));
-        rates += &format!(", requests {requests:.1}/s, queue {}", number(&now["queue"]["now"]));
+        let queue = number(&now["queue"]["now"]);
+        // Writing to a string cannot fail.
+        let _ = write!(rates, ", requests {requests:.1}/s, queue {queue}");
     }
     for (field, words) in [("to_backend", "to backends"), ("to_client", "to clients")] {
         let rate = pair.rate(|route| number(&route["bytes"][field]));
-        rates += &format!(", {words} {}/s", bytes(rate));
+        let _ = write!(rates, ", {words} {}/s", bytes(rate));
     }
     lines.push(Line::new(Tone::Plain, rates));
     lines.extend(phases(pair, bounds).into_iter().map(|line| Line::new(Tone::Plain, line)));
