@@ -102,14 +102,15 @@ impl Admin {
     }
 
     fn connect(&self, until: Instant) -> io::Result<TcpStream> {
-        let mut outcome = Err(io::ErrorKind::AddrNotAvailable.into());
+        let mut failure = None;
         for address in &self.addresses {
-            outcome = left(until).and_then(|left| TcpStream::connect_timeout(address, left));
-            if outcome.is_ok() {
-                break;
+            match left(until).and_then(|left| TcpStream::connect_timeout(address, left)) {
+                Ok(stream) => return Ok(stream),
+                // That a host lacks IPv6 says nothing of the proxy.
+                Err(error) => failure = failure.or(Some(error)),
             }
         }
-        outcome
+        Err(failure.unwrap_or_else(|| unreachable!("there is an address")))
     }
 }
 
@@ -163,6 +164,16 @@ mod tests {
         let wrong = |text| Admin::at(text, "--admin").unwrap_err();
         assert_eq!(wrong("here"), "--admin=here: not an IP address and a port");
         assert!(wrong("127.0.0.1:0").contains("the port is not known"));
+    }
+
+    #[test]
+    fn where_no_address_answers_the_first_ones_error_counts() {
+        let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        // No stream can be had to all of a network.
+        let addresses = vec![closed, "255.255.255.255:1".parse().unwrap()];
+        let admin = Admin { name: "here".to_owned(), addresses };
+        let error = admin.get("/x", PAGE_TIME_MAX).unwrap_err();
+        assert_eq!(error, "nothing listens at here");
     }
 
     /// What is said of a server that does this with its first connection.
