@@ -45,7 +45,7 @@ Talk to the store through the proxy:
 Put it under load:
   ab -k -n 100000 -c 100 http://127.0.0.1:8081/
 
-See what the proxy saw:
+See what the proxy saw, or open http://localhost:8082/ in a browser:
   curl http://localhost:8082/metrics
   curl http://localhost:8082/backends
 

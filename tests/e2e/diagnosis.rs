@@ -28,7 +28,7 @@ fn found(proxy: &Proxy, kind: &str) -> String {
     let words = eventually("the page says it", PATIENCE, || said(proxy, kind));
     eventually("the log says it", PATIENCE, || {
         let is_it = |line: &serde_json::Value| line["problem"] == kind && line["level"] == "WARN";
-        proxy.log_at("WARN").iter().any(is_it).then_some(())
+        proxy.log_problems().iter().any(is_it).then_some(())
     });
     words
 }

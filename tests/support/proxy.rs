@@ -43,6 +43,9 @@ pub struct Builder {
 /// What it logs when a drain begins, after the delay.
 pub const LEAVING: &str = "draining: sessions finish, still accepting until they have";
 
+/// What its lines on [`Proxy::log_problems`] are known by.
+const DIAGNOSIS: &str = "\"target\":\"aegis::control::diagnosis\"";
+
 /// Another build, such as the one in the image, can be put to the same tests.
 pub fn binary() -> String {
     std::env::var("AEGIS_E2E_BINARY")
@@ -352,12 +355,19 @@ impl Proxy {
         self.log.events(message)
     }
 
-    /// All warnings and errors that it has logged so far.
+    /// All warnings and errors that it has logged so far, without [`Proxy::log_problems`].
     pub fn log_warnings(&self) -> Vec<String> {
         let lines = self.log.0.lock().unwrap();
         let levels = ["\"level\":\"WARN\"", "\"level\":\"ERROR\""];
         let bad = lines.iter().filter(|line| levels.iter().any(|level| line.contains(level)));
-        bad.cloned().collect()
+        bad.filter(|line| !line.contains(DIAGNOSIS)).cloned().collect()
+    }
+
+    /// What it has found to be wrong so far. A busy machine may be among it in any test.
+    pub fn log_problems(&self) -> Vec<Value> {
+        let lines = self.log_lines();
+        let found = lines.iter().filter(|line| line.contains(DIAGNOSIS));
+        found.filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
     /// All lines of the log so far.
@@ -365,10 +375,11 @@ impl Proxy {
         self.log.0.lock().unwrap().clone()
     }
 
-    /// The lines of the log at this level so far.
+    /// The lines of the log at this level so far, without [`Proxy::log_problems`].
     pub fn log_at(&self, level: &str) -> Vec<Value> {
         let lines = self.log_lines();
-        let events = lines.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let lines = lines.iter().filter(|line| !line.contains(DIAGNOSIS));
+        let events = lines.filter_map(|line| serde_json::from_str::<Value>(line).ok());
         events.filter(|event| event["level"] == level).collect()
     }
 
