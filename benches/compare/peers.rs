@@ -281,12 +281,14 @@ fn command(
             command.args(words);
             let on_epoll = matches!(contestant, Contestant::Epoll | Contestant::OtherEpoll);
             let io = if on_epoll { "epoll" } else { "uring" };
+            // Many workers take descriptors of their own.
+            let sessions = if scenario.workers > WORKERS { SESSIONS / 2 } else { SESSIONS };
             command.env_clear().envs([
                 ("AEGIS_LISTEN", listen.to_string()),
                 ("AEGIS_ADMIN", "127.0.0.1:0".to_owned()),
                 ("AEGIS_BACKENDS", backend.to_string()),
                 ("AEGIS_WORKERS", scenario.workers.to_string()),
-                ("AEGIS_MAX_SESSIONS", SESSIONS.to_string()),
+                ("AEGIS_MAX_SESSIONS", sessions.to_string()),
                 ("AEGIS_IO", io.to_owned()),
                 ("AEGIS_LOG", "warn".to_owned()),
                 ("AEGIS_DRAIN_DELAY", "0s".to_owned()),

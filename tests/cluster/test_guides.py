@@ -127,7 +127,7 @@ def test_every_text_that_is_quoted_is_in_the_sources(symptom):
 def test_a_line_of_the_log_below_info_is_named_with_its_level(level):
     """And no line that is quoted without a level is one of these."""
     sources = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.rs"))
-    quiet = re.findall(rf'(?:tracing::)?{level}!\((?:[^";]*?, )?"([^"]+)"', sources)
+    quiet = re.findall(rf'(?:tracing::)?{level}!\((?:[^";]*?,\s+)?"([^"]+)"', sources)
     assert len(quiet) >= 3
     for symptom in SYMPTOMS:
         cell = rows_of(symptom)["log"]
