@@ -96,9 +96,9 @@ def test_validation_itself_finds_what_is_wrong():
 
 
 def test_failover_by_zone_and_region_knows_where_the_pod_is():
-    for values in [sidecar(locality="failover"), sidecar(routes=[
-            {"name": "a", "listenPort": 5432, "backend": {"service": "a"}, "locality": "failover"}])]:
-        text = json.dumps(template(CHART, values={**BACKEND, **values}))
+    route = {"name": "a", "listenPort": 5432, "backend": {"service": "a"}, "locality": "failover"}
+    for values in [sidecar(locality="failover"), {"sidecar": {"routes": [route]}}]:
+        text = json.dumps(template(CHART, values=values))
         for name, label in [("AEGIS_ZONE", "zone"), ("AEGIS_REGION", "region")]:
             assert name in text and f"topology.kubernetes.io/{label}" in text, name
 
