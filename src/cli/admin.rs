@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 use clap::{Arg, ArgMatches};
 use serde_json::Value;
 
+use super::table::plain;
 use crate::config::admin_address;
 
 const ADMIN: &str = "admin";
 
 /// A page of each of the most endpoints and routes there can be is far shorter.
-const ANSWER_BYTES_MAX: u64 = 64 << 20;
+const ANSWER_BYTES_MAX: u64 = 8 << 20;
 
 /// How long a page may take that nothing has to be waited for.
 pub(super) const PAGE_TIME_MAX: Duration = Duration::from_secs(3);
@@ -95,7 +96,7 @@ impl Admin {
     pub(super) fn json(&self, path: &str) -> Result<Value, String> {
         let Answer { status, body } = self.get(path, PAGE_TIME_MAX)?;
         if status != 200 {
-            return Err(format!("{}{path}: {status} {}", self.name, body.trim_end()));
+            return Err(format!("{}{path}: {status} {}", self.name, plain(body.trim_end())));
         }
         let read = serde_json::from_str(&body);
         read.map_err(|error| format!("{}{path} is no JSON: {error}", self.name))
@@ -141,7 +142,9 @@ fn left(until: Instant) -> io::Result<Duration> {
 fn parse(text: &str) -> Option<Answer> {
     let (head, body) = text.split_once("\r\n\r\n")?;
     let status = head.strip_prefix("HTTP/1.")?.split(' ').nth(1)?.parse().ok()?;
-    Some(Answer { status, body: body.to_owned() })
+    // Whoever answers there must not speak to the terminal.
+    let body = body.chars().map(|c| if c == '\n' || !c.is_control() { c } else { '\u{fffd}' });
+    Some(Answer { status, body: body.collect() })
 }
 
 #[cfg(test)]

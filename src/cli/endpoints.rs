@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::admin::{Admin, option};
 use super::output::{fail, print};
 use super::table::{Align, plain, table};
-use crate::limits::ENDPOINTS_MAX;
+use crate::limits::{ENDPOINTS_MAX, ROUTES_MAX};
 
 pub(super) const NAME: &str = "endpoints";
 
@@ -64,7 +64,8 @@ fn ask(admin: &Admin, route: Option<&str>) -> Result<Vec<Value>, String> {
         return if is_name { Ok(vec![page(route)?]) } else { Err(format!("no route {route:?}")) };
     }
     let first = admin.json(&format!("/backends?limit={ENDPOINTS_MAX}"))?;
-    let names: Vec<_> = strings(&first["routes"]).skip(1).map(str::to_owned).collect();
+    let names: Vec<_> =
+        strings(&first["routes"]).take(ROUTES_MAX).skip(1).map(str::to_owned).collect();
     let others = names.iter().map(|name| page(name));
     std::iter::once(Ok(first)).chain(others).collect()
 }
@@ -90,7 +91,7 @@ fn show_route(page: &Value) -> Vec<String> {
     }
     let row = |endpoint: &Value| {
         let texts = ["name", "address", "state"].map(|field| cell(&endpoint[field]));
-        let counts = COUNTS.iter().map(|field| endpoint["total"][field].to_string());
+        let counts = COUNTS.iter().map(|field| plain(&endpoint["total"][field].to_string()));
         texts.into_iter().chain(counts).collect()
     };
     let endpoints: Vec<Vec<String>> = rows(&page["endpoints"]).map(row).collect();

@@ -3,16 +3,17 @@
 //! It compares what the workers count with what they had counted some seconds before; nobody waits for
 //! this. What it finds is logged when it begins and when it ends, and shown by the admin port.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::fmt::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::task::yield_now;
+
 use super::View;
 use super::view::{RouteView, usable};
 use crate::metrics::{
-    CloseReason, EndpointCounts, EndpointStats, Failure, Histogram, LabelSet, Outcome, Problem,
-    RouteStats,
+    CloseReason, EndpointCounts, EndpointStats, Histogram, LabelSet, Outcome, Problem, RouteStats,
 };
 use crate::proxy::endpoints::Endpoint;
 
@@ -31,9 +32,11 @@ const SLOW_MIN: f64 = 0.005;
 /// … or this long, in seconds, whatever is usual.
 const SLOW_ANYWAY: f64 = 1.0;
 
-/// What a look weighs in what is usual. What is slow and lasts becomes usual after some minutes.
+/// What a look weighs in what is usual. What is slow and lasts becomes usual within an hour or so; what
+/// is extremely so counts no more than what is twice as slow as has to be.
 const USUAL_WEIGHT: f64 = 0.01;
-const USUAL_WEIGHT_SLOW: f64 = 0.0005;
+const USUAL_WEIGHT_SLOW: f64 = 0.00005;
+const USUAL_TIMES_MAX: f64 = 2.0 * SLOW_TIMES;
 
 /// Shares of time, of segments and of sessions from which on there is a problem.
 const QUEUE_SHARE: f64 = 0.2;
@@ -41,6 +44,8 @@ const LOSS_SHARE: f64 = 0.01;
 const BUSY_SHARE: f64 = 0.9;
 const CORE_WAIT_SHARE: f64 = 0.1;
 const SESSIONS_SHARE: f64 = 0.95;
+/// Below this there is no such problem any more.
+const SESSIONS_SHARE_END: f64 = 0.9;
 
 /// Waits for a connection that are shorter than this, in seconds, are nobody's problem.
 const QUEUE_MIN: f64 = 0.001;
@@ -102,7 +107,43 @@ struct RouteSample {
     first_byte: Total,
     timed_out: u64,
     gave_up: u64,
-    endpoints: Vec<(Arc<Endpoint>, EndpointCounts)>,
+    /// Sessions that had to wait for an endpoint.
+    waited: u64,
+    /// In the order of the snapshot.
+    endpoints: Vec<(Arc<Endpoint>, Counted)>,
+    /// The same by their addresses in memory, and what others had counted when they were seen first.
+    by_endpoint: HashMap<usize, Counted>,
+}
+
+/// What was counted of an endpoint until some moment.
+#[derive(Debug, Clone, Copy, Default)]
+struct Counted {
+    failures: u64,
+    segments: u64,
+    retransmits: u64,
+}
+
+impl Counted {
+    fn of(endpoint: &Endpoint) -> Self {
+        let total = EndpointCounts::total(&endpoint.stats);
+        Self {
+            failures: total.connect_failures,
+            segments: total.segments,
+            retransmits: total.retransmits,
+        }
+    }
+
+    fn since(self, before: Self) -> Self {
+        Self {
+            failures: self.failures.saturating_sub(before.failures),
+            segments: self.segments.saturating_sub(before.segments),
+            retransmits: self.retransmits.saturating_sub(before.retransmits),
+        }
+    }
+}
+
+fn key(endpoint: &Arc<Endpoint>) -> usize {
+    Arc::as_ptr(endpoint).addr()
 }
 
 impl RouteSample {
@@ -113,9 +154,8 @@ impl RouteSample {
             route.stats.iter().map(of_worker).sum::<u64>()
         };
         let closed = |reason| route.stats.iter().map(|stats| stats.closed(reason)).sum::<u64>();
-        let counted = |endpoint: &Arc<Endpoint>| {
-            (Arc::clone(endpoint), EndpointCounts::total(&endpoint.stats))
-        };
+        let counted = |endpoint: &Arc<Endpoint>| (Arc::clone(endpoint), Counted::of(endpoint));
+        let endpoints: Vec<_> = route.snapshot.endpoints.iter().map(counted).collect();
         Self {
             queue: total(|stats| &stats.queue_wait),
             connect: total(|stats| &stats.connect_duration),
@@ -125,22 +165,31 @@ impl RouteSample {
                 + ended(Outcome::QueueTimeout)
                 + closed(CloseReason::QueueFull)
                 + closed(CloseReason::QueueTimeout),
-            endpoints: route.snapshot.endpoints.iter().map(counted).collect(),
+            waited: route.stats.iter().map(|stats| stats.outage_waited.get()).sum(),
+            by_endpoint: endpoints
+                .iter()
+                .map(|(endpoint, counted)| (key(endpoint), *counted))
+                .collect(),
+            endpoints,
         }
     }
 
-    /// Each endpoint with what it had counted before, and what by now. One that is new has counted
-    /// nothing before.
+    /// Takes endpoints that another sample has, and this one has not, for such as have counted nothing in
+    /// between: one that comes back has counted before.
+    fn adopt(&mut self, other: &Self) {
+        for (endpoint, counted) in &other.endpoints {
+            self.by_endpoint.entry(key(endpoint)).or_insert(*counted);
+        }
+    }
+
+    /// Each endpoint with what it has counted since.
     fn endpoints_since<'a>(
         &'a self,
         before: &'a Self,
-    ) -> impl Iterator<Item = (&'a Endpoint, EndpointCounts, &'a EndpointCounts)> {
-        self.endpoints.iter().enumerate().map(|(at, (endpoint, now))| {
-            let is_it = |(other, _): &&(Arc<Endpoint>, _)| Arc::ptr_eq(other, endpoint);
-            // It is where it was, as long as the set is the same.
-            let found = before.endpoints.get(at).filter(is_it);
-            let found = found.or_else(|| before.endpoints.iter().find(is_it));
-            (&**endpoint, found.map(|(_, counts)| counts.clone()).unwrap_or_default(), now)
+    ) -> impl Iterator<Item = (&'a Endpoint, Counted)> {
+        self.endpoints.iter().map(|(endpoint, now)| {
+            let before = before.by_endpoint.get(&key(endpoint)).copied().unwrap_or(*now);
+            (&**endpoint, now.since(before))
         })
     }
 }
@@ -155,9 +204,14 @@ struct Sample {
 }
 
 impl Sample {
-    fn of(view: &View, at: Instant) -> Self {
+    /// Reads all counters, a route at a time, so that probes are answered in between.
+    async fn of(view: &View, at: Instant) -> Self {
         let workers = view.stats().map(|stats| (stats.cpu.get(), stats.core_wait.get())).collect();
-        let routes = view.routes().map(|route| RouteSample::of(&route)).collect();
+        let mut routes = Vec::new();
+        for number in 0..view.config().routes.len() {
+            routes.extend(view.routes().nth(number).map(|route| RouteSample::of(&route)));
+            yield_now().await;
+        }
         Self { at, workers, routes }
     }
 }
@@ -169,14 +223,16 @@ struct Looks {
     before: VecDeque<Sample>,
     /// What the first byte of each route usually takes, in seconds, once that is known.
     usual: Vec<Option<f64>>,
+    /// Since when the endpoints of each route may be old.
+    stale: Vec<Option<Instant>>,
 }
 
 /// Looks for problems for as long as the process runs.
 pub(super) async fn run(view: Arc<View>) {
-    let mut looks = Looks::new(&view, Instant::now());
+    let mut looks = Looks::new(&view, Instant::now()).await;
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
-        let found = looks.look(&view, Instant::now());
+        let found = looks.look(&view, Instant::now()).await;
         let before = view.set_findings(found.clone());
         log(&view, &before, &found);
     }
@@ -200,20 +256,26 @@ fn log(view: &View, before: &[Finding], now: &[Finding]) {
 }
 
 impl Looks {
-    fn new(view: &View, now: Instant) -> Self {
-        let usual = view.routes().map(|_| None).collect();
-        Self { before: [Sample::of(view, now)].into(), usual }
+    async fn new(view: &View, now: Instant) -> Self {
+        let routes = view.config().routes.len();
+        let before = [Sample::of(view, now).await].into();
+        Self { before, usual: vec![None; routes], stale: vec![None; routes] }
     }
 
     /// All problems that there are now, with when they began.
-    fn look(&mut self, view: &View, now: Instant) -> Vec<Finding> {
-        let sample = Sample::of(view, now);
+    async fn look(&mut self, view: &View, now: Instant) -> Vec<Finding> {
+        let sample = Sample::of(view, now).await;
+        for before in &mut self.before {
+            let pairs = before.routes.iter_mut().zip(&sample.routes);
+            pairs.for_each(|(before, now)| before.adopt(now));
+        }
         let mut found = Found { since: now, list: Vec::new() };
         let before = &self.before[0];
         found.in_process(view, before, &sample);
         for (at, route) in view.routes().enumerate() {
             let (before, now) = (&before.routes[at], &sample.routes[at]);
             found.in_route((at, &route), before, now, &mut self.usual[at]);
+            found.in_discovery((at, &route), &mut self.stale[at]);
         }
         let latest = self.before.back().map_or(now, |sample| sample.at);
         if now.saturating_duration_since(latest) >= WINDOW {
@@ -245,11 +307,19 @@ impl Found {
 
     fn in_process(&mut self, view: &View, before: &Sample, now: &Sample) {
         let (open, most) = (view.sessions_active(), view.max_sessions());
-        if open as f64 >= most as f64 * SESSIONS_SHARE {
+        let known = view.findings();
+        let goes_on = known.iter().any(|known| known.problem == Problem::SessionLimit);
+        let share = if goes_on { SESSIONS_SHARE_END } else { SESSIONS_SHARE };
+        if open as f64 >= most as f64 * share {
             let words = format!("{open} of {most} sessions are open");
             self.add(Problem::SessionLimit, None, words);
         }
-        let elapsed = now.at.saturating_duration_since(before.at).as_secs_f64();
+        let elapsed = now.at.saturating_duration_since(before.at);
+        if elapsed < WINDOW {
+            // The start of the process, which takes what it can get.
+            return;
+        }
+        let elapsed = elapsed.as_secs_f64();
         let share = |of: fn(&(Duration, Duration)) -> Duration| {
             let of_worker = |(now, before)| of(now).saturating_sub(of(before)).as_secs_f64();
             let each = now.workers.iter().zip(&before.workers).map(of_worker);
@@ -282,21 +352,29 @@ impl Found {
         if let Some(words) = slow(first_byte, timed_out, usual) {
             self.add(Problem::BackendSlow, about, words);
         }
-        if let Some(words) = queued(before, now) {
+        let refusing = refusing(before, now);
+        // Who waits for an endpoint waits for none of the proxy's limits.
+        let outage = refusing.is_some() || now.waited > before.waited;
+        if let Some(words) = queued(before, now, outage) {
             self.add(Problem::PoolSmall, about, words);
         }
         let no_endpoint = route.not_ready().filter(|_| route.snapshot.generation > 0);
         if let Some(words) = no_endpoint {
             self.add(Problem::NoEndpoint, about, words);
         }
-        if let Some(words) = refusing(before, now) {
+        if let Some(words) = refusing {
             self.add(Problem::BackendRefusing, about, words);
         }
         if let Some(words) = lossy(before, now) {
             self.add(Problem::NetworkLossy, about, words);
         }
-        if let Some(words) = stale(route) {
-            self.add(Problem::DiscoveryStale, about, words);
+    }
+
+    fn in_discovery(&mut self, (at, route): (usize, &RouteView<'_>), since: &mut Option<Instant>) {
+        let Some(words) = stale(route) else { return *since = None };
+        let since = *since.get_or_insert(self.since);
+        if self.since.saturating_duration_since(since) >= WINDOW {
+            self.add(Problem::DiscoveryStale, Some(at), words);
         }
     }
 }
@@ -343,7 +421,8 @@ fn slow(first_byte: Total, timed_out: u64, usual: &mut Option<f64>) -> Option<St
         let before = *usual.get_or_insert(mean);
         let is_slow = mean >= SLOW_ANYWAY || (mean >= SLOW_MIN && mean >= before * SLOW_TIMES);
         let weight = if is_slow { USUAL_WEIGHT_SLOW } else { USUAL_WEIGHT };
-        *usual = Some(before + (mean - before) * weight);
+        let counts = mean.min(before.max(SLOW_MIN) * USUAL_TIMES_MAX);
+        *usual = Some(before + (counts - before) * weight);
         words = is_slow
             .then(|| format!("the first byte takes {}; usual are {}", time(mean), time(before)));
     }
@@ -354,8 +433,9 @@ fn slow(first_byte: Total, timed_out: u64, usual: &mut Option<f64>) -> Option<St
     }
 }
 
-/// Whether clients wait for a connection for a good part of their time.
-fn queued(before: &RouteSample, now: &RouteSample) -> Option<String> {
+/// Whether clients wait for a connection for a good part of their time, other than for want of an
+/// endpoint.
+fn queued(before: &RouteSample, now: &RouteSample, outage: bool) -> Option<String> {
     let queue = now.queue.since(before.queue);
     // Sessions may last for days.
     let whole = queue.sum
@@ -363,7 +443,8 @@ fn queued(before: &RouteSample, now: &RouteSample) -> Option<String> {
         + now.first_byte.since(before.first_byte).sum;
     let gave_up = now.gave_up.saturating_sub(before.gave_up);
     let share = if whole > 0.0 { queue.sum / whole } else { 0.0 };
-    let waits = queue.count >= EVENTS_MIN && queue.mean() >= QUEUE_MIN && share >= QUEUE_SHARE;
+    let waits =
+        !outage && queue.count >= EVENTS_MIN && queue.mean() >= QUEUE_MIN && share >= QUEUE_SHARE;
     if !waits && gave_up == 0 {
         return None;
     }
@@ -382,12 +463,15 @@ fn queued(before: &RouteSample, now: &RouteSample) -> Option<String> {
 fn refusing(before: &RouteSample, now: &RouteSample) -> Option<String> {
     let mut named = Vec::new();
     let mut failed = 0;
-    for (endpoint, before, now) in now.endpoints_since(before) {
-        let failures = now.connect_failures.saturating_sub(before.connect_failures);
+    for (endpoint, Counted { failures, .. }) in now.endpoints_since(before) {
         failed += failures;
         if failures > 0 || !usable(endpoint) {
             let failure = endpoint.stats.iter().find_map(EndpointStats::failure);
-            let how = failure.map_or("has failed", Failure::name);
+            let how = match failure {
+                _ if endpoint.fails_check() => "fails its checks",
+                Some(failure) => failure.name(),
+                None => "has failed",
+            };
             named.push(format!("{} {how}", endpoint.name));
         }
     }
@@ -403,16 +487,15 @@ fn refusing(before: &RouteSample, now: &RouteSample) -> Option<String> {
     }
     let _ = write!(words, ": {failed} connects failed");
     if ejected > 0 {
-        let _ = write!(words, ", {ejected} of {} endpoints are ejected", now.endpoints.len());
+        let _ = write!(words, ", {ejected} of {} endpoints are out of use", now.endpoints.len());
     }
     Some(words)
 }
 
 /// Whether what is sent to an endpoint gets lost on the way.
 fn lossy(before: &RouteSample, now: &RouteSample) -> Option<String> {
-    let lost = now.endpoints_since(before).filter_map(|(endpoint, before, now)| {
-        let again = now.retransmits.saturating_sub(before.retransmits);
-        let sent = now.segments.saturating_sub(before.segments);
+    let lost = now.endpoints_since(before).filter_map(|(endpoint, counted)| {
+        let (again, sent) = (counted.retransmits, counted.segments);
         let share = again as f64 / sent.max(1) as f64;
         (again >= EVENTS_MIN && share >= LOSS_SHARE).then_some((endpoint, share))
     });
@@ -427,6 +510,6 @@ fn stale(route: &RouteView<'_>) -> Option<String> {
         let seconds = age.as_secs();
         return Some(format!("the endpoints are those of a former run, {seconds} s old"));
     }
-    let trouble = route.discovery.trouble().filter(|_| route.snapshot.generation > 0)?;
+    let trouble = route.discovery.source_trouble().filter(|_| route.snapshot.generation > 0)?;
     Some(format!("the endpoints may be old: {trouble}"))
 }

@@ -109,10 +109,13 @@ async fn find(config: &Config, at: usize) -> Found {
     let reached = stream::iter(endpoints)
         .map(|endpoint| reach(endpoint.name.clone(), endpoint.address.clone(), route))
         .buffered(CONNECTS_MAX);
+    let stores = status.stores_trouble();
+    let kubernetes = route.discovery == Discovery::Kubernetes;
     Found {
         took,
-        held: status.held().or_else(|| status.stores_trouble()),
-        trouble: status.trouble().or(silent),
+        // What Kubernetes says of stores may be another thing at the next start.
+        held: status.held().or_else(|| stores.clone().filter(|_| !kubernetes)),
+        trouble: status.trouble().or(stores).or(silent),
         endpoints: reached.collect().await,
     }
 }

@@ -22,6 +22,7 @@ use crate::support::{Io, PATIENCE, eventually, measured, on_both_drivers};
 on_both_drivers![
     a_promotion_moves_new_sessions_at_once_and_cuts_old_ones_little_by_little,
     sessions_on_which_nothing_has_moved_follow_unharmed,
+    an_upgraded_connection_on_which_nothing_has_moved_since_is_cut,
     a_moment_with_two_primaries_delays_no_cut,
     requests_are_cut_like_sessions_and_new_ones_follow_at_once,
 ];
@@ -156,6 +157,28 @@ fn sessions_on_which_nothing_has_moved_follow_unharmed(io: Io) {
         assert_eq!(ask(client, "who"), "b");
     }
     assert_eq!(proxy.metric(SESSIONS_CLOSED, REMOVED), 0);
+}
+
+fn an_upgraded_connection_on_which_nothing_has_moved_since_is_cut(io: Io) {
+    let upgrades = || {
+        Backend::scripted_at((host_ip(), 0).into(), |mut stream| {
+            while read_line(stream).is_ok_and(|line| !line.trim_end().is_empty()) {}
+            let _ = stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\n\r\n");
+            let _ = read_line(stream);
+        })
+    };
+    let pair = Pair::start([upgrades(), upgrades()]);
+    let proxy = pair.proxy(io).protocol("http1", "request").start();
+    proxy.wait_for_endpoints(1);
+    let mut client = connect(proxy.address());
+    client.write_all(b"GET / HTTP/1.1\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n").unwrap();
+    assert_eq!(read_line(&client).unwrap().trim_end(), "HTTP/1.1 101 Switching Protocols");
+    assert_eq!(read_line(&client).unwrap().trim_end(), "");
+    pair.demote_first();
+    pair.promote_second();
+    proxy.wait_for(SESSIONS_CLOSED, REMOVED, |cut| cut == 1);
+    assert!(read_line(&client).map_or(true, |line| line.is_empty()), "it is cut");
+    assert_eq!(proxy.metric(POOL_CONNECTIONS, &[("state", "opaque")]), 0);
 }
 
 fn a_moment_with_two_primaries_delays_no_cut(io: Io) {

@@ -139,7 +139,8 @@ fn phases(pair: Pair<'_>, bounds: &Value) -> Vec<String> {
     let grown = |name: &str| {
         let (now, then) = (&pair.now["phases"][name], &pair.then["phases"][name]);
         let counts = rows(&now["counts"]).iter().enumerate();
-        let counts = counts.map(|(at, count)| number(count) - number(&then["counts"][at]));
+        let counts =
+            counts.map(|(at, count)| (number(count) - number(&then["counts"][at])).max(0.0));
         let sum = (number(&now["sum"]) - number(&then["sum"])).max(0.0);
         (counts.collect::<Vec<_>>(), sum)
     };

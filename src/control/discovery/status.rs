@@ -103,6 +103,11 @@ impl Status {
         lock(&self.left_out).clone()
     }
 
+    /// Why the source of endpoints does not tell of them, if so.
+    pub fn source_trouble(&self) -> Option<String> {
+        lock(&self.trouble).clone()
+    }
+
     /// Why endpoints may be missing.
     pub fn trouble(&self) -> Option<String> {
         if let Some(left_out) = self.left_out().first() {

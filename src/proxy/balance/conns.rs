@@ -135,7 +135,7 @@ impl Table {
         let any_usable = self.any_usable();
         for at in 0..self.present.len() {
             let endpoint = self.present[at];
-            let serves = |entry: &Entry| entry.health.is_usable() || !any_usable;
+            let serves = |entry: &Entry| entry.may_serve(any_usable);
             if self.get(endpoint).is_some_and(|entry| serves(entry) && !entry.has_room()) {
                 self.want_place(endpoint, now);
             }
@@ -187,7 +187,7 @@ impl Table {
         let any_usable = self.any_usable();
         let entries = self.present.iter().filter_map(|&index| self.get(index));
         // Those that are not usable serve where none is.
-        let mut serving = entries.filter(|entry| entry.health.is_usable() || !any_usable);
+        let mut serving = entries.filter(|entry| entry.may_serve(any_usable));
         serving.any(|entry| entry.pool.idle() > 0 || entry.has_room())
     }
 

@@ -151,6 +151,11 @@ impl Entry {
         self.present && (self.pool.idle() > 0 || may_connect)
     }
 
+    /// Whether it may be chosen, where there is one that is usable, or none.
+    pub(super) fn may_serve(&self, any_usable: bool) -> bool {
+        !self.is_withheld() && (self.health.is_usable() || !any_usable)
+    }
+
     /// Whether it would serve, and has all the connections that it may, each with a client.
     pub(super) fn is_full(&self, now: Instant) -> bool {
         let may_serve = self.is_usable(now) && !self.is_withheld();

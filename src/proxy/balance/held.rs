@@ -101,6 +101,8 @@ impl Held {
         }
         let granted = places.collect(self.worker);
         if granted > 0 {
+            // It may have asked again since that was passed on.
+            places.stop_wanting(self.worker);
             self.waits = false;
             self.add(granted, now);
         }

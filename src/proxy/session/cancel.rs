@@ -45,7 +45,11 @@ pub(super) struct Cancel {
 impl Session {
     /// Whether what its client sends next may be a cancel request: it has sent nothing else.
     pub fn may_begin_with_cancel(&self) -> bool {
-        !self.has_client_spoken() || matches!(self.beginning, Beginning::Negotiation)
+        match self.beginning {
+            Beginning::Other => !self.has_client_spoken(),
+            Beginning::Negotiation => true,
+            Beginning::Cancel(_) => false,
+        }
     }
 
     /// Its client has sent the first bytes, which ask for encryption or not.

@@ -368,6 +368,10 @@ impl Session {
         self.backend = Some(backend);
         self.active = now;
         self.connected = now;
+        if let FirstByte::Asked(at) = &mut self.first_byte {
+            // What came early goes to it only now.
+            *at = now;
+        }
         self.prefaced = preface > 0;
         if preface > 0 {
             self.backend_pulse.on_asked();
@@ -432,7 +436,12 @@ impl Session {
 
     /// How long it took from the client's coming to its backend, if it has one.
     pub fn placed_within(&self) -> Option<Duration> {
-        self.is_open().then(|| self.connected.saturating_duration_since(self.opened))
+        self.is_open().then(|| self.sought(self.connected))
+    }
+
+    /// For how long it had looked for a backend by then; anew since it had one that was of no use.
+    pub fn sought(&self, at: Instant) -> Duration {
+        at.saturating_duration_since(self.seeking)
     }
 
     /// Bytes that came from a side so far, on the connections that it has now.

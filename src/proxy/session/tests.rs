@@ -288,6 +288,18 @@ fn a_client_that_ends_behind_bytes_is_served() {
 }
 
 #[test]
+fn what_a_client_sent_early_is_timed_from_when_its_backend_gets_it() {
+    let now = Instant::now();
+    let mut session = Session::new(ConnId::from_parts(0, 0), now);
+    session.on_early(now);
+    let (connected, answered) = (now + Duration::from_secs(4), now + Duration::from_secs(5));
+    session.on_trying(EndpointId::at(0), None);
+    session.on_connected(ConnId::from_parts(1, 0), 0, connected);
+    assert_eq!(session.placed_within(), Some(Duration::from_secs(4)));
+    assert_eq!(session.take_first_byte(answered), Some(Duration::from_secs(1)));
+}
+
+#[test]
 fn the_first_byte_back_is_timed_once() {
     let (mut session, now) = open();
     assert_eq!(session.take_first_byte(now), None);

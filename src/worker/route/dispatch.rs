@@ -223,7 +223,7 @@ impl Route {
         if let Some((backend, made)) = warm {
             self.sessions.of(key).on_warm(made);
             self.stats.count_checkout(Checkout::Hit);
-            self.stats.queue_wait.record(self.sessions.of(key).age(cx.now));
+            self.stats.queue_wait.record(self.sessions.of(key).sought(cx.now));
             let Owner::Idle { greeting, .. } = cx.owners.take(backend) else {
                 unreachable!("a pool's connection is idle")
             };
@@ -273,7 +273,7 @@ impl Route {
         let (Some(since), Some(endpoint)) = (since, endpoint) else {
             unreachable!("a session that connects has an endpoint")
         };
-        self.stats.queue_wait.record(session.age(since));
+        self.stats.queue_wait.record(session.sought(since));
         self.stats.connect_duration.record(cx.now.saturating_duration_since(since));
         self.pools.table.shook_hands(endpoint, backend, cx.now);
         self.pools.on_endpoint_connected(cx, endpoint);

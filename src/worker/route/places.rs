@@ -109,7 +109,8 @@ impl Route {
         self.pools.places_at = None;
         for endpoint in self.pools.table.indices() {
             let collected = self.pools.share_places(cx, endpoint);
-            if collected && self.waits_for(endpoint) {
+            // Sessions connect by themselves.
+            if collected && self.reuses_conns() && self.waits_for(endpoint) {
                 self.want(endpoint, 1);
             }
         }

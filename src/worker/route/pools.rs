@@ -107,7 +107,7 @@ impl Pools {
             options: socket_options(config),
             listening,
             idle_max: config.pool.most(),
-            closing: Vec::with_capacity(limits::POOL_CONNECTING_MAX),
+            closing: Vec::with_capacity(cx.owners.capacity().min(limits::POOL_CONNS_MAX)),
             places_due: false,
             places_at: None,
         }

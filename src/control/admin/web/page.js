@@ -323,6 +323,8 @@ function heard(reading) {
   watchEnds(reading, history[history.length - 1]);
   history.push(reading);
   history = history.filter((one) => reading.alive - one.alive <= KEPT);
+  // Only the readings of the last seconds are compared by endpoint.
+  for (const one of history.filter((one) => reading.alive - one.alive > WINDOW + 2)) one.routes.forEach((route) => { route.endpoints = []; });
   lostSince = null;
   document.body.classList.remove("stale");
   byId("lost").hidden = true;
@@ -348,8 +350,11 @@ async function read() {
 async function ask() {
   setTimeout(ask, document.hidden ? EVERY * 5 : EVERY);
   const why = (error) => error.name === "TimeoutError" ? `no answer in time` : error.message;
-  const reading = await read().catch((error) => lost(why(error)));
-  if (reading) heard(reading);
+  try {
+    heard(await read());
+  } catch (error) {
+    lost(why(error));
+  }
 }
 
 ask();

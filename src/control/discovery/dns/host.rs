@@ -44,6 +44,13 @@ impl Host {
         self.fixed.is_some() || decided || (four.is_answered && six.is_answered)
     }
 
+    /// Whether its latest look-up has failed, or has found that it does not exist.
+    pub(super) fn is_in_trouble(&self) -> bool {
+        let answered = self.families.iter().all(|known| known.is_answered);
+        self.families.iter().any(|known| known.is_stale)
+            || self.fixed.is_none() && answered && self.is_empty()
+    }
+
     pub(super) fn is_stale(&self) -> bool {
         self.families.iter().any(|known| known.is_stale && !known.addresses.is_empty())
     }

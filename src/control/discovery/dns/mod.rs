@@ -121,13 +121,16 @@ impl<R: Resolve> Backends<R> {
             self.status.on_error(ErrorKind::Lookup, format!("{name} does not resolve: {why}"));
         } else {
             self.status.on_sync();
-            self.status.clear_trouble();
         }
         if answer == Answer::Absent && hosts[index].is_empty() {
             let what = format!("{}: the name does not exist", self.hosts[index]);
             self.status.on_error(ErrorKind::Lookup, what);
         }
         hosts[index].on_answer(family, answer);
+        // What one name answers does not mend another's trouble.
+        if !hosts.iter().any(Host::is_in_trouble) {
+            self.status.clear_trouble();
+        }
     }
 }
 

@@ -189,6 +189,8 @@ impl Route {
         session.on_connected(backend.conn, parts.backend_unsent, cx.now);
         // What cannot be understood may be what the backend ends it for.
         session.vouch();
+        // What it has become it became there: no other connection would do.
+        session.on_greeted();
         session.on_received(Side::Backend, parts.unsent, u32::MAX, cx.now);
         let session = self.sessions.insert(session);
         cx.owners.set(client, Owner::Session(session, Side::Client));
