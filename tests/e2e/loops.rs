@@ -18,6 +18,9 @@ on_both_drivers![
     no_connection_is_its_own_backend,
 ];
 
+/// Another address of the loopback interface than connections come from, each of which takes a port.
+const APART: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 3);
+
 /// A port that nobody has now.
 fn free_port(ip: IpAddr) -> u16 {
     TcpListener::bind((ip, 0)).unwrap().local_addr().unwrap().port()
@@ -89,15 +92,15 @@ fn nothing_but_the_proxy_itself_holds_the_start(io: Io) {
     let Some(hosts) = Hosts::new() else { return skip("no mount namespace is allowed") };
     let server = Backend::named("a");
     let port = server.address().port();
-    hosts.set(&[("db.test", &[Ipv4Addr::LOCALHOST.into()])]);
+    hosts.set(&[("db.test", &[APART.into()])]);
     let launch = || {
-        let proxy = listening(io, "127.0.0.1:PORT", port)
+        let proxy = listening(io, "127.0.0.3:PORT", port)
             .hosts(&hosts)
             .set("AEGIS_BACKENDS", format!("db.test:{port}"))
             .set("AEGIS_DNS_REFRESH", "100ms")
             .set("AEGIS_START_TIMEOUT", "0s")
             .launch();
-        assert_left_out(&proxy, &format!("127.0.0.1:{port}"));
+        assert_left_out(&proxy, &format!("127.0.0.3:{port}"));
         let start = proxy.get("/startupz?wait=0");
         let parts = ["no endpoint is left: db.test:", "is this proxy itself"];
         assert!(parts.iter().all(|part| start.body.contains(part)), "{}", start.body);
@@ -113,7 +116,7 @@ fn nothing_but_the_proxy_itself_holds_the_start(io: Io) {
     });
 
     let (mended, _) = launch();
-    hosts.set(&[("db.test", &[Ipv4Addr::LOCALHOST.into(), server.address().ip()])]);
+    hosts.set(&[("db.test", &[APART.into(), server.address().ip()])]);
     eventually("it starts", PATIENCE, || (mended.get("/startupz").status == 200).then_some(()));
     assert_eq!(ask(&connect(mended.address()), "who"), "a");
 }
@@ -123,7 +126,7 @@ fn a_name_that_comes_to_be_the_proxy_itself_is_left_out(io: Io) {
     let server = Backend::named("a");
     let port = server.address().port();
     hosts.set(&[("db.test", &[server.address().ip()])]);
-    let proxy = listening(io, "127.0.0.1:PORT", port)
+    let proxy = listening(io, "127.0.0.3:PORT", port)
         .hosts(&hosts)
         .set("AEGIS_BACKENDS", format!("db.test:{port}"))
         .set("AEGIS_DNS_REFRESH", "100ms")
@@ -131,8 +134,8 @@ fn a_name_that_comes_to_be_the_proxy_itself_is_left_out(io: Io) {
     let client = connect(proxy.address());
     assert_eq!(ask(&client, "who"), "a");
     let opened = proxy.metric(SESSIONS_OPENED, &[]);
-    hosts.set(&[("db.test", &[Ipv4Addr::LOCALHOST.into()])]);
-    assert_left_out(&proxy, &format!("127.0.0.1:{port}"));
+    hosts.set(&[("db.test", &[APART.into()])]);
+    assert_left_out(&proxy, &format!("127.0.0.3:{port}"));
     assert_eq!(ask(&client, "who"), "a");
     assert_eq!(proxy.metric(SESSIONS_OPENED, &[]), opened);
     hosts.set(&[("db.test", &[server.address().ip()])]);
