@@ -48,7 +48,7 @@ def recipe(target):
 
 # Who runs a command, or why nobody does, and how one sees that this still holds.
 ELSEWHERE = {
-    r"make (lint|test|test-cluster|bench QUICK=1)": (
+    r"make (lint|test|test-page|test-cluster|bench QUICK=1)": (
         ".ci/run runs it", lambda line: re.search(rf"^(timeout .*)?{line}$", read(".ci/run"), re.M)),
     r"make demo": (
         ".ci/demo-under-load does what it does", lambda line: "target/demo/examples/demo" in recipe("demo").replace("$${CARGO_TARGET_DIR:-target}", "target")
