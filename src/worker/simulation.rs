@@ -35,6 +35,9 @@ pub(super) struct Run {
     pub(super) sessions_max: usize,
 }
 
+/// Clients that come to full places, while endpoints come and go, may wait for a minute for their turn.
+const SERVED_WITHIN: Duration = Duration::from_secs(120);
+
 impl Run {
     /// `is_limited`: there may be few connections to an endpoint.
     fn new(seed: u64, is_limited: bool) -> Self {
@@ -182,7 +185,7 @@ impl Run {
         let mut drained = false;
         let drain_at = (self.rng.u8(..4) == 0).then(|| self.rng.u32(..2000) * SECOND / 1000);
         let mut turns = 0;
-        while self.engine.driver().elapsed() < 60 * SECOND {
+        while self.engine.driver().elapsed() < SERVED_WITHIN {
             self.disturb();
             self.turn();
             turns += 1;
