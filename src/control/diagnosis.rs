@@ -271,7 +271,8 @@ impl Looks {
         }
         let mut found = Found { since: now, list: Vec::new() };
         let before = &self.before[0];
-        found.in_process(view, before, &sample);
+        let known = view.findings();
+        found.in_process(view, &known, before, &sample);
         for (at, route) in view.routes().enumerate() {
             let (before, now) = (&before.routes[at], &sample.routes[at]);
             found.in_route((at, &route), before, now, &mut self.usual[at]);
@@ -284,7 +285,6 @@ impl Looks {
                 self.before.pop_front();
             }
         }
-        let known = view.findings();
         for finding in &mut found.list {
             if let Some(same) = known.iter().find(|known| known.is_about(finding)) {
                 finding.since = same.since;
@@ -305,9 +305,8 @@ impl Found {
         self.list.push(Finding { problem, route, words, since: self.since });
     }
 
-    fn in_process(&mut self, view: &View, before: &Sample, now: &Sample) {
+    fn in_process(&mut self, view: &View, known: &[Finding], before: &Sample, now: &Sample) {
         let (open, most) = (view.sessions_active(), view.max_sessions());
-        let known = view.findings();
         let goes_on = known.iter().any(|known| known.problem == Problem::SessionLimit);
         let share = if goes_on { SESSIONS_SHARE_END } else { SESSIONS_SHARE };
         if open as f64 >= most as f64 * share {

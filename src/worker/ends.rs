@@ -74,11 +74,19 @@ impl Default for Ends {
 }
 
 impl Ends {
-    /// Tells of one. For the worker.
-    pub fn tell(&self, end: End) {
-        if self.ring.push(end).is_err() {
+    /// Whether one more finds room. One that does not is counted, and need not be made. For the worker.
+    pub fn has_room(&self) -> bool {
+        let has_room = !self.ring.is_full();
+        if !has_room {
             self.dropped.fetch_add(1, Relaxed);
         }
+        has_room
+    }
+
+    /// Tells of one that finds room. For the worker, which alone fills the ring.
+    pub fn tell(&self, end: End) {
+        let told = self.ring.push(end);
+        debug_assert!(told.is_ok(), "it had room");
     }
 
     /// The next one, if there is any.

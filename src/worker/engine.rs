@@ -11,8 +11,7 @@ use super::ends::Ends;
 use super::load::Load;
 use super::mail::Mail;
 use super::mailbox::{Command, Mailbox};
-use super::network::Looks;
-use super::owners::Owners;
+use super::owners::{Owners, Turns};
 use super::places::Places;
 use super::route::Route;
 use super::timers::Timers;
@@ -61,7 +60,7 @@ pub struct Engine<D> {
     /// By their numbers.
     pub(super) routes: Box<[Route]>,
     pub(super) upkeep_at: Instant,
-    pub(super) network: Looks,
+    pub(super) network_turns: Turns,
 }
 
 impl<D: Driver> Engine<D> {
@@ -106,7 +105,7 @@ impl<D: Driver> Engine<D> {
             mail: Mail::new(worker, setup.mailboxes, setup.stats),
             routes,
             upkeep_at: now,
-            network: Looks::default(),
+            network_turns: Turns::default(),
             cx,
         }
     }

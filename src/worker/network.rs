@@ -2,23 +2,9 @@
 //! second, all in turns.
 
 use super::engine::Engine;
-use super::owners::{Owned, Owner};
+use super::owners::Owned;
 use crate::io::{Driver, Network};
 use crate::limits;
-
-/// Which connection is looked at next.
-#[derive(Debug, Default)]
-pub(super) struct Looks {
-    at: usize,
-}
-
-impl Looks {
-    /// The slot to look at next, of so many.
-    fn next_slot(&mut self, slots: usize) -> usize {
-        self.at = if self.at == 0 { slots } else { self.at.min(slots) } - 1;
-        self.at
-    }
-}
 
 impl<D: Driver> Engine<D> {
     /// Looks at the next few connections to endpoints.
@@ -26,7 +12,7 @@ impl<D: Driver> Engine<D> {
         let slots = self.cx.owners.len();
         let mut looks = 0;
         for _ in 0..slots.min(limits::NETWORK_SLOTS) {
-            let slot = self.network.next_slot(slots);
+            let slot = self.network_turns.next(slots);
             looks += usize::from(self.look_at_slot(slot));
             if looks == limits::NETWORK_LOOKS {
                 return;
@@ -38,10 +24,6 @@ impl<D: Driver> Engine<D> {
     /// which costs a system call.
     fn look_at_slot(&mut self, slot: usize) -> bool {
         let &Owned { conn, route, ref owner, .. } = self.cx.owners.at(slot);
-        // What is being connected or flushed has nothing to tell.
-        if matches!(owner, Owner::None | Owner::Connecting { .. } | Owner::Flushing(_)) {
-            return false;
-        }
         let route = &mut self.routes[usize::from(route)];
         let Some(entry) = route.entry_of(owner) else { return false };
         let Some(now) = self.cx.driver.network(conn) else { return true };

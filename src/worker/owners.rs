@@ -47,6 +47,21 @@ impl Owned {
     }
 }
 
+/// Slots in turns, for looks at a few connections at a time.
+#[derive(Debug, Default)]
+pub(super) struct Turns {
+    /// The slot of the latest turn.
+    at: usize,
+}
+
+impl Turns {
+    /// The slot whose turn it is, of so many.
+    pub(super) fn next(&mut self, slots: usize) -> usize {
+        self.at = if self.at == 0 { slots } else { self.at } - 1;
+        self.at
+    }
+}
+
 /// The owners of all connections, by slot.
 #[derive(Debug)]
 pub(super) struct Owners {

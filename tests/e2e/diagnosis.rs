@@ -171,6 +171,13 @@ fn a_network_that_loses_segments_is_told_from_a_backend_that_is_slow() {
     assert!(count > 0, "round trips were sampled");
 }
 
+fn find_too_few_connections(proxy: &Proxy) {
+    let _load = Load::asking(8, proxy.address());
+    let words = found(proxy, "pool_small");
+    assert!(words.starts_with("clients wait "), "{words}");
+    is_not_said(proxy, "backend_slow");
+}
+
 #[test]
 fn a_pool_that_is_too_small_is_told_from_a_backend_that_is_slow() {
     let takes = Arc::new(AtomicU64::new(5));
@@ -181,10 +188,7 @@ fn a_pool_that_is_too_small_is_told_from_a_backend_that_is_slow() {
         .set("AEGIS_POOL_SIZE", "1")
         .set("AEGIS_WORKERS", "1")
         .start();
-    let _load = Load::asking(8, proxy.address());
-    let words = found(&proxy, "pool_small");
-    assert!(words.starts_with("clients wait "), "{words}");
-    is_not_said(&proxy, "backend_slow");
+    find_too_few_connections(&proxy);
 }
 
 #[test]
@@ -195,10 +199,7 @@ fn places_at_an_endpoint_that_are_too_few_are_told_from_a_backend_that_is_slow()
         .without_pool()
         .set("AEGIS_ENDPOINT_MAX", "2")
         .start();
-    let _load = Load::asking(8, proxy.address());
-    let words = found(&proxy, "pool_small");
-    assert!(words.starts_with("clients wait "), "{words}");
-    is_not_said(&proxy, "backend_slow");
+    find_too_few_connections(&proxy);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Tells of sessions and requests that have ended, where somebody wants to know.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::Route;
@@ -8,6 +9,7 @@ use crate::io::Driver;
 use crate::metrics::{CloseReason, Outcome};
 use crate::protocol::Verb;
 use crate::proxy::Side;
+use crate::proxy::endpoints::{Endpoint, EndpointId};
 use crate::proxy::request::Client;
 use crate::proxy::session::Session;
 use crate::slab::Key;
@@ -19,12 +21,18 @@ const SAMPLED_OF: u8 = 100;
 
 impl Route {
     fn tells_of<D: Driver>(&self, cx: &mut Context<D>, how: How) -> bool {
-        match self.config.log_ends {
+        let is_wanted = match self.config.log_ends {
             EndsLogged::Off => false,
             EndsLogged::Abnormal => !how.is_normal(),
             EndsLogged::Sampled => !how.is_normal() || cx.rng.u8(0..SAMPLED_OF) == 0,
             EndsLogged::All => true,
-        }
+        };
+        // In a storm of ends most find none: they cost no look at their client's address.
+        is_wanted && cx.ends.has_room()
+    }
+
+    fn endpoint(&self, id: Option<EndpointId>) -> Option<Arc<Endpoint>> {
+        Some(Arc::clone(&self.pools.table.get(id?)?.endpoint))
     }
 
     /// A session is about to be closed.
@@ -40,12 +48,11 @@ impl Route {
         }
         let Some(session) = self.sessions.get(key) else { unreachable!("it is closed once") };
         let (first_byte, transfer) = session.answer_times(cx.now).unzip();
-        let entry = session.tried().last().and_then(|endpoint| self.pools.table.get(endpoint));
         cx.ends.tell(End {
             route: self.id,
             how,
             client: cx.driver.peer_address(session.client()),
-            endpoint: entry.map(|entry| std::sync::Arc::clone(&entry.endpoint)),
+            endpoint: self.endpoint(session.tried().last()),
             attempts: session.tried().attempts(),
             ended_first: session.ended_first(),
             bytes: Some((session.received(Side::Client), session.received(Side::Backend))),
@@ -95,13 +102,12 @@ impl Route {
         lasted: Duration,
     ) -> End {
         let (endpoint, attempts) = client.asked().unzip();
-        let entry = endpoint.and_then(|endpoint| self.pools.table.get(endpoint));
         let conn = client.conn(Side::Client);
         End {
             route: self.id,
             how,
             client: conn.and_then(|conn| cx.driver.peer_address(conn)),
-            endpoint: entry.map(|entry| std::sync::Arc::clone(&entry.endpoint)),
+            endpoint: self.endpoint(endpoint),
             attempts: attempts.unwrap_or(0),
             ended_first: None,
             bytes: None,

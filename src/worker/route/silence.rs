@@ -18,26 +18,19 @@ use crate::proxy::balance::Entry;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::pulse::{Patience, Pulse};
 use crate::worker::context::Context;
-use crate::worker::owners::{Owned, Owner};
+use crate::worker::owners::{Owned, Owner, Turns};
 
 /// How long peers may acknowledge nothing, and which connection is looked at next for that.
 pub(super) struct Silence {
     /// They may for ever, where there is none.
     patience: Option<Patience>,
-    /// The slot of the connection that was looked at last.
-    looked_at: usize,
+    turns: Turns,
 }
 
 impl Silence {
     /// Nobody was looked at. Without a limit, nobody is.
     pub(super) fn new(limit: Option<Duration>) -> Self {
-        Self { patience: limit.map(|limit| Patience { limit }), looked_at: 0 }
-    }
-
-    /// The slot to look at next, of so many: all of them in turns.
-    fn next_slot(&mut self, slots: usize) -> usize {
-        self.looked_at = if self.looked_at == 0 { slots } else { self.looked_at } - 1;
-        self.looked_at
+        Self { patience: limit.map(|limit| Patience { limit }), turns: Turns::default() }
     }
 }
 
@@ -103,7 +96,7 @@ impl Route {
             if looks == limits::SILENCE_LOOKS_MAX {
                 return;
             }
-            let slot = self.silence.next_slot(slots);
+            let slot = self.silence.turns.next(slots);
             looks += usize::from(self.look_at(cx, slot, &patience));
         }
     }
