@@ -13,7 +13,7 @@ use crate::support::backend::Backend;
 use crate::support::client::ask_once;
 use crate::support::kube_api::{KubeApi, host_ip};
 use crate::support::proxy::{Builder, Ended, Proxy, binary};
-use crate::support::{Io, PATIENCE, eventually, skip};
+use crate::support::{Io, PATIENCE, eventually, ports, skip};
 
 /// Runs a command in the environment of this proxy's container.
 fn run(proxy: &Proxy, arguments: &[&'static str]) -> Ended {
@@ -54,7 +54,7 @@ fn the_healthcheck_says_whether_a_proxy_is_fine_and_why_not() {
 
 #[test]
 fn the_healthcheck_of_no_proxy_fails() {
-    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let closed = ports::unused([127, 0, 0, 1].into());
     let ended = run_at(&closed.to_string(), &["healthcheck"]);
     let errors = format!("aegis-proxy: readyz: nothing listens at {closed}\n");
     assert_eq!((ended.code, ended.errors), (Some(1), errors));
@@ -105,7 +105,7 @@ fn line_of<'a>(ended: &'a Ended, about: &str) -> &'a str {
 fn a_check_of_the_host_reaches_each_backend_and_says_what_to_do() {
     let backend = Backend::named("a");
     let good = backend.address().to_string();
-    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let closed = ports::unused([127, 0, 0, 1].into());
     let ended = check_host(Builder::on(Io::Epoll).set("AEGIS_BACKENDS", &*good));
     assert_eq!(ended.code, Some(0), "{ended:?}");
     for about in ["cores: ", "descriptors: ", "locked memory: ", "driver: epoll (AEGIS_IO=epoll)"] {

@@ -17,7 +17,7 @@ use crate::support::metrics::{
     ACCEPT_PAUSES, DISCOVERY_ENDPOINTS, SESSIONS_ACTIVE, SESSIONS_CLOSED,
 };
 use crate::support::proxy::{Builder, Proxy};
-use crate::support::{Io, PATIENCE, eventually, heavy, measured, on_both_drivers, pattern};
+use crate::support::{Io, PATIENCE, eventually, heavy, measured, on_both_drivers, pattern, ports};
 
 on_both_drivers![
     a_reply_before_a_reset_arrives_in_full_and_then_the_reset,
@@ -532,13 +532,8 @@ fn a_drain_takes_in_full_accept_queues_beside_opaque_clients(io: Io) {
     const QUEUE: usize = 1025;
     let _alone = heavy();
     let backend = Crowd::new();
-    let ports: Vec<_> = {
-        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let free = || std::net::TcpListener::bind(any).unwrap();
-        let listeners: Vec<_> = (0..LISTENERS).map(|_| free()).collect();
-        listeners.iter().map(|listener| listener.local_addr().unwrap()).collect()
-    };
-    let listen: Vec<_> = ports.iter().map(SocketAddr::to_string).collect();
+    let addresses = [(); LISTENERS].map(|()| ports::unused(Ipv4Addr::LOCALHOST.into()));
+    let listen: Vec<_> = addresses.iter().map(SocketAddr::to_string).collect();
     let mut proxy = Builder::on(io)
         .backends(&[backend.address()])
         .set("AEGIS_LISTEN", listen.join(","))
@@ -556,13 +551,13 @@ fn a_drain_takes_in_full_accept_queues_beside_opaque_clients(io: Io) {
         client.write_all(b"\nx")?;
         io::Result::Ok(client)
     };
-    let served: Vec<_> = (0..PLACES).map(|i| opaque(ports[i % LISTENERS]).unwrap()).collect();
+    let served: Vec<_> = (0..PLACES).map(|i| opaque(addresses[i % LISTENERS]).unwrap()).collect();
     for mut client in &served {
         client.read_exact(&mut [0; 2]).unwrap();
     }
     proxy.wait_for(ACCEPT_PAUSES, &[], |pauses| pauses >= 1);
     let waiting: Vec<_> =
-        (0..LISTENERS * QUEUE).map(|i| opaque(ports[i % LISTENERS]).unwrap()).collect();
+        (0..LISTENERS * QUEUE).map(|i| opaque(addresses[i % LISTENERS]).unwrap()).collect();
     proxy.terminate();
     for mut client in &waiting {
         let mut echo = [0; 2];

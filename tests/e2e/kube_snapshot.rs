@@ -2,7 +2,6 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::net::TcpListener;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,7 +15,7 @@ use crate::support::client::{ask, ask_once, connect};
 use crate::support::kube_api::{KubeApi, Slice, host_ip};
 use crate::support::metrics::{DISCOVERY_ENDPOINTS, DISCOVERY_SNAPSHOT_AGE, STORE_PRESENT};
 use crate::support::proxy::{Builder, Proxy};
-use crate::support::{Io, PATIENCE, eventually, measured};
+use crate::support::{Io, PATIENCE, eventually, measured, ports};
 
 fn on(api: &KubeApi, file: &Path) -> Builder {
     Builder::on(Io::Auto)
@@ -81,8 +80,7 @@ fn saved_endpoints_are_used_at_once_where_nobody_listens() {
     let server = Backend::named_at("a", host_ip());
     api.announce("a", server.address());
     let (file, mut saved) = saved(&api, 1);
-    // Bound once, it is nobody else's soon.
-    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let nobody = ports::unused([127, 0, 0, 1].into());
     saved["of"]["server"] = json!(format!("https://{nobody}/"));
     fs::write(&file, saved.to_string()).unwrap();
     api.set_server(nobody);
@@ -95,7 +93,7 @@ fn saved_endpoints_are_used_at_once_where_nobody_listens() {
 #[test]
 fn a_refusal_is_waited_out_without_saved_endpoints() {
     let api = KubeApi::start();
-    api.set_server(TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
+    api.set_server(ports::unused([127, 0, 0, 1].into()));
     let begun = Instant::now();
     let file = api.folder().join("endpoints.json");
     let proxy = on(&api, &file).set("AEGIS_START_TIMEOUT", "2s").launch();

@@ -1,6 +1,6 @@
 //! Backends that are the proxy itself.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 
 use crate::support::backend::Backend;
 use crate::support::client::{ask, connect};
@@ -8,7 +8,7 @@ use crate::support::kube_api::host_ip;
 use crate::support::metrics::{DISCOVERY_ENDPOINTS, DISCOVERY_ERRORS, SESSIONS_OPENED};
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::sandbox::{Hosts, can_have_network};
-use crate::support::{Io, PATIENCE, eventually, on_both_drivers, skip};
+use crate::support::{Io, PATIENCE, eventually, on_both_drivers, ports, skip};
 
 on_both_drivers![
     a_backend_that_is_the_proxy_itself_is_left_out,
@@ -20,11 +20,6 @@ on_both_drivers![
 
 /// Another address of the loopback interface than connections come from, each of which takes a port.
 const APART: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 3);
-
-/// A port that nobody has now.
-fn free_port(ip: IpAddr) -> u16 {
-    TcpListener::bind((ip, 0)).unwrap().local_addr().unwrap().port()
-}
 
 fn listening(io: Io, listen: &str, port: u16) -> Builder {
     Builder::on(io)
@@ -62,7 +57,7 @@ fn assert_left_out(proxy: &Proxy, address: &str) {
 fn a_backend_that_is_the_proxy_itself_is_left_out(io: Io) {
     let [loopback, any, both] = ["127.0.0.1:PORT", "0.0.0.0:PORT", "127.0.0.1:PORT,[::1]:PORT"];
     let launch = |listen, host: &str, address: String, hosts: Option<&Hosts>| {
-        let port = free_port(Ipv4Addr::UNSPECIFIED.into());
+        let port = ports::unused(Ipv4Addr::UNSPECIFIED.into()).port();
         let proxy = listening(io, listen, port).set("AEGIS_BACKENDS", format!("{host}:{port}"));
         let proxy = hosts.into_iter().fold(proxy, Builder::hosts).launch();
         assert_left_out(&proxy, &format!("{address}:{port}"));
@@ -80,7 +75,7 @@ fn a_backend_that_is_the_proxy_itself_is_left_out(io: Io) {
         }
     }
     // The admin port is no backend either.
-    let port = free_port(Ipv4Addr::UNSPECIFIED.into());
+    let port = ports::unused(Ipv4Addr::UNSPECIFIED.into()).port();
     let proxy = Builder::on(io)
         .set("AEGIS_ADMIN", format!("[::]:{port}"))
         .set("AEGIS_BACKENDS", format!("127.0.0.1:{port}"))

@@ -26,7 +26,7 @@ use crate::support::onlookers::{
 };
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::sandbox::hand_over;
-use crate::support::{Io, PATIENCE, SetOnDrop, eventually, heavy, measured, skip};
+use crate::support::{Io, PATIENCE, SetOnDrop, eventually, heavy, measured, ports, skip};
 
 /// How long a fault lasts that clients should not notice.
 const DOWN: Duration = Duration::from_secs(2);
@@ -42,7 +42,7 @@ fn store() -> Backend {
 
 /// An address that nobody listens at, for those who have to know it before they start.
 fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    ports::unused([127, 0, 0, 1].into())
 }
 
 /// What clients see while the API is out of order for [`DOWN`], and how long after it was back the next

@@ -2,7 +2,7 @@
 //! new container, while the application lives on and wants its database.
 
 use std::io::Write;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use crate::support::backend::Backend;
 use crate::support::client::{ask, connect, prepare, read_line, try_ask, wait_closed};
 use crate::support::proxy::Builder;
-use crate::support::{Io, PATIENCE, SetOnDrop, eventually, heavy, measured, on_both_drivers};
+use crate::support::{
+    Io, PATIENCE, SetOnDrop, eventually, heavy, measured, on_both_drivers, ports,
+};
 
 on_both_drivers![
     newcomers_are_served_while_an_idle_session_holds_the_process_up,
@@ -26,10 +28,6 @@ const CONNECT_MAX: Duration = Duration::from_millis(100);
 /// refused during it.
 const GAP_MAX: Duration = Duration::from_millis(1500);
 const DRAIN: Duration = Duration::from_secs(3);
-
-fn free_port() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
-}
 
 /// Comes again and again until it is enough; gives the longest time in which nobody was served.
 fn longest_gap(address: SocketAddr, ask: &str, enough: &AtomicBool) -> Duration {
@@ -49,7 +47,7 @@ fn longest_gap(address: SocketAddr, ask: &str, enough: &AtomicBool) -> Duration 
 /// Restarts a proxy while `hold` holds it up and newcomers ask; gives the longest gap in service and
 /// what the end of the first took.
 fn restart(builder: Builder, question: &str, hold: impl FnOnce(SocketAddr)) -> [Duration; 2] {
-    let address = free_port();
+    let address = ports::unused([127, 0, 0, 1].into());
     let builder = builder
         .set("AEGIS_LISTEN", address.to_string())
         .set("AEGIS_DRAIN_TIMEOUT", format!("{}s", DRAIN.as_secs()));
@@ -118,7 +116,7 @@ fn newcomers_are_served_while_a_request_holds_the_process_up(io: Io) {
 fn a_killed_process_leaves_its_port_to_the_next(io: Io) {
     let _alone = heavy();
     let backend = Backend::named("up");
-    let address = free_port();
+    let address = ports::unused([127, 0, 0, 1].into());
     let builder =
         Builder::on(io).backends(&[backend.address()]).set("AEGIS_LISTEN", address.to_string());
     for _ in 0..10 {

@@ -15,6 +15,7 @@ use rustix::event::epoll;
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
 use super::client::{prepare, read_line};
+use super::ports;
 
 type Handler = dyn Fn(&TcpStream) + Send + Sync;
 
@@ -193,7 +194,10 @@ fn prepare_backend(stream: &TcpStream) -> io::Result<()> {
     stream.set_read_timeout(None)
 }
 
-fn listen(address: SocketAddr, backlog: i32) -> io::Result<TcpListener> {
+fn listen(mut address: SocketAddr, backlog: i32) -> io::Result<TcpListener> {
+    if address.port() == 0 {
+        address = ports::unused(address.ip());
+    }
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     socket.bind(&SockAddr::from(address))?;

@@ -5,7 +5,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
+
+use super::ports;
 
 /// `nobody` and its group: no server runs as root.
 const NOBODY: u32 = 65534;
@@ -124,7 +126,7 @@ fn place() -> (TempDir, SocketAddr) {
     if rustix::process::geteuid().is_root() {
         chown(folder.path(), Some(NOBODY), Some(NOBODY)).unwrap();
     }
-    let address = TcpListener::bind("127.0.0.2:0").unwrap().local_addr().unwrap();
+    let address = ports::unused([127, 0, 0, 2].into());
     (folder, address)
 }
 

@@ -1,7 +1,7 @@
 //! etcd and kube-apiserver as child processes, bound to the loopback interface.
 
 use std::fs;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use super::tls::Authority;
 use super::{ADMIN_TOKEN, PROXY_TOKEN};
-use crate::support::eventually;
+use crate::support::{eventually, ports};
 
 /// An API server takes its time on a busy machine.
 const START_MAX: Duration = Duration::from_secs(120);
@@ -39,7 +39,7 @@ impl ApiServer {
              proxy-token-2,proxy,proxy\n"
         );
         let tokens = file("tokens.csv", &tokens);
-        let [etcd, peer, address] = free_ports();
+        let [etcd, peer, address] = [(); 3].map(|()| ports::unused([127, 0, 0, 1].into()));
         let logs = folder.path().to_owned();
         let command = |program: &str, flags: &[(&str, &str)]| {
             let log = fs::File::create(logs.join(format!("{program}.log"))).unwrap();
@@ -124,12 +124,6 @@ fn end(child: &mut Child) {
     // Both fail where it has ended and been waited for.
     let _ = child.kill();
     let _ = child.wait();
-}
-
-/// Ports that nobody has. They are bound together, so that they differ.
-fn free_ports() -> [SocketAddr; 3] {
-    let bound = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
-    bound.map(|listener| listener.local_addr().unwrap())
 }
 
 impl Drop for ApiServer {
