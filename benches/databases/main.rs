@@ -14,6 +14,8 @@ mod stats;
 #[path = "../compare/usage.rs"]
 mod usage;
 
+#[path = "../../tests/support/ports.rs"]
+mod ports;
 #[allow(dead_code, reason = "it is the tests', which need more of it")]
 #[path = "../../tests/support/servers.rs"]
 mod servers;
