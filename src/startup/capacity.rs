@@ -64,8 +64,8 @@ const CONTROL_DESCRIPTORS: u64 = 32;
 const DESCRIPTORS_PER_NAME: u64 = 2;
 
 /// Connections to the Kubernetes API for one route, for the endpoints and for what declares the
-/// stores: the watch, the one that a new client makes while that of the last one is still closing, and
-/// for each a lookup in DNS and the files with its credentials.
+/// stores, if no other route shares them: the watch, the one that a new client makes while that of the
+/// last one is still closing, and for each a lookup in DNS and the files with its credentials.
 const KUBERNETES_DESCRIPTORS: u64 = 2 * 8;
 
 /// Standard input, output and error.
