@@ -317,15 +317,15 @@ def test_a_pod_chooses_everything_by_annotation(injecting):
     created = dry(injecting, pod({
         "service": "other", "namespace": "data", "port": "5432", "balance": "key_hash", "log-level": "info,aegis::io=debug",
         "queue-timeout": "1s", "request-timeout": "off", "connect-timeout": "3ms", "tcp-user-timeout": "4s",
-        "backend-drain": "5s", "image": "registry.example:5000/aegis-proxy:0.2.0@sha256:" + "a" * 64}))
+        "backend-drain": "5s", "failback-time": "6s", "check-interval": "7s", "image": "registry.example:5000/aegis-proxy:0.2.0@sha256:" + "a" * 64}))
     chosen_ = {name: env(created)[f"AEGIS_{name}"] for name in [
         "KUBE_SERVICE", "KUBE_NAMESPACE", "KUBE_PORT", "BALANCE", "LOG", "QUEUE_TIMEOUT", "REQUEST_TIMEOUT",
-        "CONNECT_TIMEOUT", "TCP_USER_TIMEOUT", "BACKEND_DRAIN"]}
-    assert list(chosen_.values()) == ["other", "data", "5432", "key_hash", "info,aegis::io=debug", "1s", "off", "3ms", "4s", "5s"]
+        "CONNECT_TIMEOUT", "TCP_USER_TIMEOUT", "BACKEND_DRAIN", "FAILBACK_TIME", "CHECK_INTERVAL"]}
+    assert list(chosen_.values()) == ["other", "data", "5432", "key_hash", "info,aegis::io=debug", "1s", "off", "3ms", "4s", "5s", "6s", "7s"]
     assert sidecar(created)["image"].startswith("registry.example:5000/aegis-proxy:0.2.0@")
     assert created["metadata"]["labels"]["aegis.aegis-proxy.io/version"] == "0.2.0"
     # What nobody chose is the program's own default, and a limit that is not there is not asked for.
-    assert not {"AEGIS_TCP_USER_TIMEOUT", "AEGIS_BACKEND_DRAIN", "AEGIS_CPU_LIMIT"} & set(env(dry(injecting, POD)))
+    assert not {"AEGIS_TCP_USER_TIMEOUT", "AEGIS_BACKEND_DRAIN", "AEGIS_FAILBACK_TIME", "AEGIS_CHECK_INTERVAL", "AEGIS_CPU_LIMIT"} & set(env(dry(injecting, POD)))
 
 
 def test_the_cores_of_a_pod_reach_its_sidecar(injecting):
@@ -376,6 +376,7 @@ QUANTITIES = [("cpu-request", value) for value in ["much", "-1", "0", "0m", "257
 DURATIONS = [("queue-timeout", "5"), ("queue-timeout", "1ms"), ("queue-timeout", "61m"), ("queue-timeout", "off"),
              ("request-timeout", "2d"), ("request-timeout", "1s1s"), ("connect-timeout", "0s"), ("connect-timeout", "6m"),
              ("connect-timeout", "9999999999999999999999s"), ("tcp-user-timeout", "999ms"), ("backend-drain", "soon"),
+             ("failback-time", "2h"), ("failback-time", "off"), ("check-interval", "99ms"),
              ("request-timeout", ""), ("request-timeout", "$(AEGIS_ADMIN)")]
 REFUSED = [
     *((pod({"service": value}), "aegis-proxy.io/service") for value in SERVICES),
@@ -533,6 +534,20 @@ def test_routing_by_key_refuses_a_pod_that_chooses_otherwise(injecting):
     install(injecting, "upgrade", keyed)
     eventually(lambda: "remove the annotations" in refusal(injecting, pod({"pool-mode": "session"})), lambda: "not refused")
     assert env(dry(injecting, POD))["AEGIS_BALANCE"] == "key_hash"
+    install(injecting, "upgrade")
+
+
+def test_what_a_pod_chooses_goes_together_with_what_the_release_checks(injecting):
+    values = {**VALUES["sidecar"], "locality": "failover", "check": {"interval": "1s", "kind": "request"}}
+    install(injecting, "upgrade", {**VALUES, "sidecar": values})
+    for annotations, message in [
+            ({"balance": "key_hash"}, "no store has the keys of another one, and the balance is key_hash: "
+                                      "set the annotation aegis-proxy.io/balance to least_conn"),
+            ({"protocol": "tcp"}, "or aegis-proxy.io/check-interval to off")]:
+        eventually(lambda: message in refusal(injecting, pod(annotations)), lambda: refusal(injecting, pod(annotations)) or "not refused")
+    created = env(dry(injecting, pod({"protocol": "tcp", "check-interval": "off"})))
+    assert (created["AEGIS_CHECK_INTERVAL"], created["AEGIS_CHECK"], created["AEGIS_POOL_MODE"]) == ("off", "request", "preconnect")
+    assert env(dry(injecting, POD))["AEGIS_CHECK_INTERVAL"] == "1s"
     install(injecting, "upgrade")
 
 
