@@ -743,7 +743,7 @@ ROUTES = [
     {"name": "orders-eu", "listenPort": 5432, "backend": {"service": "postgres", "port": 5432}, "protocol": "tcp",
      "socket": {"file": ".s.PGSQL.5432"}},
     {"name": "cache", "listenPort": 8081, "backend": {"selector": "app=chronos", "namespace": "other"}, "balance": "key_hash",
-     "pool": {"size": 3}, "queue": {"timeout": "6s"}},
+     "pool": {"size": 3}, "queue": {"timeout": "6s"}, "check": {"interval": "3s", "kind": "request", "rise": 4}},
     {"name": "mine", "listenPort": 8083, "backend": {}},
 ]
 
@@ -795,7 +795,8 @@ def test_a_pod_chooses_for_a_route_by_annotation(routed):
     """Its own annotation, then what the release says of the route, then what is for all routes."""
     chosen_ = {"orders-eu.service": "other", "orders-eu.namespace": "data", "orders-eu.port": "5433", "orders-eu.socket-file": "pg",
                "orders-eu.connect-timeout": "3s", "connect-timeout": "2s", "queue-timeout": "2s", "routes": "orders-eu,cache,mine",
-               "mine.service": "m", "mine.protocol": "tcp", "mine.tcp-user-timeout": "4s", "balance": "round_robin"}
+               "mine.service": "m", "mine.protocol": "tcp", "mine.tcp-user-timeout": "4s", "mine.check-interval": "7s",
+               "cache.check-interval": "8s", "balance": "round_robin"}
     item = pod(chosen_)
     item["metadata"]["annotations"]["first.aegis-proxy.io/mine.backend-drain"] = "5s"
     got = env(dry(routed, item))
@@ -807,7 +808,8 @@ def test_a_pod_chooses_for_a_route_by_annotation(routed):
         "AEGIS_MINE__LISTEN": "unix:/run/db/mine.sock,127.0.0.1:8083,[::1]:8083", "AEGIS_MINE__DISCOVERY": "kubernetes",
         "AEGIS_MINE__KUBE_SERVICE": "m", "AEGIS_MINE__KUBE_NAMESPACE": "db", "AEGIS_MINE__KUBE_PORT": "auto",
         "AEGIS_MINE__PROTOCOL": "tcp", "AEGIS_MINE__POOL_MODE": "preconnect", "AEGIS_MINE__TCP_USER_TIMEOUT": "4s",
-        "AEGIS_MINE__BACKEND_DRAIN": "5s"}
+        "AEGIS_MINE__CHECK_INTERVAL": "7s", "AEGIS_MINE__BACKEND_DRAIN": "5s"}
+    assert [got[f"AEGIS_CACHE__CHECK{name}"] for name in ["", "_INTERVAL", "_RISE"]] == ["request", "8s", "4"]
     assert (got["AEGIS_CONNECT_TIMEOUT"], got["AEGIS_QUEUE_TIMEOUT"], got["AEGIS_BALANCE"]) == ("2s", "2s", "round_robin")
     assert (got["AEGIS_CACHE__QUEUE_TIMEOUT"], got["AEGIS_CACHE__BALANCE"]) == ("6s", "key_hash"), "the release's own for the route"
 
@@ -822,7 +824,9 @@ ROUTES_REFUSED = [
     ({"routes": "cache", "cache.balance": "hash"}, "aegis-proxy.io/cache.balance is hash: set it to least_conn"),
     ({"routes": "cache", "cache.queue-timeout": ""}, "aegis-proxy.io/cache.queue-timeout"),
     ({"routes": "cache", "cache.tcp-user-timeout": "1ms"}, "aegis-proxy.io/cache.tcp-user-timeout is 1ms: set it to off, or a duration"),
-    ({"routes": "cache", "cache.protocol": "tcp"}, "remove the annotations aegis-proxy.io/cache.protocol and"),
+    ({"routes": "cache", "cache.protocol": "tcp", "cache.check-interval": "off"}, "remove the annotations aegis-proxy.io/cache.protocol and"),
+    ({"routes": "cache", "cache.protocol": "tcp", "cache.pool-mode": "preconnect", "cache.balance": "least_conn"},
+     "or aegis-proxy.io/cache.check-interval to off"),
     ({"routes": "orders-eu", "pool-mode": "session"}, "set the annotation aegis-proxy.io/orders-eu.pool-mode to preconnect"),
     ({"mine.service": "A"}, "aegis-proxy.io/mine.service is A: set it to the name of a Service"),
     ({"routes": "cache", "cache.socket-file": "a/b"}, "aegis-proxy.io/cache.socket-file is a/b: set it to the name of a file"),
