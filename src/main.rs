@@ -85,7 +85,7 @@ fn log_start(plan: &Plan, capacity: Capacity, DriverInfo { driver, reason, kerne
         version = env!("CARGO_PKG_VERSION"),
         workers = plan.cores.len(),
         max_sessions = capacity.sessions_max,
-        pool_conns_max = capacity.pool_conns_max,
+        pool_conns_max = capacity.pool_conns,
         cores = plan.reason,
         "aegis-proxy starts"
     );

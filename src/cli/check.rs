@@ -72,7 +72,10 @@ fn describe(config: &Config, decisions: &Decisions) -> Vec<String> {
     let mut lines = vec![
         format!("workers: {} ({})", plan.cores.len(), plan.reason),
         format!("sessions at a time: {}", capacity.sessions_max),
-        format!("pool connections of a worker: {} at most", capacity.pool_conns_max),
+        format!(
+            "pool connections: {} at most, {} of a worker",
+            capacity.pool_conns, capacity.pool_conns_max
+        ),
     ];
     for route in &config.routes {
         let (min_idle, max_idle) = (route.pool.min_idle, route.pool.most());

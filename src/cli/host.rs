@@ -10,7 +10,7 @@ use crate::config::{Config, Discovery, IoChoice, RouteConfig};
 use crate::control::survey::{Found, Reached, survey};
 use crate::io::net::Address;
 use crate::limits::SESSIONS_AUTO_MAX;
-use crate::startup::{self, Decisions};
+use crate::startup::{self, Capacity, Decisions};
 
 /// What is thought of a thing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -80,8 +80,11 @@ fn cores(decisions: &Decisions) -> Item {
 
 fn descriptors(config: &Config, decisions: &Decisions) -> Item {
     let limit = shown(getrlimit(Resource::Nofile).maximum);
-    let sessions = decisions.capacity.sessions_max;
-    let text = format!("descriptors: {limit}, which is room for {sessions} sessions");
+    let Capacity { sessions_max: sessions, pool_conns, .. } = decisions.capacity;
+    let text = format!(
+        "descriptors: {limit}, which is room for {sessions} sessions and {pool_conns} connections of \
+         pools"
+    );
     if config.max_sessions.is_none() && sessions.get() < SESSIONS_AUTO_MAX {
         let what = format!("{text} of {SESSIONS_AUTO_MAX}; raise RLIMIT_NOFILE if that is too few");
         return Item::new(Verdict::Note, what);

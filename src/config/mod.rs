@@ -101,7 +101,8 @@ impl RouteConfig {
         self.all_backends().count() - names + names * limits::ADDRESSES_PER_NAME
     }
 
-    /// Connections that the pools of one worker may come to hold; those being made count as idle.
+    /// Connections that the pools of all workers together may come to hold; those being made count as
+    /// idle.
     pub fn pool_conns(&self) -> usize {
         // Nobody knows how many endpoints a Service will have: as many as there can be.
         let endpoints = match self.discovery {
@@ -110,7 +111,7 @@ impl RouteConfig {
                 limits::ENDPOINTS_MAX.min(self.addresses() * limits::POOL_ENDPOINTS_PER_BACKEND)
             }
         };
-        (self.pool.most() * endpoints).min(limits::POOL_CONNS_MAX)
+        self.pool.most() * endpoints
     }
 
     /// How many of the backends are names.

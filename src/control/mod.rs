@@ -34,7 +34,7 @@ use lifecycle::Signals;
 use view::Discovered;
 pub use view::View;
 
-use crate::config::{Balance, Config, Discovery, RouteName};
+use crate::config::{Balance, Config, Discovery, RouteConfig, RouteName};
 use crate::io::net::Address;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
@@ -138,7 +138,7 @@ impl Plane {
         let listening = listening(self.listening, admin.local_addr()?);
         let routes = self.config.routes.iter().map(|_| (watch::Sender::default(), Arc::default()));
         let routes: Vec<(watch::Sender<_>, Arc<Status>)> = routes.collect();
-        let discovered = |(snapshots, status): &(watch::Sender<_>, _)| Discovered {
+        let shown = |(snapshots, status): &(watch::Sender<_>, _)| Discovered {
             snapshot: snapshots.subscribe(),
             status: Arc::clone(status),
         };
@@ -148,9 +148,10 @@ impl Plane {
             self.workers.clone(),
             self.driver,
             self.max_sessions,
-            routes.iter().map(discovered).collect(),
+            routes.iter().map(shown).collect(),
         ));
         let places = checks::Places::default();
+        let mut discovered = Vec::new();
         for (at, (snapshots, status)) in routes.into_iter().enumerate() {
             let checks = checks::Checks {
                 route: Arc::clone(&self.config.routes[at]),
@@ -159,11 +160,11 @@ impl Plane {
                 places: places.clone(),
             };
             tokio::spawn(checks.run().instrument(span_of(&self.config, at, "checks")));
-            let publisher =
-                discovery::Publisher::new(self.workers.clone(), RouteId::at(at), snapshots)
-                    .leaving_out(listening.clone(), Arc::clone(&status));
-            discover(&self.config, at, publisher, status);
+            let publisher = Publisher::new(self.workers.clone(), RouteId::at(at), snapshots)
+                .leaving_out(listening.clone(), Arc::clone(&status));
+            discovered.push((publisher, status));
         }
+        discover(&self.config, discovered);
         tokio::spawn(outages::log_outages(Arc::clone(&view)));
         tokio::spawn(tiers::log_tiers(Arc::clone(&view)));
         tokio::spawn(diagnosis::run(Arc::clone(&view)));
@@ -173,26 +174,38 @@ impl Plane {
     }
 }
 
-/// Starts discovery for the route at this place. What it logs names the route, where there are several.
-fn discover(config: &Config, at: usize, publisher: Publisher, status: Arc<Status>) {
-    let route = Arc::clone(&config.routes[at]);
-    let span = span_of(config, at, "discovery");
-    tokio::spawn(discovery::log_changes(publisher.subscribe()).instrument(span.clone()));
-    if route.discovery == Discovery::Kubernetes {
-        let source = kubernetes::Kubernetes::new(config, route, status);
-        tokio::spawn(source.run(publisher).instrument(span));
-    } else {
-        let (hosts, tiers) = route.all_backends().map(|(host, tier)| (host.clone(), tier)).unzip();
-        let backends = dns::Backends {
-            hosts,
-            tiers,
-            refresh: route.dns_refresh,
-            first_answer_max: config.start_timeout,
-            resolver: dns::SystemResolver::default(),
-            by_key: route.balance == Balance::KeyHash,
-            status,
-        };
-        tokio::spawn(backends.run(publisher).instrument(span));
+/// Starts discovery for all routes in their order, each with where its endpoints go and where it says
+/// how it fares. What it logs names the route, where there are several.
+fn discover(config: &Config, routes: Vec<(Publisher, Arc<Status>)>) {
+    let mut of_kubernetes = Vec::new();
+    for (at, (publisher, status)) in routes.into_iter().enumerate() {
+        let route = Arc::clone(&config.routes[at]);
+        let span = span_of(config, at, "discovery");
+        tokio::spawn(discovery::log_changes(publisher.subscribe()).instrument(span.clone()));
+        if route.discovery == Discovery::Kubernetes {
+            of_kubernetes.push(kubernetes::Route::new(config, route, publisher, status, span));
+        } else {
+            tokio::spawn(backends(config, &route, status).run(publisher).instrument(span));
+        }
+    }
+    kubernetes::spawn(of_kubernetes, config.start_timeout);
+}
+
+/// The backends that a route lists.
+fn backends(
+    config: &Config,
+    route: &RouteConfig,
+    status: Arc<Status>,
+) -> dns::Backends<dns::SystemResolver> {
+    let (hosts, tiers) = route.all_backends().map(|(host, tier)| (host.clone(), tier)).unzip();
+    dns::Backends {
+        hosts,
+        tiers,
+        refresh: route.dns_refresh,
+        first_answer_max: config.start_timeout,
+        resolver: dns::SystemResolver::default(),
+        by_key: route.balance == Balance::KeyHash,
+        status,
     }
 }
 

@@ -75,25 +75,37 @@ pub fn survey(config: &Config) -> io::Result<Vec<Found>> {
         .enable_all()
         .max_blocking_threads(super::BLOCKING_THREADS_MAX)
         .build()?;
-    let config = &config;
-    let routes = (0..config.routes.len()).map(|at| find(config, at));
-    let found = tokio.block_on(join_all(routes));
+    let found = tokio.block_on(find_all(&config));
     // A name lookup may hang in the resolver.
     tokio.shutdown_background();
     Ok(found)
 }
 
-async fn find(config: &Config, at: usize) -> Found {
-    let route = &config.routes[at];
-    let begun = Instant::now();
-    let (snapshots, mut snapshot) = watch::channel(Arc::default());
-    let status = Arc::<Status>::default();
+async fn find_all(config: &Config) -> Vec<Found> {
     let own = config.routes.iter().flat_map(|route| route.listen.clone()).collect();
-    let publisher = Publisher::new(Vec::new(), RouteId::at(at), snapshots)
-        .leaving_out(listening(own, config.admin), Arc::clone(&status));
-    discover(config, at, publisher, Arc::clone(&status));
+    let listening = listening(own, config.admin);
+    let (mut sources, mut found) = (Vec::new(), Vec::new());
+    for (at, route) in config.routes.iter().enumerate() {
+        let (snapshots, snapshot) = watch::channel(Arc::default());
+        let status = Arc::<Status>::default();
+        let publisher = Publisher::new(Vec::new(), RouteId::at(at), snapshots)
+            .leaving_out(listening.clone(), Arc::clone(&status));
+        sources.push((publisher, Arc::clone(&status)));
+        found.push(find(route, config.start_timeout, snapshot, status));
+    }
+    discover(config, sources);
+    join_all(found).await
+}
+
+async fn find(
+    route: &RouteConfig,
+    start_timeout: Duration,
+    mut snapshot: watch::Receiver<Arc<EndpointSnapshot>>,
+    status: Arc<Status>,
+) -> Found {
+    let begun = Instant::now();
     let answered = answer(&mut snapshot, &status);
-    let in_time = timeout(config.start_timeout + ANSWER_MARGIN, answered).await.is_ok();
+    let in_time = timeout(start_timeout + ANSWER_MARGIN, answered).await.is_ok();
     let took = begun.elapsed();
     if route.discovery == Discovery::Kubernetes && status.held().is_none() {
         let refused = async {

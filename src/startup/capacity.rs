@@ -19,7 +19,9 @@ use crate::limits::{
 pub struct Capacity {
     /// Sessions at a time in the whole process.
     pub sessions_max: NonZeroUsize,
-    /// Connections of all pools of one worker, idle or being made.
+    /// Connections of all pools of the process, idle or being made: so many are reserved.
+    pub pool_conns: usize,
+    /// Those of one worker.
     pub pool_conns_max: usize,
 }
 
@@ -48,7 +50,7 @@ pub(super) fn raise_nofile() -> io::Result<u64> {
 /// A session is a connection from the client and one to the backend.
 const DESCRIPTORS_PER_SESSION: u64 = 2;
 
-/// As many pool connections of each worker are reserved for even where descriptors are short: without
+/// As many pool connections for each worker are reserved for even where descriptors are short: without
 /// any, no pool could make a connection.
 const POOL_CONNS_MIN: u64 = 16;
 
@@ -64,8 +66,8 @@ const CONTROL_DESCRIPTORS: u64 = 32;
 const DESCRIPTORS_PER_NAME: u64 = 2;
 
 /// Connections to the Kubernetes API for one route, for the endpoints and for what declares the
-/// stores: the watch, the one that a new client makes while that of the last one is still closing, and
-/// for each a lookup in DNS and the files with its credentials.
+/// stores, if no other route shares them: the watch, the one that a new client makes while that of the
+/// last one is still closing, and for each a lookup in DNS and the files with its credentials.
 const KUBERNETES_DESCRIPTORS: u64 = 2 * 8;
 
 /// Standard input, output and error.
@@ -82,7 +84,8 @@ struct DescriptorUsers {
     workers: usize,
     /// Addresses to listen on of all routes, each with a socket in every worker.
     listeners: usize,
-    /// Connections that all pools of one worker together may come to hold.
+    /// Connections that all pools of the process together may come to hold: their limits are the
+    /// process's, however many workers share them.
     pool_conns: usize,
     /// Routes whose endpoints the Kubernetes API names.
     kubernetes: usize,
@@ -100,7 +103,7 @@ impl DescriptorUsers {
         Self {
             workers,
             listeners: routes().map(|route| route.listen.len()).sum(),
-            pool_conns: pool_conns.min(POOL_CONNS_MAX),
+            pool_conns: pool_conns.min(workers * POOL_CONNS_MAX),
             kubernetes: routes().filter(by_kubernetes).count(),
             names: routes().filter(|route| !by_kubernetes(route)).map(|route| route.names()).sum(),
             checks: routes().any(|route| route.check_interval.is_some()),
@@ -116,34 +119,54 @@ fn capacity(
     nofile_hard: u64,
     users: &DescriptorUsers,
 ) -> Result<Capacity, CapacityError> {
-    let workers = users.workers as u64;
-    let wanted = users.pool_conns as u64;
-    let least = wanted.min(POOL_CONNS_MIN);
+    let least = PoolConns::within(0, users).reserved;
     let left = nofile_hard.saturating_sub(descriptors_needed(0, 0, users).total());
-    let left_for_sessions = left.saturating_sub(workers * least);
+    let left_for_sessions = left.saturating_sub(least);
     let fitting =
         usize::try_from(left_for_sessions / DESCRIPTORS_PER_SESSION).unwrap_or(usize::MAX);
     if fitting == 0 {
         let needed = descriptors_needed(1, least, users);
         return Err(CapacityError::NothingFits { needed, nofile_hard });
     }
-    let share = |left: u64| (left / workers).clamp(least, wanted);
-    let (sessions, pool_conns) = match requested {
+    let (sessions, pools) = match requested {
         Some(requested) if requested.get() <= fitting => {
-            (requested, share(left - requested.get() as u64 * DESCRIPTORS_PER_SESSION))
+            let left = left - requested.get() as u64 * DESCRIPTORS_PER_SESSION;
+            (requested, PoolConns::within(left, users))
         }
         Some(requested) => {
             let needed = descriptors_needed(requested.get(), least, users);
             return Err(CapacityError::Requested { requested, needed, nofile_hard, fitting });
         }
         None => {
-            let pool_conns = share(left / 2);
-            let fits = (left - workers * pool_conns) / DESCRIPTORS_PER_SESSION;
+            let pools = PoolConns::within(left / 2, users);
+            let fits = (left - pools.reserved) / DESCRIPTORS_PER_SESSION;
             let fits = usize::try_from(fits).unwrap_or(usize::MAX).clamp(1, SESSIONS_AUTO_MAX);
-            (NonZeroUsize::new(fits).unwrap_or(NonZeroUsize::MIN), pool_conns)
+            (NonZeroUsize::new(fits).unwrap_or(NonZeroUsize::MIN), pools)
         }
     };
-    Ok(Capacity { sessions_max: sessions, pool_conns_max: pool_conns as usize })
+    let [pool_conns, pool_conns_max] = [pools.reserved, pools.of_worker].map(|n| n as usize);
+    Ok(Capacity { sessions_max: sessions, pool_conns, pool_conns_max })
+}
+
+/// Connections of pools.
+struct PoolConns {
+    /// Of the process: so many descriptors are reserved for them.
+    reserved: u64,
+    /// Of one worker at most. Any may have all that there are; only where descriptors are short each
+    /// has a part of its own, so that all together have no more than is reserved.
+    of_worker: u64,
+}
+
+impl PoolConns {
+    /// What pools may come to hold, within `left` descriptors, or the least that they need.
+    fn within(left: u64, users: &DescriptorUsers) -> Self {
+        let (workers, wanted) = (users.workers as u64, users.pool_conns as u64);
+        if wanted <= left.max(workers * POOL_CONNS_MIN) {
+            return Self { reserved: wanted, of_worker: wanted.min(POOL_CONNS_MAX as u64) };
+        }
+        let of_worker = (left / workers).max(POOL_CONNS_MIN);
+        Self { reserved: workers * of_worker, of_worker }
+    }
 }
 
 /// How many descriptors the process needs, part by part.
@@ -165,8 +188,8 @@ pub struct DescriptorsNeeded {
     pub slack: u64,
 }
 
-/// How many descriptors `max_sessions` sessions, `pool_conns` pool connections of each worker and
-/// the other `users` need.
+/// How many descriptors `max_sessions` sessions, `pool_conns` pool connections and the other `users`
+/// need.
 fn descriptors_needed(
     max_sessions: usize,
     pool_conns: u64,
@@ -178,7 +201,7 @@ fn descriptors_needed(
     let names = users.names as u64 * DESCRIPTORS_PER_NAME;
     DescriptorsNeeded {
         sessions: max_sessions as u64 * DESCRIPTORS_PER_SESSION,
-        pools: workers * pool_conns,
+        pools: pool_conns,
         workers: workers * (listeners + DESCRIPTORS_PER_WORKER),
         admin: ADMIN_CONNECTIONS as u64,
         control: CONTROL_DESCRIPTORS + kubernetes + names + checks,
@@ -251,15 +274,17 @@ mod tests {
         names: 0,
         checks: false,
     };
-    /// 4 × (5 + 2 + 2 × 16 + 16) + 32 + 32 + 3 + 64. All pools together may come to hold 4 × 64 × 6.
+    /// 4 × (5 + 2 + 2 × 16 + 16) + 32 + 32 + 3 + 64. All pools together may come to hold 64 × 6.
     const FIXED: u64 = 220 + 131;
 
     fn sessions(n: usize) -> Option<NonZeroUsize> {
         NonZeroUsize::new(n)
     }
 
-    fn capacity_of(requested: Option<NonZeroUsize>, nofile: u64) -> Option<(usize, usize)> {
-        capacity(requested, nofile, &USERS).ok().map(|c| (c.sessions_max.get(), c.pool_conns_max))
+    /// Sessions, and connections of pools: of the process, and of one worker.
+    fn capacity_of(requested: Option<NonZeroUsize>, nofile: u64) -> Option<[usize; 3]> {
+        let found = capacity(requested, nofile, &USERS).ok();
+        found.map(|c| [c.sessions_max.get(), c.pool_conns, c.pool_conns_max])
     }
 
     fn users(vars: &[(&str, &str)]) -> DescriptorUsers {
@@ -268,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn pools_come_to_hold_no_more_than_all_of_a_worker_may() {
+    fn pools_come_to_hold_what_their_limits_allow_the_process() {
         let pools = |max_idle, backends: usize| {
             let backends: Vec<_> = (0..backends).map(|n| format!("10.0.0.1:{}", n + 1)).collect();
             let vars = [
@@ -279,14 +304,14 @@ mod tests {
             users(&vars).pool_conns
         };
         assert_eq!(pools("64", 3), 64 * 6);
-        assert_eq!(pools("64", ENDPOINTS_MAX), 4096);
-        assert_eq!(pools("4096", 1), 4096);
+        assert_eq!(pools("64", ENDPOINTS_MAX), 4 * 4096, "as much as all workers may hold");
+        assert_eq!(pools("4096", 1), 2 * 4096);
         assert_eq!(pools("2", ENDPOINTS_MAX), 2 * 1024);
         let unknown = |max_idle| {
             let kube = ("AEGIS_KUBE_SERVICE", "db");
             users(&[kube, ("AEGIS_POOL_MIN_IDLE", "0"), ("AEGIS_POOL_MAX_IDLE", max_idle)])
         };
-        assert_eq!(unknown("64").pool_conns, 4096, "as many endpoints as there can be");
+        assert_eq!(unknown("64").pool_conns, 4 * 4096, "as many endpoints as there can be");
         assert_eq!(unknown("3").pool_conns, 3 * 1024);
         assert_eq!(unknown("0").pool_conns, 0);
     }
@@ -314,7 +339,7 @@ mod tests {
             ("AEGIS_LISTEN", "127.0.0.1:0"),
             ("AEGIS_POOL_MAX_IDLE", "4096"),
         ]);
-        assert_eq!(many.pool_conns, POOL_CONNS_MAX, "of one worker");
+        assert_eq!(many.pool_conns, 4 * POOL_CONNS_MAX, "of four workers");
     }
 
     #[test]
@@ -328,20 +353,46 @@ mod tests {
 
     #[test]
     fn auto_takes_what_fits_up_to_the_cap_and_leaves_pools_half_of_what_is_short() {
-        let plenty = FIXED + 1536;
-        assert_eq!(capacity_of(None, u64::MAX), Some((SESSIONS_AUTO_MAX, 384)));
-        assert_eq!(capacity_of(None, plenty + 20_000), Some((SESSIONS_AUTO_MAX, 384)));
-        assert_eq!(capacity_of(None, plenty + 1536), Some((768, 384)));
-        assert_eq!(capacity_of(None, plenty), Some((384, 192)), "half and half");
-        assert_eq!(capacity_of(None, FIXED + 64 + 2), Some((1, 16)), "the least");
+        let plenty = FIXED + 384;
+        assert_eq!(capacity_of(None, u64::MAX), Some([SESSIONS_AUTO_MAX, 384, 384]));
+        assert_eq!(capacity_of(None, plenty + 20_000), Some([SESSIONS_AUTO_MAX, 384, 384]));
+        assert_eq!(capacity_of(None, plenty + 384), Some([192, 384, 384]));
+        assert_eq!(capacity_of(None, plenty), Some([96, 192, 48]), "half and half");
+        assert_eq!(capacity_of(None, FIXED + 64 + 2), Some([1, 64, 16]), "the least");
+    }
+
+    #[test]
+    fn pools_cost_the_same_however_many_workers_share_them() {
+        let nofile = 20_000;
+        for workers in [1, 2, 32] {
+            let users = DescriptorUsers { workers, ..USERS };
+            let left = nofile - descriptors_needed(0, 0, &users).total() - 384;
+            let found = capacity(None, nofile, &users).unwrap();
+            assert_eq!((found.pool_conns, found.pool_conns_max), (384, 384), "{workers} workers");
+            assert_eq!(found.sessions_max.get() as u64, left / 2, "{workers} workers");
+        }
+    }
+
+    #[test]
+    fn all_workers_together_hold_no_more_than_is_reserved() {
+        for nofile in (FIXED + 66..FIXED + 2000).step_by(7) {
+            for wanted in [0, 10, 63, 64, 65, 384, 20_000] {
+                let users = DescriptorUsers { pool_conns: wanted, ..USERS };
+                let found = capacity(None, nofile, &users).unwrap();
+                let held = wanted.min(users.workers * found.pool_conns_max);
+                let needed = descriptors_needed(found.sessions_max.get(), held as u64, &users);
+                assert!(needed.total() <= nofile, "{wanted}: {needed} of {nofile}");
+                assert_eq!(held, found.pool_conns, "{wanted} of {nofile}");
+            }
+        }
     }
 
     #[test]
     fn a_request_is_granted_in_full_or_refused_with_the_sum() {
         let request = sessions(20_000);
-        assert_eq!(capacity_of(request, FIXED + 40_000 + 1536), Some((20_000, 384)));
-        assert_eq!(capacity_of(request, FIXED + 40_000 + 400), Some((20_000, 100)));
-        assert_eq!(capacity_of(request, FIXED + 40_000 + 64), Some((20_000, 16)));
+        assert_eq!(capacity_of(request, FIXED + 40_000 + 384), Some([20_000, 384, 384]));
+        assert_eq!(capacity_of(request, FIXED + 40_000 + 383), Some([20_000, 380, 95]));
+        assert_eq!(capacity_of(request, FIXED + 40_000 + 64), Some([20_000, 64, 16]));
         let error = capacity(request, FIXED + 40_000 + 63, &USERS).unwrap_err();
         assert_eq!(
             error.to_string(),

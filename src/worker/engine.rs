@@ -89,7 +89,10 @@ impl<D: Driver> Engine<D> {
             calls: Vec::with_capacity(limits::WORKERS_MAX),
             driver,
         };
-        let needs: Vec<_> = setup.config.routes.iter().map(|route| route.pool_conns()).collect();
+        // Any worker may have all of a route's.
+        let routes = setup.config.routes.iter();
+        let needs: Vec<_> =
+            routes.map(|route| route.pool_conns().min(limits::POOL_CONNS_MAX)).collect();
         let conns_max = parts(setup.pool_conns_max, &needs);
         let routes = (0..setup.config.routes.len()).map(|at| {
             let listening = setup.listening.clone();

@@ -317,15 +317,15 @@ def test_a_pod_chooses_everything_by_annotation(injecting):
     created = dry(injecting, pod({
         "service": "other", "namespace": "data", "port": "5432", "balance": "key_hash", "log-level": "info,aegis::io=debug",
         "queue-timeout": "1s", "request-timeout": "off", "connect-timeout": "3ms", "tcp-user-timeout": "4s",
-        "backend-drain": "5s", "image": "registry.example:5000/aegis-proxy:0.2.0@sha256:" + "a" * 64}))
+        "backend-drain": "5s", "failback-time": "6s", "check-interval": "7s", "image": "registry.example:5000/aegis-proxy:0.2.0@sha256:" + "a" * 64}))
     chosen_ = {name: env(created)[f"AEGIS_{name}"] for name in [
         "KUBE_SERVICE", "KUBE_NAMESPACE", "KUBE_PORT", "BALANCE", "LOG", "QUEUE_TIMEOUT", "REQUEST_TIMEOUT",
-        "CONNECT_TIMEOUT", "TCP_USER_TIMEOUT", "BACKEND_DRAIN"]}
-    assert list(chosen_.values()) == ["other", "data", "5432", "key_hash", "info,aegis::io=debug", "1s", "off", "3ms", "4s", "5s"]
+        "CONNECT_TIMEOUT", "TCP_USER_TIMEOUT", "BACKEND_DRAIN", "FAILBACK_TIME", "CHECK_INTERVAL"]}
+    assert list(chosen_.values()) == ["other", "data", "5432", "key_hash", "info,aegis::io=debug", "1s", "off", "3ms", "4s", "5s", "6s", "7s"]
     assert sidecar(created)["image"].startswith("registry.example:5000/aegis-proxy:0.2.0@")
     assert created["metadata"]["labels"]["aegis.aegis-proxy.io/version"] == "0.2.0"
     # What nobody chose is the program's own default, and a limit that is not there is not asked for.
-    assert not {"AEGIS_TCP_USER_TIMEOUT", "AEGIS_BACKEND_DRAIN", "AEGIS_CPU_LIMIT"} & set(env(dry(injecting, POD)))
+    assert not {"AEGIS_TCP_USER_TIMEOUT", "AEGIS_BACKEND_DRAIN", "AEGIS_FAILBACK_TIME", "AEGIS_CHECK_INTERVAL", "AEGIS_CPU_LIMIT"} & set(env(dry(injecting, POD)))
 
 
 def test_the_cores_of_a_pod_reach_its_sidecar(injecting):
@@ -376,6 +376,7 @@ QUANTITIES = [("cpu-request", value) for value in ["much", "-1", "0", "0m", "257
 DURATIONS = [("queue-timeout", "5"), ("queue-timeout", "1ms"), ("queue-timeout", "61m"), ("queue-timeout", "off"),
              ("request-timeout", "2d"), ("request-timeout", "1s1s"), ("connect-timeout", "0s"), ("connect-timeout", "6m"),
              ("connect-timeout", "9999999999999999999999s"), ("tcp-user-timeout", "999ms"), ("backend-drain", "soon"),
+             ("failback-time", "2h"), ("failback-time", "off"), ("check-interval", "99ms"),
              ("request-timeout", ""), ("request-timeout", "$(AEGIS_ADMIN)")]
 REFUSED = [
     *((pod({"service": value}), "aegis-proxy.io/service") for value in SERVICES),
@@ -533,6 +534,20 @@ def test_routing_by_key_refuses_a_pod_that_chooses_otherwise(injecting):
     install(injecting, "upgrade", keyed)
     eventually(lambda: "remove the annotations" in refusal(injecting, pod({"pool-mode": "session"})), lambda: "not refused")
     assert env(dry(injecting, POD))["AEGIS_BALANCE"] == "key_hash"
+    install(injecting, "upgrade")
+
+
+def test_what_a_pod_chooses_goes_together_with_what_the_release_checks(injecting):
+    values = {**VALUES["sidecar"], "locality": "failover", "check": {"interval": "1s", "kind": "request"}}
+    install(injecting, "upgrade", {**VALUES, "sidecar": values})
+    for annotations, message in [
+            ({"balance": "key_hash"}, "no store has the keys of another one, and the balance is key_hash: "
+                                      "set the annotation aegis-proxy.io/balance to least_conn"),
+            ({"protocol": "tcp"}, "or aegis-proxy.io/check-interval to off")]:
+        eventually(lambda: message in refusal(injecting, pod(annotations)), lambda: refusal(injecting, pod(annotations)) or "not refused")
+    created = env(dry(injecting, pod({"protocol": "tcp", "check-interval": "off"})))
+    assert (created["AEGIS_CHECK_INTERVAL"], created["AEGIS_CHECK"], created["AEGIS_POOL_MODE"]) == ("off", "request", "preconnect")
+    assert env(dry(injecting, POD))["AEGIS_CHECK_INTERVAL"] == "1s"
     install(injecting, "upgrade")
 
 
@@ -728,7 +743,7 @@ ROUTES = [
     {"name": "orders-eu", "listenPort": 5432, "backend": {"service": "postgres", "port": 5432}, "protocol": "tcp",
      "socket": {"file": ".s.PGSQL.5432"}},
     {"name": "cache", "listenPort": 8081, "backend": {"selector": "app=chronos", "namespace": "other"}, "balance": "key_hash",
-     "pool": {"size": 3}, "queue": {"timeout": "6s"}},
+     "pool": {"size": 3}, "queue": {"timeout": "6s"}, "check": {"interval": "3s", "kind": "request", "rise": 4}},
     {"name": "mine", "listenPort": 8083, "backend": {}},
 ]
 
@@ -780,7 +795,8 @@ def test_a_pod_chooses_for_a_route_by_annotation(routed):
     """Its own annotation, then what the release says of the route, then what is for all routes."""
     chosen_ = {"orders-eu.service": "other", "orders-eu.namespace": "data", "orders-eu.port": "5433", "orders-eu.socket-file": "pg",
                "orders-eu.connect-timeout": "3s", "connect-timeout": "2s", "queue-timeout": "2s", "routes": "orders-eu,cache,mine",
-               "mine.service": "m", "mine.protocol": "tcp", "mine.tcp-user-timeout": "4s", "balance": "round_robin"}
+               "mine.service": "m", "mine.protocol": "tcp", "mine.tcp-user-timeout": "4s", "mine.check-interval": "7s",
+               "cache.check-interval": "8s", "balance": "round_robin"}
     item = pod(chosen_)
     item["metadata"]["annotations"]["first.aegis-proxy.io/mine.backend-drain"] = "5s"
     got = env(dry(routed, item))
@@ -792,7 +808,8 @@ def test_a_pod_chooses_for_a_route_by_annotation(routed):
         "AEGIS_MINE__LISTEN": "unix:/run/db/mine.sock,127.0.0.1:8083,[::1]:8083", "AEGIS_MINE__DISCOVERY": "kubernetes",
         "AEGIS_MINE__KUBE_SERVICE": "m", "AEGIS_MINE__KUBE_NAMESPACE": "db", "AEGIS_MINE__KUBE_PORT": "auto",
         "AEGIS_MINE__PROTOCOL": "tcp", "AEGIS_MINE__POOL_MODE": "preconnect", "AEGIS_MINE__TCP_USER_TIMEOUT": "4s",
-        "AEGIS_MINE__BACKEND_DRAIN": "5s"}
+        "AEGIS_MINE__CHECK_INTERVAL": "7s", "AEGIS_MINE__BACKEND_DRAIN": "5s"}
+    assert [got[f"AEGIS_CACHE__CHECK{name}"] for name in ["", "_INTERVAL", "_RISE"]] == ["request", "8s", "4"]
     assert (got["AEGIS_CONNECT_TIMEOUT"], got["AEGIS_QUEUE_TIMEOUT"], got["AEGIS_BALANCE"]) == ("2s", "2s", "round_robin")
     assert (got["AEGIS_CACHE__QUEUE_TIMEOUT"], got["AEGIS_CACHE__BALANCE"]) == ("6s", "key_hash"), "the release's own for the route"
 
@@ -807,7 +824,9 @@ ROUTES_REFUSED = [
     ({"routes": "cache", "cache.balance": "hash"}, "aegis-proxy.io/cache.balance is hash: set it to least_conn"),
     ({"routes": "cache", "cache.queue-timeout": ""}, "aegis-proxy.io/cache.queue-timeout"),
     ({"routes": "cache", "cache.tcp-user-timeout": "1ms"}, "aegis-proxy.io/cache.tcp-user-timeout is 1ms: set it to off, or a duration"),
-    ({"routes": "cache", "cache.protocol": "tcp"}, "remove the annotations aegis-proxy.io/cache.protocol and"),
+    ({"routes": "cache", "cache.protocol": "tcp", "cache.check-interval": "off"}, "remove the annotations aegis-proxy.io/cache.protocol and"),
+    ({"routes": "cache", "cache.protocol": "tcp", "cache.pool-mode": "preconnect", "cache.balance": "least_conn"},
+     "or aegis-proxy.io/cache.check-interval to off"),
     ({"routes": "orders-eu", "pool-mode": "session"}, "set the annotation aegis-proxy.io/orders-eu.pool-mode to preconnect"),
     ({"mine.service": "A"}, "aegis-proxy.io/mine.service is A: set it to the name of a Service"),
     ({"routes": "cache", "cache.socket-file": "a/b"}, "aegis-proxy.io/cache.socket-file is a/b: set it to the name of a file"),

@@ -51,6 +51,8 @@ MATRIX = {
     "one-store-of-many": {**CLIENTS, **sidecar(balance="key_hash")},
     "one-store-of-three": {**CLIENTS, **sidecar(balance="key_hash", stores=3)},
     "http": {**CLIENTS, **sidecar(protocol="http1", pool={"mode": "session"}, requestTimeout="off")},
+    "backups": {**CLIENTS, "sidecar": {"backend": {"addresses": "db.example:5432", "backups": "other.example:5433"},
+                                       "failbackTime": "1m", "check": {"interval": "2s", "kind": "request", "fall": 2, "rise": 3}}},
     "any-bytes": {**CLIENTS, **sidecar(protocol="tcp")},
     "socket": {**CLIENTS, **sidecar(socket={"folder": "/run/db"})},
     "io_uring": {**CLIENTS, **sidecar(seccomp={"type": "Localhost"}), "seccomp": {"operator": True}},
@@ -163,6 +165,23 @@ REFUSALS = {
     "no such alert": ({"prometheusRule": {"enabled": True, "thresholds": {"AegisSlow": 1}}},
                       "thresholds.AegisSlow: there is no such alert, but AegisNoUsableEndpoint"),
     "one port twice": (sidecar(adminPort=8081), "both 8081: change one"),
+    "backup beside Kubernetes": (sidecar(backend={"service": "a", "backups": "b:1"}),
+                                 "backend.backups is set and backend.addresses is not"),
+    "backup of itself": (sidecar(backend={"service": "", "addresses": "a:1, b:1", "backups": "c:1,b:1"}),
+                         "b:1 is in backend.addresses and in backend.backups: nothing stands in for itself"),
+    "backup without a port": (sidecar(backend={"service": "", "addresses": "a:1", "backups": "b"}), "/backend/backups"),
+    "keys of another store": (sidecar(backend={"service": "", "addresses": "a:1", "backups": "b:1"}, balance="key_hash"),
+                              "backend.backups is set: no store has the keys of another one: set balance to least_conn, or empty backend.backups"),
+    "keys of another zone": (sidecar(balance="key_hash", locality="failover"),
+                             "locality is failover: no store has the keys of another one: set balance to least_conn, or locality to off"),
+    "checks without a pause": (sidecar(check={"interval": "50ms"}), "check.interval is 50ms: set it to off, or a duration from 100ms to 1h"),
+    "no such check": (sidecar(check={"interval": "1s", "kind": "ping"}), "'connect', 'request'"),
+    "no check ever fails": (sidecar(check={"interval": "1s", "fall": 0}), "/check/fall"),
+    "path that is none": (sidecar(check={"path": "healthz"}), "/check/path"),
+    "path that the kubelet would expand": (sidecar(check={"path": "/$(AEGIS_ADMIN)"}), "/check/path"),
+    "request of unknown bytes": (sidecar(protocol="tcp", check={"interval": "1s", "kind": "request"}),
+                                 "only chronos and http1 have a request for that: empty check.kind, or set protocol"),
+    "back again after a day": (sidecar(failbackTime="1d"), "failbackTime is 1d: set it to a duration from 0s to 1h"),
     "two backends": ({"sidecar": {"backend": {"service": "a", "addresses": "b:1"}}},
                      "backend.service and backend.addresses are set: keep one"),
     "no folder": (sidecar(socket={"folder": "run/db"}), "/socket/folder"),
@@ -274,6 +293,24 @@ def test_every_value_reaches_the_environment():
         "AEGIS_DRAIN_DELAY": "2s", "AEGIS_DRAIN_TIMEOUT": "3s", "AEGIS_MAX_SESSIONS": "50"}
 
 
+def test_backups_and_checks_reach_the_environment():
+    values = {"backend": {"addresses": "db:5432", "backups": "one:5432,two:5433"}, "protocol": "http1", "failbackTime": "1m",
+              "check": {"interval": "2s", "kind": "request", "path": "/healthz", "fall": 2, "rise": 5}}
+    expected = {"BACKENDS": "db:5432", "BACKUPS": "one:5432,two:5433", "FAILBACK_TIME": "1m", "CHECK_INTERVAL": "2s",
+                "CHECK": "request", "CHECK_PATH": "/healthz", "CHECK_FALL": "2", "CHECK_RISE": "5"}
+    env = environment({**values, "backend": {"service": "", **values["backend"]}})
+    assert {name: env.get(f"AEGIS_{name}") for name in expected} == expected
+    env = environment({"backend": {"service": ""}, "routes": [{"name": "a", "listenPort": 5432, **values}]})
+    assert {name: env.get(f"AEGIS_A__{name}") for name in expected} == expected
+    assert not any("CHECK" in name or "FAILBACK" in name for name in environment({}))
+
+
+def test_backups_may_be_reached():
+    egress = {"networkPolicy": {"enabled": True, "egress": {"enabled": True}}}
+    rules = one(template(CHART, values={**MATRIX["backups"], **egress}), "NetworkPolicy")["spec"]["egress"]
+    assert [port["port"] for rule in rules for port in rule.get("ports", [])][-2:] == [5432, 5433]
+
+
 ROUTES = [
     {"name": "orders-eu", "listenPort": 5432, "backend": {"service": "postgres", "port": 5432}, "protocol": "tcp"},
     {"name": "cache", "listenPort": 8081, "backend": {"service": "chronos", "namespace": "data"}, "balance": "key_hash",
@@ -344,6 +381,9 @@ def test_each_route_has_a_socket_of_its_own():
     ({"routes": [{**ROUTES[0], "name": "Orders"}]}, "/routes/0/name"),
     ({"routes": [{**ROUTES[0], "workers": 2}]}, "workers"),
     ({"routes": [{**ROUTES[0], "balance": "key_hash"}]}, "set balance to least_conn, or protocol to chronos"),
+    ({"routes": [{**ROUTES[1], "locality": "failover"}]}, "no store has the keys of another one"),
+    ({"routes": [{**ROUTES[0], "check": {"interval": "1s", "kind": "request"}}]}, "only chronos and http1 have a request for that"),
+    ({"routes": [{**ROUTES[0], "backend": {"addresses": "a:1", "backups": "a:1"}}]}, "nothing stands in for itself"),
     ({"routes": [{**ROUTES[0], "connectTimeout": "6m"}]}, "connectTimeout is 6m: set it to a duration from 1ms to 5m"),
     ({"routes": ROUTES, "env": {"AEGIS_WEB__PROTOCOL": "tcp"}}, "env.AEGIS_WEB__PROTOCOL: another value of the chart"),
 ])
@@ -421,7 +461,7 @@ def test_no_duration_passes_that_the_program_refuses():
     bounds = {variable: (off, milliseconds(least), milliseconds(most)) for variable, off, least, most in rows}
     named = (ROOT / "helm/aegis-sidecar/templates/_sidecar.tpl").read_text()
     charts = re.findall(r"^\S+: {variable: (\w+), min: (\w+), max: (\w+)(, orOff: true)?}", named, re.M)
-    assert len(charts) == 7
+    assert len(charts) == 9
     for variable, least, most, off in charts:
         program = bounds[variable]
         assert bool(off) == bool(program[0]), variable
@@ -478,7 +518,8 @@ def cel_to_json(text):
 @pytest.mark.parametrize("values", [{}, {"readiness": True, "locality": "zone"}, {"seccomp": {"type": "Localhost"}},
                                     {"env": {"AEGIS_NODE_NAME": 'a"b\\c'}, "resources": {"requests": {"cpu": 1}}},
                                     {"workers": "auto", "resources": {"limits": {"cpu": 4}}},
-                                    {"balance": "key_hash"}, {"protocol": "tcp"}, {"pool": {"mode": "session"}}])
+                                    {"balance": "key_hash"}, {"protocol": "tcp"}, {"pool": {"mode": "session"}},
+                                    {"check": {"kind": "request", "fall": 2}}])
 def test_the_policy_injects_what_the_library_renders(values):
     values = {"backend": {"service": "db", "namespace": "data"}, **values}
     objects = template(CHART, *INJECTS, values={"sidecar": values}, release="aegis")

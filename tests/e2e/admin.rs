@@ -4,6 +4,8 @@ use std::collections::HashSet;
 use std::io::Write;
 use std::process::{Command, Stdio};
 
+use serde_json::json;
+
 use crate::support::backend::Backend;
 use crate::support::client::{ask, ask_once, connect};
 use crate::support::metrics::{
@@ -106,4 +108,19 @@ fn other_paths_are_not_found(io: Io) {
         assert_eq!(proxy.get(path).status, 404, "{path}");
     }
     assert_eq!(proxy.get("/").status, 200, "an index of what there is");
+}
+
+/// A worker's queue is its own, and of each client one request waits.
+#[test]
+fn the_queue_is_shown_with_what_it_can_come_to() {
+    for (sessions, length, max) in [("100", "8192", 100), ("1000", "7", 14)] {
+        let proxy = Builder::on(Io::Auto)
+            .protocol("http1", "request")
+            .set("AEGIS_BACKENDS", "127.0.0.2:9")
+            .set("AEGIS_MAX_SESSIONS", sessions)
+            .set("AEGIS_QUEUE_MAX", length)
+            .launch();
+        let queue = &proxy.get("/status").json()["routes"][0]["queue"];
+        assert_eq!((&queue["now"], &queue["max"]), (&json!(0), &json!(max)));
+    }
 }

@@ -120,6 +120,24 @@ fn check_prints_the_effective_configuration_and_starts_nothing() {
     }
 }
 
+/// The limits of pools are the process's, and so is what they cost.
+#[test]
+fn pools_are_reserved_for_once_however_many_workers_share_them() {
+    for workers in ["2", "32"] {
+        let ended = usual()
+            .set("AEGIS_BACKENDS", "127.0.0.2:9")
+            .set("AEGIS_WORKERS", workers)
+            .set("AEGIS_POOL_MAX_IDLE", "64")
+            .descriptors_max(8192)
+            .argument("check")
+            .run();
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        // For the endpoint, and another one in its place.
+        let pools = "pool connections: 128 at most, 128 of a worker";
+        assert!(ended.output.contains(pools), "{workers} workers: {}", ended.output);
+    }
+}
+
 #[test]
 fn a_data_port_in_use_is_named() {
     expect_address_in_use("AEGIS_LISTEN");

@@ -31,6 +31,7 @@ mod http;
 mod integrity;
 mod io_fallback;
 mod kube_api_faults;
+mod kube_sharing;
 mod kube_snapshot;
 mod kube_start;
 mod kubernetes;

@@ -332,6 +332,12 @@ impl Slice {
         Self { service: "chronos", port, endpoints: Vec::new() }
     }
 
+    /// The same, of another Service.
+    #[must_use]
+    pub fn of_service(self, service: &'static str) -> Self {
+        Self { service, ..self }
+    }
+
     pub fn with(self, pod: &str, ip: IpAddr) -> Self {
         self.with_conditions(pod, ip, json!({"ready": true, "serving": true, "terminating": false}))
     }

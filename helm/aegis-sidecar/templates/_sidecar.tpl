@@ -151,7 +151,7 @@ timeoutSeconds: {{ index . 4 }}
 - {name: AEGIS_REQUEST_TIMEOUT, value: {{ toJson .requestTimeout }}}
 - {name: AEGIS_CONNECT_TIMEOUT, value: {{ toJson .connectTimeout }}}
 {{- range $name, $variable := include "aegis-sidecar.optional" . | fromYaml }}
-{{- with get $ $name }}
+{{- with include "aegis-sidecar.value" (list $ $name) }}
 - {name: {{ $variable }}, value: {{ toJson . }}}
 {{- end }}
 {{- end }}
@@ -223,6 +223,9 @@ timeoutSeconds: {{ index . 4 }}
 {{- with index . 1 -}}
 {{- if .addresses -}}
 - {name: {{ $prefix }}BACKENDS, value: {{ toJson .addresses }}}
+{{- with .backups }}
+- {name: {{ $prefix }}BACKUPS, value: {{ toJson . }}}
+{{- end }}
 {{- else -}}
 - {name: {{ $prefix }}DISCOVERY, value: kubernetes}
 {{- if .selector }}
@@ -252,12 +255,17 @@ timeoutSeconds: {{ index . 4 }}
 - {name: {{ $prefix }}POOL_MODE, value: {{ include "aegis-sidecar.pool-mode" (include "aegis-sidecar.of-route" . | fromYaml) | toJson }}}
 {{- end }}
 {{- range $name, $variable := include "aegis-sidecar.of-routes" . | fromYaml }}
-{{- $value := $route }}
-{{- range splitList "." $name }}{{ $value = get ($value | default dict) . }}{{ end }}
-{{- if ne (toString $value) "" }}
-- {name: {{ $prefix }}{{ $variable }}, value: {{ kindIs "float64" $value | ternary (int64 $value | toString) (toString $value) | toJson }}}
+{{- with include "aegis-sidecar.value" (list $route $name) }}
+- {name: {{ $prefix }}{{ $variable }}, value: {{ toJson . }}}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{- /* A value as the program takes it: all values, and its name, with dots. */}}
+{{- define "aegis-sidecar.value" -}}
+{{- $value := index . 0 }}
+{{- range splitList "." (index . 1) }}{{ $value = get ($value | default dict) . }}{{ end }}
+{{- kindIs "float64" $value | ternary (int64 $value | toString) (toString $value) }}
 {{- end }}
 
 {{- /* The values of a route that need no more than to be written down. */}}
@@ -269,6 +277,12 @@ requestTimeout: REQUEST_TIMEOUT
 connectTimeout: CONNECT_TIMEOUT
 tcpUserTimeout: TCP_USER_TIMEOUT
 backendDrain: BACKEND_DRAIN
+failbackTime: FAILBACK_TIME
+check.interval: CHECK_INTERVAL
+check.kind: CHECK
+check.path: CHECK_PATH
+check.fall: CHECK_FALL
+check.rise: CHECK_RISE
 balance: BALANCE
 stores: KUBE_STORES
 locality: LOCALITY
@@ -291,6 +305,12 @@ locality: LOCALITY
 {{- /* The values that are the program's own choice where they are empty. */}}
 {{- define "aegis-sidecar.optional" -}}
 backendDrain: AEGIS_BACKEND_DRAIN
+failbackTime: AEGIS_FAILBACK_TIME
+check.interval: AEGIS_CHECK_INTERVAL
+check.kind: AEGIS_CHECK
+check.path: AEGIS_CHECK_PATH
+check.fall: AEGIS_CHECK_FALL
+check.rise: AEGIS_CHECK_RISE
 startTimeout: AEGIS_START_TIMEOUT
 tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- end }}
@@ -391,7 +411,7 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- end }}
 {{- range $name, $bounds := include "aegis-sidecar.durations" . | fromYaml }}
 {{- $value := $ }}
-{{- range splitList "." $name }}{{ $value = get $value . }}{{ end }}
+{{- range splitList "." $name }}{{ $value = get ($value | default dict) . }}{{ end }}
 {{- if and $value (ne $value "off") }}
 {{- $ms := include "aegis-sidecar.milliseconds" $value | int64 }}
 {{- if or (lt $ms (include "aegis-sidecar.milliseconds" $bounds.min | int64)) (gt $ms (include "aegis-sidecar.milliseconds" $bounds.max | int64)) }}
@@ -416,11 +436,42 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- if and (eq .balance "key_hash") (ne $mode "request") }}
 {{- fail (printf "aegis-sidecar: balance is key_hash and pool.mode is %s: keys of one client may belong to several endpoints: set balance to least_conn, or pool.mode to request" $mode) }}
 {{- end }}
+{{- include "aegis-sidecar.check-backups" . }}
+{{- $check := .check | default dict }}
+{{- if and (ne ($check.interval | default "off") "off") (eq ($check.kind | default "") "request") (eq .protocol "tcp") }}
+{{- fail "aegis-sidecar: check.kind is request and protocol is tcp: only chronos and http1 have a request for that: empty check.kind, or set protocol to chronos or http1" }}
+{{- end }}
 {{- /* A route's values are checked as those of a sidecar with that route alone. */}}
 {{- range include "aegis-sidecar.env" (set (deepCopy .) "env" dict) | fromYamlArray }}
 {{- if hasKey $.env .name }}
 {{- fail (printf "aegis-sidecar: env.%s: another value of the chart sets this variable: use that one" .name) }}
 {{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* What stands in for others is something else than these, and what has its own keys cannot. */}}
+{{- define "aegis-sidecar.check-backups" -}}
+{{- $backups := .backend.backups | default "" }}
+{{- if and $backups (not .backend.addresses) }}
+{{- fail "aegis-sidecar: backend.backups is set and backend.addresses is not: only what is listed has others to stand in for it: empty backend.backups, or set locality to failover" }}
+{{- end }}
+{{- $backends := splitList "," (.backend.addresses | default "" | replace " " "") }}
+{{- range splitList "," ($backups | replace " " "") }}
+{{- if and . (has . $backends) }}
+{{- fail (printf "aegis-sidecar: %s is in backend.addresses and in backend.backups: nothing stands in for itself: remove it from one of them" .) }}
+{{- end }}
+{{- end }}
+{{- with and (eq .balance "key_hash") (include "aegis-sidecar.tiers" .) }}
+{{- fail (printf "aegis-sidecar: balance is key_hash and %s: no store has the keys of another one: set balance to least_conn, or %s" . (contains "locality" . | ternary "locality to off" "empty backend.backups")) }}
+{{- end }}
+{{- end }}
+
+{{- /* By what some endpoints stand in for others, if they do. */}}
+{{- define "aegis-sidecar.tiers" -}}
+{{- if .backend.addresses -}}
+{{- if .backend.backups }}backend.backups is set{{ end }}
+{{- else if eq .locality "failover" -}}
+locality is failover
 {{- end }}
 {{- end }}
 
@@ -466,6 +517,8 @@ requestTimeout: {variable: AEGIS_REQUEST_TIMEOUT, min: 10ms, max: 1d, orOff: tru
 connectTimeout: {variable: AEGIS_CONNECT_TIMEOUT, min: 1ms, max: 5m}
 tcpUserTimeout: {variable: AEGIS_TCP_USER_TIMEOUT, min: 1s, max: 1d, orOff: true}
 backendDrain: {variable: AEGIS_BACKEND_DRAIN, min: 0s, max: 1d, orOff: true}
+failbackTime: {variable: AEGIS_FAILBACK_TIME, min: 0s, max: 1h}
+check.interval: {variable: AEGIS_CHECK_INTERVAL, min: 100ms, max: 1h, orOff: true}
 drain.delay: {variable: AEGIS_DRAIN_DELAY, min: 0s, max: 5m}
 drain.timeout: {variable: AEGIS_DRAIN_TIMEOUT, min: 0s, max: 1h}
 {{- end }}

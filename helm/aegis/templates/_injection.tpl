@@ -157,6 +157,8 @@ What a pod may choose by annotation, in place of which value, and the variable o
 - {annotation: connect-timeout, kind: duration, variable: connectTimeout, value: connectTimeout, default: {{ $sidecar.connectTimeout }}}
 - {annotation: tcp-user-timeout, kind: duration, variable: tcpUserTimeout, value: tcpUserTimeout, env: AEGIS_TCP_USER_TIMEOUT, default: {{ toJson $sidecar.tcpUserTimeout }}}
 - {annotation: backend-drain, kind: duration, variable: backendDrain, value: backendDrain, env: AEGIS_BACKEND_DRAIN, default: {{ toJson $sidecar.backendDrain }}}
+- {annotation: failback-time, kind: duration, variable: failbackTime, value: failbackTime, env: AEGIS_FAILBACK_TIME, default: {{ toJson $sidecar.failbackTime }}}
+- {annotation: check-interval, kind: duration, variable: checkInterval, value: check.interval, env: AEGIS_CHECK_INTERVAL, default: {{ toJson $sidecar.check.interval }}}
 - {annotation: log-level, kind: log-level, variable: logLevel, value: log, default: {{ toJson $sidecar.log }}}
 - {annotation: image, kind: image, variable: image, value: image.name, default: {{ printf "%s:%s" $sidecar.image.repository $sidecar.image.tag | toJson }}}
 {{- range $kind := list "requests" "limits" }}
@@ -221,6 +223,8 @@ What a pod may choose by annotation, in place of which value, and the variable o
 - {annotation: connect-timeout, kind: duration, variable: connectTimeout, value: connectTimeout, of: CONNECT_TIMEOUT}
 - {annotation: tcp-user-timeout, kind: duration, variable: tcpUserTimeout, value: tcpUserTimeout, of: TCP_USER_TIMEOUT}
 - {annotation: backend-drain, kind: duration, variable: backendDrain, value: backendDrain, of: BACKEND_DRAIN}
+- {annotation: failback-time, kind: duration, variable: failbackTime, value: failbackTime, of: FAILBACK_TIME}
+- {annotation: check-interval, kind: duration, variable: checkInterval, value: check.interval, of: CHECK_INTERVAL}
 {{- end }}
 
 {{- /* The pool mode that is set, or else the one that suits a protocol, which is in a variable. */}}
@@ -406,6 +410,8 @@ does not; `verb` in place of "is". `first`: what the API server would refuse by 
 {{- $annotation := "the annotation aegis-proxy.io/" }}
 {{- $name := `matches("^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")` }}
 {{- $x := printf "variables.%s" .variable }}
+{{- $values := $sidecar }}
+{{- if .route }}{{ $values = include "aegis-sidecar.of-route" (list $sidecar (index $sidecar.routes (int .at))) | fromYaml }}{{ end }}
 {{- $duration := get (include "aegis-sidecar.durations" . | fromYaml) (.value | default "") }}
 {{- if eq .kind "service" }}
 - expression: {{ $x }} != ""
@@ -430,6 +436,13 @@ does not; `verb` in place of "is". `first`: what the API server would refuse by 
   what: {{ $annotation }}{{ .annotation }}
   is: {{ $x }}
   change: set it to tcp, chronos or http1
+{{- if eq $values.check.kind "request" }}
+- expression: {{ $x }} != "tcp" || {{ $variables }}checkInterval in ["", "off"]
+  crosses: true
+  what: the sidecar checks by request, for which only chronos and http1 have one, and the protocol
+  is: {{ $x }}
+  change: set {{ $annotation }}{{ $route }}protocol to chronos or http1, or aegis-proxy.io/{{ $route }}check-interval to off
+{{- end }}
 {{- else if eq .kind "pool-mode" }}
 - expression: {{ $x }} in ["preconnect", "session", "request"]
   what: {{ $annotation }}{{ .annotation }}
@@ -450,6 +463,13 @@ does not; `verb` in place of "is". `first`: what the API server would refuse by 
   what: balancing by key_hash needs the protocol chronos and the pool mode request, and what there
   is: {{ $variables }}protocol + " and " + {{ $variables }}poolMode
   change: remove the annotations aegis-proxy.io/{{ $route }}protocol and aegis-proxy.io/{{ $route }}pool-mode, or set aegis-proxy.io/{{ $route }}balance to least_conn
+{{- with include "aegis-sidecar.tiers" $values }}
+- expression: {{ $x }} != "key_hash"
+  crosses: true
+  what: in the chart's values {{ . }}, no store has the keys of another one, and the balance
+  is: {{ $x }}
+  change: set {{ $annotation }}{{ $route }}balance to least_conn
+{{- end }}
 {{- else if eq .kind "socket-folder" }}
 - expression: >-
     {{ $x }} == "" || {{ $x }}.size() <= 64 && {{ $x }}.matches("^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$") &&

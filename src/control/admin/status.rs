@@ -164,7 +164,7 @@ pub(super) async fn write(view: Arc<View>, mut to: Pieces) {
     for (at, route) in view.routes().enumerate() {
         to.text.push_str(before);
         before = "]},\n";
-        begin(&mut to.text, &route_row(at, &route, &findings));
+        begin(&mut to.text, &route_row(at, &route, view.max_sessions(), &findings));
         to.text.push_str(",\"endpoints\":[");
         to.pause().await;
         let endpoints = &route.snapshot.endpoints;
@@ -273,7 +273,12 @@ fn worker_row(stats: &WorkerStats) -> Worker {
     }
 }
 
-fn route_row<'a>(at: usize, route: &RouteView<'a>, findings: &[Finding]) -> Route<'a> {
+fn route_row<'a>(
+    at: usize,
+    route: &RouteView<'a>,
+    max_sessions: usize,
+    findings: &[Finding],
+) -> Route<'a> {
     let config: &RouteConfig = route.config;
     let of_route = findings.iter().filter(|finding| finding.route == Some(at));
     let health = match route.snapshot.generation {
@@ -284,10 +289,10 @@ fn route_row<'a>(at: usize, route: &RouteView<'a>, findings: &[Finding]) -> Rout
         _ => Health::of(of_route),
     };
     let is_shared = config.pool.mode != PoolMode::Preconnect;
-    let queue = Level {
-        now: sum(route, |stats| stats.queue_depth.get()),
-        max: Some((config.requests.queue_max * route.stats.len()) as u64),
-    };
+    // Of each client one request waits at a time.
+    let queue_max = (config.requests.queue_max * route.stats.len()).min(max_sessions);
+    let queue =
+        Level { now: sum(route, |stats| stats.queue_depth.get()), max: Some(queue_max as u64) };
     Route {
         name: route.name,
         listen: config.listen.iter().map(ToString::to_string).collect(),

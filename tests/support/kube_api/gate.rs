@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 
@@ -18,6 +19,7 @@ struct State {
     mode: Mutex<Mode>,
     changed: Condvar,
     streams: Mutex<Vec<TcpStream>>,
+    passed: AtomicUsize,
 }
 
 pub struct Gate {
@@ -33,6 +35,7 @@ impl Gate {
             mode: Mutex::new(Mode::Open),
             changed: Condvar::new(),
             streams: Mutex::default(),
+            passed: AtomicUsize::new(0),
         });
         let shared = state.clone();
         // It lives as long as the test program.
@@ -42,6 +45,7 @@ impl Gate {
                     continue;
                 }
                 let Ok(server) = TcpStream::connect(target) else { continue };
+                shared.passed.fetch_add(1, Relaxed);
                 for stream in [&client, &server] {
                     let _ = stream.set_nodelay(true);
                     shared.streams.lock().unwrap().push(stream.try_clone().unwrap());
@@ -59,6 +63,11 @@ impl Gate {
 
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// How many connections it has let through.
+    pub fn passed(&self) -> usize {
+        self.state.passed.load(Relaxed)
     }
 
     /// Cuts all connections; new ones are let through.

@@ -52,6 +52,8 @@ struct State {
     requests: u64,
     /// How long the proxy wanted its watches to last.
     timeouts: Vec<u64>,
+    /// What the proxy's watches that are open now are on.
+    watches: Vec<String>,
 }
 
 struct Change {
@@ -115,6 +117,11 @@ impl Faults {
     /// How many seconds each watch of the proxy was to last.
     pub fn timeouts(&self) -> Vec<u64> {
         self.0.lock().timeouts.clone()
+    }
+
+    /// What each watch of the proxy that is open now is on: a collection and a selector.
+    pub fn watches(&self) -> Vec<String> {
+        self.0.lock().watches.clone()
     }
 
     pub fn forget_streaming_lists(&self) {
@@ -241,7 +248,10 @@ fn serve(stream: TcpStream, config: Arc<ServerConfig>, store: &Store) -> std::io
         if let Some((status, message)) = refusal(&request, store) {
             answer(tls, status, &failure(status, &message))?;
         } else if request.query.get("watch").is_some_and(|watch| watch == "true") {
-            watch(tls, &request, store)?;
+            let noted = note_watch(&request, store);
+            let ended = watch(tls, &request, store);
+            forget_watch(noted, store);
+            ended?;
         } else {
             let (status, body) = answer_to(&request, store);
             answer(tls, status, &body)?;
@@ -294,6 +304,23 @@ fn note(request: &Request, store: &Store) -> Option<Odd> {
         request.query.get("timeoutSeconds").and_then(|text| text.parse().ok());
     state.timeouts.extend(timeout);
     state.wrong.odd
+}
+
+/// Notes a watch that begins, if it is the proxy's.
+fn note_watch(request: &Request, store: &Store) -> Option<String> {
+    let selector = request.query.get("labelSelector").map(String::as_str).unwrap_or_default();
+    let on = format!("{}?{selector}", request.path.rsplit('/').next().unwrap_or_default());
+    (request.token != ADMIN_TOKEN).then(|| {
+        store.lock().watches.push(on.clone());
+        on
+    })
+}
+
+fn forget_watch(noted: Option<String>, store: &Store) {
+    let open = &mut store.lock().watches;
+    if let Some(at) = noted.and_then(|noted| open.iter().position(|on| *on == noted)) {
+        open.remove(at);
+    }
 }
 
 /// Undoes the percent-encoding.

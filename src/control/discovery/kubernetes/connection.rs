@@ -16,8 +16,10 @@ use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use http::{Request, StatusCode};
 use http_body_util::BodyExt;
 use kube::client::{Body, ClientBuilder};
+use kube::config::AuthInfo;
 use kube::core::Status as ApiStatus;
 use kube::{Client, Config, Error};
+use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout};
 
 use super::offload::Offload;
@@ -49,111 +51,46 @@ const TOKEN_BYTES_MAX: u64 = 64 << 10;
 const ERROR_BYTES_MAX: usize = 64 << 10;
 const ERROR_CHARS_MAX: usize = 500;
 
-/// Requests at once, and each second after those. A watch that works is one request in minutes.
-const REQUESTS_AT_ONCE: f64 = 4.0;
-const REQUESTS_PER_SECOND: f64 = 2.0;
-
-/// Keeps the pace of requests, whatever the server says.
-#[derive(Debug)]
-pub(super) struct Pace {
-    left: f64,
-    at: Instant,
-}
-
-impl Default for Pace {
-    fn default() -> Self {
-        Self { left: REQUESTS_AT_ONCE, at: Instant::now() }
-    }
-}
-
-impl Pace {
-    /// Counts a request, and says when it may be sent.
-    pub(super) fn next(&mut self, now: Instant) -> Instant {
-        let grown = now.duration_since(self.at).as_secs_f64() * REQUESTS_PER_SECOND;
-        self.left = (self.left + grown).min(REQUESTS_AT_ONCE) - 1.0;
-        self.at = now;
-        now + Duration::from_secs_f64((-self.left).max(0.0) / REQUESTS_PER_SECOND)
-    }
-}
-
 /// Where the API is, by the pod's own configuration or a kubeconfig.
-#[derive(Debug)]
-pub(super) struct Target {
-    /// The namespace that goes with it.
-    pub namespace: String,
-    /// The server's address.
-    pub server: String,
-    config: Config,
+async fn find(offload: &Offload) -> Result<Config, Trouble> {
+    // It only looks like one that waits: it reads files, and is through at once.
+    let infer = || Config::infer().now_or_never();
+    match offload.run("reading the configuration", READ_TIME_MAX, infer).await? {
+        Some(Ok(config)) => Ok(config),
+        Some(Err(error)) => Err(Trouble::client(&Error::InferConfig(error))),
+        None => Err(Trouble::configuration("the configuration is not at hand")),
+    }
 }
 
-impl Target {
-    /// Finds it.
-    ///
-    /// # Errors
-    /// No configuration is found, or none that can be read in time.
-    pub(super) async fn find(offload: &Offload) -> Result<Self, Trouble> {
-        // It only looks like one that waits: it reads files, and is through at once.
-        let infer = || Config::infer().now_or_never();
-        let found = offload.run("reading the configuration", READ_TIME_MAX, infer).await?;
-        let config = match found {
-            Some(Ok(config)) => config,
-            Some(Err(error)) => return Err(Trouble::client(&Error::InferConfig(error))),
-            None => return Err(Trouble::configuration("the configuration is not at hand")),
-        };
-        let (namespace, server) =
-            (config.default_namespace.clone(), config.cluster_url.to_string());
-        Ok(Self { namespace, server, config })
+/// The credentials of a configuration: a token is taken out of it, all else stays there.
+async fn credentials(auth: &mut AuthInfo, offload: &Offload) -> Result<Token, Trouble> {
+    if auth.auth_provider.as_ref().is_some_and(|p| p.config.contains_key("cmd-path")) {
+        let why = "an auth-provider that runs a command is not supported; exec plugins are";
+        return Err(Trouble::configuration(why));
     }
-
-    /// Reads the credentials, and makes a client of them. A connection on which nothing comes for
-    /// as long as `silence` is dead.
-    ///
-    /// # Errors
-    /// There are no credentials, or none that can be had in time.
-    pub(super) async fn connect(
-        self,
-        silence: Duration,
-        offload: &Offload,
-    ) -> Result<Connection, Trouble> {
-        let mut config = self.config;
-        config.connect_timeout = Some(CONNECT_TIMEOUT);
-        config.read_timeout = Some(silence);
-        // The library would try 15 times in silence, with waits of up to a quarter of an hour.
-        config.default_retry = false;
-        // It would be read again on the thread that connects; a new client reads it anew.
-        config.root_cert_file = None;
-        let auth = &mut config.auth_info;
-        if auth.auth_provider.as_ref().is_some_and(|p| p.config.contains_key("cmd-path")) {
-            let why = "an auth-provider that runs a command is not supported; exec plugins are";
-            return Err(Trouble::configuration(why));
-        }
-        let mut token = Token::default();
-        let has_password = auth.username.is_some() && auth.password.is_some();
-        if auth.token.is_none() && !has_password && auth.auth_provider.is_none() {
-            if let Some(file) = auth.token_file.take() {
-                token = Token::of_file(PathBuf::from(file), offload).await?;
-            } else if let Some(exec) = auth.exec.take() {
-                let leash = Leash::default();
-                let _killed_at_the_end = KillOnDrop(leash.clone());
-                let run = move || plugin::run(&exec, PLUGIN_TIME_MAX, &leash);
-                let limit = PLUGIN_TIME_MAX + Duration::from_secs(2);
-                let granted = offload.run("the exec plugin", limit, run).await?;
-                // One that fails today may work tomorrow, but nobody else can say why it does not.
-                let granted = granted.map_err(Trouble::configuration)?;
-                token = Token::granted(&granted)?;
-                if let (Some(certificate), Some(key)) =
-                    (granted.client_certificate_data, granted.client_key_data)
-                {
-                    auth.client_certificate_data = Some(BASE64.encode(certificate));
-                    auth.client_key_data = Some(BASE64.encode(key).into());
-                }
+    let mut token = Token::default();
+    let has_password = auth.username.is_some() && auth.password.is_some();
+    if auth.token.is_none() && !has_password && auth.auth_provider.is_none() {
+        if let Some(file) = auth.token_file.take() {
+            token = Token::of_file(PathBuf::from(file), offload).await?;
+        } else if let Some(exec) = auth.exec.take() {
+            let leash = Leash::default();
+            let _killed_at_the_end = KillOnDrop(leash.clone());
+            let run = move || plugin::run(&exec, PLUGIN_TIME_MAX, &leash);
+            let limit = PLUGIN_TIME_MAX + Duration::from_secs(2);
+            let granted = offload.run("the exec plugin", limit, run).await?;
+            // One that fails today may work tomorrow, but nobody else can say why it does not.
+            let granted = granted.map_err(Trouble::configuration)?;
+            token = Token::granted(&granted)?;
+            if let (Some(certificate), Some(key)) =
+                (granted.client_certificate_data, granted.client_key_data)
+            {
+                auth.client_certificate_data = Some(BASE64.encode(certificate));
+                auth.client_key_data = Some(BASE64.encode(key).into());
             }
         }
-        let build = || ClientBuilder::try_from(config);
-        let builder = offload.run("reading the certificates", READ_TIME_MAX, build).await?;
-        let client = builder.map_err(|error| Trouble::client(&error))?.build();
-        Ok(Connection { client, token, made: Instant::now() })
     }
+    Ok(token)
 }
 
 /// A bearer token.
@@ -187,6 +124,20 @@ impl Token {
     fn is_old(&self) -> bool {
         self.good_until.is_some_and(|until| Instant::now() >= until)
     }
+
+    /// What a request carries; read again from its file where it is old.
+    async fn fresh(&mut self, offload: &Offload) -> Option<HeaderValue> {
+        if self.is_old()
+            && let Some(file) = self.file.clone()
+        {
+            match Self::of_file(file, offload).await {
+                Ok(token) => *self = token,
+                // The last one may be good for long; the server knows.
+                Err(_) => self.good_until = Some(Instant::now() + TOKEN_AGE_MAX),
+            }
+        }
+        self.header.clone()
+    }
 }
 
 fn read_token(path: &Path) -> Result<String, String> {
@@ -205,16 +156,46 @@ fn bearer(token: &str) -> Result<HeaderValue, Trouble> {
 
 /// A client with its credentials.
 pub(super) struct Connection {
+    /// The namespace that goes with it.
+    pub namespace: String,
+    /// The server's address.
+    pub server: String,
     client: Client,
-    token: Token,
+    token: Mutex<Token>,
+    /// When its credentials are void, where there is no file to read new ones from.
+    void_at: Option<Instant>,
     /// When it was made, from files as they were then.
     pub made: Instant,
 }
 
 impl Connection {
+    /// Finds the API, reads the credentials, and makes a client of them. A connection on which nothing
+    /// comes for as long as `silence` is dead.
+    ///
+    /// # Errors
+    /// There is no configuration or there are no credentials, or none that can be had in time.
+    pub(super) async fn make(silence: Duration, offload: &Offload) -> Result<Self, Trouble> {
+        let mut config = find(offload).await?;
+        let (namespace, server) =
+            (config.default_namespace.clone(), config.cluster_url.to_string());
+        config.connect_timeout = Some(CONNECT_TIMEOUT);
+        config.read_timeout = Some(silence);
+        // The library would try 15 times in silence, with waits of up to a quarter of an hour.
+        config.default_retry = false;
+        // It would be read again on the thread that connects; a new client reads it anew.
+        config.root_cert_file = None;
+        let token = credentials(&mut config.auth_info, offload).await?;
+        let build = || ClientBuilder::try_from(config);
+        let builder = offload.run("reading the certificates", READ_TIME_MAX, build).await?;
+        let client = builder.map_err(|error| Trouble::client(&error))?.build();
+        let void_at = token.good_until.filter(|_| token.file.is_none());
+        let (token, made) = (Mutex::new(token), Instant::now());
+        Ok(Self { namespace, server, client, token, void_at, made })
+    }
+
     /// Whether a new one has to be made.
     pub(super) fn is_void(&self) -> bool {
-        self.token.is_old() && self.token.file.is_none()
+        self.void_at.is_some_and(|at| Instant::now() >= at)
     }
 
     /// Sends a request and gives the body of a good answer, which is JSON.
@@ -222,23 +203,14 @@ impl Connection {
     /// # Errors
     /// There is none in time, or it is not good. `about` names the resource and its namespace.
     pub(super) async fn get(
-        &mut self,
+        &self,
         request: Request<Vec<u8>>,
         (verb, resource, namespace): (&str, &str, &str),
         offload: &Offload,
     ) -> Result<Body, Trouble> {
-        if self.token.is_old()
-            && let Some(file) = self.token.file.clone()
-        {
-            match Token::of_file(file, offload).await {
-                Ok(token) => self.token = token,
-                // The last one may be good for long; the server knows.
-                Err(_) => self.token.good_until = Some(Instant::now() + TOKEN_AGE_MAX),
-            }
-        }
         let mut request = request.map(Body::from);
-        if let Some(header) = &self.token.header {
-            request.headers_mut().insert(AUTHORIZATION, header.clone());
+        if let Some(header) = self.token.lock().await.fresh(offload).await {
+            request.headers_mut().insert(AUTHORIZATION, header);
         }
         let answer = timeout(HEAD_TIME_MAX, self.client.send(request)).await;
         let answer = answer.map_err(|_| Trouble::unreachable("no answer in time"))?;
@@ -356,16 +328,5 @@ mod tests {
             let long = read_all(Body::from(vec![b'x'; 11]), 10).await;
             assert_eq!(long.unwrap_err().kind, ErrorKind::Malformed);
         });
-    }
-
-    #[test]
-    fn requests_keep_their_pace() {
-        let mut pace = Pace::default();
-        let begun = pace.at;
-        let last = (0..10).fold(begun, |now, _| pace.next(now));
-        // Four at once, six at two a second.
-        assert_eq!(last, begun + Duration::from_secs(3));
-        let later = last + Duration::from_secs(60);
-        assert_eq!((0..4).map(|_| pace.next(later)).max(), Some(later));
     }
 }

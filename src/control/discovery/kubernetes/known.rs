@@ -8,7 +8,7 @@ use futures_util::future::{self, Either};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use super::Sets;
+use super::sets::Sets;
 use super::trouble::Trouble;
 
 /// Changes that come within this time of the first make one snapshot.
@@ -23,7 +23,14 @@ pub(super) trait Weight {
     fn weight(&self) -> usize;
 }
 
+impl<T: Weight> Weight for Vec<T> {
+    fn weight(&self) -> usize {
+        size_of::<Self>() + self.iter().map(T::weight).sum::<usize>()
+    }
+}
+
 /// Where the objects are.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Location {
     /// The server's address.
     pub server: String,
@@ -31,25 +38,47 @@ pub(super) struct Location {
     pub namespace: String,
 }
 
-/// Does something with all that is known: whether any list was complete comes with it.
-type Publish<'a, T> = Box<dyn FnMut(&HashMap<String, T>, bool) + Send + 'a>;
+/// Who hears what becomes of objects of a kind: it stands for all routes that want to know.
+pub(super) trait Audience: Send {
+    /// The kind.
+    type Object;
+    /// What is kept of one.
+    type Extract: PartialEq + Send + Weight;
+
+    /// Reads an object.
+    fn extract(&self, object: &Self::Object) -> Self::Extract;
+
+    /// All that is known has changed.
+    fn publish(&mut self, objects: &HashMap<String, Self::Extract>);
+
+    /// There is no first answer, and its time is over.
+    fn start_without(&mut self) {}
+
+    /// Nobody listens at the server's address: whoever has something to go on with does so at once.
+    fn start_from_saved(&mut self) {}
+
+    /// Something goes wrong; whether it is of a kind that the log does not have yet comes with it.
+    fn on_trouble(&mut self, trouble: &Trouble, is_news: bool);
+
+    /// All is well again, after trouble that the log has.
+    fn on_recovered(&self, resource: &str);
+
+    /// The server confirms that what is known is the latest.
+    fn on_confirmed(&self) {}
+
+    /// This is where the objects with these labels are looked for from now on.
+    fn on_located(&self, location: &Location, resource: &str, labels: &str);
+}
 
 /// What is known of the objects, and when it is to be published.
-pub(super) struct Known<'a, T> {
-    publish: Publish<'a, T>,
-    /// Called with what goes wrong; returns what stays known all the same, for the log.
-    pub on_trouble: Box<dyn Fn(&Trouble) -> String + Send + 'a>,
-    /// Called when the server confirms that what is known is the latest.
-    pub on_confirmed: Box<dyn Fn() + Send + 'a>,
-    /// Called with where the server is, and which namespace is watched.
-    pub on_located: Box<dyn Fn(&Location) + Send + 'a>,
-    /// Whether there is something to go on with at once, where nobody listens at the server's address.
-    pub has_fallback: Box<dyn Fn() -> bool + Send + 'a>,
+pub(super) struct Known<A: Audience> {
+    /// To whom.
+    pub audience: A,
     /// A change of these is one of what is published, too.
-    pub depends_on: Option<watch::Receiver<Sets>>,
-    objects: Objects<T>,
+    depends_on: Option<watch::Receiver<Sets>>,
+    objects: Objects<A::Extract>,
     /// A list that is not complete yet.
-    listing: Option<Objects<T>>,
+    listing: Option<Objects<A::Extract>>,
     /// Whether any list was complete: before, an empty set is only ignorance.
     complete: bool,
     /// How long a first answer is waited for, from when it can be asked for.
@@ -57,26 +86,29 @@ pub(super) struct Known<'a, T> {
     publish_at: Option<Instant>,
 }
 
-impl<'a, T: PartialEq + Weight> Known<'a, T> {
-    /// Nothing yet. `publish` is called with nothing where there is no answer within `first_answer_max`
-    /// of the first question, and with each change of what is known after the first list.
-    pub(super) fn new(
-        first_answer_max: Option<Duration>,
-        publish: impl FnMut(&HashMap<String, T>, bool) + Send + 'a,
-    ) -> Self {
+impl<A: Audience> Known<A> {
+    /// Nothing yet. The audience hears of each change after the first list.
+    pub(super) fn new(audience: A) -> Self {
         Self {
-            publish: Box::new(publish),
-            on_trouble: Box::new(|_| String::new()),
-            on_confirmed: Box::new(|| {}),
-            on_located: Box::new(|_| {}),
-            has_fallback: Box::new(|| false),
+            audience,
             depends_on: None,
             objects: Objects::default(),
             listing: None,
             complete: false,
-            first_answer_max,
+            first_answer_max: None,
             publish_at: None,
         }
+    }
+
+    /// The same, which starts without an answer where there is none within this time of the first
+    /// question.
+    pub(super) fn first_answer_max(self, max: Duration) -> Self {
+        Self { first_answer_max: Some(max), ..self }
+    }
+
+    /// The same, which publishes with each change of these, too.
+    pub(super) fn depends_on(self, sets: Option<watch::Receiver<Sets>>) -> Self {
+        Self { depends_on: sets, ..self }
     }
 
     /// A list begins.
@@ -88,7 +120,7 @@ impl<'a, T: PartialEq + Weight> Known<'a, T> {
     ///
     /// # Errors
     /// They are too many to be kept.
-    pub(super) fn list(&mut self, name: String, extract: T) -> Result<(), Trouble> {
+    pub(super) fn list(&mut self, name: String, extract: A::Extract) -> Result<(), Trouble> {
         self.listing.get_or_insert_default().set(name, extract).map(drop)
     }
 
@@ -106,7 +138,7 @@ impl<'a, T: PartialEq + Weight> Known<'a, T> {
     ///
     /// # Errors
     /// They are too many to be kept.
-    pub(super) fn set(&mut self, name: String, extract: T) -> Result<(), Trouble> {
+    pub(super) fn set(&mut self, name: String, extract: A::Extract) -> Result<(), Trouble> {
         if self.objects.set(name, extract)? {
             self.changed();
         }
@@ -131,10 +163,10 @@ impl<'a, T: PartialEq + Weight> Known<'a, T> {
         }
     }
 
-    /// Waits no longer for a first answer, if there is something to go on with.
+    /// Waits no longer for a first answer where there is something to go on with.
     pub(super) fn cut_first_wait(&mut self) {
-        if !self.complete && self.publish_at.is_some() && (self.has_fallback)() {
-            self.publish_at = Some(Instant::now());
+        if !self.complete && self.publish_at.is_some() {
+            self.audience.start_from_saved();
         }
     }
 
@@ -152,7 +184,7 @@ impl<'a, T: PartialEq + Weight> Known<'a, T> {
                 }
                 sleep_until(at).await;
                 self.publish_at = None;
-                (self.publish)(&self.objects.by_name, self.complete);
+                self.publish();
                 continue;
             }
             let Some(other) = &mut self.depends_on else { return future.await };
@@ -164,6 +196,14 @@ impl<'a, T: PartialEq + Weight> Known<'a, T> {
                 self.depends_on = None;
             }
             self.changed();
+        }
+    }
+
+    fn publish(&mut self) {
+        if self.complete {
+            self.audience.publish(&self.objects.by_name);
+        } else {
+            self.audience.start_without();
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering::AcqRel, Ordering::Release};
 use std::thread;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::sync::{Mutex, oneshot};
 use tokio::time::timeout;
 
 use super::trouble::Trouble;
@@ -14,11 +14,13 @@ use super::trouble::Trouble;
 /// that does keeps its thread, and no other is started meanwhile, so hung threads do not pile up.
 #[derive(Debug, Default)]
 pub(super) struct Offload {
+    /// Those that have not hung yet wait for each other.
+    turns: Mutex<()>,
     busy: Arc<AtomicBool>,
 }
 
 impl Offload {
-    /// Does it, and waits for its result for at most this long.
+    /// Does it in its turn, and waits for its result for at most this long.
     ///
     /// # Errors
     /// It takes longer, or what was begun before has not ended yet.
@@ -28,6 +30,7 @@ impl Offload {
         limit: Duration,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Trouble> {
+        let _turn = self.turns.lock().await;
         if self.busy.swap(true, AcqRel) {
             return Err(Trouble::configuration(format!("{what} waits for what hangs already")));
         }

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
+use super::known::Location;
+use super::offload::Offload;
 use crate::config::{Balance, RouteConfig, in_making};
 use crate::control::discovery::{Declared, Wanted};
 use crate::io::net::Address;
@@ -33,6 +35,9 @@ const REFRESH: Duration = Duration::from_secs(60);
 
 /// A file may be of a clock that went ahead by this much.
 const CLOCK_SKEW_MAX: Duration = Duration::from_secs(60);
+
+/// How long the start waits for the file of endpoints to be read.
+const READ_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// Whose endpoints they are.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -319,6 +324,88 @@ impl Writer {
                 return saved;
             }
             pending = changed.wait(pending).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// The endpoints of a former run, and the file for those of this one.
+#[derive(Debug, Default)]
+pub(super) struct SavedEndpoints {
+    age_max: Duration,
+    /// Where the file is, for messages.
+    path: String,
+    writer: Option<Writer>,
+    read: Mutex<Option<Snapshot>>,
+    identity: Mutex<Option<Identity>>,
+}
+
+impl SavedEndpoints {
+    /// Reads the file, if there is to be one, and keeps it from now on.
+    pub(super) async fn open(config: &RouteConfig) -> Self {
+        let Some(path) = config.kube.snapshot.clone() else { return Self::default() };
+        let shown = path.display().to_string();
+        let file = path.clone();
+        let reading = move || Snapshot::read(&file);
+        let read = Offload::default().run("reading it", READ_TIME_MAX, reading).await;
+        // It has nothing to do with the way to the API, of which the trouble would tell.
+        let late = || Err(format!("reading it takes longer than {READ_TIME_MAX:?}"));
+        let read = read.unwrap_or_else(|_| late()).unwrap_or_else(|why| {
+            warn!("AEGIS_KUBE_SNAPSHOT={shown}: the saved endpoints are of no use: {why}");
+            None
+        });
+        let writer = Writer::start(path)
+            .inspect_err(|error| warn!("AEGIS_KUBE_SNAPSHOT={shown}: no thread for it: {error}"));
+        Self {
+            age_max: config.kube.snapshot_age_max,
+            path: shown,
+            writer: writer.ok(),
+            read: Mutex::new(read),
+            identity: Mutex::default(),
+        }
+    }
+
+    /// This is where the endpoints of this run are from.
+    pub(super) fn locate(&self, config: &RouteConfig, Location { server, namespace }: &Location) {
+        let identity = Identity::new(config, server, namespace);
+        if let Some(writer) = &self.writer {
+            writer.identify(identity.clone());
+        }
+        *self.identity.lock().unwrap_or_else(PoisonError::into_inner) = Some(identity);
+    }
+
+    /// The endpoints of a former run, if they are of use, and when they were confirmed last.
+    pub(super) fn usable(&self) -> Option<(Named, SystemTime)> {
+        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        let identity = self.identity.lock().unwrap_or_else(PoisonError::into_inner);
+        let snapshot = read.as_ref()?;
+        let named = match &*identity {
+            Some(identity) => snapshot.use_for(identity, self.age_max, SystemTime::now()),
+            None => Err("whose they have to be is not known".to_owned()),
+        };
+        match named {
+            Ok(named) => Some((named, snapshot.confirmed())),
+            Err(why) => {
+                warn!(
+                    "AEGIS_KUBE_SNAPSHOT={}: the saved endpoints are of no use: {why}",
+                    self.path
+                );
+                *read = None;
+                None
+            }
+        }
+    }
+
+    /// These are the endpoints now.
+    pub(super) fn save(&self, named: Named) {
+        if let Some(writer) = &self.writer {
+            writer.save(named);
+        }
+    }
+
+    /// The API says so at this moment, too.
+    pub(super) fn confirm(&self) {
+        if let Some(writer) = &self.writer {
+            writer.confirm();
         }
     }
 }

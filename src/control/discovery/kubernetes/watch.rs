@@ -19,23 +19,18 @@ use kube::api::{ListParams, WatchParams};
 use kube::core::{ObjectList, Request, WatchEvent};
 use kube::{Resource, ResourceExt};
 use serde::de::DeserializeOwned;
-use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
-use tracing::{debug, info, warn};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tracing::debug;
 
+use super::api::{Api, SILENCE_MARGIN};
 use super::backoff::{Backoff, Reported, jittered};
-use super::connection::{Connection, Lines, Pace, Target, read_all};
-use super::convert::Rules;
-use super::known::{Known, Location, Weight};
-use super::offload::Offload;
+use super::connection::{Connection, Lines, read_all};
+use super::known::{Audience, Known, Location};
 use super::trouble::Trouble;
-use crate::config::KubeConfig;
-use crate::control::discovery::status::{ErrorKind, Status};
+use crate::control::discovery::status::ErrorKind;
 
 /// A watch that has lasted for so long works; one of a shorter time, for most of that.
 const LASTED: Duration = Duration::from_secs(5);
-
-/// How much longer than a watch lasts a connection may be silent.
-const SILENCE_MARGIN: Duration = Duration::from_secs(5);
 
 /// A server that has sent bookmarks within a watch sends one each minute: silence for longer than
 /// this is a dead connection.
@@ -60,8 +55,8 @@ const CLIENT_AGE_MAX: Duration = Duration::from_secs(60);
 /// The annotation of the bookmark that ends a list by a watch.
 const LIST_ENDS: &str = "k8s.io/initial-events-end";
 
-/// A kind of object that endpoints are read from.
-pub(super) trait Source:
+/// A kind of object that is watched.
+pub(super) trait Object:
     Resource<DynamicType = (), Scope = NamespaceResourceScope>
     + Clone
     + Debug
@@ -69,34 +64,37 @@ pub(super) trait Source:
     + Send
     + 'static
 {
-    /// What is kept of it.
-    type Extract: PartialEq + Send + Weight;
-
-    /// The selector of those that matter.
-    fn labels(kube: &KubeConfig) -> String;
-
-    /// Reads it.
-    fn extract(&self, rules: &Rules) -> Self::Extract;
 }
 
-/// What a watch is on.
-pub(super) struct Subject<'a> {
-    /// The configuration.
-    pub kube: &'a KubeConfig,
-    /// How objects are read.
-    pub rules: &'a Rules,
-    /// Where it says how it fares.
-    pub status: &'a Status,
+impl<K> Object for K where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Clone
+        + Debug
+        + DeserializeOwned
+        + Send
+        + 'static
+{
+}
+
+/// Which objects of a kind are watched, and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Query {
+    /// Where they are, if not in the namespace that goes with the API.
+    pub namespace: Option<String>,
+    /// The selector of those that matter; empty for all.
+    pub labels: String,
+    /// How long one watch lasts at most.
+    pub timeout: Duration,
 }
 
 /// Keeps one kind of object known.
-pub(super) struct Watcher<'a, K: Source> {
-    subject: Subject<'a>,
-    known: Known<'a, K::Extract>,
+pub(super) struct Watcher<A: Audience> {
+    api: Arc<Api>,
+    query: Query,
+    known: Known<A>,
     resource: String,
-    namespace: String,
-    offload: Arc<Offload>,
-    pace: Pace,
+    /// Where the objects were looked for last.
+    location: Option<Location>,
     backoff: Backoff,
     reported: Reported,
     /// Whether the server knows lists by watches.
@@ -109,20 +107,23 @@ pub(super) struct Watcher<'a, K: Source> {
     version_min: String,
 }
 
-impl<'a, K: Source> Watcher<'a, K> {
+impl<A: Audience> Watcher<A>
+where
+    A::Object: Object,
+{
     /// One that has not begun.
-    pub(super) fn new(subject: Subject<'a>, known: Known<'a, K::Extract>) -> Self {
-        let resource = match &K::group(&())[..] {
-            "" => K::plural(&()).into_owned(),
-            group => format!("{}.{group}", K::plural(&())),
+    pub(super) fn new(api: Arc<Api>, query: Query, known: Known<A>) -> Self {
+        let plural = A::Object::plural(&());
+        let resource = match &A::Object::group(&())[..] {
+            "" => plural.into_owned(),
+            group => format!("{plural}.{group}"),
         };
         Self {
-            subject,
+            api,
+            query,
             known,
             resource,
-            namespace: String::new(),
-            offload: Arc::default(),
-            pace: Pace::default(),
+            location: None,
             backoff: Backoff::default(),
             reported: Reported::default(),
             streaming: true,
@@ -135,50 +136,42 @@ impl<'a, K: Source> Watcher<'a, K> {
     /// Watches for ever.
     pub(super) async fn run(mut self) {
         loop {
-            match self.connect().await {
-                Ok(mut connection) => self.use_connection(&mut connection).await,
-                Err(trouble) => self.on_trouble(trouble).await,
+            if let Err(trouble) = self.watch_next().await {
+                self.on_trouble(trouble).await;
             }
         }
     }
 
-    async fn connect(&mut self) -> Result<Connection, Trouble> {
-        let silence = self.subject.kube.watch_timeout + SILENCE_MARGIN;
-        let offload = Arc::clone(&self.offload);
-        let target = self.known.wait_for(Target::find(&offload)).await?;
-        let kube = self.subject.kube;
-        let named = kube.service.as_ref().and_then(|service| service.namespace.as_ref());
-        let named = named.or(kube.namespace.as_ref());
-        let namespace = named.unwrap_or(&target.namespace).clone();
-        let location = Location { server: target.server.clone(), namespace };
-        (self.known.on_located)(&location);
-        let connection = self.known.wait_for(target.connect(silence, &offload)).await?;
+    /// One watch, by the client that there is. One that is of no use is discarded: what it was made of
+    /// is read anew then.
+    async fn watch_next(&mut self) -> Result<(), Trouble> {
+        let api = Arc::clone(&self.api);
+        let connection = self.known.wait_for(api.connect()).await?;
+        self.locate(&connection);
         self.known.begin_first_wait();
-        let namespace = location.namespace;
-        if self.namespace != namespace {
-            let labels = K::labels(kube);
-            let resource = &self.resource;
-            info!(resource, namespace, labels, "watching the Kubernetes API");
-            self.namespace = namespace;
-        }
-        Ok(connection)
-    }
-
-    /// Lists and watches until a new connection is needed: credentials are read anew then.
-    async fn use_connection(&mut self, connection: &mut Connection) {
-        while !connection.is_void() {
-            let Err(trouble) = self.watch_once(connection).await else { continue };
+        let watched = self.watch_once(&connection).await;
+        if let Err(trouble) = &watched {
             let old = connection.made.elapsed() > CLIENT_AGE_MAX;
-            let renew = match trouble.kind {
-                ErrorKind::Unauthorized | ErrorKind::Configuration => true,
-                ErrorKind::Unreachable => old,
-                _ => false,
-            };
-            self.on_trouble(trouble).await;
-            if renew {
-                return;
+            match trouble.kind {
+                ErrorKind::Unauthorized | ErrorKind::Configuration => api.discard(&connection),
+                ErrorKind::Unreachable if old => api.discard(&connection),
+                _ => {}
             }
         }
+        watched
+    }
+
+    fn locate(&mut self, connection: &Connection) {
+        let namespace = self.query.namespace.as_ref().unwrap_or(&connection.namespace).clone();
+        let location = Location { server: connection.server.clone(), namespace };
+        if self.location.as_ref() != Some(&location) {
+            self.known.audience.on_located(&location, &self.resource, &self.query.labels);
+            self.location = Some(location);
+        }
+    }
+
+    fn namespace(&self) -> &str {
+        self.location.as_ref().map_or("", |location| &location.namespace)
     }
 
     /// Reports trouble, and waits.
@@ -191,11 +184,8 @@ impl<'a, K: Source> Watcher<'a, K> {
             }
         }
         if !trouble.quiet || self.backoff.has_failures() {
-            let kept = (self.known.on_trouble)(&trouble);
-            self.subject.status.count(trouble.kind);
-            if self.reported.is_news(trouble.kind) {
-                warn!(kind = ?trouble.kind, "{}; {kept}", trouble.what);
-            }
+            let is_news = self.reported.is_news(trouble.kind);
+            self.known.audience.on_trouble(&trouble, is_news);
         }
         if trouble.refused {
             self.known.cut_first_wait();
@@ -203,7 +193,7 @@ impl<'a, K: Source> Watcher<'a, K> {
         // What a whole fleet is asked to wait must not end for all of it at once.
         let asked = trouble.wait.mul_f64(1.0 + fastrand::f64() / 4.0);
         let wait = self.backoff.next(trouble.kind).max(asked);
-        debug!(?wait, "asking the Kubernetes API again");
+        debug!(resource = self.resource, ?wait, "asking the Kubernetes API again");
         self.known.wait_for(sleep(wait)).await;
     }
 
@@ -211,15 +201,15 @@ impl<'a, K: Source> Watcher<'a, K> {
     fn on_lasted(&mut self) {
         self.backoff.reset();
         if self.reported.clear() {
-            info!(resource = self.resource, "the Kubernetes API is well again");
+            self.known.audience.on_recovered(&self.resource);
         }
     }
 
     /// One watch, with the list before it where it is needed.
-    async fn watch_once(&mut self, connection: &mut Connection) -> Result<(), Trouble> {
-        let seconds = jittered(self.subject.kube.watch_timeout);
+    async fn watch_once(&mut self, connection: &Connection) -> Result<(), Trouble> {
+        let seconds = jittered(self.query.timeout);
         let params = WatchParams::default().timeout(seconds);
-        let params = params.labels(&K::labels(self.subject.kube));
+        let params = params.labels(&self.query.labels);
         if self.version.is_none() && !self.streaming {
             self.list(connection).await?;
         }
@@ -245,25 +235,24 @@ impl<'a, K: Source> Watcher<'a, K> {
     }
 
     fn request(&self) -> Request {
-        Request::new(K::url_path(&(), Some(&self.namespace)))
+        Request::new(A::Object::url_path(&(), Some(self.namespace())))
     }
 
     async fn get(
         &mut self,
-        connection: &mut Connection,
+        connection: &Connection,
         request: http::Request<Vec<u8>>,
         verb: &str,
     ) -> Result<kube::client::Body, Trouble> {
-        let due = self.pace.next(Instant::now());
-        self.known.wait_for(sleep_until(due)).await;
-        let offload = Arc::clone(&self.offload);
-        let about = (verb, &self.resource[..], &self.namespace[..]);
-        self.known.wait_for(connection.get(request, about, &offload)).await
+        let api = Arc::clone(&self.api);
+        let namespace = self.namespace().to_owned();
+        let about = (verb, &self.resource[..], &namespace[..]);
+        self.known.wait_for(api.get(connection, request, about)).await
     }
 
     /// Lists page by page, as servers have it that know no lists by watches.
-    async fn list(&mut self, connection: &mut Connection) -> Result<(), Trouble> {
-        let mut params = ListParams::default().labels(&K::labels(self.subject.kube));
+    async fn list(&mut self, connection: &Connection) -> Result<(), Trouble> {
+        let mut params = ListParams::default().labels(&self.query.labels);
         params = params.limit(PAGE_OBJECTS);
         let mut tokens = HashSet::new();
         self.known.begin_list();
@@ -273,9 +262,11 @@ impl<'a, K: Source> Watcher<'a, K> {
             let read = timeout(LIST_TIME_MAX, read_all(body, PAGE_BYTES_MAX));
             let read = self.known.wait_for(read).await;
             let text = read.map_err(|_| Trouble::unreachable("a list that does not end"))??;
-            let page: ObjectList<K> = serde_json::from_slice(&text).map_err(Trouble::malformed)?;
+            let page: ObjectList<A::Object> =
+                serde_json::from_slice(&text).map_err(Trouble::malformed)?;
             for object in page.items {
-                self.known.list(object.name_any(), object.extract(self.subject.rules))?;
+                let extract = self.known.audience.extract(&object);
+                self.known.list(object.name_any(), extract)?;
             }
             match page.metadata.continue_.filter(|token| !token.is_empty()) {
                 Some(token) if tokens.len() < PAGES_MAX && tokens.insert(token.clone()) => {
@@ -297,7 +288,7 @@ impl<'a, K: Source> Watcher<'a, K> {
         self.version_min.clone_from(&version);
         self.version = Some(version);
         self.known.end_list();
-        (self.known.on_confirmed)();
+        self.known.audience.on_confirmed();
         Ok(())
     }
 
@@ -330,7 +321,7 @@ impl<'a, K: Source> Watcher<'a, K> {
                 // It ended in the middle of its list: nothing of that is known.
                 Ok(Ok(None)) if listing => return Err(Trouble::early(opened.elapsed())),
                 Ok(Ok(None)) if recovered => {
-                    (self.known.on_confirmed)();
+                    self.known.audience.on_confirmed();
                     return Ok(());
                 }
                 Ok(Ok(None)) => return Err(Trouble::early(opened.elapsed())),
@@ -351,7 +342,8 @@ impl<'a, K: Source> Watcher<'a, K> {
         if line.iter().all(u8::is_ascii_whitespace) {
             return Ok(());
         }
-        let event: WatchEvent<K> = serde_json::from_slice(line).map_err(Trouble::malformed)?;
+        let event: WatchEvent<A::Object> =
+            serde_json::from_slice(line).map_err(Trouble::malformed)?;
         let listing = self.version.is_none();
         match event {
             WatchEvent::Added(object) | WatchEvent::Modified(object) => self.apply(object),
@@ -361,7 +353,7 @@ impl<'a, K: Source> Watcher<'a, K> {
             WatchEvent::Deleted(object) => {
                 self.advance(object.resource_version())?;
                 self.known.remove(&object.name_any());
-                (self.known.on_confirmed)();
+                self.known.audience.on_confirmed();
                 Ok(())
             }
             WatchEvent::Bookmark(mark) if listing => {
@@ -373,25 +365,25 @@ impl<'a, K: Source> Watcher<'a, K> {
             WatchEvent::Bookmark(mark) => {
                 self.advance(Some(mark.metadata.resource_version))?;
                 // The last one of a watch does not say that there are others.
-                let time = self.subject.kube.watch_timeout;
+                let time = self.query.timeout;
                 self.bookmarks |= opened.elapsed() < time.mul_f64(0.7);
-                (self.known.on_confirmed)();
+                self.known.audience.on_confirmed();
                 Ok(())
             }
             WatchEvent::Error(status) => {
-                Err(Trouble::api(&status, "watch", &self.resource, &self.namespace))
+                Err(Trouble::api(&status, "watch", &self.resource, self.namespace()))
             }
         }
     }
 
-    fn apply(&mut self, object: K) -> Result<(), Trouble> {
-        let (name, extract) = (object.name_any(), object.extract(self.subject.rules));
+    fn apply(&mut self, object: A::Object) -> Result<(), Trouble> {
+        let (name, extract) = (object.name_any(), self.known.audience.extract(&object));
         if self.version.is_none() {
             return self.known.list(name, extract);
         }
         self.advance(object.resource_version())?;
         self.known.set(name, extract)?;
-        (self.known.on_confirmed)();
+        self.known.audience.on_confirmed();
         Ok(())
     }
 
