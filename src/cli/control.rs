@@ -1,13 +1,14 @@
 //! Gives commands to a proxy that runs, by its control socket.
 
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{Arg, ArgMatches};
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use super::admin::left;
 use super::table::plain;
 use crate::config::control_address;
 use crate::control::socket::{Reply, Request};
@@ -16,10 +17,10 @@ use crate::io::net::Address;
 const CONTROL: &str = "control";
 
 /// How long the proxy may take to answer; it waits for less.
-const TIME_MAX: Duration = Duration::from_secs(5);
+const TIME_MAX: Duration = Duration::from_secs(3);
 
 /// Far more than the proxy answers.
-const REPLY_BYTES_MAX: u64 = 64 << 10;
+const REPLY_BYTES_MAX: usize = 64 << 10;
 
 /// The option that names the socket.
 pub(super) fn option() -> Arg {
@@ -33,20 +34,17 @@ pub(super) fn option() -> Arg {
 pub(super) struct Done {
     /// What came of it.
     pub(super) text: String,
-    stream: BufReader<UnixStream>,
+    stream: UnixStream,
 }
 
 impl Done {
     /// Waits until the process has ended, which closes the connection.
     pub(super) fn wait(mut self) -> Result<(), String> {
-        let forever = self.stream.get_ref().set_read_timeout(None);
-        forever.and_then(|()| io::copy(&mut self.stream, &mut io::sink())).map_or_else(
-            |error| match error.kind() {
-                ErrorKind::ConnectionReset => Ok(()),
-                _ => Err(error.to_string()),
-            },
-            |_| Ok(()),
-        )
+        self.stream.set_read_timeout(None).map_err(|error| error.to_string())?;
+        match io::copy(&mut self.stream, &mut io::sink()) {
+            Err(error) if error.kind() != ErrorKind::ConnectionReset => Err(error.to_string()),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -101,21 +99,29 @@ fn connect(path: &Path) -> io::Result<UnixStream> {
     Ok(socket.into())
 }
 
-fn exchange(
-    mut stream: UnixStream,
-    request: &Request,
-) -> io::Result<(Reply, BufReader<UnixStream>)> {
+fn exchange(mut stream: UnixStream, request: &Request) -> io::Result<(Reply, UnixStream)> {
+    let until = Instant::now() + TIME_MAX;
     let mut line = serde_json::to_vec(request)?;
     line.push(b'\n');
     // Who is refused at once may find the connection closed already, and the reply there.
     let sent = stream.write_all(&line);
-    let mut stream = BufReader::new(stream);
-    let mut line = Vec::new();
-    let read = (&mut stream).take(REPLY_BYTES_MAX).read_until(b'\n', &mut line);
-    if line.last() != Some(&b'\n') {
-        sent?;
-        read?;
-        return Err(io::Error::other("the proxy closed the connection without an answer"));
+    let (mut reply, mut buffer) = (Vec::new(), vec![0; REPLY_BYTES_MAX]);
+    let read = loop {
+        // Whoever sends a byte now and then is no better than who is silent.
+        let read = left(until).and_then(|left| stream.set_read_timeout(Some(left)));
+        match read.and_then(|()| stream.read(&mut buffer)) {
+            Ok(0) => break Ok(()),
+            Ok(count) => reply.extend_from_slice(&buffer[..count]),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => break Err(error),
+        }
+        if reply.ends_with(b"\n") || reply.len() > REPLY_BYTES_MAX {
+            break Ok(());
+        }
+    };
+    if !reply.ends_with(b"\n") {
+        read.and(sent)?;
+        return Err(io::Error::other("the connection was closed without an answer"));
     }
-    Ok((serde_json::from_slice(&line)?, stream))
+    Ok((serde_json::from_slice(&reply)?, stream))
 }

@@ -3,10 +3,11 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::thread;
+use std::time::Duration;
 
 use rustix::process::Signal;
 
@@ -136,6 +137,8 @@ fn a_wrong_log_filter_is_refused_and_changes_nothing() {
     let long = format!("info,{}\n", "aegis::io=debug,".repeat(1 << 17));
     let request = format!("{{\"command\":\"log-level\",\"filter\":\"{long}\"}}\n");
     assert!(say(&path, request.as_bytes()).contains("longer than 4096 bytes"));
+    let ended = run(&path, &["log-level", "x".repeat(100_000).leak()]);
+    expect_refused(&ended, "longer than 4096 bytes");
     // One that would be large as a regular expression.
     let request = br#"{"command":"log-level","filter":"aegis[route{route=(a{999}){999}}]=debug"}"#;
     let _ = say(&path, &[&request[..], b"\n"].concat());
@@ -229,6 +232,24 @@ fn without_a_socket_it_is_said_what_to_do() {
     assert!(ended.errors.contains("a file that is no socket is in its place"), "{ended:?}");
     let both = controlled(&path, &backend).set("AEGIS_LISTEN", unix(&path)).run();
     assert!(both.errors.contains("both would listen at the same address"), "{both:?}");
+}
+
+#[test]
+fn whoever_answers_late_or_otherwise_holds_no_command_up() {
+    let (_directory, path) = place();
+    let listener = UnixListener::bind(&path).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+    let server = thread::spawn(move || {
+        let (mut other, _) = listener.accept().unwrap();
+        other.write_all(b"SSH-2.0\r\n").unwrap();
+        let (mut slow, _) = listener.accept().unwrap();
+        while slow.write_all(b"x").is_ok() {
+            thread::sleep(Duration::from_millis(50));
+        }
+    });
+    expect_refused(&run(&path, &["drain"]), &unix(&path));
+    expect_refused(&run(&path, &["drain"]), "did not answer within 3 s");
+    server.join().unwrap();
 }
 
 /// Runs a command as this user.
