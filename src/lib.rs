@@ -24,7 +24,7 @@
 //! | [`protocol`] | all that is known of a protocol: TCP, Chronos, HTTP/1; the PROXY protocol's header |
 //! | [`io`] | does: the `io_uring` and epoll drivers and the seeded simulator; the only unsafe code |
 //! | [`worker`] | one core: binds `proxy` to `io`, turn by turn |
-//! | [`control`] | the control thread, on tokio: discovery, admin HTTP, lifecycle |
+//! | [`control`] | the control thread, on tokio: discovery, admin HTTP, control socket, lifecycle |
 //!
 //! Where to look first:
 //!

@@ -366,6 +366,16 @@ pub const ADMIN_HELD: usize = 8;
 /// than a millisecond or two. Twice as many would do as well, half as many cost more writes.
 pub const ADMIN_PIECE_BYTES: usize = 16 * 1024;
 
+/// Connections to the control socket whose command has not been answered yet. Each has its answer, or
+/// is closed, within seconds; who comes into a full house is told so.
+pub const CONTROL_CONNECTIONS: usize = 16;
+
+/// Connections to the control socket that wait for the end of the process.
+pub const CONTROL_WAITING: usize = 16;
+
+/// Bytes of a line on the control socket. A log filter that names every module is shorter.
+pub const CONTROL_LINE_BYTES_MAX: usize = 4096;
+
 /// Descriptors held back for admin connections, so that a probe is answered where there are no
 /// others: what is short is known then, and a restart would not mend it. One of them is never used.
 pub const ADMIN_DESCRIPTORS_RESERVED: usize = 4;

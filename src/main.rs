@@ -54,6 +54,7 @@ fn run(config: Arc<Config>) -> Result<ExitCode, StartError> {
     // Everything is bound before anything is announced or served.
     let listeners = listeners::listen_by_route(&config, prepared.len())?;
     let admin = admin::bind(config.admin)?;
+    let (control, _control_file) = listeners::listen_control(&config)?.unzip();
     let workers = startup::start_workers(prepared, listeners, &config, capacity, started)?;
     for (address, &route) in workers.addresses.iter().zip(&workers.routes) {
         let route = config.name_in_log(usize::from(route)).map(RouteName::as_str);
@@ -71,6 +72,7 @@ fn run(config: Arc<Config>) -> Result<ExitCode, StartError> {
         max_sessions: capacity.sessions_max.get(),
         exited: workers.exited,
         admin,
+        control,
     };
     let outcome = plane.run(runtime)?;
     if let Outcome::Misconfigured { reason } = outcome {

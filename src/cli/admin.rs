@@ -134,7 +134,8 @@ fn ask(mut stream: TcpStream, path: &str, until: Instant) -> io::Result<Answer> 
         .ok_or_else(|| io::Error::other("the answer is not HTTP"))
 }
 
-fn left(until: Instant) -> io::Result<Duration> {
+/// The time until then, which is an error where there is none left.
+pub(super) fn left(until: Instant) -> io::Result<Duration> {
     let left = until.saturating_duration_since(Instant::now());
     if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
 }

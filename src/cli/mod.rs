@@ -4,10 +4,13 @@
 
 mod admin;
 mod check;
+mod control;
+mod drain;
 mod endpoints;
 mod healthcheck;
 mod help;
 mod host;
+mod log_level;
 mod output;
 mod shell;
 mod table;
@@ -48,6 +51,8 @@ const TOOLS: &[ToolRow] = &[
     (healthcheck::NAME, healthcheck::definition, healthcheck::run),
     (endpoints::NAME, endpoints::definition, endpoints::run),
     (top::NAME, top::definition, top::run),
+    (drain::NAME, drain::definition, drain::run),
+    (log_level::NAME, log_level::definition, log_level::run),
     (shell::COMPLETIONS, shell::completions_definition, shell::completions),
     (shell::MAN, shell::man_definition, shell::man),
 ];

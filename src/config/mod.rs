@@ -64,6 +64,26 @@ pub fn admin_address(text: &str) -> Result<SocketAddr, String> {
     value::socket_address(text.trim())
 }
 
+/// Reads where the control socket is, as `AEGIS_CONTROL` says it. None where it is `off`.
+///
+/// # Errors
+/// It is neither; the message says why.
+pub fn control_address(text: &str) -> Result<Option<Address>, String> {
+    match text.trim() {
+        "off" => Ok(None),
+        text => value::control_address(text).map(Some),
+    }
+}
+
+/// Reads a log filter as `AEGIS_LOG` takes it, and returns it without the spaces in it.
+///
+/// # Errors
+/// It is none; the message says why, and what is accepted.
+pub fn log_filter(text: &str) -> Result<String, String> {
+    let accepts = || variables::AEGIS_LOG.accepts();
+    value::log_filter(text).map_err(|why| format!("{why}. Accepted: {}", accepts()))
+}
+
 impl RouteConfig {
     /// The variables that are as `AEGIS_PRESET` suggests, with their values.
     pub fn by_preset(&self) -> Vec<(&'static str, &'static str)> {

@@ -12,7 +12,7 @@ use super::value::{Word, duration_text, list_text, overlap, takes_in};
 use super::variable::{PREFIX, RawConfig, Section, Variable};
 use super::variables::{
     AEGIS_ADMIN, AEGIS_BACKENDS, AEGIS_BACKUPS, AEGIS_BALANCE, AEGIS_CHECK, AEGIS_CHECK_INTERVAL,
-    AEGIS_DISCOVERY, AEGIS_ENDPOINT_MAX, AEGIS_KUBE_NAMESPACE, AEGIS_KUBE_SELECTOR,
+    AEGIS_CONTROL, AEGIS_DISCOVERY, AEGIS_ENDPOINT_MAX, AEGIS_KUBE_NAMESPACE, AEGIS_KUBE_SELECTOR,
     AEGIS_KUBE_SERVICE, AEGIS_KUBE_SNAPSHOT, AEGIS_LISTEN, AEGIS_LOCALITY, AEGIS_POOL_MAX_IDLE,
     AEGIS_POOL_MIN_IDLE, AEGIS_POOL_MODE, AEGIS_POOL_SIZE, AEGIS_PRESET, AEGIS_PROTOCOL,
     AEGIS_PROXY_PROTOCOL,
@@ -420,6 +420,10 @@ impl Reader {
         if route.listen.iter().filter_map(Address::tcp).any(shared) {
             let admin = (AEGIS_ADMIN, config.admin.to_string());
             self.conflict(listen(), admin, "both would listen at the same address");
+        }
+        if let Some(control) = config.control.as_ref().filter(|&at| route.listen.contains(at)) {
+            let control = (AEGIS_CONTROL, control.to_string());
+            self.conflict(listen(), control, "both would listen at the same address");
         }
         for other in &config.routes {
             let own = Listening::new(other.listen.iter().cloned());

@@ -11,6 +11,9 @@ const MODE_MAX: u32 = 0o777;
 pub struct SocketMode(u32);
 
 impl SocketMode {
+    /// Anybody may connect.
+    pub const ALL: Self = Self(0o666);
+
     /// The owner and the group may connect.
     pub const DEFAULT: Self = Self(0o660);
 

@@ -131,6 +131,15 @@ pub(super) fn listen_addresses(text: &str, max: usize) -> Parsed<Vec<Address>> {
     Ok(addresses)
 }
 
+/// The address of a Unix socket.
+pub(super) fn control_address(text: &str) -> Parsed<Address> {
+    if text.starts_with(UNIX) {
+        unix_address(text)
+    } else {
+        Err("not unix: and an absolute path".to_owned())
+    }
+}
+
 /// An address of the one side that takes in one of the other side, and that one.
 pub(super) fn overlap<'a>(
     one_side: &'a [Address],
@@ -184,7 +193,7 @@ const LOGGING_LIBRARIES: [&str; 13] = [
 /// a target, of which everything is to be logged, and a level that is misspelt is such a word.
 pub(super) fn log_filter(text: &str) -> Parsed<String> {
     let text = text.split(',').map(str::trim).collect::<Vec<_>>().join(",");
-    if let Err(error) = EnvFilter::try_new(&text) {
+    if let Err(error) = EnvFilter::builder().with_regex(false).parse(&text) {
         return Err(error.to_string());
     }
     for (target, has_level) in targets(&text) {

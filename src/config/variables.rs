@@ -14,8 +14,8 @@ use super::kind::{
 use super::read::Reader;
 use super::routes::RouteName;
 use super::value::{
-    absolute_path, check_path, dns_label, list, listen_addresses, log_filter, selector,
-    socket_address,
+    absolute_path, check_path, control_address, dns_label, list, listen_addresses, log_filter,
+    selector, socket_address,
 };
 use super::variable::{Row, Section, Variable, settings};
 use super::{
@@ -65,6 +65,9 @@ pub struct Config {
     admin: SocketAddr = AEGIS_ADMIN("[::]:8082")
         in text("IP:PORT; port 0 picks a free one", socket_address),
         "Where metrics and the probes answer.";
+    => "The control socket"
+    control: Option<Address> = AEGIS_CONTROL("off") in or("off", text("unix:/PATH", control_address)),
+        "Where drain and log-level are asked for; only this process's user and root may. off: nowhere.";
     => "The log"
     log: String = AEGIS_LOG("info") in text(
         "off, error, warn, info, debug, trace, or directives such as info,aegis::io=debug",

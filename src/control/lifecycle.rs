@@ -24,7 +24,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{error, info, warn};
 
@@ -52,6 +52,9 @@ const TERMINATION_LOG: &str = "/dev/termination-log";
 
 /// The kubelet reads no more.
 const TERMINATION_LOG_MAX: usize = 4096;
+
+/// What stands in the log for a signal where the control socket asked for the drain.
+const BY_CONTROL_SOCKET: &str = "none, the control socket";
 
 /// Events that may wait. Signals of one kind that come faster are merged by the kernel anyway.
 const EVENTS_MAX: usize = 4;
@@ -148,10 +151,22 @@ pub(super) fn events(
     receiver
 }
 
-/// Waits for the signal to end, then drains; returns once all workers have ended or are stuck.
-pub(super) async fn run(view: &View, mut events: mpsc::Receiver<Event>) -> Outcome {
-    let Some(Event::Terminate(signal)) = events.recv().await else {
-        return ended_early();
+/// Waits for the signal to end, or the same from the control socket, then drains; returns once all workers have ended or are stuck.
+///
+/// The control socket asks by `drain_asked`, which is looked at once: unlike a second signal, to ask
+/// again is no command to cut what drains.
+pub(super) async fn run(
+    view: &View,
+    mut events: mpsc::Receiver<Event>,
+    drain_asked: &Notify,
+) -> Outcome {
+    let signal = tokio::select! {
+        biased;
+        event = events.recv() => match event {
+            Some(Event::Terminate(signal)) => signal,
+            _ => return ended_early(),
+        },
+        () = drain_asked.notified() => BY_CONTROL_SOCKET,
     };
     // What is learned from now on comes too late for anybody who waited for the start.
     let misconfigured = view.misconfigured();
@@ -323,7 +338,7 @@ mod tests {
             let (sender, events) = mpsc::channel(1);
             let running = tokio::spawn({
                 let view = Arc::clone(&view);
-                async move { run(&view, events).await }
+                async move { run(&view, events, &Notify::new()).await }
             });
             for &(command, event) in script {
                 while view.workers().iter().any(|w| w.mailbox.current_command() != command) {

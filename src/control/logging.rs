@@ -12,7 +12,10 @@ use std::os::fd::AsFd;
 use std::sync::OnceLock;
 use std::thread;
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::ParseError;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
 use crate::config::{Config, LogFormat};
 use crate::limits::LOG_FLUSH_MAX;
@@ -21,10 +24,13 @@ use writer::LogWriter;
 /// The log of the process, once there is one.
 static LOG: OnceLock<LogWriter> = OnceLock::new();
 
-/// Libraries that tell of troubles which the program tells of itself, once. `AEGIS_LOG` may ask for
-/// them.
-const QUIET: &str =
-    "kube=off,kube_client=off,hyper=off,hyper_util=off,tower=off,tower_http=off,rustls=off";
+/// What holds whatever `AEGIS_LOG` says, unless it names the same. Libraries tell of troubles which the
+/// program tells of itself, once; and who changes it by the control socket is in its log.
+const ALWAYS: &str = "kube=off,kube_client=off,hyper=off,hyper_util=off,tower=off,tower_http=off,\
+                      rustls=off,aegis::control::socket=info";
+
+/// By which the filter is changed.
+static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
 
 /// Starts logging to standard error. A second call changes nothing.
 ///
@@ -35,25 +41,45 @@ const QUIET: &str =
 /// There is no descriptor, or no thread, for the log.
 pub fn init_logging(config: &Config) -> io::Result<()> {
     start()?;
-    let (filter, problem) = match EnvFilter::try_new(format!("{QUIET},{}", config.log)) {
+    let (filter, problem) = match filter_of(&config.log) {
         Ok(filter) => (filter, None),
         Err(error) => (EnvFilter::new("info"), Some(error)),
     };
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let (filter, handle) = reload::Layer::new(filter);
+    // Who comes second has no subscriber to change.
+    let _ = FILTER.set(handle);
+    let layer = fmt::layer()
         .with_writer(|| Lines)
         // These would be printed to standard error, which can block and fail.
         .log_internal_errors(false)
         .with_ansi(io::stderr().is_terminal());
-    // The only failure is that a subscriber is set already.
-    let _ = match config.log_format {
-        LogFormat::Text => builder.try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).with_span_list(false).try_init(),
+    let layer = match config.log_format {
+        LogFormat::Text => layer.boxed(),
+        LogFormat::Json => layer.json().flatten_event(true).with_span_list(false).boxed(),
     };
+    // The only failure is that a subscriber is set already.
+    let _ = tracing_subscriber::registry().with(filter).with(layer).try_init();
     if let Some(error) = problem {
         tracing::warn!(filter = config.log, %error, "AEGIS_LOG is not a log filter, using `info`");
     }
     Ok(())
+}
+
+/// Changes what is logged, as `AEGIS_LOG` says it.
+///
+/// # Errors
+/// It is no filter; the message says why.
+pub fn set_filter(text: &str) -> Result<(), String> {
+    let filter = filter_of(text).map_err(|error| error.to_string())?;
+    match FILTER.get() {
+        Some(handle) => handle.reload(filter).map_err(|error| error.to_string()),
+        None => Err("nothing is logged".to_owned()),
+    }
+}
+
+/// Without regular expressions, which a text of this length could make as large as it likes.
+fn filter_of(text: &str) -> Result<EnvFilter, ParseError> {
+    EnvFilter::builder().with_regex(false).parse(format!("{ALWAYS},{text}"))
 }
 
 /// Lines of the log that were dropped: nobody read them, or they could not be written.

@@ -11,6 +11,7 @@ mod lifecycle;
 pub mod logging;
 pub mod metrics;
 mod outages;
+pub mod socket;
 pub mod survey;
 mod tiers;
 pub mod view;
@@ -21,10 +22,11 @@ mod testing;
 use std::convert::Infallible;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tracing::{Instrument, Span, error_span};
 
 use discovery::status::Status;
@@ -116,6 +118,8 @@ pub struct Plane {
     pub exited: mpsc::Receiver<Infallible>,
     /// The admin listener, from [`admin::bind`].
     pub admin: TcpListener,
+    /// The control socket, if there is one.
+    pub control: Option<UnixListener>,
 }
 
 impl Plane {
@@ -135,7 +139,9 @@ impl Plane {
     async fn serve(self, signals: Signals) -> io::Result<Outcome> {
         let events = lifecycle::events(signals, self.exited);
         let admin = tokio::net::TcpListener::from_std(self.admin)?;
-        let listening = listening(self.listening, admin.local_addr()?);
+        let mut addresses = self.listening;
+        addresses.extend(self.config.control.clone());
+        let listening = listening(addresses, admin.local_addr()?);
         let routes = self.config.routes.iter().map(|_| (watch::Sender::default(), Arc::default()));
         let routes: Vec<(watch::Sender<_>, Arc<Status>)> = routes.collect();
         let shown = |(snapshots, status): &(watch::Sender<_>, _)| Discovered {
@@ -170,7 +176,13 @@ impl Plane {
         tokio::spawn(diagnosis::run(Arc::clone(&view)));
         tokio::spawn(ends::run(Arc::clone(&view)));
         tokio::spawn(admin::serve(admin, Arc::clone(&view)));
-        Ok(lifecycle::run(&view, events).await)
+        let drain_asked = Arc::new(Notify::new());
+        if let Some(listener) = self.control {
+            let listener = tokio::net::UnixListener::from_std(listener)?;
+            let control = socket::Control::new(Arc::clone(&view), Arc::clone(&drain_asked));
+            tokio::spawn(Arc::new(control).serve(listener));
+        }
+        Ok(lifecycle::run(&view, events, &drain_asked).await)
     }
 }
 
@@ -285,6 +297,7 @@ mod tests {
             listening: Vec::new(),
             exited,
             admin,
+            control: None,
         };
         assert_eq!(plane.run(Runtime::new().unwrap()).unwrap(), Outcome::Drained);
         client.join().unwrap();

@@ -10,8 +10,8 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 
 use crate::config::{Config, Discovery, RouteConfig};
 use crate::limits::{
-    ADMIN_CONNECTIONS, CHECKS_MAX, DESCRIPTORS_RESERVED, PIPES_MAX, POOL_CONNS_MAX,
-    SESSIONS_AUTO_MAX,
+    ADMIN_CONNECTIONS, CHECKS_MAX, CONTROL_CONNECTIONS, CONTROL_WAITING, DESCRIPTORS_RESERVED,
+    PIPES_MAX, POOL_CONNS_MAX, SESSIONS_AUTO_MAX,
 };
 
 /// What the process has room for.
@@ -62,6 +62,9 @@ const DESCRIPTORS_PER_WORKER: u64 = 5 + 2 * PIPES_MAX as u64 + DESCRIPTORS_RESER
 /// pipe, and connections to name servers for answers that are cut.
 const CONTROL_DESCRIPTORS: u64 = 32;
 
+/// The control socket and its file, its connections, and the one that is being refused.
+const CONTROL_SOCKET_DESCRIPTORS: u64 = 3 + (CONTROL_CONNECTIONS + CONTROL_WAITING) as u64;
+
 /// Sockets of one name's lookup: one for each family, while it is asked for.
 const DESCRIPTORS_PER_NAME: u64 = 2;
 
@@ -93,6 +96,8 @@ struct DescriptorUsers {
     names: usize,
     /// Whether endpoints are checked.
     checks: bool,
+    /// Whether there is a control socket.
+    control: bool,
 }
 
 impl DescriptorUsers {
@@ -107,6 +112,7 @@ impl DescriptorUsers {
             kubernetes: routes().filter(by_kubernetes).count(),
             names: routes().filter(|route| !by_kubernetes(route)).map(|route| route.names()).sum(),
             checks: routes().any(|route| route.check_interval.is_some()),
+            control: config.control.is_some(),
         }
     }
 }
@@ -199,12 +205,13 @@ fn descriptors_needed(
     let kubernetes = users.kubernetes as u64 * KUBERNETES_DESCRIPTORS;
     let checks = if users.checks { CHECKS_MAX as u64 } else { 0 };
     let names = users.names as u64 * DESCRIPTORS_PER_NAME;
+    let control = if users.control { CONTROL_SOCKET_DESCRIPTORS } else { 0 };
     DescriptorsNeeded {
         sessions: max_sessions as u64 * DESCRIPTORS_PER_SESSION,
         pools: pool_conns,
         workers: workers * (listeners + DESCRIPTORS_PER_WORKER),
         admin: ADMIN_CONNECTIONS as u64,
-        control: CONTROL_DESCRIPTORS + kubernetes + names + checks,
+        control: CONTROL_DESCRIPTORS + kubernetes + names + checks + control,
         standard: STANDARD_DESCRIPTORS,
         slack: SLACK_DESCRIPTORS,
     }
@@ -273,6 +280,7 @@ mod tests {
         kubernetes: 0,
         names: 0,
         checks: false,
+        control: false,
     };
     /// 4 × (5 + 2 + 2 × 16 + 16) + 32 + 32 + 3 + 64. All pools together may come to hold 64 × 6.
     const FIXED: u64 = 220 + 131;
@@ -349,6 +357,7 @@ mod tests {
         assert_eq!(needed(&users), needed(&USERS) + 16);
         assert_eq!(needed(&DescriptorUsers { names: 100, ..USERS }), needed(&USERS) + 200);
         assert_eq!(needed(&DescriptorUsers { checks: true, ..USERS }), needed(&USERS) + 32);
+        assert_eq!(needed(&DescriptorUsers { control: true, ..USERS }), needed(&USERS) + 35);
     }
 
     #[test]

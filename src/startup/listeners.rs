@@ -4,6 +4,7 @@
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::socket_file::{self, Access, SocketFile};
-use crate::config::{Config, RouteName};
+use crate::config::{Config, RouteName, SocketMode};
 use crate::io::net::{Address, Options};
 use crate::limits::LISTEN_BACKLOG;
 use crate::proxy::RouteId;
@@ -64,6 +65,13 @@ fn list(addresses: &[Address]) -> String {
 }
 
 impl ListenFailure {
+    fn of(address: &Address, error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::AddrInUse => Self::InUse(address.clone()),
+            _ => Self::Other(address.clone(), error),
+        }
+    }
+
     /// What kind of failure it is.
     pub fn kind(&self) -> io::ErrorKind {
         match self {
@@ -112,6 +120,28 @@ pub fn listen_by_route(config: &Config, workers: usize) -> Result<Listeners, Lis
     Ok(all)
 }
 
+/// Binds the control socket, if there is to be one. Anybody may connect who reaches its path, for who
+/// may not give commands is to be told so, and logged.
+///
+/// # Errors
+/// It cannot be had.
+pub fn listen_control(config: &Config) -> Result<Option<(UnixListener, SocketFile)>, ListenError> {
+    let Some(address) = &config.control else { return Ok(None) };
+    let Some(path) = address.path() else { unreachable!("{address} is no path") };
+    let access = Access { mode: SocketMode::ALL, owner: None };
+    let bound = patiently(IN_USE_PAUSE_UNIX, || {
+        let (socket, file) = socket_file::listen(path, access)?;
+        socket.set_nonblocking(true)?;
+        Ok((UnixListener::from(socket), file))
+    });
+    let bound = bound.map_err(|error| ListenError {
+        variable: "AEGIS_CONTROL".to_owned(),
+        failure: ListenFailure::of(address, error),
+    })?;
+    tracing::info!(%address, "control listening");
+    Ok(Some(bound))
+}
+
 /// Binds every TCP address of one route once a worker, with `SO_REUSEPORT`, and every Unix socket once,
 /// and listens. An address whose family the host lacks is skipped with a log line, unless no other is
 /// left.
@@ -135,10 +165,7 @@ pub fn listen(
             Err(error) if lacks_family(address, &error) => {
                 tracing::warn!(%address, %error, "not listening: the host lacks the address family");
             }
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                return Err(ListenFailure::InUse(address.clone()));
-            }
-            Err(error) => return Err(ListenFailure::Other(address.clone(), error)),
+            Err(error) => return Err(ListenFailure::of(address, error)),
         }
     }
     if listeners.addresses.is_empty() {

@@ -18,6 +18,13 @@ from test_docs import library_chart, server  # noqa: F401, fixtures
 from tools import ROOT, WORK, run
 
 COMMANDS = [(page, line) for page, text in PAGES.items() for line in lines(text)]
+# What is asked of a proxy that has the control socket of the page, and what it says.
+WITH_CONTROL = {
+    r"aegis-proxy log-level": r"^info$",
+    r"aegis-proxy log-level info,aegis::worker=trace --for 10m": r"^info,aegis::worker=trace \(for another (10m|9m 59s), then info\)$",
+    r"aegis-proxy log-level info": r"^info$",
+    r"aegis-proxy drain --wait": r"^draining, 0 sessions are open\nended$",
+}
 # What the demo prints is typed as well.
 PRINTED = re.search(r'WHAT_TO_TRY: &str = r"(.*?)"', (ROOT / "examples/demo/main.rs").read_text(), re.S)[1]
 COMMANDS += [("demo", line) for line in re.findall(r"^  (\S.*)$", PRINTED, re.M)]
@@ -88,7 +95,7 @@ def of(pattern):
 
 @pytest.mark.parametrize("page, line", COMMANDS, ids=lambda part: part[:60])
 def test_a_command_runs_here_or_elsewhere_or_cannot(page, line):
-    ways = [*WITH_DEMO, *ELSEWHERE, rf"{AT_SERVER}.*", OF_LIBRARY, OF_PROXY.pattern]
+    ways = [*WITH_DEMO, *WITH_CONTROL, *ELSEWHERE, rf"{AT_SERVER}.*", OF_LIBRARY, OF_PROXY.pattern]
     fitting = [way for way in ways if re.fullmatch(way, line)]
     assert len(fitting) == 1, f"{line}\nis run by no test: add it to this file, or say there why it cannot be"
     if fitting[0] in ELSEWHERE:
@@ -97,7 +104,7 @@ def test_a_command_runs_here_or_elsewhere_or_cannot(page, line):
 
 
 def test_nothing_is_said_of_commands_that_no_page_has():
-    ways = [*WITH_DEMO, *ELSEWHERE, OF_LIBRARY]
+    ways = [*WITH_DEMO, *WITH_CONTROL, *ELSEWHERE, OF_LIBRARY]
     assert [way for way in ways if not any(re.fullmatch(way, line) for _, line in COMMANDS)] == []
 
 
@@ -217,6 +224,22 @@ def test_a_command_beside_the_demo_does_what_the_page_says(place, line):
     done = run(*ALONE, "bash", "-c", script, programs() / "examples/demo", line, cwd=place, env=environment(place), timeout=300)
     (wanted,) = [output for way, output in WITH_DEMO.items() if re.fullmatch(way, line)]
     assert re.search(wanted, done.stdout), done.stdout[-2000:]
+
+
+@pytest.mark.parametrize("line", of("|".join(WITH_CONTROL)))
+def test_a_command_for_the_control_socket_does_what_the_page_says(place, line):
+    assert "`AEGIS_CONTROL=unix:/run/aegis/control.sock`" in PAGES["OPERATIONS.md"]
+    script = """
+        export AEGIS_CONTROL=unix:/run/aegis/control.sock AEGIS_DRAIN_DELAY=0s
+        aegis-proxy 2>log & proxy=$!
+        until grep -q 'control listening' log; do kill -0 $proxy || { cat log; exit 99; }; sleep 0.1; done
+        bash -c "$0"; code=$?
+        kill $proxy 2>>log; wait $proxy
+        exit $code
+    """
+    done = run(*ALONE, "bash", "-c", script, line, cwd=place, env=environment(place), timeout=60)
+    (wanted,) = [output for way, output in WITH_CONTROL.items() if re.fullmatch(way, line)]
+    assert re.search(wanted, done.stdout.strip()), done.stdout
 
 
 def test_the_example_of_the_library_chart_is_installed_as_the_page_says(library_chart):  # noqa: F811

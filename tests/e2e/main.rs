@@ -18,6 +18,7 @@ mod chaos;
 mod checks;
 mod cli;
 mod config;
+mod control;
 mod crowd;
 mod databases;
 mod diagnosis;

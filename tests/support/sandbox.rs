@@ -66,7 +66,7 @@ pub(super) struct Denied {
 }
 
 /// Runs the words behind it as a pod would: no user of the host, no groups, no capabilities.
-pub(super) fn as_unprivileged(id: u32) -> Vec<OsString> {
+pub fn as_unprivileged(id: u32) -> Vec<OsString> {
     let id = id.to_string();
     let words = ["setpriv", "--reuid", &id, "--regid", &id, "--clear-groups", "--inh-caps=-all"];
     let more = ["--bounding-set=-all", "--no-new-privs"];

@@ -78,6 +78,7 @@ fn random_text(variable: &Variable, rng: &mut fastrand::Rng) -> String {
         "AEGIS_SOCKET_MODE" => word(rng, &["0600", "666", "0"]),
         "AEGIS_SOCKET_OWNER" => word(rng, &["none", "0", "1000:2000", ":2000"]),
         "AEGIS_ADMIN" => format!("0.0.0.0:{}", rng.u16(..9000)),
+        "AEGIS_CONTROL" => word(rng, &["off", "unix:/run/aegis/control.sock"]),
         "AEGIS_BACKENDS" => {
             let host = word(rng, &["a.b", "C-D", "[::2]", "10.0.0.1", "unix:/run/db.sock"]);
             list(rng, 100, &host)

@@ -32,7 +32,7 @@ use super::{Acks, Network, Unheard};
 
 pub use address::{Address, AddressError, PATH_LEN_MAX, UNIX};
 pub use tcp::{Options, is_local};
-pub use unix::{Credentials, refuse_descriptors};
+pub use unix::{Credentials, credentials, refuse_descriptors};
 
 /// What carries a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

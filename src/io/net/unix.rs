@@ -30,8 +30,8 @@ impl fmt::Display for Credentials {
     }
 }
 
-/// `SO_PEERCRED`.
-pub(super) fn credentials(socket: &impl AsFd) -> Option<Credentials> {
+/// Who is at the other end (`SO_PEERCRED`).
+pub fn credentials(socket: &impl AsFd) -> Option<Credentials> {
     let fd = socket.as_fd().as_raw_fd();
     let mut found = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut len = size_of_val(&found) as libc::socklen_t;

@@ -1,0 +1,220 @@
+//! The control socket: commands that change something, from the process's own user or root alone.
+//!
+//! A client sends a line and gets one ([`Request`], [`Reply`]), one command a connection. A command
+//! whose line does not come to its end is none. Whoever connects is known by what the kernel says of
+//! it, and has seconds for all of it, so that nobody keeps a place who says or reads nothing.
+
+mod log_level;
+mod message;
+
+use std::mem::ManuallyDrop;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::process::getuid;
+use tokio::io::{self, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{debug, info, warn};
+
+pub use message::{Reply, Request};
+
+use super::View;
+use crate::io::net::{Credentials, credentials};
+use crate::limits::{CONTROL_CONNECTIONS, CONTROL_LINE_BYTES_MAX, CONTROL_WAITING};
+use log_level::LogLevel;
+
+/// How long a client has for its line and the answer to it. It sends the one at once, and the other
+/// fits into the socket.
+const TIME_MAX: Duration = Duration::from_secs(2);
+
+/// The pause before the next try where no connection can be accepted, for want of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Who is refused is logged once in so long, with the number of those before: anybody may connect.
+const REFUSED_LOG_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Carries commands out.
+#[derive(Debug)]
+pub(super) struct Control {
+    view: Arc<View>,
+    drain_asked: Arc<Notify>,
+    log_level: Arc<LogLevel>,
+    places: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
+}
+
+impl Control {
+    /// For this process; to drain it, `drain_asked` is notified.
+    pub(super) fn new(view: Arc<View>, drain_asked: Arc<Notify>) -> Self {
+        let log_level = Arc::new(LogLevel::new(view.config().log.clone()));
+        let [places, waiting] =
+            [CONTROL_CONNECTIONS, CONTROL_WAITING].map(|count| Arc::new(Semaphore::new(count)));
+        Self { view, drain_asked, log_level, places, waiting }
+    }
+
+    /// Serves the socket for ever.
+    pub(super) async fn serve(self: Arc<Self>, listener: UnixListener) {
+        tokio::spawn(Arc::clone(&self.log_level).run());
+        let mut refusals = Refusals::default();
+        loop {
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    debug!(%error, "control cannot accept");
+                    sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            match self.admit(&stream, &mut refusals) {
+                Ok((who, place)) => drop(tokio::spawn(Arc::clone(&self).talk(stream, who, place))),
+                // One that the socket does not take at once is not waited for.
+                Err(why) => drop(stream.try_write(&line_of(&Reply::Refused(why)))),
+            }
+        }
+    }
+
+    /// Whether a client may give commands, and there is a place for it.
+    fn admit(
+        &self,
+        stream: &UnixStream,
+        refusals: &mut Refusals,
+    ) -> Result<(Credentials, OwnedSemaphorePermit), String> {
+        let who = credentials(stream).ok_or("who you are is not known")?;
+        let own = getuid().as_raw();
+        if who.uid != own && who.uid != 0 {
+            refusals.log(who);
+            let uid = who.uid;
+            return Err(format!("uid {uid} may give no commands, only root and uid {own} may"));
+        }
+        let place = Arc::clone(&self.places).try_acquire_owned();
+        let place = place.map_err(|_| {
+            format!("{CONTROL_CONNECTIONS} others give commands at this moment, try again")
+        })?;
+        Ok((who, place))
+    }
+
+    async fn talk(
+        self: Arc<Self>,
+        mut stream: UnixStream,
+        who: Credentials,
+        place: OwnedSemaphorePermit,
+    ) {
+        match timeout(TIME_MAX, self.answer(&mut stream, who)).await {
+            Ok(Ok(Some(waiting))) => {
+                drop(place);
+                until_the_end(stream).await;
+                drop(waiting);
+            }
+            Ok(Ok(None)) => {}
+            Ok(Err(error)) => debug!(%error, "a client of the control socket left"),
+            Err(_) => debug!("a client of the control socket said or read nothing"),
+        }
+    }
+
+    /// Reads a command, carries it out and says so. Returns the place of a client that is to wait.
+    async fn answer(
+        &self,
+        stream: &mut UnixStream,
+        who: Credentials,
+    ) -> io::Result<Option<OwnedSemaphorePermit>> {
+        let (reply, waiting) = match read_request(stream).await? {
+            Ok(request) => self.carry_out(request, who),
+            Err(why) => (Reply::Refused(why), None),
+        };
+        stream.write_all(&line_of(&reply)).await?;
+        Ok(waiting)
+    }
+
+    fn carry_out(
+        &self,
+        request: Request,
+        who: Credentials,
+    ) -> (Reply, Option<OwnedSemaphorePermit>) {
+        let (done, waiting) = match request {
+            Request::Drain { wait } => match self.place_to_wait(wait) {
+                Ok(waiting) => (Ok(self.drain(who)), waiting),
+                Err(why) => (Err(why), None),
+            },
+            Request::LogLevel { filter: None, .. } => (Ok(self.log_level.show()), None),
+            Request::LogLevel { filter: Some(filter), for_ms } => {
+                (self.log_level.set(&filter, for_ms, who), None)
+            }
+        };
+        (done.map_or_else(Reply::Refused, Reply::Done), waiting)
+    }
+
+    fn place_to_wait(&self, wait: bool) -> Result<Option<OwnedSemaphorePermit>, String> {
+        if !wait {
+            return Ok(None);
+        }
+        let place = Arc::clone(&self.waiting).try_acquire_owned();
+        place
+            .map(Some)
+            .map_err(|_| format!("{CONTROL_WAITING} others wait for the end; drain without --wait"))
+    }
+
+    fn drain(&self, Credentials { uid, pid, .. }: Credentials) -> String {
+        let sessions = self.view.sessions_active();
+        let has_begun = self.view.draining();
+        info!(uid, pid, sessions, has_begun, "drain asked by the control socket");
+        self.drain_asked.notify_one();
+        let begins = if has_begun { "draining already" } else { "draining" };
+        format!("{begins}, {sessions} sessions are open")
+    }
+}
+
+/// Reads a line; why it is no request, if it is none.
+async fn read_request(stream: &mut UnixStream) -> io::Result<Result<Request, String>> {
+    let mut line = Vec::new();
+    let max = CONTROL_LINE_BYTES_MAX;
+    BufReader::new(stream).take(max as u64).read_until(b'\n', &mut line).await?;
+    if line.last() != Some(&b'\n') {
+        return if line.len() == max {
+            Ok(Err(format!("the command is longer than {max} bytes")))
+        } else {
+            Err(io::ErrorKind::UnexpectedEof.into())
+        };
+    }
+    Ok(serde_json::from_slice(&line).map_err(|error| format!("no command: {error}")))
+}
+
+fn line_of(reply: &Reply) -> Vec<u8> {
+    let mut line = serde_json::to_vec(reply).unwrap_or_else(|error| unreachable!("{error}"));
+    line.push(b'\n');
+    line
+}
+
+/// Keeps a connection until its client leaves, or else until the process has ended: the kernel closes
+/// it then, and not this runtime, whose end comes before.
+async fn until_the_end(stream: UnixStream) {
+    let stream = ManuallyDrop::new(stream);
+    while stream.readable().await.is_ok() {
+        match stream.try_read(&mut [0]) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            _ => break,
+        }
+    }
+    drop(ManuallyDrop::into_inner(stream));
+}
+
+/// Those who may not give commands.
+#[derive(Debug, Default)]
+struct Refusals {
+    logged_at: Option<Instant>,
+    /// Since then.
+    unlogged: u64,
+}
+
+impl Refusals {
+    fn log(&mut self, Credentials { uid, gid, pid }: Credentials) {
+        if self.logged_at.is_some_and(|at| at.elapsed() < REFUSED_LOG_INTERVAL) {
+            self.unlogged += 1;
+            return;
+        }
+        let more = std::mem::take(&mut self.unlogged);
+        warn!(uid, gid, pid, more, "refused on the control socket: neither root nor the own user");
+        self.logged_at = Some(Instant::now());
+    }
+}
