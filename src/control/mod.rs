@@ -169,7 +169,9 @@ impl Plane {
         tokio::spawn(diagnosis::run(Arc::clone(&view)));
         tokio::spawn(ends::run(Arc::clone(&view)));
         tokio::spawn(admin::serve(admin, Arc::clone(&view)));
-        Ok(lifecycle::run(&view, events).await)
+        let outcome = lifecycle::run(&view, events).await;
+        ends::finish(&view);
+        Ok(outcome)
     }
 }
 
