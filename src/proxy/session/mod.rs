@@ -40,7 +40,7 @@ mod verdict;
 
 pub use deadline::Timeouts;
 pub use ending::{Ending, how_to_close};
-pub use tried::Tried;
+pub use tried::{Attempts, Tried};
 pub use verdict::Verdict;
 
 /// What the worker has to do for a session.
@@ -105,6 +105,7 @@ pub struct Session {
     backend: Option<ConnId>,
     endpoint: Option<EndpointId>,
     tried: Tried,
+    attempts: Option<Attempts>,
     state: State,
     to_backend: Relay,
     to_client: Relay,
@@ -148,6 +149,7 @@ impl Session {
             backend: None,
             endpoint: None,
             tried: Tried::default(),
+            attempts: None,
             state: State::Connecting,
             to_backend: Relay::default(),
             to_client: Relay::default(),
@@ -251,7 +253,12 @@ impl Session {
         self.endpoint
     }
 
-    /// The endpoints tried so far, the present one included.
+    /// All attempts so far, if there were any, the present one included.
+    pub fn attempts(&self) -> Option<Attempts> {
+        self.attempts
+    }
+
+    /// The endpoints tried so far, the present one included, that are not to be tried again.
     pub fn tried(&self) -> &Tried {
         &self.tried
     }
@@ -328,11 +335,13 @@ impl Session {
     }
 
     /// An endpoint was chosen. Until it is connected, `backend` may be absent.
-    pub fn on_trying(&mut self, endpoint: EndpointId, backend: Option<ConnId>) {
+    pub fn on_trying(&mut self, endpoint: EndpointId, backend: Option<ConnId>, now: Instant) {
         assert_eq!(self.state, State::Connecting, "an open session does not move");
         self.endpoint = Some(endpoint);
         self.backend = backend;
         self.tried.push(endpoint);
+        let count = self.attempts.map_or(0, |before| before.count).saturating_add(1);
+        self.attempts = Some(Attempts { count, endpoint, at: now });
         self.on_cancel_trying(endpoint);
     }
 
