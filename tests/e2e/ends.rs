@@ -25,6 +25,7 @@ on_both_drivers![
     a_request_that_its_client_abandons_says_how_long_that_took,
     a_request_that_a_drain_cuts_is_not_blamed_on_its_client,
     an_end_names_no_endpoint_that_has_taken_the_number_of_its_own,
+    bytes_of_the_proxys_own_are_not_counted,
 ];
 
 fn ends(proxy: &Proxy) -> Vec<Value> {
@@ -256,4 +257,26 @@ fn an_end_names_no_endpoint_that_has_taken_the_number_of_its_own(io: Io) {
     assert_eq!(end["error.type"], "client_reset", "{end}");
     let named = &end["server.port"];
     assert!(named.is_null() || *named == servers[0].address().port(), "{end}");
+}
+
+fn bytes_of_the_proxys_own_are_not_counted(io: Io) {
+    let backend = Backend::scripted(|stream| {
+        assert!(read_line(stream).unwrap().starts_with("PROXY TCP4 "));
+        let _ = read_line(stream);
+        let _ = (&mut &*stream).write_all(b"db\n");
+        let _ = read_line(stream);
+    });
+    let proxy = Builder::on(io)
+        .backends(&[backend.address()])
+        .set("AEGIS_PROXY_PROTOCOL", "v1")
+        .without_pool()
+        .start();
+    let client = connect(proxy.address());
+    assert_eq!(ask(&client, "who"), "db");
+    reset(client);
+    let end = one_end(&proxy);
+    for direction in ["to_backend", "to_client"] {
+        let counted = proxy.metric("aegis_bytes_total", &[("direction", direction)]);
+        assert_eq!(end[format!("aegis.bytes.{direction}")], counted, "{end}");
+    }
 }

@@ -129,8 +129,8 @@ pub struct Session {
     /// When the connect under way was started.
     connecting: Option<Instant>,
     connected: Instant,
-    /// Bytes of ours went ahead of the client's.
-    prefaced: bool,
+    /// Bytes of ours that went ahead of the client's.
+    preface: u32,
     /// The client has been sent something of what the backend said.
     greeted: bool,
     /// The backend has shown that it is well, or nothing is to be made of it.
@@ -166,7 +166,7 @@ impl Session {
             warm_since: None,
             connecting: None,
             connected: now,
-            prefaced: false,
+            preface: 0,
             greeted: false,
             heard: false,
             client_pulse: Pulse::default(),
@@ -185,7 +185,7 @@ impl Session {
         self.to_client = Relay::default();
         self.failure = None;
         self.warm_since = None;
-        self.prefaced = false;
+        self.preface = 0;
         self.heard = self.cancel().is_some();
         self.backend_pulse = Pulse::default();
     }
@@ -381,7 +381,7 @@ impl Session {
             // What came early goes to it only now.
             *at = now;
         }
-        self.prefaced = preface > 0;
+        self.preface = preface;
         if preface > 0 {
             self.backend_pulse.on_asked();
         }
@@ -456,7 +456,7 @@ impl Session {
     /// Bytes that came from a side so far, on the connections that it has now.
     pub fn received(&self, from: Side) -> u64 {
         match from {
-            Side::Client => self.to_backend.received(),
+            Side::Client => self.to_backend.received() - u64::from(self.preface),
             Side::Backend => self.to_client.received(),
         }
     }
