@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::View;
 use crate::io::net::Address;
+use crate::limits;
 use crate::metrics::LabelSet;
 use crate::proxy::Side;
 use crate::worker::ends::{End, How};
@@ -24,15 +25,29 @@ const TARGET: &str = "aegis::ends";
 pub(super) async fn run(view: Arc<View>) {
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
-        write(&view);
+        write(&view, LINES_MAX);
     }
 }
 
-/// Writes what there is to tell now.
-pub(super) fn write(view: &View) {
+/// Writes what there is to tell when the process ends: most of all, whom the deadline of its drain has cut.
+/// What found no room is told as well, since nobody reads the metric any more.
+pub(super) fn finish(view: &View) {
+    let dropped = view.workers().iter().map(|worker| worker.ends.dropped()).sum::<u64>();
+    if dropped > 0 {
+        tracing::warn!(
+            dropped,
+            "ends of sessions and requests were not logged: there were too many"
+        );
+    }
+    // Last, since they may take all the room that the log has.
+    write(view, limits::ENDS_MAX);
+}
+
+/// Writes what there is to tell now, at most so many lines for each worker.
+fn write(view: &View, lines_max: usize) {
     for (number, worker) in view.workers().iter().enumerate() {
         let ends = std::iter::from_fn(|| worker.ends.take());
-        ends.take(LINES_MAX).for_each(|end| line(view, number, &end));
+        ends.take(lines_max).for_each(|end| line(view, number, &end));
     }
 }
 

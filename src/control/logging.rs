@@ -5,6 +5,7 @@
 mod writer;
 
 use std::backtrace::{Backtrace, BacktraceStatus};
+use std::borrow::Cow;
 use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
@@ -92,8 +93,7 @@ pub fn lines_dropped() -> u64 {
 pub fn complain(message: impl Display) {
     // Without a thread to write it nothing can be logged.
     if start().is_ok() {
-        // One write each, so that they stay lines.
-        let _ = Lines.write(format!("{message}\n").as_bytes());
+        queue(format!("{message}\n").as_bytes());
     }
     flush();
 }
@@ -133,18 +133,56 @@ fn start() -> io::Result<()> {
     Ok(())
 }
 
+fn queue(lines: &[u8]) {
+    if let Some(log) = LOG.get() {
+        log.line(lines);
+    }
+}
+
+/// What others write, an API server or who names pods, must not look like lines of this process.
+fn one_line(line: &[u8]) -> Cow<'_, [u8]> {
+    let text = line.strip_suffix(b"\n").unwrap_or(line);
+    if !text.iter().any(|byte| matches!(byte, b'\n' | b'\r')) {
+        return Cow::Borrowed(line);
+    }
+    let mut escaped: Vec<u8> = Vec::with_capacity(line.len() + 16);
+    for byte in text {
+        match byte {
+            b'\n' => escaped.extend(b"\\n"),
+            b'\r' => escaped.extend(b"\\r"),
+            &byte => escaped.push(byte),
+        }
+    }
+    escaped.push(b'\n');
+    Cow::Owned(escaped)
+}
+
 /// What the subscriber writes to: one event, and so one line, a write.
 struct Lines;
 
 impl Write for Lines {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        if let Some(log) = LOG.get() {
-            log.line(line);
-        }
+        queue(&one_line(line));
         Ok(line.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_one_line_whatever_is_in_it() {
+        for (event, line) in [
+            ("fine\n", "fine\n"),
+            ("torn", "torn"),
+            ("a pod\nERROR forged\r\n\n", "a pod\\nERROR forged\\r\\n\n"),
+        ] {
+            assert_eq!(one_line(event.as_bytes()), line.as_bytes(), "{event:?}");
+        }
     }
 }

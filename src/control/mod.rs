@@ -182,7 +182,9 @@ impl Plane {
             let control = socket::Control::new(Arc::clone(&view), Arc::clone(&drain_asked));
             tokio::spawn(Arc::new(control).serve(listener));
         }
-        Ok(lifecycle::run(&view, events, &drain_asked).await)
+        let outcome = lifecycle::run(&view, events, &drain_asked).await;
+        ends::finish(&view);
+        Ok(outcome)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 
@@ -22,6 +22,8 @@ pub const HEARTBEAT_AGE_MAX: Duration = Duration::from_secs(10);
 pub struct View {
     config: Arc<Config>,
     started: Instant,
+    /// The same since the Unix epoch, as the clock was then.
+    began: Duration,
     workers: Vec<WorkerHandle>,
     driver: DriverInfo,
     max_sessions: usize,
@@ -108,8 +110,20 @@ impl View {
         discovery: Vec<Discovered>,
     ) -> Self {
         assert_eq!(config.routes.len(), discovery.len(), "each route has its own");
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let began = now.saturating_sub(started.elapsed());
         let (draining, findings) = (AtomicBool::new(false), Mutex::default());
-        Self { config, started, workers, driver, max_sessions, draining, discovery, findings }
+        Self {
+            config,
+            started,
+            began,
+            workers,
+            driver,
+            max_sessions,
+            draining,
+            discovery,
+            findings,
+        }
     }
 
     /// The configuration.
@@ -142,6 +156,12 @@ impl View {
             snapshot: Arc::clone(&discovery.snapshot.borrow()),
             discovery: &discovery.status,
         })
+    }
+
+    /// When the process began, since the Unix epoch. The same for as long as it runs, whatever becomes of
+    /// the clock.
+    pub fn began(&self) -> Duration {
+        self.began
     }
 
     /// For how long the process has run.

@@ -101,7 +101,8 @@ endpoint_stats! {
     /// Bytes a second that the network took to the endpoint on the connection sampled last; of several
     /// workers, the most.
     delivery_rate: Gauge, most = "aegis_endpoint_delivery_rate_bytes";
-    /// Segments that were on their way on the connection sampled last; of several workers, the most.
+    /// Segments on their way, on the connection that has most of them, as far as they are looked at in
+    /// turns; of several workers, the most.
     unacked: Gauge, most = "aegis_endpoint_unacked_segments";
 }
 

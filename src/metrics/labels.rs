@@ -172,6 +172,8 @@ labels! {
         ClientGone = "client_gone",
         /// The client neither sent the rest of it nor took its answer in time.
         ClientTimeout = "client_timeout",
+        /// The proxy cut it: at the end of `AEGIS_DRAIN_TIMEOUT`, or since a bound of `limits` was met.
+        Cut = "cut",
     }
 }
 

@@ -92,7 +92,8 @@ fn can_end(at: &[usize]) -> bool {
         | Outcome::QueueTimeout
         | Outcome::NoEndpoint
         | Outcome::Unreachable
-        | Outcome::ClientGone => true,
+        | Outcome::ClientGone
+        | Outcome::Cut => true,
     }
 }
 

@@ -13,10 +13,21 @@ impl<D: Driver> Engine<D> {
         let mut looks = 0;
         for _ in 0..slots.min(limits::NETWORK_SLOTS) {
             let slot = self.network_turns.next(slots);
+            if slot == slots - 1 {
+                self.begin_round();
+            }
             looks += usize::from(self.look_at_slot(slot));
             if looks == limits::NETWORK_LOOKS {
                 return;
             }
+        }
+    }
+
+    /// All have had a turn. What is on its way is what this round finds: of a connection that is closed
+    /// nothing is.
+    fn begin_round(&self) {
+        for route in &self.routes {
+            route.entries().for_each(|entry| entry.stats().unacked.set(0));
         }
     }
 
@@ -30,13 +41,14 @@ impl<D: Driver> Engine<D> {
         let before = std::mem::replace(self.cx.owners.seen(slot), now);
         let stats = entry.stats();
         let Network { rtt, segments, retransmits, unacked, delivery_rate } = now;
+        // Whether it sends anew or not: what is not acknowledged is still on its way.
+        stats.unacked.set(stats.unacked.get().max(unacked.into()));
         let sent = segments.wrapping_sub(before.segments);
         if sent > 0 {
             stats.rtt.record(rtt);
             stats.segments.add(sent.into());
             stats.retransmits.add(retransmits.wrapping_sub(before.retransmits).into());
             stats.delivery_rate.set(delivery_rate);
-            stats.unacked.set(unacked.into());
         }
         true
     }

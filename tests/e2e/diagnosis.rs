@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crate::support::backend::Backend;
-use crate::support::client::{ask_once, read_line, try_ask, try_connect};
+use crate::support::client::{ask_once, read_line, reset, try_ask, try_connect};
 use crate::support::kube_api::KubeApi;
 use crate::support::link::{Fate, Link};
 use crate::support::proxy::{Builder, Proxy};
@@ -169,6 +169,21 @@ fn a_network_that_loses_segments_is_told_from_a_backend_that_is_slow() {
     let rtt = proxy.metrics();
     let count = rtt.sum("aegis_endpoint_rtt_seconds_count", &[]).unwrap();
     assert!(count > 0, "round trips were sampled");
+}
+
+#[test]
+fn nothing_is_on_its_way_on_a_connection_that_is_closed() {
+    const UNACKED: &str = "aegis_endpoint_unacked_segments";
+    let Some(link) = Link::new() else { return };
+    let servers = [Backend::named_on("db", Link::here())];
+    let proxy = proxy().backends(&link.hosts(&servers)).without_pool().start();
+    let mut client = try_connect(proxy.address()).unwrap();
+    try_ask(&client, "who").unwrap();
+    link.set(0, Fate::Vanish, Fate::Vanish);
+    client.write_all(b"who\n").unwrap();
+    proxy.wait_for(UNACKED, &[], |segments| segments > 0);
+    reset(client);
+    proxy.wait_for(UNACKED, &[], |segments| segments == 0);
 }
 
 fn find_too_few_connections(proxy: &Proxy) {

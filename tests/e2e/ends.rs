@@ -1,7 +1,7 @@
 //! The log's lines of sessions and requests that have ended: which, with what, and never too many.
 
 use std::io::Write;
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::thread;
 use std::time::Duration;
 
@@ -9,7 +9,8 @@ use serde_json::Value;
 
 use crate::support::backend::Backend;
 use crate::support::client::{ask, ask_once, connect, read_line, reset};
-use crate::support::metrics::{REQUESTS, SESSIONS_CLOSED};
+use crate::support::kube_api::{KubeApi, host_ip};
+use crate::support::metrics::{POOL_CONNECTIONS, REQUESTS, SESSIONS_CLOSED};
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
 
@@ -19,6 +20,12 @@ on_both_drivers![
     a_request_that_is_not_answered_in_time_names_its_endpoint,
     a_session_without_an_endpoint_says_how_often_it_tried,
     a_storm_of_ends_is_cut_and_counted,
+    those_whom_the_end_of_the_process_cuts_are_logged_or_counted,
+    a_session_that_has_waited_names_the_endpoint_that_failed_it,
+    a_request_that_its_client_abandons_says_how_long_that_took,
+    a_request_that_a_drain_cuts_is_not_blamed_on_its_client,
+    an_end_names_no_endpoint_that_has_taken_the_number_of_its_own,
+    bytes_of_the_proxys_own_are_not_counted,
 ];
 
 fn ends(proxy: &Proxy) -> Vec<Value> {
@@ -127,6 +134,23 @@ fn a_session_without_an_endpoint_says_how_often_it_tried(io: Io) {
     drop(client);
 }
 
+fn a_session_that_has_waited_names_the_endpoint_that_failed_it(io: Io) {
+    let proxy = Builder::on(io)
+        .set("AEGIS_BACKENDS", "127.0.0.2:9")
+        .set("AEGIS_ENDPOINT_WAIT", "100ms")
+        .set("AEGIS_EJECT_FAILURES", "1000")
+        .set("AEGIS_CONNECT_ATTEMPTS", "1")
+        .without_pool()
+        .start();
+    let mut client = connect(proxy.address());
+    let _ = client.write_all(b"who\n");
+    let end = one_end(&proxy);
+    assert_eq!(end["error.type"], "connect_failed", "{end}");
+    assert_eq!(end["aegis.endpoint"], "127.0.0.2:9", "{end}");
+    assert!(end["aegis.attempts"].as_u64() >= Some(1), "{end}");
+    drop(client);
+}
+
 fn a_storm_of_ends_is_cut_and_counted(io: Io) {
     let backend = Backend::echo();
     let proxy = Builder::on(io).backends(&[backend.address()]).set("AEGIS_WORKERS", "1").start();
@@ -137,4 +161,122 @@ fn a_storm_of_ends_is_cut_and_counted(io: Io) {
     let told = || ends(&proxy).len() as u64 + proxy.metric("aegis_ends_dropped_total", &[]);
     eventually("each is logged or counted", PATIENCE, || (told() == 1500).then_some(()));
     assert!(proxy.metric("aegis_ends_dropped_total", &[]) > 500, "{} lines", ends(&proxy).len());
+}
+
+fn those_whom_the_end_of_the_process_cuts_are_logged_or_counted(io: Io) {
+    let backend = Backend::echo();
+    let mut proxy = Builder::on(io)
+        .backends(&[backend.address()])
+        .set("AEGIS_WORKERS", "1")
+        .set("AEGIS_DRAIN_DELAY", "0s")
+        .set("AEGIS_DRAIN_TIMEOUT", "0s")
+        .start();
+    let clients: Vec<TcpStream> = (0..400).map(|_| connect(proxy.address())).collect();
+    proxy.wait_for("aegis_sessions_active", &[], |active| active == 400);
+    proxy.terminate();
+    proxy.wait_clean(PATIENCE);
+    let cut = ends(&proxy);
+    assert!(cut.iter().all(|end| end["error.type"] == "drain_deadline"), "{cut:?}");
+    let dropped =
+        proxy.log_events("ends of sessions and requests were not logged: there were too many");
+    let dropped: u64 = dropped.iter().filter_map(|event| event["dropped"].as_u64()).sum();
+    assert_eq!(cut.len() as u64 + dropped, 400, "{} logged, {dropped} counted", cut.len());
+    assert!(cut.len() >= 256, "all that found room");
+    drop(clients);
+}
+
+/// A proxy of which a client has asked a backend that never answers, and that client.
+fn asked(io: Io, drain: &str) -> (Proxy, TcpStream, Backend) {
+    let silent = Backend::scripted(|stream| {
+        let _ = read_line(stream);
+        let _ = read_line(stream);
+    });
+    let proxy = Builder::on(io)
+        .backends(&[silent.address()])
+        .protocol("chronos", "request")
+        .set("AEGIS_DRAIN_DELAY", "0s")
+        .set("AEGIS_DRAIN_TIMEOUT", drain)
+        .start();
+    let mut client = connect(proxy.address());
+    client.write_all(b"GET a\n").unwrap();
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
+    (proxy, client, silent)
+}
+
+/// The one end of a request.
+fn request_end(proxy: &Proxy) -> Value {
+    let is_request = |end: &Value| end["event.name"] == "aegis.request.end";
+    let find = || ends(proxy).into_iter().find(is_request);
+    eventually("the end of a request is logged", PATIENCE, find)
+}
+
+fn a_request_that_its_client_abandons_says_how_long_that_took(io: Io) {
+    let (proxy, client, _silent) = asked(io, "10s");
+    thread::sleep(Duration::from_millis(50));
+    reset(client);
+    let end = request_end(&proxy);
+    assert_eq!(end["error.type"], "client_gone", "{end}");
+    assert!(end["duration"].as_f64() >= Some(0.05), "{end}");
+}
+
+fn a_request_that_a_drain_cuts_is_not_blamed_on_its_client(io: Io) {
+    let (mut proxy, _client, _silent) = asked(io, "0s");
+    proxy.terminate();
+    proxy.wait_clean(PATIENCE);
+    let end = request_end(&proxy);
+    assert_eq!(end["error.type"], "cut", "{end}");
+}
+
+fn an_end_names_no_endpoint_that_has_taken_the_number_of_its_own(io: Io) {
+    let api = KubeApi::start();
+    let at = SocketAddr::new(host_ip(), 0);
+    let servers = [(); 3].map(|()| Backend::named_on("db", at));
+    api.announce("db", servers[0].address());
+    let proxy = Builder::on(io)
+        .kubernetes(&api)
+        .protocol("chronos", "request")
+        .without_pool()
+        .set("AEGIS_WORKERS", "1")
+        .set("AEGIS_BACKEND_DRAIN", "0s")
+        .start();
+    let client = connect(proxy.address());
+    assert_eq!(ask(&client, "GET a"), "db");
+    // Each takes the place of the one before; numbers are given anew.
+    for round in 0..4 {
+        let server = servers[1 + round % 2].address();
+        api.announce("db", server);
+        eventually("the endpoint is another one", PATIENCE, || {
+            let backends = proxy.get("/backends").json();
+            (backends["endpoints"][0]["address"] == server.to_string()).then_some(())
+        });
+        // Beyond one upkeep, which forgets those that left.
+        thread::sleep(Duration::from_millis(150));
+    }
+    reset(client);
+    let end = one_end(&proxy);
+    assert_eq!(end["error.type"], "client_reset", "{end}");
+    let named = &end["server.port"];
+    assert!(named.is_null() || *named == servers[0].address().port(), "{end}");
+}
+
+fn bytes_of_the_proxys_own_are_not_counted(io: Io) {
+    let backend = Backend::scripted(|stream| {
+        assert!(read_line(stream).unwrap().starts_with("PROXY TCP4 "));
+        let _ = read_line(stream);
+        let _ = (&mut &*stream).write_all(b"db\n");
+        let _ = read_line(stream);
+    });
+    let proxy = Builder::on(io)
+        .backends(&[backend.address()])
+        .set("AEGIS_PROXY_PROTOCOL", "v1")
+        .without_pool()
+        .start();
+    let client = connect(proxy.address());
+    assert_eq!(ask(&client, "who"), "db");
+    reset(client);
+    let end = one_end(&proxy);
+    for direction in ["to_backend", "to_client"] {
+        let counted = proxy.metric("aegis_bytes_total", &[("direction", direction)]);
+        assert_eq!(end[format!("aegis.bytes.{direction}")], counted, "{end}");
+    }
 }

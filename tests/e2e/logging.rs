@@ -13,6 +13,8 @@ use serde_json::Value;
 
 use crate::support::backend::Backend;
 use crate::support::client::{ask_once, try_connect};
+use crate::support::kube_api::{KubeApi, Slice, host_ip};
+use crate::support::ports;
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
 
@@ -22,6 +24,7 @@ on_both_drivers![
     sessions_go_on_when_nobody_reads_the_log,
     a_log_read_late_is_in_order_and_says_what_is_missing,
     a_closed_standard_error_is_no_socket,
+    a_name_from_outside_begins_no_line,
 ];
 
 const DROPPED: &str = "aegis_log_lines_dropped_total";
@@ -252,4 +255,29 @@ fn an_error_has_its_exit_code_though_its_message_cannot_be_written() {
             assert_eq!(end_of(command).code(), Some(code), "{name}={value} {argument:?}");
         }
     }
+}
+
+fn a_name_from_outside_begins_no_line(io: Io) {
+    let api = KubeApi::start();
+    let closed = ports::unused(host_ip()).port();
+    let pod = "db\nforged: all is well\r\n\u{1b}[2J";
+    api.slice("a", &Slice::of(closed).with(pod, host_ip()));
+    let proxy = Builder::on(io)
+        .kubernetes(&api)
+        .set("AEGIS_LOG_FORMAT", "text")
+        .set("AEGIS_ENDPOINT_WAIT", "0s")
+        .begin();
+    let address = eventually("it listens", PATIENCE, || {
+        let lines = proxy.log_lines();
+        let line = lines.iter().find_map(|line| line.split_once(" listening address="))?;
+        line.1.split(' ').next()?.parse().ok()
+    });
+    let told = |line: &String| line.contains("problem: ");
+    let lines = eventually("what the endpoint does is logged", PATIENCE, || {
+        let _ = ask_once(address, "who");
+        let lines = proxy.log_lines();
+        lines.iter().any(told).then_some(lines)
+    });
+    let is_own = |line: &String| line.starts_with("20") && !line.contains(['\r', '\u{1b}']);
+    assert!(lines.iter().all(is_own), "{lines:#?}");
 }

@@ -71,9 +71,8 @@ struct Readings(VecDeque<Value>);
 
 impl Readings {
     fn add(&mut self, reading: Value) {
-        let alive = |reading: &Value| reading["alive"].as_f64().unwrap_or(0.0);
         // Counters of another process begin anew.
-        if self.0.back().is_some_and(|last| alive(last) > alive(&reading)) {
+        if self.0.back().is_some_and(|last| last["began"] != reading["began"]) {
             self.0.clear();
         }
         self.0.push_back(reading);
@@ -133,7 +132,20 @@ fn fit(
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+
+    #[test]
+    fn counters_of_another_process_are_not_compared_however_long_it_has_run() {
+        let reading = |began: f64, alive: f64| json!({"began": began, "alive": alive});
+        let mut readings = Readings([reading(100.25, 2.0)].into());
+        readings.add(reading(100.25, 4.0));
+        assert_eq!(readings.0.len(), 2);
+        // It began while nobody could look.
+        readings.add(reading(107.5, 6.0));
+        assert_eq!(readings.0, [reading(107.5, 6.0)]);
+    }
 
     #[test]
     fn what_does_not_fit_is_cut_and_counted() {

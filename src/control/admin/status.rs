@@ -30,8 +30,10 @@ const ENDPOINTS_SHOWN: usize = 64;
 struct Status<'a> {
     version: &'static str,
     arch: &'static str,
-    /// Seconds that the process has run; with the time of its start it tells one run from another.
+    /// Seconds that the process has run.
     alive: f64,
+    /// When it began, in seconds since the Unix epoch as of then: it tells one run from another.
+    began: f64,
     /// Seconds since the Unix epoch.
     now: f64,
     draining: bool,
@@ -194,6 +196,7 @@ fn status<'a>(view: &'a View, findings: &[Finding]) -> Status<'a> {
         version: env!("CARGO_PKG_VERSION"),
         arch: std::env::consts::ARCH,
         alive: view.alive().as_secs_f64(),
+        began: view.began().as_secs_f64(),
         now: now.as_secs_f64(),
         draining: view.draining(),
         health: process_health(view, findings),
@@ -421,6 +424,18 @@ mod tests {
         assert_eq!(route["endpoints"][0]["state"], "usable");
         assert_eq!(found["bounds"][0], 0.00005);
         assert_eq!(found["workers"].as_array().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_run_is_told_from_another_by_when_it_began() {
+        let began = |view: &Arc<View>| {
+            let view = Arc::clone(view);
+            let page = whole(|pieces| write(view, pieces));
+            serde_json::from_str::<serde_json::Value>(&page).unwrap()["began"].clone()
+        };
+        let [first, second] = [(); 2].map(|()| Arc::new(view(config(), Vec::new())));
+        assert_eq!(began(&first), began(&first));
+        assert_ne!(began(&first), began(&second));
     }
 
     #[test]

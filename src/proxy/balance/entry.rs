@@ -53,6 +53,8 @@ pub struct Entry {
     pub(super) owed: Ends,
     /// Turns that it has had, and those that went by while it could have none.
     pub(super) turns: u64,
+    /// When it got its place in the table, which another one may have had before.
+    since: Instant,
     /// When it last took a connection or answered.
     alive_at: Option<Instant>,
     /// When it last answered.
@@ -115,6 +117,7 @@ impl Entry {
             latency: Latency::default(),
             owed: Ends::default(),
             turns: 0,
+            since: now,
             alive_at: None,
             answered_at: None,
             forgotten_at: None,
@@ -270,6 +273,11 @@ impl Entry {
     /// This worker's counters of the endpoint.
     pub fn stats(&self) -> &EndpointStats {
         &self.endpoint.stats[usize::from(self.worker)]
+    }
+
+    /// Since when its number is its own.
+    pub fn since(&self) -> Instant {
+        self.since
     }
 
     /// Whether the latest snapshot names it.

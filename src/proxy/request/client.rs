@@ -17,7 +17,7 @@ use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::pulse::Pulse;
 use crate::proxy::route::StableHash;
-use crate::proxy::session::{Tried, how_to_close};
+use crate::proxy::session::{Attempts, Tried, how_to_close};
 
 /// A client and the request that is under way for it.
 #[allow(
@@ -45,8 +45,8 @@ pub struct Client {
     began: bool,
     /// It is in the worker's list of those to be served.
     pub(super) due: bool,
-    /// The endpoint that its request was sent to last, and how often it was sent.
-    pub(super) asked: Option<(EndpointId, u32)>,
+    /// How often its latest request was sent, if it was, and where to.
+    pub(super) asked: Option<Attempts>,
     /// When its timer fires.
     pub(super) timer: Option<Instant>,
     /// Marks the load estimator's window in which it was last counted as active.
@@ -120,8 +120,8 @@ impl Client {
         }
     }
 
-    /// The endpoint that its latest request was sent to last, and how often it was sent.
-    pub fn asked(&self) -> Option<(EndpointId, u32)> {
+    /// How often its latest request was sent, if it was, and where to.
+    pub fn asked(&self) -> Option<Attempts> {
         self.asked
     }
 
@@ -491,14 +491,20 @@ impl Client {
         &mut self,
         reason: CloseReason,
         buffers: &mut Buffers,
+        now: Instant,
     ) -> (ClientEnding, Actions) {
         let ending = self.ending(reason);
         let holds_itself_up = self.holds_itself_up();
         let outcome = match reason {
-            CloseReason::IdleTimeout | CloseReason::ClientTimeout if holds_itself_up => {
-                Outcome::ClientTimeout
+            CloseReason::IdleTimeout | CloseReason::HalfCloseTimeout if !holds_itself_up => {
+                Outcome::Timeout
             }
-            CloseReason::IdleTimeout => Outcome::Timeout,
+            CloseReason::IdleTimeout
+            | CloseReason::HalfCloseTimeout
+            | CloseReason::ClientTimeout => Outcome::ClientTimeout,
+            CloseReason::DrainDeadline | CloseReason::EndpointRemoved | CloseReason::Overload => {
+                Outcome::Cut
+            }
             _ => Outcome::ClientGone,
         };
         let mut actions = Actions::NONE;
@@ -509,11 +515,11 @@ impl Client {
             }
             State::Ready { pending, kept } => {
                 self.state = State::Leaving { kept };
-                Some(pending.wanted.verb())
+                Some((pending.wanted.verb(), Some(pending.history.since)))
             }
             State::Queued { pending } => {
                 actions.push(Action::LeaveQueue);
-                Some(pending.wanted.verb())
+                Some((pending.wanted.verb(), Some(pending.history.since)))
             }
             State::InFlight(flight) => {
                 let is_counted = flight.is_answered();
@@ -522,15 +528,16 @@ impl Client {
                     _ => Discard::Abandoned,
                 };
                 actions.push(flight.backend.discard(why));
-                (!is_counted).then_some(flight.request.verb)
+                (!is_counted).then_some((flight.request.verb, Some(flight.history.since)))
             }
             State::Opaque { backend, uncounted, .. } => {
                 actions.push(backend.discard(Discard::Abandoned));
-                uncounted
+                uncounted.map(|verb| (verb, None))
             }
         };
-        if let Some(verb) = uncounted {
-            actions.push(Action::Count(verb, outcome, Duration::ZERO));
+        if let Some((verb, since)) = uncounted {
+            let took = since.map(|since| now.saturating_duration_since(since));
+            actions.push(Action::Count(verb, outcome, took.unwrap_or_default()));
         }
         buffers.clear(&mut self.input);
         (ending, actions)

@@ -14,7 +14,7 @@ use crate::io::{Buf, ConnId};
 use crate::metrics::{CloseReason, Discard, Outcome, Retry};
 use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointId;
-use crate::proxy::session::Tried;
+use crate::proxy::session::{Attempts, Tried};
 
 /// What is to be done with bytes that a backend sent.
 #[derive(Debug, PartialEq, Eq)]
@@ -115,7 +115,8 @@ impl Client {
         let BackendConn { conn, endpoint, .. } = backend.conn;
         let asks = Action::Asks(endpoint, conn, moment.now.saturating_duration_since(wanting));
         let flight = InFlight::new(request, history, backend, moment.now);
-        self.asked = Some((endpoint, flight.history.tried.attempts()));
+        let count = flight.history.tried.attempts();
+        self.asked = Some(Attempts { count, endpoint, at: moment.now });
         self.state = State::InFlight(flight);
         let mut actions = Actions::from(asks).and(Action::Send(conn));
         if request.whole {

@@ -40,7 +40,7 @@ mod verdict;
 
 pub use deadline::Timeouts;
 pub use ending::{Ending, how_to_close};
-pub use tried::Tried;
+pub use tried::{Attempts, Tried};
 pub use verdict::Verdict;
 
 /// What the worker has to do for a session.
@@ -105,6 +105,7 @@ pub struct Session {
     backend: Option<ConnId>,
     endpoint: Option<EndpointId>,
     tried: Tried,
+    attempts: Option<Attempts>,
     state: State,
     to_backend: Relay,
     to_client: Relay,
@@ -128,8 +129,8 @@ pub struct Session {
     /// When the connect under way was started.
     connecting: Option<Instant>,
     connected: Instant,
-    /// Bytes of ours went ahead of the client's.
-    prefaced: bool,
+    /// Bytes of ours that went ahead of the client's.
+    preface: u32,
     /// The client has been sent something of what the backend said.
     greeted: bool,
     /// The backend has shown that it is well, or nothing is to be made of it.
@@ -148,6 +149,7 @@ impl Session {
             backend: None,
             endpoint: None,
             tried: Tried::default(),
+            attempts: None,
             state: State::Connecting,
             to_backend: Relay::default(),
             to_client: Relay::default(),
@@ -164,7 +166,7 @@ impl Session {
             warm_since: None,
             connecting: None,
             connected: now,
-            prefaced: false,
+            preface: 0,
             greeted: false,
             heard: false,
             client_pulse: Pulse::default(),
@@ -183,7 +185,7 @@ impl Session {
         self.to_client = Relay::default();
         self.failure = None;
         self.warm_since = None;
-        self.prefaced = false;
+        self.preface = 0;
         self.heard = self.cancel().is_some();
         self.backend_pulse = Pulse::default();
     }
@@ -251,7 +253,12 @@ impl Session {
         self.endpoint
     }
 
-    /// The endpoints tried so far, the present one included.
+    /// All attempts so far, if there were any, the present one included.
+    pub fn attempts(&self) -> Option<Attempts> {
+        self.attempts
+    }
+
+    /// The endpoints tried so far, the present one included, that are not to be tried again.
     pub fn tried(&self) -> &Tried {
         &self.tried
     }
@@ -328,11 +335,13 @@ impl Session {
     }
 
     /// An endpoint was chosen. Until it is connected, `backend` may be absent.
-    pub fn on_trying(&mut self, endpoint: EndpointId, backend: Option<ConnId>) {
+    pub fn on_trying(&mut self, endpoint: EndpointId, backend: Option<ConnId>, now: Instant) {
         assert_eq!(self.state, State::Connecting, "an open session does not move");
         self.endpoint = Some(endpoint);
         self.backend = backend;
         self.tried.push(endpoint);
+        let count = self.attempts.map_or(0, |before| before.count).saturating_add(1);
+        self.attempts = Some(Attempts { count, endpoint, at: now });
         self.on_cancel_trying(endpoint);
     }
 
@@ -372,7 +381,7 @@ impl Session {
             // What came early goes to it only now.
             *at = now;
         }
-        self.prefaced = preface > 0;
+        self.preface = preface;
         if preface > 0 {
             self.backend_pulse.on_asked();
         }
@@ -447,7 +456,7 @@ impl Session {
     /// Bytes that came from a side so far, on the connections that it has now.
     pub fn received(&self, from: Side) -> u64 {
         match from {
-            Side::Client => self.to_backend.received(),
+            Side::Client => self.to_backend.received() - u64::from(self.preface),
             Side::Backend => self.to_client.received(),
         }
     }

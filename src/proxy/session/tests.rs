@@ -13,7 +13,7 @@ const SECOND: Duration = Duration::from_secs(1);
 fn open() -> (Session, Instant) {
     let now = Instant::now();
     let mut session = Session::new(ConnId::from_parts(0, 0), now);
-    session.on_trying(EndpointId::at(3), None);
+    session.on_trying(EndpointId::at(3), None, now);
     session.on_connected(ConnId::from_parts(1, 0), 0, now);
     (session, now)
 }
@@ -221,7 +221,7 @@ fn a_client_without_a_backend_leaves_by_a_reset_or_by_an_end_before_the_first_by
     let now = Instant::now();
     let connecting = || {
         let mut session = Session::new(ConnId::from_parts(0, 0), now);
-        session.on_trying(EndpointId::at(3), None);
+        session.on_trying(EndpointId::at(3), None, now);
         session.on_connecting(ConnId::from_parts(1, 0), now);
         session
     };
@@ -253,10 +253,12 @@ fn a_session_waits_for_as_long_as_it_may_since_it_looks_for_a_backend() {
     assert_eq!(session.waits_until(SECOND), start + SECOND);
     session.on_waited();
     assert_eq!(session.why_waits(), None, "it is being connected");
-    session.on_trying(EndpointId::at(3), None);
+    session.on_trying(EndpointId::at(3), None, start);
     session.on_connect_failed();
     session.on_waiting(ticket, CloseReason::ConnectFailed);
     assert_eq!(session.tried().attempts(), 0, "all may be tried again");
+    let made = Attempts { count: 1, endpoint: EndpointId::at(3), at: start };
+    assert_eq!(session.attempts(), Some(made), "and are told of all the same");
     let failed = Some(CloseReason::ConnectFailed);
     assert_eq!(session.why_waits(), failed, "of its last failure");
     assert_eq!(session.waits_until(SECOND), start + SECOND);
@@ -274,7 +276,7 @@ fn a_client_that_ends_behind_bytes_is_served() {
     let mut buffers = crate::io::buffers::Buffers::new(1).unwrap();
     let now = Instant::now();
     let mut session = Session::new(ConnId::from_parts(0, 0), now);
-    session.on_trying(EndpointId::at(3), None);
+    session.on_trying(EndpointId::at(3), None, now);
     let mut buf = buffers.take().unwrap();
     buffers.set_len(&mut buf, 4);
     buffers.push(&mut session.early, buf);
@@ -293,7 +295,7 @@ fn what_a_client_sent_early_is_timed_from_when_its_backend_gets_it() {
     let mut session = Session::new(ConnId::from_parts(0, 0), now);
     session.on_early(now);
     let (connected, answered) = (now + Duration::from_secs(4), now + Duration::from_secs(5));
-    session.on_trying(EndpointId::at(0), None);
+    session.on_trying(EndpointId::at(0), None, now);
     session.on_connected(ConnId::from_parts(1, 0), 0, connected);
     assert_eq!(session.placed_within(), Some(Duration::from_secs(4)));
     assert_eq!(session.take_first_byte(answered), Some(Duration::from_secs(1)));

@@ -1,5 +1,7 @@
 //! The endpoints that a session has tried.
 
+use std::time::Instant;
+
 use crate::limits::CONNECT_ATTEMPTS_MAX;
 use crate::proxy::endpoints::EndpointId;
 
@@ -16,11 +18,6 @@ impl Tried {
         u32::from(self.len)
     }
 
-    /// The endpoint that was tried last.
-    pub fn last(&self) -> Option<EndpointId> {
-        self.endpoints[..usize::from(self.len)].last().copied()
-    }
-
     /// Whether this endpoint was tried.
     pub fn contains(&self, endpoint: EndpointId) -> bool {
         self.endpoints[..usize::from(self.len)].contains(&endpoint)
@@ -33,4 +30,16 @@ impl Tried {
             self.len += 1;
         }
     }
+}
+
+/// What is told of the attempts that were made, once it is over. It outlasts [`Tried`], which begins anew
+/// when all endpoints may be tried again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attempts {
+    /// How many there were.
+    pub count: u32,
+    /// The endpoint of the latest one. Nothing keeps its number from being given to another one later.
+    pub endpoint: EndpointId,
+    /// When that one was made.
+    pub at: Instant,
 }

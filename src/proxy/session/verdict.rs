@@ -68,7 +68,7 @@ impl Session {
             return Verdict::None;
         }
         let broken = broken || self.failure.is_some();
-        let asked = self.prefaced || self.first_byte != FirstByte::Unasked;
+        let asked = self.preface > 0 || self.first_byte != FirstByte::Unasked;
         match self.warm_since {
             Some(_) if broken && asked => Verdict::Forgotten,
             Some(_) if !asked => Verdict::Stale,

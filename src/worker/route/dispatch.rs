@@ -219,7 +219,7 @@ impl Route {
     ) -> io::Result<()> {
         let warm = self.pools.table.enter(endpoint, cx.now);
         self.pools.mark_short(endpoint);
-        self.sessions.of(key).on_trying(endpoint, warm.map(|(conn, _)| conn));
+        self.sessions.of(key).on_trying(endpoint, warm.map(|(conn, _)| conn), cx.now);
         if let Some((backend, made)) = warm {
             self.sessions.of(key).on_warm(made);
             self.stats.count_checkout(Checkout::Hit);

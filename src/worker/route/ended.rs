@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use super::Route;
 use crate::config::EndsLogged;
-use crate::io::Driver;
+use crate::io::{ConnId, Driver};
 use crate::metrics::{CloseReason, Outcome};
 use crate::protocol::Verb;
 use crate::proxy::Side;
-use crate::proxy::endpoints::{Endpoint, EndpointId};
+use crate::proxy::endpoints::Endpoint;
 use crate::proxy::request::Client;
-use crate::proxy::session::Session;
+use crate::proxy::session::{Attempts, Session};
 use crate::slab::Key;
 use crate::worker::context::Context;
 use crate::worker::ends::{End, How};
@@ -31,8 +31,11 @@ impl Route {
         is_wanted && cx.ends.has_room()
     }
 
-    fn endpoint(&self, id: Option<EndpointId>) -> Option<Arc<Endpoint>> {
-        Some(Arc::clone(&self.pools.table.get(id?)?.endpoint))
+    /// The endpoint of the latest attempt, unless it is gone: its number may be another's by now.
+    fn endpoint(&self, attempts: Option<Attempts>) -> Option<Arc<Endpoint>> {
+        let Attempts { endpoint, at, .. } = attempts?;
+        let entry = self.pools.table.get(endpoint).filter(|entry| entry.since() <= at)?;
+        Some(Arc::clone(&entry.endpoint))
     }
 
     /// A session is about to be closed.
@@ -52,8 +55,8 @@ impl Route {
             route: self.id,
             how,
             client: cx.driver.peer_address(session.client()),
-            endpoint: self.endpoint(session.tried().last()),
-            attempts: session.tried().attempts(),
+            endpoint: self.endpoint(session.attempts()),
+            attempts: session.attempts().map_or(0, |attempts| attempts.count),
             ended_first: session.ended_first(),
             bytes: Some((session.received(Side::Client), session.received(Side::Backend))),
             lasted: session.age(cx.now),
@@ -61,6 +64,19 @@ impl Route {
             first_byte,
             transfer,
         });
+    }
+
+    /// A client is about to be closed for which there is no place.
+    pub(super) fn tell_of_refused<D: Driver>(
+        &self,
+        cx: &mut Context<D>,
+        client: ConnId,
+        reason: CloseReason,
+    ) {
+        let how = How::Session(reason);
+        if self.tells_of(cx, how) {
+            cx.ends.tell(self.end_of_conn(cx, Some(client), how, Duration::ZERO));
+        }
     }
 
     /// A client whose requests are framed is about to be closed.
@@ -101,14 +117,27 @@ impl Route {
         how: How,
         lasted: Duration,
     ) -> End {
-        let (endpoint, attempts) = client.asked().unzip();
-        let conn = client.conn(Side::Client);
+        End {
+            endpoint: self.endpoint(client.asked()),
+            attempts: client.asked().map_or(0, |attempts| attempts.count),
+            ..self.end_of_conn(cx, client.conn(Side::Client), how, lasted)
+        }
+    }
+
+    /// Of a connection of which no more is known.
+    fn end_of_conn<D: Driver>(
+        &self,
+        cx: &Context<D>,
+        conn: Option<ConnId>,
+        how: How,
+        lasted: Duration,
+    ) -> End {
         End {
             route: self.id,
             how,
             client: conn.and_then(|conn| cx.driver.peer_address(conn)),
-            endpoint: self.endpoint(endpoint),
-            attempts: attempts.unwrap_or(0),
+            endpoint: None,
+            attempts: 0,
             ended_first: None,
             bytes: None,
             lasted,

@@ -85,6 +85,7 @@ impl Route {
         self.stats.sessions_opened.add(1);
         if !cx.places.admit(self.id) {
             self.stats.count_close(CloseReason::Overload);
+            self.tell_of_refused(cx, conn, CloseReason::Overload);
             return cx.driver.close(conn, Close::Reset);
         }
         cx.publish_sessions(self.id);

@@ -532,6 +532,7 @@ mod tests {
     use crate::config::{Config, PoolMode, Protocol};
     use crate::io::sim::Speech;
     use crate::metrics::CloseReason;
+    use crate::worker::ends::How;
     use crate::worker::mailbox::Command;
     use crate::worker::simulation::Run;
 
@@ -566,7 +567,10 @@ mod tests {
                 run.turn();
                 assert!(run.engine.sessions() <= SLOTS);
             }
-            assert!(run.stats.closed(CloseReason::Overload) > 0, "{mode:?}");
+            let refused = run.stats.closed(CloseReason::Overload);
+            let ends = std::iter::from_fn(|| run.engine.cx.ends.take());
+            let told = ends.filter(|end| end.how == How::Session(CloseReason::Overload)).count();
+            assert!(refused > 0 && told as u64 == refused, "{mode:?}: {told} of {refused}");
             run.stop();
         }
     }

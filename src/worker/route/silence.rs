@@ -75,6 +75,12 @@ fn watched<'a>(
 }
 
 impl Route {
+    /// The endpoints, those included that left while something of them lives.
+    pub(in crate::worker) fn entries(&self) -> impl Iterator<Item = &Entry> {
+        let table = &self.pools.table;
+        table.indices().filter_map(|endpoint| table.get(endpoint))
+    }
+
     /// The endpoint of a connection of this owner, if it leads to one.
     pub(in crate::worker) fn entry_of(&mut self, owner: &Owner) -> Option<&mut Entry> {
         let endpoint = match *owner {

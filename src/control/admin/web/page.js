@@ -315,7 +315,7 @@ function show() {
 function heard(reading) {
   const latest = history[history.length - 1];
   // Counters of another process begin anew.
-  const restarted = latest && reading.alive < latest.alive;
+  const restarted = latest && reading.began !== latest.began;
   if (restarted || (latest && reading.routes.length !== latest.routes.length)) {
     history = [];
     byId("routes").replaceChildren();

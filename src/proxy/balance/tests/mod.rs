@@ -56,9 +56,10 @@ fn table(policy: Balance, endpoints: &[Arc<Endpoint>]) -> Table {
 }
 
 fn tried(endpoints: &[u16]) -> Tried {
-    let mut session = Session::new(ConnId::from_parts(0, 0), Instant::now());
+    let now = Instant::now();
+    let mut session = Session::new(ConnId::from_parts(0, 0), now);
     for &endpoint in endpoints {
-        session.on_trying(at(endpoint), None);
+        session.on_trying(at(endpoint), None, now);
     }
     *session.tried()
 }

@@ -400,10 +400,12 @@ fn a_slow_client_holds_its_backend_up() {
 
 #[test]
 fn a_client_in_each_state_is_closed_as_it_deserves() {
-    let get = |outcome| Action::Count(GET, outcome, Duration::ZERO);
+    let lasted = Duration::from_secs(3);
+    let get = |outcome| Action::Count(GET, outcome, lasted);
     let reset = ClientEnding::Now(Close::Reset);
     let close = |bench: &mut Bench, reason| {
-        let (ending, actions) = bench.client.on_closing(reason, &mut bench.buffers);
+        let (ending, actions) =
+            bench.client.on_closing(reason, &mut bench.buffers, bench.now + lasted);
         assert_eq!(bench.client.input().bytes(), 0);
         (ending, actions.iter().collect::<Vec<_>>())
     };
@@ -422,6 +424,12 @@ fn a_client_in_each_state_is_closed_as_it_deserves() {
     let mut slow = Bench::asked(Protocol::Chronos, "GET a\n");
     let timeout = vec![slow.discard(Discard::Timeout), get(Outcome::Timeout)];
     assert_eq!(close(&mut slow, CloseReason::IdleTimeout), (reset, timeout));
+    let mut half_closed = Bench::asked(Protocol::Chronos, "GET a\n");
+    let timeout = vec![half_closed.discard(Discard::Timeout), get(Outcome::Timeout)];
+    assert_eq!(close(&mut half_closed, CloseReason::HalfCloseTimeout), (reset, timeout));
+    let mut cut = Bench::asked(Protocol::Chronos, "GET a\n");
+    let by_us = vec![cut.discard(Discard::Abandoned), get(Outcome::Cut)];
+    assert_eq!(close(&mut cut, CloseReason::DrainDeadline), (reset, by_us));
     let mut leaving = Bench::asked(Protocol::Http1, DOWNLOAD);
     leaving.lose(Retry::Ended);
     leaving.acquire();

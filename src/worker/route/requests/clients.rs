@@ -145,7 +145,7 @@ impl Route {
     ) {
         self.tell_of_client(cx, key, reason);
         let Some((client, moment)) = self.client(cx, key) else { return };
-        let (ending, actions) = client.on_closing(reason, moment.buffers);
+        let (ending, actions) = client.on_closing(reason, moment.buffers, moment.now);
         self.act_for(cx, key, &actions);
         self.release_backend_of(cx, key);
         let Some(client) = self.requests.clients.remove(key) else {

@@ -185,7 +185,7 @@ impl Route {
         self.pools.table.turned_opaque(backend.endpoint);
         cx.timers.clear(client.index());
         let mut session = Session::new(client, cx.now);
-        session.on_trying(backend.endpoint, Some(backend.conn));
+        session.on_trying(backend.endpoint, Some(backend.conn), cx.now);
         session.on_connected(backend.conn, parts.backend_unsent, cx.now);
         // What cannot be understood may be what the backend ends it for.
         session.vouch();
