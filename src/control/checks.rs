@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +26,9 @@ use crate::protocol::ProtocolName;
 use crate::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
 use crate::proxy::check::Verdicts;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
+
+/// How soon a Unix socket whose queue is full is tried again.
+const UNIX_RETRY: Duration = Duration::from_millis(10);
 
 /// Checks of all routes at a time.
 #[derive(Debug, Clone)]
@@ -116,7 +120,7 @@ impl Checks {
     async fn check(&self, address: &Address) -> io::Result<()> {
         match address {
             Address::Tcp(tcp) => self.talk(TcpStream::connect(tcp).await?, address).await,
-            Address::Unix(path) => self.talk(UnixStream::connect(path).await?, address).await,
+            Address::Unix(path) => self.talk(connect_unix(path).await?, address).await,
         }
     }
 
@@ -138,6 +142,17 @@ impl Checks {
 
     fn asks(&self) -> bool {
         self.route.check == Check::Request
+    }
+}
+
+/// Connects to a Unix socket. While the server's queue is full the kernel says so at once, and tells of
+/// no change: it is asked again, as by clients, until the check is over.
+async fn connect_unix(path: &Path) -> io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(path).await {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(UNIX_RETRY).await,
+            connected => return connected,
+        }
     }
 }
 

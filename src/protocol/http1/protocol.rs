@@ -23,11 +23,24 @@ impl Protocol for Http1 {
         ..Facts::FRAMED
     };
 
+    /// Informational responses (RFC 9110, 15.2) are passed over: another one follows.
     fn is_live(reply: &[u8]) -> Option<bool> {
-        let end = reply.iter().position(|&byte| byte == b'\n')?;
-        let status = reply[..end].split(|&byte| byte == b' ').nth(1).unwrap_or_default();
-        let is_fine = status.len() == 3 && matches!(status[0], b'2' | b'3');
-        Some(reply.starts_with(b"HTTP/1.") && is_fine)
+        let mut lines = reply.split_inclusive(|&byte| byte == b'\n');
+        loop {
+            let line = lines.next().filter(|line| line.ends_with(b"\n"))?.trim_ascii_end();
+            let status = line
+                .strip_prefix(b"HTTP/1.")
+                .and_then(|rest| rest.split(|&byte| byte == b' ').nth(1));
+            let is_status =
+                |status: &&[u8]| status.len() == 3 && status.iter().all(u8::is_ascii_digit);
+            match status.filter(is_status) {
+                Some([b'2' | b'3', ..]) => return Some(true),
+                Some([b'1', ..]) if status != Some(b"101") => {}
+                _ => return Some(false),
+            }
+            // Its fields, up to an empty line.
+            lines.find(|line| line.trim_ascii_end().is_empty())?;
+        }
     }
 
     fn new(_: &Settings) -> Self {
