@@ -145,15 +145,16 @@ impl Table {
         Some((entry, outstanding))
     }
 
-    /// What the fastest of all endpoints took when it was last measured, in nanoseconds.
+    /// What the fastest of the endpoints that are in use took when it was last measured, in nanoseconds.
     pub(super) fn fastest(&self) -> u64 {
         let entries = self.present.iter().map(|&index| self.entries[usize::from(index)].as_ref());
-        let measured = entries.flatten().filter_map(|entry| entry.latency.measured());
+        let in_use = entries.flatten().filter(|entry| entry.may_serve(true));
+        let measured = in_use.filter_map(|entry| entry.latency.measured());
         measured.min().unwrap_or(nanoseconds(Duration::ZERO))
     }
 
     /// What one more request at an endpoint costs: the time that a reply takes there, as many times as
-    /// there are requests with it. `fastest` is that of all of them.
+    /// there are requests with it. `fastest` is that of those in use.
     pub(super) fn cost(&self, entry: &Entry, fastest: u64, now: Instant) -> u64 {
         let oldest = self.outstanding.as_ref().and_then(|all| all.oldest(entry.owed));
         let waited = oldest.map_or(0, |since| nanoseconds(now.saturating_duration_since(since)));

@@ -396,7 +396,11 @@ impl Pools {
         let Some(entry) = self.table.get_mut(endpoint) else { return };
         if entry.health.eject(&health, now, &mut cx.rng) {
             entry.stats().failures_in_a_row.set(u64::from(entry.health.failures()));
-            tracing::warn!(endpoint = entry.endpoint.name, "ejected: others stand in for it");
+            tracing::warn!(
+                route = self.name_in_log.as_deref(),
+                endpoint = entry.endpoint.name,
+                "ejected: others stand in for it"
+            );
             self.on_ejected(cx, endpoint);
         }
     }
