@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -218,18 +218,19 @@ fn unix_store(path: &Path, hangs: &Arc<AtomicBool>) {
     // The proxy may run as another user.
     fs::set_permissions(path, fs::Permissions::from_mode(0o666)).unwrap();
     thread::spawn(move || {
-        for mut stream in listener.incoming().map_while(Result::ok) {
+        for stream in listener.incoming().map_while(Result::ok) {
             let hangs = Arc::clone(&hangs);
-            thread::spawn(move || {
-                let mut line = [0; 64];
-                while let Ok(1..) = stream.read(&mut line) {
-                    if !hangs.load(Relaxed) && stream.write_all(b"PONG\n").is_err() {
-                        return;
-                    }
-                }
-            });
+            thread::spawn(move || answer_pings(stream, &hangs));
         }
     });
+}
+
+fn answer_pings(mut stream: UnixStream, hangs: &AtomicBool) {
+    while let Ok(1..) = stream.read(&mut [0; 64]) {
+        if !hangs.load(Relaxed) && stream.write_all(b"PONG\n").is_err() {
+            return;
+        }
+    }
 }
 
 fn a_server_at_a_unix_socket_is_checked_by_connect_and_by_request(io: Io) {

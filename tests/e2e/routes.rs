@@ -114,8 +114,10 @@ fn an_outage_of_one_route_leaves_the_other(io: Io) {
         (ask_once(of_cache, "SET key 2").ok()? == "OK").then_some(())
     });
     assert_eq!(proxy.get("/readyz").status, 200);
-    let back = proxy.log_events("usable again");
-    assert!(back.iter().any(|line| line["route"] == "cache"), "{back:?}");
+    eventually("it is told", PATIENCE, || {
+        let back = proxy.log_events("usable again");
+        back.iter().any(|line| line["route"] == "cache").then_some(())
+    });
 }
 
 fn usable(proxy: &Proxy, route: &str) -> u64 {

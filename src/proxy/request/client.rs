@@ -523,8 +523,9 @@ impl Client {
             }
             State::InFlight(flight) => {
                 let is_counted = flight.is_answered();
+                // Behind a half-close it cannot be told whether anybody still waited.
                 let why = match outcome {
-                    Outcome::Timeout => Discard::Timeout,
+                    Outcome::Timeout if reason != CloseReason::HalfCloseTimeout => Discard::Timeout,
                     _ => Discard::Abandoned,
                 };
                 actions.push(flight.backend.discard(why));

@@ -425,7 +425,7 @@ fn a_client_in_each_state_is_closed_as_it_deserves() {
     let timeout = vec![slow.discard(Discard::Timeout), get(Outcome::Timeout)];
     assert_eq!(close(&mut slow, CloseReason::IdleTimeout), (reset, timeout));
     let mut half_closed = Bench::asked(Protocol::Chronos, "GET a\n");
-    let timeout = vec![half_closed.discard(Discard::Timeout), get(Outcome::Timeout)];
+    let timeout = vec![half_closed.discard(Discard::Abandoned), get(Outcome::Timeout)];
     assert_eq!(close(&mut half_closed, CloseReason::HalfCloseTimeout), (reset, timeout));
     let mut cut = Bench::asked(Protocol::Chronos, "GET a\n");
     let by_us = vec![cut.discard(Discard::Abandoned), get(Outcome::Cut)];
