@@ -79,7 +79,8 @@ impl Protocol for Chronos {
     }
 
     fn is_live(reply: &[u8]) -> Option<bool> {
-        reply.contains(&b'\n').then(|| !reply.starts_with(b"ERR"))
+        let end = reply.iter().position(|&byte| byte == b'\n')?;
+        Some(reply[..end].trim_ascii_end() == b"PONG")
     }
 
     fn is_success(reply: &[u8]) -> bool {

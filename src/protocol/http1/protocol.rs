@@ -24,10 +24,21 @@ impl Protocol for Http1 {
     };
 
     fn is_live(reply: &[u8]) -> Option<bool> {
-        let end = reply.iter().position(|&byte| byte == b'\n')?;
-        let status = reply[..end].split(|&byte| byte == b' ').nth(1).unwrap_or_default();
-        let is_fine = status.len() == 3 && matches!(status[0], b'2' | b'3');
-        Some(reply.starts_with(b"HTTP/1.") && is_fine)
+        let mut lines = reply.split_inclusive(|&byte| byte == b'\n');
+        let mut lines = lines.by_ref().filter(|line| line.ends_with(b"\n"));
+        loop {
+            let line = lines.next()?;
+            let status = line.split(u8::is_ascii_whitespace).nth(1).unwrap_or_default();
+            let is_status = status.len() == 3 && status.iter().all(u8::is_ascii_digit);
+            if !line.starts_with(b"HTTP/1.") || !is_status {
+                return Some(false);
+            }
+            // Others may come ahead of the reply, asked for or not (RFC 9110, 15.2).
+            if status[0] != b'1' || status == b"101" {
+                return Some(matches!(status[0], b'2' | b'3'));
+            }
+            lines.find(|line| line.trim_ascii().is_empty())?;
+        }
     }
 
     fn new(_: &Settings) -> Self {
