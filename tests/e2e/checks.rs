@@ -1,15 +1,23 @@
 //! Active checks of endpoints: `AEGIS_CHECK_INTERVAL`.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread;
 use std::time::{Duration, Instant};
+
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::support::backend::Backend;
 use crate::support::client::{ask_once, connect, read_line};
 use crate::support::metrics::ENDPOINT_USABLE;
 use crate::support::proxy::{Builder, Proxy};
+use crate::support::sandbox::hand_over;
 use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
 
 on_both_drivers![
@@ -19,6 +27,10 @@ on_both_drivers![
     an_endpoint_is_checked_once_per_interval_however_many_workers_there_are,
     while_all_fail_their_checks_clients_wait_and_are_not_sent_there,
     a_tier_is_left_for_its_checks_and_used_again,
+    endpoints_that_hang_do_not_hold_up_the_checks_of_others,
+    a_server_at_a_unix_socket_is_checked_by_connect_and_by_request,
+    a_unix_socket_whose_queue_is_full_is_waited_for_as_by_clients,
+    a_reply_that_comes_byte_by_byte_is_taken_and_one_without_an_end_is_not,
     what_is_wrong_about_checks_is_told_at_once,
 ];
 
@@ -71,6 +83,17 @@ fn by_request(io: Io, backends: &[SocketAddr]) -> Builder {
 fn wait_for(proxy: &Proxy, endpoint: SocketAddr, usable: bool) {
     let name = endpoint.to_string();
     proxy.wait_for(ENDPOINT_USABLE, &[("endpoint", &name)], |now| now == u64::from(usable));
+}
+
+/// What the log says about why an endpoint is out of use.
+fn why_unusable(proxy: &Proxy, endpoint: SocketAddr) -> String {
+    let name = endpoint.to_string();
+    // The log is written a moment after the metrics.
+    eventually("the log says why", PATIENCE, || {
+        let lines = proxy.log_events("out of use: its checks fail");
+        let line = lines.into_iter().find(|line| line["endpoint"] == name.as_str())?;
+        Some(line["error"].as_str()?.to_owned())
+    })
 }
 
 fn an_endpoint_that_accepts_and_never_answers_is_found_by_a_request_and_comes_back(io: Io) {
@@ -143,13 +166,14 @@ fn a_web_server_is_well_while_it_says_so(io: Io) {
         .set("AEGIS_CHECK", "request")
         .set("AEGIS_CHECK_PATH", "/healthz")
         .set("AEGIS_PROTOCOL", "http1")
+        // Nothing hangs: what is slow is this machine.
+        .set("AEGIS_CONNECT_TIMEOUT", "10s")
         .start();
     proxy.wait_for(CHECKS, &[], |checks| checks >= 5);
     assert_eq!(proxy.metric(CHECK_FAILURES, &[]), 0);
     status.store(503, Relaxed);
     wait_for(&proxy, server.address(), false);
-    let line = proxy.log_events("out of use: its checks fail").remove(0);
-    assert!(line["error"].as_str().unwrap().contains("503"), "{line}");
+    assert!(why_unusable(&proxy, server.address()).contains("503"));
     status.store(204, Relaxed);
     wait_for(&proxy, server.address(), true);
 }
@@ -199,6 +223,128 @@ fn a_tier_is_left_for_its_checks_and_used_again(io: Io) {
     first.hangs.store(false, Relaxed);
     tier(0);
     assert_eq!(ask_once(proxy.address(), "GET who").unwrap(), "first");
+}
+
+fn endpoints_that_hang_do_not_hold_up_the_checks_of_others(io: Io) {
+    let (store, hang) = (Store::named("a"), Arc::<AtomicBool>::default());
+    let others: Vec<_> = (0..80)
+        .map(|_| {
+            let hang = Arc::clone(&hang);
+            Backend::scripted(move |mut stream| {
+                while hang.load(Relaxed) && matches!(stream.read(&mut [0; 64]), Ok(1..)) {}
+            })
+        })
+        .collect();
+    let mut backends: Vec<_> = others.iter().map(Backend::address).collect();
+    backends.push(store.server.address());
+    let proxy = by_request(io, &backends)
+        .set("AEGIS_CHECK_FALL", "1")
+        // Those that hang do so for longer than the test takes.
+        .set("AEGIS_CONNECT_TIMEOUT", "5m")
+        .start();
+    proxy.wait_for(ENDPOINT_USABLE, &[], |usable| usable == 1);
+    hang.store(true, Relaxed);
+    let before = store.pings.load(Relaxed);
+    eventually("the one that is well is checked on and on", PATIENCE, || {
+        (store.pings.load(Relaxed) >= before + 30).then_some(())
+    });
+}
+
+/// A server at a Unix socket that answers a `PING`, or hangs while it is told to.
+fn unix_store(path: &Path, hangs: &Arc<AtomicBool>) {
+    let (listener, hangs) = (UnixListener::bind(path).unwrap(), Arc::clone(hangs));
+    // The proxy may run as another user.
+    fs::set_permissions(path, fs::Permissions::from_mode(0o666)).unwrap();
+    thread::spawn(move || {
+        for mut stream in listener.incoming().map_while(Result::ok) {
+            let hangs = Arc::clone(&hangs);
+            thread::spawn(move || {
+                let mut line = [0; 64];
+                while matches!(stream.read(&mut line), Ok(1..))
+                    && (hangs.load(Relaxed) || stream.write_all(b"PONG\n").is_ok())
+                {
+                }
+            });
+        }
+    });
+}
+
+fn a_server_at_a_unix_socket_is_checked_by_connect_and_by_request(io: Io) {
+    for check in ["connect", "request"] {
+        let directory = tempfile::tempdir().unwrap();
+        hand_over(directory.path());
+        let path = directory.path().join("db.sock");
+        let hangs = Arc::default();
+        unix_store(&path, &hangs);
+        let proxy = by_request(io, &[])
+            .set("AEGIS_BACKENDS", format!("unix:{}", path.display()))
+            .set("AEGIS_CHECK", check)
+            .set("AEGIS_CONNECT_TIMEOUT", "1s")
+            .start();
+        let usable = |usable| proxy.wait_for(ENDPOINT_USABLE, &[], |now| now == usable);
+        proxy.wait_for(CHECKS, &[], |checks| checks >= 3);
+        assert_eq!(proxy.metric(CHECK_FAILURES, &[]), 0, "{check}");
+        if check == "request" {
+            hangs.store(true, Relaxed);
+            usable(0);
+            hangs.store(false, Relaxed);
+            usable(1);
+        }
+        fs::remove_file(&path).unwrap();
+        usable(0);
+        unix_store(&path, &hangs);
+        usable(1);
+        assert_eq!(ask_once(proxy.address(), "PING").unwrap(), "PONG");
+    }
+}
+
+fn a_unix_socket_whose_queue_is_full_is_waited_for_as_by_clients(io: Io) {
+    let directory = tempfile::tempdir().unwrap();
+    hand_over(directory.path());
+    let path = directory.path().join("db.sock");
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+    let address = SockAddr::unix(&path).unwrap();
+    socket.bind(&address).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+    socket.listen(0).unwrap();
+    let waiting = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+    waiting.connect(&address).unwrap();
+    let proxy = checked(io, &[])
+        .set("AEGIS_BACKENDS", format!("unix:{}", path.display()))
+        .set("AEGIS_CONNECT_TIMEOUT", "1m")
+        .start();
+    // Time for a check to begin; if none does, nothing is seen, and nothing fails.
+    thread::sleep(Duration::from_millis(500));
+    let server = thread::spawn(move || while socket.accept().is_ok() {});
+    proxy.wait_for(CHECKS, &[], |checks| checks >= 2);
+    assert_eq!(proxy.metric(CHECK_FAILURES, &[]), 0, "it was busy, and is well");
+    assert!(!server.is_finished());
+}
+
+fn a_reply_that_comes_byte_by_byte_is_taken_and_one_without_an_end_is_not(io: Io) {
+    let slow = Backend::scripted(|mut stream| {
+        let _ = read_line(stream);
+        for byte in b"PONG\n" {
+            let _ = stream.write_all(&[*byte]);
+        }
+        let _ = stream.read(&mut [0; 64]);
+    });
+    let endless = Backend::scripted(|mut stream| while stream.write_all(&[b'P'; 4096]).is_ok() {});
+    let other = Backend::scripted(|mut stream| {
+        let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n");
+        let _ = stream.read(&mut [0; 64]);
+    });
+    let addresses = [slow.address(), endless.address(), other.address()];
+    let proxy = by_request(io, &addresses).set("AEGIS_CONNECT_TIMEOUT", "5s").start();
+    wait_for(&proxy, endless.address(), false);
+    wait_for(&proxy, other.address(), false);
+    let name = slow.address().to_string();
+    proxy.wait_for(CHECKS, &[("endpoint", &name)], |checks| checks >= 3);
+    assert_eq!(proxy.metric(CHECK_FAILURES, &[("endpoint", &name)]), 0);
+    for (server, reason) in [(&endless, "its reply is too long"), (&other, "HTTP/1.1 400")] {
+        let why = why_unusable(&proxy, server.address());
+        assert!(why.contains(reason), "{why}");
+    }
 }
 
 fn what_is_wrong_about_checks_is_told_at_once(io: Io) {
