@@ -170,9 +170,13 @@ pub const CANCEL_WAIT: Duration = Duration::from_secs(1);
 /// As long as proxies give clients that take nothing, and far above any pause of a healthy one.
 pub const FLUSH_STALL_MAX: Duration = Duration::from_secs(30);
 
-/// Active checks of all routes at a time: with one that takes 1 s as it fails, 32 endpoints that hang
-/// may be checked each second.
-pub const CHECKS_MAX: usize = 32;
+/// Active checks of all routes at a time. Half of them are of endpoints whose latest check failed, which
+/// may take their whole time again: with one of 1 s, 32 endpoints that hang are checked each second.
+pub const CHECKS_MAX: usize = 64;
+
+/// A Unix socket whose queue is full is tried again by a check after this: the queue of a server that
+/// is well has room again within far less.
+pub const CHECK_RETRY_PAUSE: Duration = Duration::from_millis(10);
 
 /// Of the reply to a check so many bytes are looked at; its first line says enough.
 pub const CHECK_REPLY_MAX: usize = 4096;

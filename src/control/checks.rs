@@ -1,9 +1,10 @@
 //! Active checks: each endpoint is connected to again and again, or asked something that any server
 //! answers at once, by this thread alone, however many workers there are.
 //!
-//! Each endpoint has a task of its own, so one that hangs holds up no other; how many checks are under
-//! way at a time is bounded. What they come to is part of the endpoint, and workers learn of it by the
-//! snapshot that they have already.
+//! Each endpoint has a task of its own, so one that hangs holds up no other. How many checks are under
+//! way at a time is bounded, for those that failed the last one apart from all others: however many
+//! hang, what is well is checked in time. What checks come to is part of the endpoint, and workers learn
+//! of it by the snapshot that they have already.
 
 use std::collections::HashMap;
 use std::io;
@@ -21,22 +22,25 @@ use tracing::{Instrument, Span, debug, info, warn};
 use super::WorkerHandle;
 use crate::config::{Check, ProxyProtocol, RouteConfig};
 use crate::io::net::Address;
-use crate::limits::{CHECK_REPLY_MAX, CHECKS_MAX};
+use crate::limits::{CHECK_REPLY_MAX, CHECK_RETRY_PAUSE, CHECKS_MAX};
 use crate::protocol::ProtocolName;
 use crate::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
 use crate::proxy::check::Verdicts;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
 
-/// How soon a Unix socket whose queue is full is tried again.
-const UNIX_RETRY: Duration = Duration::from_millis(10);
-
 /// Checks of all routes at a time.
 #[derive(Debug, Clone)]
-pub(super) struct Places(Arc<Semaphore>);
+pub(super) struct Places {
+    /// Of endpoints that passed the latest one, or had none yet.
+    passed: Arc<Semaphore>,
+    /// Of those that failed it.
+    failed: Arc<Semaphore>,
+}
 
 impl Default for Places {
     fn default() -> Self {
-        Self(Arc::new(Semaphore::new(CHECKS_MAX)))
+        let half = || Arc::new(Semaphore::new(CHECKS_MAX / 2));
+        Self { passed: half(), failed: half() }
     }
 }
 
@@ -84,12 +88,14 @@ impl Checks {
         let mut verdicts = Verdicts::new(self.route.check_fall, self.route.check_rise);
         // Neither the endpoints of a process nor the processes of a fleet are to fall in step.
         sleep(interval.mul_f64(fastrand::f64())).await;
+        let mut places = &self.places.passed;
         loop {
-            let Ok(place) = self.places.0.acquire().await else { return };
+            let Ok(place) = places.acquire().await else { return };
             let begun = Instant::now();
             let checked = timeout(self.route.connect_timeout, self.check(&endpoint.address)).await;
             drop(place);
             let checked = checked.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+            places = if checked.is_ok() { &self.places.passed } else { &self.places.failed };
             match checked {
                 Err(error) if is_local(&error) => debug!(%error, "cannot check an endpoint"),
                 checked => self.take_in(&endpoint, &mut verdicts, checked),
@@ -145,13 +151,15 @@ impl Checks {
     }
 }
 
-/// Connects to a Unix socket. While the server's queue is full the kernel says so at once, and tells of
-/// no change: it is asked again, as by clients, until the check is over.
+/// Connects to a Unix socket. Where its queue is full, nobody tells when it has room: it is tried again,
+/// as it is for clients.
 async fn connect_unix(path: &Path) -> io::Result<UnixStream> {
     loop {
         match UnixStream::connect(path).await {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(UNIX_RETRY).await,
-            connected => return connected,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                sleep(CHECK_RETRY_PAUSE).await;
+            }
+            outcome => return outcome,
         }
     }
 }

@@ -356,7 +356,7 @@ mod tests {
         let needed = |users| descriptors_needed(0, 0, users).control;
         assert_eq!(needed(&users), needed(&USERS) + 16);
         assert_eq!(needed(&DescriptorUsers { names: 100, ..USERS }), needed(&USERS) + 200);
-        assert_eq!(needed(&DescriptorUsers { checks: true, ..USERS }), needed(&USERS) + 32);
+        assert_eq!(needed(&DescriptorUsers { checks: true, ..USERS }), needed(&USERS) + 64);
         assert_eq!(needed(&DescriptorUsers { control: true, ..USERS }), needed(&USERS) + 35);
     }
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -27,6 +27,7 @@ on_both_drivers![
     an_endpoint_is_checked_once_per_interval_however_many_workers_there_are,
     while_all_fail_their_checks_clients_wait_and_are_not_sent_there,
     a_tier_is_left_for_its_checks_and_used_again,
+    endpoints_that_hang_do_not_hold_up_the_checks_of_others,
     a_server_at_a_unix_socket_is_checked_by_connect_and_by_request,
     a_unix_socket_whose_queue_is_full_is_waited_for_as_by_clients,
     a_reply_that_comes_byte_by_byte_is_taken_and_one_without_an_end_is_not,
@@ -82,6 +83,17 @@ fn by_request(io: Io, backends: &[SocketAddr]) -> Builder {
 fn wait_for(proxy: &Proxy, endpoint: SocketAddr, usable: bool) {
     let name = endpoint.to_string();
     proxy.wait_for(ENDPOINT_USABLE, &[("endpoint", &name)], |now| now == u64::from(usable));
+}
+
+/// What the log says about why an endpoint is out of use.
+fn why_unusable(proxy: &Proxy, endpoint: SocketAddr) -> String {
+    let name = endpoint.to_string();
+    // The log is written a moment after the metrics.
+    eventually("the log says why", PATIENCE, || {
+        let lines = proxy.log_events("out of use: its checks fail");
+        let line = lines.into_iter().find(|line| line["endpoint"] == name.as_str())?;
+        Some(line["error"].as_str()?.to_owned())
+    })
 }
 
 fn an_endpoint_that_accepts_and_never_answers_is_found_by_a_request_and_comes_back(io: Io) {
@@ -154,13 +166,14 @@ fn a_web_server_is_well_while_it_says_so(io: Io) {
         .set("AEGIS_CHECK", "request")
         .set("AEGIS_CHECK_PATH", "/healthz")
         .set("AEGIS_PROTOCOL", "http1")
+        // Nothing hangs: what is slow is this machine.
+        .set("AEGIS_CONNECT_TIMEOUT", "10s")
         .start();
     proxy.wait_for(CHECKS, &[], |checks| checks >= 5);
     assert_eq!(proxy.metric(CHECK_FAILURES, &[]), 0);
     status.store(503, Relaxed);
     wait_for(&proxy, server.address(), false);
-    let line = proxy.log_events("out of use: its checks fail").remove(0);
-    assert!(line["error"].as_str().unwrap().contains("503"), "{line}");
+    assert!(why_unusable(&proxy, server.address()).contains("503"));
     status.store(204, Relaxed);
     wait_for(&proxy, server.address(), true);
 }
@@ -212,25 +225,48 @@ fn a_tier_is_left_for_its_checks_and_used_again(io: Io) {
     assert_eq!(ask_once(proxy.address(), "GET who").unwrap(), "first");
 }
 
+fn endpoints_that_hang_do_not_hold_up_the_checks_of_others(io: Io) {
+    let (store, hang) = (Store::named("a"), Arc::<AtomicBool>::default());
+    let others: Vec<_> = (0..80)
+        .map(|_| {
+            let hang = Arc::clone(&hang);
+            Backend::scripted(move |mut stream| {
+                while hang.load(Relaxed) && matches!(stream.read(&mut [0; 64]), Ok(1..)) {}
+            })
+        })
+        .collect();
+    let mut backends: Vec<_> = others.iter().map(Backend::address).collect();
+    backends.push(store.server.address());
+    let proxy = by_request(io, &backends)
+        .set("AEGIS_CHECK_FALL", "1")
+        // Those that hang do so for longer than the test takes.
+        .set("AEGIS_CONNECT_TIMEOUT", "5m")
+        .start();
+    proxy.wait_for(ENDPOINT_USABLE, &[], |usable| usable == 1);
+    hang.store(true, Relaxed);
+    let before = store.pings.load(Relaxed);
+    eventually("the one that is well is checked on and on", PATIENCE, || {
+        (store.pings.load(Relaxed) >= before + 30).then_some(())
+    });
+}
+
 /// A server at a Unix socket that answers a `PING`, or hangs while it is told to.
 fn unix_store(path: &Path, hangs: &Arc<AtomicBool>) {
     let (listener, hangs) = (UnixListener::bind(path).unwrap(), Arc::clone(hangs));
     // The proxy may run as another user.
     fs::set_permissions(path, fs::Permissions::from_mode(0o666)).unwrap();
     thread::spawn(move || {
-        for stream in listener.incoming().map_while(Result::ok) {
+        for mut stream in listener.incoming().map_while(Result::ok) {
             let hangs = Arc::clone(&hangs);
-            thread::spawn(move || answer_pings(stream, &hangs));
+            thread::spawn(move || {
+                let mut line = [0; 64];
+                while matches!(stream.read(&mut line), Ok(1..))
+                    && (hangs.load(Relaxed) || stream.write_all(b"PONG\n").is_ok())
+                {
+                }
+            });
         }
     });
-}
-
-fn answer_pings(mut stream: UnixStream, hangs: &AtomicBool) {
-    while let Ok(1..) = stream.read(&mut [0; 64]) {
-        if !hangs.load(Relaxed) && stream.write_all(b"PONG\n").is_err() {
-            return;
-        }
-    }
 }
 
 fn a_server_at_a_unix_socket_is_checked_by_connect_and_by_request(io: Io) {
@@ -243,6 +279,7 @@ fn a_server_at_a_unix_socket_is_checked_by_connect_and_by_request(io: Io) {
         let proxy = by_request(io, &[])
             .set("AEGIS_BACKENDS", format!("unix:{}", path.display()))
             .set("AEGIS_CHECK", check)
+            .set("AEGIS_CONNECT_TIMEOUT", "1s")
             .start();
         let usable = |usable| proxy.wait_for(ENDPOINT_USABLE, &[], |now| now == usable);
         proxy.wait_for(CHECKS, &[], |checks| checks >= 3);
@@ -304,11 +341,9 @@ fn a_reply_that_comes_byte_by_byte_is_taken_and_one_without_an_end_is_not(io: Io
     let name = slow.address().to_string();
     proxy.wait_for(CHECKS, &[("endpoint", &name)], |checks| checks >= 3);
     assert_eq!(proxy.metric(CHECK_FAILURES, &[("endpoint", &name)]), 0);
-    let reasons = proxy.log_events("out of use: its checks fail");
     for (server, reason) in [(&endless, "its reply is too long"), (&other, "HTTP/1.1 400")] {
-        let name = server.address().to_string();
-        let line = reasons.iter().find(|line| line["endpoint"] == name.as_str()).unwrap();
-        assert!(line["error"].as_str().unwrap().contains(reason), "{line}");
+        let why = why_unusable(&proxy, server.address());
+        assert!(why.contains(reason), "{why}");
     }
 }
 

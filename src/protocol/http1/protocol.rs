@@ -23,23 +23,21 @@ impl Protocol for Http1 {
         ..Facts::FRAMED
     };
 
-    /// Informational responses (RFC 9110, 15.2) are passed over: another one follows.
     fn is_live(reply: &[u8]) -> Option<bool> {
         let mut lines = reply.split_inclusive(|&byte| byte == b'\n');
+        let mut lines = lines.by_ref().filter(|line| line.ends_with(b"\n"));
         loop {
-            let line = lines.next().filter(|line| line.ends_with(b"\n"))?.trim_ascii_end();
-            let status = line
-                .strip_prefix(b"HTTP/1.")
-                .and_then(|rest| rest.split(|&byte| byte == b' ').nth(1));
-            let is_status =
-                |status: &&[u8]| status.len() == 3 && status.iter().all(u8::is_ascii_digit);
-            match status.filter(is_status) {
-                Some([b'2' | b'3', ..]) => return Some(true),
-                Some([b'1', ..]) if status != Some(b"101") => {}
-                _ => return Some(false),
+            let line = lines.next()?;
+            let status = line.split(u8::is_ascii_whitespace).nth(1).unwrap_or_default();
+            let is_status = status.len() == 3 && status.iter().all(u8::is_ascii_digit);
+            if !line.starts_with(b"HTTP/1.") || !is_status {
+                return Some(false);
             }
-            // Its fields, up to an empty line.
-            lines.find(|line| line.trim_ascii_end().is_empty())?;
+            // Others may come ahead of the reply, asked for or not (RFC 9110, 15.2).
+            if status[0] != b'1' || status == b"101" {
+                return Some(matches!(status[0], b'2' | b'3'));
+            }
+            lines.find(|line| line.trim_ascii().is_empty())?;
         }
     }
 

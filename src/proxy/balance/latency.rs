@@ -7,7 +7,7 @@
 //! What differs:
 //!
 //! - What has no reply yet has taken at least its age; see [`super::outstanding`].
-//! - No endpoint counts as faster than the fastest one was when that was last measured. Else one that
+//! - No endpoint counts as faster than the fastest one in use was when that was last measured. Else one that
 //!   was not asked for long, or never, would seem many times faster than all others and get all that
 //!   comes until it has answered. Finagle takes a first request as a penalty, tower a default of one
 //!   second, which both make newcomers wait.
@@ -145,16 +145,19 @@ impl Table {
         Some((entry, outstanding))
     }
 
-    /// What the fastest of the endpoints that are in use took when it was last measured, in nanoseconds.
+    /// What the fastest endpoint took when it was last measured, in nanoseconds. One that gets nothing, in
+    /// the own zone while backups of another one serve, does not count: it is not measured any more, and
+    /// the others would all seem slow beside it as soon as they have answered.
     pub(super) fn fastest(&self) -> u64 {
-        let entries = self.present.iter().map(|&index| self.entries[usize::from(index)].as_ref());
-        let in_use = entries.flatten().filter(|entry| entry.may_serve(true));
-        let measured = in_use.filter_map(|entry| entry.latency.measured());
+        let entries = self.present.iter().filter_map(|&index| self.get(index));
+        let measured = entries
+            .filter(|entry| !entry.is_withheld())
+            .filter_map(|entry| entry.latency.measured());
         measured.min().unwrap_or(nanoseconds(Duration::ZERO))
     }
 
     /// What one more request at an endpoint costs: the time that a reply takes there, as many times as
-    /// there are requests with it. `fastest` is that of those in use.
+    /// there are requests with it. `fastest` is that of all of them.
     pub(super) fn cost(&self, entry: &Entry, fastest: u64, now: Instant) -> u64 {
         let oldest = self.outstanding.as_ref().and_then(|all| all.oldest(entry.owed));
         let waited = oldest.map_or(0, |since| nanoseconds(now.saturating_duration_since(since)));
