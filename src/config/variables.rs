@@ -129,7 +129,7 @@ pub struct RouteConfig {
         in or("off", durations(ms(100)..=minutes(10))),
         "An endpoint that joins others gets its full share of sessions only after this time.";
     endpoint_wait: Duration = AEGIS_ENDPOINT_WAIT("5s") in durations(seconds(0)..=minutes(5)),
-        "How long new clients wait while no endpoint is usable: absent, refusing, silent or ejected.";
+        "How long clients wait while no endpoint is usable, or with key_hash the store of a request.";
     balance: Balance = AEGIS_BALANCE("least_conn") in words(),
         "How an endpoint is chosen. key_hash: for each request of chronos the store that holds its key.";
     => "Pools"
@@ -264,7 +264,7 @@ pub struct PoolConfig {
 /// What holds for requests, where clients share used connections.
 pub struct RequestConfig {
     queue_max: usize = AEGIS_QUEUE_MAX("8192") in numbers(0..=limits::SESSIONS_MAX),
-        "Requests or sessions of a worker that wait for a connection at most; it has a line of each.";
+        "Requests or sessions of a worker that wait for a connection at most; with key_hash, per store.";
     queue_timeout: Duration = AEGIS_QUEUE_TIMEOUT("5s") in durations(ms(10)..=hours(1)),
         "How long a request or a session waits for a backend connection before it gets an error.";
     timeout: Option<Duration> = AEGIS_REQUEST_TIMEOUT("30s")

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use super::View;
 use super::view::RouteView;
+use crate::config::Balance;
 use crate::metrics::{EndpointStats, Failure};
-use crate::proxy::endpoints::Endpoint;
+use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
 
 /// How often it is looked whether clients wait. Shorter outages are counted, and not logged.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -70,8 +71,17 @@ fn look(
     let now_ms = view.alive().as_millis() as u64;
     match (ongoing, since.min()) {
         (None, Some(since_ms)) => {
-            let unusable = unusable(&route.snapshot.endpoints);
-            tracing::warn!(route = route.name, unusable, "no endpoint is usable: clients wait");
+            if route.config.balance == Balance::KeyHash && !route.snapshot.endpoints.is_empty() {
+                let unusable = unusable_stores(&route.snapshot);
+                tracing::warn!(
+                    route = route.name,
+                    unusable,
+                    "a store is not usable: its clients wait"
+                );
+            } else {
+                let unusable = unusable(&route.snapshot.endpoints);
+                tracing::warn!(route = route.name, unusable, "no endpoint is usable: clients wait");
+            }
             Some(Ongoing { since_ms, before })
         }
         (Some(outage), None) => {
@@ -96,12 +106,33 @@ pub(super) fn unusable(endpoints: &[Arc<Endpoint>]) -> String {
     if endpoints.is_empty() {
         return "there is no endpoint".to_owned();
     }
-    let why = |endpoint: &Arc<Endpoint>| format!("{}: {}", endpoint.name, why(endpoint));
-    let mut all: Vec<_> = endpoints.iter().take(NAMED_MAX).map(why).collect();
-    if endpoints.len() > NAMED_MAX {
-        all.push(format!("{} more", endpoints.len() - NAMED_MAX));
+    let all = endpoints.iter().map(|endpoint| format!("{}: {}", endpoint.name, why(endpoint)));
+    list(all.collect())
+}
+
+/// The stores that are away or fail, and why. Others may be well.
+fn unusable_stores(snapshot: &EndpointSnapshot) -> String {
+    let why = |store: &Store| match store.endpoint.and_then(|at| snapshot.endpoints.get(at)) {
+        None => Some(format!("{}: away", store.name)),
+        Some(endpoint) => fails(endpoint).then(|| format!("{}: {}", store.name, why(endpoint))),
+    };
+    list(snapshot.stores.iter().filter_map(why).collect())
+}
+
+fn list(mut all: Vec<String>) -> String {
+    let more = all.len().saturating_sub(NAMED_MAX);
+    all.truncate(NAMED_MAX);
+    if more > 0 {
+        all.push(format!("{more} more"));
     }
     all.join(", ")
+}
+
+/// Whether it has failed in some worker, and has not been well since.
+fn fails(endpoint: &Endpoint) -> bool {
+    let mut stats = endpoint.stats.iter();
+    endpoint.fails_check()
+        || stats.any(|stats| stats.ejected.get() > 0 || stats.failures_in_a_row.get() > 0)
 }
 
 /// How an endpoint has failed last, as far as any worker knows.

@@ -18,13 +18,16 @@ pub enum Line {
     Any,
     /// For one to this endpoint.
     Endpoint(EndpointId),
+    /// For the store of this number, which is away: until there is an endpoint, nothing serves it.
+    Store(u16),
 }
 
 impl Line {
     fn index(self) -> usize {
         match self {
             Self::Any => 0,
-            Self::Endpoint(endpoint) => 1 + usize::from(endpoint),
+            Self::Endpoint(endpoint) => 1 + 2 * usize::from(endpoint),
+            Self::Store(number) => 2 + 2 * usize::from(number),
         }
     }
 }
@@ -61,7 +64,8 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// An empty queue of at most `max` requests, for clients in up to `slots` slots.
+    /// An empty queue of at most `max` requests, in all lines or in each, for clients in up to `slots`
+    /// slots.
     pub fn new(max: usize, slots: usize) -> Self {
         Self { lines: Vec::new(), links: Vec::with_capacity(slots), len: 0, max, joined: 0 }
     }
@@ -79,6 +83,11 @@ impl Queue {
     /// Whether no further request may wait.
     pub fn is_full(&self) -> bool {
         self.len >= self.max
+    }
+
+    /// Whether no further request may wait in a line, where each has the maximum for itself.
+    pub fn is_line_full(&self, line: Line) -> bool {
+        self.waiting(line) >= self.max
     }
 
     /// How many wait in a line.
@@ -187,13 +196,18 @@ mod tests {
 
     #[test]
     fn lines_keep_their_order_whoever_leaves() {
-        const LINES: [Line; 3] =
-            [Line::Any, Line::Endpoint(EndpointId::at(0)), Line::Endpoint(EndpointId::at(1))];
+        const LINES: [Line; 5] = [
+            Line::Any,
+            Line::Endpoint(EndpointId::at(0)),
+            Line::Endpoint(EndpointId::at(1)),
+            Line::Store(0),
+            Line::Store(1),
+        ];
         let mut rng = fastrand::Rng::with_seed(3);
         let mut queue = Queue::new(1000, 40);
-        let mut model: [VecDeque<Key<Client>>; 3] = Default::default();
+        let mut model: [VecDeque<Key<Client>>; 5] = Default::default();
         for round in 0..50_000u32 {
-            let line = rng.usize(..3);
+            let line = rng.usize(..5);
             let client = Key::from_parts(rng.u32(..40), round);
             let waits = model.iter().flatten().any(|key| key.index() == client.index());
             match rng.u8(..4) {
@@ -263,5 +277,6 @@ mod tests {
         assert!(!queue.is_full() && queue.is_empty());
         queue.join(Line::Any, Key::from_parts(0, 0));
         assert!(queue.is_full() && !queue.is_empty());
+        assert!(queue.is_line_full(Line::Any) && !queue.is_line_full(Line::Store(0)));
     }
 }

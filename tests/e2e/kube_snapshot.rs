@@ -217,7 +217,10 @@ fn declared_stores_are_saved_with_them() {
     let store = Backend::chronos_on((host_ip(), 0).into(), &Arc::default());
     api.slice("a", &Slice::of(store.address().port()).with("chronos-0", host_ip()));
     let file = api.folder().join("endpoints.json");
-    let by_key = || on(&api, &file).protocol("chronos", "request").set("AEGIS_BALANCE", "key_hash");
+    let by_key = || {
+        let builder = on(&api, &file).protocol("chronos", "request");
+        builder.set("AEGIS_BALANCE", "key_hash").set("AEGIS_ENDPOINT_WAIT", "0s")
+    };
     let answers = |proxy: &Proxy| {
         proxy.wait_for(STORE_PRESENT, &[("store", "chronos-0")], |present| present == 1);
         proxy.wait_for(STORE_PRESENT, &[("store", "chronos-1")], |present| present == 0);

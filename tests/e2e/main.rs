@@ -61,6 +61,7 @@ mod routes;
 mod routes_attacks;
 mod routing;
 mod shares;
+mod store_wait;
 mod tiers;
 mod transport;
 mod unheard;

@@ -29,6 +29,7 @@ fn by_key(io: Io, backends: &[Backend]) -> Proxy {
         .set("AEGIS_BALANCE", "key_hash")
         .set("AEGIS_EJECT_FAILURES", "1")
         .set("AEGIS_EJECT_TIME", "1h")
+        .set("AEGIS_ENDPOINT_WAIT", "0s")
         .start()
 }
 

@@ -173,6 +173,11 @@ impl Table {
         self.stores.get(usize::from(number))
     }
 
+    /// How many stores there are, whoever of them is there.
+    pub fn stores(&self) -> u16 {
+        self.stores.len() as u16
+    }
+
     /// Whether there is a connection to an endpoint, or to any.
     pub fn is_connected(&self, endpoint: Option<EndpointId>) -> bool {
         self.present.iter().filter(|&&index| endpoint.is_none_or(|one| one == index)).any(

@@ -330,7 +330,7 @@ impl Client {
         let action = acquire(kept.as_ref());
         let tried = Tried::default();
         let history = History { since: now, tried, no_endpoint_since: None, broadcast };
-        let pending = Pending { wanted, history, wanting: now, awaits_endpoint: None };
+        let pending = Pending::new(wanted, history, now);
         self.state = State::Ready { pending, kept };
         action.into()
     }
@@ -425,7 +425,7 @@ impl Client {
         }
     }
 
-    /// There is no endpoint at all: its request is to wait for one. Says until when, however often
+    /// There is no endpoint for its request, which is to wait for one. Says until when, however often
     /// endpoints come and go meanwhile.
     pub(super) fn on_no_endpoint(&mut self, limits: &Limits, now: Instant) -> Instant {
         let Some(pending) = self.state.pending_mut() else { unreachable!("it wants none") };
@@ -434,8 +434,8 @@ impl Client {
         since + limits.endpoint
     }
 
-    /// Its request has waited for a connection for as long as it may, and no endpoint is usable: it waits
-    /// on for as long as for one, if that is longer. Says what is to be done for that.
+    /// Its request has waited for a connection for as long as it may, and its endpoints are not usable: it
+    /// waits on for as long as for one, if that is longer. Says what is to be done for that.
     pub fn on_outage(&mut self, moment: &Moment<'_>) -> Option<Actions> {
         let State::Queued { pending } = &mut self.state else { return None };
         let since = *pending.history.no_endpoint_since.get_or_insert(pending.wanting);
@@ -453,7 +453,7 @@ impl Client {
     pub(super) fn on_endpoints(&mut self, now: Instant) {
         let Some(pending) = self.state.pending_mut() else { unreachable!("it wants none") };
         if pending.awaits_endpoint.take().is_some() {
-            pending.wanting = now;
+            pending.timed = now;
         }
     }
 

@@ -43,7 +43,7 @@ impl Client {
             State::Ready { pending, .. } | State::Queued { pending } => {
                 Some(match pending.awaits_endpoint {
                     Some(since) => since + limits.endpoint,
-                    None => pending.wanting + limits.queue,
+                    None => pending.timed + limits.queue,
                 })
             }
             State::InFlight(flight) => {

@@ -8,7 +8,10 @@ use crate::protocol::{ErrorReply, ProtocolName};
 impl ErrorReply {
     /// Whether it is told of the store that holds the key, if one does.
     pub fn is_of_a_store(self) -> bool {
-        matches!(self, Self::Unreachable | Self::NoneKnown | Self::QueueTimeout(_))
+        matches!(
+            self,
+            Self::Unreachable | Self::NoneKnown | Self::NoEndpoint(_) | Self::QueueTimeout(_)
+        )
     }
 
     /// How the request counts.

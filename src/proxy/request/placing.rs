@@ -54,8 +54,8 @@ enum Destination {
     Any,
     /// To this one only.
     Endpoint(EndpointId),
-    /// To a store that is not there.
-    Away,
+    /// To the store of this number, which is not there.
+    Away(u16),
     /// To no further store: all have had it.
     Done,
 }
@@ -83,17 +83,21 @@ impl Placing<'_> {
     ) -> Placement {
         self.table.judge_tiers(self.now);
         let destination = self.destination(client, source);
-        if destination == Destination::Any && self.table.is_empty() {
-            return self.await_an_endpoint(client);
+        let lacking = match destination {
+            Destination::Any if self.table.is_empty() => Some(Line::Any),
+            // It has no other home.
+            Destination::Away(store) => Some(Line::Store(store)),
+            _ => None,
+        };
+        if let Some(line) = lacking {
+            return self.await_an_endpoint(client, line);
         }
         client.on_endpoints(self.now);
         match destination {
             Destination::Endpoint(endpoint) => self.place_at(endpoint),
             Destination::Any => self.place_anywhere(&client.tried(), rng),
             Destination::Done => Placement::Done,
-            // It has no other home, and may be away for long.
-            Destination::Away if self.table.is_empty() => Placement::Fail(ErrorReply::NoneKnown),
-            Destination::Away => Placement::Fail(ErrorReply::Unreachable),
+            Destination::Away(_) => unreachable!("it awaits its endpoint"),
         }
     }
 
@@ -108,48 +112,49 @@ impl Placing<'_> {
                 chosen.map_or(Destination::Any, Destination::Endpoint)
             }
             Binding::Key => {
-                let store = match client.target() {
+                let number = match client.target() {
                     Target::Any => return Destination::Any,
                     Target::Store(number) if number > 0 && self.table.store(number).is_none() => {
                         return Destination::Done;
                     }
-                    Target::Store(number) => self.table.store(number),
-                    Target::Key(hash) => {
-                        self.table.owner(hash).and_then(|number| self.table.store(number))
-                    }
+                    Target::Store(number) => number,
+                    // Where no store is known, it waits for the first.
+                    Target::Key(hash) => self.table.owner(hash).unwrap_or_default(),
                 };
-                let endpoint = store.and_then(|store| store.endpoint);
-                endpoint.map_or(Destination::Away, Destination::Endpoint)
+                let endpoint = self.table.store(number).and_then(|store| store.endpoint);
+                endpoint.map_or(Destination::Away(number), Destination::Endpoint)
             }
         }
     }
 
-    /// There is no endpoint at all: the request waits for one.
-    fn await_an_endpoint(&self, client: &mut Client) -> Placement {
+    /// There is no endpoint for the request, which waits for one in this line.
+    fn await_an_endpoint(&self, client: &mut Client, line: Line) -> Placement {
         let limits = &self.policy.limits;
-        if client.on_no_endpoint(limits, self.now) <= self.now {
-            return Placement::Fail(ErrorReply::NoEndpoint(limits.endpoint));
+        if client.on_no_endpoint(limits, self.now) > self.now {
+            return self.wait(line, None);
         }
-        self.wait(Line::Any, None)
+        Placement::Fail(match line {
+            Line::Store(_) if !self.table.is_empty() => ErrorReply::Unreachable,
+            Line::Store(_) if limits.endpoint.is_zero() => ErrorReply::NoneKnown,
+            _ => ErrorReply::NoEndpoint(limits.endpoint),
+        })
     }
 
     fn place_at(&self, endpoint: EndpointId) -> Placement {
         // An endpoint may have left the set since a request to all of them began.
         let entry = self.table.get(endpoint).filter(|entry| entry.is_present());
         let Some(entry) = entry else { return Placement::Fail(ErrorReply::Unreachable) };
-        let has_idle = entry.pool.idle() > 0;
-        if entry.health.fails_check() {
-            return Placement::Fail(ErrorReply::Unreachable);
-        }
-        if !entry.health.is_usable() && !has_idle && entry.pool.backs_off(self.now) {
+        let (has_idle, fails_check) = (entry.pool.idle() > 0, entry.health.fails_check());
+        let has_failed = !entry.health.is_usable() && !has_idle && entry.pool.backs_off(self.now);
+        if (fails_check || has_failed) && !self.waits_for_endpoints() {
             // It has just been tried, and another store would give a wrong answer.
             return Placement::Fail(ErrorReply::Unreachable);
         }
         let line = Line::Endpoint(endpoint);
-        if has_idle && self.queue.waiting(line) == 0 {
+        if has_idle && !fails_check && self.queue.waiting(line) == 0 {
             return Placement::Acquire(endpoint, None);
         }
-        self.wait(line, Some((endpoint, Having::Room)))
+        self.wait(line, (!fails_check).then_some((endpoint, Having::Room)))
     }
 
     fn place_anywhere(&mut self, tried: &Tried, rng: &mut fastrand::Rng) -> Placement {
@@ -168,8 +173,18 @@ impl Placing<'_> {
         }
     }
 
+    /// Whether requests wait for an endpoint that is not usable.
+    fn waits_for_endpoints(&self) -> bool {
+        !self.policy.limits.endpoint.is_zero()
+    }
+
     fn wait(&self, line: Line, supply: Option<(EndpointId, Having)>) -> Placement {
-        if self.queue.is_full() {
+        // Those that wait for one store are not to be in the way of those that another would serve.
+        let is_full = match self.policy.binding {
+            Binding::Key => self.queue.is_line_full(line),
+            Binding::Nothing | Binding::Source => self.queue.is_full(),
+        };
+        if is_full {
             let nowhere = self.table.is_empty();
             return Placement::Fail(if nowhere {
                 ErrorReply::NoneKnown
@@ -228,7 +243,8 @@ impl Placing<'_> {
         if self.policy.binding == Binding::Source {
             return self.pass_over(endpoint).map(Unserved::PassedOver);
         }
-        if self.table.get(endpoint).is_some_and(|entry| entry.health.is_usable()) {
+        let is_usable = self.table.get(endpoint).is_some_and(|entry| entry.health.is_usable());
+        if is_usable || self.waits_for_endpoints() {
             return None;
         }
         let client = self.queue.serve(Line::Endpoint(endpoint))?;
@@ -246,11 +262,50 @@ impl Placing<'_> {
     }
 
     /// Whether a client's request that has waited for a connection for as long as it may lacks an endpoint
-    /// that takes one, whichever.
-    pub fn waits_for_any_endpoint(&self, client: Key<Client>, error: ErrorReply) -> bool {
+    /// that takes one.
+    pub fn lacks_endpoint(&self, client: Key<Client>, error: ErrorReply) -> bool {
+        let line = self.queue.line_of(client);
         matches!(error, ErrorReply::QueueTimeout(_))
-            && self.queue.line_of(client) == Some(Line::Any)
-            && !self.table.is_connected(None)
+            && line.is_some_and(|line| !self.is_connected(line))
+    }
+
+    /// Whether there are connections for those in a line, be they in use or all with other workers.
+    fn is_connected(&self, line: Line) -> bool {
+        match line {
+            Line::Any => self.table.is_connected(None),
+            Line::Store(_) => false,
+            Line::Endpoint(endpoint) => {
+                let entry = self.table.get(endpoint);
+                !entry.is_some_and(|entry| entry.health.fails_check())
+                    && self.table.is_connected(Some(endpoint))
+            }
+        }
+    }
+
+    /// Whether requests wait for a store that is not usable, whatever others are: they feel an outage.
+    pub fn feels_outage(&self) -> bool {
+        let is_usable = |entry: &Entry| entry.is_usable(self.now) && !entry.is_withheld();
+        self.waits_for_store(|line| match line {
+            Line::Endpoint(endpoint) => self.table.get(endpoint).is_some_and(is_usable),
+            Line::Any | Line::Store(_) => false,
+        })
+    }
+
+    /// Whether requests wait for a store without a connection to it: an outage that they feel goes on.
+    pub fn lacks_store(&self) -> bool {
+        self.waits_for_store(|line| self.is_connected(line))
+    }
+
+    fn waits_for_store(&self, is_there: impl Fn(Line) -> bool) -> bool {
+        if self.policy.binding != Binding::Key || self.queue.is_empty() {
+            return false;
+        }
+        let line = |number| match self.table.store(number).and_then(|store| store.endpoint) {
+            Some(endpoint) => Line::Endpoint(endpoint),
+            None => Line::Store(number),
+        };
+        let mut lines = (0..self.table.stores().max(1)).map(line);
+        lines.any(|line| self.queue.waiting(line) > 0 && !is_there(line))
     }
 
     /// What a client's request lacked that has waited for a connection for as long as it may.
@@ -261,15 +316,12 @@ impl Placing<'_> {
             _ => return error,
         };
         match self.queue.line_of(client) {
-            Some(Line::Endpoint(endpoint)) if !self.table.is_connected(Some(endpoint)) => {
-                if self.policy.binding == Binding::Source {
-                    ErrorReply::NoneReachable(limit)
-                } else {
-                    ErrorReply::Unreachable
-                }
+            Some(line) if self.is_connected(line) => ErrorReply::QueueTimeout(limit),
+            Some(Line::Endpoint(_) | Line::Store(_)) if self.policy.binding == Binding::Key => {
+                ErrorReply::Unreachable
             }
-            Some(Line::Any) if !self.table.is_connected(None) => ErrorReply::NoneReachable(limit),
-            _ => ErrorReply::QueueTimeout(limit),
+            Some(_) => ErrorReply::NoneReachable(limit),
+            None => ErrorReply::QueueTimeout(limit),
         }
     }
 }

@@ -362,7 +362,7 @@ impl Client {
         broadcast.store += 1;
         history.tried = Tried::default();
         let wanted = Wanted::Request(request);
-        let pending = Pending { wanted, history, wanting: now, awaits_endpoint: None };
+        let pending = Pending::new(wanted, history, now);
         self.state = State::Ready { pending, kept };
         Action::Serve.into()
     }
@@ -529,7 +529,7 @@ impl Client {
         };
         let InFlight { request, history, backend, .. } = flight;
         let wanted = Wanted::Request(request);
-        let pending = Pending { wanted, history, wanting: moment.now, awaits_endpoint: None };
+        let pending = Pending::new(wanted, history, moment.now);
         self.state = State::Ready { pending, kept: None };
         let discard = Actions::from(backend.discard(discard));
         discard.and(Action::CountRetry(why)).and(Action::Serve)

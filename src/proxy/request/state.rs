@@ -167,8 +167,17 @@ pub(super) struct Pending {
     pub(super) history: History,
     /// Since when it wants a connection.
     pub(super) wanting: Instant,
+    /// From when its wait for a connection has its limit: that for an endpoint has another.
+    pub(super) timed: Instant,
     /// There is no endpoint for it, since then.
     pub(super) awaits_endpoint: Option<Instant>,
+}
+
+impl Pending {
+    /// It wants a connection from now on.
+    pub(super) fn new(wanted: Wanted, history: History, now: Instant) -> Self {
+        Self { wanted, history, wanting: now, timed: now, awaits_endpoint: None }
+    }
 }
 
 /// How far the reply to a request has come.

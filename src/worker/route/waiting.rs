@@ -120,20 +120,23 @@ impl Route {
 
     /// Requests that wait feel an outage as sessions do.
     pub(super) fn look_for_outage<D: Driver>(&mut self, cx: &Context<D>) {
-        if !self.requests.queue.is_empty() && self.pools.table.is_outage(cx.now) {
+        let requests_wait = !self.requests.queue.is_empty();
+        if requests_wait && (self.pools.table.is_outage(cx.now) || self.placing(cx).feels_outage())
+        {
             self.feel_outage(cx);
         }
     }
 
     /// Publishes what clients feel of an outage, while there is one.
     fn look_after_outage<D: Driver>(&mut self, cx: &Context<D>) {
-        let line = &self.sessions.line;
-        self.stats.clients_waiting.set(line.held() as u64);
+        self.stats.clients_waiting.set(self.sessions.line.held() as u64);
         if !self.outage.is_on() {
             return;
         }
+        let line = &self.sessions.line;
         let sessions_wait = line.held() > 0 && !line.is_full();
-        let requests_wait = !self.requests.queue.is_empty() && !self.pools.table.is_connected(None);
+        let requests_wait = !self.requests.queue.is_empty() && !self.pools.table.is_connected(None)
+            || self.placing(cx).lacks_store();
         if !sessions_wait && !requests_wait && !self.pools.table.is_outage(cx.now) {
             self.outage.on_over(cx.now);
             self.stats.outage_since_ms.set(0);

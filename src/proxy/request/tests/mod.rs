@@ -477,6 +477,23 @@ fn a_request_waits_for_an_endpoint_once_however_often_they_come_and_go() {
 }
 
 #[test]
+fn what_a_request_waits_for_an_endpoint_is_a_part_of_its_wait_for_a_connection() {
+    let mut bench = Bench::new(Protocol::Chronos);
+    bench.feed("PING\n");
+    bench.next();
+    let limits = bench.policy.limits;
+    bench.client.on_no_endpoint(&limits, bench.now);
+    bench.wait();
+    bench.now += SECOND / 2;
+    bench.tell(|client, _| client.on_placed_again());
+    bench.client.on_endpoints(bench.now);
+    bench.now += SECOND / 4;
+    let now = bench.now;
+    let actions = bench.tell(|client, moment| client.on_acquired(backend(now), moment));
+    assert_eq!(actions[0], Action::Asks(EndpointId::at(0), conn(), 3 * SECOND / 4));
+}
+
+#[test]
 fn a_broadcast_goes_from_store_to_store_and_gets_one_reply() {
     let mut bench = Bench::new(Protocol::Chronos);
     bench.policy.binding = Binding::Key;

@@ -32,6 +32,7 @@ struct Scene {
     table: Table,
     queue: Queue,
     rng: fastrand::Rng,
+    config: crate::config::PoolConfig,
     conns: u32,
 }
 
@@ -64,7 +65,7 @@ impl Scene {
         let mut table = Table::new(crate::config::Balance::LeastConn, WorkerId::new(0), 0);
         table.apply(&snapshot, &config, false, bench.now);
         let rng = fastrand::Rng::with_seed(1);
-        Self { bench, table, queue: Queue::new(3, 8), rng, conns: 0 }
+        Self { bench, table, queue: Queue::new(3, 8), rng, config, conns: 0 }
     }
 
     /// An endpoint gets an idle connection.
@@ -86,6 +87,31 @@ impl Scene {
         let config = HealthConfig { eject_failures: 1, eject_time: SECOND };
         let entry = self.table.get_mut(at(endpoint)).unwrap();
         assert!(entry.health.on_failure(&config, self.bench.now, &mut self.rng));
+        self
+    }
+
+    /// Its checks fail.
+    fn unchecked(mut self, endpoint: usize) -> Self {
+        self.table.get_mut(at(endpoint)).unwrap().health.set_fails_check(true);
+        self
+    }
+
+    /// The stores are declared, and none of them is there.
+    fn away(mut self) -> Self {
+        let stores = (0..self.table.stores()).map(|number| Store {
+            name: Arc::clone(&self.table.store(number).unwrap().name),
+            endpoint: None,
+            why: None,
+        });
+        let stores = stores.collect();
+        let snapshot = EndpointSnapshot { generation: 2, stores, ..EndpointSnapshot::default() };
+        self.table.apply(&snapshot, &self.config, false, self.bench.now);
+        self
+    }
+
+    /// Nobody waits for what is not usable.
+    fn without_wait(mut self) -> Self {
+        self.bench.policy.limits.endpoint = Duration::ZERO;
         self
     }
 
@@ -130,10 +156,22 @@ fn a_request_acquires_what_is_idle_or_waits_or_fails() {
         ("its store has one, for others", by_key("GET a\n").idle(0).waiting(own(0), 1), {
             Wait(own(0), room(0))
         }),
-        ("its store was just tried", by_key("GET a\n").failed(0), Fail(ErrorReply::Unreachable)),
+        ("its store was just tried", by_key("GET a\n").failed(0), Wait(own(0), room(0))),
+        ("and there is no wait", by_key("GET a\n").failed(0).without_wait(), {
+            Fail(ErrorReply::Unreachable)
+        }),
+        ("its store fails its checks", by_key("GET a\n").idle(0).unchecked(0), Wait(own(0), None)),
+        ("its store is away", by_key("GET a\n").away(), Wait(Line::Store(0), None)),
+        ("others wait for another store", by_key("GET a\n").away().waiting(own(1), 3), {
+            Wait(Line::Store(0), None)
+        }),
+        ("no more may wait for its own", by_key("GET a\n").away().waiting(Line::Store(0), 3), {
+            Fail(ErrorReply::NoneKnown)
+        }),
         ("it has no key", by_key("PING\n").idle(0), Acquire(at(0), None)),
         ("it goes to all", by_key("COMPACT\n").idle(0), Acquire(at(0), None)),
-        ("there is no store", Scene::new(0, Binding::Key, "GET a\n"), {
+        ("there is no store", Scene::new(0, Binding::Key, "GET a\n"), Wait(Line::Store(0), None)),
+        ("nor a wait", Scene::new(0, Binding::Key, "GET a\n").without_wait(), {
             Fail(ErrorReply::NoneKnown)
         }),
     ] {
@@ -199,7 +237,9 @@ fn what_is_idle_serves_who_has_waited_longest() {
 
 #[test]
 fn only_requests_without_an_alternative_fail_with_their_endpoint() {
-    let mut scene = Scene::new(2, Binding::Key, "GET a\n").waiting(own(0), 1);
+    let scene = Scene::new(2, Binding::Key, "GET a\n").waiting(own(0), 1);
+    assert_eq!(scene.failed(0).placing().miss(at(0)), None, "it waits");
+    let mut scene = Scene::new(2, Binding::Key, "GET a\n").waiting(own(0), 1).without_wait();
     scene.queue.join(ANY, key(1));
     assert_eq!(scene.placing().miss(at(0)), None, "it is not ejected");
     assert!(scene.placing().is_needed(at(0)) && !scene.placing().is_needed(at(1)));
@@ -228,6 +268,25 @@ fn a_connection_is_missing_for_each_that_waits() {
 }
 
 #[test]
+fn requests_feel_an_outage_while_their_store_is_not_usable_whatever_others_are() {
+    let feels = |scene: &mut Scene| [scene.placing().feels_outage(), scene.placing().lacks_store()];
+    let by_key = || Scene::new(2, Binding::Key, "GET a\n").idle(1);
+    assert_eq!(feels(&mut by_key().failed(0)), [false; 2], "nobody waits");
+    assert_eq!(feels(&mut by_key().failed(0).waiting(own(1), 1)), [false; 2], "not for that one");
+    let mut waits = by_key().waiting(own(0), 1);
+    assert_eq!(feels(&mut waits), [false, true], "its first connection is being made");
+    assert_eq!(feels(&mut waits.failed(0)), [true; 2]);
+    assert_eq!(feels(&mut by_key().waiting(own(0), 1).unchecked(0).idle(0)), [true; 2]);
+    assert_eq!(feels(&mut by_key().away().waiting(Line::Store(1), 1)), [true; 2]);
+    assert_eq!(
+        feels(&mut Scene::new(0, Binding::Key, "GET a\n").waiting(Line::Store(0), 1)),
+        [true; 2]
+    );
+    let mut any = Scene::new(2, Binding::Nothing, "GET a\n").failed(0).waiting(ANY, 1);
+    assert_eq!(feels(&mut any), [false; 2], "any will do");
+}
+
+#[test]
 fn a_request_that_waited_in_vain_is_told_what_it_lacked() {
     let limit = ErrorReply::QueueTimeout(SECOND);
     let why = |mut scene: Scene| scene.placing().why_it_waited(key(0), limit);
@@ -252,4 +311,17 @@ fn a_request_that_waited_in_vain_is_told_what_it_lacked() {
     assert_eq!(busy.placing().why_it_waited(key(0), timeout), limit);
     let mut absent = Scene::new(0, Binding::Nothing, "GET a\n").waiting(ANY, 1);
     assert_eq!(absent.placing().why_it_waited(key(0), timeout), timeout);
+    // Of those that wait for a store, only such as lack one wait on.
+    let lacks = |mut scene: Scene| scene.placing().lacks_endpoint(key(0), limit);
+    for (line, idle, wanted) in [
+        (own(0), None, true),
+        (own(0), Some(0), false),
+        (own(0), Some(1), true),
+        (ANY, Some(1), false),
+        (Line::Store(0), Some(0), true),
+    ] {
+        let scene = scene(Binding::Key, line);
+        let scene = if let Some(endpoint) = idle { scene.idle(endpoint) } else { scene };
+        assert_eq!(lacks(scene), wanted, "{line:?} {idle:?}");
+    }
 }

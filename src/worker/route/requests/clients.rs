@@ -82,15 +82,15 @@ impl Route {
         self.tell(cx, key, |client, moment| client.on_deadline(others_wait, moment));
     }
 
-    /// A request has waited for as long as it may. While no endpoint can be connected to, it may wait
-    /// on.
+    /// A request has waited for as long as it may. While no endpoint can be connected to that would serve
+    /// it, it may wait on.
     pub(super) fn on_waited<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         key: Key<Client>,
         error: ErrorReply,
     ) {
-        let in_outage = self.placing(cx).waits_for_any_endpoint(key, error);
+        let in_outage = self.placing(cx).lacks_endpoint(key, error);
         if in_outage
             && let Some((client, moment)) = self.client(cx, key)
             && let Some(actions) = client.on_outage(&moment)

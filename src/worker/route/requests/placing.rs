@@ -45,7 +45,7 @@ impl Route {
                 }
                 Placement::Wait(line, supply) => {
                     self.wait(cx, key, line, supply);
-                    if supply.is_none() {
+                    if supply.is_none() && line == Line::Any {
                         // All that may serve it are full.
                         self.want_places(cx);
                     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::config::{Balance, Config, PoolMode, Protocol};
 use crate::io::sim::lines::{Asked, LINE_MAX, UNASKED, answer};
-use crate::io::sim::{Peer, Sim, Speech};
+use crate::io::sim::{Peer, Reachability, Sim, Speech};
 use crate::limits;
 use crate::metrics::CloseReason;
 use crate::proxy::queue::Line;
@@ -15,6 +15,7 @@ use crate::proxy::route::{StableHash, owner};
 use crate::proxy::session::Session;
 use crate::worker::engine::Engine;
 use crate::worker::mailbox::Command;
+use crate::worker::route::Route;
 use crate::worker::simulation::{Run, run_seeds};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -258,10 +259,7 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<EndpointId
         assert!(!is_idle || listens || client.is_due(), "a client is not listened to");
     }
     assert_eq!(engine.routes[0].requests.queue.len(), waiting, "places in the queue");
-    assert!(
-        engine.routes[0].requests.queue.len() <= engine.routes[0].config.requests.queue_max,
-        "the queue is too long"
-    );
+    check_queue_bound(&engine.routes[0]);
     assert!(
         engine.routes[0].requests.releasing.is_empty()
             && engine.routes[0].pools.freed.len() <= engine.routes[0].pools.table.indices().count()
@@ -309,6 +307,90 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<EndpointId
     assert!(in_use.is_empty(), "in use of no endpoint: {in_use:?}");
     assert_eq!(engine.routes[0].pools.table.totals().pooled, conns, "connections of all pools");
     engine.assert_invariants();
+}
+
+/// The queue has a bound, or each of its lines where keys say which one a request waits in.
+fn check_queue_bound(route: &Route) {
+    let queue = &route.requests.queue;
+    let longest = if route.config.balance == Balance::KeyHash {
+        let endpoints = route.pools.table.indices().map(Line::Endpoint);
+        let stores = (0..route.pools.table.stores()).map(Line::Store);
+        let lines = endpoints.chain(stores).chain([Line::Any]);
+        lines.map(|line| queue.waiting(line)).max().unwrap_or_default()
+    } else {
+        queue.len()
+    };
+    assert!(longest <= route.config.requests.queue_max, "the queue is too long");
+}
+
+/// Some stores go away, each in its way, and come back after a while. Until then requests for them wait,
+/// and no others. Returns how many requests had to, and how many were answered.
+fn stores_away(seed: u64) -> (u64, u64) {
+    const SOON: Duration = Duration::from_secs(5);
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let mut config = config(Protocol::Chronos, &mut rng);
+    let route = Arc::make_mut(&mut config.routes[0]);
+    route.pool.mode = PoolMode::Request;
+    route.balance = Balance::KeyHash;
+    route.endpoint_wait = 60 * SECOND;
+    route.requests.queue_max = 1000;
+    route.requests.timeout = None;
+    (route.idle_timeout, route.half_close_timeout, route.backend_drain) = (None, None, None);
+    let clients = rng.usize(1..40);
+    let mut run = Run::with(rng, config, clients, limits::buffers_max(clients));
+    run.engine.driver().speech = Speech::Lines;
+    let all = run.endpoints.clone();
+    run.deliver(all.clone());
+    run.turn();
+    let away: Vec<_> = all.iter().map(|_| run.rng.bool()).collect();
+    for at in (0..all.len()).filter(|&at| away[at]) {
+        let how = [Reachability::Refusing, Reachability::Silent][run.rng.usize(..2)];
+        run.engine.driver().reach(at, how);
+    }
+    if run.rng.bool() {
+        let there = all.iter().zip(&away).filter(|(_, away)| !**away);
+        let there = there.map(|(endpoint, _)| Arc::clone(endpoint)).collect();
+        run.deliver(there);
+    }
+    for _ in 0..clients {
+        let delay = Duration::from_millis(run.rng.u64(..20_000));
+        run.engine.driver().add_client(delay);
+    }
+    let back = Duration::from_millis(run.rng.u64(1_000..25_000));
+    let (mut waits_since, mut most) = (HashMap::new(), 0);
+    while run.engine.driver().elapsed() < back {
+        run.turn();
+        check_accounts(&mut run.engine, &mut waits_since);
+        most = most.max(run.engine.routes[0].requests.queue.len() as u64);
+    }
+    (0..all.len()).for_each(|at| run.engine.driver().reach(at, Reachability::Up));
+    run.deliver(all);
+    let until = run.engine.driver().elapsed() + SOON;
+    while run.engine.driver().elapsed() < until {
+        run.turn();
+        check_accounts(&mut run.engine, &mut waits_since);
+    }
+    let mut answered = 0;
+    for client in run.engine.driver().peers.iter().filter(|peer| peer.is_client) {
+        let text = std::str::from_utf8(&client.received).expect("answers are text");
+        // That a store had no connection free in time is another matter.
+        let away = |line: &&str| line.starts_with("ERR store ") && !line.contains("was free in");
+        let refused = text.lines().find(away);
+        assert!(refused.is_none(), "client {} was not to be told {refused:?}", client.id);
+        answered += text.matches("VAL ").count() as u64;
+    }
+    let queue = &run.engine.routes[0].requests.queue;
+    let stores = (0..run.engine.routes[0].pools.table.stores()).map(Line::Store);
+    assert!(stores.map(|line| queue.waiting(line)).all(|waiting| waiting == 0), "for who is back");
+    run.stop();
+    (most, answered)
+}
+
+#[test]
+fn requests_whose_store_is_away_wait_for_it_and_no_others_do() {
+    let (waited, answered) = run_seeds(0, 200, stores_away);
+    println!("{waited} requests waited at a time, {answered} answers");
+    assert!(waited > 100 && answered > 1000, "{waited} and {answered}: the runs test too little");
 }
 
 fn run(seed: u64) -> (u64, u64) {
