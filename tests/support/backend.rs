@@ -194,10 +194,20 @@ fn prepare_backend(stream: &TcpStream) -> io::Result<()> {
     stream.set_read_timeout(None)
 }
 
-fn listen(mut address: SocketAddr, backlog: i32) -> io::Result<TcpListener> {
-    if address.port() == 0 {
-        address = ports::unused(address.ip());
+fn listen(address: SocketAddr, backlog: i32) -> io::Result<TcpListener> {
+    if address.port() != 0 {
+        return listen_at(address, backlog);
     }
+    // Another process of tests may look at the same port at this moment.
+    loop {
+        match listen_at(ports::unused(address.ip()), backlog) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            outcome => return outcome,
+        }
+    }
+}
+
+fn listen_at(address: SocketAddr, backlog: i32) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     socket.bind(&SockAddr::from(address))?;
