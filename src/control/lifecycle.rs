@@ -151,7 +151,8 @@ pub(super) fn events(
     receiver
 }
 
-/// Waits for the signal to end, or the same from the control socket, then drains; returns once all workers have ended or are stuck.
+/// Waits for the signal to end, or the same from the control socket, then drains; returns once all workers
+/// have ended or are stuck.
 ///
 /// The control socket asks by `drain_asked`, which is looked at once: unlike a second signal, to ask
 /// again is no command to cut what drains.

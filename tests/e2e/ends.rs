@@ -120,35 +120,36 @@ fn a_request_that_is_not_answered_in_time_names_its_endpoint(io: Io) {
     assert!(!proxy.log_lines().iter().any(|line| line.contains("secret")), "no payload");
 }
 
-fn a_session_without_an_endpoint_says_how_often_it_tried(io: Io) {
-    let proxy = Builder::on(io)
+/// Nobody listens there.
+fn unreachable(io: Io) -> Builder {
+    Builder::on(io)
         .set("AEGIS_BACKENDS", "127.0.0.2:9")
         .set("AEGIS_ENDPOINT_WAIT", "100ms")
         .without_pool()
-        .start();
+}
+
+/// How a session ends that is given up while its client is there.
+fn end_without_endpoint(proxy: &Proxy) -> Value {
     let mut client = connect(proxy.address());
     let _ = client.write_all(b"who\n");
-    let end = one_end(&proxy);
+    let end = one_end(proxy);
     assert_eq!(end["error.type"], "connect_failed", "{end}");
+    end
+}
+
+fn a_session_without_an_endpoint_says_how_often_it_tried(io: Io) {
+    let end = end_without_endpoint(&unreachable(io).start());
     assert_eq!(end["aegis.seconds.to_backend"], Value::Null, "it has had none");
-    drop(client);
 }
 
 fn a_session_that_has_waited_names_the_endpoint_that_failed_it(io: Io) {
-    let proxy = Builder::on(io)
-        .set("AEGIS_BACKENDS", "127.0.0.2:9")
-        .set("AEGIS_ENDPOINT_WAIT", "100ms")
+    let proxy = unreachable(io)
         .set("AEGIS_EJECT_FAILURES", "1000")
         .set("AEGIS_CONNECT_ATTEMPTS", "1")
-        .without_pool()
         .start();
-    let mut client = connect(proxy.address());
-    let _ = client.write_all(b"who\n");
-    let end = one_end(&proxy);
-    assert_eq!(end["error.type"], "connect_failed", "{end}");
+    let end = end_without_endpoint(&proxy);
     assert_eq!(end["aegis.endpoint"], "127.0.0.2:9", "{end}");
     assert!(end["aegis.attempts"].as_u64() >= Some(1), "{end}");
-    drop(client);
 }
 
 fn a_storm_of_ends_is_cut_and_counted(io: Io) {

@@ -24,8 +24,8 @@ impl Protocol for Http1 {
     };
 
     fn is_live(reply: &[u8]) -> Option<bool> {
-        let mut lines = reply.split_inclusive(|&byte| byte == b'\n');
-        let mut lines = lines.by_ref().filter(|line| line.ends_with(b"\n"));
+        let whole = |line: &&[u8]| line.ends_with(b"\n");
+        let mut lines = reply.split_inclusive(|&byte| byte == b'\n').filter(whole);
         loop {
             let line = lines.next()?;
             let status = line.split(u8::is_ascii_whitespace).nth(1).unwrap_or_default();
