@@ -263,6 +263,11 @@ impl Session {
         &self.tried
     }
 
+    /// All endpoints may be tried for it, as at its beginning: the one that it has has left.
+    pub fn forget_tried(&mut self) {
+        self.tried = Tried::default();
+    }
+
     /// Whether bytes can flow.
     pub fn is_open(&self) -> bool {
         self.state == State::Open
@@ -303,7 +308,7 @@ impl Session {
     pub fn on_waiting(&mut self, ticket: Ticket, reason: CloseReason) {
         assert_eq!(self.state, State::Connecting, "an open session has an endpoint");
         assert!(self.endpoint.is_none() && self.waits.is_none(), "it is tried, or waits already");
-        self.tried = Tried::default();
+        self.forget_tried();
         self.ticket = Some(ticket);
         self.waits = Some(reason);
     }

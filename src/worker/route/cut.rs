@@ -51,8 +51,12 @@ impl Route {
         }
         if session.is_open() {
             // It costs no retry: the endpoint has seen nothing of it.
-            return session.is_untouched() && self.move_session(cx, key, Retry::Forgotten);
+            return session.is_untouched() && {
+                session.forget_tried();
+                self.move_session(cx, key, Retry::Forgotten)
+            };
         }
+        session.forget_tried();
         if let Some(backend) = session.conn(Side::Backend) {
             cx.timers.clear(backend.index());
             cx.owners.take(backend);
