@@ -31,6 +31,7 @@ pub mod probe;
 mod provided;
 mod restrictions;
 mod ring;
+mod signals;
 #[cfg(test)]
 pub mod sim;
 mod splice;
@@ -38,6 +39,7 @@ pub mod uring;
 
 pub use buffers::{Buf, Chain};
 pub(crate) use descriptors::Claim;
+pub(crate) use signals::block_signals;
 
 /// Names a connection of a driver.
 pub type ConnId = crate::slab::Key<Conn>;

@@ -23,7 +23,7 @@ use crate::config::{Config, RouteConfig};
 use crate::io::epoll::Epoll;
 use crate::io::probe::{self, DriverKind};
 use crate::io::uring::Uring;
-use crate::io::{Driver, DriverSetup, net};
+use crate::io::{Driver, DriverSetup, block_signals, net};
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::{WorkerState, WorkerStats};
@@ -158,6 +158,7 @@ fn run(
     setup: &mpsc::Receiver<WorkerSetup>,
     done: &mpsc::Sender<io::Result<()>>,
 ) {
+    block_signals();
     if let Some(core) = core
         && !core_affinity::set_for_current(core)
     {

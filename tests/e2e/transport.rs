@@ -26,6 +26,7 @@ on_both_drivers![
     a_half_closed_client_that_reads_slowly_costs_nothing,
     an_upload_to_a_half_closed_backend_costs_nothing,
     urgent_bytes_arrive_in_order_both_ways,
+    urgent_bytes_arrive_though_signals_come_to_the_worker,
     bulk_is_whole_where_pipes_cannot_be_made,
     bulk_is_whole_where_it_may_not_be_spliced,
     stalled_readers_slow_nobody_down,
@@ -232,6 +233,39 @@ fn urgent_bytes_arrive_in_order_both_ways(io: Io) {
     write_with_urgent(&client, b"the end", 7, &[0]);
     client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(read_to_end(&client).unwrap(), b"the end");
+}
+
+/// A signal for one thread, as from a profiler or a debugger.
+#[allow(unsafe_code, reason = "no crate of ours makes this call")]
+fn signal_thread(thread: i64, signal: i32) {
+    // SAFETY: the call takes numbers only.
+    let outcome = unsafe { libc::syscall(libc::SYS_tkill, thread, signal) };
+    assert_eq!(outcome, 0);
+}
+
+/// While one pends, the kernel says that there is nothing to receive at an urgent mark.
+fn urgent_bytes_arrive_though_signals_come_to_the_worker(io: Io) {
+    let backend = Backend::echo();
+    // Its log would have a line for each that it hears of.
+    let log = "info,aegis::control::lifecycle=warn";
+    let proxy = one_worker(io, &backend).set("AEGIS_LOG", log).start();
+    let worker = proxy.thread("worker-0");
+    let worker = worker.file_name().unwrap().to_str().unwrap().parse().unwrap();
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _over = SetOnDrop(&over);
+        scope.spawn(|| {
+            while !over.load(Relaxed) {
+                signal_thread(worker, libc::SIGHUP);
+            }
+        });
+        let client = connect(proxy.address());
+        for number in 0..400 {
+            let message = pattern(number, 100);
+            write_with_urgent(&client, message, 30, &[usize::from(number) % 4]);
+            read_expected(&client, message, 100).unwrap();
+        }
+    });
 }
 
 fn bulk_is_whole_where_pipes_cannot_be_made(io: Io) {

@@ -437,13 +437,17 @@ impl Proxy {
 
     /// The CPU time of the thread of this name.
     pub fn thread_cpu(&self, name: &str) -> Duration {
+        let text = fs::read_to_string(self.thread(name).join("schedstat")).unwrap();
+        Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
+    }
+
+    /// What the kernel tells of the thread of this name: a folder that is called by its number.
+    pub fn thread(&self, name: &str) -> PathBuf {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
         let named = tasks.map(|task| task.unwrap().path()).find(|task| {
             fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim() == name)
         });
-        let task = named.unwrap_or_else(|| panic!("no thread is called {name}"));
-        let text = fs::read_to_string(task.join("schedstat")).unwrap();
-        Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
+        named.unwrap_or_else(|| panic!("no thread is called {name}"))
     }
 
     /// The names of its threads, those that the kernel runs for it among them.

@@ -253,6 +253,11 @@ impl Postgres {
         self.server.wait_for(&mut answers);
     }
 
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        self.server.log()
+    }
+
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.server.address
@@ -437,6 +442,11 @@ impl Redis {
         let ask = || output(of_redis(&mut Command::new(&cli), &target).arg("ping"));
         let server = Server::start(Signal::KILL, (folder, address), command, ask);
         Ok(Self { server, cli, benchmark })
+    }
+
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        self.server.log()
     }
 
     /// Where it listens.

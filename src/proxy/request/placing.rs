@@ -231,7 +231,8 @@ impl Placing<'_> {
         }
         let entry = self.table.get(endpoint);
         let may_come = entry.is_some_and(|e| e.health.is_usable() && !e.pool.backs_off(self.now));
-        if may_come || self.table.is_connected(Some(endpoint)) {
+        let serves = entry.is_some_and(|entry| !entry.is_withheld());
+        if serves && (may_come || self.table.is_connected(Some(endpoint))) {
             return None;
         }
         self.queue.serve(Line::Endpoint(endpoint))

@@ -105,6 +105,34 @@ fn a_warm_connection_takes_a_place_of_mariadb_and_redis_and_half_a_one_of_postgr
 }
 
 #[test]
+fn postgres_logs_a_check_only_where_it_logs_all_connections_and_redis_does_not() {
+    let checked = |address| {
+        let io = drivers().pop().unwrap();
+        let proxy =
+            in_front_of(io, address).set("AEGIS_CHECK_INTERVAL", "100ms").without_pool().start();
+        proxy.wait_for("aegis_endpoint_checks_total", &[], |checks| checks >= 3);
+        assert_eq!(proxy.metric("aegis_endpoint_check_failures_total", &[]), 0);
+    };
+    for setting in ["off", "on"] {
+        let log_connections = format!("log_connections={setting}");
+        let Some(server) = installed(Postgres::start(&[&log_connections])) else { return };
+        let before = server.log().len();
+        checked(server.address());
+        // What it logs of a question comes behind what it logs of the checks.
+        server.ask(&Target::Tcp(server.address()), "select 42").unwrap();
+        let log = server.log().split_off(before);
+        let logs_checks = log.lines().filter(|line| line.contains("connection received")).count();
+        assert_eq!(logs_checks > 3, setting == "on", "{log}");
+        assert!(setting == "on" || log.is_empty(), "{log}");
+    }
+    let Some(redis) = installed(Redis::start(&[])) else { return };
+    let before = redis.log();
+    checked(redis.address());
+    redis.ask(&Target::Tcp(redis.address()), &["ping"]).unwrap();
+    assert_eq!(redis.log(), before);
+}
+
+#[test]
 fn a_client_hears_what_postgres_says_when_it_is_stopped() {
     for io in drivers() {
         let Some(server) = installed(Postgres::start(&[])) else { return };

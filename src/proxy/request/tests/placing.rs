@@ -204,6 +204,13 @@ fn a_source_keeps_its_endpoint_until_that_cannot_be_had() {
     assert_eq!(scene.place(), waits, "whatever others have");
     scene.queue.join(Line::Endpoint(bound), key(5));
     assert_eq!(scene.placing().pass_over(bound), None, "it is connected");
+    let withheld = |scene: &mut Scene, fails| {
+        scene.table.get_mut(bound).unwrap().health.set_fails_check(fails);
+    };
+    withheld(&mut scene, true);
+    assert_eq!(scene.placing().pass_over(bound), Some(key(5)), "though it has a connection");
+    withheld(&mut scene, false);
+    scene.queue.join(Line::Endpoint(bound), key(5));
     scene.table.discarded(bound);
     assert_eq!(scene.placing().pass_over(bound), None, "it may be connected to");
     let mut scene = scene.failed(usize::from(bound));
