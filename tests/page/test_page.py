@@ -91,6 +91,25 @@ def test_a_name_from_outside_is_text(start, browse):
     assert page.browser.execute_script("return document.images.length") == 0
 
 
+def test_a_reason_without_a_space_is_no_wider_than_a_phone(start, browse):
+    page = browse(start(), width=390, height=844)
+    page.browser.execute_script(
+        "const reading = structuredClone(history[history.length - 1]);"
+        "reading.routes[0].health = {word: 'degraded', reasons: [{problem: '', words: 'a'.repeat(253), lasts: null}]};"
+        "reading.alive += 1; heard(reading);")
+    assert "aaa" in page.text("#route-0")
+    assert page.browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth") <= 0
+
+
+def test_another_version_brings_its_own_page(start, browse):
+    page = browse(start())
+    page.browser.execute_script(
+        "const reading = structuredClone(history[history.length - 1]);"
+        "window.isOld = true; reading.version = 'another'; reading.routes = [{}]; heard(reading);")
+    eventually("the page was loaded anew", lambda: page.browser.execute_script("return !window.isOld"))
+    eventually("it shows its route", lambda: "default" in page.text("#routes"))
+
+
 @pytest.mark.parametrize("look", LOOKS)
 def test_everybody_can_read_it(look, start, load, browse, backend):
     proxy = start()

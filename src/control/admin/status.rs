@@ -314,7 +314,7 @@ fn route_row<'a>(
         phases: phases(route),
         discovery: DiscoveryRow {
             generation: route.snapshot.generation,
-            age: age(route.discovery.last_sync_seconds()),
+            age: route.discovery.sync_age().map(|age| age.as_secs_f64()),
             trouble: route.discovery.trouble(),
         },
         endpoints_total: route.snapshot.endpoints.len(),
@@ -360,12 +360,6 @@ fn phases(route: &RouteView<'_>) -> BTreeMap<&'static str, Phase> {
         ("transfer", phase(|stats| &stats.transfer)),
     ]
     .into()
-}
-
-/// How old a moment is, in seconds since the Unix epoch; 0 is none.
-fn age(seconds: f64) -> Option<f64> {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    (seconds > 0.0).then(|| (now.as_secs_f64() - seconds).max(0.0))
 }
 
 fn endpoint_row(endpoint: &Endpoint, name: String) -> EndpointRow<'_> {

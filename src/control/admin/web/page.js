@@ -314,6 +314,8 @@ function show() {
 
 function heard(reading) {
   const latest = history[history.length - 1];
+  // This page may not know what another version tells.
+  if (latest && reading.version !== latest.version) return location.reload();
   // Counters of another process begin anew.
   const restarted = latest && reading.began !== latest.began;
   if (restarted || (latest && reading.routes.length !== latest.routes.length)) {
