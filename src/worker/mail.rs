@@ -97,6 +97,15 @@ impl Mail {
         (0..self.workers()).map(WorkerId::new).filter(move |&worker| worker != own)
     }
 
+    /// Whether a worker knows a route's endpoints as well as this one does.
+    pub(super) fn is_up_to_date(&self, worker: WorkerId, route: RouteId) -> bool {
+        let applied = |worker: WorkerId| {
+            let stats = &self.stats[usize::from(worker)];
+            stats.routes[usize::from(route)].applied_generation.get()
+        };
+        applied(worker) >= applied(self.worker)
+    }
+
     /// A worker's sessions, with those on the way to it.
     pub(super) fn sessions_of(&self, worker: WorkerId) -> usize {
         let worker = usize::from(worker);

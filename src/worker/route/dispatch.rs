@@ -77,8 +77,11 @@ impl Route {
                 return self.on_none_left(cx, key, otherwise);
             }
             if !self.has_conn_for_session(cx, key, endpoint) {
-                // Another worker was faster.
-                return self.have_wait(cx, key, otherwise);
+                if self.pools.table.is_full(cx.now) {
+                    return self.have_wait(cx, key, otherwise);
+                }
+                // Another worker was faster, and one has given a place back since.
+                continue;
             }
             if tried.attempts() > 0 && !is_cancel {
                 self.stats.connect_retries.add(1);

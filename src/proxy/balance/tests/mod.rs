@@ -1,5 +1,6 @@
 mod cancel;
 mod latency;
+mod places;
 mod tier;
 
 use super::entry::Ramp;

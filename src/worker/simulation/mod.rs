@@ -1,5 +1,7 @@
 //! The engine on the simulator: a thousand seeded runs, every byte checked.
 
+mod sharing;
+
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -67,54 +69,69 @@ impl Run {
 
     /// A run with this configuration.
     pub(super) fn with(
-        mut rng: fastrand::Rng,
+        rng: fastrand::Rng,
         config: Config,
         sessions_max: usize,
         buffers: usize,
     ) -> Self {
+        Self::workers(rng, config, sessions_max, buffers, 1).remove(0)
+    }
+
+    /// The runs of so many workers of one process, each on a network of its own.
+    fn workers(
+        mut rng: fastrand::Rng,
+        config: Config,
+        sessions_max: usize,
+        buffers: usize,
+        count: usize,
+    ) -> Vec<Self> {
         let everyone_ends = config.routes[0].idle_timeout.is_some();
         let routes = config.routes.len();
         let endpoints: Vec<_> = (0..rng.u16(1..5) * routes as u16)
             .map(|i| {
-                Endpoint::new(
-                    format!("e{i}"),
-                    std::net::SocketAddr::from(([127, 0, 0, 1], i)).into(),
-                    1,
-                )
+                let address = std::net::SocketAddr::from(([127, 0, 0, 1], i));
+                Endpoint::numbered(i.into(), format!("e{i}"), address.into(), count)
             })
             .collect();
         let conns_max = limits::conns_max(sessions_max);
-        let mut sim = Sim::new(rng.u64(..), endpoints.len(), conns_max, buffers);
-        sim.listeners = routes;
-        let mailbox = Arc::new(Mailbox::new(routes).expect("a descriptor"));
-        let stats = Arc::new(WorkerStats::new(routes));
-        let setup = EngineSetup {
-            worker: WorkerId::new(0),
-            listener_routes: (0..routes).map(RouteId::at).collect(),
-            config: Arc::new(config),
-            sessions_max,
-            pool_conns_max: limits::POOL_CONNS_MAX,
-            mailboxes: Arc::new([Arc::clone(&mailbox)]),
-            stats: Arc::new([Arc::clone(&stats)]),
-            ends: Arc::default(),
-            retry_reserves: (0..routes).map(|_| Arc::new(Reserve::new(Instant::now()))).collect(),
-            started: Instant::now(),
-            listening: Listening::default(),
-            core_times: CoreTimes::none(),
-            seed: rng.u64(..),
+        let config = Arc::new(config);
+        let mailboxes = (0..count).map(|_| Mailbox::new(routes).expect("a descriptor"));
+        let mailboxes: Arc<[_]> = mailboxes.map(Arc::new).collect();
+        let stats: Arc<[_]> = (0..count).map(|_| Arc::new(WorkerStats::new(routes))).collect();
+        let reserves: Arc<[_]> =
+            (0..routes).map(|_| Arc::new(Reserve::new(Instant::now()))).collect();
+        let worker = |at: usize| {
+            let mut sim = Sim::new(rng.u64(..), endpoints.len(), conns_max, buffers);
+            sim.listeners = routes;
+            let setup = EngineSetup {
+                worker: WorkerId::new(at),
+                listener_routes: (0..routes).map(RouteId::at).collect(),
+                config: Arc::clone(&config),
+                sessions_max,
+                pool_conns_max: limits::POOL_CONNS_MAX,
+                mailboxes: Arc::clone(&mailboxes),
+                stats: Arc::clone(&stats),
+                ends: Arc::default(),
+                retry_reserves: Arc::clone(&reserves),
+                started: Instant::now(),
+                listening: Listening::default(),
+                core_times: CoreTimes::none(),
+                seed: rng.u64(..),
+            };
+            Self {
+                engine: Engine::new(sim, setup),
+                mailbox: Arc::clone(&mailboxes[at]),
+                stats: Arc::clone(&stats[at].routes[0]),
+                tiers: vec![Tier::FIRST; endpoints.len()],
+                endpoints: endpoints.clone(),
+                generation: 0,
+                rng: rng.clone(),
+                buffers: buffers as u32,
+                everyone_ends,
+                sessions_max,
+            }
         };
-        Self {
-            engine: Engine::new(sim, setup),
-            mailbox,
-            stats: Arc::clone(&stats.routes[0]),
-            tiers: vec![Tier::FIRST; endpoints.len()],
-            endpoints,
-            generation: 0,
-            rng,
-            buffers: buffers as u32,
-            everyone_ends,
-            sessions_max,
-        }
+        (0..count).map(worker).collect()
     }
 
     pub(super) fn deliver(&mut self, endpoints: Vec<Arc<Endpoint>>) {
@@ -205,6 +222,18 @@ impl Run {
 
     /// Removes every endpoint and stops; then nothing may be left.
     pub(super) fn stop(&mut self) {
+        self.end();
+        self.assert_places_free();
+    }
+
+    fn assert_places_free(&self) {
+        for endpoint in &self.endpoints {
+            let taken = [endpoint.places.taken(), endpoint.idle_places.taken()];
+            assert_eq!(taken, [0; 2], "places of {} leaked", endpoint.name);
+        }
+    }
+
+    fn end(&mut self) {
         self.deliver(Vec::new());
         self.turn();
         self.command(Command::Stop);
@@ -212,10 +241,6 @@ impl Run {
             self.turn();
         }
         assert!(self.engine.is_finished());
-        for endpoint in &self.endpoints {
-            let taken = [endpoint.places.taken(), endpoint.idle_places.taken()];
-            assert_eq!(taken, [0; 2], "places of {} leaked", endpoint.name);
-        }
         let driver = self.engine.driver();
         assert_eq!(driver.open_sockets(), 0, "connections leaked");
         assert_eq!(driver.buffers().free(), self.buffers, "buffers leaked");
