@@ -63,6 +63,7 @@ mod routing;
 mod shares;
 mod store_wait;
 mod tiers;
+mod top;
 mod transport;
 mod unheard;
 mod unix;
