@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use aegis::capture::{Capture, FILE_BYTES_MIN, PACKET_HEADERS};
 use aegis::config::{Config, SocketMode};
 use aegis::io::net::Address;
 use aegis::io::probe::{self, DriverKind, Features};
@@ -24,6 +25,7 @@ use aegis::proxy::RouteId;
 use aegis::proxy::endpoints::{Endpoint, EndpointSnapshot};
 use aegis::startup::{Access, listeners};
 use aegis::worker::mailbox::{Command, Mailbox};
+use aegis::worker::tap::Offer;
 use aegis::worker::{self, WorkerSetup};
 
 const CLIENTS: usize = 20;
@@ -209,6 +211,12 @@ fn forwarding_with_settings_allocates_nothing(
         stores: Vec::new(),
     }));
 
+    // The first of the clients is captured meanwhile.
+    let exchanges = WARM_UP + MESSAGES / CLIENTS;
+    let packets = 2 * exchanges * (PACKET_HEADERS + MESSAGE.len());
+    let (offer, tapped) = Offer::new(None, None, 0, Capture::new(FILE_BYTES_MIN + packets));
+    mailbox.offer_tap(offer);
+
     let address = &listeners.addresses[0];
     let mut clients: Vec<_> = (0..CLIENTS).map(|_| connect(address)).collect();
     exchange_with_all(&mut clients, WARM_UP);
@@ -227,6 +235,12 @@ fn forwarding_with_settings_allocates_nothing(
     drop(clients);
     mailbox.command(Command::Stop);
     assert!(exited.blocking_recv().is_none());
+    let captured = tapped.blocking_recv().unwrap().capture.payload();
+    assert_eq!(
+        captured,
+        (2 * exchanges * MESSAGE.len()) as u64,
+        "each of its messages is captured"
+    );
 }
 
 /// One test, so that the workers of one driver are not counted with the other's.

@@ -14,6 +14,7 @@ use super::mailbox::{Command, Mailbox};
 use super::owners::{Owners, Turns};
 use super::places::Places;
 use super::route::Route;
+use super::tap::Tap;
 use super::timers::Timers;
 use crate::config::Config;
 use crate::io::Driver;
@@ -90,6 +91,7 @@ impl<D: Driver> Engine<D> {
             load: Load::new(now, setup.core_times),
             drain: Drain::new(setup.config.routes.len()),
             calls: Vec::with_capacity(limits::WORKERS_MAX),
+            tap: Tap::default(),
             driver,
         };
         // Any worker may have all of a route's.

@@ -7,6 +7,7 @@ use crate::io::net::Stream;
 use crate::metrics::WorkerStats;
 use crate::proxy::endpoints::EndpointSnapshot;
 use crate::proxy::{RouteId, WorkerId};
+use crate::worker::tap::Offer;
 
 /// The mailboxes and counters of all workers.
 pub(super) struct Mail {
@@ -51,6 +52,11 @@ impl Mail {
     /// Has another worker look after them.
     pub(super) fn call_for_places(&self, worker: WorkerId) {
         self.mailboxes[usize::from(worker)].call_for_places();
+    }
+
+    /// An offer to capture a client, or one that has ended.
+    pub(super) fn take_tap(&self) -> Option<Arc<Offer>> {
+        self.own().take_tap()
     }
 
     /// The command in force.

@@ -48,6 +48,7 @@ mod places;
 mod route;
 #[cfg(test)]
 mod simulation;
+pub mod tap;
 pub mod timers;
 mod turn;
 

@@ -62,6 +62,7 @@ mod routes_attacks;
 mod routing;
 mod shares;
 mod store_wait;
+mod tap;
 mod tiers;
 mod top;
 mod transport;

@@ -349,8 +349,25 @@ impl Route {
         backend: ConnId,
         greeting: Chain,
     ) {
+        let session = self.sessions.of(key);
+        let (client, endpoint) = (session.client(), session.endpoint());
+        self.tap_endpoint(cx, client, endpoint);
         let outcome = self.sessions.open(cx, key, backend, greeting);
         self.follow(cx, key, outcome);
+    }
+
+    /// A client has got an endpoint, which is told of where it is captured.
+    pub(super) fn tap_endpoint<D>(
+        &self,
+        cx: &mut Context<D>,
+        client: ConnId,
+        endpoint: Option<EndpointId>,
+    ) {
+        if cx.tap.is_of(client)
+            && let Some(entry) = endpoint.and_then(|endpoint| self.pools.table.get(endpoint))
+        {
+            cx.tap.on_endpoint(&entry.endpoint);
+        }
     }
 
     pub(super) fn on_ended<D: Driver>(

@@ -90,6 +90,7 @@ impl Route {
             return cx.driver.close(conn, Close::Reset);
         }
         cx.publish_sessions(self.id);
+        cx.tap_client(self.id, conn);
         if tracing::enabled!(tracing::Level::TRACE)
             && let Some(Credentials { pid, uid, gid }) = cx.driver.credentials(conn)
         {

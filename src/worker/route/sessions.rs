@@ -185,7 +185,7 @@ impl Sessions {
         }
         let mut early = session.take_early();
         let (asks, ended) = (!early.is_empty(), session.has_ended(Side::Client));
-        cx.driver.join(client, backend);
+        cx.join(client, backend);
         cx.driver.receive(client, true);
         cx.driver.receive(backend, true);
         while let Some(buf) = cx.driver.buffers().pop(&mut early) {
@@ -452,7 +452,7 @@ fn pass_on<D: Driver>(cx: &mut Context<D>, session: &mut Session, from: Side, bu
     if action == Action::Discard {
         return cx.driver.buffers().give(buf);
     }
-    cx.driver.send(there(session, from.other()), buf);
+    cx.send(there(session, from.other()), buf);
     if action == Action::Pause(from) {
         cx.driver.receive(there(session, from), false);
     }
@@ -472,7 +472,7 @@ fn act<D: Driver>(cx: &mut Context<D>, session: &Session, action: Action) -> Out
         Action::Close(reason) => return Outcome::Over(reason),
         Action::Pause(side) => cx.driver.receive(there(session, side), false),
         Action::Resume(side) => cx.driver.receive(there(session, side), true),
-        Action::Shutdown(side) => cx.driver.shutdown(there(session, side)),
+        Action::Shutdown(side) => cx.shutdown(there(session, side)),
     }
     Outcome::Done
 }
@@ -488,12 +488,12 @@ fn there(session: &Session, side: Side) -> ConnId {
 /// Closes a connection the way a session says.
 fn end<D: Driver>(cx: &mut Context<D>, conn: ConnId, ending: Ending) {
     match ending {
-        Ending::Now(how) => cx.driver.close(conn, how),
+        Ending::Now(how) => cx.close(conn, how),
         Ending::ResetBehind => flush::reset_behind(cx, conn),
         Ending::ResetOrEnd => {
             let delivered = cx.driver.undelivered(conn) == 0;
             let how = if delivered { Close::Reset } else { Close::Graceful };
-            cx.driver.close(conn, how);
+            cx.close(conn, how);
         }
     }
 }

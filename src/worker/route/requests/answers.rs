@@ -28,7 +28,7 @@ impl Route {
             Some(conn) => {
                 cx.driver.buffers().set_len(&mut buf, passed);
                 self.stats.bytes.of(Direction::ToClient).add(passed as u64);
-                cx.driver.send(conn, buf);
+                cx.send(conn, buf);
             }
             None => cx.driver.buffers().give(buf),
         }
@@ -111,7 +111,7 @@ impl Route {
         };
         client.on_queued(len as u32);
         if let Some(conn) = self.conn_of(key) {
-            cx.driver.send(conn, buf);
+            cx.send(conn, buf);
         }
     }
 }

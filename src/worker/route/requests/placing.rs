@@ -205,7 +205,7 @@ impl Route {
             // It was counted when it came.
             self.sessions.pass_on(cx, session, Side::Client, buf);
         }
-        cx.driver.join(client, backend.conn);
+        cx.join(client, backend.conn);
         if parts.backend_broken {
             // The driver has reported it, and does so once.
             self.apply_event(cx, session, |session, now| {
