@@ -67,7 +67,7 @@ pub struct Config {
         "Where metrics and the probes answer.";
     => "The control socket"
     control: Option<Address> = AEGIS_CONTROL("off") in or("off", text("unix:/PATH", control_address)),
-        "Where drain and log-level are asked for; only this process's user and root may. off: nowhere.";
+        "Where drain, log-level and tap are asked for; only this process's user and root may. off: nowhere.";
     => "The log"
     log: String = AEGIS_LOG("info") in text(
         "off, error, warn, info, debug, trace, or directives such as info,aegis::io=debug",

@@ -192,15 +192,15 @@ fn requests_and_what_the_proxy_answers_itself_are_captured(io: Io) {
         reply
     };
     for at in 0..20 {
-        assert_eq!(talk(&format!("PUT key-{at} value-{at}")), "OK");
+        assert_eq!(talk(&format!("SET key-{at} value-{at}")), "OK");
         for (number, other) in others.iter().enumerate() {
-            ask(other, &format!("PUT secret-{number} {at}"));
+            ask(other, &format!("SET secret-{number} {at}"));
         }
         assert_eq!(talk(&format!("GET key-{at}")), format!("value-{at}"));
     }
     backend.kill();
     let error = eventually("the proxy itself answers", PATIENCE, || {
-        Some(talk("GET key-1")).filter(|reply| reply.starts_with("ERROR"))
+        Some(talk("GET key-1")).filter(|reply| reply.starts_with("ERR"))
     });
     let address = client.local_addr().unwrap();
     drop(client);
@@ -230,7 +230,7 @@ fn a_client_of_http_is_captured_through_its_upgrade(io: Io) {
         }
     });
     let place = Place::new();
-    let proxy = place.on(io, &[backend.address()]).protocol("http", "request").start();
+    let proxy = place.on(io, &[backend.address()]).protocol("http1", "request").start();
     let tap = place.tap(&proxy, &["--bytes", "16m"]);
     let mut client = connect(proxy.address());
     client.write_all(UPGRADE).unwrap();
@@ -273,8 +273,8 @@ fn a_file_is_never_larger_than_asked_for(io: Io) {
         assert!(said.contains("there was no room for more"), "{said}");
         let asked = [4 << 10, 100_000, 1 << 20][number];
         let len = fs::metadata(file).unwrap().len();
-        // A few packets that might have come, and the rest of one.
-        assert!(len <= asked && len + 1000 > asked, "{len} of {asked}");
+        // Packets are counted with the longer header of IPv6, and a few more that might have come.
+        assert!(len <= asked && len + 600 + asked / 200 > asked, "{len} of {asked}");
         for side in [client.local_addr().unwrap(), proxy.address()] {
             assert!(pattern(number, 4 << 20).starts_with(&stream.sent_by(side)));
             assert_eq!(stream.ends_of(side), [0; 0]);
@@ -334,8 +334,8 @@ fn a_client_of_a_unix_socket_has_an_address_of_no_network(io: Io) {
 fn the_client_is_chosen_by_route_endpoint_and_number(io: Io) {
     let place = Place::new();
     let [a, b, c] = ["a", "b", "c"].map(Backend::named);
-    let proxy = place
-        .on(io, &[])
+    let proxy = Builder::on(io)
+        .set("AEGIS_CONTROL", place.control())
         .set("AEGIS_ROUTES", "orders,cache")
         .set("AEGIS_ORDERS__BACKENDS", a.address().to_string())
         .set("AEGIS_CACHE__BACKENDS", format!("{},{}", b.address(), c.address()))
