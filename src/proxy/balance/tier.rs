@@ -107,7 +107,6 @@ impl Table {
             let Some(entry) = &mut self.entries[usize::from(index)] else { continue };
             if entry.tier < latest && entry.joined_at == Some(now) {
                 entry.health.doubt(now);
-                entry.stats().ejected.set(u64::from(!entry.health.is_usable()));
             }
         }
     }
