@@ -6,10 +6,13 @@
 //! | an idle connection, in the pool or in the hands of a client without a request | is closed at once |
 //! | a session, a request in flight | is cut at a moment of its own within [`crate::limits::CUT_TIME`] |
 
+use std::time::Instant;
+
 use super::Route;
 use crate::io::{Close, Driver};
-use crate::metrics::{CloseReason, Retry};
+use crate::metrics::{CloseReason, Discard, Retry};
 use crate::proxy::Side;
+use crate::proxy::balance::Table;
 use crate::proxy::cut::Cut;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::session::Session;
@@ -17,26 +20,59 @@ use crate::slab::Key;
 use crate::worker::context::Context;
 
 impl Route {
-    /// Cuts a part of what is on an endpoint, if that is due.
-    pub(super) fn cut_overdue<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
-        let Some(entry) = self.pools.table.get(endpoint) else { return };
-        let drain = self.config.backend_drain;
-        let Some(since) = drain.and_then(|drain| entry.overdue_since(drain, cx.now)) else {
-            return;
+    /// Cuts a part of what is on endpoints that have left, if that is due since a moment for which
+    /// `is_meant` holds.
+    pub(super) fn cut_overdue<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        is_meant: impl Fn(Instant) -> bool,
+    ) {
+        let Some(drain) = self.config.backend_drain else { return };
+        let now = cx.now;
+        let cut_on = |table: &Table, endpoint| {
+            let since = table.get(endpoint)?.overdue_since(drain, now)?;
+            is_meant(since).then(|| Cut::at(since, now))
         };
-        let cut = Cut::at(since, cx.now);
-        self.cut_sessions_on(cx, endpoint, cut);
-        self.reclaim_from(cx, endpoint, cut);
+        // However many have left, sessions are walked through once.
+        if self.pools.table.indices().any(|at| cut_on(&self.pools.table, at).is_some()) {
+            self.cut_sessions(cx, &cut_on);
+            self.cut_requests(cx, &cut_on);
+        }
     }
 
-    fn cut_sessions_on<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId, cut: Cut) {
+    fn cut_sessions<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        cut_on: &impl Fn(&Table, EndpointId) -> Option<Cut>,
+    ) {
         for slot in 0..self.sessions.slots() {
             if let Some(key) = self.sessions.key_at(slot)
-                && self.sessions.of(key).endpoint() == Some(endpoint)
+                && let Some(endpoint) = self.sessions.of(key).endpoint()
+                && let Some(cut) = cut_on(&self.pools.table, endpoint)
                 && !self.move_unused(cx, key)
                 && cut.takes(&mut cx.rng)
             {
                 self.close_session(cx, key, CloseReason::EndpointRemoved);
+            }
+        }
+    }
+
+    /// Takes the connections from clients: at once where there is no request on them, else at their
+    /// moments.
+    fn cut_requests<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        cut_on: &impl Fn(&Table, EndpointId) -> Option<Cut>,
+    ) {
+        for slot in 0..self.requests.clients.slots() {
+            if let Some(key) = self.requests.clients.key_at(slot)
+                && let Some(endpoint) = self.endpoint_of(key)
+                && let Some(cut) = cut_on(&self.pools.table, endpoint)
+            {
+                self.discard_kept(cx, key, Discard::Endpoint);
+                if self.endpoint_of(key) == Some(endpoint) && cut.takes(&mut cx.rng) {
+                    self.lose(cx, key, Discard::Endpoint, Retry::Ended);
+                }
             }
         }
     }

@@ -29,7 +29,7 @@ use crate::metrics::{CloseReason, RouteStats};
 use crate::proxy::RouteId;
 #[cfg(test)]
 use crate::proxy::Side;
-use crate::proxy::endpoints::{EndpointId, EndpointSnapshot};
+use crate::proxy::endpoints::EndpointSnapshot;
 use crate::proxy::outage::Outage;
 use crate::proxy::retry_budget::{Reserve, RetryBudget};
 #[cfg(test)]
@@ -114,12 +114,9 @@ impl Route {
         let slow_start = self.config.slow_start.is_some();
         self.pools.table.apply(snapshot, &self.config.pool, slow_start, cx.now);
         self.evict_removed(cx);
-        for endpoint in self.pools.table.indices() {
-            // The pace of the others is that of upkeep.
-            if self.is_due_now(cx.now, endpoint) {
-                self.cut_overdue(cx, endpoint);
-            }
-        }
+        // The pace of the others is that of upkeep.
+        let now = cx.now;
+        self.cut_overdue(cx, |since| since == now);
         self.stats.applied_generation.set(snapshot.generation);
         self.pools.short.clear();
         self.pools.short.extend(self.pools.table.indices());
@@ -127,12 +124,6 @@ impl Route {
             self.pools.look_after_places();
         }
         self.place_waiting_again(cx);
-    }
-
-    /// Whether the time of what is on an endpoint that left is over from this moment on.
-    fn is_due_now(&self, now: Instant, endpoint: EndpointId) -> bool {
-        let since = self.config.backend_drain.zip(self.pools.table.get(endpoint));
-        since.is_some_and(|(drain, entry)| entry.overdue_since(drain, now) == Some(now))
     }
 
     /// Closes all sessions and clients.

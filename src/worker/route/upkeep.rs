@@ -393,6 +393,7 @@ impl Route {
         self.evict_removed(cx);
         self.evict_withheld(cx);
         self.gather_places(cx);
+        self.cut_overdue(cx, |_| true);
         for endpoint in self.pools.table.indices() {
             while let Some((conn, why)) = self.pools.table.expire(endpoint, now) {
                 self.pools.discard(cx, endpoint, conn, why);
@@ -401,8 +402,6 @@ impl Route {
             if let Some(slow_start) = self.config.slow_start {
                 entry.ramp_up(slow_start, now);
             }
-            self.cut_overdue(cx, endpoint);
-            let Some(entry) = self.pools.table.get_mut(endpoint) else { continue };
             let running = cx.command < Command::Drain && entry.is_present();
             if running && entry.health.take_probe(now) {
                 self.start_connect(cx, endpoint);

@@ -5,7 +5,6 @@ use std::time::Instant;
 use crate::io::{Buf, Close, ConnId, Driver};
 use crate::metrics::{CloseReason, Direction, Discard, Retry};
 use crate::proxy::Side;
-use crate::proxy::cut::Cut;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::request::{Client, ClientEnding, ErrorReply, Framing};
 use crate::slab::Key;
@@ -179,25 +178,6 @@ impl Route {
         }
     }
 
-    /// Takes the connections of an endpoint that left the set long enough ago from their clients: at
-    /// once where there is no request on them, else at their moments.
-    pub(in crate::worker) fn reclaim_from<D: Driver>(
-        &mut self,
-        cx: &mut Context<D>,
-        endpoint: EndpointId,
-        cut: Cut,
-    ) {
-        self.discard_idle_in_use_of(cx, endpoint, Discard::Endpoint);
-        for slot in 0..self.requests.clients.slots() {
-            if let Some(key) = self.requests.clients.key_at(slot)
-                && self.holds_one_of(key, endpoint)
-                && cut.takes(&mut cx.rng)
-            {
-                self.lose(cx, key, Discard::Endpoint, Retry::Ended);
-            }
-        }
-    }
-
     /// Takes the connections of an endpoint from the clients that have no request on them.
     pub(in crate::worker) fn discard_idle_in_use_of<D: Driver>(
         &mut self,
@@ -207,16 +187,26 @@ impl Route {
     ) {
         for slot in 0..self.requests.clients.slots() {
             if let Some(key) = self.requests.clients.key_at(slot)
-                && self.holds_one_of(key, endpoint)
+                && self.endpoint_of(key) == Some(endpoint)
             {
-                self.tell(cx, key, |client, _| client.discard_kept(why));
+                self.discard_kept(cx, key, why);
             }
         }
     }
 
-    fn holds_one_of(&self, key: Key<Client>, endpoint: EndpointId) -> bool {
-        let backend = self.requests.clients.get(key).and_then(Client::backend);
-        backend.is_some_and(|backend| backend.endpoint == endpoint)
+    /// Takes a client's connection, if there is no request on it.
+    pub(in crate::worker) fn discard_kept<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        key: Key<Client>,
+        why: Discard,
+    ) {
+        self.tell(cx, key, |client, _| client.discard_kept(why));
+    }
+
+    /// The endpoint of the connection that a client holds.
+    pub(in crate::worker) fn endpoint_of(&self, key: Key<Client>) -> Option<EndpointId> {
+        self.requests.clients.get(key).and_then(Client::backend).map(|backend| backend.endpoint)
     }
 
     /// The endpoints have changed: whoever waits may have another one to go to.
