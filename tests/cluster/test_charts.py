@@ -164,6 +164,7 @@ REFUSALS = {
     "both profiles": ({"seccomp": {"operator": True, "installer": {"enabled": True}}}, "keep one"),
     "no such alert": ({"prometheusRule": {"enabled": True, "thresholds": {"AegisSlow": 1}}},
                       "thresholds.AegisSlow: there is no such alert, but AegisNoUsableEndpoint"),
+    "a page that is none": ({"prometheusRule": {"runbookBase": "git.example"}}, "/prometheusRule/runbookBase"),
     "one port twice": (sidecar(adminPort=8081), "both 8081: change one"),
     "backup beside Kubernetes": (sidecar(backend={"service": "a", "backups": "b:1"}),
                                  "backend.backups is set and backend.addresses is not"),
@@ -628,6 +629,12 @@ def test_thresholds_and_labels_reach_the_rule():
     expressions = {item["alert"]: item["expr"] for item in rule["spec"]["groups"][0]["rules"]}
     assert expressions["AegisFirstByteSlow"].endswith("> 0.25")
     assert expressions["AegisPoolMisses"].endswith("> 0.2")
+    paths = {item["annotations"]["runbook_url"] for item in rule["spec"]["groups"][0]["rules"]}
+    assert "docs/OPERATIONS.md#aegispoolmisses" in paths, "where it can be read is not known"
+    values = {**EVERYTHING, "prometheusRule": {"enabled": True, "runbookBase": "https://git.example/aegis/blob/main/"}}
+    rule = one(template(CHART, values=values), "PrometheusRule")
+    urls = {item["annotations"]["runbook_url"] for item in rule["spec"]["groups"][0]["rules"]}
+    assert urls == {f"https://git.example/aegis/blob/main/{path}" for path in paths}
     assert one(template(CHART, values=EVERYTHING), "PodMonitor")["metadata"]["labels"]["release"] == "prometheus"
 
 

@@ -27,6 +27,7 @@ mod drain;
 mod endings;
 mod endpoint_wait;
 mod ends;
+mod ends_counted;
 mod failover;
 mod http;
 mod integrity;

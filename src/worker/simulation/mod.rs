@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::contention::CoreTimes;
+use super::ends::Told;
 use super::engine::{Engine, EngineSetup};
 use super::mailbox::{Command, Mailbox};
-use crate::config::{Balance, Config};
+use crate::config::{Balance, Config, EndsLogged};
 use crate::io::Driver;
 use crate::io::sim::{ID_BYTES, Peer, Reachability, Sim, UNTOLD_BUFFERS_MAX};
 use crate::limits;
@@ -36,6 +37,7 @@ pub(super) struct Run {
     buffers: u32,
     everyone_ends: bool,
     pub(super) sessions_max: usize,
+    pub(super) told: Told,
 }
 
 /// Clients that come to full places, while endpoints come and go, may wait for a minute for their turn.
@@ -80,11 +82,14 @@ impl Run {
     /// The runs of so many workers of one process, each on a network of its own.
     fn workers(
         mut rng: fastrand::Rng,
-        config: Config,
+        mut config: Config,
         sessions_max: usize,
         buffers: usize,
         count: usize,
     ) -> Vec<Self> {
+        for route in &mut config.routes {
+            Arc::make_mut(route).log_ends = EndsLogged::All;
+        }
         let everyone_ends = config.routes[0].idle_timeout.is_some();
         let routes = config.routes.len();
         let endpoints: Vec<_> = (0..rng.u16(1..5) * routes as u16)
@@ -129,6 +134,7 @@ impl Run {
                 buffers: buffers as u32,
                 everyone_ends,
                 sessions_max,
+                told: Told::default(),
             }
         };
         (0..count).map(worker).collect()
@@ -163,6 +169,7 @@ impl Run {
 
     pub(super) fn turn(&mut self) {
         self.engine.turn().expect("the simulator never fails");
+        self.told.hear(&self.engine.cx.ends);
         self.engine.assert_invariants();
         // A drain empties the accept queue, whatever waits in it.
         let allowed = self.mailbox.current_command() >= Command::Drain
@@ -248,6 +255,7 @@ impl Run {
             let ended: u64 = CloseReason::ALL.iter().map(|&reason| stats.closed(reason)).sum();
             assert_eq!(stats.sessions_opened.get(), ended, "every session ends for one reason");
         }
+        self.told.check(self.engine.stats());
     }
 
     fn check_bytes(&mut self) {
