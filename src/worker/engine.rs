@@ -21,6 +21,7 @@ use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
 use crate::proxy::admission::Parts;
+use crate::proxy::retry_budget::Reserve;
 use crate::proxy::{RouteId, WorkerId};
 
 /// What an engine needs, apart from its driver.
@@ -42,6 +43,8 @@ pub struct EngineSetup {
     pub stats: Arc<[Arc<WorkerStats>]>,
     /// Where it tells of those that have ended.
     pub ends: Arc<Ends>,
+    /// What retries need no requests, of each route.
+    pub retry_reserves: Arc<[Arc<Reserve>]>,
     /// When the process started.
     pub started: Instant,
     /// Where backends cannot be.
@@ -96,7 +99,8 @@ impl<D: Driver> Engine<D> {
         let conns_max = parts(setup.pool_conns_max, &needs);
         let routes = (0..setup.config.routes.len()).map(|at| {
             let listening = setup.listening.clone();
-            Route::new(RouteId::at(at), &setup.config, &cx, conns_max[at], listening)
+            let reserve = Arc::clone(&setup.retry_reserves[at]);
+            Route::new(RouteId::at(at), &setup.config, &cx, conns_max[at], listening, reserve)
         });
         let routes = routes.collect();
         Self {

@@ -15,6 +15,7 @@ use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::{CloseReason, LabelSet, RouteStats, WorkerStats};
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store, Tier};
+use crate::proxy::retry_budget::Reserve;
 use crate::proxy::{RouteId, WorkerId};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -96,6 +97,7 @@ impl Run {
             mailboxes: Arc::new([Arc::clone(&mailbox)]),
             stats: Arc::new([Arc::clone(&stats)]),
             ends: Arc::default(),
+            retry_reserves: (0..routes).map(|_| Arc::new(Reserve::new(Instant::now()))).collect(),
             started: Instant::now(),
             listening: Listening::default(),
             core_times: CoreTimes::none(),

@@ -10,7 +10,7 @@ use crate::io::buffers::Buffers;
 use crate::io::{Buf, Close, Unheard};
 use crate::metrics::{CloseReason, Discard, Outcome, Retry};
 use crate::proxy::Side;
-use crate::proxy::retry_budget::RetryBudget;
+use crate::proxy::retry_budget::{Reserve, RetryBudget};
 
 mod limits;
 mod placing;
@@ -64,7 +64,7 @@ impl Bench {
         Self {
             client: Client::new(ConnId::from_parts(0, 0), framing, now),
             buffers: Buffers::new(16).unwrap(),
-            retries: RetryBudget::new(Some(20), now),
+            retries: RetryBudget::new(Some(20), Arc::new(Reserve::new(now)), now),
             policy,
             scratch: [0; 16],
             drains_since: None,
