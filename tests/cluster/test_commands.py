@@ -77,6 +77,9 @@ ELSEWHERE = {
         lambda line: f'"{line.split()[6]}"' in read("benches/compare/scenarios.rs")),
     r"cargo test --test e2e felt .*": (
         "`make test` runs these tests", lambda line: "fn felt_of_" in read("tests/e2e/endpoint_wait.rs")),
+    r"cargo test --test e2e -- a_switchover a_promotion .*": (
+        "`make test` runs these tests", lambda line: all(f"fn {name}" in read(f"tests/e2e/{file}.rs") for name, file in [
+            ("a_switchover", "databases/switchover"), ("a_promotion", "promotion")])),
     r"apt-get install (.*)": (
         "it changes the machine; .ci/run installs the same packages",
         lambda line: set(line.split()[2:]) <= set(read(".ci/run").split())),
