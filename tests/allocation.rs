@@ -23,6 +23,7 @@ use aegis::listening::Listening;
 use aegis::metrics::{Direction, WorkerStats};
 use aegis::proxy::RouteId;
 use aegis::proxy::endpoints::{Endpoint, EndpointSnapshot};
+use aegis::proxy::retry_budget::Reserve;
 use aegis::startup::{Access, listeners};
 use aegis::worker::mailbox::{Command, Mailbox};
 use aegis::worker::tap::Offer;
@@ -197,6 +198,7 @@ fn forwarding_with_settings_allocates_nothing(
         mailboxes: Arc::new([Arc::clone(&mailbox)]),
         stats: Arc::new([Arc::clone(&stats)]),
         ends: Arc::default(),
+        retry_reserves: Arc::new([Arc::new(Reserve::new(Instant::now()))]),
         listening: Listening::new(listeners.addresses.clone()),
         started: Instant::now(),
         exited: alive,

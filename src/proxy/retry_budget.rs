@@ -155,7 +155,9 @@ mod tests {
         let mut workers: Vec<_> = (0..32).map(worker).collect();
         for second in [0, 10, 25] {
             let now = begun + Duration::from_secs(second);
-            workers.iter_mut().for_each(|one| (0..10).for_each(|_| one.on_request(now)));
+            for worker in &mut workers {
+                (0..10).for_each(|_| worker.on_request(now));
+            }
             let all: u32 = workers.iter_mut().map(|one| taken(one, now)).sum();
             assert_eq!(all, 32 * 2 + 100, "after {second} s");
         }
