@@ -7,8 +7,9 @@
 //! Where sessions last for less than a second, a difference says only who was on a core lately, and
 //! goes away by itself.
 //!
-//! Clients of a route with fewer connections than workers go to as many workers as it has connections:
-//! others would wait for their turn with each request.
+//! Clients of a route that reuses its connections, and may have fewer of them than there are workers, go
+//! to as many workers as it may have connections: others would wait for their turn, and make a new
+//! connection each time.
 //!
 //! A Unix socket is listened on by all workers together, and the kernel wakes the first of them that
 //! waits: on `io_uring` that is the same one for all clients, on epoll the next one only while that one

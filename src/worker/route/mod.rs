@@ -153,8 +153,10 @@ impl Route {
     /// have one at a time. Others would have to wait for their turn.
     pub(super) fn workers_max(&self) -> usize {
         match self.config.pool.mode {
-            PoolMode::Request => self.config.pool.conns_max().unwrap_or(usize::MAX),
-            PoolMode::Preconnect | PoolMode::Session => usize::MAX,
+            PoolMode::Request | PoolMode::Session => {
+                self.config.pool.conns_max().unwrap_or(usize::MAX)
+            }
+            PoolMode::Preconnect => usize::MAX,
         }
     }
 

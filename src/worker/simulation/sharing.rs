@@ -68,7 +68,7 @@ impl Workers {
                 Speech::Lines
             }
         };
-        let (count, clients) = ([2, 2, 3, 8][rng.usize(..4)], rng.usize(1..40));
+        let (count, clients) = ([2, 2, 2, 3, 3, 8, 8, 32][rng.usize(..8)], rng.usize(1..40));
         let buffers = limits::buffers_max(clients);
         let mut runs = Run::workers(rng.fork(), config, clients, buffers, count);
         // All come to one of them, or some to each.
@@ -205,7 +205,6 @@ impl Workers {
 
     fn stop(mut self) {
         for run in &mut self.runs {
-            run.command(Command::Drain);
             run.engine.driver().sleeps_until = None;
             run.end();
         }
@@ -213,12 +212,17 @@ impl Workers {
     }
 }
 
-/// With trouble at first. Returns how many sessions were opened, and how many ended in order.
+/// Maybe with trouble at first, and with a drain. Returns how many sessions were opened, and how many ended in order.
 fn run(seed: u64, mode: PoolMode) -> (u64, u64) {
     let mut workers = Workers::new(seed, mode);
     if workers.rng.bool() {
         workers.turn_until(6 * SECOND, Workers::disturb);
         workers.recover();
+    }
+    if workers.rng.u8(..4) == 0 {
+        let from = workers.behind().0 + Duration::from_millis(workers.rng.u64(..2_000));
+        workers.turn_until(from, |_| ());
+        workers.runs.iter_mut().for_each(|run| run.command(Command::Drain));
     }
     workers.serve_all();
     let closed = |reason| workers.runs.iter().map(|run| run.stats.closed(reason)).sum::<u64>();

@@ -34,3 +34,100 @@ fn an_endpoint_is_full_whose_idle_connections_are_too_old_for_a_session() {
     table.closed(at(0));
     assert!(!table.is_full(old) && table.reserve(at(0), old));
 }
+
+/// The tables of two workers that share one endpoint.
+fn two_workers(config: &PoolConfig, now: Instant) -> (Arc<Endpoint>, [Table; 2]) {
+    let address = SocketAddr::from(([127, 0, 0, 1], 1)).into();
+    let endpoint = Endpoint::new("e", address, 2);
+    let endpoints = vec![Arc::clone(&endpoint)];
+    let snapshot = EndpointSnapshot { endpoints, ..EndpointSnapshot::default() };
+    let tables = [0, 1].map(|worker| {
+        let mut table = Table::new(Balance::LeastConn, WorkerId::new(worker), 0);
+        table.apply(&snapshot, config, false, now);
+        table
+    });
+    (endpoint, tables)
+}
+
+/// The first worker has both places that there are, one of them without a connection.
+fn one_has_all(now: Instant) -> (Arc<Endpoint>, [Table; 2]) {
+    let config = PoolConfig { endpoint_max: Some(2), ..pool() };
+    let (endpoint, [mut one, other]) = two_workers(&config, now);
+    keep(&mut one, 0, now);
+    assert!(one.reserve(at(0), now) && one.get(at(0)).unwrap().spare() == 1);
+    (endpoint, [one, other])
+}
+
+const OTHER: Option<WorkerId> = Some(WorkerId::new(1));
+
+#[test]
+fn who_wants_a_place_gets_the_next_one_and_is_woken_and_so_is_who_has_one_idle() {
+    let now = Instant::now();
+    let (_, [mut one, mut other]) = one_has_all(now);
+    for _ in 0..2 {
+        other.want_place(at(0), now);
+        assert_eq!(other.take_wake(), Some(WorkerId::new(0)), "it has one idle");
+        other.want_place(at(0), now);
+        assert_eq!(other.take_wake(), None, "it has been asked");
+        // It has less than its share, and the other one has more.
+        assert!(one.get(at(0)).unwrap().must_yield(now));
+        one.return_spare(at(0), false);
+        assert_eq!((one.take_wake(), one.take_wake()), (OTHER, None));
+        assert!(other.collect(at(0), now) && !other.collect(at(0), now));
+        assert_eq!(other.get(at(0)).unwrap().spare(), 1);
+        other.return_spare(at(0), false);
+        assert!(one.reserve(at(0), now));
+    }
+    // Likewise for what is closed.
+    other.want_place(at(0), now);
+    assert!(one.evict(at(0)).is_some());
+    one.closed(at(0));
+    assert_eq!((one.take_wake(), other.collect(at(0), now)), (OTHER, true));
+}
+
+#[test]
+fn who_waits_for_a_place_no_more_is_given_none() {
+    let now = Instant::now();
+    let (endpoint, [mut one, mut other]) = one_has_all(now);
+    other.want_place(at(0), now);
+    other.return_spare(at(0), false);
+    one.return_spare(at(0), false);
+    assert_eq!((one.take_wake(), endpoint.places.taken()), (None, 1));
+    // One that is free is taken at once, and to be used.
+    other.take_wake();
+    other.want_place(at(0), now);
+    assert_eq!((other.take_wake(), other.get(at(0)).unwrap().spare()), (OTHER, 1));
+}
+
+#[test]
+fn a_worker_that_forgets_an_endpoint_gives_back_what_it_has_and_what_it_was_given() {
+    let now = Instant::now();
+    let (endpoint, [mut one, mut other]) = one_has_all(now);
+    assert!(one.reserve_idle(at(0), now));
+    other.want_place(at(0), now);
+    one.return_spare(at(0), false);
+    assert_eq!([endpoint.places.taken(), endpoint.idle_places.taken()], [2, 1]);
+    drop(other);
+    assert_eq!(endpoint.places.taken(), 1, "it was given one");
+    drop(one);
+    assert_eq!([endpoint.places.taken(), endpoint.idle_places.taken()], [0; 2]);
+}
+
+#[test]
+fn idle_connections_beyond_the_share_make_room_for_those_of_others() {
+    let now = Instant::now();
+    let config = PoolConfig { max_idle: 2, ..pool() };
+    let (_, [mut one, mut other]) = two_workers(&config, now);
+    for conn in 0..2 {
+        assert!(one.reserve_idle(at(0), now));
+        keep(&mut one, conn, now);
+    }
+    let must_yield = |table: &Table| table.get(at(0)).unwrap().must_yield_pooled();
+    assert!(!must_yield(&one));
+    assert!(!other.reserve_idle(at(0), now));
+    assert!(must_yield(&one));
+    assert!(one.evict(at(0)).is_some() && !must_yield(&one));
+    assert_eq!(one.take_wake(), OTHER);
+    other.collect(at(0), now);
+    assert!(other.reserve_idle(at(0), now));
+}
