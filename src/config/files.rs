@@ -9,7 +9,7 @@ use super::error::{ConfigErrors, Problem};
 use super::{Config, Discovery};
 use crate::io::net::Address;
 
-/// A file that is made for a route.
+/// A file that is made.
 struct Made {
     /// The variable that names it.
     variable: String,
@@ -39,14 +39,17 @@ impl Config {
     }
 
     fn files(&self) -> Vec<Made> {
-        let mut files = Vec::new();
+        let socket = |variable: String, path: &Path| Made {
+            variable,
+            text: format!("unix:{}", path.display()),
+            places: places(path),
+        };
+        let control = self.control.as_ref().and_then(Address::path);
+        let control = control.map(|path| socket("AEGIS_CONTROL".to_owned(), path));
+        let mut files: Vec<_> = control.into_iter().collect();
         for (at, route) in self.routes.iter().enumerate() {
             for path in route.listen.iter().filter_map(Address::path) {
-                files.push(Made {
-                    variable: self.name_to_set("AEGIS_LISTEN", at),
-                    text: format!("unix:{}", path.display()),
-                    places: places(path),
-                });
+                files.push(socket(self.name_to_set("AEGIS_LISTEN", at), path));
             }
             let keeps = route.discovery == Discovery::Kubernetes;
             if let Some(path) = route.kube.snapshot.as_deref().filter(|_| keeps) {
@@ -146,6 +149,8 @@ mod tests {
             [(a, &listen("s/db")), ("AEGIS_A__KUBE_SNAPSHOT", &at("s/db"))],
             [(a, &listen("s/db")), ("AEGIS_B__KUBE_SNAPSHOT", &at("link/db"))],
             [(a, &format!("{},{}", listen("s/db"), listen("link/db"))), (b, "127.0.0.1:3")],
+            [(a, &listen("s/db")), ("AEGIS_CONTROL", &listen("link/db"))],
+            [("AEGIS_A__KUBE_SNAPSHOT", &at("s/db")), ("AEGIS_CONTROL", &listen("s/db"))],
         ] {
             let found = problems_of_two(vars);
             let [problem] = &found[..] else { panic!("{vars:?}: {found:?}") };
