@@ -101,6 +101,20 @@ def test_a_reason_without_a_space_is_no_wider_than_a_phone(start, browse):
     assert page.browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth") <= 0
 
 
+def test_who_looks_again_sees_what_is_now(start, browse):
+    page = browse(start())
+    page.browser.execute_script(
+        "Object.defineProperty(document, 'hidden', {value: true, writable: true, configurable: true});"
+        "document.dispatchEvent(new Event('visibilitychange'));")
+    read = "return history[history.length - 1].alive"
+    before = page.browser.execute_script(read)
+    page.browser.execute_script("document.hidden = false; document.dispatchEvent(new Event('visibilitychange'));")
+    # In less than the two seconds after which it would ask anyway.
+    page.browser.set_script_timeout(1.5)
+    page.browser.execute_async_script(
+        "const look = () => history[history.length - 1].alive > arguments[0] ? arguments[1]() : setTimeout(look, 10); look();", before)
+
+
 def test_another_version_brings_its_own_page(start, browse):
     page = browse(start())
     page.browser.execute_script(
