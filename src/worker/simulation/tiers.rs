@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use super::{Run, SECOND, partner, run_seeds};
 use crate::config::{Balance, Config};
-use crate::io::Driver;
 use crate::io::sim::Reachability;
 use crate::limits;
 use crate::proxy::endpoints::Tier;
