@@ -239,14 +239,15 @@ fn declared_stores_are_saved_with_them() {
     api.gate.close();
     let proxy = by_key().launch();
     assert_eq!(answers(&proxy), before, "the same store for each key");
-    drop(proxy);
-    // The endpoints are known, and have moved; only who shares the keys is not.
+    // Then endpoints are known, and have moved; only who shares the keys is not.
     let Some(faults) = api.faults() else { return skip("a real API server answers for all kinds") };
-    api.gate.open();
     faults.fail(Some(("statefulsets", 503)));
     let moved = Backend::chronos_on((host_ip(), 0).into(), &Arc::default());
     drop(store);
+    api.gate.open();
     api.slice("a", &Slice::of(moved.address().port()).with("chronos-0", host_ip()));
+    eventually("they count", PATIENCE, || (answers(&proxy) == before).then_some(()));
+    drop(proxy);
     let proxy = by_key().launch();
     assert_eq!(answers(&proxy), before);
     assert_eq!(proxy.get("/startupz?wait=0").status, 200);

@@ -16,6 +16,7 @@ on_both_drivers![
     requests_wait_for_their_store_while_those_for_another_pass,
     a_wait_for_a_store_that_is_over_ends_with_its_name,
     requests_wait_for_a_store_that_is_absent,
+    a_request_that_waits_goes_where_its_key_goes,
     a_crowd_that_waits_for_one_store_leaves_room_for_those_of_another,
 ];
 
@@ -152,6 +153,71 @@ fn requests_wait_for_a_store_that_is_absent(io: Io) {
     assert_eq!(read_line(&sends(&long, &stores.get(1))).unwrap(), stores.keys[1]);
     announce(0, &stores.servers[0]);
     assert_eq!(read_line(&waiting).unwrap(), stores.keys[0]);
+}
+
+fn a_request_that_waits_goes_where_its_key_goes(io: Io) {
+    let api = KubeApi::start();
+    let memories: [Memory; 3] = Default::default();
+    let servers =
+        memories.each_ref().map(|memory| Backend::chronos_on((host_ip(), 0).into(), memory));
+    let names = ["chronos-0", "chronos-1", "chronos-2"];
+    let announce = |at: usize| {
+        let port = servers[at].address().port();
+        api.slice(names[at], &Slice::of(port).with(names[at], host_ip()));
+    };
+    let scale = |replicas: usize| api.stateful_set("chronos", replicas);
+    scale(3);
+    (0..3).for_each(announce);
+    let proxy = by_key(io, "1m")
+        .set("AEGIS_WORKERS", "32")
+        .kubernetes(&api)
+        .set("AEGIS_KUBE_NAMESPACE", NAMESPACE)
+        .start();
+    let present = |count: u64| proxy.wait_for(STORE_PRESENT, &[], |present| present == count);
+    let fill = || {
+        let client = connect(proxy.address());
+        for number in 0..60 {
+            assert_eq!(ask(&client, &format!("SET key{number} key{number}")), "OK");
+        }
+    };
+    present(3);
+    fill();
+    scale(2);
+    present(2);
+    fill();
+    let [first, _, third] = memories.each_ref().map(|memory| memory.lock().unwrap().clone());
+    let key = third.keys().find(|key| first.contains_key(*key)).expect("some moved to the first");
+    let waits = || {
+        let client = sends(&proxy, &format!("GET {key}\nGET {key}\n"));
+        proxy.wait_for(QUEUE_DEPTH, &[], |waiting| waiting == 1);
+        client
+    };
+    let answered = |client: TcpStream| {
+        assert_eq!([read_line(&client).unwrap(), read_line(&client).unwrap()], [&key[..]; 2]);
+    };
+    // Its store is away, and is its own no more once there are three.
+    api.delete_slice(names[0]);
+    present(1);
+    let client = waits();
+    scale(3);
+    answered(client);
+    // And back: now the third one is away, and then is none of the stores.
+    api.delete_slice(names[2]);
+    announce(0);
+    present(2);
+    let client = waits();
+    assert!(is_silent(&client, 500 * MS));
+    scale(2);
+    answered(client);
+    // Without any store it waits for the first that there is.
+    scale(0);
+    eventually("there is no store", PATIENCE, || {
+        let declared = proxy.log_events("the stores that share the keys are declared");
+        (declared.last()?["now"] == 0).then_some(())
+    });
+    let client = waits();
+    scale(2);
+    answered(client);
 }
 
 fn a_crowd_that_waits_for_one_store_leaves_room_for_those_of_another(io: Io) {

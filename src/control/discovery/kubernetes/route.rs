@@ -196,10 +196,8 @@ impl Route {
             return;
         }
         let saved = self.saved.usable();
-        if objects.is_some() {
-            let named = saved.as_ref().map(|(named, _)| named);
-            self.members = named.and_then(|named| Membership::of_former_run(&named.stores));
-        }
+        let stores = saved.as_ref().map(|(named, _)| &named.stores[..]);
+        self.members = stores.and_then(Membership::of_former_run);
         let Some((named, confirmed)) =
             saved.filter(|_| objects.is_none() || self.members.is_some())
         else {
