@@ -1,5 +1,6 @@
 //! What is wrong with a configuration, and how it is reported.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use super::RouteName;
@@ -8,6 +9,10 @@ use super::variable::{PREFIX, VARIABLES, Variable};
 
 /// Names that are less alike than this are no suggestion (Jaro and Winkler, 1 is equality).
 const SUGGESTION_LIKENESS_MIN: f64 = 0.8;
+
+/// Characters of a value that are shown: a list of a thousand backends would hide what is wrong with it, and
+/// the other problems.
+const SHOWN_MAX: usize = 200;
 
 /// Variables of earlier versions, and what to do instead.
 const GONE: &[(&str, &str)] = &[(
@@ -165,17 +170,24 @@ fn has_one_word_more(name: &str, other: &str) -> bool {
     })
 }
 
+fn shown(value: &str) -> Cow<'_, str> {
+    match value.char_indices().nth(SHOWN_MAX) {
+        Some((end, _)) => format!("{}…", &value[..end]).into(),
+        None => value.into(),
+    }
+}
+
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Value { name, value, why, accepts } => {
-                write!(f, "{name}={value:?}: {why}. Accepted: {accepts}.")
+                write!(f, "{name}={:?}: {why}. Accepted: {accepts}.", shown(value))
             }
             Self::Conflict { route, pairs: [(a, a_value), (b, b_value)], why } => {
                 if let Some(route) = route {
                     write!(f, "route {route}: ")?;
                 }
-                write!(f, "{a}={a_value:?} and {b}={b_value:?}: {why}.")
+                write!(f, "{a}={:?} and {b}={:?}: {why}.", shown(a_value), shown(b_value))
             }
             Self::Unknown { name, similar: Some(similar) } => {
                 write!(f, "{name}: no such variable. Is {similar} meant?")

@@ -32,6 +32,17 @@ fn all_problems_are_told_at_once() {
 }
 
 #[test]
+fn of_a_long_value_the_begin_is_shown() {
+    let many = format!("db:5432,{}nobody", "db-0.example:5432,".repeat(1000));
+    let found = problems(&[("AEGIS_BACKENDS", &many), ("AEGIS_WORKERS", &"ä".repeat(1000))]);
+    assert_eq!(found.len(), 2);
+    assert!(found[0].starts_with("AEGIS_BACKENDS=\"db:5432,db-0.example:5432,"), "{}", found[0]);
+    for problem in found {
+        assert!(problem.contains("…\": ") && problem.len() < 700, "{problem}");
+    }
+}
+
+#[test]
 fn problems_come_in_the_order_of_the_table() {
     let vars: Vec<_> = VARIABLES.iter().rev().map(|variable| (variable.name, "?")).collect();
     let found = problems(&vars);

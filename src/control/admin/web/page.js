@@ -43,6 +43,8 @@ function like(old, next) {
 }
 
 const number = (value) => value.toLocaleString("en", {maximumFractionDigits: value < 10 ? 1 : 0});
+/** A sidecar takes a few hundredths of a core. */
+const cores = (value) => value.toFixed(2);
 const percent = (share) => `${number(share * 100)} %`;
 
 function bytes(value) {
@@ -285,7 +287,7 @@ function showProcess() {
   const levels = [level("sessions", now.sessions)];
   if (now.descriptors) levels.push(level("descriptors", now.descriptors));
   if (now.memory_bytes !== null) levels.push(level("memory", {now: now.memory_bytes, max: null}, bytes));
-  if (now.cpu_seconds !== null) levels.push(tile("CPU, cores", number, (a, b) => rate(a, b, (reading) => reading.cpu_seconds)));
+  if (now.cpu_seconds !== null) levels.push(tile("CPU, cores", cores, (a, b) => rate(a, b, (reading) => reading.cpu_seconds)));
   fill(byId("levels"), ...levels);
   const rows = now.workers.map((worker, at) => {
     const share = (read) => percent(rate(now, then, (reading) => read(reading.workers[at])));
