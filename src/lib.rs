@@ -19,6 +19,7 @@
 //! | [`listening`] | which addresses lead back to this process |
 //! | [`startup`] | decided before anything is bound: cores, driver, capacity; then listeners |
 //! | [`metrics`] | one row per metric: a worker's counter, the text, the reference page |
+//! | [`capture`] | what a tap has captured of a client: records, bounded by the file they become |
 //! | [`slab`], [`fifo`] | fixed-capacity slots with generations; a queue that stays in its memory |
 //! | [`proxy`] | decides: sessions, relays, requests, pools, balancing, health; no I/O, no clock, no unsafe |
 //! | [`protocol`] | all that is known of a protocol: TCP, Chronos, HTTP/1; the PROXY protocol's header |
@@ -42,6 +43,7 @@
 // Here alone: in the test and bench crates nothing is reachable from outside.
 #![warn(unreachable_pub)]
 
+pub mod capture;
 pub mod cli;
 pub mod config;
 pub mod control;

@@ -380,6 +380,15 @@ pub const CONTROL_WAITING: usize = 16;
 /// Bytes of a line on the control socket. A log filter that names every module is shorter.
 pub const CONTROL_LINE_BYTES_MAX: usize = 4096;
 
+/// Bytes of the file that a tap makes, at most, and so of the memory that the proxy has for it meanwhile.
+pub const TAP_BYTES_MAX: usize = 16 << 20;
+
+/// The least that can be asked for: a few messages.
+pub const TAP_BYTES_MIN: usize = 4 << 10;
+
+/// How long a tap may wait and capture. Who looks for longer does so again.
+pub const TAP_TIME_MAX: Duration = Duration::from_secs(3600);
+
 /// Descriptors held back for admin connections, so that a probe is answered where there are no
 /// others: what is short is known then, and a restart would not mend it. One of them is never used.
 pub const ADMIN_DESCRIPTORS_RESERVED: usize = 4;

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use aegis::capture::{Capture, FILE_BYTES_MIN, PACKET_HEADERS};
 use aegis::config::{Config, SocketMode};
 use aegis::io::net::Address;
 use aegis::io::probe::{self, DriverKind, Features};
@@ -22,8 +23,10 @@ use aegis::listening::Listening;
 use aegis::metrics::{Direction, WorkerStats};
 use aegis::proxy::RouteId;
 use aegis::proxy::endpoints::{Endpoint, EndpointSnapshot};
+use aegis::proxy::retry_budget::Reserve;
 use aegis::startup::{Access, listeners};
 use aegis::worker::mailbox::{Command, Mailbox};
+use aegis::worker::tap::Offer;
 use aegis::worker::{self, WorkerSetup};
 
 const CLIENTS: usize = 20;
@@ -195,6 +198,7 @@ fn forwarding_with_settings_allocates_nothing(
         mailboxes: Arc::new([Arc::clone(&mailbox)]),
         stats: Arc::new([Arc::clone(&stats)]),
         ends: Arc::default(),
+        retry_reserves: Arc::new([Arc::new(Reserve::new(Instant::now()))]),
         listening: Listening::new(listeners.addresses.clone()),
         started: Instant::now(),
         exited: alive,
@@ -208,6 +212,12 @@ fn forwarding_with_settings_allocates_nothing(
         tiers: Vec::new(),
         stores: Vec::new(),
     }));
+
+    // The first of the clients is captured meanwhile.
+    let exchanges = WARM_UP + MESSAGES / CLIENTS;
+    let packets = 2 * exchanges * (PACKET_HEADERS + MESSAGE.len());
+    let (offer, tapped) = Offer::new(None, None, 0, Capture::new(FILE_BYTES_MIN + packets));
+    mailbox.offer_tap(offer);
 
     let address = &listeners.addresses[0];
     let mut clients: Vec<_> = (0..CLIENTS).map(|_| connect(address)).collect();
@@ -227,6 +237,12 @@ fn forwarding_with_settings_allocates_nothing(
     drop(clients);
     mailbox.command(Command::Stop);
     assert!(exited.blocking_recv().is_none());
+    let captured = tapped.blocking_recv().unwrap().capture.payload();
+    assert_eq!(
+        captured,
+        (2 * exchanges * MESSAGE.len()) as u64,
+        "each of its messages is captured"
+    );
 }
 
 /// One test, so that the workers of one driver are not counted with the other's.

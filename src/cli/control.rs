@@ -11,8 +11,9 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use super::admin::left;
 use super::table::plain;
 use crate::config::control_address;
-use crate::control::socket::{Reply, Request};
+use crate::control::socket::{Reply, Request, Tapped};
 use crate::io::net::Address;
+use crate::limits::TAP_BYTES_MAX;
 
 const CONTROL: &str = "control";
 
@@ -34,16 +35,80 @@ pub(super) fn option() -> Arg {
 pub(super) struct Done {
     /// What came of it.
     pub(super) text: String,
-    stream: UnixStream,
+    talk: Talk,
 }
 
 impl Done {
     /// Waits until the process has ended, which closes the connection.
     pub(super) fn wait(mut self) -> Result<(), String> {
-        self.stream.set_read_timeout(None).map_err(|error| error.to_string())?;
-        match io::copy(&mut self.stream, &mut io::sink()) {
+        let stream = &mut self.talk.stream;
+        stream.set_read_timeout(None).map_err(|error| error.to_string())?;
+        match io::copy(stream, &mut io::sink()) {
             Err(error) if error.kind() != ErrorKind::ConnectionReset => Err(error.to_string()),
             _ => Ok(()),
+        }
+    }
+
+    /// Waits for what a tap captures, which takes so long at most.
+    pub(super) fn tapped(mut self, time: Duration) -> Result<(Tapped, Vec<u8>), String> {
+        let text = |error: io::Error| error.to_string();
+        // A worker has some time to hand it back.
+        let until = Instant::now() + time + 2 * TIME_MAX;
+        match self.talk.reply(until).map_err(text)? {
+            Reply::Tapped(tapped) if tapped.len <= TAP_BYTES_MAX => {
+                let records = self.talk.bytes(tapped.len, Instant::now() + TIME_MAX);
+                Ok((tapped, records.map_err(text)?))
+            }
+            Reply::Refused(why) => Err(plain(&why)),
+            Reply::Tapped(_) | Reply::Done(_) => Err("the proxy answers what it cannot".to_owned()),
+        }
+    }
+}
+
+/// A connection to the socket, and what came by it that was not looked at so far.
+struct Talk {
+    stream: UnixStream,
+    read: Vec<u8>,
+}
+
+impl Talk {
+    /// Reads a line.
+    fn reply(&mut self, until: Instant) -> io::Result<Reply> {
+        loop {
+            if let Some(end) = self.read.iter().position(|&byte| byte == b'\n') {
+                let line = self.read.drain(..=end).collect::<Vec<_>>();
+                return Ok(serde_json::from_slice(&line)?);
+            }
+            if self.read.len() > REPLY_BYTES_MAX || !self.read_more(until)? {
+                return Err(io::Error::other("the connection was closed without an answer"));
+            }
+        }
+    }
+
+    /// Reads so many bytes.
+    fn bytes(mut self, len: usize, until: Instant) -> io::Result<Vec<u8>> {
+        while self.read.len() < len {
+            if !self.read_more(until)? {
+                return Err(io::Error::other("the proxy ended before all was sent"));
+            }
+        }
+        Ok(self.read)
+    }
+
+    /// Reads what there is. Says whether there was something before the end.
+    fn read_more(&mut self, until: Instant) -> io::Result<bool> {
+        let mut buffer = [0; 16 << 10];
+        loop {
+            // Whoever sends a byte now and then is no better than who is silent.
+            self.stream.set_read_timeout(Some(left(until)?))?;
+            match self.stream.read(&mut buffer) {
+                Ok(count) => {
+                    self.read.extend_from_slice(&buffer[..count]);
+                    return Ok(count > 0);
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
         }
     }
 }
@@ -56,7 +121,7 @@ pub(super) fn ask(matches: &ArgMatches, request: &Request) -> Result<Done, Strin
     let address = address(matches)?;
     let Some(path) = address.path() else { unreachable!("{address} is no path") };
     let reply = connect(path).and_then(|stream| exchange(stream, request));
-    let (reply, stream) = reply.map_err(|error| match error.kind() {
+    let (reply, talk) = reply.map_err(|error| match error.kind() {
         ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
             format!("nothing listens at {address}: no proxy with this AEGIS_CONTROL runs here")
         }
@@ -71,8 +136,9 @@ pub(super) fn ask(matches: &ArgMatches, request: &Request) -> Result<Done, Strin
         _ => format!("{address}: {error}"),
     })?;
     match reply {
-        Reply::Done(text) => Ok(Done { text: plain(&text), stream }),
+        Reply::Done(text) => Ok(Done { text: plain(&text), talk }),
         Reply::Refused(why) => Err(plain(&why)),
+        Reply::Tapped(_) => Err("the proxy answers what was not asked".to_owned()),
     }
 }
 
@@ -99,29 +165,15 @@ fn connect(path: &Path) -> io::Result<UnixStream> {
     Ok(socket.into())
 }
 
-fn exchange(mut stream: UnixStream, request: &Request) -> io::Result<(Reply, UnixStream)> {
+fn exchange(mut stream: UnixStream, request: &Request) -> io::Result<(Reply, Talk)> {
     let until = Instant::now() + TIME_MAX;
     let mut line = serde_json::to_vec(request)?;
     line.push(b'\n');
     // Who is refused at once may find the connection closed already, and the reply there.
     let sent = stream.write_all(&line);
-    let (mut reply, mut buffer) = (Vec::new(), vec![0; REPLY_BYTES_MAX]);
-    let read = loop {
-        // Whoever sends a byte now and then is no better than who is silent.
-        let read = left(until).and_then(|left| stream.set_read_timeout(Some(left)));
-        match read.and_then(|()| stream.read(&mut buffer)) {
-            Ok(0) => break Ok(()),
-            Ok(count) => reply.extend_from_slice(&buffer[..count]),
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => break Err(error),
-        }
-        if reply.ends_with(b"\n") || reply.len() > REPLY_BYTES_MAX {
-            break Ok(());
-        }
-    };
-    if !reply.ends_with(b"\n") {
-        read.and(sent)?;
-        return Err(io::Error::other("the connection was closed without an answer"));
+    let mut talk = Talk { stream, read: Vec::new() };
+    match talk.reply(until) {
+        Ok(reply) => Ok((reply, talk)),
+        Err(error) => sent.and(Err(error)),
     }
-    Ok((serde_json::from_slice(&reply)?, stream))
 }

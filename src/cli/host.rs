@@ -10,7 +10,7 @@ use crate::config::{Config, Discovery, IoChoice, RouteConfig};
 use crate::control::survey::{Found, Reached, survey};
 use crate::io::net::Address;
 use crate::limits::SESSIONS_AUTO_MAX;
-use crate::startup::{self, Capacity, Decisions};
+use crate::startup::{Capacity, Decisions, Plan};
 
 /// What is thought of a thing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,7 +52,7 @@ impl Item {
 /// # Errors
 /// There is no descriptor to look with.
 pub(super) fn look(config: &Config, decisions: &Decisions) -> io::Result<Vec<Item>> {
-    let mut items = vec![cores(decisions), descriptors(config, decisions), memlock()];
+    let mut items = vec![cores(&decisions.plan), descriptors(config, decisions), memlock()];
     items.push(driver(config, decisions));
     for (route, found) in config.routes.iter().zip(survey(config)?) {
         let of = match config.routes.len() {
@@ -64,15 +64,15 @@ pub(super) fn look(config: &Config, decisions: &Decisions) -> io::Result<Vec<Ite
     Ok(items)
 }
 
-fn cores(decisions: &Decisions) -> Item {
-    let workers = decisions.plan.cores.len();
-    let affinity = std::thread::available_parallelism().map_or(0, usize::from);
-    let quota = startup::cpu_quota();
-    let limit = quota.as_ref().map_or("no quota".to_owned(), |quota| format!("a quota of {quota}"));
-    let text = format!("cores: {affinity} for this process, {limit}; workers: {workers}");
-    if affinity > 0 && workers > affinity {
+fn cores(plan: &Plan) -> Item {
+    let &Plan { cpus, quota, .. } = plan;
+    let workers = plan.cores.len();
+    let limit = quota.map_or("no quota".to_owned(), |quota| format!("a quota of {quota}"));
+    let text = format!("cores: {cpus} for this process, {limit}; workers: {workers}");
+    let at_a_time = quota.map_or(cpus, |quota| cpus.min(quota.cores()));
+    if at_a_time > 0 && workers > at_a_time {
         let what =
-            format!("{text}; they would wait for each other: set AEGIS_WORKERS to {affinity}");
+            format!("{text}; they would wait for each other: set AEGIS_WORKERS to {at_a_time}");
         return Item::new(Verdict::Note, what);
     }
     Item::new(Verdict::Fine, text)
@@ -179,4 +179,36 @@ fn why(error: &io::Error, address: &Address) -> String {
 
 fn time(took: Duration) -> String {
     format!("{:.1} ms", took.as_secs_f64() * 1000.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::startup::Quota;
+
+    #[test]
+    fn workers_are_too_many_where_there_are_more_than_cpus_and_quota_rounded_up() {
+        for (workers, cpus, quota_milli, expected) in [
+            (2, 2, Some(1500), "fine  cores: 2 for this process, a quota of 1.5; workers: 2"),
+            (1, 4, Some(250), "fine  cores: 4 for this process, a quota of 0.25; workers: 1"),
+            (
+                2,
+                4,
+                Some(250),
+                "note  cores: 4 for this process, a quota of 0.25; workers: 2; they would wait for each other: set AEGIS_WORKERS to 1",
+            ),
+            (
+                3,
+                2,
+                None,
+                "note  cores: 2 for this process, no quota; workers: 3; they would wait for each other: set AEGIS_WORKERS to 2",
+            ),
+            // How many there are is not known.
+            (3, 0, None, "fine  cores: 0 for this process, no quota; workers: 3"),
+        ] {
+            let (cores, quota) = (vec![None; workers], quota_milli.map(Quota::of_milli));
+            let plan = Plan { cores, reason: String::new(), cpus, quota };
+            assert_eq!(super::cores(&plan).line(), expected);
+        }
+    }
 }

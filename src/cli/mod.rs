@@ -14,6 +14,7 @@ mod log_level;
 mod output;
 mod shell;
 mod table;
+mod tap;
 mod top;
 
 use std::ffi::OsString;
@@ -53,6 +54,7 @@ const TOOLS: &[ToolRow] = &[
     (top::NAME, top::definition, top::run),
     (drain::NAME, drain::definition, drain::run),
     (log_level::NAME, log_level::definition, log_level::run),
+    (tap::NAME, tap::definition, tap::run),
     (shell::COMPLETIONS, shell::completions_definition, shell::completions),
     (shell::MAN, shell::man_definition, shell::man),
 ];
@@ -118,6 +120,8 @@ mod tests {
             &[""],
             &["healthcheck", "--probe", "x"],
             &["endpoints", "--port", "1"],
+            &["tap", "--bytes", "much"],
+            &["tap", "--nth", "0"],
         ] {
             let error = parse(args).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{error}");

@@ -189,10 +189,14 @@ const LOGGING_LIBRARIES: [&str; 13] = [
     "warp",
 ];
 
-/// A log filter, returned without the spaces in it. Its reader takes each word that is no level for
+/// A log filter, returned without the spaces in it, and without directives that say nothing. Its reader takes each word that is no level for
 /// a target, of which everything is to be logged, and a level that is misspelt is such a word.
 pub(super) fn log_filter(text: &str) -> Parsed<String> {
-    let text = text.split(',').map(str::trim).collect::<Vec<_>>().join(",");
+    let directives = text.split(',').map(str::trim).filter(|directive| !directive.is_empty());
+    let text = directives.collect::<Vec<_>>().join(",");
+    if text.is_empty() {
+        return Err("there is no level".to_owned());
+    }
     if let Err(error) = EnvFilter::builder().with_regex(false).parse(&text) {
         return Err(error.to_string());
     }
@@ -213,7 +217,7 @@ pub(super) fn unknown_targets(text: &str) -> impl Iterator<Item = &str> {
 
 /// The targets that a log filter names, and whether each comes with a level.
 fn targets(text: &str) -> impl Iterator<Item = (&str, bool)> {
-    // Spans are not looked at: there are none of our own.
+    // Spans are not looked at.
     let text = if text.contains('[') { "" } else { text };
     let directives = text.split(',').filter(|directive| !directive.is_empty());
     directives.filter_map(|directive| match directive.split_once('=') {

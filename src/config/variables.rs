@@ -67,7 +67,7 @@ pub struct Config {
         "Where metrics and the probes answer.";
     => "The control socket"
     control: Option<Address> = AEGIS_CONTROL("off") in or("off", text("unix:/PATH", control_address)),
-        "Where drain and log-level are asked for; only this process's user and root may. off: nowhere.";
+        "Where drain, log-level and tap are asked for; only this process's user and root may. off: nowhere.";
     => "The log"
     log: String = AEGIS_LOG("info") in text(
         "off, error, warn, info, debug, trace, or directives such as info,aegis::io=debug",
@@ -149,7 +149,7 @@ pub struct RouteConfig {
         "How many endpoints are tried for a session at once, before it waits or is given up.";
     retry_budget: Option<u32> = AEGIS_RETRY_BUDGET("20")
         in or("off", numbers_of(" of percent", 0..=1000)),
-        "Retries per 100 sessions or requests at most, beside ten per second. off: any number.";
+        "Retries per 100 sessions or requests at most, beside ten per second of all workers. off: any number.";
     idle_timeout: Option<Duration> = AEGIS_IDLE_TIMEOUT("off")
         in or("off", durations(ms(10)..=days(30))),
         "Ends sessions on which no byte moved for this long.";

@@ -37,6 +37,13 @@ pub(super) struct Places {
     failed: Arc<Semaphore>,
 }
 
+impl Places {
+    /// Those for an endpoint whose checks so far are these.
+    fn of(&self, verdicts: &Verdicts) -> &Semaphore {
+        if verdicts.has_failed_latest() { &self.failed } else { &self.passed }
+    }
+}
+
 impl Default for Places {
     fn default() -> Self {
         let half = || Arc::new(Semaphore::new(CHECKS_MAX / 2));
@@ -88,14 +95,12 @@ impl Checks {
         let mut verdicts = Verdicts::new(self.route.check_fall, self.route.check_rise);
         // Neither the endpoints of a process nor the processes of a fleet are to fall in step.
         sleep(interval.mul_f64(fastrand::f64())).await;
-        let mut places = &self.places.passed;
         loop {
-            let Ok(place) = places.acquire().await else { return };
+            let Ok(place) = self.places.of(&verdicts).acquire().await else { return };
             let begun = Instant::now();
             let checked = timeout(self.route.connect_timeout, self.check(&endpoint.address)).await;
             drop(place);
             let checked = checked.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-            places = if checked.is_ok() { &self.places.passed } else { &self.places.failed };
             match checked {
                 Err(error) if is_local(&error) => debug!(%error, "cannot check an endpoint"),
                 checked => self.take_in(&endpoint, &mut verdicts, checked),

@@ -155,7 +155,7 @@ pub(super) fn events(
 /// have ended or are stuck.
 ///
 /// The control socket asks by `drain_asked`, which is looked at once: unlike a second signal, to ask
-/// again is no command to cut what drains.
+/// again is no command to cut what drains. Nor is the first signal behind it.
 pub(super) async fn run(
     view: &View,
     mut events: mpsc::Receiver<Event>,
@@ -171,6 +171,7 @@ pub(super) async fn run(
     };
     // What is learned from now on comes too late for anybody who waited for the start.
     let misconfigured = view.misconfigured();
+    let events = DrainEvents { events, had_signal: signal != BY_CONTROL_SOCKET };
     let outcome = drain(view, events, signal).await;
     match misconfigured {
         Some(reason) if !outcome.is_failure() => {
@@ -178,6 +179,29 @@ pub(super) async fn run(
             Outcome::Misconfigured { reason }
         }
         _ => outcome,
+    }
+}
+
+/// The events of a drain.
+struct DrainEvents {
+    events: mpsc::Receiver<Event>,
+    /// Whether a signal has come.
+    had_signal: bool,
+}
+
+impl DrainEvents {
+    /// The next one. The first signal is none: a pod that is deleted gets one, be it draining or not, and
+    /// its sessions have their time.
+    async fn next(&mut self) -> Option<Event> {
+        loop {
+            match self.events.recv().await {
+                Some(Event::Terminate(signal)) if !self.had_signal => {
+                    self.had_signal = true;
+                    info!(signal, "draining already: a second signal would end it at once");
+                }
+                event => return event,
+            }
+        }
     }
 }
 
@@ -195,7 +219,7 @@ fn leave_message(path: &str, reason: &str) {
     }
 }
 
-async fn drain(view: &View, mut events: mpsc::Receiver<Event>, signal: &str) -> Outcome {
+async fn drain(view: &View, mut events: DrainEvents, signal: &str) -> Outcome {
     view.set_draining();
     let config = view.config();
     info!(
@@ -204,7 +228,7 @@ async fn drain(view: &View, mut events: mpsc::Receiver<Event>, signal: &str) -> 
         delay_ms = config.drain_delay.as_millis() as u64,
         "drain asked: not ready, still accepting"
     );
-    match timeout(config.drain_delay, events.recv()).await {
+    match timeout(config.drain_delay, events.next()).await {
         Err(_) => {}
         Ok(Some(Event::Terminate(signal))) => return cut(view, events, signal).await,
         Ok(_) => return ended_early(),
@@ -220,7 +244,7 @@ async fn drain(view: &View, mut events: mpsc::Receiver<Event>, signal: &str) -> 
     let left = timeout(config.drain_timeout.saturating_sub(LAST_CALL), nobody_to_wait_for(view));
     tokio::select! {
         biased;
-        event = events.recv() => match event {
+        event = events.next() => match event {
             Some(Event::Terminate(signal)) => return cut(view, events, signal).await,
             _ => return ended_early(),
         },
@@ -229,7 +253,7 @@ async fn drain(view: &View, mut events: mpsc::Receiver<Event>, signal: &str) -> 
 
     command(view, Command::Drain);
     info!(sessions = view.sessions_active(), "draining: accepting no more, sessions finish");
-    match timeout_at(deadline, events.recv()).await {
+    match timeout_at(deadline, events.next()).await {
         Ok(Some(Event::Terminate(signal))) => cut(view, events, signal).await,
         Ok(_) => {
             info!("drained: every session has finished");
@@ -271,16 +295,16 @@ fn has_left(route: &RouteView<'_>) -> bool {
     route.stats.iter().all(is_over)
 }
 
-async fn cut(view: &View, events: mpsc::Receiver<Event>, signal: &str) -> Outcome {
+async fn cut(view: &View, events: DrainEvents, signal: &str) -> Outcome {
     let sessions_cut = view.sessions_active();
     warn!(signal, sessions_cut, "second signal: ending at once");
     stop(view, events, Outcome::Stopped { sessions_cut }).await
 }
 
 /// Orders the workers to stop; `outcome` once they have.
-async fn stop(view: &View, mut events: mpsc::Receiver<Event>, outcome: Outcome) -> Outcome {
+async fn stop(view: &View, mut events: DrainEvents, outcome: Outcome) -> Outcome {
     command(view, Command::Stop);
-    let ended = async { while let Some(Event::Terminate(_)) = events.recv().await {} };
+    let ended = async { while let Some(Event::Terminate(_)) = events.next().await {} };
     if timeout(STOP_MAX, ended).await.is_ok() {
         info!(?outcome, "stopped: every worker has ended");
         outcome
@@ -303,6 +327,7 @@ fn command(view: &View, command: Command) {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
     use std::sync::Arc;
 
     use super::*;
@@ -384,6 +409,27 @@ mod tests {
         assert_eq!(life(Duration::ZERO, HOUR, &leaving), (outcome.clone(), Command::Stop));
         let finishing = [&[(Command::Run, SIGTERM), (Command::Drain, SIGTERM)], &end[..]].concat();
         assert_eq!(life(Duration::ZERO, LAST_CALL, &finishing), (outcome, Command::Stop));
+    }
+
+    /// A pod that is deleted while it drains gets one signal, as ever.
+    #[test]
+    fn the_first_signal_cuts_no_drain_that_was_asked_for_otherwise() {
+        let config = Config { drain_delay: HOUR, drain_timeout: HOUR, ..testing::config() };
+        let view = testing::view(config, Vec::new());
+        block_on(async {
+            let (sender, events) = mpsc::channel(1);
+            let drain_asked = Notify::new();
+            drain_asked.notify_one();
+            let mut running = pin!(run(&view, events, &drain_asked));
+            let mut goes_on = async || timeout(Duration::ZERO, &mut running).await.is_err();
+            assert!(goes_on().await && view.draining());
+            for _ in 0..2 {
+                assert_eq!(view.workers()[0].mailbox.current_command(), Command::Run);
+                sender.try_send(SIGTERM).unwrap();
+                assert!(goes_on().await);
+            }
+            assert_eq!(view.workers()[0].mailbox.current_command(), Command::Stop);
+        });
     }
 
     #[test]

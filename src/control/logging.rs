@@ -13,7 +13,8 @@ use std::os::fd::AsFd;
 use std::sync::OnceLock;
 use std::thread;
 
-use tracing_subscriber::filter::ParseError;
+use tracing::{Level, Metadata};
+use tracing_subscriber::filter::{FilterExt, LevelFilter, ParseError, filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
@@ -25,10 +26,10 @@ use writer::LogWriter;
 /// The log of the process, once there is one.
 static LOG: OnceLock<LogWriter> = OnceLock::new();
 
-/// What holds whatever `AEGIS_LOG` says, unless it names the same. Libraries tell of troubles which the
-/// program tells of itself, once; and who changes it by the control socket is in its log.
-const ALWAYS: &str = "kube=off,kube_client=off,hyper=off,hyper_util=off,tower=off,tower_http=off,\
-                      rustls=off,aegis::control::socket=info";
+/// What holds whatever `AEGIS_LOG` says, unless it names the same: libraries tell of troubles which the
+/// program tells of itself, once.
+const LIBRARIES: &str =
+    "kube=off,kube_client=off,hyper=off,hyper_util=off,tower=off,tower_http=off,rustls=off";
 
 /// By which the filter is changed.
 static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
@@ -58,12 +59,22 @@ pub fn init_logging(config: &Config) -> io::Result<()> {
         LogFormat::Text => layer.boxed(),
         LogFormat::Json => layer.json().flatten_event(true).with_span_list(false).boxed(),
     };
+    let always = filter_fn(is_always_logged).with_max_level_hint(LevelFilter::INFO);
+    let layer = layer.with_filter(filter.or(always));
     // The only failure is that a subscriber is set already.
-    let _ = tracing_subscriber::registry().with(filter).with(layer).try_init();
+    let _ = tracing_subscriber::registry().with(layer).try_init();
     if let Some(error) = problem {
         tracing::warn!(filter = config.log, %error, "AEGIS_LOG is not a log filter, using `info`");
     }
     Ok(())
+}
+
+/// Whether something is in the log whatever the filter says: who changes something by the control socket;
+/// and what names a route in lines, since it is asked once, for all lines of the process's life.
+fn is_always_logged(metadata: &Metadata<'_>) -> bool {
+    let is_command =
+        metadata.target().starts_with("aegis::control::socket") && *metadata.level() <= Level::INFO;
+    is_command || metadata.is_span() && metadata.target() == "aegis::control"
 }
 
 /// Changes what is logged, as `AEGIS_LOG` says it.
@@ -80,7 +91,7 @@ pub fn set_filter(text: &str) -> Result<(), String> {
 
 /// Without regular expressions, which a text of this length could make as large as it likes.
 fn filter_of(text: &str) -> Result<EnvFilter, ParseError> {
-    EnvFilter::builder().with_regex(false).parse(format!("{ALWAYS},{text}"))
+    EnvFilter::builder().with_regex(false).parse(format!("{LIBRARIES},{text}"))
 }
 
 /// Lines of the log that were dropped: nobody read them, or they could not be written.

@@ -41,7 +41,7 @@ scraped! {
         DISCOVERY_ENDPOINTS: Gauge = "aegis_discovery_endpoints" per ROUTE;
         /// 1 while the store is there to be asked for its keys, else 0.
         STORE_PRESENT: Gauge = "aegis_store_present" per ROUTE, STORE if STORES;
-        /// When the source of endpoints answered last, 0 before the first time.
+        /// When the source of endpoints answered last, 0 before the first time and where none has to be asked.
         DISCOVERY_LAST_SYNC: Gauge = "aegis_discovery_last_sync_timestamp_seconds" per ROUTE;
         /// How old the endpoints are, while they are those of a former run.
         DISCOVERY_SNAPSHOT_AGE: Gauge = "aegis_discovery_snapshot_age_seconds" per ROUTE if SAVED_ENDPOINTS;

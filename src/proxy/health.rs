@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! Usable ──failures in a row──▶ Ejected ──time is up──▶ Probing ──probe failed──▶ Ejected, longer
-//!   ▲                             │                        │
+//!   ▲  └───nobody knows yet──────▶│                        │
 //!   └────────────a byte from it───┴─or the probe lasts─────┘
 //! ```
 //!
@@ -188,6 +188,13 @@ impl Health {
         }
         self.failures = self.failures.max(config.eject_failures.saturating_sub(1));
         self.on_failure(config, now, rng)
+    }
+
+    /// Nobody knows whether it is well, and nobody needs it now: a probe is to find out.
+    pub fn doubt(&mut self, now: Instant) {
+        if self.is_admitted() {
+            self.state = State::Ejected { until: now };
+        }
     }
 
     /// The probe could not be made, for a reason on this side; another one is due a little later.

@@ -63,6 +63,25 @@ impl From<RouteId> for usize {
     }
 }
 
+/// Payload that came from a client and from its backend, as it counts in the metrics.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Bytes {
+    /// From the client.
+    pub to_backend: u64,
+    /// From the backend.
+    pub to_client: u64,
+}
+
+impl Bytes {
+    /// More came from this side.
+    pub fn add(&mut self, from: Side, bytes: u64) {
+        match from {
+            Side::Client => self.to_backend += bytes,
+            Side::Backend => self.to_client += bytes,
+        }
+    }
+}
+
 /// One end of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {

@@ -34,12 +34,11 @@ pub enum Flow {
 pub struct Relay {
     state: State,
     in_flight: u32,
-    received: u64,
 }
 
 impl Default for Relay {
     fn default() -> Self {
-        Self { state: State::Flowing, in_flight: 0, received: 0 }
+        Self { state: State::Flowing, in_flight: 0 }
     }
 }
 
@@ -50,7 +49,6 @@ impl Relay {
             return Flow::Keep;
         }
         self.in_flight += bytes;
-        self.received += u64::from(bytes);
         if self.state == State::Flowing && self.in_flight >= limit {
             self.state = State::Paused;
             return Flow::Pause;
@@ -105,11 +103,6 @@ impl Relay {
     /// Whether nothing more will happen in this direction.
     pub fn is_done(&self) -> bool {
         self.is_ending() && self.in_flight == 0
-    }
-
-    /// Bytes received so far.
-    pub fn received(&self) -> u64 {
-        self.received
     }
 
     /// Bytes received and not yet taken by the sink.

@@ -20,6 +20,10 @@ pub struct Plan {
     pub cores: Vec<Option<CoreId>>,
     /// How this came about, in a sentence for the log.
     pub reason: String,
+    /// CPUs that the process may run on; 0 where that is not known.
+    pub cpus: usize,
+    /// What the control groups allow it of their time, where they limit that.
+    pub quota: Option<Quota>,
 }
 
 /// Plans for this process: `workers` of them, or else one for each core that is for it. That is what
@@ -44,7 +48,8 @@ pub(super) fn plan_in(
         cpus.iter().partition(|&&cpu| is_first_sibling(root, cpu, cpus));
     // A quota that all the process's CPUs together cannot exceed never throttles. It is what the
     // kubelet's static CPU manager sets, along with the mask.
-    let quota = Quota::smallest(root).filter(|quota| quota.milli() < cpus.len() as u64 * 1000);
+    let given = Quota::smallest(root);
+    let quota = given.filter(|quota| quota.milli() < cpus.len() as u64 * 1000);
 
     let request = resources.cpu_request_milli.map(|milli| Quota::of_milli(milli.get()));
     let usable = quota.map_or(first.len(), |quota| first.len().min(quota.cores()));
@@ -88,7 +93,7 @@ pub(super) fn plan_in(
         quota.unwrap_or_default(),
         if pinned { "pinned" } else { "not pinned" },
     );
-    Plan { cores, reason }
+    Plan { cores, reason, cpus: cpus.len(), quota: given }
 }
 
 /// Why it is not certain that nobody else runs on these CPUs. The kubelet's static CPU manager gives

@@ -12,14 +12,13 @@ mod spawn;
 #[cfg(test)]
 mod testing;
 
-use std::path::Path;
-
 use crate::config::Config;
 
 pub use capacity::Capacity;
 pub use cores::Plan;
 pub use driver::{Choice, prepare_workers};
 pub use error::StartError;
+pub use quota::Quota;
 pub use socket_file::{Access, SocketFile};
 pub use spawn::start_workers;
 
@@ -32,11 +31,6 @@ pub struct Decisions {
     pub driver: Choice,
     /// How much there is room for.
     pub capacity: Capacity,
-}
-
-/// How many CPUs the control groups allow this process, where they limit it, as people write it.
-pub fn cpu_quota() -> Option<String> {
-    quota::Quota::smallest(Path::new("/")).map(|quota| quota.to_string())
 }
 
 /// Decides by the configuration, and by what this host and its kernel allow.

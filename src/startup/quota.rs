@@ -10,7 +10,7 @@ use procfs::{FromRead, ProcessCGroup, ProcessCGroups};
 
 /// CPU time per wall time, in thousandths of a core.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Quota {
+pub struct Quota {
     milli: u64,
 }
 
@@ -22,7 +22,7 @@ impl Display for Quota {
 
 impl Quota {
     /// So many thousandths of a core.
-    pub(super) fn of_milli(milli: u64) -> Self {
+    pub fn of_milli(milli: u64) -> Self {
         Self { milli }
     }
 
@@ -37,7 +37,7 @@ impl Quota {
     }
 
     /// In whole cores, rounded up: a part of a core is better used than left.
-    pub(super) fn cores(self) -> usize {
+    pub fn cores(self) -> usize {
         usize::try_from(self.milli.div_ceil(1000)).unwrap_or(usize::MAX)
     }
 

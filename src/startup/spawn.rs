@@ -15,6 +15,7 @@ use crate::io::net::Address;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
 use crate::proxy::RouteId;
+use crate::proxy::retry_budget::Reserve;
 use crate::worker::ends::Ends;
 use crate::worker::mailbox::Mailbox;
 use crate::worker::{Prepared, WorkerSetup};
@@ -54,6 +55,8 @@ pub fn start_workers(
         .map(|_| Mailbox::new(config.routes.len()).map(Arc::new))
         .collect::<Result<_, _>>()?;
     let ends: Vec<Arc<Ends>> = (0..workers).map(|_| Arc::default()).collect();
+    let reserve = |_| Arc::new(Reserve::new(started));
+    let retry_reserves: Arc<[_]> = (0..config.routes.len()).map(reserve).collect();
     let (alive, exited) = mpsc::channel(1);
     let listening = Listening::new(addresses.clone());
     for (index, (worker, listeners)) in prepared.into_iter().zip(sets).enumerate() {
@@ -67,6 +70,7 @@ pub fn start_workers(
             mailboxes: Arc::clone(&mailboxes),
             stats: Arc::clone(&stats),
             ends: Arc::clone(&ends[index]),
+            retry_reserves: Arc::clone(&retry_reserves),
             started,
             listening: listening.clone(),
             exited: alive.clone(),

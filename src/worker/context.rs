@@ -9,6 +9,7 @@ use super::load::Load;
 use super::mailbox::Command;
 use super::owners::Owners;
 use super::places::Places;
+use super::tap::Tap;
 use super::timers::Timers;
 use crate::io::Driver;
 use crate::limits;
@@ -40,6 +41,8 @@ pub(super) struct Context<D> {
     pub(super) drain: Drain,
     /// Workers that are to look after places for connections, once this turn is over.
     pub(super) calls: Vec<WorkerId>,
+    /// The client that is captured, if one is.
+    pub(super) tap: Tap,
 }
 
 impl<D: Driver> Context<D> {

@@ -9,9 +9,11 @@ use crossbeam_queue::ArrayQueue;
 
 use crate::limits;
 use crate::metrics::{CloseReason, Outcome};
+#[cfg(test)]
+use crate::metrics::{Direction, LabelSet, WorkerStats};
 use crate::protocol::Verb;
 use crate::proxy::endpoints::Endpoint;
-use crate::proxy::{RouteId, Side};
+use crate::proxy::{Bytes, RouteId, Side};
 
 /// How a session or a request has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +30,17 @@ impl How {
         match self {
             Self::Session(reason) => reason.is_normal(),
             Self::Request(_, outcome) => outcome.is_normal(),
+        }
+    }
+
+    /// The side that it says to have broken, if it says so.
+    pub fn broken(self) -> Option<Side> {
+        match self {
+            Self::Session(CloseReason::ClientReset | CloseReason::ClientSilent)
+            | Self::Request(_, Outcome::ClientGone) => Some(Side::Client),
+            Self::Session(CloseReason::BackendReset | CloseReason::BackendSilent)
+            | Self::Request(_, Outcome::Lost) => Some(Side::Backend),
+            Self::Session(_) | Self::Request(..) => None,
         }
     }
 }
@@ -48,8 +61,8 @@ pub struct End {
     pub attempts: u32,
     /// Who was the first to end or to break, if one of the two was.
     pub ended_first: Option<Side>,
-    /// Bytes to the backend and to the client.
-    pub bytes: Option<(u64, u64)>,
+    /// Bytes that came from the client and from the backend. Of a request: those of its latest attempt.
+    pub bytes: Bytes,
     /// For how long it lasted.
     pub lasted: Duration,
     /// How long it took until it had a backend.
@@ -97,5 +110,48 @@ impl Ends {
     /// How many found no room so far.
     pub fn dropped(&self) -> u64 {
         self.dropped.load(Relaxed)
+    }
+}
+
+/// All that a worker has told of, to be compared with what it has counted.
+#[cfg(test)]
+#[derive(Default)]
+pub(super) struct Told {
+    ends: Vec<End>,
+    dropped: u64,
+}
+
+#[cfg(test)]
+impl Told {
+    /// Takes what there is.
+    pub(super) fn hear(&mut self, ends: &Ends) {
+        self.ends.extend(std::iter::from_fn(|| ends.take()));
+        self.dropped = ends.dropped();
+    }
+
+    /// Each end that was counted was told of once, as what it was counted, and the bytes of all sessions
+    /// are those that were counted.
+    pub(super) fn check(&self, stats: &WorkerStats) {
+        assert_eq!(self.dropped, 0, "there was room for all");
+        for (route, stats) in stats.routes.iter().enumerate() {
+            let ends = || self.ends.iter().filter(move |end| usize::from(end.route) == route);
+            let told = |how| ends().filter(|end| end.how == how).count() as u64;
+            for &reason in CloseReason::ALL {
+                assert_eq!(told(How::Session(reason)), stats.closed(reason), "{reason:?}");
+            }
+            for &outcome in Outcome::ALL {
+                let of_all = |end: &&End| matches!(end.how, How::Request(_, how) if how == outcome);
+                let told = ends().filter(of_all).count() as u64;
+                assert_eq!(told, stats.requests_ended(outcome), "{outcome:?}");
+            }
+            let sessions = ends().filter(|end| matches!(end.how, How::Session(_)));
+            let (mut to_backend, mut to_client) = (0, 0);
+            for end in sessions {
+                to_backend += end.bytes.to_backend;
+                to_client += end.bytes.to_client;
+            }
+            assert_eq!(to_backend, stats.bytes.of(Direction::ToBackend).get(), "bytes to backends");
+            assert_eq!(to_client, stats.bytes.of(Direction::ToClient).get(), "bytes to clients");
+        }
     }
 }

@@ -14,6 +14,7 @@ use super::mailbox::{Command, Mailbox};
 use super::owners::{Owners, Turns};
 use super::places::Places;
 use super::route::Route;
+use super::tap::Tap;
 use super::timers::Timers;
 use crate::config::Config;
 use crate::io::Driver;
@@ -21,6 +22,7 @@ use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::WorkerStats;
 use crate::proxy::admission::Parts;
+use crate::proxy::retry_budget::Reserve;
 use crate::proxy::{RouteId, WorkerId};
 
 /// What an engine needs, apart from its driver.
@@ -42,6 +44,8 @@ pub struct EngineSetup {
     pub stats: Arc<[Arc<WorkerStats>]>,
     /// Where it tells of those that have ended.
     pub ends: Arc<Ends>,
+    /// What retries need no requests, of each route.
+    pub retry_reserves: Arc<[Arc<Reserve>]>,
     /// When the process started.
     pub started: Instant,
     /// Where backends cannot be.
@@ -87,6 +91,7 @@ impl<D: Driver> Engine<D> {
             load: Load::new(now, setup.core_times),
             drain: Drain::new(setup.config.routes.len()),
             calls: Vec::with_capacity(limits::WORKERS_MAX),
+            tap: Tap::default(),
             driver,
         };
         // Any worker may have all of a route's.
@@ -96,7 +101,8 @@ impl<D: Driver> Engine<D> {
         let conns_max = parts(setup.pool_conns_max, &needs);
         let routes = (0..setup.config.routes.len()).map(|at| {
             let listening = setup.listening.clone();
-            Route::new(RouteId::at(at), &setup.config, &cx, conns_max[at], listening)
+            let reserve = Arc::clone(&setup.retry_reserves[at]);
+            Route::new(RouteId::at(at), &setup.config, &cx, conns_max[at], listening, reserve)
         });
         let routes = routes.collect();
         Self {

@@ -50,7 +50,7 @@ pub(super) fn reset_behind<D: Driver>(cx: &mut Context<D>, conn: ConnId) {
     let left = cx.driver.undelivered(conn);
     if left == 0 || cx.command == Command::Stop {
         cx.owners.take(conn);
-        return cx.driver.close(conn, Close::Reset);
+        return cx.close(conn, Close::Reset);
     }
     // What it still sends is for nobody, but while it cannot send, it may not get to receiving.
     cx.driver.receive(conn, true);
@@ -76,7 +76,7 @@ pub(super) fn end<D: Driver>(cx: &mut Context<D>, conn: ConnId) {
     let route = route_of(cx, conn);
     cx.timers.clear(conn.index());
     cx.owners.take(conn);
-    cx.driver.close(conn, Close::Reset);
+    cx.close(conn, Close::Reset);
     cx.places.on_flushed(route);
     cx.publish_sessions(route);
 }

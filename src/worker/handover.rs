@@ -7,8 +7,9 @@
 //! Where sessions last for less than a second, a difference says only who was on a core lately, and
 //! goes away by itself.
 //!
-//! Clients of a route with fewer connections than workers go to as many workers as it has connections:
-//! others would wait for their turn with each request.
+//! Clients of a route that reuses its connections, and may have fewer of them than there are workers, go
+//! to as many workers as it may have connections: others would wait for their turn, and make a new
+//! connection each time.
 //!
 //! A Unix socket is listened on by all workers together, and the kernel wakes the first of them that
 //! waits: on `io_uring` that is the same one for all clients, on epoll the next one only while that one
@@ -52,14 +53,16 @@ impl Lighter {
         other.map(|lightest| Self { is_bound, ..lightest })
     }
 
-    /// Whether it has far fewer than `own`: if a client stayed, there would be two more here than
-    /// there, at least.
-    fn is_far_lighter_than(&self, own: usize) -> bool {
-        self.is_bound || own > self.sessions + own / TOLERANCE
+    /// Whether a client of a route is better off there. It has far fewer sessions than `own`: if a client
+    /// stayed, there would be two more here than there, at least. And it has heard of the endpoints that
+    /// are known here: it might know none, and refuse the client.
+    fn is_better(&self, own: usize, route: RouteId, mail: &Mail) -> bool {
+        let is_far_lighter = self.is_bound || own > self.sessions + own / TOLERANCE;
+        is_far_lighter && mail.is_up_to_date(self.worker, route)
     }
 }
 
-/// Hands a client of a route over to `lighter` if that has far fewer sessions; else it comes back.
+/// Hands a client of a route over to `lighter` if it is better off there; else it comes back.
 pub(super) fn hand_over<D: Driver>(
     cx: &mut Context<D>,
     mail: &Mail,
@@ -67,9 +70,8 @@ pub(super) fn hand_over<D: Driver>(
     lighter: &mut Option<Lighter>,
 ) -> Option<ConnId> {
     let own = cx.places.taken();
-    let Some(to) = lighter.as_mut().filter(|lighter| lighter.is_far_lighter_than(own)) else {
-        return Some(client);
-    };
+    let is_better = |lighter: &&mut Lighter| lighter.is_better(own, route, mail);
+    let Some(to) = lighter.as_mut().filter(is_better) else { return Some(client) };
     let Some(socket) = cx.driver.release(client) else { return Some(client) };
     match mail.hand_over(to.worker, route, socket) {
         Ok(()) => {
@@ -81,5 +83,34 @@ pub(super) fn hand_over<D: Driver>(
             *lighter = None;
             cx.driver.adopt(socket)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::metrics::WorkerStats;
+    use crate::worker::mailbox::Mailbox;
+
+    #[test]
+    fn a_client_stays_where_its_endpoints_are_known_until_others_know_them() {
+        let route = RouteId::default();
+        let stats: Arc<[_]> = (0..2).map(|_| Arc::new(WorkerStats::new(1))).collect();
+        let mailboxes = (0..2).map(|_| Arc::new(Mailbox::new(1).unwrap()));
+        let mail = Mail::new(WorkerId::new(0), mailboxes.collect(), Arc::clone(&stats));
+        let is_better = |applied: [u64; 2]| {
+            for (stats, generation) in stats.iter().zip(applied) {
+                stats.routes[0].applied_generation.set(generation);
+            }
+            let bound = Lighter::among(2, WorkerId::new(0), &mail);
+            [Lighter::than(10, &mail), bound]
+                .map(|to| to.is_some_and(|to| to.is_better(10, route, &mail)))
+        };
+        assert_eq!(is_better([1, 0]), [false; 2], "it has just started");
+        assert_eq!(is_better([3, 2]), [false; 2]);
+        assert_eq!(is_better([3, 3])[0], true);
+        assert_eq!(is_better([3, 4])[0], true);
     }
 }

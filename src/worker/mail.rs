@@ -7,6 +7,7 @@ use crate::io::net::Stream;
 use crate::metrics::WorkerStats;
 use crate::proxy::endpoints::EndpointSnapshot;
 use crate::proxy::{RouteId, WorkerId};
+use crate::worker::tap::Offer;
 
 /// The mailboxes and counters of all workers.
 pub(super) struct Mail {
@@ -53,6 +54,11 @@ impl Mail {
         self.mailboxes[usize::from(worker)].call_for_places();
     }
 
+    /// An offer to capture a client, or one that has ended.
+    pub(super) fn take_tap(&self) -> Option<Arc<Offer>> {
+        self.own().take_tap()
+    }
+
     /// The command in force.
     pub(super) fn command(&self) -> Command {
         self.own().current_command()
@@ -95,6 +101,15 @@ impl Mail {
     pub(super) fn others(&self) -> impl Iterator<Item = WorkerId> {
         let own = self.worker;
         (0..self.workers()).map(WorkerId::new).filter(move |&worker| worker != own)
+    }
+
+    /// Whether a worker knows a route's endpoints as well as this one does.
+    pub(super) fn is_up_to_date(&self, worker: WorkerId, route: RouteId) -> bool {
+        let applied = |worker: WorkerId| {
+            let stats = &self.stats[usize::from(worker)];
+            stats.routes[usize::from(route)].applied_generation.get()
+        };
+        applied(worker) >= applied(self.worker)
     }
 
     /// A worker's sessions, with those on the way to it.

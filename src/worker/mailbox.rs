@@ -16,6 +16,7 @@ use crate::io::net::Stream;
 use crate::limits;
 use crate::proxy::RouteId;
 use crate::proxy::endpoints::EndpointSnapshot;
+use crate::worker::tap::Offer;
 
 /// What a worker is to do. Commands only move forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -43,6 +44,7 @@ pub struct Mailbox {
     command: AtomicU8,
     /// Places for connections have changed.
     places: AtomicBool,
+    tap: ArrayQueue<Arc<Offer>>,
     wake: OwnedFd,
 }
 
@@ -59,6 +61,7 @@ impl Mailbox {
             clients_of: (0..routes).map(|_| AtomicUsize::new(0)).collect(),
             command: AtomicU8::new(Command::Run as u8),
             places: AtomicBool::new(false),
+            tap: ArrayQueue::new(1),
             wake,
         })
     }
@@ -110,6 +113,17 @@ impl Mailbox {
     /// Whether that is to be done, once. For the worker.
     pub fn take_call_for_places(&self) -> bool {
         self.places.load(Ordering::Relaxed) && self.places.swap(false, Ordering::AcqRel)
+    }
+
+    /// Makes an offer to capture a client, or has the worker see that one has ended.
+    pub fn offer_tap(&self, offer: Arc<Offer>) {
+        self.tap.force_push(offer);
+        self.wake();
+    }
+
+    /// An offer that the worker has not seen. For the worker.
+    pub fn take_tap(&self) -> Option<Arc<Offer>> {
+        self.tap.pop()
     }
 
     /// A client that was handed over, if any waits. For the worker.

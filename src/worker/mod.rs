@@ -27,6 +27,7 @@ use crate::io::{Driver, DriverSetup, block_signals, net};
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::{WorkerState, WorkerStats};
+use crate::proxy::retry_budget::Reserve;
 use crate::proxy::{RouteId, WorkerId};
 
 mod acceptor;
@@ -47,6 +48,7 @@ mod places;
 mod route;
 #[cfg(test)]
 mod simulation;
+pub mod tap;
 pub mod timers;
 mod turn;
 
@@ -76,6 +78,8 @@ pub struct WorkerSetup {
     pub stats: Arc<[Arc<WorkerStats>]>,
     /// Where it tells of those that have ended.
     pub ends: Arc<Ends>,
+    /// What retries need no requests, of each route.
+    pub retry_reserves: Arc<[Arc<Reserve>]>,
     /// When the process started.
     pub started: Instant,
     /// Where backends cannot be.
@@ -205,6 +209,7 @@ fn serve<D: Driver>(driver: D, setup: WorkerSetup, started: &mpsc::Sender<io::Re
             mailboxes: setup.mailboxes,
             stats: setup.stats,
             ends: setup.ends,
+            retry_reserves: setup.retry_reserves,
             started: setup.started,
             listening: setup.listening,
             core_times: CoreTimes::of_this_thread(),

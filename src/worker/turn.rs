@@ -117,8 +117,13 @@ impl<D: Driver> Engine<D> {
     /// Handles what the driver has to tell. Returns how many events that were.
     fn handle_completions(&mut self) -> u64 {
         let mut events = 0;
+        // No client is let in meanwhile.
+        let is_tapped = self.cx.tap.is_running();
         while let Some(completion) = self.cx.driver.next() {
             events += 1;
+            if is_tapped {
+                self.cx.tap_event(&completion);
+            }
             self.on_completion(completion);
         }
         events
@@ -203,9 +208,15 @@ impl<D: Driver> Engine<D> {
         if self.mail.take_call_for_places() {
             self.routes.iter_mut().for_each(Route::on_call_for_places);
         }
+        if let Some(offer) = self.mail.take_tap() {
+            self.cx.tap.on_offer(offer);
+        }
         let command = self.mail.command();
         if command > self.cx.command {
             self.on_command(command);
+        }
+        if self.cx.command > Command::Run {
+            self.cx.tap.on_drain();
         }
     }
 

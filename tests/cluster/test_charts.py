@@ -164,6 +164,7 @@ REFUSALS = {
     "both profiles": ({"seccomp": {"operator": True, "installer": {"enabled": True}}}, "keep one"),
     "no such alert": ({"prometheusRule": {"enabled": True, "thresholds": {"AegisSlow": 1}}},
                       "thresholds.AegisSlow: there is no such alert, but AegisNoUsableEndpoint"),
+    "a page that is none": ({"prometheusRule": {"runbookBase": "git.example"}}, "/prometheusRule/runbookBase"),
     "one port twice": (sidecar(adminPort=8081), "both 8081: change one"),
     "backup beside Kubernetes": (sidecar(backend={"service": "a", "backups": "b:1"}),
                                  "backend.backups is set and backend.addresses is not"),
@@ -181,6 +182,10 @@ REFUSALS = {
     "path that the kubelet would expand": (sidecar(check={"path": "/$(AEGIS_ADMIN)"}), "/check/path"),
     "request of unknown bytes": (sidecar(protocol="tcp", check={"interval": "1s", "kind": "request"}),
                                  "only chronos and http1 have a request for that: empty check.kind, or set protocol"),
+    "checks that lock a host out": (sidecar(protocol="tcp", check={"interval": "1s"}, env={"AEGIS_PRESET": "mysql"}),
+                                    "check.interval is 1s and env.AEGIS_PRESET is mysql: such a server counts connections"),
+    "checks by a variable that lock a host out": (sidecar(protocol="tcp", env={"AEGIS_PRESET": "mysql", "AEGIS_CHECK_INTERVAL": "2s"}),
+                                                  "check.interval is 2s and env.AEGIS_PRESET is mysql"),
     "back again after a day": (sidecar(failbackTime="1d"), "failbackTime is 1d: set it to a duration from 0s to 1h"),
     "two backends": ({"sidecar": {"backend": {"service": "a", "addresses": "b:1"}}},
                      "backend.service and backend.addresses are set: keep one"),
@@ -281,6 +286,7 @@ def test_every_value_reaches_the_environment():
         "AEGIS_LISTEN": "127.0.0.1:5000,[::1]:5000", "AEGIS_ADMIN": "[::]:5001",
         "AEGIS_DISCOVERY": "kubernetes", "AEGIS_KUBE_SELECTOR": "app=db", "AEGIS_KUBE_NAMESPACE": "data",
         "AEGIS_KUBE_PORT": "5432", "AEGIS_KUBE_SNAPSHOT": "/run/aegis/endpoints.json",
+        "AEGIS_CONTROL": "unix:/run/aegis/control.sock",
         "AEGIS_PROTOCOL": "chronos", "AEGIS_POOL_MODE": "request", "AEGIS_POOL_SIZE": "3",
         "AEGIS_QUEUE_MAX": "1000000", "AEGIS_QUEUE_TIMEOUT": "6s", "AEGIS_REQUEST_TIMEOUT": "off", "AEGIS_BALANCE": "key_hash",
         "AEGIS_KUBE_STORES": "3",
@@ -342,6 +348,8 @@ def test_each_route_has_variables_of_its_own_and_shares_the_rest():
     assert not {"AEGIS_LISTEN", "AEGIS_BACKENDS", "AEGIS_DISCOVERY", "AEGIS_KUBE_SERVICE", "AEGIS_LOCALITY"} & set(env)
     assert "/run/aegis" in [mount["mountPath"] for mount in container["volumeMounts"]]
     container, volumes = library({"backend": {"service": ""}, "routes": ROUTES[2:]})
+    assert env["AEGIS_CONTROL"] == "unix:/run/aegis/control.sock"
+    container, volumes = library({"backend": {"service": ""}, "routes": ROUTES[2:], "control": False})
     assert "/run/aegis" not in [mount["mountPath"] for mount in container["volumeMounts"]], "nothing to keep"
 
 
@@ -356,7 +364,7 @@ def test_a_socket_is_mounted_in_both_containers_by_one_value():
     assert spec["containers"][0]["volumeMounts"] == [{"name": "aegis-unix", "mountPath": "/run/db", "readOnly": True}]
     assert {"name": "aegis-unix", "emptyDir": {}} in spec["volumes"]
     plain = one(template(USER_CHART, values={"sidecar": {"backend": {"service": "db"}}}), "Deployment")["spec"]["template"]["spec"]
-    assert not plain["containers"][0]["volumeMounts"] and "unix" not in str(plain)
+    assert not plain["containers"][0]["volumeMounts"] and "aegis-unix" not in str(plain)
 
 
 def test_each_route_has_a_socket_of_its_own():
@@ -439,8 +447,39 @@ def test_the_last_endpoints_outlive_a_restart_of_the_container():
     container, volumes = library({"backend": {"service": "db"}})
     (mount,) = [mount for mount in container["volumeMounts"] if mount["mountPath"] == "/run/aegis"]
     assert {"name": mount["name"], "emptyDir": {}} in volumes
-    container, volumes = library({"backend": {"addresses": "db:1"}})
+    container, volumes = library({"backend": {"addresses": "db:1"}, "control": False})
     assert "AEGIS_KUBE_SNAPSHOT" not in str(container) and "emptyDir" not in str(volumes)
+
+
+def test_commands_are_taken_by_a_socket_that_only_the_sidecar_has():
+    for backend in [{"service": "db"}, {"addresses": "db:1"}]:
+        spec = one(template(USER_CHART, values={"sidecar": {"backend": backend}}), "Deployment")["spec"]["template"]["spec"]
+        (container,) = spec["initContainers"]
+        env = {item["name"]: item.get("value") for item in container["env"]}
+        assert env["AEGIS_CONTROL"] == "unix:/run/aegis/control.sock"
+        assert {"name": "aegis-state", "mountPath": "/run/aegis"} in container["volumeMounts"]
+        assert {"name": "aegis-state", "emptyDir": {}} in spec["volumes"]
+        assert "aegis-state" not in str(spec["containers"])
+    assert "AEGIS_CONTROL" not in environment({"control": False})
+    elsewhere = environment({"control": False, "env": {"AEGIS_CONTROL": "unix:/run/aegis/other.sock"}})
+    assert elsewhere["AEGIS_CONTROL"] == "unix:/run/aegis/other.sock"
+
+
+MYSQL = {"name": "shop", "listenPort": 3306, "backend": {"service": "mariadb"}, "protocol": "tcp"}
+
+
+@pytest.mark.parametrize("values, route, preset", [
+    ({"check": {"interval": "1s"}}, {}, "AEGIS_PRESET"),
+    ({"check": {"interval": "1s"}}, {}, "AEGIS_SHOP__PRESET"),
+    ({}, {"check": {"interval": "1s"}}, "AEGIS_SHOP__PRESET"),
+    ({"env": {"AEGIS_SHOP__CHECK_INTERVAL": "1s"}}, {}, "AEGIS_PRESET")])
+def test_checks_that_a_server_of_mysql_minds_are_refused_for_each_route(values, route, preset):
+    def of(**env):
+        routes = [{**MYSQL, **route}, *ROUTES[1:2]]
+        return {"backend": {"service": ""}, "routes": routes, **values, "env": {**values.get("env", {}), **env}}
+    message = f"check.interval is 1s and env.{preset} is mysql: such a server counts"
+    assert message in refusal(USER_CHART, values={"sidecar": of(**{preset: "mysql"})})
+    library(of(AEGIS_SHOP__PRESET="none", AEGIS_CACHE__PRESET="none", AEGIS_PRESET="mysql"))
 
 
 def test_the_start_is_asked_for_once_and_waited_for():
@@ -506,6 +545,7 @@ def test_numbers_that_the_charts_repeat_are_the_programs():
     assert other == {
         "AEGIS_DISCOVERY": "kubernetes", "AEGIS_KUBE_SERVICE": "db", "AEGIS_KUBE_NAMESPACE": None,
         "AEGIS_KUBE_SNAPSHOT": "/run/aegis/endpoints.json", "AEGIS_WORKERS": None,
+        "AEGIS_CONTROL": "unix:/run/aegis/control.sock",
         "AEGIS_PROTOCOL": "chronos", "AEGIS_POOL_MODE": "request", "AEGIS_DRAIN_DELAY": "0s"}
 
 
@@ -589,6 +629,12 @@ def test_thresholds_and_labels_reach_the_rule():
     expressions = {item["alert"]: item["expr"] for item in rule["spec"]["groups"][0]["rules"]}
     assert expressions["AegisFirstByteSlow"].endswith("> 0.25")
     assert expressions["AegisPoolMisses"].endswith("> 0.2")
+    paths = {item["annotations"]["runbook_url"] for item in rule["spec"]["groups"][0]["rules"]}
+    assert "docs/OPERATIONS.md#aegispoolmisses" in paths, "where it can be read is not known"
+    values = {**EVERYTHING, "prometheusRule": {"enabled": True, "runbookBase": "https://git.example/aegis/blob/main/"}}
+    rule = one(template(CHART, values=values), "PrometheusRule")
+    urls = {item["annotations"]["runbook_url"] for item in rule["spec"]["groups"][0]["rules"]}
+    assert urls == {f"https://git.example/aegis/blob/main/{path}" for path in paths}
     assert one(template(CHART, values=EVERYTHING), "PodMonitor")["metadata"]["labels"]["release"] == "prometheus"
 
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -23,6 +24,8 @@ WITH_CONTROL = {
     r"aegis-proxy log-level": r"^info$",
     r"aegis-proxy log-level info,aegis::worker=trace --for 10m": r"^info,aegis::worker=trace \(for another (10m|9m 59s), then info\)$",
     r"aegis-proxy log-level info": r"^info$",
+    r"aegis-proxy tap session\.pcap": r"^waiting for the next client\n6 bytes of a client of route default from 127\.0\.0\.1:\d+.*; \S",
+    r"aegis-proxy tap session\.pcap --nth 3 --bytes 64k --for 5s": r"^waiting for client 3 from now on\n6 bytes of a client of route default",
     r"aegis-proxy drain --wait": r"^draining, 0 sessions are open\nended$",
 }
 # What the demo prints is typed as well.
@@ -77,6 +80,9 @@ ELSEWHERE = {
         lambda line: f'"{line.split()[6]}"' in read("benches/compare/scenarios.rs")),
     r"cargo test --test e2e felt .*": (
         "`make test` runs these tests", lambda line: "fn felt_of_" in read("tests/e2e/endpoint_wait.rs")),
+    r"cargo test --test e2e -- a_switchover a_promotion .*": (
+        "`make test` runs these tests", lambda line: all(f"fn {name}" in read(f"tests/e2e/{file}.rs") for name, file in [
+            ("a_switchover", "databases/switchover"), ("a_promotion", "promotion")])),
     r"apt-get install (.*)": (
         "it changes the machine; .ci/run installs the same packages",
         lambda line: set(line.split()[2:]) <= set(read(".ci/run").split())),
@@ -233,13 +239,20 @@ def test_a_command_for_the_control_socket_does_what_the_page_says(place, line):
         export AEGIS_CONTROL=unix:/run/aegis/control.sock AEGIS_DRAIN_DELAY=0s
         aegis-proxy 2>log & proxy=$!
         until grep -q 'control listening' log; do kill -0 $proxy || { cat log; exit 99; }; sleep 0.1; done
-        bash -c "$0"; code=$?
-        kill $proxy 2>>log; wait $proxy
+        if [[ "$0" == *" tap "* ]]; then
+            while sleep 0.1; do echo hello >/dev/tcp/127.0.0.1/8081; done 2>>log & clients=$!
+        fi
+        bash -c "$0" 2>&1; code=$?
+        kill $clients $proxy 2>>log; wait $proxy
         exit $code
     """
     done = run(*ALONE, "bash", "-c", script, line, cwd=place, env=environment(place), timeout=60)
     (wanted,) = [output for way, output in WITH_CONTROL.items() if re.fullmatch(way, line)]
     assert re.search(wanted, done.stdout.strip()), done.stdout
+    if " tap " in line:
+        # The magic number of a file with nanoseconds, and the client's words.
+        captured = (place / "session.pcap").read_bytes()
+        assert captured[:4] == (0xA1B23C4D).to_bytes(4, sys.byteorder) and b"hello\n" in captured
 
 
 def test_the_example_of_the_library_chart_is_installed_as_the_page_says(library_chart):  # noqa: F811

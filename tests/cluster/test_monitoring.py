@@ -36,7 +36,15 @@ def test_every_alert_is_tested_to_fire():
     rules = yaml.safe_load((MONITORING / "rules.yaml").read_text())
     for rule in rules["groups"][0]["rules"]:
         assert f'"{rule["alert"]}"' in samples
-        assert {"summary", "description", "runbook"} == set(rule["annotations"])
+        assert {"summary", "description", "runbook", "runbook_url"} == set(rule["annotations"])
+
+
+def test_every_alert_leads_to_its_section():
+    for rule in yaml.safe_load((MONITORING / "rules.yaml").read_text())["groups"][0]["rules"]:
+        path, anchor = rule["annotations"]["runbook_url"].split("#")
+        headings = re.findall(r"^### (.*)$", (ROOT / path).read_text(), re.M)
+        assert anchor in [heading.lower() for heading in headings], rule["alert"]
+        assert anchor == rule["alert"].lower(), "its own"
 
 
 def test_every_alert_says_what_clients_see_and_what_to_look_at():

@@ -1,19 +1,10 @@
 //! The commands that ask a running proxy. What they show does not depend on the driver.
 
-use std::fs::File;
-use std::io::{Read, Write};
-use std::process::{Child, Command};
-use std::sync::{Arc, Mutex};
-use std::thread;
-
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
-
 use crate::support::backend::Backend;
 use crate::support::client::ask_once;
 use crate::support::kube_api::{KubeApi, host_ip};
-use crate::support::proxy::{Builder, Ended, Proxy, binary};
-use crate::support::{Io, PATIENCE, eventually, ports, skip};
+use crate::support::proxy::{Builder, Ended, Proxy};
+use crate::support::{Io, ports, skip};
 
 /// Runs a command in the environment of this proxy's container.
 fn run(proxy: &Proxy, arguments: &[&'static str]) -> Ended {
@@ -166,109 +157,9 @@ fn a_check_of_the_host_tells_of_rights_at_the_kubernetes_api() {
     assert!(refused.starts_with("BAD   Kubernetes API: ") && refused.contains("Role"), "{ended:?}");
 }
 
-/// A command in a terminal of its own, of 80 columns and 24 lines.
-struct InTerminal {
-    child: Child,
-    keys: File,
-    terminal: File,
-    shown: Arc<Mutex<String>>,
-}
-
-impl InTerminal {
-    fn run(proxy: &Proxy, argument: &str) -> Self {
-        let keys = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-        grantpt(&keys).unwrap();
-        unlockpt(&keys).unwrap();
-        let name = ptsname(&keys, Vec::new()).unwrap().into_string().unwrap();
-        let terminal = File::options().read(true).write(true).open(name).unwrap();
-        let size = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
-        tcsetwinsize(&terminal, size).unwrap();
-        let own = || terminal.try_clone().unwrap();
-        let mut command = Command::new(binary());
-        command.arg(argument).env("AEGIS_ADMIN", proxy.admin().to_string());
-        let child = command.stdin(own()).stdout(own()).stderr(own()).spawn().unwrap();
-        let (keys, shown) = (File::from(keys), Arc::<Mutex<String>>::default());
-        let (mut output, text) = (keys.try_clone().unwrap(), Arc::clone(&shown));
-        thread::spawn(move || {
-            let mut buffer = [0; 4096];
-            while let Ok(count @ 1..) = output.read(&mut buffer) {
-                text.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..count]));
-            }
-        });
-        Self { child, keys, terminal, shown }
-    }
-
-    /// Waits until this is shown, and returns all that was shown since the last time.
-    fn wait_for(&self, part: &str) -> String {
-        eventually(&format!("the terminal shows {part:?}"), PATIENCE, || {
-            let mut shown = self.shown.lock().unwrap();
-            shown.contains(part).then(|| std::mem::take(&mut *shown))
-        })
-    }
-
-    fn is_raw(&self) -> bool {
-        !tcgetattr(&self.terminal).unwrap().local_modes.contains(LocalModes::ICANON)
-    }
-}
-
-impl Drop for InTerminal {
-    fn drop(&mut self) {
-        // Both fail where it has ended and been waited for.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-#[test]
-fn top_shows_the_proxy_in_a_terminal_until_it_is_left() {
-    let backend = Backend::named("a");
-    let mut proxy = Some(two_routes(&backend));
-    let running = proxy.as_ref().unwrap();
-    let mut top = InTerminal::run(running, "top");
-    let shown = top.wait_for("q quits");
-    for part in ["aegis ", "orders: fine", "first byte", "cache: ", "more lines below"] {
-        assert!(shown.contains(part), "{part}: {shown:?}");
-    }
-    assert!(top.is_raw());
-    let screen = shown.split("\x1b[H").find(|screen| screen.contains("q quits")).unwrap();
-    assert_eq!(screen.matches("\r\n").count(), 23, "{screen:?}");
-    // It is kept up to date, can be scrolled, and says when the proxy is lost.
-    ask_once(running.address_of("orders"), "who").unwrap();
-    eventually("the new session shows in the rate of ten seconds", PATIENCE, || {
-        let shown = top.shown.lock().unwrap();
-        (1..=10)
-            .any(|tenths| shown.contains(&format!("new {}.{}/s", tenths / 10, tenths % 10)))
-            .then_some(())
-    });
-    top.keys.write_all(b"jjjjjjjjjjjjjjjjjjjjjj").unwrap();
-    top.wait_for("I/O by epoll");
-    drop(proxy.take());
-    top.wait_for("lost, what is shown is old: nothing listens at ");
-    top.keys.write_all(b"q").unwrap();
-    let status = eventually("it ends", PATIENCE, || top.child.try_wait().unwrap());
-    assert!(status.success(), "{status}");
-    assert!(!top.is_raw(), "the terminal is as it was");
-    top.wait_for("\x1b[?1049l");
-}
-
-#[test]
-fn top_prints_once_where_there_is_no_terminal() {
-    let backend = Backend::named("a");
-    let proxy = two_routes(&backend);
-    let ended = run(&proxy, &["top"]);
-    assert_eq!((ended.code, &*ended.errors), (Some(0), ""));
-    assert!(ended.output.contains("\norders: fine\n"), "{ended:?}");
-    assert!(!ended.output.contains('\x1b'), "{ended:?}");
-    let admin = proxy.admin().to_string();
-    drop(proxy);
-    let ended = run_at(&admin, &["top"]);
-    assert_eq!(ended.errors, format!("aegis-proxy: nothing listens at {admin}\n"));
-    assert_eq!(ended.code, Some(1));
-}
-
 /// What a shell prints that runs this script, or nothing where there is no such shell.
 fn in_shell(shell: &str, script: &str, argument: &std::path::Path) -> Option<String> {
-    let mut command = Command::new(shell);
+    let mut command = std::process::Command::new(shell);
     // fish takes all that follows the script for its arguments, the others the first for its name.
     let name = (shell != "fish").then_some(shell);
     match command.args(["-c", script]).args(name).arg(argument).output() {

@@ -1,5 +1,6 @@
 //! The control socket and the commands that go over it.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -13,6 +14,7 @@ use rustix::process::Signal;
 
 use crate::support::backend::Backend;
 use crate::support::client::{ask, ask_once, connect};
+use crate::support::kube_api::{KubeApi, host_ip};
 use crate::support::proxy::{Builder, Ended, Proxy, binary};
 use crate::support::sandbox::{UNPRIVILEGED, as_unprivileged, can_drop_privileges, hand_over};
 use crate::support::{Io, PATIENCE, eventually, skip};
@@ -80,8 +82,9 @@ fn the_log_filter_is_shown_and_changed() {
     ask_once(proxy.address(), "who").unwrap();
     eventually("the session is traced", PATIENCE, || (traces(&proxy) > 0).then_some(()));
     // Whatever is logged, who changes it is.
-    expect_done(&path, &["log-level", "off"], "off\n");
-    expect_done(&path, &["log-level", "error"], "error\n");
+    let hiding = "off,aegis::control::socket=off,aegis::control::socket::log_level[{uid}]=off";
+    expect_done(&path, &["log-level", hiding], &format!("{hiding}\n"));
+    expect_done(&path, &["log-level", "error,"], "error\n");
     let changes = eventually("the changes are logged", PATIENCE, || {
         Some(proxy.log_events(CHANGED)).filter(|changes| changes.len() == 3)
     });
@@ -89,8 +92,8 @@ fn the_log_filter_is_shown_and_changed() {
     let uid = own.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next());
     for (change, (before, filter)) in changes.iter().zip([
         ("info", "warn,aegis::worker=trace"),
-        ("warn,aegis::worker=trace", "off"),
-        ("off", "error"),
+        ("warn,aegis::worker=trace", hiding),
+        (hiding, "error"),
     ]) {
         assert_eq!((&change["before"], &change["filter"]), (&before.into(), &filter.into()));
         assert_eq!(Some(&*change["uid"].to_string()), uid, "{change}");
@@ -117,6 +120,29 @@ fn a_passing_log_filter_gives_way_to_the_lasting_one() {
 }
 
 #[test]
+fn lines_name_their_routes_however_little_was_logged_at_the_start() {
+    let (_directory, path) = place();
+    let api = KubeApi::start();
+    let backends = ["a", "b"].map(|name| Backend::named_at(name, host_ip()));
+    api.announce("a", backends[0].address());
+    let proxy = Builder::on(Io::Epoll)
+        .set("KUBECONFIG", api.kubeconfig())
+        .set("AEGIS_KUBE_SERVICE", "chronos")
+        .set("AEGIS_ROUTES", "orders,cache")
+        .set("AEGIS_CONTROL", unix(&path))
+        .set("AEGIS_LOG", "off,aegis_proxy=info,aegis::control::admin=info")
+        .start();
+    expect_done(&path, &["log-level", "info"], "info\n");
+    api.announce("b", backends[1].address());
+    let named = eventually("the change is logged", PATIENCE, || {
+        let lines = proxy.log_events("endpoints changed");
+        let named = lines.iter().map(|line| line["span"]["route"].as_str().map(str::to_owned));
+        Some(named.collect::<HashSet<_>>()).filter(|_| lines.len() == 2)
+    });
+    assert_eq!(named, ["orders", "cache"].map(|route| Some(route.to_owned())).into());
+}
+
+#[test]
 fn a_wrong_log_filter_is_refused_and_changes_nothing() {
     let (_directory, path) = place();
     let backend = Backend::named("a");
@@ -125,6 +151,8 @@ fn a_wrong_log_filter_is_refused_and_changes_nothing() {
         ("wran", "\"wran\" is not a level. Accepted: off, error, warn, info, debug, trace, or"),
         ("info,aegis::oi=debug", "there is no module \"aegis::oi\". Accepted: "),
         ("a=b=c", "Accepted: "),
+        // What a script says whose variable is not set.
+        ("", "there is no level. Accepted: off, error"),
     ] {
         expect_refused(&run(&path, &["log-level", filter]), why);
     }
@@ -155,6 +183,12 @@ fn a_drain_is_begun_once_and_waited_for_to_the_end() {
     ask(&client, "who");
     expect_done(&path, &["drain"], "draining, 1 sessions are open\n");
     proxy.log_field(DRAINING, "signal");
+    // Its pod is deleted meanwhile.
+    proxy.terminate();
+    assert_eq!(
+        proxy.log_field("draining already: a second signal would end it at once", "signal"),
+        "SIGTERM"
+    );
     // Those who wait for the end and leave make room.
     for _ in 0..40 {
         eventually("there is a place to wait", PATIENCE, || {
@@ -189,7 +223,7 @@ fn a_drain_is_begun_once_and_waited_for_to_the_end() {
 }
 
 #[test]
-fn a_drain_may_be_asked_for_during_the_start_and_a_signal_still_cuts_it() {
+fn a_drain_may_be_asked_for_during_the_start_and_a_second_signal_still_cuts_it() {
     let (_directory, path) = place();
     let mut proxy = Builder::on(Io::Epoll)
         .set("AEGIS_BACKENDS", "nowhere.invalid:1")
@@ -199,6 +233,8 @@ fn a_drain_may_be_asked_for_during_the_start_and_a_signal_still_cuts_it() {
     let ended = run(&path, &["drain"]);
     assert_eq!(ended.code, Some(0), "{ended:?}");
     assert_eq!(proxy.log_field(DRAINING, "signal"), "none, the control socket");
+    proxy.terminate();
+    proxy.log_field("draining already: a second signal would end it at once", "signal");
     proxy.terminate();
     proxy.wait_clean(PATIENCE);
 }

@@ -20,6 +20,7 @@ on_both_drivers![
     sessions_without_any_backend_that_may_not_wait_are_refused_quickly_until_it_returns,
     a_backend_that_never_answers_costs_one_connect_timeout_and_no_session,
     a_refusing_backend_costs_no_session,
+    an_ejected_backend_returns_where_no_idle_connections_are_kept,
 ];
 
 /// One session of the load: when it began, and who answered.
@@ -170,4 +171,24 @@ fn a_refusing_backend_costs_no_session(io: Io) {
         assert_eq!(ask_once(proxy.address(), "who").unwrap(), "good");
     }
     assert!(proxy.metric(CONNECT_RETRIES, &[]) >= 1);
+}
+
+fn an_ejected_backend_returns_where_no_idle_connections_are_kept(io: Io) {
+    let (a, mut b) = (Backend::named("a"), Backend::named("b"));
+    let proxy = Builder::on(io)
+        .backends(&[a.address(), b.address()])
+        .without_pool()
+        .set("AEGIS_WORKERS", "1")
+        .set("AEGIS_BALANCE", "round_robin")
+        .set("AEGIS_EJECT_TIME", "100ms")
+        .start();
+    let who = || ask_once(proxy.address(), "who").unwrap();
+    let name = b.address().to_string();
+    b.kill();
+    eventually("it is ejected", PATIENCE, || {
+        assert_eq!(who(), "a");
+        (proxy.metric(ENDPOINT_USABLE, &[("endpoint", &name)]) == 0).then_some(())
+    });
+    b.start();
+    eventually("it serves again", PATIENCE, || (who() == "b").then_some(()));
 }

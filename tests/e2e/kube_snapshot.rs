@@ -15,7 +15,7 @@ use crate::support::client::{ask, ask_once, connect};
 use crate::support::kube_api::{KubeApi, Slice, host_ip};
 use crate::support::metrics::{DISCOVERY_ENDPOINTS, DISCOVERY_SNAPSHOT_AGE, STORE_PRESENT};
 use crate::support::proxy::{Builder, Proxy};
-use crate::support::{Io, PATIENCE, eventually, measured, ports};
+use crate::support::{Io, PATIENCE, eventually, measured, ports, skip};
 
 fn on(api: &KubeApi, file: &Path) -> Builder {
     Builder::on(Io::Auto)
@@ -239,4 +239,41 @@ fn declared_stores_are_saved_with_them() {
     api.gate.close();
     let proxy = by_key().launch();
     assert_eq!(answers(&proxy), before, "the same store for each key");
+    drop(proxy);
+    // The endpoints are known, and have moved; only who shares the keys is not.
+    let Some(faults) = api.faults() else { return skip("a real API server answers for all kinds") };
+    api.gate.open();
+    faults.fail(Some(("statefulsets", 503)));
+    let moved = Backend::chronos_on((host_ip(), 0).into(), &Arc::default());
+    drop(store);
+    api.slice("a", &Slice::of(moved.address().port()).with("chronos-0", host_ip()));
+    let proxy = by_key().launch();
+    assert_eq!(answers(&proxy), before);
+    assert_eq!(proxy.get("/startupz?wait=0").status, 200);
+    api.stateful_set("chronos", 1);
+    faults.fail(None);
+    eventually("what is declared by now is known", PATIENCE, || {
+        let client = connect(proxy.address());
+        (0..20).all(|key| ask(&client, &format!("SET key-{key} value")) == "OK").then_some(())
+    });
+}
+
+#[test]
+fn a_start_waits_no_longer_for_the_declaration_of_stores_than_for_endpoints() {
+    let api = KubeApi::start();
+    let Some(faults) = api.faults() else { return skip("a real API server answers for all kinds") };
+    api.stateful_set("chronos", 1);
+    let store = Backend::chronos_on((host_ip(), 0).into(), &Arc::default());
+    api.slice("a", &Slice::of(store.address().port()).with("chronos-0", host_ip()));
+    faults.fail(Some(("statefulsets", 503)));
+    let proxy = on(&api, &api.folder().join("endpoints.json"))
+        .protocol("chronos", "request")
+        .set("AEGIS_BALANCE", "key_hash")
+        .launch();
+    proxy.wait_for_start();
+    let told = "the Kubernetes API has not answered: going on without endpoints";
+    assert_eq!(proxy.log_events(told).len(), 1);
+    faults.fail(None);
+    proxy.wait_for(STORE_PRESENT, &[("store", "chronos-0")], |present| present == 1);
+    assert_eq!(ask(&connect(proxy.address()), "SET key value"), "OK");
 }

@@ -30,6 +30,7 @@ on_both_drivers![
     a_client_that_leaves_the_line_is_forgotten,
     warm_connections_make_room_for_sessions_of_other_workers,
     pooled_sessions_and_requests_keep_to_the_limit_of_the_endpoint,
+    pooled_sessions_of_fewer_connections_than_workers_reuse_them,
     an_endpoint_that_is_full_is_passed_over,
     all_places_come_back_after_all_connections_have_died,
     an_endpoint_that_comes_back_has_all_its_places,
@@ -303,6 +304,21 @@ fn pooled_sessions_and_requests_keep_to_the_limit_of_the_endpoint(io: Io) {
             }
         });
         assert!(census.most() <= 3, "{} connections in {mode} mode", census.most());
+    }
+}
+
+fn pooled_sessions_of_fewer_connections_than_workers_reuse_them(io: Io) {
+    for mode in ["session", "request"] {
+        let backend = Backend::named("a");
+        let proxy = workers(io, 8, &[&backend])
+            .protocol("chronos", mode)
+            .set("AEGIS_ENDPOINT_MAX", "2")
+            .start();
+        for _ in 0..40 {
+            assert_eq!(ask(&connect(proxy.address()), "GET a"), "a");
+        }
+        // Whoever of the workers had none would have to take one from another, and make it anew.
+        assert!(backend.accepted() <= 2, "{} connections with {mode}", backend.accepted());
     }
 }
 

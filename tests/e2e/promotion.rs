@@ -2,28 +2,31 @@
 //! by little. What real databases make of it is in `databases/switchover.rs`.
 
 use std::io::{ErrorKind, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::backend::Backend;
+use crate::support::backend::{Backend, BlackHole};
 use crate::support::client::{ask, ask_once, connect, read_line, try_ask};
 use crate::support::kube_api::{KubeApi, NAMESPACE, host_ip};
 use crate::support::metrics::{
     ENDPOINT_SESSIONS, POOL_CONNECTIONS, REQUESTS, SESSIONS_ACTIVE, SESSIONS_CLOSED,
 };
 use crate::support::proxy::{Builder, Proxy};
-use crate::support::{Io, PATIENCE, eventually, measured, on_both_drivers};
+use crate::support::{Io, PATIENCE, SetOnDrop, eventually, measured, on_both_drivers};
 
 on_both_drivers![
     a_promotion_moves_new_sessions_at_once_and_cuts_old_ones_little_by_little,
     sessions_on_which_nothing_has_moved_follow_unharmed,
+    following_is_no_attempt,
+    a_connect_under_way_follows_though_it_was_the_only_attempt,
     an_upgraded_connection_on_which_nothing_has_moved_since_is_cut,
     a_moment_with_two_primaries_delays_no_cut,
+    promotions_in_quick_succession_refuse_nobody_and_leave_nothing_behind,
     requests_are_cut_like_sessions_and_new_ones_follow_at_once,
 ];
 
@@ -37,6 +40,17 @@ struct Pair {
 
 fn role(role: &str) -> Value {
     json!({"cnpg.io/cluster": "orders", "cnpg.io/instanceRole": role})
+}
+
+fn follows_primary(builder: Builder, api: &KubeApi) -> Builder {
+    builder
+        .kubernetes(api)
+        .set("AEGIS_KUBE_SERVICE", "none")
+        .set("AEGIS_KUBE_NAMESPACE", NAMESPACE)
+        .set("AEGIS_KUBE_SELECTOR", "cnpg.io/cluster=orders,cnpg.io/instanceRole=primary")
+        .set("AEGIS_KUBE_PORT", "chronos")
+        .set("AEGIS_BACKEND_DRAIN", "0s")
+        .set("AEGIS_ENDPOINT_WAIT", "60s")
 }
 
 impl Pair {
@@ -56,14 +70,7 @@ impl Pair {
     }
 
     fn proxy(&self, io: Io) -> Builder {
-        Builder::on(io)
-            .kubernetes(&self.api)
-            .set("AEGIS_KUBE_SERVICE", "none")
-            .set("AEGIS_KUBE_NAMESPACE", NAMESPACE)
-            .set("AEGIS_KUBE_SELECTOR", "cnpg.io/cluster=orders,cnpg.io/instanceRole=primary")
-            .set("AEGIS_KUBE_PORT", "chronos")
-            .set("AEGIS_BACKEND_DRAIN", "0s")
-            .set("AEGIS_ENDPOINT_WAIT", "60s")
+        follows_primary(Builder::on(io), &self.api)
     }
 
     fn demote_first(&self) {
@@ -74,8 +81,10 @@ impl Pair {
         self.api.label_pod("orders-2", &role("primary"));
     }
 
-    fn address_of_first(&self) -> String {
-        self.servers[0].address().to_string()
+    /// The first is the primary again.
+    fn take_back(&self) {
+        self.api.label_pod("orders-2", &role("replica"));
+        self.api.label_pod("orders-1", &role("primary"));
     }
 }
 
@@ -137,14 +146,12 @@ fn a_promotion_moves_new_sessions_at_once_and_cuts_old_ones_little_by_little(io:
 fn sessions_on_which_nothing_has_moved_follow_unharmed(io: Io) {
     const SESSIONS: usize = 10;
     let pair = Pair::named();
-    // The one attempt that each had was at the old primary.
-    let proxy = pair.proxy(io).set("AEGIS_CONNECT_ATTEMPTS", "1").pool(2, 2).start();
+    let proxy = pair.proxy(io).pool(2, 2).start();
     proxy.wait_for_endpoints(1);
-    let address = pair.address_of_first();
-    let old = [("endpoint", &*address)];
+    let old = [("endpoint", "orders-1")];
     let clients: Vec<_> = (0..SESSIONS).map(|_| connect(proxy.address())).collect();
     let all_are_there = |count| count == SESSIONS as u64;
-    proxy.wait_for(SESSIONS_ACTIVE, &[], all_are_there);
+    proxy.wait_for(ENDPOINT_SESSIONS, &old, all_are_there);
     eventually("they are on the old primary", PATIENCE, || {
         (pair.servers[0].accepted() >= SESSIONS as u64).then_some(())
     });
@@ -158,6 +165,54 @@ fn sessions_on_which_nothing_has_moved_follow_unharmed(io: Io) {
         assert_eq!(ask(client, "who"), "b");
     }
     assert_eq!(proxy.metric(SESSIONS_CLOSED, REMOVED), 0);
+}
+
+fn following_is_no_attempt(io: Io) {
+    let pair = Pair::named();
+    let proxy = pair
+        .proxy(io)
+        .without_pool()
+        .set("AEGIS_CONNECT_ATTEMPTS", "1")
+        .set("AEGIS_ENDPOINT_WAIT", "0s")
+        .start();
+    proxy.wait_for_endpoints(1);
+    let client = connect(proxy.address());
+    let serves = |at: usize| {
+        eventually("it is at the primary", PATIENCE, || {
+            let open = [pair.servers[at].open(), pair.servers[1 - at].open()];
+            (open == [1, 0]).then_some(())
+        });
+    };
+    serves(0);
+    for _ in 0..2 {
+        pair.demote_first();
+        pair.promote_second();
+        serves(1);
+        pair.take_back();
+        serves(0);
+    }
+    assert_eq!(ask(&client, "who"), "a");
+    assert_eq!(proxy.metric(SESSIONS_CLOSED, REMOVED), 0);
+}
+
+fn a_connect_under_way_follows_though_it_was_the_only_attempt(io: Io) {
+    let api = KubeApi::start();
+    let (hole, server) = (BlackHole::at(host_ip()), Backend::named_at("b", host_ip()));
+    let pod = |name, role_of, address| api.pod(name, &role(role_of), address);
+    pod("orders-1", "primary", hole.address());
+    pod("orders-2", "replica", server.address());
+    let proxy = follows_primary(Builder::on(io), &api)
+        .without_pool()
+        .set("AEGIS_CONNECT_ATTEMPTS", "1")
+        .set("AEGIS_CONNECT_TIMEOUT", "60s")
+        .set("AEGIS_ENDPOINT_WAIT", "0s")
+        .start();
+    proxy.wait_for_endpoints(1);
+    let client = connect(proxy.address());
+    proxy.wait_for(ENDPOINT_SESSIONS, &[("endpoint", "orders-1")], |count| count == 1);
+    api.label_pod("orders-1", &role("replica"));
+    api.label_pod("orders-2", &role("primary"));
+    assert_eq!(ask(&client, "who"), "b");
 }
 
 fn an_upgraded_connection_on_which_nothing_has_moved_since_is_cut(io: Io) {
@@ -197,6 +252,61 @@ fn a_moment_with_two_primaries_delays_no_cut(io: Io) {
     wait_until_followed(&proxy);
     let first = cut.join().unwrap()[0] - flipped;
     assert!(first < Duration::from_secs(2), "{first:?}");
+}
+
+/// Sessions that ask again and again, and connect again when they are cut. Gives how often they were, and
+/// what they asked last.
+fn keep_asking(address: SocketAddr, stop: &AtomicBool) -> (u32, String) {
+    let (mut cuts, mut latest) = (0, String::new());
+    while !stop.load(Relaxed) {
+        let client = connect(address);
+        while !stop.load(Relaxed) {
+            match try_ask(&client, "who") {
+                Ok(who) => latest = who,
+                Err(error) => {
+                    let cut = [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe];
+                    assert!(cut.contains(&error.kind()), "neither answered nor cut: {error}");
+                    cuts += 1;
+                    break;
+                }
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+    (cuts, latest)
+}
+
+fn promotions_in_quick_succession_refuse_nobody_and_leave_nothing_behind(io: Io) {
+    let pair = Pair::named();
+    let proxy = pair.proxy(io).pool(2, 2).start();
+    proxy.wait_for_endpoints(1);
+    let (address, stop) = (proxy.address(), AtomicBool::new(false));
+    let mut rng = fastrand::Rng::with_seed(1);
+    let asked = thread::scope(|scope| {
+        let _stop = SetOnDrop(&stop);
+        let askers: Vec<_> = (0..8).map(|_| scope.spawn(|| keep_asking(address, &stop))).collect();
+        for promoted in [1, 0, 1, 0, 1, 0, 1, 0, 1] {
+            let names = ["orders-1", "orders-2"];
+            let mut steps =
+                [(names[1 - promoted], role("replica")), (names[promoted], role("primary"))];
+            // For a moment there are two primaries, or none.
+            rng.shuffle(&mut steps);
+            for (name, role) in steps {
+                pair.api.label_pod(name, &role);
+                thread::sleep(Duration::from_millis(rng.u64(..300)));
+            }
+        }
+        wait_until_followed(&proxy);
+        eventually("nothing is left on the old primary", PATIENCE, || {
+            (pair.servers[0].open() == 0).then_some(())
+        });
+        stop.store(true, Relaxed);
+        askers.into_iter().map(|asker| asker.join().unwrap()).collect::<Vec<_>>()
+    });
+    assert!(asked.iter().all(|(cuts, latest)| *cuts > 0 && latest == "b"), "{asked:?}");
+    for reason in ["no_endpoint", "connect_failed", "connect_timeout"] {
+        assert_eq!(proxy.metric(SESSIONS_CLOSED, &[("reason", reason)]), 0, "{reason}");
+    }
 }
 
 /// A server that answers each line with its name and with what it does not know any more: requests for

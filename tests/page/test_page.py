@@ -91,6 +91,39 @@ def test_a_name_from_outside_is_text(start, browse):
     assert page.browser.execute_script("return document.images.length") == 0
 
 
+def test_a_reason_without_a_space_is_no_wider_than_a_phone(start, browse):
+    page = browse(start(), width=390, height=844)
+    page.browser.execute_script(
+        "const reading = structuredClone(history[history.length - 1]);"
+        "reading.routes[0].health = {word: 'degraded', reasons: [{problem: '', words: 'a'.repeat(253), lasts: null}]};"
+        "reading.alive += 1; heard(reading);")
+    assert "aaa" in page.text("#route-0")
+    assert page.browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth") <= 0
+
+
+def test_who_looks_again_sees_what_is_now(start, browse):
+    page = browse(start())
+    page.browser.execute_script(
+        "Object.defineProperty(document, 'hidden', {value: true, writable: true, configurable: true});"
+        "document.dispatchEvent(new Event('visibilitychange'));")
+    read = "return history[history.length - 1].alive"
+    before = page.browser.execute_script(read)
+    page.browser.execute_script("document.hidden = false; document.dispatchEvent(new Event('visibilitychange'));")
+    # In less than the two seconds after which it would ask anyway.
+    page.browser.set_script_timeout(1.5)
+    page.browser.execute_async_script(
+        "const look = () => history[history.length - 1].alive > arguments[0] ? arguments[1]() : setTimeout(look, 10); look();", before)
+
+
+def test_another_version_brings_its_own_page(start, browse):
+    page = browse(start())
+    page.browser.execute_script(
+        "const reading = structuredClone(history[history.length - 1]);"
+        "window.isOld = true; reading.version = 'another'; reading.routes = [{}]; heard(reading);")
+    eventually("the page was loaded anew", lambda: page.browser.execute_script("return !window.isOld"))
+    eventually("it shows its route", lambda: "default" in page.text("#routes"))
+
+
 @pytest.mark.parametrize("look", LOOKS)
 def test_everybody_can_read_it(look, start, load, browse, backend):
     proxy = start()

@@ -242,7 +242,11 @@ pub struct BlackHole {
 
 impl BlackHole {
     pub fn new() -> Self {
-        let listener = listen("127.0.0.2:0".parse().unwrap(), 0).unwrap();
+        Self::at([127, 0, 0, 2].into())
+    }
+
+    pub fn at(ip: IpAddr) -> Self {
+        let listener = listen((ip, 0).into(), 0).unwrap();
         let address = SockAddr::from(listener.local_addr().unwrap());
         let mut queue = Vec::new();
         loop {

@@ -8,6 +8,7 @@ pub mod kube_api;
 pub mod link;
 pub mod metrics;
 pub mod onlookers;
+pub mod pcap;
 pub mod ports;
 pub mod proxy;
 pub mod sandbox;

@@ -40,14 +40,14 @@ serves those that follow it.
 {{ eq (int .adminPort) 8082 | ternary "aegis-admin" (printf "aegis-%d" (int .adminPort)) }}
 {{- end }}
 
-{{- /* The folder of the last endpoints, which outlives a restart of the container. */}}
+{{- /* The folder of the last endpoints, which outlives a restart of the container, and of the control socket. */}}
 {{- define "aegis-sidecar.state-folder" -}}
 {{- $backends := list .backend }}
 {{- range .routes }}{{ $backends = append $backends (.backend | default dict) }}{{ end }}
 {{- if .routes }}{{ $backends = rest $backends }}{{ end }}
 {{- $by_kubernetes := false }}
 {{- range $backends }}{{ if not .addresses }}{{ $by_kubernetes = true }}{{ end }}{{ end }}
-{{- if $by_kubernetes }}/run/aegis{{ end }}
+{{- if or $by_kubernetes .control }}/run/aegis{{ end }}
 {{- end }}
 
 {{- /* Where the sockets are. A policy adds what belongs to that in the pods that choose a folder. */}}
@@ -142,6 +142,9 @@ timeoutSeconds: {{ index . 4 }}
 {{- end }}
 {{- if include "aegis-sidecar.socket-folder" . }}
 - {{ include "aegis-sidecar.socket-mode" . }}
+{{- end }}
+{{- if .control }}
+- {name: AEGIS_CONTROL, value: "unix:{{ include "aegis-sidecar.state-folder" . }}/control.sock"}
 {{- end }}
 - {name: AEGIS_PROTOCOL, value: {{ toJson .protocol }}}
 - {name: AEGIS_POOL_MODE, value: {{ include "aegis-sidecar.pool-mode" . | toJson }}}
@@ -244,10 +247,15 @@ timeoutSeconds: {{ index . 4 }}
 {{- end }}
 {{- end }}
 
+{{- /* What a route's own variables begin with. */}}
+{{- define "aegis-sidecar.route-prefix" -}}
+AEGIS_{{ .name | upper | replace "-" "_" }}__
+{{- end }}
+
 {{- /* A route's own variables: those of the values that it has itself. All values, and the route. */}}
 {{- define "aegis-sidecar.route-env" -}}
 {{- $route := index . 1 -}}
-{{- $prefix := printf "AEGIS_%s__" ($route.name | upper | replace "-" "_") -}}
+{{- $prefix := include "aegis-sidecar.route-prefix" $route -}}
 {{ include "aegis-sidecar.listen" (list $prefix $route.listenPort (index . 0).socket.folder (include "aegis-sidecar.socket-file" $route)) }}
 {{ include "aegis-sidecar.backend-env" (list $prefix $route.backend (printf "endpoints-%s.json" $route.name)) }}
 {{- if or $route.protocol $route.pool }}
@@ -358,6 +366,8 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- define "aegis-sidecar.check-options" -}}
 {{- if .routes }}
 {{- include "aegis-sidecar.check-routes" . }}
+{{- else }}
+{{- include "aegis-sidecar.check-preset" (list . "AEGIS_") }}
 {{- end }}
 {{- include "aegis-sidecar.check-route" . }}
 {{- $folder := .socket.folder }}
@@ -400,7 +410,21 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- fail (printf "aegis-sidecar: the socket.file of route %s is %s, which is another one's: change one of them" $route.name $file) }}
 {{- end }}
 {{- $files = append $files $file }}
-{{- include "aegis-sidecar.check-route" (include "aegis-sidecar.of-route" (list $ $route) | fromYaml) }}
+{{- $values := include "aegis-sidecar.of-route" (list $ $route) | fromYaml }}
+{{- include "aegis-sidecar.check-route" $values }}
+{{- include "aegis-sidecar.check-preset" (list $values (include "aegis-sidecar.route-prefix" $route)) }}
+{{- end }}
+{{- end }}
+
+{{- /* What a preset excludes, which has no value of its own: a route's values, and what its variables begin with. */}}
+{{- define "aegis-sidecar.check-preset" -}}
+{{- $env := (index . 0).env }}
+{{- $preset := "AEGIS_PRESET" }}
+{{- with printf "%sPRESET" (index . 1) }}{{ if hasKey $env . }}{{ $preset = . }}{{ end }}{{ end }}
+{{- $own := get $env (printf "%sCHECK_INTERVAL" (index . 1)) }}
+{{- $interval := $own | default ((index . 0).check | default dict).interval | default (get $env "AEGIS_CHECK_INTERVAL") | default "off" }}
+{{- if and (eq (get $env $preset | toString | trim) "mysql") (ne $interval "off") }}
+{{- fail (printf "aegis-sidecar: check.interval is %s and env.%s is mysql: such a server counts connections without a login, until it locks the host out: set check.interval to off" $interval $preset) }}
 {{- end }}
 {{- end }}
 

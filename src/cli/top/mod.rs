@@ -1,33 +1,34 @@
 //! `aegis-proxy top`: the page at `/`, in a terminal.
 
+mod events;
 mod screen;
 mod terminal;
 
 use std::collections::VecDeque;
+use std::io;
 use std::process::ExitCode;
 use std::thread::sleep;
-use std::time::{Duration, Instant};
 
 use clap::{ArgMatches, Command};
 use serde_json::Value;
 
 use super::admin::{Admin, option};
 use super::output::{fail, print};
+use events::{Event, INTERVAL, RESUME, SUSPEND, exit_code};
 use screen::{Line, Tone, lines};
-use terminal::{Key, Terminal};
+use terminal::Terminal;
+use tokio::signal::unix::SignalKind;
 
 pub(super) const NAME: &str = "top";
-
-/// How often the proxy is asked.
-const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Rates are of the readings of so many seconds.
 const WINDOW: usize = 10;
 
 const HELP: &str = "q quits, j and k scroll";
 
-/// What Ctrl-C is where no signal comes of it.
+/// What Ctrl-C and Ctrl-Z are where no signals come of them.
 const CTRL_C: u8 = 3;
+const CTRL_Z: u8 = 26;
 
 pub(super) fn definition() -> Command {
     Command::new(NAME)
@@ -45,13 +46,10 @@ pub(super) fn run(matches: &ArgMatches) -> ExitCode {
         Ok(first) => first,
         Err(why) => return fail(1, why),
     };
-    match Terminal::take() {
-        Some(terminal) => {
-            watch(&admin, first, terminal);
-            ExitCode::SUCCESS
-        }
-        None => once(&admin, &first),
+    if !terminal::is_there() {
+        return once(&admin, &first);
     }
+    watch(admin, first).unwrap_or_else(|error| fail(1, error))
 }
 
 /// Two readings, so that there are rates.
@@ -89,26 +87,34 @@ impl Readings {
     }
 }
 
-fn watch(admin: &Admin, first: Value, mut terminal: Terminal) {
+fn watch(admin: Admin, first: Value) -> io::Result<ExitCode> {
+    // The signals first, so that none leaves the terminal as it is used here.
+    let mut events = events::begin(admin)?;
+    let mut terminal = Terminal::take()?;
     let mut readings = Readings([first].into());
-    let (mut lost, mut next, mut top) = (None::<String>, Instant::now() + INTERVAL, 0_usize);
+    let (mut lost, mut top) = (None::<String>, 0_usize);
     loop {
         let all = readings.lines();
         let screen = fit(&all, lost.as_deref(), &mut top, terminal.size());
         if terminal.show(&screen).is_err() {
-            return;
+            break;
         }
-        match terminal.key(next.saturating_duration_since(Instant::now())) {
-            Key::End | Key::Byte(b'q' | CTRL_C) => return,
-            Key::Byte(b'j') => top += 1,
-            Key::Byte(b'k') => top = top.saturating_sub(1),
-            Key::Byte(_) | Key::None => {}
-        }
-        if Instant::now() >= next {
-            lost = admin.json("/status").map(|reading| readings.add(reading)).err();
-            next = Instant::now() + INTERVAL;
+        match events.blocking_recv() {
+            Some(Event::Key(b'q' | CTRL_C) | Event::Closed) | None => break,
+            Some(Event::Key(b'j')) => top += 1,
+            Some(Event::Key(b'k')) => top = top.saturating_sub(1),
+            Some(Event::Key(CTRL_Z) | Event::Signal(SUSPEND)) => terminal.suspend(),
+            Some(Event::Signal(RESUME)) => terminal.enter()?,
+            Some(Event::Signal(signal)) if signal != SignalKind::window_change() => {
+                return Ok(exit_code(signal).into());
+            }
+            Some(Event::Key(_) | Event::Signal(_)) => {}
+            Some(Event::Reading(reading)) => {
+                lost = reading.map(|reading| readings.add(reading)).err();
+            }
         }
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// As many lines as fit from this one on, and below them the keys, or that the proxy is lost.

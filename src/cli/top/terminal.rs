@@ -1,10 +1,8 @@
 //! A terminal that is used as a whole, and given back as it was.
 
 use std::io::{self, Stdin, Stdout, Write};
-use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::process::{Pid, Signal, getpgid, getpid, getppid, getsid, kill_process};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 
 use super::screen::{Line, Tone};
@@ -21,32 +19,56 @@ pub(super) struct Terminal {
     output: Stdout,
     before: Termios,
     has_colors: bool,
+    is_suspended: bool,
 }
 
-/// What somebody did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Key {
-    None,
-    Byte(u8),
-    /// The terminal is gone.
-    End,
+/// Whether this process reads from a terminal and writes to one.
+pub(super) fn is_there() -> bool {
+    isatty(io::stdin()) && isatty(io::stdout())
 }
 
 impl Terminal {
-    /// The terminal of this process; none where input or output is something else.
-    pub(super) fn take() -> Option<Self> {
+    /// The terminal of this process.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub(super) fn take() -> io::Result<Self> {
         let (input, output) = (io::stdin(), io::stdout());
-        if !isatty(&input) || !isatty(&output) {
-            return None;
-        }
-        let before = tcgetattr(&input).ok()?;
-        let mut raw = before.clone();
-        raw.make_raw();
-        tcsetattr(&input, OptionalActions::Flush, &raw).ok()?;
+        let before = tcgetattr(&input)?;
         let has_colors = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-        let mut terminal = Self { input, output, before, has_colors };
-        terminal.write(ENTER).ok()?;
-        Some(terminal)
+        let mut terminal = Self { input, output, before, has_colors, is_suspended: false };
+        terminal.enter()?;
+        Ok(terminal)
+    }
+
+    /// Uses the terminal as a whole, whatever has become of it.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub(super) fn enter(&mut self) -> io::Result<()> {
+        self.is_suspended = false;
+        let mut raw = self.before.clone();
+        raw.make_raw();
+        tcsetattr(&self.input, OptionalActions::Flush, &raw)?;
+        self.write(ENTER)
+    }
+
+    /// Gives it back as it was.
+    fn leave(&mut self) {
+        // One that is gone has nothing to get back.
+        let _ = self.write(LEAVE);
+        let _ = tcsetattr(&self.input, OptionalActions::Flush, &self.before);
+    }
+
+    /// Leaves the terminal to a shell, until that has this process go on. As the kernel does, not where
+    /// there is none: nobody would ever do so.
+    pub(super) fn suspend(&mut self) {
+        if !has_shell() {
+            return;
+        }
+        self.leave();
+        self.is_suspended = true;
+        let _ = kill_process(getpid(), Signal::STOP);
     }
 
     /// Columns and lines.
@@ -59,29 +81,14 @@ impl Terminal {
         }
     }
 
-    /// Waits for a key.
-    pub(super) fn key(&self, within: Duration) -> Key {
-        let limit = Timespec::try_from(within).ok();
-        let mut fds = [PollFd::new(&self.input, PollFlags::IN)];
-        match poll(&mut fds, limit.as_ref()) {
-            // Its size may have changed.
-            Ok(0) | Err(Errno::INTR) => return Key::None,
-            Ok(_) => {}
-            Err(_) => return Key::End,
-        }
-        let mut byte = [0];
-        match rustix::io::read(&self.input, &mut byte) {
-            Ok(1) => Key::Byte(byte[0]),
-            Err(Errno::INTR) => Key::None,
-            _ => Key::End,
-        }
-    }
-
     /// Shows these lines, which have to fit.
     ///
     /// # Errors
     /// The terminal is gone.
     pub(super) fn show(&mut self, lines: &[Line]) -> io::Result<()> {
+        if self.is_suspended {
+            return Ok(());
+        }
         // Over what is there, so that nothing flickers.
         let mut text = "\x1b[H".to_owned();
         for (at, line) in lines.iter().enumerate() {
@@ -101,10 +108,17 @@ impl Terminal {
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        // One that is gone has nothing to get back.
-        let _ = self.write(LEAVE);
-        let _ = tcsetattr(&self.input, OptionalActions::Flush, &self.before);
+        if !self.is_suspended {
+            self.leave();
+        }
     }
+}
+
+/// Whether a process of the same session, and of another job, has started this one.
+fn has_shell() -> bool {
+    let of = |process: Option<Pid>| Some((getsid(process).ok()?, getpgid(process).ok()?));
+    let (own, parent) = (of(None), getppid().and_then(|parent| of(Some(parent))));
+    own.zip(parent).is_some_and(|(own, parent)| own.0 == parent.0 && own.1 != parent.1)
 }
 
 fn color(tone: Tone) -> &'static str {

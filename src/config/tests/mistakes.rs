@@ -177,6 +177,7 @@ fn a_log_filter_names_levels_and_what_logs() {
         ("info, aegis::oi=debug", "there is no module \"aegis::oi\""),
         ("aegis::oi", "there is no module \"aegis::oi\""),
         ("info,aegis::io=debgu", "error parsing level filter"),
+        (", ,", "there is no level"),
     ] {
         let [problem] = &problems(&[("AEGIS_LOG", filter)])[..] else { panic!("{filter}") };
         assert!(problem.contains(why), "{problem}");

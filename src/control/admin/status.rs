@@ -22,7 +22,7 @@ use crate::metrics::{
 };
 use crate::proxy::endpoints::Endpoint;
 
-/// Endpoints of a route that are shown; `/backends` has them all.
+/// Endpoints of a route that are shown at most; `/backends` has them all.
 const ENDPOINTS_SHOWN: usize = 64;
 
 /// All of it.
@@ -171,8 +171,10 @@ pub(super) async fn write(view: Arc<View>, mut to: Pieces) {
         to.pause().await;
         let endpoints = &route.snapshot.endpoints;
         let mut before = "\n  ";
-        for (endpoint, name) in endpoints.iter().zip(labels(endpoints)).take(ENDPOINTS_SHOWN) {
-            write_row(&mut to.text, &mut before, &endpoint_row(endpoint, name));
+        let mut names = labels(endpoints);
+        for at in shown(endpoints) {
+            let row = endpoint_row(&endpoints[at], std::mem::take(&mut names[at]));
+            write_row(&mut to.text, &mut before, &row);
             to.pause().await;
         }
     }
@@ -314,7 +316,7 @@ fn route_row<'a>(
         phases: phases(route),
         discovery: DiscoveryRow {
             generation: route.snapshot.generation,
-            age: age(route.discovery.last_sync_seconds()),
+            age: route.discovery.sync_age().map(|age| age.as_secs_f64()),
             trouble: route.discovery.trouble(),
         },
         endpoints_total: route.snapshot.endpoints.len(),
@@ -362,10 +364,13 @@ fn phases(route: &RouteView<'_>) -> BTreeMap<&'static str, Phase> {
     .into()
 }
 
-/// How old a moment is, in seconds since the Unix epoch; 0 is none.
-fn age(seconds: f64) -> Option<f64> {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    (seconds > 0.0).then(|| (now.as_secs_f64() - seconds).max(0.0))
+/// Which endpoints are shown, in their order: those that are not usable are, if others are left out.
+fn shown(endpoints: &[Arc<Endpoint>]) -> Vec<usize> {
+    let (well, unwell): (Vec<_>, Vec<_>) =
+        (0..endpoints.len()).partition(|&at| usable(&endpoints[at]));
+    let mut shown: Vec<_> = unwell.into_iter().chain(well).take(ENDPOINTS_SHOWN).collect();
+    shown.sort_unstable();
+    shown
 }
 
 fn endpoint_row(endpoint: &Endpoint, name: String) -> EndpointRow<'_> {
@@ -424,6 +429,25 @@ mod tests {
         assert_eq!(route["endpoints"][0]["state"], "usable");
         assert_eq!(found["bounds"][0], 0.00005);
         assert_eq!(found["workers"].as_array().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn of_many_endpoints_those_that_are_unwell_are_shown() {
+        let endpoints: Vec<_> =
+            (0..100).map(|at| endpoint(&format!("db-{at:02}"), "10.0.0.1:1")).collect();
+        for at in [3, 98] {
+            endpoints[at].stats.iter().for_each(|stats| stats.ejected.set(1));
+        }
+        let found = read(view(config(), endpoints));
+        let route = &found["routes"][0];
+        let rows = route["endpoints"].as_array().unwrap();
+        let names: Vec<_> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
+        let first = (0..63).map(|at| format!("db-{at:02}"));
+        assert_eq!(names, first.chain(["db-98".to_owned()]).collect::<Vec<_>>());
+        assert_eq!(
+            (&route["endpoints_total"], &rows[63]["state"]),
+            (&100.into(), &"ejected".into())
+        );
     }
 
     #[test]

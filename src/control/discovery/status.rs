@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::io::net::Address;
 pub(crate) use crate::metrics::ErrorKind;
@@ -31,8 +31,8 @@ impl fmt::Display for LeftOut {
 #[derive(Debug, Default)]
 pub struct Status {
     errors: [AtomicU64; ErrorKind::COUNT],
-    /// Milliseconds since the Unix epoch; 0 before the first.
-    last_sync_ms: AtomicU64,
+    /// When the source answered last: by the clock that nobody sets, and by the one of the wall.
+    synced: Mutex<Option<(Instant, SystemTime)>>,
     trouble: Mutex<Option<String>>,
     left_out: Mutex<Vec<LeftOut>>,
     unusable: Mutex<Option<String>>,
@@ -50,8 +50,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Status {
     /// The source has answered: what is known is what it knows now.
     pub fn on_sync(&self) {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        self.last_sync_ms.store(now.as_millis() as u64, Relaxed);
+        *lock(&self.synced) = Some((Instant::now(), SystemTime::now()));
     }
 
     /// Something went wrong. It is the reason shown until [`Status::clear_trouble`].
@@ -150,9 +149,16 @@ impl Status {
         self.errors[kind as usize].load(Relaxed)
     }
 
-    /// When the source answered last, in seconds since the Unix epoch; 0 before the first time.
+    /// When the source answered last, in seconds since the Unix epoch; 0 before the first time, and
+    /// where there is none to ask.
     pub fn last_sync_seconds(&self) -> f64 {
-        self.last_sync_ms.load(Relaxed) as f64 / 1000.0
+        let at = lock(&self.synced).map_or(UNIX_EPOCH, |(_, at)| at);
+        at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as f64 / 1000.0
+    }
+
+    /// How long ago the source answered last, however the wall's clock was set since.
+    pub fn sync_age(&self) -> Option<Duration> {
+        lock(&self.synced).map(|(at, _)| at.elapsed())
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod log_level;
 mod message;
+mod tap;
 
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
@@ -18,12 +19,13 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info, warn};
 
-pub use message::{Reply, Request};
+pub use message::{Reply, Request, Tap, Tapped};
 
 use super::View;
 use crate::io::net::{Credentials, credentials};
 use crate::limits::{CONTROL_CONNECTIONS, CONTROL_LINE_BYTES_MAX, CONTROL_WAITING};
 use log_level::LogLevel;
+use tap::{Tapping, Taps};
 
 /// How long a client has for its line and the answer to it. It sends the one at once, and the other
 /// fits into the socket.
@@ -41,6 +43,7 @@ pub(super) struct Control {
     view: Arc<View>,
     drain_asked: Arc<Notify>,
     log_level: Arc<LogLevel>,
+    taps: Taps,
     places: Arc<Semaphore>,
     waiting: Arc<Semaphore>,
 }
@@ -51,7 +54,8 @@ impl Control {
         let log_level = Arc::new(LogLevel::new(view.config().log.clone()));
         let [places, waiting] =
             [CONTROL_CONNECTIONS, CONTROL_WAITING].map(|count| Arc::new(Semaphore::new(count)));
-        Self { view, drain_asked, log_level, places, waiting }
+        let taps = Taps::new(Arc::clone(&view));
+        Self { view, drain_asked, log_level, taps, places, waiting }
     }
 
     /// Serves the socket for ever.
@@ -102,56 +106,56 @@ impl Control {
         place: OwnedSemaphorePermit,
     ) {
         match timeout(TIME_MAX, self.answer(&mut stream, who)).await {
-            Ok(Ok(Some(waiting))) => {
+            Ok(Ok(After::End)) => {}
+            Ok(Ok(After::Wait(waiting))) => {
                 drop(place);
                 until_the_end(stream).await;
                 drop(waiting);
             }
-            Ok(Ok(None)) => {}
+            Ok(Ok(After::Tap(tapping))) => {
+                drop(place);
+                tapping.run(stream).await;
+            }
             Ok(Err(error)) => debug!(%error, "a client of the control socket left"),
             Err(_) => debug!("a client of the control socket said or read nothing"),
         }
     }
 
-    /// Reads a command, carries it out and says so. Returns the place of a client that is to wait.
-    async fn answer(
-        &self,
-        stream: &mut UnixStream,
-        who: Credentials,
-    ) -> io::Result<Option<OwnedSemaphorePermit>> {
-        let (reply, waiting) = match read_request(stream).await? {
-            Ok(request) => self.carry_out(request, who),
-            Err(why) => (Reply::Refused(why), None),
+    /// Reads a command, carries it out and says so. Returns what is to be done for the client then.
+    async fn answer(&self, stream: &mut UnixStream, who: Credentials) -> io::Result<After> {
+        let done = read_request(stream).await?.and_then(|request| self.carry_out(request, who));
+        let (reply, after) = match done {
+            Ok((text, after)) => (Reply::Done(text), after),
+            Err(why) => (Reply::Refused(why), After::End),
         };
         stream.write_all(&line_of(&reply)).await?;
-        Ok(waiting)
+        Ok(after)
     }
 
-    fn carry_out(
-        &self,
-        request: Request,
-        who: Credentials,
-    ) -> (Reply, Option<OwnedSemaphorePermit>) {
-        let (done, waiting) = match request {
-            Request::Drain { wait } => match self.place_to_wait(wait) {
-                Ok(waiting) => (Ok(self.drain(who)), waiting),
-                Err(why) => (Err(why), None),
-            },
-            Request::LogLevel { filter: None, .. } => (Ok(self.log_level.show()), None),
-            Request::LogLevel { filter: Some(filter), for_ms } => {
-                (self.log_level.set(&filter, for_ms, who), None)
+    fn carry_out(&self, request: Request, who: Credentials) -> Result<(String, After), String> {
+        Ok(match request {
+            Request::Drain { wait } => {
+                let after = self.place_to_wait(wait)?;
+                (self.drain(who), after)
             }
-        };
-        (done.map_or_else(Reply::Refused, Reply::Done), waiting)
+            Request::LogLevel { filter: None, .. } => (self.log_level.show(), After::End),
+            Request::LogLevel { filter: Some(filter), for_ms } => {
+                (self.log_level.set(&filter, for_ms, who)?, After::End)
+            }
+            Request::Tap(tap) => {
+                let (text, tapping) = self.taps.begin(tap, who)?;
+                (text, After::Tap(tapping))
+            }
+        })
     }
 
-    fn place_to_wait(&self, wait: bool) -> Result<Option<OwnedSemaphorePermit>, String> {
+    fn place_to_wait(&self, wait: bool) -> Result<After, String> {
         if !wait {
-            return Ok(None);
+            return Ok(After::End);
         }
         let place = Arc::clone(&self.waiting).try_acquire_owned();
         place
-            .map(Some)
+            .map(After::Wait)
             .map_err(|_| format!("{CONTROL_WAITING} others wait for the end; drain without --wait"))
     }
 
@@ -163,6 +167,16 @@ impl Control {
         let begins = if has_begun { "draining already" } else { "draining" };
         format!("{begins}, {sessions} sessions are open")
     }
+}
+
+/// What is to be done for a client once its command is answered.
+enum After {
+    /// Nothing.
+    End,
+    /// It waits for the end of the process, and has this place.
+    Wait(OwnedSemaphorePermit),
+    /// It waits for what is captured.
+    Tap(Tapping),
 }
 
 /// Reads a line; why it is no request, if it is none.
@@ -190,13 +204,18 @@ fn line_of(reply: &Reply) -> Vec<u8> {
 /// it then, and not this runtime, whose end comes before.
 async fn until_the_end(stream: UnixStream) {
     let stream = ManuallyDrop::new(stream);
+    until_it_leaves(&stream).await;
+    drop(ManuallyDrop::into_inner(stream));
+}
+
+/// Waits until a client leaves, or says more than a command.
+async fn until_it_leaves(stream: &UnixStream) {
     while stream.readable().await.is_ok() {
         match stream.try_read(&mut [0]) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             _ => break,
         }
     }
-    drop(ManuallyDrop::into_inner(stream));
 }
 
 /// Those who may not give commands.

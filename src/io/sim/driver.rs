@@ -18,6 +18,9 @@ impl Driver for Sim {
 
     fn wait(&mut self, wait: Wait) -> io::Result<bool> {
         let started = self.elapsed;
+        self.closing.clear();
+        let sleeps_for = self.sleeps_until.map(|until| until.saturating_sub(started));
+        let most = sleeps_for.map_or(wait.most, |most| most.min(wait.most));
         self.hearing.begin_turn(&mut self.rng);
         if self.rng.u16(..500) == 0 {
             self.stop();
@@ -31,7 +34,7 @@ impl Driver for Sim {
             if heard >= wait.events as usize {
                 return Ok(wait.events == 1);
             }
-            let until = started + if heard > 0 { wait.batch.min(wait.most) } else { wait.most };
+            let until = started + if heard > 0 { wait.batch.min(most) } else { most };
             match self.steps.peek() {
                 Some(&Reverse((at, _, step))) if at <= until => {
                     self.steps.pop();
@@ -168,6 +171,7 @@ impl Driver for Sim {
     fn close(&mut self, conn: ConnId, how: Close) {
         let Some(mut socket) = self.sockets.remove(conn) else { return };
         self.buffers.clear(&mut socket.queue);
+        self.closing.extend(self.peers[socket.peer].endpoint);
         if socket.sending != Sending::Connecting {
             self.close_wire(socket.peer, socket.taken, how);
         }

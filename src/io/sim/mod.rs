@@ -113,6 +113,10 @@ pub struct Sim {
     pub listeners: usize,
     /// What peers speak.
     pub speech: Speech,
+    /// The user sleeps for no longer than until then: others may have something for it by then.
+    pub sleeps_until: Option<Duration>,
+    /// The endpoints of connections that are closed once the driver waits.
+    closing: Vec<u16>,
     /// The most that was held for one connection, in bytes.
     pub queue_peak: u32,
     /// That bytes were sent ends no wait, as no driver may have it.
@@ -147,6 +151,8 @@ impl Sim {
             greetings: rng.bool(),
             listeners: 1,
             speech: Speech::Bytes,
+            sleeps_until: None,
+            closing: Vec::new(),
             queue_peak: 0,
             withholds_sends: false,
             stopped_until: Duration::ZERO,
@@ -200,6 +206,14 @@ impl Sim {
     /// Connections that the driver holds.
     pub fn open_sockets(&self) -> usize {
         self.sockets.len()
+    }
+
+    /// Connections to an endpoint, with those that are being made, and those that are not closed yet.
+    pub fn conns_to(&self, endpoint: u16) -> usize {
+        let sockets = (0..self.sockets.slots()).filter_map(|at| self.sockets.key_at(at));
+        let sockets = sockets.filter_map(|conn| self.sockets.get(conn));
+        let open = sockets.filter(|socket| self.peers[socket.peer].endpoint == Some(endpoint));
+        open.count() + self.closing.iter().filter(|&&closing| closing == endpoint).count()
     }
 
     /// Clients that wait to be accepted or are still to come.

@@ -159,10 +159,11 @@ impl Entry {
         !self.is_withheld() && (self.health.is_usable() || !any_usable)
     }
 
-    /// Whether it would serve, and has all the connections that it may, each with a client.
-    pub(super) fn is_full(&self, now: Instant) -> bool {
+    /// Whether it would serve, and has all the connections that it may, none of which is for a session:
+    /// each has a client, or is about to be ended for its age.
+    pub fn is_full(&self, now: Instant) -> bool {
         let may_serve = self.is_usable(now) && !self.is_withheld();
-        may_serve && self.pool.idle() == 0 && !self.has_room()
+        may_serve && self.pool.oldest_conn(now).is_none() && !self.has_room()
     }
 
     /// Sessions on it, those still connecting included.

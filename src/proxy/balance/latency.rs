@@ -145,13 +145,13 @@ impl Table {
         Some((entry, outstanding))
     }
 
-    /// What the fastest endpoint took when it was last measured, in nanoseconds. One that gets nothing, in
-    /// the own zone while backups of another one serve, does not count: it is not measured any more, and
-    /// the others would all seem slow beside it as soon as they have answered.
+    /// What the fastest endpoint took when it was last measured, in nanoseconds. One that gets nothing, as
+    /// it is ejected, or in the own zone while backups of another one serve, does not count: it is not
+    /// measured any more, and the others would all seem slow beside it as soon as they have answered.
     pub(super) fn fastest(&self) -> u64 {
-        let entries = self.present.iter().filter_map(|&index| self.get(index));
-        let measured = entries
-            .filter(|entry| !entry.is_withheld())
+        let measured = self
+            .in_set()
+            .filter(|entry| entry.may_serve(true))
             .filter_map(|entry| entry.latency.measured());
         measured.min().unwrap_or(nanoseconds(Duration::ZERO))
     }

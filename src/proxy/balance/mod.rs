@@ -273,12 +273,13 @@ impl Table {
     }
 
     /// The endpoint with the connection that has been idle for longest, of those for which
-    /// `may_give` holds.
+    /// `may_give` holds. A probe is not given: closed too early it says nothing, and its endpoint would
+    /// stay ejected.
     pub fn oldest_idle(&self, may_give: impl Fn(EndpointId, &Entry) -> bool) -> Option<EndpointId> {
         let entries = self.entries.iter().enumerate();
         let entries = entries.filter_map(|(i, entry)| Some((EndpointId::at(i), entry.as_ref()?)));
         entries
-            .filter(|(index, entry)| may_give(*index, entry))
+            .filter(|(index, entry)| !entry.health.is_probing() && may_give(*index, entry))
             .filter_map(|(index, entry)| Some((entry.pool.oldest_since()?, index)))
             .min()
             .map(|(_, index)| index)

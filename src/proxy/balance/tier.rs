@@ -7,6 +7,9 @@
 //!    │  └──a lower tier has been usable for the failback time──▶ that one
 //!    └──else
 //! ```
+//!
+//! An endpoint that joins a lower tier than the one in use is in doubt until a probe has shown that it
+//! takes connections: no client is to leave who serves for who may refuse.
 
 use std::time::{Duration, Instant};
 
@@ -81,12 +84,31 @@ impl Table {
 
     /// Another snapshot is in force.
     pub(super) fn on_tiers_known(&mut self, now: Instant) {
-        let is_first = |entry: &Entry| entry.tier == Tier::FIRST;
-        let are_first = self.present.iter().filter_map(|&index| self.get(index)).all(is_first);
+        let are_first = self.in_set().all(|entry| entry.tier == Tier::FIRST);
+        self.doubt_newcomers(now);
         // Where there is one tier only, too: the one that was in use may be gone.
         self.decide_tiers(now);
         self.tiers.are_several = !are_first || self.tiers.latest != Tier::FIRST;
         self.mark_spare();
+    }
+
+    /// Those that the latest snapshot names.
+    pub(super) fn in_set(&self) -> impl Iterator<Item = &Entry> {
+        self.present.iter().filter_map(|&index| self.get(index))
+    }
+
+    /// Has those probed first that have just joined a lower tier than the one in use.
+    fn doubt_newcomers(&mut self, now: Instant) {
+        let latest = self.tiers.latest;
+        if !self.in_set().any(|entry| entry.tier == latest && entry.holds_tier()) {
+            return;
+        }
+        for &index in &self.present {
+            let Some(entry) = &mut self.entries[usize::from(index)] else { continue };
+            if entry.tier < latest && entry.joined_at == Some(now) {
+                entry.health.doubt(now);
+            }
+        }
     }
 
     /// Looks at which tier is to be used.
@@ -98,7 +120,7 @@ impl Table {
 
     fn decide_tiers(&mut self, now: Instant) -> bool {
         let mut usable = [false; Tier::COUNT_MAX];
-        for entry in self.present.iter().filter_map(|&index| self.get(index)) {
+        for entry in self.in_set() {
             usable[usize::from(entry.tier)] |= entry.holds_tier();
         }
         self.tiers.judge(usable, now)

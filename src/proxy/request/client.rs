@@ -7,17 +7,17 @@ use super::action::{Action, Actions, ClientEnding};
 use super::backend::Backend;
 use super::policy::{Moment, Room};
 use super::state::{History, Pending, Progress, State, Wanted};
-use super::{BackendConn, Binding, Broadcast, Framing, Front, Limits, Request};
+use super::{BackendConn, Binding, Broadcast, Course, Framing, Front, Limits, Request};
 use crate::io::buffers::Buffers;
 use crate::io::{Buf, Chain, Close, ConnId, Unheard};
 use crate::limits::{BUFFER_SIZE, DRAIN_PATIENCE, PARTIAL_BUFFERS_SHORT_MAX};
 use crate::metrics::{CloseReason, Discard, Outcome};
 use crate::protocol::Verb;
-use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::pulse::Pulse;
 use crate::proxy::route::StableHash;
-use crate::proxy::session::{Attempts, Tried, how_to_close};
+use crate::proxy::session::{Tried, how_to_close};
+use crate::proxy::{Bytes, Side};
 
 /// A client and the request that is under way for it.
 #[allow(
@@ -45,8 +45,12 @@ pub struct Client {
     began: bool,
     /// It is in the worker's list of those to be served.
     pub(super) due: bool,
-    /// How often its latest request was sent, if it was, and where to.
-    pub(super) asked: Option<Attempts>,
+    /// Which of the two was the first to end its direction: it, or the backend of its last reply.
+    pub(super) ended_first: Option<Side>,
+    /// Bytes of it and for it so far.
+    pub(super) bytes: Bytes,
+    /// The way of its latest request, if that was sent.
+    pub(super) course: Option<Course>,
     /// When its timer fires.
     pub(super) timer: Option<Instant>,
     /// Marks the load estimator's window in which it was last counted as active.
@@ -85,8 +89,10 @@ pub struct OpaqueParts {
     pub backend_unsent: u32,
     /// That connection takes nothing more.
     pub backend_broken: bool,
-    /// The request that is still to be counted.
-    pub uncounted: Option<Verb>,
+    /// When it was accepted.
+    pub opened: Instant,
+    /// Bytes of it and for it so far.
+    pub bytes: Bytes,
 }
 
 impl Client {
@@ -104,7 +110,9 @@ impl Client {
             ended: false,
             began: false,
             due: false,
-            asked: None,
+            ended_first: None,
+            bytes: Bytes::default(),
+            course: None,
             timer: None,
             window: 0,
             opened: now,
@@ -118,11 +126,6 @@ impl Client {
             Side::Client => Some(self.conn),
             Side::Backend => self.backend().map(|backend| backend.conn),
         }
-    }
-
-    /// How often its latest request was sent, if it was, and where to.
-    pub fn asked(&self) -> Option<Attempts> {
-        self.asked
     }
 
     /// The connection to a backend that it holds.
@@ -197,6 +200,7 @@ impl Client {
     /// Bytes arrived from it. It is to be served; marks it so and says whether it was not.
     pub fn on_received(&mut self, buf: Buf, buffers: &mut Buffers, now: Instant) -> bool {
         self.pulse.on_heard();
+        self.bytes.to_backend += u64::from(buf.len());
         // One that is to leave does not stay by sending.
         if !matches!(self.state, State::Leaving { .. }) {
             self.active = now;
@@ -211,6 +215,9 @@ impl Client {
     /// It ended its direction: a request that is not whole will never be. Likewise.
     pub fn on_ended(&mut self, now: Instant) -> bool {
         self.ended = true;
+        if !matches!(self.state, State::Leaving { .. }) {
+            self.ended_first.get_or_insert(Side::Client);
+        }
         self.active = now;
         self.mark_due()
     }
@@ -300,6 +307,7 @@ impl Client {
             Front::Partial => self.settle(room, moment),
             Front::Refused(len, error) => {
                 moment.buffers.advance(&mut self.input, len);
+                self.course = None;
                 let count = Action::Count(Verb::OTHER, error.outcome(), Duration::ZERO);
                 Actions::from(count).and(Action::Reply(error, None)).and(Action::Serve)
             }
@@ -310,7 +318,6 @@ impl Client {
 
     fn begin(&mut self, request: Request, moment: &mut Moment<'_>) -> Actions {
         moment.retries.on_request(moment.now);
-        self.asked = None;
         let goes_to_all = moment.policy.binding == Binding::Key && request.to_all;
         let broadcast = goes_to_all.then(|| Box::new(Broadcast::new(moment.policy.protocol)));
         self.on_begun(Wanted::Request(request), broadcast, moment.now)
@@ -327,6 +334,7 @@ impl Client {
             unreachable!("one request at a time")
         };
         self.began = true;
+        self.course = None;
         let action = acquire(kept.as_ref());
         let tried = Tried::default();
         let history = History { since: now, tried, no_endpoint_since: None, broadcast };
@@ -515,11 +523,11 @@ impl Client {
             }
             State::Ready { pending, kept } => {
                 self.state = State::Leaving { kept };
-                Some((pending.wanted.verb(), Some(pending.history.since)))
+                Some((pending.wanted.verb(), pending.history.since))
             }
             State::Queued { pending } => {
                 actions.push(Action::LeaveQueue);
-                Some((pending.wanted.verb(), Some(pending.history.since)))
+                Some((pending.wanted.verb(), pending.history.since))
             }
             State::InFlight(flight) => {
                 let is_counted = flight.is_answered();
@@ -529,16 +537,13 @@ impl Client {
                     _ => Discard::Abandoned,
                 };
                 actions.push(flight.backend.discard(why));
-                (!is_counted).then_some((flight.request.verb, Some(flight.history.since)))
+                (!is_counted).then_some((flight.request.verb, flight.history.since))
             }
-            State::Opaque { backend, uncounted, .. } => {
-                actions.push(backend.discard(Discard::Abandoned));
-                uncounted.map(|verb| (verb, None))
-            }
+            State::Opaque { .. } => unreachable!("it is a session by now"),
         };
         if let Some((verb, since)) = uncounted {
-            let took = since.map(|since| now.saturating_duration_since(since));
-            actions.push(Action::Count(verb, outcome, took.unwrap_or_default()));
+            let took = now.saturating_duration_since(since);
+            actions.push(Action::Count(verb, outcome, took));
         }
         buffers.clear(&mut self.input);
         (ending, actions)
@@ -561,7 +566,7 @@ impl Client {
 
     /// What becomes a session, after [`Action::BecomeOpaque`].
     pub fn into_opaque_parts(self, buffers: &mut Buffers) -> OpaqueParts {
-        let State::Opaque { backend, uncounted, sent } = self.state else {
+        let State::Opaque { backend, sent } = self.state else {
             unreachable!("its bytes are understood")
         };
         let mut input = self.input;
@@ -575,7 +580,8 @@ impl Client {
             backend: backend.conn,
             backend_unsent: backend.unsent,
             backend_broken: backend.broken,
-            uncounted,
+            opened: self.opened,
+            bytes: self.bytes,
         }
     }
 }

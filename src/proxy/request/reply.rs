@@ -7,14 +7,15 @@ use super::action::{Action, Actions, Fate};
 use super::backend::Backend;
 use super::client::Client;
 use super::policy::Moment;
-use super::state::{History, InFlight, Pending, Progress, State, Times, Wanted};
-use super::{BackendConn, Broadcast, ErrorReply, Reply, Request};
+use super::state::{History, InFlight, Pending, Progress, State, Wanted};
+use super::{BackendConn, Broadcast, Course, ErrorReply, Reply, Request};
 use crate::io::buffers::Buffers;
 use crate::io::{Buf, ConnId};
 use crate::metrics::{CloseReason, Discard, Outcome, Retry};
-use crate::proxy::Side;
+use crate::protocol::Verb;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::session::{Attempts, Tried};
+use crate::proxy::{Bytes, Side};
 
 /// What is to be done with bytes that a backend sent.
 #[derive(Debug, PartialEq, Eq)]
@@ -105,19 +106,18 @@ impl Client {
         backend: Backend,
         moment: &mut Moment<'_>,
     ) -> Actions {
-        let Pending { wanted, history, wanting, .. } = pending;
+        let Pending { wanted, mut history, wanting, .. } = pending;
+        let BackendConn { conn, endpoint, .. } = backend.conn;
+        history.tried.push(endpoint);
+        let attempts = Attempts { count: history.tried.attempts(), endpoint, at: moment.now };
+        let bytes = Bytes { to_backend: wanted.len().into(), to_client: 0 };
+        self.course = Some(Course { attempts, answered: None, bytes });
         let Wanted::Request(request) = wanted else {
-            let uncounted = Some(wanted.verb());
-            self.state = State::Opaque { backend, uncounted, sent: 0 };
-            return Action::BecomeOpaque.into();
+            return self.turn_opaque(wanted.verb(), backend, &history, 0, moment.now);
         };
         self.framing.on_asked();
-        let BackendConn { conn, endpoint, .. } = backend.conn;
         let asks = Action::Asks(endpoint, conn, moment.now.saturating_duration_since(wanting));
-        let flight = InFlight::new(request, history, backend, moment.now);
-        let count = flight.history.tried.attempts();
-        self.asked = Some(Attempts { count, endpoint, at: moment.now });
-        self.state = State::InFlight(flight);
+        self.state = State::InFlight(InFlight::new(request, history, backend, moment.now));
         let mut actions = Actions::from(asks).and(Action::Send(conn));
         if request.whole {
             self.settle_after(moment.room(), moment, &mut actions);
@@ -166,21 +166,40 @@ impl Client {
             }
             Some((len, _)) => {
                 flight.on_queued(len, moment.now);
+                if let Some(course) = &mut self.course {
+                    course.bytes.to_backend += u64::from(len);
+                }
                 Actions::from(Action::Send(flight.backend.conn.conn)).and(Action::Serve)
             }
-            None => self.become_opaque(),
+            None => self.become_opaque(moment.now),
         }
     }
 
     /// It cannot be told any more what the bytes of its request or its reply are.
-    fn become_opaque(&mut self) -> Actions {
+    fn become_opaque(&mut self, now: Instant) -> Actions {
         let State::InFlight(flight) = mem::replace(&mut self.state, State::EMPTY) else {
             unreachable!("nothing is on the way")
         };
-        let uncounted = (!flight.is_answered()).then_some(flight.request.verb);
-        let sent = flight.held;
-        self.state = State::Opaque { backend: flight.backend, uncounted, sent };
-        Action::BecomeOpaque.into()
+        if flight.is_answered() {
+            self.state = State::Opaque { backend: flight.backend, sent: flight.held };
+            return Action::BecomeOpaque.into();
+        }
+        let InFlight { request, history, backend, held, .. } = flight;
+        self.turn_opaque(request.verb, backend, &history, held, now)
+    }
+
+    /// A request is over in that its bytes are a session's, and it is none of those that are answered.
+    fn turn_opaque(
+        &mut self,
+        verb: Verb,
+        backend: Backend,
+        history: &History,
+        sent: u32,
+        now: Instant,
+    ) -> Actions {
+        self.state = State::Opaque { backend, sent };
+        let took = now.saturating_duration_since(history.since);
+        Actions::from(Action::Count(verb, Outcome::Opaque, took)).and(Action::BecomeOpaque)
     }
 
     /// The backend whose connection it holds took bytes.
@@ -210,7 +229,9 @@ impl Client {
         self.active = moment.now;
         let begins = flight.reply == Progress::Expected;
         flight.on_reply(moment.now);
-        let Times { asked, answered } = flight.times;
+        let Some(course) = &mut self.course else { unreachable!("its request was sent") };
+        let asked = course.attempts.at;
+        let answered = *course.answered.get_or_insert(moment.now);
         let BackendConn { conn, endpoint, made, .. } = flight.backend.conn;
         let bytes = moment.buffers.bytes(buf);
         let reply = self.framing.reply(bytes);
@@ -219,6 +240,8 @@ impl Client {
             broadcast.on_reply(&bytes[..count]);
             0
         } else {
+            course.bytes.to_client += count as u64;
+            self.bytes.to_client += count as u64;
             self.on_queued(count as u32);
             count
         };
@@ -253,8 +276,9 @@ impl Client {
     /// The reply is complete. The rest of the request is still passed on, if there is any and it can
     /// be.
     fn on_complete(&mut self, moment: &mut Moment<'_>) -> Actions {
+        let is_long = self.is_long();
         let State::InFlight(flight) = &mut self.state else { unreachable!("it was answered") };
-        let rest = flight.is_streaming() || (flight.is_long() && flight.backend.unsent > 0);
+        let rest = flight.is_streaming() || (is_long && flight.backend.unsent > 0);
         if !rest || flight.backend.broken {
             return self.conclude(None, moment);
         }
@@ -272,7 +296,7 @@ impl Client {
         let took = now.saturating_duration_since(flight.history.since);
         let count = Action::Count(flight.request.verb, Outcome::Answered, took);
         let sent = flight.held;
-        self.state = State::Opaque { backend: flight.backend, uncounted: None, sent };
+        self.state = State::Opaque { backend: flight.backend, sent };
         Actions::from(count).and(Action::BecomeOpaque)
     }
 
@@ -463,7 +487,8 @@ impl Client {
             self.state = State::Idle { kept };
             return Actions::from(count).and(Action::Close(CloseReason::BackendReset));
         }
-        let actions = Actions::from(Action::Reply(error, store)).and(count);
+        // Counted first: where there is no buffer for the error its client is closed.
+        let actions = Actions::from(count).and(Action::Reply(error, store));
         if moment.policy.ends_after_error {
             return actions.then(&self.leave(kept, moment.now));
         }
@@ -474,11 +499,12 @@ impl Client {
     /// Nothing more can be sent to its backend. What that had sent before still comes, and then its
     /// end, where a reply is expected: it may be among that.
     pub fn on_backend_send_failed(&mut self) -> Actions {
+        let is_long = self.is_long();
         let Some(backend) = self.state.backend_mut() else { unreachable!("it holds none") };
         backend.broken = true;
         let unsent = mem::take(&mut backend.unsent);
         if let State::InFlight(flight) = &mut self.state {
-            flight.cut |= flight.is_long() && unsent > 0;
+            flight.cut |= is_long && unsent > 0;
             if !flight.is_answered() {
                 return Action::Serve.into();
             }
@@ -489,6 +515,9 @@ impl Client {
     /// Its backend's connection ended, in order or not.
     pub fn on_backend_ended(&mut self, why: Retry, moment: &mut Moment<'_>) -> Actions {
         let spent = self.framing.ends_with_connection() && !self.is_backend_broken();
+        if spent {
+            self.ended_first.get_or_insert(Side::Backend);
+        }
         let discard = if spent { Discard::Spent } else { Discard::Dead };
         self.on_backend_lost(discard, why, moment)
     }

@@ -36,8 +36,6 @@ pub(super) enum State {
     Opaque {
         /// What the session will be on.
         backend: Backend,
-        /// The request that became opaque, unless it was counted.
-        uncounted: Option<Verb>,
         /// Bytes at the front of the input that were sent.
         sent: u32,
     },
@@ -191,15 +189,6 @@ pub(super) enum Progress {
     Complete,
 }
 
-/// When a request and its reply passed by.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Times {
-    /// Its first byte was sent.
-    pub(super) asked: Instant,
-    /// The first byte of the reply came; as `asked` before that.
-    pub(super) answered: Instant,
-}
-
 /// A request that is with a backend.
 #[derive(Debug)]
 pub(super) struct InFlight {
@@ -213,14 +202,10 @@ pub(super) struct InFlight {
     pub(super) held: u32,
     /// Bytes of it that are queued for the backend and still to be taken out of the input.
     pub(super) outgoing: u32,
-    /// Bytes of it that were queued for the backend.
-    pub(super) queued: u64,
     /// How far the reply has come.
     pub(super) reply: Progress,
     /// Bytes of it went to nobody.
     pub(super) cut: bool,
-    /// When what happened to it.
-    pub(super) times: Times,
     /// When a byte of it or of its reply moved last, in any direction.
     pub(super) moved: Instant,
     /// The client's pace with a request that is sent on as it comes.
@@ -229,13 +214,7 @@ pub(super) struct InFlight {
 
 impl InFlight {
     /// The request is sent, all of it that there is.
-    pub(super) fn new(
-        request: Request,
-        mut history: History,
-        backend: Backend,
-        now: Instant,
-    ) -> Self {
-        history.tried.push(backend.conn.endpoint);
+    pub(super) fn new(request: Request, history: History, backend: Backend, now: Instant) -> Self {
         let is_held = request.repeatable || history.broadcast.is_some();
         let mut flight = Self {
             request,
@@ -243,10 +222,8 @@ impl InFlight {
             backend,
             held: if is_held { request.len } else { 0 },
             outgoing: 0,
-            queued: 0,
             reply: Progress::Expected,
             cut: false,
-            times: Times { asked: now, answered: now },
             moved: now,
             upload: Upload::new(now),
         };
@@ -258,7 +235,6 @@ impl InFlight {
     pub(super) fn on_queued(&mut self, bytes: u32, now: Instant) {
         self.backend.on_queued(bytes);
         self.outgoing += bytes;
-        self.queued += u64::from(bytes);
         self.moved = now;
         self.on_upload(now);
     }
@@ -272,9 +248,6 @@ impl InFlight {
 
     /// Bytes of the reply came.
     pub(super) fn on_reply(&mut self, now: Instant) {
-        if self.reply == Progress::Expected {
-            self.times.answered = now;
-        }
         self.reply = Progress::Begun;
         self.moved = now;
         self.backend.conn.served = true;
@@ -301,12 +274,6 @@ impl InFlight {
     /// It was answered, and the backend has all of it by now.
     pub(super) fn is_passed_on(&self) -> bool {
         self.is_answered() && !self.is_streaming() && self.backend.unsent == 0
-    }
-
-    /// It takes more than one buffer. One that does not finds room in the socket of a silent
-    /// connection at once: it has been sent, if not told yet, or this is no reply to it.
-    pub(super) fn is_long(&self) -> bool {
-        self.queued > BUFFER_SIZE as u64
     }
 
     /// The client has a part of the reply.

@@ -22,11 +22,11 @@
 
 use std::time::{Duration, Instant};
 
-use super::Side;
 use super::endpoints::EndpointId;
 use super::line::Ticket;
 use super::pulse::Pulse;
 use super::relay::{Flow, Relay};
+use super::{Bytes, Side};
 use crate::io::{Chain, ConnId};
 use crate::metrics::CloseReason;
 
@@ -111,6 +111,7 @@ pub struct Session {
     to_client: Relay,
     /// What the client sent before there was a backend.
     early: Chain,
+    bytes: Bytes,
     /// What the client has begun with.
     beginning: cancel::Beginning,
     failure: Option<Failure>,
@@ -154,6 +155,7 @@ impl Session {
             to_backend: Relay::default(),
             to_client: Relay::default(),
             early: Chain::default(),
+            bytes: Bytes::default(),
             beginning: cancel::Beginning::default(),
             failure: None,
             ended_first: None,
@@ -173,6 +175,13 @@ impl Session {
             backend_pulse: Pulse::default(),
             window: 0,
         }
+    }
+
+    /// Its client has been here since then, and so much has come meanwhile.
+    #[must_use]
+    pub fn after(mut self, opened: Instant, bytes: Bytes) -> Self {
+        (self.opened, self.bytes) = (opened, bytes);
+        self
     }
 
     /// It is to have another connection. The worker closes the one that it had.
@@ -263,7 +272,7 @@ impl Session {
         &self.tried
     }
 
-    /// All endpoints may be tried for it, as at its beginning: the one that it has has left.
+    /// All endpoints may be tried again, as often as at first.
     pub fn forget_tried(&mut self) {
         self.tried = Tried::default();
     }
@@ -458,12 +467,14 @@ impl Session {
         at.saturating_duration_since(self.seeking)
     }
 
-    /// Bytes that came from a side so far, on the connections that it has now.
-    pub fn received(&self, from: Side) -> u64 {
-        match from {
-            Side::Client => self.to_backend.received() - u64::from(self.preface),
-            Side::Backend => self.to_client.received(),
-        }
+    /// Bytes that came so far.
+    pub fn bytes(&self) -> Bytes {
+        self.bytes
+    }
+
+    /// Bytes came, and are counted.
+    pub fn on_counted(&mut self, from: Side, bytes: u32) {
+        self.bytes.add(from, bytes.into());
     }
 
     /// The side that was the first to end or to break, if one was.

@@ -2,7 +2,7 @@
 //!
 //! | what | when |
 //! | --- | --- |
-//! | a session that is still being connected, or on which nothing has moved | moves at once, its client sees nothing of it |
+//! | a session that is still being connected, or on which nothing has moved | moves at once, its client sees nothing of it, however often it is |
 //! | an idle connection, in the pool or in the hands of a client without a request | is closed at once |
 //! | a session, a request in flight | is cut at a moment of its own within [`crate::limits::CUT_TIME`] |
 
@@ -82,17 +82,16 @@ impl Route {
     fn move_unused<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) -> bool {
         let may_move = !self.pools.table.is_empty() || self.may_wait();
         let session = self.sessions.of(key);
-        if session.has_client_left() || !may_move {
+        let is_unused = !session.is_open() || session.is_untouched();
+        if session.has_client_left() || !may_move || !is_unused {
             return false;
         }
+        // Nothing has failed, so this is none of its attempts.
+        session.forget_tried();
         if session.is_open() {
             // It costs no retry: the endpoint has seen nothing of it.
-            return session.is_untouched() && {
-                session.forget_tried();
-                self.move_session(cx, key, Retry::Forgotten)
-            };
+            return self.move_session(cx, key, Retry::Forgotten);
         }
-        session.forget_tried();
         if let Some(backend) = session.conn(Side::Backend) {
             cx.timers.clear(backend.index());
             cx.owners.take(backend);

@@ -77,8 +77,11 @@ impl Route {
                 return self.on_none_left(cx, key, otherwise);
             }
             if !self.has_conn_for_session(cx, key, endpoint) {
-                // Another worker was faster.
-                return self.have_wait(cx, key, otherwise);
+                if self.pools.table.is_full(cx.now) {
+                    return self.have_wait(cx, key, otherwise);
+                }
+                // Another worker was faster, and one has given a place back since.
+                continue;
             }
             if tried.attempts() > 0 && !is_cancel {
                 self.stats.connect_retries.add(1);
@@ -339,8 +342,25 @@ impl Route {
         backend: ConnId,
         greeting: Chain,
     ) {
+        let session = self.sessions.of(key);
+        let (client, endpoint) = (session.client(), session.endpoint());
+        self.tap_endpoint(cx, client, endpoint);
         let outcome = self.sessions.open(cx, key, backend, greeting);
         self.follow(cx, key, outcome);
+    }
+
+    /// A client has got an endpoint, which is told of where it is captured.
+    pub(super) fn tap_endpoint<D>(
+        &self,
+        cx: &mut Context<D>,
+        client: ConnId,
+        endpoint: Option<EndpointId>,
+    ) {
+        if cx.tap.is_of(client)
+            && let Some(entry) = endpoint.and_then(|endpoint| self.pools.table.get(endpoint))
+        {
+            cx.tap.on_endpoint(&entry.endpoint);
+        }
     }
 
     pub(super) fn on_ended<D: Driver>(

@@ -1,17 +1,17 @@
 //! Tells of sessions and requests that have ended, where somebody wants to know.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Route;
 use crate::config::EndsLogged;
 use crate::io::{ConnId, Driver};
 use crate::metrics::{CloseReason, Outcome};
 use crate::protocol::Verb;
-use crate::proxy::Side;
 use crate::proxy::endpoints::Endpoint;
 use crate::proxy::request::Client;
 use crate::proxy::session::{Attempts, Session};
+use crate::proxy::{Bytes, Side};
 use crate::slab::Key;
 use crate::worker::context::Context;
 use crate::worker::ends::{End, How};
@@ -57,8 +57,8 @@ impl Route {
             client: cx.driver.peer_address(session.client()),
             endpoint: self.endpoint(session.attempts()),
             attempts: session.attempts().map_or(0, |attempts| attempts.count),
-            ended_first: session.ended_first(),
-            bytes: Some((session.received(Side::Client), session.received(Side::Backend))),
+            ended_first: session.ended_first().or(how.broken()),
+            bytes: session.bytes(),
             lasted: session.age(cx.now),
             placed: session.placed_within(),
             first_byte,
@@ -90,7 +90,9 @@ impl Route {
         let client = self.requests.clients.get(key);
         if let Some(client) = client.filter(|_| self.tells_of(cx, how)) {
             let lasted = client.age(cx.now);
-            cx.ends.tell(self.end_of(cx, client, how, lasted));
+            let end = self.end_of(cx, client, how, lasted);
+            let ended_first = how.broken().or(client.ended_first());
+            cx.ends.tell(End { ended_first, bytes: client.bytes(), ..end });
         }
     }
 
@@ -106,7 +108,17 @@ impl Route {
         if self.tells_of(cx, how)
             && let Some(client) = self.requests.clients.get(key)
         {
-            cx.ends.tell(self.end_of(cx, client, how, took));
+            let end = self.end_of(cx, client, how, took);
+            let course = client.course();
+            let since = |at: Instant| cx.now.saturating_duration_since(at);
+            let answered = course.and_then(|course| Some((course, course.answered?)));
+            cx.ends.tell(End {
+                bytes: course.map(|course| course.bytes).unwrap_or_default(),
+                placed: course.map(|course| took.saturating_sub(since(course.attempts.at))),
+                first_byte: answered.map(|(course, at)| at - course.attempts.at),
+                transfer: answered.map(|(_, at)| since(at)),
+                ..end
+            });
         }
     }
 
@@ -117,9 +129,10 @@ impl Route {
         how: How,
         lasted: Duration,
     ) -> End {
+        let attempts = client.course().map(|course| course.attempts);
         End {
-            endpoint: self.endpoint(client.asked()),
-            attempts: client.asked().map_or(0, |attempts| attempts.count),
+            endpoint: self.endpoint(attempts),
+            attempts: attempts.map_or(0, |attempts| attempts.count),
             ..self.end_of_conn(cx, client.conn(Side::Client), how, lasted)
         }
     }
@@ -138,8 +151,8 @@ impl Route {
             client: conn.and_then(|conn| cx.driver.peer_address(conn)),
             endpoint: None,
             attempts: 0,
-            ended_first: None,
-            bytes: None,
+            ended_first: how.broken(),
+            bytes: Bytes::default(),
             lasted,
             placed: None,
             first_byte: None,

@@ -31,7 +31,7 @@ use crate::proxy::RouteId;
 use crate::proxy::Side;
 use crate::proxy::endpoints::EndpointSnapshot;
 use crate::proxy::outage::Outage;
-use crate::proxy::retry_budget::RetryBudget;
+use crate::proxy::retry_budget::{Reserve, RetryBudget};
 #[cfg(test)]
 use crate::proxy::session::Session;
 #[cfg(test)]
@@ -62,6 +62,7 @@ impl Route {
         cx: &Context<D>,
         pool_conns_max: usize,
         listening: Listening,
+        reserve: Arc<Reserve>,
     ) -> Self {
         let config = Arc::clone(&process.routes[usize::from(id)]);
         let places = cx.places.slots();
@@ -74,7 +75,7 @@ impl Route {
             pools: Pools::new(&config, cx, Arc::clone(stats), pool_conns_max, listening, in_log),
             stats: Arc::clone(stats),
             silence: Silence::new(config.tcp_user_timeout),
-            retries: RetryBudget::new(config.retry_budget, cx.now),
+            retries: RetryBudget::new(config.retry_budget, reserve, cx.now),
             outage: Outage::default(),
             config,
         }
@@ -89,6 +90,7 @@ impl Route {
             return cx.driver.close(conn, Close::Reset);
         }
         cx.publish_sessions(self.id);
+        cx.tap_client(self.id, conn);
         if tracing::enabled!(tracing::Level::TRACE)
             && let Some(Credentials { pid, uid, gid }) = cx.driver.credentials(conn)
         {
@@ -151,8 +153,10 @@ impl Route {
     /// have one at a time. Others would have to wait for their turn.
     pub(super) fn workers_max(&self) -> usize {
         match self.config.pool.mode {
-            PoolMode::Request => self.config.pool.conns_max().unwrap_or(usize::MAX),
-            PoolMode::Preconnect | PoolMode::Session => usize::MAX,
+            PoolMode::Request | PoolMode::Session => {
+                self.config.pool.conns_max().unwrap_or(usize::MAX)
+            }
+            PoolMode::Preconnect => usize::MAX,
         }
     }
 

@@ -1,9 +1,14 @@
 //! The places of connections to endpoints: when they become free, and who gets them.
 
+#[cfg(test)]
+use std::time::{Duration, Instant};
+
 use super::Route;
 use super::pools::Pools;
 use crate::io::{ConnId, Driver};
 use crate::proxy::balance::Entry;
+#[cfg(test)]
+use crate::proxy::endpoints::Endpoint;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::queue::Line;
 use crate::worker::context::Context;
@@ -15,6 +20,18 @@ pub(super) struct Closing {
     conn: ConnId,
     /// Its descriptor is on the way to the kernel, which has it once the driver has waited.
     is_gone: bool,
+}
+
+/// What somebody who waits for an endpoint could have of one worker.
+#[cfg(test)]
+#[derive(Debug, Default)]
+pub(in crate::worker) struct Prospect {
+    /// Somebody waits whom this worker could serve.
+    pub(in crate::worker) waits_in_vain: bool,
+    /// Somebody waits who lacks nothing but a place.
+    pub(in crate::worker) waits_for_place: bool,
+    /// For so long one of its connections has been idle.
+    pub(in crate::worker) idle_for: Duration,
 }
 
 impl Pools {
@@ -127,6 +144,29 @@ impl Route {
     /// Has a place passed on of each endpoint that could serve who waits and has none free.
     pub(super) fn want_places<D: Driver>(&mut self, cx: &Context<D>) {
         self.pools.table.want_places(cx.now);
+    }
+
+    /// What somebody who waits for an endpoint could have of this worker.
+    #[cfg(test)]
+    pub(in crate::worker) fn prospect(&self, endpoint: &Endpoint, now: Instant) -> Prospect {
+        let table = &self.pools.table;
+        let of = |at| Some((at, table.get(at)?));
+        let mut entries = table.indices().filter_map(of);
+        let found = entries.find(|(_, entry)| std::ptr::eq(&raw const *entry.endpoint, endpoint));
+        let Some((at, entry)) = found else { return Prospect::default() };
+        let is_usable = entry.is_usable(now) && !entry.is_withheld();
+        let (mut tries, mut may_serve) = (true, entry.has_room_for_waiting(now));
+        if self.reuses_conns() {
+            tries = !entry.pool.backs_off(now) && entry.pool.connecting() == 0;
+            let may_connect = entry.has_room() && entry.pool.room() > 0;
+            may_serve = tries && (entry.pool.idle() > 0 || may_connect);
+        }
+        let waits = self.waits_for(at) && is_usable;
+        Prospect {
+            waits_in_vain: waits && may_serve,
+            waits_for_place: waits && tries && entry.is_full(now),
+            idle_for: entry.pool.oldest(now).unwrap_or_default(),
+        }
     }
 
     /// The places that connections have are those that are counted as taken.

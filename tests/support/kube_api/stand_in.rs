@@ -27,6 +27,8 @@ struct Wrong {
     hidden: Option<&'static str>,
     /// An answer for each request of the proxy: its status code.
     answer: Option<u16>,
+    /// Objects of which kind it gets this status for, in place of an answer.
+    failing: Option<(&'static str, u16)>,
     /// What each request of the proxy gets in place of an answer.
     odd: Option<Odd>,
     /// Streaming lists are not known, as before 1.32.
@@ -102,6 +104,11 @@ impl Faults {
     /// Makes each request of the proxy fail with this status, or no longer.
     pub fn answer(&self, status: Option<u16>) {
         self.change(|state| state.wrong.answer = status);
+    }
+
+    /// Makes each request of the proxy for objects of one kind fail with this status, or of none.
+    pub fn fail(&self, kind: Option<(&'static str, u16)>) {
+        self.change(|state| state.wrong.failing = kind);
     }
 
     /// Makes the server talk nonsense to the proxy, or no longer.
@@ -358,7 +365,9 @@ fn refusal(request: &Request, store: &Store) -> Option<(u16, String)> {
     if since.is_some_and(|since| since > state.version) {
         return Some((504, "Too large resource version".to_owned()));
     }
-    state.wrong.answer.map(|status| (status, format!("told to answer {status}")))
+    let failing = state.wrong.failing.filter(|(kind, _)| request.path.ends_with(kind));
+    let status = state.wrong.answer.or(failing.map(|(_, status)| status));
+    status.map(|status| (status, format!("told to answer {status}")))
 }
 
 pub(super) fn failure(code: u16, message: &str) -> Value {

@@ -314,8 +314,12 @@ function show() {
 
 function heard(reading) {
   const latest = history[history.length - 1];
+  // This page may not know what another version tells.
+  if (latest && reading.version !== latest.version) return location.reload();
   // Counters of another process begin anew.
   const restarted = latest && reading.began !== latest.began;
+  // One that was overtaken.
+  if (latest && !restarted && reading.alive < latest.alive) return;
   if (restarted || (latest && reading.routes.length !== latest.routes.length)) {
     history = [];
     byId("routes").replaceChildren();
@@ -347,8 +351,10 @@ async function read() {
   return answer.json();
 }
 
+let next = null;
+
 async function ask() {
-  setTimeout(ask, document.hidden ? EVERY * 5 : EVERY);
+  next = setTimeout(ask, document.hidden ? EVERY * 5 : EVERY);
   const why = (error) => error.name === "TimeoutError" ? `no answer in time` : error.message;
   try {
     heard(await read());
@@ -357,4 +363,10 @@ async function ask() {
   }
 }
 
+// Nobody shall look at what was read while nobody looked.
+document.addEventListener("visibilitychange", () => {
+  clearTimeout(next);
+  if (document.hidden) next = setTimeout(ask, EVERY * 5);
+  else ask();
+});
 ask();

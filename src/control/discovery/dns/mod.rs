@@ -78,9 +78,6 @@ impl<R: Resolve> Backends<R> {
             }
             hosts.push(Host::new(backend, self.tiers.get(index).copied().unwrap_or_default()));
         }
-        if lookups.is_empty() {
-            self.status.on_sync();
-        }
         // Only the lookups hold senders now: without any, the loop ends.
         drop(answers);
 
@@ -278,6 +275,7 @@ mod tests {
             let snapshots = watch::Sender::default();
             let mut receiver = snapshots.subscribe();
             let sockets = ["unix:/run/db.sock", "unix:/run/other.sock"];
+            let status = Arc::<Status>::default();
             let backends = Backends {
                 hosts: sockets.map(|text| text.parse().unwrap()).into(),
                 tiers: Vec::new(),
@@ -285,7 +283,7 @@ mod tests {
                 first_answer_max: Duration::ZERO,
                 resolver: Script::new(&[]),
                 by_key: true,
-                status: Arc::default(),
+                status: Arc::clone(&status),
             };
             // Without a name it ends: there is nothing to ask again.
             backends
@@ -295,6 +293,8 @@ mod tests {
             assert_eq!(names(&snapshot), sockets);
             let stores: Vec<_> = snapshot.stores.iter().map(|store| &*store.name).collect();
             assert_eq!(stores, sockets);
+            // What is never asked again must not look older and older.
+            assert_eq!((status.sync_age(), status.last_sync_seconds()), (None, 0.0));
         });
     }
 

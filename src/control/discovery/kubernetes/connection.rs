@@ -13,12 +13,13 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use futures_util::FutureExt;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
-use http::{Request, StatusCode};
+use http::{Request, StatusCode, Uri};
 use http_body_util::BodyExt;
 use kube::client::{Body, ClientBuilder};
-use kube::config::AuthInfo;
+use kube::config::{AuthInfo, ExecConfig};
 use kube::core::Status as ApiStatus;
 use kube::{Client, Config, Error};
+use secrecy::ExposeSecret;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout};
 
@@ -62,33 +63,69 @@ async fn find(offload: &Offload) -> Result<Config, Trouble> {
     }
 }
 
-/// The credentials of a configuration: a token is taken out of it, all else stays there.
+/// The address without what proves a user: nobody sends it, and it is shown and kept in a file.
+fn without_user(address: Uri) -> Uri {
+    let mut parts = address.clone().into_parts();
+    let host = parts.authority.as_ref().and_then(|all| Some(all.as_str().rsplit_once('@')?.1));
+    let Some(host) = host.and_then(|host| host.parse().ok()) else { return address };
+    parts.authority = Some(host);
+    Uri::from_parts(parts).unwrap_or(address)
+}
+
+/// The credentials of a configuration: a token is taken out of it, in the order in which the library
+/// looks, which would panic at one that is no header. All else stays there.
 async fn credentials(auth: &mut AuthInfo, offload: &Offload) -> Result<Token, Trouble> {
     if auth.auth_provider.as_ref().is_some_and(|p| p.config.contains_key("cmd-path")) {
         let why = "an auth-provider that runs a command is not supported; exec plugins are";
         return Err(Trouble::configuration(why));
     }
-    let mut token = Token::default();
     let has_password = auth.username.is_some() && auth.password.is_some();
-    if auth.token.is_none() && !has_password && auth.auth_provider.is_none() {
-        if let Some(file) = auth.token_file.take() {
-            token = Token::of_file(PathBuf::from(file), offload).await?;
-        } else if let Some(exec) = auth.exec.take() {
-            let leash = Leash::default();
-            let _killed_at_the_end = KillOnDrop(leash.clone());
-            let run = move || plugin::run(&exec, PLUGIN_TIME_MAX, &leash);
-            let limit = PLUGIN_TIME_MAX + Duration::from_secs(2);
-            let granted = offload.run("the exec plugin", limit, run).await?;
-            // One that fails today may work tomorrow, but nobody else can say why it does not.
-            let granted = granted.map_err(Trouble::configuration)?;
-            token = Token::granted(&granted)?;
-            if let (Some(certificate), Some(key)) =
-                (granted.client_certificate_data, granted.client_key_data)
-            {
-                auth.client_certificate_data = Some(BASE64.encode(certificate));
-                auth.client_key_data = Some(BASE64.encode(key).into());
-            }
-        }
+    let token = if let Some(token) = id_token(auth) {
+        Token::fixed(token)?
+    } else if auth.auth_provider.is_some() || has_password {
+        Token::default()
+    } else if let Some(token) = auth.token.take() {
+        Token::fixed(token.expose_secret())?
+    } else if let Some(file) = auth.token_file.take() {
+        Token::of_file(PathBuf::from(file), offload).await?
+    } else if let Some(exec) = auth.exec.take() {
+        granted(exec, auth, offload).await?
+    } else {
+        Token::default()
+    };
+    if token.header.is_some() {
+        (auth.auth_provider, auth.username, auth.token) = (None, None, None);
+        (auth.token_file, auth.exec) = (None, None);
+    }
+    Ok(token)
+}
+
+/// The token of a provider that has it at hand.
+fn id_token(auth: &AuthInfo) -> Option<&str> {
+    let provider = auth.auth_provider.as_ref()?;
+    let token = provider.config.get("id-token").map(String::as_str);
+    token.filter(|_| matches!(&*provider.name, "gcp" | "oidc"))
+}
+
+/// What a plugin gives: a token, or a certificate for these credentials.
+async fn granted(
+    exec: ExecConfig,
+    auth: &mut AuthInfo,
+    offload: &Offload,
+) -> Result<Token, Trouble> {
+    let leash = Leash::default();
+    let _killed_at_the_end = KillOnDrop(leash.clone());
+    let run = move || plugin::run(&exec, PLUGIN_TIME_MAX, &leash);
+    let limit = PLUGIN_TIME_MAX + Duration::from_secs(2);
+    let granted = offload.run("the exec plugin", limit, run).await?;
+    // One that fails today may work tomorrow, but nobody else can say why it does not.
+    let granted = granted.map_err(Trouble::configuration)?;
+    let token = Token::granted(&granted)?;
+    if let (Some(certificate), Some(key)) =
+        (granted.client_certificate_data, granted.client_key_data)
+    {
+        auth.client_certificate_data = Some(BASE64.encode(certificate));
+        auth.client_key_data = Some(BASE64.encode(key).into());
     }
     Ok(token)
 }
@@ -103,6 +140,11 @@ struct Token {
 }
 
 impl Token {
+    /// One that stays as it is.
+    fn fixed(token: &str) -> Result<Self, Trouble> {
+        Ok(Self { header: Some(bearer(token)?), ..Self::default() })
+    }
+
     async fn of_file(file: PathBuf, offload: &Offload) -> Result<Self, Trouble> {
         let path = file.clone();
         let read =
@@ -176,6 +218,7 @@ impl Connection {
     /// There is no configuration or there are no credentials, or none that can be had in time.
     pub(super) async fn make(silence: Duration, offload: &Offload) -> Result<Self, Trouble> {
         let mut config = find(offload).await?;
+        config.cluster_url = without_user(config.cluster_url);
         let (namespace, server) =
             (config.default_namespace.clone(), config.cluster_url.to_string());
         config.connect_timeout = Some(CONNECT_TIMEOUT);
@@ -312,8 +355,51 @@ impl Lines {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::{BTreeMap, HashMap};
+
+    use kube::config::AuthProviderConfig;
+
     use super::*;
     use crate::control::testing::block_on;
+
+    #[test]
+    fn a_token_is_taken_as_a_header_or_refused_wherever_it_stands() {
+        let inline = |token: &str| AuthInfo { token: Some(token.into()), ..AuthInfo::default() };
+        let by_provider = |name: &str, token: &str| {
+            let config = HashMap::from([("id-token".to_owned(), token.to_owned())]);
+            let provider =
+                AuthProviderConfig { name: name.to_owned(), config, other: BTreeMap::new() };
+            AuthInfo { auth_provider: Some(provider), ..AuthInfo::default() }
+        };
+        let of = |mut auth: AuthInfo| {
+            let token = block_on(credentials(&mut auth, &Offload::default()))?;
+            assert!(auth.token.is_none() && auth.auth_provider.is_none(), "the library has it");
+            Ok::<_, Trouble>(token.header.unwrap().to_str().unwrap().to_owned())
+        };
+        // As a block of YAML ends.
+        for auth in [inline("abc\n"), by_provider("gcp", "abc\n"), by_provider("oidc", "abc")] {
+            assert_eq!(of(auth).unwrap(), "Bearer abc");
+        }
+        for auth in [inline("a\nb"), by_provider("gcp", "a\nb"), by_provider("oidc", "a\0b")] {
+            assert_eq!(of(auth).unwrap_err().kind, ErrorKind::Configuration);
+        }
+        // A password comes before a token.
+        let password = Some("secret".into());
+        let mut auth = AuthInfo { username: Some("me".into()), password, ..inline("abc") };
+        let token = block_on(credentials(&mut auth, &Offload::default())).unwrap();
+        assert!(token.header.is_none() && auth.token.is_some());
+    }
+
+    #[test]
+    fn an_address_is_shown_without_its_password() {
+        for (address, shown) in [
+            ("https://me:secret@[::1]:6443/k8s?a=b", "https://[::1]:6443/k8s?a=b"),
+            ("https://me@api", "https://api/"),
+            ("http://api:80/", "http://api:80/"),
+        ] {
+            assert_eq!(without_user(address.parse().unwrap()).to_string(), shown);
+        }
+    }
 
     #[test]
     fn a_body_comes_in_lines_of_bounded_length() {

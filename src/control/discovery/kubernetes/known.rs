@@ -1,12 +1,12 @@
 //! What is known of all objects of a kind, and when that is published.
 
 use std::collections::HashMap;
+use std::future::pending;
 use std::pin::pin;
 use std::time::Duration;
 
-use futures_util::future::{self, Either};
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep_until};
 
 use super::sets::Sets;
 use super::trouble::Trouble;
@@ -51,8 +51,8 @@ pub(super) trait Audience: Send {
     /// All that is known has changed.
     fn publish(&mut self, objects: &HashMap<String, Self::Extract>);
 
-    /// There is no first answer, and its time is over.
-    fn start_without(&mut self) {}
+    /// The time for a first answer is over. These are the objects, if they are known by now.
+    fn start_without(&mut self, _objects: Option<&HashMap<String, Self::Extract>>) {}
 
     /// Nobody listens at the server's address: whoever has something to go on with does so at once.
     fn start_from_saved(&mut self) {}
@@ -83,6 +83,8 @@ pub(super) struct Known<A: Audience> {
     complete: bool,
     /// How long a first answer is waited for, from when it can be asked for.
     first_answer_max: Option<Duration>,
+    /// When that is over.
+    first_answer_until: Option<Instant>,
     publish_at: Option<Instant>,
 }
 
@@ -96,6 +98,7 @@ impl<A: Audience> Known<A> {
             listing: None,
             complete: false,
             first_answer_max: None,
+            first_answer_until: None,
             publish_at: None,
         }
     }
@@ -127,10 +130,7 @@ impl<A: Audience> Known<A> {
     /// The list is complete: what it does not name is no more.
     pub(super) fn end_list(&mut self) {
         self.objects = self.listing.take().unwrap_or_default();
-        if !self.complete {
-            self.complete = true;
-            self.publish_at = None;
-        }
+        self.complete = true;
         self.changed();
     }
 
@@ -153,19 +153,21 @@ impl<A: Audience> Known<A> {
     }
 
     fn changed(&mut self) {
-        self.publish_at.get_or_insert_with(|| Instant::now() + DEBOUNCE);
+        if self.complete {
+            self.publish_at.get_or_insert_with(|| Instant::now() + DEBOUNCE);
+        }
     }
 
     /// The server can be asked: from now on it may be waited for.
     pub(super) fn begin_first_wait(&mut self) {
         if let Some(first_answer_max) = self.first_answer_max.take() {
-            self.publish_at = Some(Instant::now() + first_answer_max);
+            self.first_answer_until = Some(Instant::now() + first_answer_max);
         }
     }
 
     /// Waits no longer for a first answer where there is something to go on with.
     pub(super) fn cut_first_wait(&mut self) {
-        if !self.complete && self.publish_at.is_some() {
+        if !self.complete && self.first_answer_until.is_some() {
             self.audience.start_from_saved();
         }
     }
@@ -174,37 +176,52 @@ impl<A: Audience> Known<A> {
     pub(super) async fn wait_for<O>(&mut self, future: impl Future<Output = O>) -> O {
         let mut future = pin!(future);
         loop {
-            if let Some(at) = self.publish_at {
-                // Events that are there already go first; but a stream that never pauses must not
-                // keep a snapshot back.
-                if Instant::now() < at
-                    && let Ok(output) = timeout_at(at, &mut future).await
-                {
-                    return output;
-                }
-                sleep_until(at).await;
-                self.publish_at = None;
-                self.publish();
+            let times = [self.publish_at, self.first_answer_until];
+            let at = times.into_iter().flatten().min();
+            // Events that are there already go first; but a stream that never pauses must not keep a
+            // snapshot back.
+            if at.is_some_and(|at| at <= Instant::now()) {
+                self.on_time();
                 continue;
             }
-            let Some(other) = &mut self.depends_on else { return future.await };
-            let changed = match future::select(&mut future, pin!(other.changed())).await {
-                Either::Left((output, _)) => return output,
-                Either::Right((changed, _)) => changed,
-            };
-            if changed.is_err() {
-                self.depends_on = None;
+            tokio::select! {
+                biased;
+                output = &mut future => return output,
+                () = until(at) => {}
+                is_open = changed(&mut self.depends_on) => {
+                    if !is_open {
+                        self.depends_on = None;
+                    }
+                    self.changed();
+                }
             }
-            self.changed();
         }
     }
 
-    fn publish(&mut self) {
-        if self.complete {
+    fn on_time(&mut self) {
+        let now = Instant::now();
+        let is_over = self.first_answer_until.take_if(|at| *at <= now).is_some();
+        if self.publish_at.take_if(|at| is_over || *at <= now).is_some() {
             self.audience.publish(&self.objects.by_name);
-        } else {
-            self.audience.start_without();
         }
+        if is_over {
+            self.audience.start_without(self.complete.then_some(&self.objects.by_name));
+        }
+    }
+}
+
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => pending().await,
+    }
+}
+
+/// The next change. Says whether there may be others.
+async fn changed(sets: &mut Option<watch::Receiver<Sets>>) -> bool {
+    match sets {
+        Some(sets) => sets.changed().await.is_ok(),
+        None => pending().await,
     }
 }
 
@@ -241,5 +258,72 @@ impl<T: PartialEq + Weight> Objects<T> {
         let Some(extract) = self.by_name.remove(name) else { return false };
         self.weight -= name.len() + extract.weight();
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::sleep;
+
+    use super::super::objects::Pod;
+    use super::super::sets;
+    use super::*;
+    use crate::control::testing::block_on;
+
+    /// What it was told.
+    #[derive(Default)]
+    struct Told(Vec<&'static str>);
+
+    impl Weight for () {
+        fn weight(&self) -> usize {
+            0
+        }
+    }
+
+    impl Audience for Told {
+        type Object = Pod;
+        type Extract = ();
+
+        fn extract(&self, _: &Pod) {}
+
+        fn publish(&mut self, _: &HashMap<String, ()>) {
+            self.0.push("published");
+        }
+
+        fn start_without(&mut self, objects: Option<&HashMap<String, ()>>) {
+            self.0.push(if objects.is_some() { "over with objects" } else { "over" });
+        }
+
+        fn on_trouble(&mut self, _: &Trouble, _: bool) {}
+        fn on_recovered(&self, _: &str) {}
+        fn on_located(&self, _: &Location, _: &str, _: &str) {}
+    }
+
+    #[test]
+    fn the_first_answer_has_its_time_whatever_becomes_of_what_depends_on_others() {
+        const LONG: Duration = Duration::from_secs(3600);
+        block_on(async {
+            let waits = || sleep(4 * DEBOUNCE);
+            let (sender, sets) = sets::unread();
+            let mut known = Known::new(Told::default()).first_answer_max(LONG);
+            known = known.depends_on(Some(sets));
+            // There is no way to the API, which is news of both.
+            sender.send_modify(|sets| *sets = Err("no way to the Kubernetes API".to_owned()));
+            known.wait_for(waits()).await;
+            known.begin_first_wait();
+            sender.send_modify(|sets| *sets = Ok(HashMap::new()));
+            known.wait_for(waits()).await;
+            assert_eq!(known.audience.0, [""; 0]);
+            known.end_list();
+            known.wait_for(waits()).await;
+            sender.send_modify(|_| {});
+            known.wait_for(waits()).await;
+            assert_eq!(known.audience.0, ["published"; 2]);
+            // What has come at the last moment counts.
+            known.end_list();
+            known.first_answer_until = Some(Instant::now());
+            known.wait_for(waits()).await;
+            assert_eq!(known.audience.0[2..], ["published", "over with objects"]);
+        });
     }
 }

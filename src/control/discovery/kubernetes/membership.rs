@@ -105,6 +105,13 @@ pub(super) fn stores<'a>(
 }
 
 impl Membership {
+    /// Those that shared the keys when a former run ended; none if nobody did.
+    pub(super) fn of_former_run(stores: &[Declared]) -> Option<Self> {
+        let names: Vec<_> = stores.iter().map(|store| store.name.clone()).collect();
+        let set = set_of(names.first()?)?.to_owned();
+        Some(Self { set, names })
+    }
+
     fn new(set: &str, first: i32, count: usize) -> Self {
         // The API allows the largest number there is as the first one.
         let names =

@@ -180,6 +180,7 @@ impl Route {
         let begun = self.publisher.has_begun();
         self.status.hold(STORES, why.clone().filter(|_| answered && !begun));
         if self.status.set_stores_trouble(why.clone())
+            && answered
             && let Some(why) = why
         {
             warn!("which stores share the keys is not known: {why}");
@@ -187,25 +188,37 @@ impl Route {
         self.members.as_ref().map(|members| &members.names[..])
     }
 
-    /// The time for a first answer is over: goes on with the endpoints of a former run, or with none.
-    fn start_without(&mut self) {
-        if std::mem::replace(&mut self.waited, true) || self.status.held().is_some() {
+    /// The time for a first answer is over: goes on with what is known of a former run, or with nothing.
+    /// Where these are the objects, only who shares the keys is not known.
+    fn start_without(&mut self, objects: Option<&[&Extract]>) {
+        let is_over = std::mem::replace(&mut self.waited, true);
+        if is_over || self.status.held().is_some() || self.publisher.has_begun() {
             return;
         }
-        if let Some((named, confirmed)) = self.saved.usable() {
-            let age = confirmed.elapsed().unwrap_or_default();
-            let endpoints = named.endpoints.len();
-            warn!(
-                endpoints,
-                age_s = age.as_secs(),
-                "the Kubernetes API has not answered: going on with the saved endpoints"
-            );
-            self.status.set_saved(Some(confirmed));
-            self.publisher.publish_stores(named.endpoints, &named.stores);
-        } else {
-            warn!("the Kubernetes API has not answered: going on without endpoints");
-            self.publisher.publish([]);
+        let saved = self.saved.usable();
+        if objects.is_some() {
+            let named = saved.as_ref().map(|(named, _)| named);
+            self.members = named.and_then(|named| Membership::of_former_run(&named.stores));
         }
+        let Some((named, confirmed)) =
+            saved.filter(|_| objects.is_none() || self.members.is_some())
+        else {
+            warn!("the Kubernetes API has not answered: going on without endpoints");
+            return self.publisher.publish([]);
+        };
+        let age = confirmed.elapsed().unwrap_or_default();
+        let (endpoints, stores) = (named.endpoints.len(), named.stores.len());
+        warn!(
+            endpoints,
+            stores,
+            age_s = age.as_secs(),
+            "the Kubernetes API has not answered: going on with the saved endpoints"
+        );
+        if let Some(objects) = objects {
+            return self.publish(objects);
+        }
+        self.status.set_saved(Some(confirmed));
+        self.publisher.publish_stores(named.endpoints, &named.stores);
     }
 
     fn on_trouble(&self, trouble: &Trouble, is_news: bool) {
@@ -264,20 +277,19 @@ impl<K: Object> Audience for Routes<K> {
     }
 
     fn publish(&mut self, objects: &HashMap<String, Vec<Extract>>) {
-        self.each_mut(|at, route| {
-            let own: Vec<_> = objects.values().map(|extracts| &extracts[at]).collect();
-            route.publish(&own);
-        });
+        self.each_mut(|at, route| route.publish(&of_route(objects, at)));
     }
 
-    fn start_without(&mut self) {
-        self.each_mut(|_, route| route.start_without());
+    fn start_without(&mut self, objects: Option<&HashMap<String, Vec<Extract>>>) {
+        self.each_mut(|at, route| {
+            route.start_without(objects.map(|objects| of_route(objects, at)).as_deref());
+        });
     }
 
     fn start_from_saved(&mut self) {
         self.each_mut(|_, route| {
             if !route.waited && route.saved.usable().is_some() {
-                route.start_without();
+                route.start_without(None);
             }
         });
     }
@@ -301,4 +313,9 @@ impl<K: Object> Audience for Routes<K> {
             info!(resource, namespace, labels, "watching the Kubernetes API");
         });
     }
+}
+
+/// What the route at this place reads of all objects.
+fn of_route(objects: &HashMap<String, Vec<Extract>>, at: usize) -> Vec<&Extract> {
+    objects.values().map(|extracts| &extracts[at]).collect()
 }

@@ -31,10 +31,12 @@ pub(super) struct Trouble {
 }
 
 impl Trouble {
-    /// Trouble of this kind, without an answer of the server.
+    /// Trouble of this kind, without an answer of the server. What servers and plugins say becomes a
+    /// line: it is shown as a reason, and printed.
     pub(super) fn new(kind: ErrorKind, what: impl Into<String>) -> Self {
         let (code, wait) = (0, Duration::ZERO);
-        Self { kind, what: what.into(), code, wait, refused: false, quiet: false }
+        let what = what.into().replace(char::is_control, " ");
+        Self { kind, what, code, wait, refused: false, quiet: false }
     }
 
     /// No answer, or none in time.
@@ -208,6 +210,13 @@ mod tests {
         // Pods are of the core group, which has no name.
         let trouble = Trouble::api(&forbidden, "list", "pods", "db");
         assert!(trouble.what.contains("apiGroups: [\"\"], resources: [\"pods\"]"), "{trouble:?}");
+    }
+
+    #[test]
+    fn what_others_say_is_one_line() {
+        let trouble =
+            Trouble::api(&answer(500, "broken\nERROR forged\x1b[2J"), "list", "pods", "db");
+        assert_eq!(trouble.what, "the Kubernetes API answered 500: broken ERROR forged [2J");
     }
 
     #[test]

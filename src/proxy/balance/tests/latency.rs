@@ -58,16 +58,22 @@ fn an_endpoint_never_measured_or_not_for_long_gets_as_much_as_the_fastest_and_no
 
 #[test]
 fn one_that_gets_nothing_is_not_the_fastest_of_those_that_do() {
-    let now = Instant::now();
-    let mut table = measured(&[Some(1), Some(100), Some(100)], now);
-    table.get_mut(at(0)).unwrap().health.set_fails_check(true);
-    // Its estimate has fallen to next to nothing: a reply has taken no longer than elsewhere.
-    let later = now + Duration::from_secs(3600);
-    let conn = ConnId::from_parts(1, 0);
-    table.asked(at(1), conn, later);
-    table.answered(at(1), conn, later + 100 * MS);
-    let chosen = spread(&mut table, 20, later + 100 * MS);
-    assert_eq!(chosen, [0, 10, 10]);
+    let fail_check = |table: &mut Table, index| {
+        table.get_mut(index).unwrap().health.set_fails_check(true);
+    };
+    for (why, out_of_use) in [("its checks fail", fail_check as fn(&mut _, _)), ("ejected", eject)]
+    {
+        let now = Instant::now();
+        let mut table = measured(&[Some(1), Some(100), Some(100)], now);
+        out_of_use(&mut table, at(0));
+        // Its estimate has fallen to next to nothing: a reply has taken no longer than elsewhere.
+        let later = now + Duration::from_secs(3600);
+        let conn = ConnId::from_parts(1, 0);
+        table.asked(at(1), conn, later);
+        table.answered(at(1), conn, later + 100 * MS);
+        let chosen = spread(&mut table, 20, later + 100 * MS);
+        assert_eq!(chosen, [0, 10, 10], "{why}");
+    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 mod cancel;
 mod fit;
 mod latency;
+mod places;
 mod tier;
 
 use super::entry::Ramp;

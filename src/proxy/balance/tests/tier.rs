@@ -106,6 +106,28 @@ fn a_snapshot_that_takes_a_tier_away_moves_on_at_once_and_one_that_brings_it_bac
 }
 
 #[test]
+fn one_that_joins_a_lower_tier_is_used_once_a_probe_has_shown_that_it_is_well() {
+    let now = Instant::now();
+    let mut table = tiered(Balance::LeastConn, &[1]);
+    apply(&mut table, &[1, 0], now);
+    assert_eq!(choices(&mut table, now + BACK), [0], "nobody knows whether it is well");
+    let health = &mut table.get_mut(at(1)).unwrap().health;
+    assert!(health.take_probe(now + BACK), "a probe is due");
+    assert!(health.on_settled(&CONFIG, now + BACK));
+    assert_eq!(choices(&mut table, now + BACK), [0]);
+    assert_eq!(choices(&mut table, now + 2 * BACK), [1]);
+}
+
+#[test]
+fn one_that_joins_is_used_at_once_where_nobody_else_serves() {
+    let now = Instant::now();
+    let mut table = tiered(Balance::LeastConn, &[1]);
+    unreachable(&mut table, 0);
+    apply(&mut table, &[1, 0], now);
+    assert_eq!(choices(&mut table, now), [1]);
+}
+
+#[test]
 fn those_that_a_tier_was_left_for_are_found_and_ejected_whatever_their_failures() {
     let mut rng = fastrand::Rng::with_seed(1);
     let now = Instant::now();

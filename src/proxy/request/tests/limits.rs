@@ -49,7 +49,7 @@ fn a_backend_is_timed_only_while_it_is_its_turn() {
         bench.policy.limits.request = Some(3 * SECOND);
         bench
     };
-    let is_error = |actions: &[Action], error| actions[1] == Action::Reply(error, None);
+    let is_error = |actions: &[Action], error| actions[2] == Action::Reply(error, None);
     let timeout = ErrorReply::Timeout(3 * SECOND);
     for (bytes, then) in [(UPLOAD, CLIENT_STALL_MAX), (DOWNLOAD, 3 * SECOND)] {
         assert!(is_error(&asked(bytes).after(3 * SECOND), timeout), "it takes nothing");

@@ -63,5 +63,5 @@ fn a_request_is_sent_so_many_times_at_most() {
         assert!(bench.lose(Retry::Broken).contains(&Action::CountRetry(Retry::Broken)));
         bench.acquire();
     }
-    assert!(matches!(bench.lose(Retry::Broken)[1], Action::Reply(ErrorReply::Lost, _)));
+    assert!(matches!(bench.lose(Retry::Broken)[2], Action::Reply(ErrorReply::Lost, _)));
 }

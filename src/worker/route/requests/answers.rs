@@ -28,7 +28,7 @@ impl Route {
             Some(conn) => {
                 cx.driver.buffers().set_len(&mut buf, passed);
                 self.stats.bytes.of(Direction::ToClient).add(passed as u64);
-                cx.driver.send(conn, buf);
+                cx.send(conn, buf);
             }
             None => cx.driver.buffers().give(buf),
         }
@@ -68,6 +68,7 @@ impl Route {
         store: Option<u16>,
     ) {
         let protocol = self.config.protocol;
+        let Some(buf) = self.own_buffer(cx, key) else { return };
         // That no connection came in time is mostly the same, found out more slowly.
         if error.is_of_a_store()
             && let Some(store) = store.and_then(|number| self.pools.table.store(number))
@@ -78,19 +79,30 @@ impl Route {
                 ErrorReply::QueueTimeout(_) => text.as_deref().or(why.as_deref()),
                 _ => why.as_deref().or(text.as_deref()),
             };
-            return self.send_own(cx, key, |space| write_away(protocol, error, &name, why, space));
+            let write = |space: &mut [u8]| write_away(protocol, error, &name, why, space);
+            return self.send_own(cx, key, buf, write);
         }
-        self.send_own(cx, key, |space| write_error_reply(protocol, error, space));
+        self.send_own(cx, key, buf, |space| write_error_reply(protocol, error, space));
     }
 
     /// All stores have had a request: its client gets their replies as one.
     pub(super) fn reply_of_all<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Client>) {
+        let Some(buf) = self.own_buffer(cx, key) else { return };
         let Some((client, mut moment)) = self.client(cx, key) else {
             unreachable!("it has just been placed")
         };
         let (broadcast, actions) = client.on_stores_done(&mut moment);
-        self.send_own(cx, key, |space| broadcast.write_answer(space));
+        self.send_own(cx, key, buf, |space| broadcast.write_answer(space));
         self.act_for(cx, key, &actions);
+    }
+
+    /// A buffer for what no backend has written. Without one the client is closed.
+    fn own_buffer<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Client>) -> Option<Buf> {
+        let buf = cx.driver.buffers().take();
+        if buf.is_none() {
+            self.close_client(cx, key, CloseReason::Overload);
+        }
+        buf
     }
 
     /// Sends a client what no backend has written.
@@ -98,12 +110,10 @@ impl Route {
         &mut self,
         cx: &mut Context<D>,
         key: Key<Client>,
+        mut buf: Buf,
         write: impl FnOnce(&mut [u8]) -> usize,
     ) {
         let buffers = cx.driver.buffers();
-        let Some(mut buf) = buffers.take() else {
-            return self.close_client(cx, key, CloseReason::Overload);
-        };
         let len = write(buffers.space(&mut buf));
         buffers.set_len(&mut buf, len);
         let Some(client) = self.requests.clients.get_mut(key) else {
@@ -111,7 +121,7 @@ impl Route {
         };
         client.on_queued(len as u32);
         if let Some(conn) = self.conn_of(key) {
-            cx.driver.send(conn, buf);
+            cx.send(conn, buf);
         }
     }
 }

@@ -118,7 +118,7 @@ impl Route {
 
     pub(super) fn shut_down<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Client>) {
         let Some(conn) = self.conn_of(key) else { return };
-        cx.driver.shutdown(conn);
+        cx.shutdown(conn);
     }
 
     pub(super) fn arm_client<D: Driver>(
@@ -154,9 +154,9 @@ impl Route {
         cx.timers.clear(conn.index());
         cx.owners.take(conn);
         match ending {
-            ClientEnding::Now(how) => cx.driver.close(conn, how),
+            ClientEnding::Now(how) => cx.close(conn, how),
             ClientEnding::EndOrResetBehind if cx.driver.undelivered(conn) == 0 => {
-                cx.driver.close(conn, Close::Graceful);
+                cx.close(conn, Close::Graceful);
             }
             ClientEnding::ResetBehind | ClientEnding::EndOrResetBehind => {
                 flush::reset_behind(cx, conn);

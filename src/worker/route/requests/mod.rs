@@ -146,6 +146,11 @@ impl Route {
             Action::LeaveQueue => self.requests.queue.leave(key),
             Action::Asks(endpoint, conn, waited) => {
                 self.stats.queue_wait.record(waited);
+                if cx.tap.is_running()
+                    && let Some(client) = self.conn_of(key)
+                {
+                    self.tap_endpoint(cx, client, Some(endpoint));
+                }
                 self.pools.table.asked(endpoint, conn, cx.now);
             }
             Action::Send(conn) => self.send_request(cx, key, conn),

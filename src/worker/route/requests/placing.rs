@@ -1,11 +1,10 @@
 //! From a request to a connection, and sending it. Where it goes is decided in `proxy::request`.
 
 use std::net::IpAddr;
-use std::time::Duration;
 
 use super::Requests;
 use crate::io::{ConnId, Driver};
-use crate::metrics::{Checkout, CloseReason, Outcome};
+use crate::metrics::{Checkout, CloseReason};
 use crate::proxy::Side;
 use crate::proxy::balance::Having;
 use crate::proxy::endpoints::EndpointId;
@@ -178,13 +177,10 @@ impl Route {
         };
         let parts = client.into_opaque_parts(cx.driver.buffers());
         let OpaqueParts { client, mut input, backend, .. } = parts;
-        if let Some(verb) = parts.uncounted {
-            self.stats.count_request(verb, Outcome::Opaque, Duration::ZERO);
-        }
         self.pools.table.unanswered(backend.endpoint, backend.conn, cx.now);
         self.pools.table.turned_opaque(backend.endpoint);
         cx.timers.clear(client.index());
-        let mut session = Session::new(client, cx.now);
+        let mut session = Session::new(client, cx.now).after(parts.opened, parts.bytes);
         session.on_trying(backend.endpoint, Some(backend.conn), cx.now);
         session.on_connected(backend.conn, parts.backend_unsent, cx.now);
         // What cannot be understood may be what the backend ends it for.
@@ -205,7 +201,7 @@ impl Route {
             // It was counted when it came.
             self.sessions.pass_on(cx, session, Side::Client, buf);
         }
-        cx.driver.join(client, backend.conn);
+        cx.join(client, backend.conn);
         if parts.backend_broken {
             // The driver has reported it, and does so once.
             self.apply_event(cx, session, |session, now| {

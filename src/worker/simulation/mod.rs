@@ -1,20 +1,26 @@
 //! The engine on the simulator: a thousand seeded runs, every byte checked.
 
+mod outages;
+mod sharing;
+mod tiers;
+
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::contention::CoreTimes;
+use super::ends::Told;
 use super::engine::{Engine, EngineSetup};
 use super::mailbox::{Command, Mailbox};
-use crate::config::{Balance, Config};
+use crate::config::{Balance, Config, EndsLogged};
 use crate::io::Driver;
 use crate::io::sim::{ID_BYTES, Peer, Reachability, Sim, UNTOLD_BUFFERS_MAX};
 use crate::limits;
 use crate::listening::Listening;
 use crate::metrics::{CloseReason, LabelSet, RouteStats, WorkerStats};
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store, Tier};
+use crate::proxy::retry_budget::Reserve;
 use crate::proxy::{RouteId, WorkerId};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -33,6 +39,7 @@ pub(super) struct Run {
     buffers: u32,
     everyone_ends: bool,
     pub(super) sessions_max: usize,
+    pub(super) told: Told,
 }
 
 /// Clients that come to full places, while endpoints come and go, may wait for a minute for their turn.
@@ -66,53 +73,73 @@ impl Run {
 
     /// A run with this configuration.
     pub(super) fn with(
-        mut rng: fastrand::Rng,
+        rng: fastrand::Rng,
         config: Config,
         sessions_max: usize,
         buffers: usize,
     ) -> Self {
+        Self::workers(rng, config, sessions_max, buffers, 1).remove(0)
+    }
+
+    /// The runs of so many workers of one process, each on a network of its own.
+    fn workers(
+        mut rng: fastrand::Rng,
+        mut config: Config,
+        sessions_max: usize,
+        buffers: usize,
+        count: usize,
+    ) -> Vec<Self> {
+        for route in &mut config.routes {
+            Arc::make_mut(route).log_ends = EndsLogged::All;
+        }
         let everyone_ends = config.routes[0].idle_timeout.is_some();
         let routes = config.routes.len();
         let endpoints: Vec<_> = (0..rng.u16(1..5) * routes as u16)
             .map(|i| {
-                Endpoint::new(
-                    format!("e{i}"),
-                    std::net::SocketAddr::from(([127, 0, 0, 1], i)).into(),
-                    1,
-                )
+                let address = std::net::SocketAddr::from(([127, 0, 0, 1], i));
+                Endpoint::numbered(i.into(), format!("e{i}"), address.into(), count)
             })
             .collect();
         let conns_max = limits::conns_max(sessions_max);
-        let mut sim = Sim::new(rng.u64(..), endpoints.len(), conns_max, buffers);
-        sim.listeners = routes;
-        let mailbox = Arc::new(Mailbox::new(routes).expect("a descriptor"));
-        let stats = Arc::new(WorkerStats::new(routes));
-        let setup = EngineSetup {
-            worker: WorkerId::new(0),
-            listener_routes: (0..routes).map(RouteId::at).collect(),
-            config: Arc::new(config),
-            sessions_max,
-            pool_conns_max: limits::POOL_CONNS_MAX,
-            mailboxes: Arc::new([Arc::clone(&mailbox)]),
-            stats: Arc::new([Arc::clone(&stats)]),
-            ends: Arc::default(),
-            started: Instant::now(),
-            listening: Listening::default(),
-            core_times: CoreTimes::none(),
-            seed: rng.u64(..),
+        let config = Arc::new(config);
+        let mailboxes = (0..count).map(|_| Mailbox::new(routes).expect("a descriptor"));
+        let mailboxes: Arc<[_]> = mailboxes.map(Arc::new).collect();
+        let stats: Arc<[_]> = (0..count).map(|_| Arc::new(WorkerStats::new(routes))).collect();
+        let reserves: Arc<[_]> =
+            (0..routes).map(|_| Arc::new(Reserve::new(Instant::now()))).collect();
+        let worker = |at: usize| {
+            let mut sim = Sim::new(rng.u64(..), endpoints.len(), conns_max, buffers);
+            sim.listeners = routes;
+            let setup = EngineSetup {
+                worker: WorkerId::new(at),
+                listener_routes: (0..routes).map(RouteId::at).collect(),
+                config: Arc::clone(&config),
+                sessions_max,
+                pool_conns_max: limits::POOL_CONNS_MAX,
+                mailboxes: Arc::clone(&mailboxes),
+                stats: Arc::clone(&stats),
+                ends: Arc::default(),
+                retry_reserves: Arc::clone(&reserves),
+                started: Instant::now(),
+                listening: Listening::default(),
+                core_times: CoreTimes::none(),
+                seed: rng.u64(..),
+            };
+            Self {
+                engine: Engine::new(sim, setup),
+                mailbox: Arc::clone(&mailboxes[at]),
+                stats: Arc::clone(&stats[at].routes[0]),
+                tiers: vec![Tier::FIRST; endpoints.len()],
+                endpoints: endpoints.clone(),
+                generation: 0,
+                rng: rng.clone(),
+                buffers: buffers as u32,
+                everyone_ends,
+                sessions_max,
+                told: Told::default(),
+            }
         };
-        Self {
-            engine: Engine::new(sim, setup),
-            mailbox,
-            stats: Arc::clone(&stats.routes[0]),
-            tiers: vec![Tier::FIRST; endpoints.len()],
-            endpoints,
-            generation: 0,
-            rng,
-            buffers: buffers as u32,
-            everyone_ends,
-            sessions_max,
-        }
+        (0..count).map(worker).collect()
     }
 
     pub(super) fn deliver(&mut self, endpoints: Vec<Arc<Endpoint>>) {
@@ -144,6 +171,7 @@ impl Run {
 
     pub(super) fn turn(&mut self) {
         self.engine.turn().expect("the simulator never fails");
+        self.told.hear(&self.engine.cx.ends);
         self.engine.assert_invariants();
         // A drain empties the accept queue, whatever waits in it.
         let allowed = self.mailbox.current_command() >= Command::Drain
@@ -203,6 +231,18 @@ impl Run {
 
     /// Removes every endpoint and stops; then nothing may be left.
     pub(super) fn stop(&mut self) {
+        self.end();
+        self.assert_places_free();
+    }
+
+    fn assert_places_free(&self) {
+        for endpoint in &self.endpoints {
+            let taken = [endpoint.places.taken(), endpoint.idle_places.taken()];
+            assert_eq!(taken, [0; 2], "places of {} leaked", endpoint.name);
+        }
+    }
+
+    fn end(&mut self) {
         self.deliver(Vec::new());
         self.turn();
         self.command(Command::Stop);
@@ -210,10 +250,6 @@ impl Run {
             self.turn();
         }
         assert!(self.engine.is_finished());
-        for endpoint in &self.endpoints {
-            let taken = [endpoint.places.taken(), endpoint.idle_places.taken()];
-            assert_eq!(taken, [0; 2], "places of {} leaked", endpoint.name);
-        }
         let driver = self.engine.driver();
         assert_eq!(driver.open_sockets(), 0, "connections leaked");
         assert_eq!(driver.buffers().free(), self.buffers, "buffers leaked");
@@ -221,6 +257,7 @@ impl Run {
             let ended: u64 = CloseReason::ALL.iter().map(|&reason| stats.closed(reason)).sum();
             assert_eq!(stats.sessions_opened.get(), ended, "every session ends for one reason");
         }
+        self.told.check(self.engine.stats());
     }
 
     fn check_bytes(&mut self) {
@@ -331,179 +368,6 @@ fn a_thousand_seeds_lose_no_byte_and_leak_nothing() {
     let (opened, finished) = run_seeds(0, 1000, run);
     println!("{opened} sessions, {finished} finished in order");
     assert!(finished > opened / 4, "{finished} of {opened}: the runs test too little");
-}
-
-/// All endpoints go away, each in its way, and come back after a while. Until then whoever wants to
-/// be served waits.
-fn outage(seed: u64) -> (u64, u64) {
-    const SOON: Duration = Duration::from_secs(4);
-    let mut rng = fastrand::Rng::with_seed(seed);
-    let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
-    let route = Arc::make_mut(&mut config.routes[0]);
-    route.endpoint_wait = 60 * SECOND;
-    route.pool.min_idle = rng.usize(..3);
-    route.pool.max_idle = route.pool.min_idle + rng.usize(..4);
-    let clients = rng.usize(1..60);
-    let mut run = Run::with(rng, config, clients, limits::buffers_max(clients));
-    let all = run.endpoints.clone();
-    run.deliver(all.clone());
-    run.turn();
-    for at in 0..all.len() {
-        let states = [Reachability::Refusing, Reachability::Silent];
-        let state = states[run.rng.usize(..2)];
-        run.engine.driver().reach(at, state);
-    }
-    if run.rng.u8(..4) == 0 {
-        run.deliver(Vec::new());
-    }
-    for _ in 0..clients {
-        let delay = Duration::from_millis(run.rng.u64(..20_000));
-        run.engine.driver().add_client(delay);
-    }
-    let back = Duration::from_millis(run.rng.u64(..20_000));
-    while run.engine.driver().elapsed() < back {
-        run.turn();
-    }
-    for at in 0..all.len() {
-        run.engine.driver().reach(at, Reachability::Up);
-    }
-    run.deliver(all);
-    let waited = run.stats.outage_waited.get();
-    while run.engine.driver().elapsed() < back + SOON {
-        run.turn();
-    }
-    assert_eq!(run.engine.waiting(), 0, "they wait though all endpoints are back");
-    let given_up = run.stats.outage_given_up.get();
-    run.check_bytes();
-    run.stop();
-    assert_eq!(given_up, 0, "nobody has waited for too long");
-    (waited, run.stats.closed(CloseReason::ConnectFailed))
-}
-
-/// The same with few places: once endpoints are back, those that wait do so for a place at a full one,
-/// and all are served as sessions end.
-fn outage_with_few_places(seed: u64) -> (u64, u64) {
-    let mut rng = fastrand::Rng::with_seed(seed);
-    let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
-    let route = Arc::make_mut(&mut config.routes[0]);
-    route.endpoint_wait = 30 * SECOND;
-    route.pool.min_idle = rng.usize(..2);
-    route.pool.endpoint_max = Some(rng.usize(1..4));
-    route.requests.queue_timeout = 600 * SECOND;
-    // Whoever stalls holds a place for no longer.
-    route.idle_timeout = Some(5 * SECOND);
-    let clients = rng.usize(1..40);
-    let mut run = Run::with(rng, config, clients, limits::buffers_max(clients));
-    let all = run.endpoints.clone();
-    run.deliver(all.clone());
-    for _ in 0..clients {
-        let delay = Duration::from_millis(run.rng.u64(..20_000));
-        run.engine.driver().add_client(delay);
-    }
-    for _ in 0..run.rng.u8(1..4) {
-        let until = run.engine.driver().elapsed() + Duration::from_millis(run.rng.u64(..10_000));
-        for at in 0..all.len() {
-            let state = [Reachability::Refusing, Reachability::Silent][run.rng.usize(..2)];
-            run.engine.driver().reach(at, state);
-        }
-        while run.engine.driver().elapsed() < until {
-            run.turn();
-        }
-        (0..all.len()).for_each(|at| run.engine.driver().reach(at, Reachability::Up));
-        let until = until + Duration::from_millis(run.rng.u64(..5_000));
-        while run.engine.driver().elapsed() < until {
-            run.turn();
-        }
-    }
-    while run.engine.driver().clients_outside() + run.engine.waiting() > 0 {
-        run.turn();
-        assert!(run.engine.driver().elapsed() < 400 * SECOND, "somebody waits for ever");
-    }
-    let waited = run.stats.outage_waited.get();
-    let failed = run.stats.outage_given_up.get() + run.stats.closed(CloseReason::QueueTimeout);
-    run.check_bytes();
-    run.stop();
-    assert_eq!(failed, 0, "nobody has waited for too long");
-    (waited, run.stats.closed(CloseReason::Finished))
-}
-
-#[test]
-fn whoever_waits_through_outages_and_then_for_a_place_is_served() {
-    let (waited, finished) = run_seeds(30_000, 100, outage_with_few_places);
-    println!("{waited} sessions waited, {finished} finished in order");
-    assert!(waited > 50 && finished > 50, "{waited} and {finished}: the runs test too little");
-}
-
-#[test]
-fn whoever_waits_through_an_outage_is_served_soon_after_it() {
-    let (waited, failed) = run_seeds(0, 100, outage);
-    println!("{waited} sessions waited");
-    assert!(waited > 100, "{waited}: the runs test too little");
-    assert_eq!(failed, 0);
-}
-
-/// Endpoints stand in for others, and all of them fail and recover. Once all have been well for a while,
-/// who comes meets those that come first.
-fn tiers(seed: u64) -> (u64, u64) {
-    const TROUBLE: Duration = Duration::from_secs(20);
-    // An ejection is over, a probe has lasted, and the failback time has passed.
-    const CALM: Duration = Duration::from_secs(45);
-    let mut rng = fastrand::Rng::with_seed(seed);
-    let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
-    let route = Arc::make_mut(&mut config.routes[0]);
-    route.endpoint_wait = 60 * SECOND;
-    route.failback_time = rng.u32(..4) * SECOND;
-    route.pool.min_idle = rng.usize(..3);
-    route.pool.max_idle = route.pool.min_idle + rng.usize(..4);
-    route.balance = [Balance::LeastConn, Balance::RoundRobin, Balance::PeakEwma][rng.usize(..3)];
-    let mut run = Run::with(rng, config, 60, limits::buffers_max(60));
-    for tier in &mut run.tiers[1..] {
-        *tier = Tier::at(run.rng.usize(..Tier::COUNT_MAX));
-    }
-    let all = run.endpoints.clone();
-    run.deliver(all.clone());
-    for _ in 0..run.rng.usize(1..40) {
-        let delay = Duration::from_millis(run.rng.u64(..20_000));
-        run.engine.driver().add_client(delay);
-    }
-    let mut moves = 0;
-    let mut tier = 0;
-    let turn = |run: &mut Run, tier: &mut u64, moves: &mut u64| {
-        run.turn();
-        *moves += u64::from(std::mem::replace(tier, run.stats.tier.get()) != run.stats.tier.get());
-    };
-    while run.engine.driver().elapsed() < TROUBLE {
-        run.disturb();
-        turn(&mut run, &mut tier, &mut moves);
-    }
-    (0..all.len()).for_each(|at| run.engine.driver().reach(at, Reachability::Up));
-    run.deliver(all);
-    while run.engine.driver().elapsed() < TROUBLE + CALM {
-        turn(&mut run, &mut tier, &mut moves);
-    }
-    assert_eq!(tier, 0, "those that come first have been well for long");
-    let late = run.engine.driver().peers.len();
-    for _ in 0..8 {
-        run.engine.driver().add_client(Duration::ZERO);
-    }
-    while run.engine.driver().elapsed() < TROUBLE + CALM + 5 * SECOND {
-        turn(&mut run, &mut tier, &mut moves);
-    }
-    let driver = run.engine.driver();
-    let late = driver.peers[late..].iter().filter(|peer| peer.is_client);
-    let met = late.filter_map(|peer| partner(driver, peer)?.endpoint).map(usize::from);
-    let met: Vec<_> = met.map(|at| run.tiers[at]).collect();
-    assert!(met.iter().all(|&tier| tier == Tier::FIRST), "{met:?}");
-    run.check_bytes();
-    run.stop();
-    (moves, met.len() as u64)
-}
-
-#[test]
-fn endpoints_stand_in_for_others_only_while_these_are_not_usable() {
-    let (moves, met) = run_seeds(0, 40, tiers);
-    println!("{moves} times another tier was used, {met} clients met the first one at last");
-    assert!(moves > 0 && met > 0, "{moves} and {met}: the runs test too little");
 }
 
 /// Two routes share a worker; of the endpoints every other one is the second one's.
