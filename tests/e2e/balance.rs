@@ -2,14 +2,18 @@
 //! balancing: `cargo bench --bench balance`.
 
 use std::io::Write;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use socket2::{Domain, Socket, Type};
+
 use crate::support::backend::Backend;
-use crate::support::client::{ask, ask_once, connect, read_line};
+use crate::support::client::{ask, ask_once, connect, prepare, read_line};
 use crate::support::metrics::{CONNECT_RETRIES, RETRIES_REFUSED};
+use crate::support::ports;
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, SetOnDrop, measured, on_both_drivers};
 
@@ -18,6 +22,7 @@ on_both_drivers![
     a_slow_endpoint_gets_few_sessions_by_latency,
     an_endpoint_that_stalls_gets_no_more_requests_by_latency,
     retries_of_connects_are_bounded_by_the_budget,
+    each_source_finds_the_one_endpoint_that_is_well_among_many,
 ];
 
 const MS: Duration = Duration::from_millis(1);
@@ -174,5 +179,27 @@ fn retries_of_connects_are_bounded_by_the_budget(io: Io) {
         } else {
             assert_eq!((retries, refused), (2 * SESSIONS, 0), "three attempts each");
         }
+    }
+}
+
+/// However many refuse that a source would rather go to, and though none is ejected for it.
+fn each_source_finds_the_one_endpoint_that_is_well_among_many(io: Io) {
+    let server = Backend::named("a");
+    let mut addresses: Vec<_> = (0..11).map(|_| ports::unused([127, 0, 0, 1].into())).collect();
+    addresses.push(server.address());
+    let proxy = Builder::on(io)
+        .backends(&addresses)
+        .without_pool()
+        .set("AEGIS_BALANCE", "source_hash")
+        .set("AEGIS_EJECT_FAILURES", "1000")
+        .set("AEGIS_RETRY_BUDGET", "off")
+        .start();
+    for source in 1..=30 {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.bind(&SocketAddr::from(([127, 0, 2, source], 0)).into()).unwrap();
+        socket.connect(&proxy.address().into()).unwrap();
+        let client = TcpStream::from(socket);
+        prepare(&client).unwrap();
+        assert_eq!(ask(&client, "who"), "a", "source {source}");
     }
 }

@@ -262,7 +262,7 @@ fn urgent_bytes_arrive_though_signals_come_to_the_worker(io: Io) {
         let client = connect(proxy.address());
         for number in 0..400 {
             let message = pattern(number, 100);
-            write_with_urgent(&client, message, 30, &[usize::from(number) % 4]);
+            write_with_urgent(&client, message, 30, &[number % 4]);
             read_expected(&client, message, 100).unwrap();
         }
     });

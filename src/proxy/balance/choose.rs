@@ -63,6 +63,30 @@ impl Having {
     }
 }
 
+/// How an endpoint has to take connects to be chosen for a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fit {
+    /// However it does.
+    Any,
+    /// It is usable now: see [`Entry::is_usable`].
+    Usable,
+    /// The same, and it has room for one of those that wait.
+    UsableInTurn,
+    /// It has room for one of them, usable or not.
+    InTurn,
+}
+
+impl Fit {
+    fn holds(self, entry: &Entry, now: Instant) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Usable => entry.is_usable(now),
+            Self::UsableInTurn => entry.is_usable(now) && entry.has_room_for_waiting(now),
+            Self::InTurn => entry.has_room_for_waiting(now),
+        }
+    }
+}
+
 /// What is looked for.
 #[derive(Clone, Copy)]
 struct Search<'a> {
@@ -70,7 +94,14 @@ struct Search<'a> {
     source: Option<IpAddr>,
     among: Among,
     having: Having,
+    fit: Fit,
     now: Instant,
+}
+
+impl Search<'_> {
+    fn finds(&self, entry: &Entry) -> bool {
+        self.having.holds(entry) && self.among.holds(entry) && self.fit.holds(entry, self.now)
+    }
 }
 
 impl Table {
@@ -95,7 +126,7 @@ impl Table {
         };
         for &among in near {
             for &having in having {
-                let search = Search { tried, source, among, having, now };
+                let search = Search { tried, source, among, having, fit: Fit::Any, now };
                 if let Some(index) = self.pick(&search, rng) {
                     self.take_turn(index);
                     return Some((index, self.has(index)));
@@ -128,10 +159,11 @@ impl Table {
             .map(|(index, _)| index)
     }
 
-    /// The endpoint for a session's next attempt: a usable one that it has not tried, or, should
-    /// none be left, any that it has not tried.
+    /// The endpoint for a session's next attempt, of those that are fit for it: a usable one that it
+    /// has not tried, or, should none be left, any that it has not tried.
     pub fn choose(
         &mut self,
+        fit: Fit,
         tried: &Tried,
         source: Option<IpAddr>,
         now: Instant,
@@ -139,7 +171,8 @@ impl Table {
     ) -> Option<EndpointId> {
         self.turn = self.turn.wrapping_add(1);
         self.judge_tiers(now);
-        let search = |among| Search { tried, source, among, having: Having::Anything, now };
+        let having = Having::Anything;
+        let search = |among| Search { tried, source, among, having, fit, now };
         let chosen = self
             .pick(&search(Among::Usable), rng)
             .or_else(|| self.pick_unusable(&search(Among::All), rng));
@@ -186,6 +219,7 @@ impl Table {
     /// The same where near endpoints are preferred, and why it is another one, if it is.
     pub fn choose_near(
         &mut self,
+        fit: Fit,
         tried: &Tried,
         source: Option<IpAddr>,
         now: Instant,
@@ -193,7 +227,8 @@ impl Table {
     ) -> (Option<EndpointId>, Option<Spillover>) {
         self.turn = self.turn.wrapping_add(1);
         self.judge_tiers(now);
-        let search = |among| Search { tried, source, among, having: Having::Anything, now };
+        let having = Having::Anything;
+        let search = |among| Search { tried, source, among, having, fit, now };
         let near = self.pick(&search(Among::Near), rng);
         let other = self.pick(&search(Among::Far), rng);
         let load =
@@ -239,7 +274,14 @@ impl Table {
         search: &Search<'_>,
         rng: &mut fastrand::Rng,
     ) -> Option<EndpointId> {
-        if self.has_other(search.tried) { None } else { self.pick(search, rng) }
+        if self.has_full(search.tried) { None } else { self.pick(search, rng) }
+    }
+
+    /// Whether there is a usable endpoint that was not tried and is full.
+    fn has_full(&self, tried: &Tried) -> bool {
+        let entries = self.present.iter().filter(|&&index| !tried.contains(index));
+        let mut entries = entries.filter_map(|&index| self.entries[usize::from(index)].as_ref());
+        entries.any(|entry| Among::Usable.holds(entry) && !Having::Anything.holds(entry))
     }
 
     fn pick_now(&self, search: &Search<'_>, rng: &mut fastrand::Rng) -> Option<EndpointId> {
@@ -249,7 +291,7 @@ impl Table {
             .map(|i| self.present[(self.turn + i) % count])
             .filter(|&index| !search.tried.contains(index))
             .filter_map(|index| Some((index, self.entries[usize::from(index)].as_ref()?)))
-            .filter(|(_, entry)| search.having.holds(entry) && search.among.holds(entry));
+            .filter(|(_, entry)| search.finds(entry));
         // Equals take turns, whichever of the others are out of use.
         let turns = |entry: &Entry| entry.turns.max(self.turns);
         let chosen = match self.policy {

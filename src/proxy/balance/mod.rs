@@ -26,7 +26,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub use choose::Having;
+pub use choose::{Fit, Having};
 pub use conns::Totals;
 pub use entry::Entry;
 

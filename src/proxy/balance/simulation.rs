@@ -126,7 +126,7 @@ impl<'a> World<'a> {
         self.push(next, Event::Arrival);
         let (worker, at) = (self.rng.usize(..WORKERS), self.begun + now);
         let table = &mut self.tables[worker];
-        let chosen = table.choose(&Tried::default(), None, at, &mut self.rng).unwrap();
+        let chosen = table.choose(Fit::Any, &Tried::default(), None, at, &mut self.rng).unwrap();
         table.enter(chosen, at);
         let conn = self.free[worker].pop().unwrap();
         table.asked(chosen, ConnId::from_parts(conn, 0), at);

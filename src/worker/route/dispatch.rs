@@ -11,7 +11,7 @@ use crate::config::Balance;
 use crate::io::{Chain, Close, ConnId, Driver};
 use crate::metrics::{Checkout, CloseReason};
 use crate::proxy::Side;
-use crate::proxy::balance::Entry;
+use crate::proxy::balance::Fit;
 use crate::proxy::endpoints::EndpointId;
 use crate::proxy::session::{Action, Session, Tried};
 use crate::slab::Key;
@@ -64,7 +64,7 @@ impl Route {
             let chosen = if is_cancel {
                 self.pools.table.next_of_all(session.cancel_reached(), &tried)
             } else if self.may_wait() {
-                self.choose_among(cx, client, &tried, Entry::is_usable)
+                self.choose_fit(cx, client, &tried, Fit::Usable)
             } else {
                 self.choose(cx, client, &tried, otherwise)
             };
@@ -117,47 +117,40 @@ impl Route {
         // the endpoint of an idle connection that was dead. A refusal is an answer.
         let lost = matches!(otherwise, CloseReason::ConnectTimeout | CloseReason::BackendReset);
         let source = self.source_of(cx, client);
-        let chosen = self.choose_untried(cx, tried, source);
-        chosen
-            .or_else(|| lost.then(|| self.choose_untried(cx, &Tried::default(), source)).flatten())
+        let chosen = self.choose_untried(cx, tried, Fit::Any, source);
+        if chosen.is_some() || !lost {
+            return chosen;
+        }
+        self.choose_untried(cx, &Tried::default(), Fit::Any, source)
     }
 
     /// The endpoint to try next for a session, of those that are fit for it now.
-    pub(super) fn choose_among<D: Driver>(
+    pub(super) fn choose_fit<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         client: ConnId,
         tried: &Tried,
-        is_fit: impl Fn(&Entry, Instant) -> bool,
+        fit: Fit,
     ) -> Option<EndpointId> {
         if tried.attempts() >= self.config.connect_attempts {
             return None;
         }
         let source = self.source_of(cx, client);
-        let mut passed_over = *tried;
-        loop {
-            let endpoint = self.choose_untried(cx, &passed_over, source)?;
-            if self.pools.table.get(endpoint).is_some_and(|entry| is_fit(entry, cx.now)) {
-                return Some(endpoint);
-            }
-            let before = passed_over.attempts();
-            passed_over.push(endpoint);
-            if passed_over.attempts() == before {
-                return None; // More than can be passed over: another turn.
-            }
-        }
+        self.choose_untried(cx, tried, fit, source)
     }
 
     fn choose_untried<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         tried: &Tried,
+        fit: Fit,
         source: Option<IpAddr>,
     ) -> Option<EndpointId> {
+        let (table, rng) = (&mut self.pools.table, &mut cx.rng);
         if !self.config.locality.prefers_near() {
-            return self.pools.table.choose(tried, source, cx.now, &mut cx.rng);
+            return table.choose(fit, tried, source, cx.now, rng);
         }
-        let (chosen, spilled) = self.pools.table.choose_near(tried, source, cx.now, &mut cx.rng);
+        let (chosen, spilled) = table.choose_near(fit, tried, source, cx.now, rng);
         spilled.inspect(|&why| self.stats.count_spillover(why));
         chosen
     }

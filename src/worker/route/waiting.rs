@@ -7,7 +7,7 @@ use super::Route;
 use super::pools::is_local;
 use crate::io::{Driver, Unheard};
 use crate::metrics::{CloseReason, Failure};
-use crate::proxy::balance::Entry;
+use crate::proxy::balance::{Entry, Fit};
 use crate::proxy::session::{Session, Tried};
 use crate::slab::Key;
 use crate::worker::context::Context;
@@ -195,12 +195,10 @@ impl Route {
                 self.dispatch(cx, key, CloseReason::NoEndpoint);
                 continue;
             }
+            // Where all are ejected, those that wait try the way.
             let is_outage = self.pools.table.is_outage(cx.now);
-            let is_fit = |entry: &Entry, now| {
-                // Where all are ejected, those that wait try the way.
-                entry.has_room_for_waiting(now) && (is_outage || entry.is_usable(now))
-            };
-            let Some(endpoint) = self.choose_among(cx, client, &Tried::default(), is_fit) else {
+            let fit = if is_outage { Fit::InTurn } else { Fit::UsableInTurn };
+            let Some(endpoint) = self.choose_fit(cx, client, &Tried::default(), fit) else {
                 return;
             };
             self.record_wait(cx, key);

@@ -23,7 +23,7 @@ fn spread(table: &mut Table, requests: u32, now: Instant) -> Vec<u32> {
     let mut rng = fastrand::Rng::with_seed(1);
     let mut chosen = vec![0; table.len()];
     for conn in 0..requests {
-        let index = table.choose(&Tried::default(), None, now, &mut rng).unwrap();
+        let index = table.choose(Fit::Any, &Tried::default(), None, now, &mut rng).unwrap();
         table.enter(index, now);
         table.asked(index, ConnId::from_parts(100 + conn, 0), now);
         chosen[usize::from(index)] += 1;

@@ -1,4 +1,5 @@
 mod cancel;
+mod fit;
 mod latency;
 mod places;
 mod tier;
@@ -77,7 +78,8 @@ fn load_is_spread_evenly_by_every_policy_but_hashing() {
         let mut rng = fastrand::Rng::with_seed(1);
         let mut table = table(policy, &[endpoint(0), endpoint(1), endpoint(2)]);
         for _ in 0..300 {
-            let chosen = table.choose(&Tried::default(), None, Instant::now(), &mut rng).unwrap();
+            let chosen =
+                table.choose(Fit::Any, &Tried::default(), None, Instant::now(), &mut rng).unwrap();
             table.enter(chosen, Instant::now());
         }
         for index in 0..3 {
@@ -100,8 +102,9 @@ fn those_that_are_left_share_evenly_whichever_are_out_of_use() {
             let mut chosen = vec![0; usize::from(count)];
             // Sessions end at once, so all loads are equal.
             for _ in 0..100 * left {
-                let index =
-                    table.choose(&Tried::default(), None, Instant::now(), &mut rng).unwrap();
+                let index = table
+                    .choose(Fit::Any, &Tried::default(), None, Instant::now(), &mut rng)
+                    .unwrap();
                 chosen[usize::from(index)] += 1;
             }
             for index in 0..count {
@@ -123,9 +126,10 @@ fn what_a_refusing_endpoint_was_to_have_is_shared_by_all_others() {
         let mut chosen = [0; 4];
         for _ in 0..400 {
             let mut index =
-                table.choose(&Tried::default(), None, Instant::now(), &mut rng).unwrap();
+                table.choose(Fit::Any, &Tried::default(), None, Instant::now(), &mut rng).unwrap();
             if index == at(2) {
-                index = table.choose(&tried(&[2]), None, Instant::now(), &mut rng).unwrap();
+                index =
+                    table.choose(Fit::Any, &tried(&[2]), None, Instant::now(), &mut rng).unwrap();
             }
             chosen[usize::from(index)] += 1;
         }
@@ -141,14 +145,14 @@ fn an_endpoint_that_was_out_of_use_is_not_met_by_all_that_it_missed() {
     let mut table = table(Balance::RoundRobin, &[0, 1, 2].map(endpoint));
     eject(&mut table, at(0));
     for _ in 0..1000 {
-        table.choose(&Tried::default(), None, Instant::now(), &mut rng);
+        table.choose(Fit::Any, &Tried::default(), None, Instant::now(), &mut rng);
     }
     let now = Instant::now();
     table.get_mut(at(0)).unwrap().health.on_success(now, now);
     let mut chosen = [0; 3];
     for _ in 0..30 {
         chosen[usize::from(
-            table.choose(&Tried::default(), None, Instant::now(), &mut rng).unwrap(),
+            table.choose(Fit::Any, &Tried::default(), None, Instant::now(), &mut rng).unwrap(),
         )] += 1;
     }
     assert!(chosen.iter().all(|count| (9..=11).contains(count)), "{chosen:?}");
@@ -162,7 +166,8 @@ fn an_endpoint_that_fails_does_not_look_idle() {
         let mut table = table(policy, &[endpoint(0), endpoint(1)]);
         let mut failed = 0;
         for _ in 0..200 {
-            let index = table.choose(&Tried::default(), None, Instant::now(), &mut rng).unwrap();
+            let index =
+                table.choose(Fit::Any, &Tried::default(), None, Instant::now(), &mut rng).unwrap();
             if index == at(0) {
                 failed += 1;
                 let entry = table.get_mut(index).unwrap();
@@ -182,7 +187,7 @@ fn a_source_keeps_its_endpoint_when_another_one_goes() {
     let mut table = table(Balance::SourceHash, &endpoints);
     let source = |i: u8| Some(IpAddr::from([10, 0, 0, i]));
     let before: Vec<_> = (0..200)
-        .map(|i| table.choose(&Tried::default(), source(i), Instant::now(), &mut rng))
+        .map(|i| table.choose(Fit::Any, &Tried::default(), source(i), Instant::now(), &mut rng))
         .collect();
     let rest = EndpointSnapshot {
         generation: 2,
@@ -191,7 +196,7 @@ fn a_source_keeps_its_endpoint_when_another_one_goes() {
     };
     table.apply(&rest, &pool(), true, Instant::now());
     for (i, &was) in (0..200).zip(&before) {
-        let is = table.choose(&Tried::default(), source(i), Instant::now(), &mut rng);
+        let is = table.choose(Fit::Any, &Tried::default(), source(i), Instant::now(), &mut rng);
         assert!(is == was || was == Some(at(0)), "source {i} moved from {was:?} to {is:?}");
     }
     let moved = before.iter().filter(|&&index| index == Some(at(0))).count();
@@ -204,12 +209,15 @@ fn ejected_endpoints_are_passed_over_unless_there_is_no_other() {
     let mut table = table(Balance::LeastConn, &[endpoint(0), endpoint(1)]);
     eject(&mut table, at(0));
     for _ in 0..10 {
-        assert_eq!(table.choose(&Tried::default(), None, Instant::now(), &mut rng), Some(at(1)));
+        assert_eq!(
+            table.choose(Fit::Any, &Tried::default(), None, Instant::now(), &mut rng),
+            Some(at(1))
+        );
     }
-    assert_eq!(table.choose(&tried(&[1]), None, Instant::now(), &mut rng), Some(at(0)));
+    assert_eq!(table.choose(Fit::Any, &tried(&[1]), None, Instant::now(), &mut rng), Some(at(0)));
     eject(&mut table, at(1));
-    assert!(table.choose(&Tried::default(), None, Instant::now(), &mut rng).is_some());
-    assert_eq!(table.choose(&tried(&[0, 1]), None, Instant::now(), &mut rng), None);
+    assert!(table.choose(Fit::Any, &Tried::default(), None, Instant::now(), &mut rng).is_some());
+    assert_eq!(table.choose(Fit::Any, &tried(&[0, 1]), None, Instant::now(), &mut rng), None);
 }
 
 #[test]
@@ -249,7 +257,10 @@ fn a_snapshot_keeps_what_is_known_and_an_index_while_it_is_used() {
         assert_eq!(table.get_mut(at(2)).unwrap().endpoint.name, "e2");
     }
     for _ in 0..4 {
-        assert_ne!(table.choose(&Tried::default(), None, Instant::now(), &mut rng), Some(at(0)));
+        assert_ne!(
+            table.choose(Fit::Any, &Tried::default(), None, Instant::now(), &mut rng),
+            Some(at(0))
+        );
     }
     table.get_mut(at(0)).unwrap().pool.set_in_use(0);
     table.forget_unused();
@@ -478,7 +489,8 @@ fn share_at(policy: Balance, percent: u32, sessions: u32) -> u32 {
     let mut table = joined(policy);
     table.get_mut(at(1)).unwrap().ramp = Ramp::Warming { since: Instant::now(), percent };
     for _ in 0..sessions {
-        let chosen = table.choose(&Tried::default(), None, Instant::now(), &mut rng).unwrap();
+        let chosen =
+            table.choose(Fit::Any, &Tried::default(), None, Instant::now(), &mut rng).unwrap();
         table.enter(chosen, Instant::now());
     }
     table.get_mut(at(1)).unwrap().sessions()
@@ -518,7 +530,7 @@ fn near_endpoints_share_all_sessions_while_they_can() {
         let mut chosen = [0; 4];
         for _ in 0..200 {
             let (index, spillover) =
-                table.choose_near(&Tried::default(), None, Instant::now(), &mut rng);
+                table.choose_near(Fit::Any, &Tried::default(), None, Instant::now(), &mut rng);
             assert_eq!(spillover, None);
             chosen[usize::from(index.unwrap())] += 1;
         }
@@ -533,15 +545,18 @@ fn sessions_spill_over_where_near_endpoints_are_too_few() {
     let mut rng = fastrand::Rng::with_seed(1);
     let mut table = near_and_far(Balance::RoundRobin);
     eject(&mut table, at(0));
-    let (index, spillover) = table.choose_near(&Tried::default(), None, Instant::now(), &mut rng);
+    let (index, spillover) =
+        table.choose_near(Fit::Any, &Tried::default(), None, Instant::now(), &mut rng);
     assert_eq!((index, spillover), (Some(at(1)), None), "one is left");
-    let (index, spillover) = table.choose_near(&tried(&[1]), None, Instant::now(), &mut rng);
+    let (index, spillover) =
+        table.choose_near(Fit::Any, &tried(&[1]), None, Instant::now(), &mut rng);
     assert!(
         (index == Some(at(2)) || index == Some(at(3))) && spillover == Some(Spillover::Few),
         "{index:?}"
     );
     eject(&mut table, at(1));
-    let (index, spillover) = table.choose_near(&Tried::default(), None, Instant::now(), &mut rng);
+    let (index, spillover) =
+        table.choose_near(Fit::Any, &Tried::default(), None, Instant::now(), &mut rng);
     assert!(
         (index == Some(at(2)) || index == Some(at(3))) && spillover == Some(Spillover::Few),
         "{index:?}"
@@ -550,10 +565,11 @@ fn sessions_spill_over_where_near_endpoints_are_too_few() {
     for index in [2, 3] {
         eject(&mut table, at(index));
     }
-    let (index, spillover) = table.choose_near(&tried(&[0, 1, 3]), None, Instant::now(), &mut rng);
+    let (index, spillover) =
+        table.choose_near(Fit::Any, &tried(&[0, 1, 3]), None, Instant::now(), &mut rng);
     assert_eq!((index, spillover), (Some(at(2)), None));
     assert_eq!(
-        table.choose_near(&tried(&[0, 1, 2, 3]), None, Instant::now(), &mut rng),
+        table.choose_near(Fit::Any, &tried(&[0, 1, 2, 3]), None, Instant::now(), &mut rng),
         (None, None)
     );
 }
@@ -566,7 +582,7 @@ fn sessions_spill_over_where_near_endpoints_are_too_loaded() {
         for (index, sessions) in [(0, near), (1, near), (2, far), (3, far)] {
             table.get_mut(at(index)).unwrap().pool.set_in_use(sessions as usize);
         }
-        table.choose_near(&Tried::default(), None, Instant::now(), &mut rng)
+        table.choose_near(Fit::Any, &Tried::default(), None, Instant::now(), &mut rng)
     };
     for far in [0, 1, 10, 1000] {
         let bound = 2 * far + 8;

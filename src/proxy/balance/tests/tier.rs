@@ -28,7 +28,7 @@ fn apply(table: &mut Table, tiers: &[usize], now: Instant) {
 fn choices(table: &mut Table, now: Instant) -> Vec<usize> {
     let mut rng = fastrand::Rng::with_seed(1);
     let mut chosen: Vec<_> = (0..60)
-        .filter_map(|_| table.choose(&Tried::default(), None, now, &mut rng))
+        .filter_map(|_| table.choose(Fit::Any, &Tried::default(), None, now, &mut rng))
         .map(usize::from)
         .collect();
     chosen.sort_unstable();
@@ -81,8 +81,8 @@ fn an_endpoint_that_was_tried_in_vain_is_no_reason_to_leave_its_tier() {
     let mut rng = fastrand::Rng::with_seed(1);
     let now = Instant::now();
     let mut table = tiered(Balance::LeastConn, &[0, 0, 1]);
-    assert_eq!(table.choose(&tried(&[0]), None, now, &mut rng), Some(at(1)));
-    assert_eq!(table.choose(&tried(&[0, 1]), None, now, &mut rng), None);
+    assert_eq!(table.choose(Fit::Any, &tried(&[0]), None, now, &mut rng), Some(at(1)));
+    assert_eq!(table.choose(Fit::Any, &tried(&[0, 1]), None, now, &mut rng), None);
     assert!(!table.has_other(&tried(&[0, 1])));
 }
 
