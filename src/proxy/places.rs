@@ -344,6 +344,43 @@ mod tests {
         }
     }
 
+    /// Goes on once both threads have come here as often as this.
+    fn meet(count: &AtomicUsize, times: usize) {
+        count.fetch_add(1, SeqCst);
+        let mut spins = 0;
+        while count.load(SeqCst) < 2 * times {
+            spins += 1;
+            if spins % 256 == 0 { thread::yield_now() } else { std::hint::spin_loop() }
+        }
+    }
+
+    #[test]
+    fn a_place_is_not_missed_that_is_given_back_as_it_is_wanted() {
+        const ROUNDS: usize = 5_000;
+        let (places, count, mut missed) = (Places::new(1), AtomicUsize::new(0), 0);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 0..ROUNDS {
+                    meet(&count, 2 * round + 1);
+                    let _ = places.give(1);
+                    meet(&count, 2 * round + 2);
+                }
+            });
+            assert!(places.take(1));
+            for round in 0..ROUNDS {
+                meet(&count, 2 * round + 1);
+                let was_free = places.want(W(0), true, 1);
+                meet(&count, 2 * round + 2);
+                let got = usize::from(was_free) + places.collect(W(0));
+                if got == 0 && places.take(1) {
+                    missed += 1;
+                }
+                places.stop_wanting(W(0));
+            }
+        });
+        assert_eq!((missed, places.taken()), (0, 1), "missed, and taken in the end");
+    }
+
     #[test]
     fn threads_never_hold_more_than_there_are_and_leak_none() {
         for (workers, max) in [(2, 1), (4, 3), (32, 1), (32, 16), (8, 8)] {
