@@ -299,7 +299,7 @@ mod tests {
 
         fn work(&self, worker: WorkerId) -> Duration {
             let mut longest = Duration::ZERO;
-            for round in 0..3200 / self.workers {
+            for round in 0..800 / self.workers {
                 let since = Instant::now();
                 let mut own = self.get(worker, round % 2 == 0);
                 longest = longest.max(since.elapsed());
@@ -342,6 +342,45 @@ mod tests {
         fn give_rest(&self, worker: WorkerId) {
             self.give(self.places.collect(worker));
         }
+    }
+
+    /// Goes on once both threads have come here as often as this.
+    fn meet(count: &AtomicUsize, times: usize) {
+        count.fetch_add(1, SeqCst);
+        let mut spins = 0;
+        while count.load(SeqCst) < 2 * times {
+            spins += 1;
+            if spins % 256 == 0 { thread::yield_now() } else { std::hint::spin_loop() }
+        }
+    }
+
+    #[test]
+    fn a_place_is_not_missed_that_is_given_back_as_it_is_wanted() {
+        const ROUNDS: usize = 5_000;
+        let (places, count, mut missed) = (Places::new(1), AtomicUsize::new(0), 0);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 0..ROUNDS {
+                    meet(&count, 2 * round + 1);
+                    let _ = places.give(1);
+                    meet(&count, 2 * round + 2);
+                }
+            });
+            assert!(places.take(1));
+            for round in 0..ROUNDS {
+                meet(&count, 2 * round + 1);
+                // A little later each time, so that each step meets each of the other's.
+                (0..round % 64).for_each(|_| std::hint::spin_loop());
+                let was_free = places.want(W(0), true, 1);
+                meet(&count, 2 * round + 2);
+                let got = usize::from(was_free) + places.collect(W(0));
+                if got == 0 && places.take(1) {
+                    missed += 1;
+                }
+                places.stop_wanting(W(0));
+            }
+        });
+        assert_eq!((missed, places.taken()), (0, 1), "missed, and taken in the end");
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The places of connections to endpoints: when they become free, and who gets them.
 
 #[cfg(test)]
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use std::time::Instant;
 
 use super::Route;
 use super::pools::Pools;
@@ -32,6 +33,8 @@ pub(in crate::worker) struct Prospect {
     pub(in crate::worker) waits_for_place: bool,
     /// For so long one of its connections has been idle.
     pub(in crate::worker) idle_for: Duration,
+    /// For so long one of them should have been closed for others.
+    pub(in crate::worker) overdue: Duration,
 }
 
 impl Pools {
@@ -67,6 +70,17 @@ impl Pools {
         self.places_due = true;
     }
 
+    /// A connection of an endpoint is idle. If others need its place, it is looked at again in time.
+    pub(super) fn on_idle(&mut self, endpoint: EndpointId, now: Instant) {
+        if let Some(at) = self.table.get(endpoint).and_then(|entry| entry.yields_idle_at(now)) {
+            self.look_after_places_at(at);
+        }
+    }
+
+    fn look_after_places_at(&mut self, at: Instant) {
+        self.places_at = Some(self.places_at.map_or(at, |earlier| earlier.min(at)));
+    }
+
     /// Takes what was passed on to this worker, and closes idle connections for others. Says whether
     /// there is room for more.
     pub(super) fn share_places<D: Driver>(
@@ -78,7 +92,7 @@ impl Pools {
         let collected = self.table.collect(endpoint, now);
         while let Some(at) = self.table.get(endpoint).and_then(|entry| entry.yields_idle_at(now)) {
             if at > now {
-                self.places_at = Some(self.places_at.map_or(at, |earlier| earlier.min(at)));
+                self.look_after_places_at(at);
                 break;
             }
             self.give_up_oldest(cx, endpoint);
@@ -166,6 +180,7 @@ impl Route {
             waits_in_vain: waits && may_serve,
             waits_for_place: waits && tries && entry.is_full(now),
             idle_for: entry.pool.oldest(now).unwrap_or_default(),
+            overdue: now.saturating_duration_since(entry.yields_idle_at(now).unwrap_or(now)),
         }
     }
 

@@ -136,6 +136,7 @@ impl Route {
             cx.owners.set(conn, Owner::Idle { endpoint, greeting: Chain::default() });
             // Watched while idle: its end shows at once.
             cx.driver.receive(conn, true);
+            self.pools.on_idle(endpoint, now);
             // One to an endpoint in doubt is for nobody who can have another one.
             if self.reuses_conns() && (usable || self.placing(cx).is_needed(endpoint)) {
                 self.free(endpoint);

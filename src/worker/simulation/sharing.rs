@@ -27,6 +27,10 @@ const LOOK_AFTER: Duration = Duration::from_millis(350);
 /// What is idle goes to who waits, be it after a turn; a worker's turn is over by then, too.
 const IDLE_MAX: Duration = Duration::from_millis(600);
 
+/// With one other worker, which asks this one: what it is to close for that one it closes
+/// as soon as it looks up.
+const OVERDUE_MAX: Duration = Duration::from_millis(25);
+
 /// What must not last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Lasting {
@@ -135,6 +139,8 @@ impl Workers {
             let prospects: Vec<_> = prospects.collect();
             let is_idle = prospects.iter().any(|prospect| prospect.idle_for > IDLE_MAX);
             let own = &prospects[at];
+            let is_asked = self.runs.len() == 2;
+            assert!(!is_asked || own.overdue < OVERDUE_MAX, "an idle one is kept: {own:?}");
             let lasting = [
                 (Lasting::InVain, own.waits_in_vain),
                 (Lasting::BesideIdle, own.waits_for_place && is_idle),

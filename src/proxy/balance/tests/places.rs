@@ -80,9 +80,15 @@ fn who_wants_a_place_gets_the_next_one_and_is_woken_and_so_is_who_has_one_idle()
     }
     // Likewise for what is closed.
     other.want_place(at(0), now);
+    assert_eq!(other.take_wake(), Some(WorkerId::new(0)));
     assert!(one.evict(at(0)).is_some());
     one.closed(at(0));
     assert_eq!((one.take_wake(), other.collect(at(0), now)), (OTHER, true));
+    // Who uses what it got, and wants more, asks again.
+    keep(&mut one, 1, now);
+    keep(&mut other, 2, now);
+    other.want_place(at(0), now);
+    assert_eq!(other.take_wake(), Some(WorkerId::new(0)));
 }
 
 #[test]

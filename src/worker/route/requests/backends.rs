@@ -100,6 +100,7 @@ impl Route {
             let greeting = Chain::default();
             cx.owners.set(backend.conn, Owner::Idle { endpoint: backend.endpoint, greeting });
             self.free(backend.endpoint);
+            self.pools.on_idle(backend.endpoint, cx.now);
         } else {
             let aged = backend.retire_at.is_some_and(|at| at <= cx.now);
             let why = if aged { Discard::Lifetime } else { Discard::Surplus };
