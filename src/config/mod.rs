@@ -24,6 +24,7 @@ pub(crate) use files::in_making;
 pub use preset::Preset;
 pub use routes::RouteName;
 pub use unix::{SocketMode, SocketOwner};
+pub use value::ENDS_TARGET;
 pub use variable::{PREFIX, VARIABLES, Variable};
 pub use variables::{Config, KubeConfig, PoolConfig, RequestConfig, Resources, RouteConfig};
 

@@ -7,8 +7,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use tracing::Level;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::filter::Targets;
 
 use super::{
     Backend, Balance, Check, Discovery, EndsLogged, HostPort, IoChoice, KubePort, Locality,
@@ -210,6 +212,16 @@ pub(super) fn log_filter(text: &str) -> Parsed<String> {
     Ok(text)
 }
 
+/// Where the lines of ends come from, for `AEGIS_LOG`: it is no module.
+pub const ENDS_TARGET: &str = "aegis::ends";
+
+/// Whether a log filter lets pass what is logged of ends.
+pub(super) fn logs_ends(text: &str) -> bool {
+    // One that tells spans apart, which are none of ours, is not looked into.
+    let targets = text.parse::<Targets>();
+    targets.map_or(true, |targets| targets.would_enable(ENDS_TARGET, &Level::INFO))
+}
+
 /// The targets of a log filter of which it is not known that anything is logged under them.
 pub(super) fn unknown_targets(text: &str) -> impl Iterator<Item = &str> {
     targets(text).map(|(target, _)| target).filter(|target| known_target(target) == Known::No)
@@ -238,6 +250,7 @@ fn known_target(target: &str) -> Known {
     let mut path = target.split("::");
     let (root, module) = (path.next().unwrap_or_default(), path.next());
     match module {
+        Some(_) if target == ENDS_TARGET => Known::Yes,
         Some(module) if root == "aegis" => {
             // The list of modules is where the compiler has it from.
             let mut modules = include_str!("../lib.rs").lines();

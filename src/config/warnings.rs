@@ -1,17 +1,17 @@
 //! Values that are in order, and do nothing in the configuration at hand.
 
 use super::routes::plain;
-use super::value::unknown_targets;
+use super::value::{logs_ends, unknown_targets};
 use super::variable::{VARIABLES, Variable};
 use super::variables::{
     AEGIS_BACKEND_DRAIN, AEGIS_BACKENDS, AEGIS_BACKUPS, AEGIS_CHECK, AEGIS_CHECK_FALL,
-    AEGIS_CHECK_PATH, AEGIS_CHECK_RISE, AEGIS_DNS_REFRESH, AEGIS_FAILBACK_TIME, AEGIS_KUBE_STORES,
-    AEGIS_LINE_MAX, AEGIS_LOCALITY, AEGIS_POOL_IDLE_TIMEOUT, AEGIS_POOL_MAX_IDLE,
-    AEGIS_POOL_MAX_LIFETIME, AEGIS_POOL_SIZE, AEGIS_PRESET, AEGIS_PROTOCOL, AEGIS_QUEUE_MAX,
-    AEGIS_QUEUE_TIMEOUT, AEGIS_REPEAT_WRITES, AEGIS_REQUEST_TIMEOUT, AEGIS_SLOW_START,
-    AEGIS_SOCKET_MODE, AEGIS_SOCKET_OWNER,
+    AEGIS_CHECK_PATH, AEGIS_CHECK_RISE, AEGIS_DNS_REFRESH, AEGIS_FAILBACK_TIME,
+    AEGIS_KUBE_SNAPSHOT_MAX_AGE, AEGIS_KUBE_STORES, AEGIS_LINE_MAX, AEGIS_LOCALITY, AEGIS_LOG_ENDS,
+    AEGIS_POOL_IDLE_TIMEOUT, AEGIS_POOL_MAX_IDLE, AEGIS_POOL_MAX_LIFETIME, AEGIS_POOL_SIZE,
+    AEGIS_PRESET, AEGIS_PROTOCOL, AEGIS_QUEUE_MAX, AEGIS_QUEUE_TIMEOUT, AEGIS_REPEAT_WRITES,
+    AEGIS_REQUEST_TIMEOUT, AEGIS_SLOW_START, AEGIS_SOCKET_MODE, AEGIS_SOCKET_OWNER,
 };
-use super::{Balance, Config, Discovery, Locality, PoolMode, Protocol, RouteConfig};
+use super::{Balance, Config, Discovery, EndsLogged, Locality, PoolMode, Protocol, RouteConfig};
 
 /// Variables, whether what else is configured leaves them an effect, and if not, why.
 type Rule<'a> = (&'a [&'a Variable], bool, &'a str);
@@ -43,7 +43,8 @@ impl Config {
         warnings
     }
 
-    /// The variables that have no effect on this route, each with the reason.
+    /// The variables that have no effect on this route, each with the reason. What a preset suggests
+    /// nobody has set.
     fn without_effect(&self, route: &RouteConfig) -> Vec<(&'static str, String)> {
         let kube: Vec<_> =
             VARIABLES.iter().copied().filter(|v| v.name.starts_with("AEGIS_KUBE_")).collect();
@@ -56,9 +57,13 @@ impl Config {
             .into_iter()
             .chain(rules_of_pools(route, &not_read))
             .chain(rules_of_checks(route));
+        let by_preset = route.by_preset();
+        let is_suggested = |name: &str| by_preset.iter().any(|(suggested, _)| *suggested == name);
         let idle = rules.filter(|(_, has_effect, _)| !has_effect);
-        idle.flat_map(|(variables, _, why)| variables.iter().map(|v| (v.name, why.to_owned())))
-            .collect()
+        let idle =
+            idle.flat_map(|(variables, _, why)| variables.iter().map(move |v| (v.name, why)));
+        let idle = idle.filter(|(name, _)| !is_suggested(name));
+        idle.map(|(name, why)| (name, why.to_owned())).collect()
     }
 
     /// Whether each variable has an effect, of those that say where endpoints are and which is used.
@@ -74,13 +79,27 @@ impl Config {
         vec![
             (kube, kubernetes, "the endpoints do not come from Kubernetes"),
             (&[AEGIS_BACKENDS, AEGIS_BACKUPS], !kubernetes, "the endpoints come from Kubernetes"),
+            (
+                &[AEGIS_KUBE_SNAPSHOT_MAX_AGE],
+                !kubernetes || route.kube.snapshot.is_some(),
+                "AEGIS_KUBE_SNAPSHOT is none",
+            ),
+            (
+                &[AEGIS_LOG_ENDS],
+                route.log_ends == EndsLogged::Off || logs_ends(&self.log),
+                "AEGIS_LOG leaves out what is of the level info",
+            ),
             (&[AEGIS_KUBE_STORES], !kubernetes || by_key, "AEGIS_BALANCE is not key_hash"),
             (
                 &[AEGIS_SOCKET_MODE, AEGIS_SOCKET_OWNER],
                 route.listen.iter().any(|address| address.path().is_some()),
                 "AEGIS_LISTEN has no Unix socket",
             ),
-            (&[AEGIS_DNS_REFRESH], route.discovery == Discovery::Dns, "no names are resolved"),
+            (
+                &[AEGIS_DNS_REFRESH],
+                route.discovery == Discovery::Dns && route.names() > 0,
+                "no names are resolved",
+            ),
             (&[AEGIS_LOCALITY], kubernetes, "only Kubernetes says where endpoints are"),
             (
                 &[AEGIS_LOCALITY],
@@ -111,9 +130,20 @@ fn rules_of_pools<'a>(route: &RouteConfig, not_read: &'a str) -> Vec<Rule<'a>> {
     let is_read = |variable: &Variable| {
         is_shared && route.protocol.facts().variables.contains(&variable.name)
     };
-    let keeps_idle = mode == PoolMode::Request || route.pool.max_idle > 0;
+    let pool = &route.pool;
+    let keeps_idle = mode == PoolMode::Request || pool.max_idle > 0;
+    // It bounds the minimum, whatever says how many there may be.
+    let allows_min =
+        AEGIS_POOL_MAX_IDLE.default.parse::<usize>().is_ok_and(|default| pool.min_idle > default);
+    let max_idle_counts = mode != PoolMode::Request || pool.max_idle <= pool.min_idle || allows_min;
+    let suggested = route.by_preset();
+    let is_used = |name: &str| name != AEGIS_POOL_MAX_IDLE.name || max_idle_counts;
     vec![
-        (&[AEGIS_PRESET], !is_shared, "it is for servers whose bytes are passed on as they are"),
+        (
+            &[AEGIS_PRESET],
+            !is_shared || suggested.iter().any(|(name, _)| is_used(name)),
+            "it is for servers whose bytes are passed on as they are",
+        ),
         (
             &[AEGIS_PROTOCOL],
             is_shared || route.checks_by_request(),
@@ -138,14 +168,15 @@ fn rules_of_pools<'a>(route: &RouteConfig, not_read: &'a str) -> Vec<Rule<'a>> {
         ),
         (
             &[AEGIS_POOL_MAX_IDLE],
-            mode != PoolMode::Request || route.pool.max_idle == 0,
+            max_idle_counts,
             "with AEGIS_POOL_MODE=request AEGIS_POOL_SIZE says how many",
         ),
         (
-            &[AEGIS_POOL_IDLE_TIMEOUT, AEGIS_POOL_MAX_LIFETIME],
+            &[AEGIS_POOL_MAX_LIFETIME],
             keeps_idle || mode == PoolMode::Session,
             "AEGIS_POOL_MAX_IDLE=0 keeps no connections",
         ),
+        (&[AEGIS_POOL_IDLE_TIMEOUT], keeps_idle, "AEGIS_POOL_MAX_IDLE=0 keeps no connections"),
     ]
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::View;
+use crate::config::ENDS_TARGET;
 use crate::io::net::Address;
 use crate::limits;
 use crate::metrics::LabelSet;
@@ -17,9 +18,6 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Lines written each time, for each worker: a storm of ends must not fill the log for hours. What
 /// waits too long is dropped, and counted.
 const LINES_MAX: usize = 50;
-
-/// Where these lines come from, for `AEGIS_LOG`.
-const TARGET: &str = "aegis::ends";
 
 /// Writes for as long as the process runs.
 pub(super) async fn run(view: Arc<View>) {
@@ -70,7 +68,7 @@ fn line(view: &View, worker: usize, end: &End) {
         Side::Backend => "backend",
     });
     tracing::info!(
-        target: TARGET,
+        target: ENDS_TARGET,
         {
         "event.name" = name,
         "error.type" = error,

@@ -1,6 +1,7 @@
 """What README.md and the pages of docs tell people to type and to write, tried; and what the chart
 says after an installation."""
 
+import json
 import os
 import re
 import shlex
@@ -11,7 +12,7 @@ import yaml
 from api_server import api_server
 from containers import Native, aegis, ask, eventually, store
 from pages import PAGES as PAGES_BY_NAME, blocks, commands
-from tools import CHART, INJECTS, ROOT, helm, kinds, kustomize, one, refusal, run, template, validate
+from tools import CHART, INJECTS, ROOT, WORK, helm, kinds, kustomize, one, refusal, run, template, validate
 
 README = PAGES_BY_NAME["README.md"]
 PAGE = PAGES_BY_NAME["KUBERNETES.md"]
@@ -306,6 +307,20 @@ def test_the_notes_say_who_may_ask_the_admin_port():
     assert "answers the node and\nnobody else" in notes(values={"networkPolicy": {"enabled": True}})
     text = notes(values={"networkPolicy": {"enabled": True, "admin": MONITORING, "egress": {"enabled": True}}})
     assert "those under networkPolicy.admin.from, and the pods reach DNS" in text
+
+
+def test_commands_of_the_notes_do_what_they_are_for():
+    commands = re.findall(r"^  ((?:kubectl|curl) .*)$", notes(values={}), re.M)
+    forward, curl = map(shlex.split, commands)
+    # As far as it goes without a server: kubectl takes it, for a pod where the clients are.
+    assert forward[:3] == ["kubectl", "--namespace", "shop"] and forward[-1] == "&"
+    tried = run(WORK / "kubectl", "--server", "http://127.0.0.1:9", *forward[1:-1], check=False)
+    assert "refused" in tried.stderr, tried.stderr
+    with store(kind=Native) as backend, aegis(env={"AEGIS_BACKENDS": backend}, kind=Native) as proxy:
+        shown = run(*[word.replace(f":{forward[-2]}/", f":{proxy.admin}/") for word in curl]).stdout
+        assert json.loads(shown)["endpoints"][0]["address"] == backend
+    (flags,) = re.findall(r"^  (--set .*)$", notes(values={"clients": []}), re.M)
+    assert "NOBODY MAY WATCH" not in notes(*shlex.split(flags), values={"clients": []})
 
 
 @pytest.fixture(scope="module")

@@ -178,6 +178,7 @@ fn a_log_filter_names_levels_and_what_logs() {
         "warn, kube_client=debug,rustls",
         "info,[request{id=1}]=debug",
         "info,somebody::elses=debug",
+        "warn,aegis::ends=info",
     ] {
         assert_eq!(problems(&[("AEGIS_LOG", filter)]), [""; 0]);
     }

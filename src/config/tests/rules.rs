@@ -112,6 +112,61 @@ fn what_has_no_effect_is_told_with_the_reason() {
     }
 }
 
+#[test]
+fn a_preset_has_an_effect_where_it_changes_something() {
+    let chronos = ("AEGIS_PROTOCOL", "chronos");
+    let [request, session] = ["request", "session"].map(|mode| ("AEGIS_POOL_MODE", mode));
+    let preset = |name| ("AEGIS_PRESET", name);
+    for (vars, warned) in [
+        (&[preset("postgres")][..], &[][..]),
+        (&[preset("redis")], &[]),
+        // Other numbers of warm connections, and how long they are kept.
+        (&[chronos, session, preset("postgres")], &[]),
+        (&[chronos, session, preset("mysql")], &[]),
+        (&[chronos, request, preset("postgres")], &[]),
+        (&[chronos, session, preset("redis")], &["AEGIS_PRESET=\"redis\" has no effect"]),
+        (
+            &[
+                chronos,
+                request,
+                preset("postgres"),
+                ("AEGIS_POOL_MIN_IDLE", "1"),
+                ("AEGIS_POOL_IDLE_TIMEOUT", "60s"),
+            ],
+            &["AEGIS_PRESET"],
+        ),
+    ] {
+        expect_warned(vars, warned);
+    }
+}
+
+#[test]
+fn what_only_others_give_an_effect_is_told() {
+    let kube = ("AEGIS_KUBE_SERVICE", "db");
+    let age = ("AEGIS_KUBE_SNAPSHOT_MAX_AGE", "2h");
+    let all = ("AEGIS_LOG_ENDS", "all");
+    let session = [("AEGIS_PROTOCOL", "chronos"), ("AEGIS_POOL_MODE", "session")];
+    let [protocol, mode] = session;
+    let request = ("AEGIS_POOL_MODE", "request");
+    let idle = ("AEGIS_POOL_IDLE_TIMEOUT", "7s");
+    for (vars, warned) in [
+        (&[kube, age][..], &["AEGIS_KUBE_SNAPSHOT_MAX_AGE"][..]),
+        (&[kube, age, ("AEGIS_KUBE_SNAPSHOT", "/tmp/saved")], &[]),
+        (&[("AEGIS_DISCOVERY", "dns"), ("AEGIS_DNS_REFRESH", "1s")], &["AEGIS_DNS_REFRESH"]),
+        (&[protocol, mode, ("AEGIS_POOL_MAX_IDLE", "0"), idle], &["AEGIS_POOL_IDLE_TIMEOUT"]),
+        (&[protocol, mode, ("AEGIS_POOL_MAX_IDLE", "1"), idle], &[]),
+        // With AEGIS_POOL_MODE=request it still bounds AEGIS_POOL_MIN_IDLE.
+        (&[protocol, request, ("AEGIS_POOL_MAX_IDLE", "2")], &[]),
+        (&[protocol, request, ("AEGIS_POOL_MAX_IDLE", "99"), ("AEGIS_POOL_MIN_IDLE", "90")], &[]),
+        (&[all], &[]),
+        (&[all, ("AEGIS_LOG", "warn")], &["AEGIS_LOG_ENDS=\"all\" has no effect: AEGIS_LOG"]),
+        (&[all, ("AEGIS_LOG", "warn,aegis::ends=info")], &[]),
+        (&[("AEGIS_LOG_ENDS", "off"), ("AEGIS_LOG", "warn")], &[]),
+    ] {
+        expect_warned(vars, warned);
+    }
+}
+
 fn expect_warned(vars: &[(&str, &str)], warned: &[&str]) {
     let warnings = read(vars).unwrap_or_else(|e| panic!("{vars:?}: {e}")).warnings();
     let fits = warnings.iter().zip(warned).all(|(warning, begin)| warning.starts_with(begin));
