@@ -130,18 +130,13 @@ class KubernetesApi(http.server.ThreadingHTTPServer):
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            if "watch=" in self.path:
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.flush()
-                self.server.over.wait()
-                return
-            body = json.dumps(self.server.slices).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            for event in self.server.events:
+                self.wfile.write(json.dumps(event).encode() + b"\n")
+            self.wfile.flush()
+            self.server.over.wait()
 
         def log_message(self, *_):
             pass
@@ -150,15 +145,18 @@ class KubernetesApi(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), self.Handler)
         self.over = threading.Event()
         host, port = address.split(":")
-        self.slices = {
-            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSliceList", "metadata": {"resourceVersion": "1"},
-            "items": [{
+        kind = {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice"}
+        end = {"resourceVersion": "1", "annotations": {"k8s.io/initial-events-end": "true"}}
+        self.events = [
+            {"type": "ADDED", "object": {
+                **kind,
                 "metadata": {"name": "db-1", "namespace": "default", "uid": "1", "resourceVersion": "1",
                              "labels": {"kubernetes.io/service-name": "db"}},
                 "addressType": "IPv4", "ports": [{"name": "db", "protocol": "TCP", "port": int(port)}],
                 "endpoints": [{"addresses": [host], "conditions": {"ready": True}}],
-            }],
-        }
+            }},
+            {"type": "BOOKMARK", "object": {**kind, "metadata": end, "addressType": "IPv4", "endpoints": []}},
+        ]
         self.kubeconfig = folder / "kubeconfig"
         self.kubeconfig.write_text(json.dumps({
             "apiVersion": "v1", "kind": "Config", "current-context": "c",

@@ -121,6 +121,17 @@ def test_a_network_that_is_lossy_is_named(start, browse):
     assert says(page, "network_lossy") == "db: 4.0 % of the segments (for 7 s)"
 
 
+def test_of_several_routes_those_in_trouble_are_on_top(backend, start, browse):
+    own = {f"AEGIS_{route}__LISTEN": "127.0.0.1:0" for route in ["DEFAULT", "CACHE", "ORDERS"]}
+    proxy = start(AEGIS_ROUTES="default,orders,cache", AEGIS_LISTEN=None, **own,
+                  AEGIS_CACHE__BACKENDS="127.0.0.2:9")
+    page = browse(proxy)
+    eventually("it is on top", lambda: "cache: no endpoint usable" in page.text("#health"))
+    assert "orders" not in page.text("#health") and "default" not in page.text("#health")
+    target = page.browser.execute_script("return document.querySelector('#health a').hash")
+    assert page.text(f"{target} h2") == "cache: down"
+
+
 def test_it_says_that_the_proxy_is_lost_and_goes_on_with_the_next(start, load, browse):
     proxy = start()
     page = browse(proxy)
