@@ -100,7 +100,11 @@ class Proxy:
         environment = {name: value for name, value in environment.items() if value is not None}
         self.process = subprocess.Popen([TARGET / "debug/aegis-proxy"], env=environment,
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        eventually("the proxy is ready", self.is_ready)
+        try:
+            eventually("the proxy is ready", self.is_ready)
+        except AssertionError:
+            self.stop()
+            raise
 
     def is_ready(self):
         assert self.process.poll() is None, "the proxy has ended"
