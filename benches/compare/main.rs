@@ -15,6 +15,7 @@ mod scenarios;
 mod stats;
 mod syscalls;
 mod usage;
+mod watchers;
 
 use std::io::{IsTerminal, Write, stderr};
 use std::process::ExitCode;
@@ -42,6 +43,10 @@ struct Options {
     /// split at blanks, such as `env AEGIS_PIN=on /path/of/aegis-proxy`
     #[arg(long, value_name = "COMMAND")]
     other: Option<String>,
+    /// Has /status of the other build read so many times a second while it is measured; without
+    /// `--other` that is this build. A page in a browser reads it every other second
+    #[arg(long, value_name = "READS")]
+    watched: Option<u32>,
     /// Runs of each contestant in each scenario [sweeps: half as many]
     #[arg(long)]
     rounds: Option<usize>,
@@ -110,10 +115,12 @@ fn compare(options: &Options) -> Result<(), String> {
         }
         return Ok(());
     }
-    let other = options.other.iter().flat_map(|other| other.split_whitespace());
-    let other: Vec<_> = other.map(str::to_owned).collect();
+    let own = options.watched.map(|_| peers::AEGIS);
+    let other = options.other.as_deref().or(own).unwrap_or_default();
+    let other: Vec<_> = other.split_whitespace().map(str::to_owned).collect();
     let has_other = !other.is_empty();
     if has_other {
+        let other = peers::Other { command: other, watched: options.watched };
         peers::OTHER.set(other).expect("it is set here alone");
     }
     let all = Contestant::ALL.iter().filter(|c| has_other || !c.is_other());

@@ -12,6 +12,7 @@ use crate::scenarios::{RATE_TO_BE_MEASURED, Scenario};
 use crate::stats::Run;
 use crate::syscalls;
 use crate::usage::{Processes, Usage};
+use crate::watchers::Watchers;
 
 /// How long the floor is measured in each round, at most.
 const FLOOR_MEASURED: Duration = Duration::from_millis(250);
@@ -127,6 +128,7 @@ fn run(
     let ends = Processes(vec![std::process::id(), backend.id()]);
     let processes = if is_proxy { &proxy.processes } else { &ends };
     let (mut used, mut memory) = (Usage::default(), 0);
+    let watchers = proxy.watched.map(|(admin, reads)| Watchers::start(admin, reads));
     let outcome = put(scenario, &load, proxy, backend, &mut |edge| match edge {
         Edge::Begin => used = processes.usage(),
         Edge::End => {
@@ -134,6 +136,7 @@ fn run(
             memory = processes.memory();
         }
     })?;
+    watchers.map_or(Ok(()), Watchers::stop)?;
     let mut run = of_outcome(scenario, &outcome);
     run.idle_p99 = alone.map(|alone| quantile(&outcome, 0.99) / quantile(&alone, 0.99));
     let work = work(scenario, &outcome);

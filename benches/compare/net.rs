@@ -30,10 +30,10 @@ pub enum Address {
 }
 
 impl Address {
-    /// A port of the loopback interface that nobody listens on, or that file.
+    /// One that nobody listens at: a port of the loopback interface, or that file.
     pub fn free(transport: Transport, file: &Path) -> io::Result<Self> {
         Ok(match transport {
-            Transport::Tcp => Self::Tcp((Ipv4Addr::LOCALHOST, free_port()?).into()),
+            Transport::Tcp => Self::Tcp(free()?),
             Transport::Unix => Self::Unix(file.to_owned()),
         })
     }
@@ -140,6 +140,11 @@ fn send_at_once(socket: &Socket, transport: Transport) -> io::Result<()> {
         Transport::Tcp => socket.set_tcp_nodelay(true),
         Transport::Unix => Ok(()),
     }
+}
+
+/// A port of the loopback interface that nobody listens on.
+pub fn free() -> io::Result<SocketAddr> {
+    Ok((Ipv4Addr::LOCALHOST, free_port()?).into())
 }
 
 /// A port that nobody listens on, below those that the kernel gives to clients.

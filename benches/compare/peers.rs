@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
@@ -12,7 +13,7 @@ use clap::ValueEnum;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::load;
-use crate::net::{Address, Transport};
+use crate::net::{self, Address, Transport};
 use crate::scenarios::Scenario;
 use crate::usage::Processes;
 
@@ -154,7 +155,10 @@ impl Contestant {
                 first_line(AEGIS, "--version", "nothing, cargo builds it")
             }
             Self::Other | Self::OtherEpoll => match OTHER.get() {
-                Some(other) => Ok(other.join(" ")),
+                Some(Other { command, watched }) => {
+                    let watched = watched.map(|reads| format!(", read {reads} times a second"));
+                    Ok(command.join(" ") + &watched.unwrap_or_default())
+                }
                 None => Err(format!("--other is missing, which says what {} is", self.name())),
             },
             Self::Haproxy => first_line("haproxy", "-v", "haproxy"),
@@ -168,16 +172,25 @@ impl Contestant {
     }
 }
 
-const AEGIS: &str = env!("CARGO_BIN_EXE_aegis-proxy");
+pub const AEGIS: &str = env!("CARGO_BIN_EXE_aegis-proxy");
 
-/// The command that runs another build of Aegis, or this one with other settings.
-pub static OTHER: OnceLock<Vec<String>> = OnceLock::new();
+/// Another build of Aegis, or this one with other settings.
+#[derive(Debug)]
+pub struct Other {
+    pub command: Vec<String>,
+    /// How many times a second its status is read while it is measured.
+    pub watched: Option<u32>,
+}
+
+pub static OTHER: OnceLock<Other> = OnceLock::new();
 
 /// A contestant that runs; it stops with this handle.
 pub struct Running {
     pub entry: Entry,
     /// Where clients connect.
     pub address: Address,
+    /// Its admin port, and how many times a second it is to be read, if so.
+    pub watched: Option<(SocketAddr, u32)>,
     child: Option<Child>,
     pub processes: Processes,
     /// Bytes of user space before the first connection.
@@ -193,18 +206,24 @@ impl Running {
         let folder = tempfile::tempdir().map_err(context)?;
         let address = Address::free(entry.way.of_clients(), &folder.path().join("socket"));
         let address = address.map_err(context)?;
-        let command =
-            command(contestant, &address, backend, scenario, folder.path()).map_err(context)?;
+        let reads = OTHER.get().filter(|_| contestant.is_other()).and_then(|other| other.watched);
+        let watched = reads.map(|reads| Ok((net::free()?, reads))).transpose().map_err(context)?;
+        let command = command(contestant, &address, backend, scenario, folder.path());
+        let command = command.map_err(context)?;
         let Some(mut command) = command else {
             return Ok(Self {
                 entry,
                 address: backend.clone(),
+                watched: None,
                 child: None,
                 processes: Processes::default(),
                 memory_at_start: 0,
                 _folder: folder,
             });
         };
+        if let Some((admin, _)) = watched {
+            command.env("AEGIS_ADMIN", admin.to_string());
+        }
         let log = folder.path().join("log");
         let output = File::create(&log).map_err(context)?;
         command.stdin(Stdio::null()).stdout(output.try_clone().map_err(context)?).stderr(output);
@@ -213,6 +232,7 @@ impl Running {
         let mut running = Self {
             entry,
             address,
+            watched,
             child: Some(child),
             processes,
             memory_at_start: 0,
@@ -276,7 +296,8 @@ fn command(
         | Contestant::Other
         | Contestant::OtherEpoll => {
             let other = OTHER.get().filter(|_| contestant.is_other());
-            let mut words = other.map_or(vec![AEGIS], |o| o.iter().map(String::as_str).collect());
+            let words = |other: &'static Other| other.command.iter().map(String::as_str).collect();
+            let mut words = other.map_or(vec![AEGIS], words);
             let mut command = Command::new(words.remove(0));
             command.args(words);
             let on_epoll = matches!(contestant, Contestant::Epoll | Contestant::OtherEpoll);

@@ -183,6 +183,9 @@ pub struct RouteConfig {
         "Checks in a row that have to fail until an endpoint is out of use.";
     check_rise: u32 = AEGIS_CHECK_RISE("2") in numbers(1..=1000),
         "Checks in a row that have to pass until it is in use again.";
+    slow_first_byte: Option<Duration> = AEGIS_SLOW_FIRST_BYTE("1s")
+        in or("off", durations(ms(1)..=hours(1))),
+        "A mean first byte from which on backend_slow is said. off: only what is slower than usual.";
 }
 
 /// What of Kubernetes the endpoints are: one of service and selector where it is used.

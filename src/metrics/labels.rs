@@ -295,8 +295,8 @@ labels! {
 labels! {
     /// What is wrong, by where to look.
     pub enum Problem {
-        /// The database: its first byte takes four times as long as usual, or a second, or requests time
-        /// out.
+        /// The database: its first byte takes four times as long as usual, or `AEGIS_SLOW_FIRST_BYTE`, or
+        /// requests are not answered.
         BackendSlow = "backend_slow",
         /// The database: connects fail, or endpoints are ejected.
         BackendRefusing = "backend_refusing",
@@ -311,7 +311,7 @@ labels! {
         SessionLimit = "session_limit",
         /// The proxy: a worker is busy all the time.
         WorkerOverloaded = "worker_overloaded",
-        /// The node: workers that could run wait for a core for a tenth of the time.
+        /// The node: workers that could run, or a busy one, wait for a core for a tenth of the time.
         CpuThrottled = "cpu_throttled",
         /// The cluster: the source of endpoints does not answer, or is not believed.
         DiscoveryStale = "discovery_stale",

@@ -58,15 +58,25 @@ fn connect(admin: SocketAddr, pod: u8) -> io::Result<TcpStream> {
 
 #[track_caller]
 fn assert_probe(admin: SocketAddr, from: u8) {
+    assert_answered(admin, from, "/livez");
+}
+
+#[track_caller]
+fn assert_answered(admin: SocketAddr, from: u8, probe: &str) {
     let begun = Instant::now();
-    let mut stream = connect(admin, from).unwrap();
-    stream.write_all(b"GET /livez HTTP/1.1\r\nHost: pod\r\nConnection: close\r\n\r\n").unwrap();
+    let stream = connect(admin, from).unwrap();
+    ask_for(&stream, probe);
     let answer = read_all(&stream);
     assert!(
         answer.starts_with("HTTP/1.1 200 OK") && answer.ends_with("\r\n\r\nok\n"),
         "{answer:?}"
     );
-    assert!(begun.elapsed() < PROBE_TIMEOUT, "the probe took {:?}", begun.elapsed());
+    assert!(begun.elapsed() < PROBE_TIMEOUT, "{probe} took {:?}", begun.elapsed());
+}
+
+fn ask_for(mut stream: &TcpStream, path: &str) {
+    let head = format!("GET {path} HTTP/1.1\r\nHost: pod\r\nConnection: close\r\n\r\n");
+    stream.write_all(head.as_bytes()).unwrap();
 }
 
 #[track_caller]
@@ -220,6 +230,50 @@ fn readers_that_do_not_read_leave_a_place_for_others() {
     let ends = stuck.iter().map(|mut stream| io::copy(&mut stream, &mut io::sink()));
     let broken = ends.filter(Result::is_err).count();
     assert!(broken >= 100, "{broken} of {} were cut", stuck.len());
+}
+
+#[test]
+fn watchers_leave_a_place_for_probes_however_many_they_are() {
+    let large = Large::start();
+    let over = AtomicBool::new(false);
+    let watch = |pod: u8| {
+        let mut answers = 0;
+        while !over.load(Relaxed) {
+            let Ok(stream) = connect(large.admin, pod) else { continue };
+            ask_for(&stream, "/status");
+            // It may have lost its place to another one.
+            let mut answer = String::new();
+            answers += u32::from((&stream).read_to_string(&mut answer).is_ok());
+        }
+        answers
+    };
+    thread::scope(|scope| {
+        let stop = SetOnDrop(&over);
+        // More than there are places, from as many addresses, beside some that ask and do not read.
+        let watchers: Vec<_> = (0..24)
+            .map(|pod| {
+                scope.spawn({
+                    let watch = &watch;
+                    move || watch(pod)
+                })
+            })
+            .collect();
+        let stuck: Vec<_> = (0..24)
+            .map(|pod| {
+                let stream = connect(large.admin, 100 + pod).unwrap();
+                SockRef::from(&stream).set_recv_buffer_size(4096).unwrap();
+                ask_for(&stream, "/metrics");
+                stream
+            })
+            .collect();
+        for _ in 0..20 {
+            assert_answered(large.admin, NODE, "/livez");
+            assert_answered(large.admin, NODE, "/readyz");
+        }
+        drop((stuck, stop));
+        let answers = watchers.into_iter().map(|watcher| watcher.join().unwrap()).sum::<u32>();
+        assert!(answers > 24, "the pages are kept up to date: {answers} readings");
+    });
 }
 
 #[test]

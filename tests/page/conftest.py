@@ -97,9 +97,14 @@ class Proxy:
             "AEGIS_PROTOCOL": "http1", "AEGIS_POOL_MODE": "request", "AEGIS_IO": "epoll",
             **self.variables,
         }
+        environment = {name: value for name, value in environment.items() if value is not None}
         self.process = subprocess.Popen([TARGET / "debug/aegis-proxy"], env=environment,
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        eventually("the proxy is ready", self.is_ready)
+        try:
+            eventually("the proxy is ready", self.is_ready)
+        except AssertionError:
+            self.stop()
+            raise
 
     def is_ready(self):
         assert self.process.poll() is None, "the proxy has ended"
@@ -120,6 +125,55 @@ class Proxy:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.admin}/metrics") as answer:
             text = answer.read().decode()
         return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.M))
+
+
+class KubernetesApi(http.server.ThreadingHTTPServer):
+    """Names one endpoint of the Service `db`, until it is gone."""
+
+    daemon_threads = True
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            for event in self.server.events:
+                self.wfile.write(json.dumps(event).encode() + b"\n")
+            self.wfile.flush()
+            self.server.over.wait()
+
+        def log_message(self, *_):
+            pass
+
+    def __init__(self, address, folder):
+        super().__init__(("127.0.0.1", 0), self.Handler)
+        self.over = threading.Event()
+        host, port = address.split(":")
+        kind = {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice"}
+        end = {"resourceVersion": "1", "annotations": {"k8s.io/initial-events-end": "true"}}
+        self.events = [
+            {"type": "ADDED", "object": {
+                **kind,
+                "metadata": {"name": "db-1", "namespace": "default", "uid": "1", "resourceVersion": "1",
+                             "labels": {"kubernetes.io/service-name": "db"}},
+                "addressType": "IPv4", "ports": [{"name": "db", "protocol": "TCP", "port": int(port)}],
+                "endpoints": [{"addresses": [host], "conditions": {"ready": True}}],
+            }},
+            {"type": "BOOKMARK", "object": {**kind, "metadata": end, "addressType": "IPv4", "endpoints": []}},
+        ]
+        self.kubeconfig = folder / "kubeconfig"
+        self.kubeconfig.write_text(json.dumps({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{self.server_port}"}}],
+            "users": [{"name": "u", "user": {}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u", "namespace": "default"}}],
+        }))
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def gone(self):
+        self.over.set()
+        self.shutdown()
+        self.server_close()
 
 
 class Load:
@@ -144,6 +198,22 @@ class Load:
         self.over.set()
         for thread in self.threads:
             thread.join()
+
+
+class EmptyLines(Load):
+    """Clients that send empty lines, which a proxy of `chronos` answers by itself."""
+
+    def run(self, port):
+        while not self.over.is_set():
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+                threading.Thread(target=self.read, args=(client,), daemon=True).start()
+                while not self.over.is_set():
+                    client.sendall(b"\n" * 65536)
+
+    def read(self, client):
+        with contextlib.suppress(OSError):
+            while client.recv(1 << 20):
+                pass
 
 
 class Page:

@@ -2,10 +2,11 @@
 
 import os
 import re
+import subprocess
 
 import pytest
 
-from conftest import ROOT, TARGET, eventually
+from conftest import ROOT, TARGET, EmptyLines, KubernetesApi, eventually
 
 AXE = TARGET / "page-tests/node_modules/axe-core/axe.min.js"
 # Where a look is: a desktop, a phone, and both by night.
@@ -55,6 +56,80 @@ def test_a_backend_that_refuses_is_named(backend, start, load, browse):
     eventually("the worst of all is on top", lambda: "down" in page.text("#health"))
     eventually("ends are listed", lambda: "request" in page.text("#route-0 h3 + ul"))
     assert page.errors() == []
+
+
+def says(page, problem):
+    """What the page says of a problem, once it does. It says so on top as well."""
+    words = eventually(f"{problem} is said", lambda: page.text(f'[data-problem="{problem}"]'))
+    eventually("the worst of all is on top", lambda: page.text("#health .word") in ("degraded", "down"))
+    return words
+
+
+def test_a_backend_that_becomes_slow_is_named(backend, start, load, browse):
+    proxy = start()
+    load(proxy)
+    page = browse(proxy)
+    eventually("it has seen what is usual", lambda: proxy.status()["alive"] > 3)
+    backend.delay = 0.3
+    assert re.match(r"the first byte takes .* usual are ", says(page, "backend_slow"))
+
+
+def test_a_pool_that_is_too_small_is_named(backend, start, load, browse):
+    backend.delay = 0.02
+    proxy = start(AEGIS_POOL_SIZE="1", AEGIS_POOL_MIN_IDLE="0")
+    load(proxy)
+    assert says(browse(proxy), "pool_small").startswith("clients wait ")
+
+
+def test_a_worker_that_is_overloaded_is_named(start, browse, request):
+    proxy = start(AEGIS_PROTOCOL="chronos", AEGIS_WORKERS="1")
+    # In front of all else that runs, or it would wait for a core.
+    subprocess.run(["chrt", "-a", "-f", "-p", "1", str(proxy.process.pid)], check=True)
+    load = EmptyLines(proxy.port, clients=3)
+    request.addfinalizer(load.stop)
+    assert " busy all the time" in says(browse(proxy), "worker_overloaded")
+
+
+def test_a_cpu_that_is_throttled_is_named(start, load, browse, request):
+    proxy = start()
+    for _ in range(3):
+        busy = subprocess.Popen(["taskset", "-c", "0", "sh", "-c", "while :; do :; done"])
+        request.addfinalizer(busy.wait)
+        request.addfinalizer(busy.kill)
+    subprocess.run(["taskset", "-a", "-p", "-c", "0", str(proxy.process.pid)], check=True, stdout=subprocess.DEVNULL)
+    load(proxy)
+    assert "waited for a core" in says(browse(proxy), "cpu_throttled")
+
+
+def test_endpoints_that_may_be_old_are_named(backend, start, browse, tmp_path):
+    api = KubernetesApi(backend.address, tmp_path)
+    proxy = start(AEGIS_BACKENDS=None, AEGIS_KUBE_SERVICE="db", KUBECONFIG=str(api.kubeconfig))
+    page = browse(proxy)
+    eventually("it is fine", lambda: page.text("#route-0 h2") == "default: fine")
+    api.gone()
+    assert says(page, "discovery_stale").startswith("the endpoints may be old: ")
+
+
+def test_a_network_that_is_lossy_is_named(start, browse):
+    """A browser cannot follow into a network of its own, so what the proxy would say is put in its mouth."""
+    page = browse(start())
+    page.browser.execute_script(
+        "const reading = structuredClone(history[history.length - 1]);"
+        "const reasons = [{problem: 'network_lossy', words: 'db: 4.0 % of the segments', lasts: 7}];"
+        "read = async () => { reading.alive += 2; reading.routes[0].health = {word: 'degraded', reasons};"
+        "  return structuredClone(reading); };")
+    assert says(page, "network_lossy") == "db: 4.0 % of the segments (for 7 s)"
+
+
+def test_of_several_routes_those_in_trouble_are_on_top(backend, start, browse):
+    own = {f"AEGIS_{route}__LISTEN": "127.0.0.1:0" for route in ["DEFAULT", "CACHE", "ORDERS"]}
+    proxy = start(AEGIS_ROUTES="default,orders,cache", AEGIS_LISTEN=None, **own,
+                  AEGIS_CACHE__BACKENDS="127.0.0.2:9")
+    page = browse(proxy)
+    eventually("it is on top", lambda: "cache: no endpoint usable" in page.text("#health"))
+    assert "orders" not in page.text("#health") and "default" not in page.text("#health")
+    target = page.browser.execute_script("return document.querySelector('#health a').hash")
+    assert page.text(f"{target} h2") == "cache: down"
 
 
 def test_it_says_that_the_proxy_is_lost_and_goes_on_with_the_next(start, load, browse):

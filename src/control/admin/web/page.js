@@ -279,10 +279,19 @@ function showRoute(at) {
     ...lastEnds(route));
 }
 
+/** Of several routes, those in trouble: the one that matters may be far below. */
+function routesInTrouble({routes}) {
+  const inTrouble = [...routes.entries()].filter(([, {health}]) => health.word !== "fine");
+  if (routes.length < 2 || !inTrouble.length) return [];
+  const line = ([at, {name, health}]) => make("li", {}, make("a", {href: `#route-${at}`}, name),
+    `: ${health.reasons.length ? health.reasons[0].words : health.word}`);
+  return [make("ul", {class: "reasons"}, ...inTrouble.map(line))];
+}
+
 function showProcess() {
   const now = history[history.length - 1], then = before();
   document.title = `Aegis: ${overall(now).word}`;
-  fill(byId("health"), word(overall(now)), ...reasons(now.health));
+  fill(byId("health"), word(overall(now)), ...reasons(now.health), ...routesInTrouble(now));
   fill(byId("about"), `${now.version} on ${now.arch}, up ${age(now.alive)}`);
   const levels = [level("sessions", now.sessions)];
   if (now.descriptors) levels.push(level("descriptors", now.descriptors));

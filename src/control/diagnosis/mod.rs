@@ -1,0 +1,432 @@
+//! Says in one word what is wrong, and where: in the database, the network, the proxy, or around it.
+//!
+//! It compares what the workers count with what they had counted some seconds before; nobody waits for
+//! this. What it finds is logged when it begins and when it ends, and shown by the admin port.
+
+mod sample;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+use std::fmt::Write;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use humantime::format_duration;
+
+use super::View;
+use super::view::{RouteView, usable};
+use crate::config::{PoolMode, RouteConfig};
+use crate::metrics::{EndpointStats, Failure, LabelSet, Problem};
+use sample::{Counted, Ended, Growth, RouteSample, Sample, Seen, Total};
+
+/// How often it is looked.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// What is compared with is as old as this, or twice as old: what lasted for less is no problem.
+const WINDOW: Duration = Duration::from_secs(5);
+
+/// Fewer events in a window than this say nothing about their kind.
+const EVENTS_MIN: u64 = 10;
+
+/// A first byte is unusual that takes so many times as long as usual, and this long in seconds.
+const SLOW_TIMES: f64 = 4.0;
+const SLOW_MIN: f64 = 0.005;
+
+/// What a look weighs in what is usual. What is slow and lasts becomes usual within an hour or so; what
+/// is extremely so counts no more than what is twice as slow as has to be.
+const USUAL_WEIGHT: f64 = 0.01;
+const USUAL_WEIGHT_SLOW: f64 = 0.00005;
+const USUAL_TIMES_MAX: f64 = 2.0 * SLOW_TIMES;
+
+/// Shares of time, of segments and of sessions from which on there is a problem.
+const QUEUE_SHARE: f64 = 0.2;
+const LOSS_SHARE: f64 = 0.01;
+const BUSY_SHARE: f64 = 0.9;
+const CORE_WAIT_SHARE: f64 = 0.1;
+const SESSIONS_SHARE: f64 = 0.95;
+/// Below this there is no such problem any more.
+const SESSIONS_SHARE_END: f64 = 0.9;
+
+/// Waits for a connection that are shorter than this, in seconds, are nobody's problem.
+const QUEUE_MIN: f64 = 0.001;
+
+/// Endpoints that a line names.
+const NAMED_MAX: usize = 4;
+
+/// What is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// Its kind.
+    pub problem: Problem,
+    /// The number of the route that it is about; `None` if it is about the process.
+    pub route: Option<usize>,
+    /// What was seen, in words.
+    pub words: String,
+    /// Since when.
+    pub since: Instant,
+}
+
+impl Finding {
+    fn is_about(&self, other: &Self) -> bool {
+        (self.problem, self.route) == (other.problem, other.route)
+    }
+}
+
+/// What is remembered from one look to the next.
+#[derive(Debug)]
+struct Looks {
+    /// What is compared with; the oldest is as old as [`WINDOW`] once there are two.
+    before: VecDeque<Sample>,
+    /// Of each route.
+    routes: Vec<Remembered>,
+    /// What the latest look found.
+    found: Vec<Finding>,
+}
+
+/// What is remembered of a route.
+#[derive(Debug, Default)]
+struct Remembered {
+    /// What the first byte usually takes, in seconds, once that is known.
+    usual: Option<f64>,
+    /// Since when the endpoints may be old.
+    stale: Option<Instant>,
+    seen: Seen,
+    /// How requests had ended until the latest look.
+    ended: Ended,
+}
+
+/// Looks for problems for as long as the process runs.
+pub(super) async fn run(view: Arc<View>) {
+    let mut looks = Looks::new(&view, Instant::now()).await;
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let found = looks.look(&view, Instant::now()).await;
+        let before = view.set_findings(found.clone());
+        log(&view, &before, &found);
+    }
+}
+
+/// Tells what has begun and what has ended.
+fn log(view: &View, before: &[Finding], now: &[Finding]) {
+    let route = |finding: &Finding| match finding.route {
+        Some(at) => view.config().routes[at].name.as_str(),
+        None => "",
+    };
+    let is_in = |all: &[Finding], one: &Finding| all.iter().any(|other| other.is_about(one));
+    for new in now.iter().filter(|new| !is_in(before, new)) {
+        tracing::warn!(route = route(new), problem = new.problem.name(), "problem: {}", new.words);
+    }
+    for over in before.iter().filter(|old| !is_in(now, old)) {
+        let seconds = over.since.elapsed().as_secs();
+        let (route, problem) = (route(over), over.problem.name());
+        tracing::info!(route, problem, seconds, "problem is over");
+    }
+}
+
+impl Looks {
+    async fn new(view: &View, now: Instant) -> Self {
+        let routes = view.config().routes.len();
+        let before = [Sample::of(view, now).await].into();
+        let routes = std::iter::repeat_with(Remembered::default).take(routes).collect();
+        Self { before, routes, found: Vec::new() }
+    }
+
+    /// All problems that there are now, with when they began. What only one look finds is none: it may be
+    /// how another one begins or ends.
+    async fn look(&mut self, view: &View, now: Instant) -> Vec<Finding> {
+        let sample = Sample::of(view, now).await;
+        for before in &mut self.before {
+            let pairs = before.routes.iter_mut().zip(&sample.routes).zip(&self.routes);
+            pairs.for_each(|((before, now), remembered)| before.adopt(now, &remembered.seen));
+        }
+        let mut found = Found { since: now, list: Vec::new() };
+        let before = &self.before[0];
+        found.in_process(view, &self.found, before, &sample);
+        for (at, route) in view.routes().enumerate() {
+            let remembered = &mut self.routes[at];
+            let (before, now) = (&before.routes[at], &sample.routes[at]);
+            found.in_route((at, &route), before, now, remembered);
+            found.in_discovery((at, &route), &mut remembered.stale);
+            remembered.seen.add(now);
+            remembered.ended = now.ended;
+        }
+        let latest = self.before.back().map_or(now, |sample| sample.at);
+        if now.saturating_duration_since(latest) >= WINDOW {
+            self.before.push_back(sample);
+            if self.before.len() > 2 {
+                self.before.pop_front();
+            }
+        }
+        for finding in &mut found.list {
+            if let Some(same) = self.found.iter().find(|known| known.is_about(finding)) {
+                finding.since = same.since;
+            }
+        }
+        self.found = found.list;
+        self.found.iter().filter(|finding| finding.since < now).cloned().collect()
+    }
+}
+
+/// What one look finds.
+struct Found {
+    since: Instant,
+    list: Vec<Finding>,
+}
+
+impl Found {
+    fn add(&mut self, problem: Problem, route: Option<usize>, words: String) {
+        self.list.push(Finding { problem, route, words, since: self.since });
+    }
+
+    fn in_process(&mut self, view: &View, known: &[Finding], before: &Sample, now: &Sample) {
+        let (open, most) = (view.sessions_active(), view.max_sessions());
+        let goes_on = known.iter().any(|known| known.problem == Problem::SessionLimit);
+        let share = if goes_on { SESSIONS_SHARE_END } else { SESSIONS_SHARE };
+        if open as f64 >= most as f64 * share {
+            let words = format!("{open} of {most} sessions are open");
+            self.add(Problem::SessionLimit, None, words);
+        }
+        let elapsed = now.at.saturating_duration_since(before.at);
+        if elapsed < WINDOW {
+            // The start of the process, which takes what it can get.
+            return;
+        }
+        let elapsed = elapsed.as_secs_f64();
+        let share = |of: fn(&(Duration, Duration)) -> Duration| {
+            let of_worker = |(now, before)| of(now).saturating_sub(of(before)).as_secs_f64();
+            let each = now.workers.iter().zip(&before.workers).map(of_worker);
+            each.map(|seconds| seconds / elapsed).collect::<Vec<_>>()
+        };
+        let (ran, waited) = (share(|times| times.0), share(|times| times.1));
+        if let Some(words) = overloaded(&ran, &waited) {
+            self.add(Problem::WorkerOverloaded, None, words);
+        }
+        if let Some(words) = throttled(&ran, &waited) {
+            self.add(Problem::CpuThrottled, None, words);
+        }
+    }
+
+    /// Whether workers come too late to measure how long others take.
+    fn is_late(&self) -> bool {
+        let late = [Problem::WorkerOverloaded, Problem::CpuThrottled];
+        self.list.iter().any(|finding| late.contains(&finding.problem))
+    }
+
+    /// Each part of a client's time is judged only where those in front of it are fine: the CPU, the
+    /// network, the backend, and last the limits of the proxy's own, at which clients wait for all of them.
+    fn in_route(
+        &mut self,
+        (at, route): (usize, &RouteView<'_>),
+        before: &RouteSample,
+        now: &RouteSample,
+        remembered: &mut Remembered,
+    ) {
+        let (about, grown) = (Some(at), now.since(before));
+        let no_endpoint = route.not_ready().filter(|_| route.snapshot.generation > 0);
+        let is_outage = grown.is_outage || no_endpoint.is_some();
+        let (lossy, refusing) = (lossy(before, now), refusing(before, now));
+        let is_blurred = self.is_late() || lossy.is_some();
+        let unusual = unusual(grown.first_byte, &mut remembered.usual, is_blurred);
+        // A session may have its connection, and nothing to ask.
+        let asks = route.config.pool.mode == PoolMode::Request && !is_outage;
+        let is_silent = asks && now.ended.only_gave_up_since(remembered.ended);
+        let unanswered = unanswered(&grown, is_silent);
+        let is_to_blame = is_silent || unusual.is_some() || unanswered.is_some();
+        let slow = unusual.or_else(|| above_limit(grown.first_byte, route.config));
+        let slow: Vec<_> = slow.into_iter().chain(unanswered).collect();
+        if !slow.is_empty() {
+            self.add(Problem::BackendSlow, about, slow.join("; "));
+        }
+        let is_clear = !is_blurred && refusing.is_none();
+        if let Some(words) = queued(&grown, is_clear).filter(|_| !is_outage && !is_to_blame) {
+            self.add(Problem::PoolSmall, about, words);
+        }
+        let others = [
+            (Problem::NoEndpoint, no_endpoint),
+            (Problem::BackendRefusing, refusing),
+            (Problem::NetworkLossy, lossy),
+        ];
+        for (problem, words) in others {
+            if let Some(words) = words {
+                self.add(problem, about, words);
+            }
+        }
+    }
+
+    fn in_discovery(&mut self, (at, route): (usize, &RouteView<'_>), since: &mut Option<Instant>) {
+        let Some(words) = stale(route) else { return *since = None };
+        let since = *since.get_or_insert(self.since);
+        if self.since.saturating_duration_since(since) >= WINDOW {
+            self.add(Problem::DiscoveryStale, Some(at), words);
+        }
+    }
+}
+
+fn mean(of: &[f64]) -> f64 {
+    of.iter().sum::<f64>() / of.len() as f64
+}
+
+/// A duration in seconds, to be read.
+fn time(seconds: f64) -> String {
+    if seconds < 1.0 { format!("{:.1} ms", seconds * 1e3) } else { format!("{seconds:.1} s") }
+}
+
+/// Whether a worker has something to do all the time and the core to do it on, by the shares of time for
+/// which each ran, and waited for a core to run on.
+fn overloaded(ran: &[f64], waited: &[f64]) -> Option<String> {
+    let wants: Vec<_> = ran.iter().zip(waited).map(|(ran, waited)| ran + waited).collect();
+    let is_busy = |&at: &usize| wants[at] >= BUSY_SHARE && waited[at] < CORE_WAIT_SHARE;
+    let (busy, others): (Vec<_>, Vec<_>) = (0..wants.len()).partition(is_busy);
+    let first = *busy.first()?;
+    let share = |of: f64| format!("{:.0} %", of.min(1.0) * 100.0);
+    let times = format!(
+        "runs {} of the time, waits for a core {}",
+        share(ran[first]),
+        share(waited[first])
+    );
+    if others.is_empty() {
+        return Some(format!(
+            "all {} workers are busy all the time; worker 0 {times}",
+            wants.len()
+        ));
+    }
+    let rest = mean(&others.iter().map(|&worker| wants[worker]).collect::<Vec<_>>());
+    let more =
+        if busy.len() == 1 { String::new() } else { format!(" and {} more", busy.len() - 1) };
+    Some(format!("worker {first}{more} is busy all the time ({times}), the others {}", share(rest)))
+}
+
+/// Whether workers that could run do not, for want of a core: all of them together, or one that has
+/// something to do all the time.
+fn throttled(ran: &[f64], waited: &[f64]) -> Option<String> {
+    let busy = ran
+        .iter()
+        .zip(waited)
+        .position(|(ran, waited)| ran + waited >= BUSY_SHARE && *waited >= CORE_WAIT_SHARE);
+    let (who, share) = match (mean(waited), busy) {
+        (share, _) if share >= CORE_WAIT_SHARE => ("workers".to_owned(), share),
+        (_, busy) => (format!("worker {}", busy?), waited[busy?]),
+    };
+    let percent = share * 100.0;
+    Some(format!("{who} waited for a core {percent:.0} % of the time: a CPU limit, or a busy node"))
+}
+
+/// Whether the first byte takes longer than is usual. What is usual is learned as long as nothing blurs
+/// the times.
+fn unusual(first_byte: Total, usual: &mut Option<f64>, is_blurred: bool) -> Option<String> {
+    if first_byte.count < EVENTS_MIN || is_blurred {
+        return None;
+    }
+    let mean = first_byte.mean();
+    let before = *usual.get_or_insert(mean);
+    let is_unusual = mean >= SLOW_MIN && mean >= before * SLOW_TIMES;
+    let weight = if is_unusual { USUAL_WEIGHT_SLOW } else { USUAL_WEIGHT };
+    let counts = mean.min(before.max(SLOW_MIN) * USUAL_TIMES_MAX);
+    *usual = Some(before + (counts - before) * weight);
+    is_unusual.then(|| format!("the first byte takes {}; usual are {}", time(mean), time(before)))
+}
+
+/// Whether the first byte takes longer than it may on this route, be it usual or not.
+fn above_limit(first_byte: Total, config: &RouteConfig) -> Option<String> {
+    let limit = config.slow_first_byte?;
+    let is_above = first_byte.count >= EVENTS_MIN && first_byte.mean() >= limit.as_secs_f64();
+    is_above.then(|| {
+        let (mean, limit) = (time(first_byte.mean()), format_duration(limit));
+        format!("the first byte takes {mean}; AEGIS_SLOW_FIRST_BYTE is {limit}")
+    })
+}
+
+/// Whether requests get no answer: they took too long, or all connections have been asked, and none has
+/// answered for a while.
+fn unanswered(grown: &Growth, is_silent: bool) -> Option<String> {
+    let Growth { timed_out, gave_up, .. } = *grown;
+    if timed_out > 0 {
+        return Some(format!("{timed_out} requests were not answered"));
+    }
+    let words = || format!("no request is answered, and {gave_up} gave up before");
+    (is_silent && grown.first_byte.count == 0).then(words)
+}
+
+/// Whether clients wait for a connection for a good part of their time, if that `is_clear`, or in vain.
+fn queued(grown: &Growth, is_clear: bool) -> Option<String> {
+    let Growth { queue, gave_up, .. } = *grown;
+    // Sessions may last for days.
+    let whole = queue.sum + grown.connect.sum + grown.first_byte.sum;
+    let share = if whole > 0.0 { queue.sum / whole } else { 0.0 };
+    let waits = queue.count >= EVENTS_MIN && queue.mean() >= QUEUE_MIN && share >= QUEUE_SHARE;
+    if !(waits && is_clear) && gave_up == 0 {
+        return None;
+    }
+    let mut words = format!(
+        "clients wait {} for a backend connection, {:.0} % of the time until their first byte",
+        time(queue.mean()),
+        share * 100.0
+    );
+    if gave_up > 0 {
+        let _ = write!(words, "; {gave_up} gave up");
+    }
+    Some(words)
+}
+
+/// Whether connects fail, or endpoints are ejected.
+fn refusing(before: &RouteSample, now: &RouteSample) -> Option<String> {
+    let mut named = Vec::new();
+    let mut failed = 0;
+    for (endpoint, counted) in now.endpoints_since(before) {
+        let failure = endpoint.stats.iter().find_map(EndpointStats::failure);
+        // Handshakes get lost as well.
+        let is_lost = loss(counted).is_some() && failure == Some(Failure::TimedOut);
+        if is_lost || (counted.failures == 0 && usable(endpoint)) {
+            continue;
+        }
+        failed += counted.failures;
+        let how = match failure {
+            _ if endpoint.fails_check() => "fails its checks",
+            Some(failure) => failure.name(),
+            None => "has failed",
+        };
+        named.push(format!("{} {how}", endpoint.name));
+    }
+    if named.is_empty() {
+        return None;
+    }
+    let ejected = now.endpoints.iter().filter(|(endpoint, _)| !usable(endpoint)).count();
+    let more = named.len().saturating_sub(NAMED_MAX);
+    named.truncate(NAMED_MAX);
+    let mut words = named.join(", ");
+    if more > 0 {
+        let _ = write!(words, " and {more} more");
+    }
+    // One that is out of use may not have been connected to since.
+    let failed = (failed > 0).then(|| format!("{failed} connects failed"));
+    let ejected = (ejected > 0)
+        .then(|| format!("{ejected} of {} endpoints are out of use", now.endpoints.len()));
+    let seen: Vec<_> = failed.into_iter().chain(ejected).collect();
+    Some(format!("{words}: {}", seen.join(", ")))
+}
+
+/// The share of the segments to an endpoint that had to be sent again, if it is a problem.
+fn loss(counted: Counted) -> Option<f64> {
+    let share = counted.retransmits as f64 / counted.segments.max(1) as f64;
+    (counted.retransmits >= EVENTS_MIN && share >= LOSS_SHARE).then_some(share)
+}
+
+/// Whether what is sent to an endpoint gets lost on the way.
+fn lossy(before: &RouteSample, now: &RouteSample) -> Option<String> {
+    let all = now.endpoints_since(before);
+    let lost = all.filter_map(|(endpoint, counted)| Some((endpoint, loss(counted)?)));
+    let (endpoint, share) = lost.max_by(|(_, a), (_, b)| a.total_cmp(b))?;
+    let percent = share * 100.0;
+    Some(format!("{}: {percent:.1} % of the segments to it had to be sent again", endpoint.name))
+}
+
+/// Whether the endpoints may be old.
+fn stale(route: &RouteView<'_>) -> Option<String> {
+    if let Some(age) = route.discovery.saved_age() {
+        let seconds = age.as_secs();
+        return Some(format!("the endpoints are those of a former run, {seconds} s old"));
+    }
+    let trouble = route.discovery.source_trouble().filter(|_| route.snapshot.generation > 0)?;
+    Some(format!("the endpoints may be old: {trouble}"))
+}

@@ -1,0 +1,225 @@
+//! What the workers have counted until some moment, and what they count from one to another.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use tokio::task::yield_now;
+
+use crate::control::View;
+use crate::control::view::RouteView;
+use crate::metrics::{CloseReason, EndpointCounts, Histogram, Outcome, RouteStats};
+use crate::proxy::endpoints::Endpoint;
+
+/// A sum of durations in seconds, and how many there were.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Total {
+    pub(super) sum: f64,
+    pub(super) count: u64,
+}
+
+impl Total {
+    fn of(stats: &[&RouteStats], phase: fn(&RouteStats) -> &Histogram) -> Self {
+        let each = stats.iter().map(|stats| phase(stats).read());
+        each.fold(Self::default(), |total, read| Self {
+            sum: total.sum + read.sum,
+            count: total.count + read.counts.iter().sum::<u64>(),
+        })
+    }
+
+    fn since(self, before: Self) -> Self {
+        // The parts are not read in one moment.
+        let sum = (self.sum - before.sum).max(0.0);
+        Self { sum, count: self.count.saturating_sub(before.count) }
+    }
+
+    pub(super) fn mean(self) -> f64 {
+        if self.count == 0 { 0.0 } else { self.sum / self.count as f64 }
+    }
+}
+
+/// What was counted of a route until some moment.
+#[derive(Debug, Default)]
+pub(super) struct RouteSample {
+    queue: Total,
+    connect: Total,
+    first_byte: Total,
+    timed_out: u64,
+    pub(super) ended: Ended,
+    /// Sessions that had to wait for an endpoint.
+    waited: u64,
+    /// Time without one, as clients felt it; of all workers together.
+    outage: Duration,
+    /// In the order of the snapshot.
+    pub(super) endpoints: Vec<(Arc<Endpoint>, Counted)>,
+    /// The same by their addresses in memory, and what others had counted when they were seen first.
+    by_endpoint: HashMap<usize, Counted>,
+}
+
+/// How many sessions and requests were answered, and how many waited for a connection in vain.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Ended {
+    answered: u64,
+    gave_up: u64,
+}
+
+impl Ended {
+    /// Whether some gave up, and not one was answered.
+    pub(super) fn only_gave_up_since(self, before: Self) -> bool {
+        self.gave_up > before.gave_up && self.answered == before.answered
+    }
+}
+
+/// What was counted of a route from one moment to another.
+#[derive(Debug)]
+pub(super) struct Growth {
+    /// Waits for a backend connection, and what follows them.
+    pub(super) queue: Total,
+    pub(super) connect: Total,
+    pub(super) first_byte: Total,
+    /// Requests that were not answered in time.
+    pub(super) timed_out: u64,
+    /// Sessions and requests that waited for a connection in vain, or could not.
+    pub(super) gave_up: u64,
+    /// Whether clients waited for an endpoint.
+    pub(super) is_outage: bool,
+}
+
+/// What was counted of an endpoint until some moment, or from one to another.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Counted {
+    pub(super) failures: u64,
+    pub(super) segments: u64,
+    pub(super) retransmits: u64,
+}
+
+impl Counted {
+    fn of(endpoint: &Endpoint) -> Self {
+        let total = EndpointCounts::total(&endpoint.stats);
+        Self {
+            failures: total.connect_failures,
+            segments: total.segments,
+            retransmits: total.retransmits,
+        }
+    }
+
+    pub(super) fn since(self, before: Self) -> Self {
+        Self {
+            failures: self.failures.saturating_sub(before.failures),
+            segments: self.segments.saturating_sub(before.segments),
+            retransmits: self.retransmits.saturating_sub(before.retransmits),
+        }
+    }
+}
+
+fn key(endpoint: &Arc<Endpoint>) -> usize {
+    Arc::as_ptr(endpoint).addr()
+}
+
+impl RouteSample {
+    fn of(route: &RouteView<'_>) -> Self {
+        let total = |phase| Total::of(&route.stats, phase);
+        let ended = |outcome: Outcome| {
+            let of_worker = |stats: &&RouteStats| stats.requests_ended(outcome);
+            route.stats.iter().map(of_worker).sum::<u64>()
+        };
+        let closed = |reason| route.stats.iter().map(|stats| stats.closed(reason)).sum::<u64>();
+        let first_byte = total(|stats| &stats.first_byte);
+        let gave_up = ended(Outcome::QueueFull)
+            + ended(Outcome::QueueTimeout)
+            + closed(CloseReason::QueueFull)
+            + closed(CloseReason::QueueTimeout);
+        Self {
+            queue: total(|stats| &stats.queue_wait),
+            connect: total(|stats| &stats.connect_duration),
+            first_byte,
+            timed_out: ended(Outcome::Timeout),
+            ended: Ended { answered: first_byte.count, gave_up },
+            waited: route.stats.iter().map(|stats| stats.outage_waited.get()).sum(),
+            outage: route.stats.iter().map(|stats| stats.outage.get()).sum(),
+            ..Self::of_endpoints(route.snapshot.endpoints.clone())
+        }
+    }
+
+    /// A sample of endpoints alone.
+    pub(super) fn of_endpoints(endpoints: Vec<Arc<Endpoint>>) -> Self {
+        let counted = |endpoint: Arc<Endpoint>| {
+            let counted = Counted::of(&endpoint);
+            (endpoint, counted)
+        };
+        let endpoints: Vec<_> = endpoints.into_iter().map(counted).collect();
+        let by_endpoint = endpoints.iter().map(|(endpoint, counted)| (key(endpoint), *counted));
+        Self { by_endpoint: by_endpoint.collect(), endpoints, ..Self::default() }
+    }
+
+    /// Takes note of the endpoints of a later sample that this one has not. A new one has counted nothing
+    /// until then, one that comes back all that it had.
+    pub(super) fn adopt(&mut self, later: &Self, seen: &Seen) {
+        for (endpoint, counted) in &later.endpoints {
+            let until_then = if seen.has(endpoint) { *counted } else { Counted::default() };
+            self.by_endpoint.entry(key(endpoint)).or_insert(until_then);
+        }
+    }
+
+    /// What was counted since a former sample.
+    pub(super) fn since(&self, before: &Self) -> Growth {
+        Growth {
+            queue: self.queue.since(before.queue),
+            connect: self.connect.since(before.connect),
+            first_byte: self.first_byte.since(before.first_byte),
+            timed_out: self.timed_out.saturating_sub(before.timed_out),
+            gave_up: self.ended.gave_up.saturating_sub(before.ended.gave_up),
+            is_outage: self.waited > before.waited || self.outage > before.outage,
+        }
+    }
+
+    /// Each endpoint with what it has counted since.
+    pub(super) fn endpoints_since<'a>(
+        &'a self,
+        before: &'a Self,
+    ) -> impl Iterator<Item = (&'a Endpoint, Counted)> {
+        self.endpoints.iter().map(|(endpoint, now)| {
+            let before = before.by_endpoint.get(&key(endpoint)).copied().unwrap_or(*now);
+            (&**endpoint, now.since(before))
+        })
+    }
+}
+
+/// Endpoints that a look has seen, for as long as their counters go on: they may leave and come back.
+#[derive(Debug, Default)]
+pub(super) struct Seen(HashMap<usize, Weak<Endpoint>>);
+
+impl Seen {
+    fn has(&self, endpoint: &Arc<Endpoint>) -> bool {
+        self.0.contains_key(&key(endpoint))
+    }
+
+    pub(super) fn add(&mut self, sample: &RouteSample) {
+        // What is held here keeps its address in memory, so that no other endpoint has it.
+        self.0.retain(|_, endpoint| endpoint.strong_count() > 0);
+        let all = sample.endpoints.iter();
+        self.0.extend(all.map(|(endpoint, _)| (key(endpoint), Arc::downgrade(endpoint))));
+    }
+}
+
+/// What was counted until some moment.
+#[derive(Debug)]
+pub(super) struct Sample {
+    pub(super) at: Instant,
+    /// Of each worker: CPU time, and time that it waited for a core.
+    pub(super) workers: Vec<(Duration, Duration)>,
+    pub(super) routes: Vec<RouteSample>,
+}
+
+impl Sample {
+    /// Reads all counters, a route at a time, so that probes are answered in between.
+    pub(super) async fn of(view: &View, at: Instant) -> Self {
+        let workers = view.stats().map(|stats| (stats.cpu.get(), stats.core_wait.get())).collect();
+        let mut routes = Vec::new();
+        for number in 0..view.config().routes.len() {
+            routes.extend(view.routes().nth(number).map(|route| RouteSample::of(&route)));
+            yield_now().await;
+        }
+        Self { at, workers, routes }
+    }
+}

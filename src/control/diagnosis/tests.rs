@@ -1,0 +1,223 @@
+//! What is found where several things are wrong, or seem to be.
+
+use super::*;
+use crate::config::Config;
+use crate::control::testing::{block_on, endpoint, view};
+use crate::metrics::{CloseReason, Outcome, RouteStats, WorkerStats};
+use crate::protocol::Verb;
+use crate::proxy::endpoints::Endpoint;
+
+const MS: Duration = Duration::from_millis(1);
+
+/// A process of two workers and a route, looked at each second.
+struct Scene {
+    view: View,
+    looks: Looks,
+    now: Instant,
+}
+
+impl Scene {
+    fn new(variables: &[(&str, &str)]) -> Self {
+        let base = [("AEGIS_PROTOCOL", "chronos"), ("AEGIS_POOL_MODE", "request")];
+        let all = base.iter().chain(variables);
+        let all = all.map(|&(name, value)| (name.to_owned(), value.to_owned()));
+        let config = Config::from_vars(all).unwrap();
+        let view = view(config, vec![endpoint("a", "10.0.0.1:1"), endpoint("b", "10.0.0.2:1")]);
+        let now = Instant::now();
+        let looks = block_on(Looks::new(&view, now));
+        Self { view, looks, now }
+    }
+
+    fn endpoints(&self) -> Vec<Arc<Endpoint>> {
+        self.view.routes().next().unwrap().snapshot.endpoints.clone()
+    }
+
+    /// Lets 15 seconds pass, in each of which this happens. Returns what is found then.
+    fn pass(&mut self, happens: impl Fn(&Self)) -> Vec<(&'static str, String)> {
+        for _ in 0..15 {
+            happens(self);
+            self.now += Duration::from_secs(1);
+            let found = block_on(self.looks.look(&self.view, self.now));
+            self.view.set_findings(found);
+        }
+        let all = self.view.findings().into_iter();
+        all.map(|finding| (finding.problem.name(), finding.words)).collect()
+    }
+
+    fn worker(&self) -> &WorkerStats {
+        &self.view.workers()[0].stats
+    }
+
+    fn route(&self) -> &RouteStats {
+        &self.worker().routes[0]
+    }
+
+    /// Requests that waited for a connection, and then for their first byte.
+    fn answer(&self, waited: Duration, first_byte: Duration) {
+        for _ in 0..50 {
+            self.route().queue_wait.record(waited);
+            self.route().first_byte.record(first_byte);
+        }
+    }
+
+    /// Of a second, the first worker ran so many milliseconds, and waited for a core so many.
+    fn run(&self, ran: u32, waited: u32) {
+        let worker = self.worker();
+        worker.cpu.set(worker.cpu.get() + MS * ran);
+        worker.core_wait.set(worker.core_wait.get() + MS * waited);
+    }
+
+    fn give_up(&self, outcome: Outcome) {
+        (0..5).for_each(|_| self.route().count_request(Verb::OTHER, outcome, MS));
+    }
+}
+
+fn kinds(found: &[(&'static str, String)]) -> Vec<&'static str> {
+    found.iter().map(|(kind, _)| *kind).collect()
+}
+
+/// A scene in which a first byte usually takes 2 ms.
+fn usual(variables: &[(&str, &str)]) -> Scene {
+    let mut scene = Scene::new(variables);
+    assert_eq!(scene.pass(|scene| scene.answer(Duration::ZERO, 2 * MS)), []);
+    scene
+}
+
+#[test]
+fn a_route_says_from_when_on_a_first_byte_is_slow() {
+    let takes = |limit: &str, milliseconds: u32| {
+        let mut scene = Scene::new(&[("AEGIS_SLOW_FIRST_BYTE", limit)]);
+        scene.pass(|scene| scene.answer(Duration::ZERO, MS * milliseconds))
+    };
+    let words = |text: &str| vec![("backend_slow", text.to_owned())];
+    assert_eq!(takes("1s", 1500), words("the first byte takes 1.5 s; AEGIS_SLOW_FIRST_BYTE is 1s"));
+    assert_eq!(takes("2s", 1500), []);
+    assert_eq!(takes("off", 1500), []);
+    // What is unusual is said all the same.
+    let mut scene = usual(&[("AEGIS_SLOW_FIRST_BYTE", "off")]);
+    let found = scene.pass(|scene| scene.answer(Duration::ZERO, 20 * MS));
+    assert_eq!(kinds(&found), ["backend_slow"]);
+    assert!(found[0].1.starts_with("the first byte takes 20.0 ms; usual are 2."), "{found:?}");
+}
+
+#[test]
+fn waits_for_a_connection_are_a_slow_backends_if_it_has_become_slow() {
+    let mut scene = usual(&[]);
+    let found = scene.pass(|scene| {
+        scene.answer(80 * MS, 20 * MS);
+        scene.give_up(Outcome::QueueTimeout);
+    });
+    assert_eq!(kinds(&found), ["backend_slow"], "{found:?}");
+    // As slow as it always was, it is not what has changed.
+    let mut scene = Scene::new(&[]);
+    let found = scene.pass(|scene| scene.answer(80 * MS, 20 * MS));
+    assert_eq!(kinds(&found), ["pool_small"], "{found:?}");
+}
+
+#[test]
+fn a_backend_that_answers_nothing_is_told_from_a_pool_that_is_too_small() {
+    let mut scene = usual(&[]);
+    let found = scene.pass(|scene| scene.give_up(Outcome::QueueTimeout));
+    assert_eq!(kinds(&found), ["backend_slow"], "{found:?}");
+    assert!(found[0].1.starts_with("no request is answered, and "), "{found:?}");
+    // Sessions may be silent for long.
+    let mut scene = usual(&[("AEGIS_POOL_MODE", "session")]);
+    let found = scene.pass(|scene| scene.route().count_close(CloseReason::QueueTimeout));
+    assert_eq!(kinds(&found), ["pool_small"], "{found:?}");
+}
+
+#[test]
+fn a_queue_that_is_full_in_an_outage_is_no_pools_fault() {
+    let mut scene = usual(&[]);
+    let eject = |scene: &Scene, is: u64| {
+        let all = scene.endpoints();
+        all.iter().flat_map(|endpoint| &endpoint.stats).for_each(|stats| stats.ejected.set(is));
+    };
+    let found = scene.pass(|scene| {
+        eject(scene, 1);
+        scene.give_up(Outcome::QueueFull);
+    });
+    assert_eq!(kinds(&found), ["no_endpoint", "backend_refusing"], "{found:?}");
+    // Between two looks one may have been back for a moment.
+    let found = scene.pass(|scene| {
+        eject(scene, 0);
+        scene.route().outage.set(scene.route().outage.get() + 500 * MS);
+        scene.give_up(Outcome::QueueFull);
+        scene.answer(30 * MS, 2 * MS);
+    });
+    assert_eq!(found, []);
+}
+
+#[test]
+fn a_worker_that_comes_late_says_nothing_of_others() {
+    let slow = |scene: &Scene| scene.answer(30 * MS, 20 * MS);
+    // Of two workers one is busy.
+    for (ran, waited, kind) in [(990, 0, "worker_overloaded"), (300, 690, "cpu_throttled")] {
+        let mut scene = usual(&[]);
+        let found = scene.pass(|scene| {
+            scene.run(ran, waited);
+            slow(scene);
+        });
+        assert_eq!(kinds(&found), [kind], "{found:?}");
+        // That is not how it usually is.
+        let found = scene.pass(slow);
+        assert_eq!(kinds(&found), ["backend_slow"], "{found:?}");
+    }
+}
+
+#[test]
+fn of_many_workers_one_that_waits_for_its_core_is_named() {
+    let busy = |first| [vec![first], vec![0.02; 15]].concat();
+    assert_eq!(overloaded(&busy(0.6), &busy(0.38)), None);
+    let words = "worker 0 waited for a core 38 % of the time: a CPU limit, or a busy node";
+    assert_eq!(throttled(&busy(0.6), &busy(0.38)).as_deref(), Some(words));
+    assert_eq!(throttled(&busy(0.98), &busy(0.01)), None);
+    assert!(overloaded(&busy(0.98), &busy(0.01)).is_some());
+}
+
+#[test]
+fn a_network_that_loses_segments_is_neither_a_slow_nor_a_refusing_backend() {
+    let mut scene = usual(&[]);
+    let found = scene.pass(|scene| {
+        let stats = &scene.endpoints()[0].stats[0];
+        stats.segments.add(100);
+        stats.retransmits.add(20);
+        stats.connect_failures.add(1);
+        stats.set_failure(Failure::TimedOut);
+        scene.answer(30 * MS, 20 * MS);
+    });
+    assert_eq!(kinds(&found), ["network_lossy"], "{found:?}");
+    let found = scene.pass(|scene| {
+        let stats = &scene.endpoints()[0].stats[0];
+        stats.segments.add(100);
+        stats.retransmits.add(20);
+        stats.connect_failures.add(1);
+        stats.set_failure(Failure::Refused);
+    });
+    assert_eq!(kinds(&found), ["backend_refusing", "network_lossy"], "{found:?}");
+}
+
+#[test]
+fn what_a_new_endpoint_has_failed_until_it_is_seen_counts() {
+    let mut before = RouteSample::default();
+    let (new, old) = (endpoint("new", "10.0.0.1:1"), endpoint("old", "10.0.0.2:1"));
+    for endpoint in [&new, &old] {
+        endpoint.stats[0].connect_failures.add(3);
+        endpoint.stats[0].set_failure(Failure::Refused);
+    }
+    let sample = |all| RouteSample::of_endpoints(all);
+    let mut seen = Seen::default();
+    seen.add(&sample(vec![Arc::clone(&old)]));
+    let now = sample(vec![new, old]);
+    before.adopt(&now, &seen);
+    assert_eq!(refusing(&before, &now).as_deref(), Some("new refuses: 3 connects failed"));
+}
+
+#[test]
+fn an_endpoint_that_nobody_has_connected_to_of_late_is_out_of_use() {
+    let ejected = endpoint("a", "10.0.0.1:1");
+    ejected.stats.iter().for_each(|stats| stats.ejected.set(1));
+    let sample = || RouteSample::of_endpoints(vec![Arc::clone(&ejected)]);
+    let words = "a has failed: 1 of 1 endpoints are out of use";
+    assert_eq!(refusing(&sample(), &sample()).as_deref(), Some(words));
+}
