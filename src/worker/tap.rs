@@ -289,3 +289,92 @@ impl<D: Driver> Context<D> {
         self.driver.close(conn, how);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::capture::{FILE_BYTES_MIN, Record, records};
+    use crate::config::Config;
+    use crate::io::sim::{ID_BYTES, Sim};
+    use crate::limits;
+    use crate::worker::simulation::{Run, run_seeds};
+
+    fn payload(capture: &Capture, wanted: What) -> Vec<u8> {
+        let of = records(capture.as_bytes()).filter(|record| record.what == wanted);
+        of.flat_map(|Record { payload, .. }| payload.to_vec()).collect()
+    }
+
+    /// Whose stream these bytes are the begin of, if that is known.
+    fn sender(sim: &Sim, bytes: &[u8]) -> Option<usize> {
+        let id = u64::from_be_bytes(*bytes.first_chunk::<ID_BYTES>()?);
+        let at = sim.peers.iter().position(|peer| peer.id == id).expect("nobody's bytes");
+        assert!(bytes == sim.stream(id, 0, bytes.len()), "wrong bytes of {id}");
+        assert!(bytes.len() <= sim.peers[at].sent, "more than {id} has sent");
+        Some(at)
+    }
+
+    /// What was captured is what the client has sent, and what it was sent by the one that it met.
+    fn check(sim: &Sim, Tapped { capture, end, .. }: &Tapped) {
+        let (received, sent) = (payload(capture, What::Received), payload(capture, What::Sent));
+        let backend = sender(sim, &sent);
+        assert!(backend.is_none_or(|at| !sim.peers[at].is_client));
+        let Some(client) = sender(sim, &received).map(|at| &sim.peers[at]) else { return };
+        assert!(client.is_client);
+        if *end == TapEnd::Closed {
+            assert!(sent.starts_with(&client.received), "it got what was not captured");
+            let last = records(capture.as_bytes()).last().map(|record| record.what);
+            assert!(!matches!(last, Some(What::Received | What::Sent)), "no end: {last:?}");
+        }
+    }
+
+    fn tapped(seed: u64) -> (u64, u64) {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
+        let route = Arc::make_mut(&mut config.routes[0]);
+        route.pool.min_idle = rng.usize(..3);
+        route.pool.max_idle = route.pool.min_idle + rng.usize(..4);
+        let clients = rng.usize(1..40);
+        let mut run = Run::with(rng, config, clients, limits::buffers_max(clients));
+        let all = run.endpoints.clone();
+        run.deliver(all.clone());
+        for _ in 0..clients {
+            let delay = Duration::from_micros(run.rng.u64(..2_000_000));
+            run.engine.driver().add_client(delay);
+        }
+        let (mut closed, mut full) = (0, 0);
+        let mut waiting = None;
+        while run.engine.driver().elapsed() < Duration::from_secs(10) {
+            let (_, done) = waiting.get_or_insert_with(|| {
+                let size = FILE_BYTES_MIN + run.rng.usize(1..200_000);
+                let endpoint = (run.rng.u8(..4) == 0).then(|| all[0].name.clone());
+                let offer = Offer::new(None, endpoint, run.rng.u32(..3), Capture::new(size));
+                run.engine.cx.tap.on_offer(Arc::clone(&offer.0));
+                offer
+            });
+            if let Ok(tapped) = done.try_recv() {
+                check(run.engine.driver(), &tapped);
+                closed += u64::from(tapped.end == TapEnd::Closed);
+                full += u64::from(tapped.end == TapEnd::Full);
+                waiting = None;
+            } else if run.rng.u16(..2000) == 0
+                && let Some((offer, _)) = &waiting
+                && offer.end()
+            {
+                run.engine.cx.tap.on_offer(Arc::clone(offer));
+            }
+            run.disturb();
+            run.turn();
+        }
+        run.stop();
+        (closed, full)
+    }
+
+    #[test]
+    fn what_a_client_says_and_is_told_is_captured_whatever_happens() {
+        let (closed, full) = run_seeds(0, 60, tapped);
+        println!("{closed} until they were closed, {full} until there was no room");
+        assert!(closed > 30 && full > 5, "{closed} and {full}: the runs test too little");
+    }
+}

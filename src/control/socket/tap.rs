@@ -118,7 +118,7 @@ impl Tapping {
         };
         let parts = [(" of route ", route), (" at endpoint ", endpoint)];
         for (what, name) in parts.iter().filter_map(|(what, name)| Some((what, name.as_ref()?))) {
-            text += &format!("{what}{name}");
+            text.extend([what, name.as_str()]);
         }
         text
     }
