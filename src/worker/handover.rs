@@ -110,7 +110,7 @@ mod tests {
         };
         assert_eq!(is_better([1, 0]), [false; 2], "it has just started");
         assert_eq!(is_better([3, 2]), [false; 2]);
-        assert_eq!(is_better([3, 3])[0], true);
-        assert_eq!(is_better([3, 4])[0], true);
+        assert!(is_better([3, 3])[0]);
+        assert!(is_better([3, 4])[0]);
     }
 }

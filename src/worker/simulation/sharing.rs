@@ -151,10 +151,8 @@ impl Workers {
                     continue;
                 }
                 let since = *self.since.entry((at, number, what)).or_insert(now);
-                assert!(
-                    now - since <= LOOK_AFTER,
-                    "{what:?} since {since:?} at {at}: {prospects:?}"
-                );
+                let lasts = now.saturating_sub(since);
+                assert!(lasts <= LOOK_AFTER, "{what:?} since {since:?} at {at}: {prospects:?}");
             }
         }
     }
