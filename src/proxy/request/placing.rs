@@ -204,13 +204,14 @@ impl Placing<'_> {
         self.queue.waiting(Line::Any) + self.queue.waiting(Line::Endpoint(endpoint))
     }
 
-    /// Whether requests wait for an endpoint that has no alternative, be it ejected or not.
-    pub fn is_needed(&self, endpoint: EndpointId) -> bool {
+    /// Whether requests wait for an endpoint that has no alternative, be it ejected or not. `any_usable`:
+    /// see [`Table::any_usable`].
+    pub fn is_needed(&self, endpoint: EndpointId, any_usable: bool) -> bool {
         if self.table.get(endpoint).is_none_or(Entry::is_withheld) {
             return false;
         }
         self.queue.waiting(Line::Endpoint(endpoint)) > 0
-            || (self.queue.waiting(Line::Any) > 0 && !self.table.any_usable())
+            || (self.queue.waiting(Line::Any) > 0 && !any_usable)
     }
 
     /// Takes out of the queue whom the idle connection of an endpoint serves, if it has one: the

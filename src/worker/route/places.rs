@@ -130,8 +130,9 @@ impl Route {
     /// Uses the places that this worker has, and gives the others those that it does not need.
     fn use_places<D: Driver>(&mut self, cx: &mut Context<D>) {
         self.gather_places(cx);
+        let any_usable = self.pools.table.any_usable();
         for endpoint in self.pools.table.indices() {
-            self.refill(cx, endpoint);
+            self.refill(cx, endpoint, any_usable);
         }
     }
 

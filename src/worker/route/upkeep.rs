@@ -20,14 +20,25 @@ use crate::worker::owners::Owner;
 
 impl Route {
     pub(in crate::worker) fn refill_short_pools<D: Driver>(&mut self, cx: &mut Context<D>) {
+        if self.pools.short.is_empty() {
+            return;
+        }
+        let any_usable = self.pools.table.any_usable();
         while let Some(endpoint) = self.pools.short.pop() {
-            self.refill(cx, endpoint);
+            self.refill(cx, endpoint, any_usable);
         }
     }
 
-    pub(super) fn refill<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
+    /// Makes the connections that a pool lacks. `any_usable`: whether any endpoint is, which is looked at
+    /// once for all.
+    pub(super) fn refill<D: Driver>(
+        &mut self,
+        cx: &mut Context<D>,
+        endpoint: EndpointId,
+        any_usable: bool,
+    ) {
         let (now, keeps, share) = (cx.now, self.keeps_pools(cx), self.pools.pool_share());
-        let needed = self.placing(cx).is_needed(endpoint);
+        let needed = self.placing(cx).is_needed(endpoint, any_usable);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
         let tries = (entry.health.is_usable() && !entry.is_withheld()) || needed;
         let short =
@@ -138,7 +149,8 @@ impl Route {
             cx.driver.receive(conn, true);
             self.pools.on_idle(endpoint, now);
             // One to an endpoint in doubt is for nobody who can have another one.
-            if self.reuses_conns() && (usable || self.placing(cx).is_needed(endpoint)) {
+            let any_usable = self.pools.table.any_usable();
+            if self.reuses_conns() && (usable || self.placing(cx).is_needed(endpoint, any_usable)) {
                 self.free(endpoint);
             }
         } else {
@@ -395,6 +407,7 @@ impl Route {
         self.evict_withheld(cx);
         self.gather_places(cx);
         self.cut_overdue(cx, |_| true);
+        let any_usable = self.pools.table.any_usable();
         for endpoint in self.pools.table.indices() {
             while let Some((conn, why)) = self.pools.table.expire(endpoint, now) {
                 self.pools.discard(cx, endpoint, conn, why);
@@ -412,7 +425,7 @@ impl Route {
             if let Some(entry) = self.pools.table.get_mut(endpoint) {
                 entry.health.forgive(now);
             }
-            self.refill(cx, endpoint);
+            self.refill(cx, endpoint, any_usable);
         }
         self.pools.table.forget_unused();
     }

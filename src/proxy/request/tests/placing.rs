@@ -121,6 +121,11 @@ impl Scene {
         self
     }
 
+    fn is_needed(&mut self, endpoint: u16) -> bool {
+        let any_usable = self.table.any_usable();
+        self.placing().is_needed(at(endpoint), any_usable)
+    }
+
     fn placing(&mut self) -> Placing<'_> {
         let (policy, now) = (&self.bench.policy, self.bench.now);
         Placing { table: &mut self.table, queue: &mut self.queue, policy, now }
@@ -249,15 +254,15 @@ fn only_requests_without_an_alternative_fail_with_their_endpoint() {
     let mut scene = Scene::new(2, Binding::Key, "GET a\n").waiting(own(0), 1).without_wait();
     scene.queue.join(ANY, key(1));
     assert_eq!(scene.placing().miss(at(0)), None, "it is not ejected");
-    assert!(scene.placing().is_needed(at(0)) && !scene.placing().is_needed(at(1)));
+    assert!(scene.is_needed(0) && !scene.is_needed(1));
     let mut scene = scene.failed(0);
-    assert!(scene.placing().is_needed(at(0)), "ejected or not");
+    assert!(scene.is_needed(0), "ejected or not");
     let failed = Unserved::Failed(key(0), ErrorReply::Unreachable);
     assert_eq!(scene.placing().miss(at(0)), Some(failed));
     assert_eq!(scene.placing().miss(at(0)), None);
-    assert!(!scene.placing().is_needed(at(0)));
+    assert!(!scene.is_needed(0));
     let mut scene = scene.failed(1);
-    assert!(scene.placing().is_needed(at(1)), "no other one is usable");
+    assert!(scene.is_needed(1), "no other one is usable");
 }
 
 #[test]
