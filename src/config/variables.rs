@@ -37,7 +37,7 @@ pub struct Config {
         in word_or_zero_or("auto", numbers(1..=limits::WORKERS_MAX)),
         "Worker threads. auto: by AEGIS_CPU_REQUEST, else by the CPU quota, else 4 at most.";
     pin: Switch = AEGIS_PIN("auto") in words(),
-        "Whether workers are pinned to cores. auto: where the next four variables prove them to be its own.";
+        "Whether workers are pinned to cores. auto: where the next four show that these are its own.";
     /// What the container was given.
     resources: Resources;
     io: IoChoice = AEGIS_IO("auto") in words(),
@@ -67,7 +67,7 @@ pub struct Config {
         "Where metrics and the probes answer.";
     => "The control socket"
     control: Option<Address> = AEGIS_CONTROL("off") in or("off", text("unix:/PATH", control_address)),
-        "Where drain, log-level and tap are asked for; only this process's user and root may. off: nowhere.";
+        "Where drain, log-level and tap are asked for, by this process's user or root. off: nowhere.";
     => "The log"
     log: String = AEGIS_LOG("info") in text(
         "off, error, warn, info, debug, trace, or directives such as info,aegis::io=debug",
@@ -149,7 +149,7 @@ pub struct RouteConfig {
         "How many endpoints are tried for a session at once, before it waits or is given up.";
     retry_budget: Option<u32> = AEGIS_RETRY_BUDGET("20")
         in or("off", numbers_of(" of percent", 0..=1000)),
-        "Retries per 100 sessions or requests at most, beside ten per second of all workers. off: any number.";
+        "Retries per 100 sessions or requests at most, and ten per second besides. off: any number.";
     idle_timeout: Option<Duration> = AEGIS_IDLE_TIMEOUT("off")
         in or("off", durations(ms(10)..=days(30))),
         "Ends sessions on which no byte moved for this long.";
@@ -174,7 +174,7 @@ pub struct RouteConfig {
         "How long it stays out the first time. Doubles with each further one, up to a cap.";
     check_interval: Option<Duration> = AEGIS_CHECK_INTERVAL("off")
         in or("off", durations(ms(100)..=hours(1))),
-        "How often an endpoint is checked, once for all workers. off: only connections for clients tell.";
+        "How often an endpoint is checked, once for all workers. off: only clients' connections tell.";
     check: Check = AEGIS_CHECK("connect") in words(),
         "What a check is: a connect, or a request that any server of AEGIS_PROTOCOL answers at once.";
     check_path: String = AEGIS_CHECK_PATH("/") in text("a path such as /healthz", check_path),
@@ -185,7 +185,7 @@ pub struct RouteConfig {
         "Checks in a row that have to pass until it is in use again.";
     slow_first_byte: Option<Duration> = AEGIS_SLOW_FIRST_BYTE("1s")
         in or("off", durations(ms(1)..=hours(1))),
-        "The mean wait for a first byte from which on a backend is slow. off: only what is slower than usual.";
+        "Mean time to a first byte from which a backend is slow. off: only what is slower than usual.";
 }
 
 /// What of Kubernetes the endpoints are: one of service and selector where it is used.
@@ -241,7 +241,7 @@ pub struct Resources {
 pub struct PoolConfig {
     mode: PoolMode = AEGIS_POOL_MODE("preconnect")
         in noted(words(), "; tcp allows preconnect only"),
-        "What a client has: a connection of its own, one of a pool until it leaves, or one for each request.";
+        "What a client has: its own connection, one of a pool until it leaves, or one per request.";
     size: usize = AEGIS_POOL_SIZE("16") in numbers(1..=limits::POOL_IDLE_MAX),
         "Connections of the route to an endpoint at most, where each serves one request at a time.";
     min_idle: usize = AEGIS_POOL_MIN_IDLE("4") in noted(
@@ -255,7 +255,7 @@ pub struct PoolConfig {
         numbers(1..=limits::SESSIONS_MAX),
         ", not below AEGIS_POOL_MIN_IDLE and AEGIS_POOL_SIZE",
     )),
-        "All connections of the route to an endpoint at most, in any mode; sessions beyond it wait in line.";
+        "All connections of the route to an endpoint at most, in any mode; sessions beyond it wait.";
     idle_timeout: Option<Duration> = AEGIS_POOL_IDLE_TIMEOUT("60s")
         in or("off", durations(ms(10)..=days(30))),
         "Closes warm connections above the minimum that were idle for this long.";
