@@ -37,7 +37,7 @@ pub struct Config {
         in word_or_zero_or("auto", numbers(1..=limits::WORKERS_MAX)),
         "Worker threads. auto: by AEGIS_CPU_REQUEST, else by the CPU quota, else 4 at most.";
     pin: Switch = AEGIS_PIN("auto") in words(),
-        "Whether workers are pinned to cores. auto: where the next four prove them to be its own.";
+        "Whether workers are pinned to cores. auto: where the next four show that these are its own.";
     /// What the container was given.
     resources: Resources;
     io: IoChoice = AEGIS_IO("auto") in words(),
@@ -67,7 +67,7 @@ pub struct Config {
         "Where metrics and the probes answer.";
     => "The control socket"
     control: Option<Address> = AEGIS_CONTROL("off") in or("off", text("unix:/PATH", control_address)),
-        "Where drain, log-level and tap are asked for; only this process's user and root may. off: nowhere.";
+        "Where drain, log-level and tap are asked for, by this process's user or root. off: nowhere.";
     => "The log"
     log: String = AEGIS_LOG("info") in text(
         "off, error, warn, info, debug, trace, or directives such as info,aegis::io=debug",
@@ -95,7 +95,7 @@ pub struct RouteConfig {
         "Who may connect to Unix sockets of AEGIS_LISTEN, as the mode of their files.";
     socket_owner: Option<SocketOwner> = AEGIS_SOCKET_OWNER("none")
         in or("none", text("UID, UID:GID or :GID in numbers", str::parse)),
-        "Whose those files are. none: the user that this runs as, and its or the directory's group.";
+        "Owner of those files. none: the proxy's own user, and its group or that of the directory.";
     backends: Vec<Backend> = AEGIS_BACKENDS("127.0.0.1:8080") in List {
         of: "HOST:PORT or unix:/PATH",
         count_max: limits::ENDPOINTS_MAX,
@@ -149,7 +149,7 @@ pub struct RouteConfig {
         "How many endpoints are tried for a session at once, before it waits or is given up.";
     retry_budget: Option<u32> = AEGIS_RETRY_BUDGET("20")
         in or("off", numbers_of(" of percent", 0..=1000)),
-        "Retries per 100 sessions or requests at most, beside ten per second of all workers. off: any number.";
+        "Retries per 100 sessions or requests at most, and ten per second besides. off: any number.";
     idle_timeout: Option<Duration> = AEGIS_IDLE_TIMEOUT("off")
         in or("off", durations(ms(10)..=days(30))),
         "Ends sessions on which no byte moved for this long.";
@@ -158,7 +158,7 @@ pub struct RouteConfig {
         "Ends sessions with one direction ended on which no byte moved for this long.";
     tcp_user_timeout: Option<Duration> = AEGIS_TCP_USER_TIMEOUT("5s")
         in or("off", durations(seconds(1)..=days(1))),
-        "Gives up connections whose peer acknowledges nothing for this long; slow ones acknowledge.";
+        "Gives up connections whose peer acknowledges nothing for this long; a slow peer acknowledges.";
     // The kernel takes whole seconds, at most 32767.
     keepalive: Option<Duration> = AEGIS_KEEPALIVE("60s")
         in or("off", durations(seconds(1)..=hours(9))),
@@ -174,18 +174,18 @@ pub struct RouteConfig {
         "How long it stays out the first time. Doubles with each further one, up to a cap.";
     check_interval: Option<Duration> = AEGIS_CHECK_INTERVAL("off")
         in or("off", durations(ms(100)..=hours(1))),
-        "How often an endpoint is checked, once for all workers. off: what clients meet says all.";
+        "How often an endpoint is checked, once for all workers. off: only clients' connections tell.";
     check: Check = AEGIS_CHECK("connect") in words(),
         "What a check is: a connect, or a request that any server of AEGIS_PROTOCOL answers at once.";
     check_path: String = AEGIS_CHECK_PATH("/") in text("a path such as /healthz", check_path),
-        "What a check by request asks a server of http1 for; it is well that answers with 2xx or 3xx.";
+        "What a check by request asks a server of http1 for; a status of 2xx or 3xx passes.";
     check_fall: u32 = AEGIS_CHECK_FALL("3") in numbers(1..=1000),
         "Checks in a row that have to fail until an endpoint is out of use.";
     check_rise: u32 = AEGIS_CHECK_RISE("2") in numbers(1..=1000),
         "Checks in a row that have to pass until it is in use again.";
     slow_first_byte: Option<Duration> = AEGIS_SLOW_FIRST_BYTE("1s")
         in or("off", durations(ms(1)..=hours(1))),
-        "A mean first byte from which on backend_slow is said. off: only what is slower than usual.";
+        "Mean time to a first byte from which a backend is slow. off: only what is slower than usual.";
 }
 
 /// What of Kubernetes the endpoints are: one of service and selector where it is used.
@@ -241,21 +241,21 @@ pub struct Resources {
 pub struct PoolConfig {
     mode: PoolMode = AEGIS_POOL_MODE("preconnect")
         in noted(words(), "; tcp allows preconnect only"),
-        "How long a client has a backend connection: its own, its for now, or for a request.";
+        "What a client has: its own connection, one of a pool until it leaves, or one per request.";
     size: usize = AEGIS_POOL_SIZE("16") in numbers(1..=limits::POOL_IDLE_MAX),
-        "Connections at most, per endpoint, where each is lent for a request.";
+        "Connections of the route to an endpoint at most, where each serves one request at a time.";
     min_idle: usize = AEGIS_POOL_MIN_IDLE("4") in noted(
         numbers(0..=limits::POOL_IDLE_MAX),
         ", not above AEGIS_POOL_MAX_IDLE",
     ),
-        "Warm connections kept at least, per endpoint.";
+        "Warm connections kept at least, per endpoint and route.";
     max_idle: usize = AEGIS_POOL_MAX_IDLE("64") in numbers(0..=limits::POOL_IDLE_MAX),
-        "Warm connections kept at most, per endpoint. 0 makes none in advance.";
+        "Warm connections kept at most, per endpoint and route. 0 makes none in advance.";
     endpoint_max: Option<usize> = AEGIS_ENDPOINT_MAX("off") in or("off", noted(
         numbers(1..=limits::SESSIONS_MAX),
         ", not below AEGIS_POOL_MIN_IDLE and AEGIS_POOL_SIZE",
     )),
-        "All connections to an endpoint at most, in any mode; sessions beyond it wait in line.";
+        "All connections of the route to an endpoint at most, in any mode; sessions beyond it wait.";
     idle_timeout: Option<Duration> = AEGIS_POOL_IDLE_TIMEOUT("60s")
         in or("off", durations(ms(10)..=days(30))),
         "Closes warm connections above the minimum that were idle for this long.";
@@ -269,7 +269,7 @@ pub struct RequestConfig {
     queue_max: usize = AEGIS_QUEUE_MAX("8192") in numbers(0..=limits::SESSIONS_MAX),
         "Requests or sessions of a worker that wait for a connection at most; with key_hash, per store.";
     queue_timeout: Duration = AEGIS_QUEUE_TIMEOUT("5s") in durations(ms(10)..=hours(1)),
-        "How long a request or a session waits for a backend connection before it gets an error.";
+        "How long a request or a session waits for a backend connection before an error or a reset.";
     timeout: Option<Duration> = AEGIS_REQUEST_TIMEOUT("30s")
         in or("off", durations(ms(10)..=days(1))),
         "How long a backend may pause: before its answer, within it, or while it is sent a request.";

@@ -172,7 +172,8 @@ labels! {
         ClientGone = "client_gone",
         /// The client neither sent the rest of it nor took its answer in time.
         ClientTimeout = "client_timeout",
-        /// The proxy cut it: at the end of `AEGIS_DRAIN_TIMEOUT`, or since a bound of `limits` was met.
+        /// The proxy cut it: at the end of `AEGIS_DRAIN_TIMEOUT` or `AEGIS_BACKEND_DRAIN`, or since a
+        /// bound of `limits` was met.
         Cut = "cut",
     }
 }
@@ -298,7 +299,7 @@ labels! {
         /// The database: its first byte takes four times as long as usual, or `AEGIS_SLOW_FIRST_BYTE`, or
         /// requests are not answered.
         BackendSlow = "backend_slow",
-        /// The database: connects fail, or endpoints are ejected.
+        /// The database: connects or checks fail, or endpoints are ejected.
         BackendRefusing = "backend_refusing",
         /// The database or discovery: there is no endpoint to send clients to.
         NoEndpoint = "no_endpoint",

@@ -56,7 +56,7 @@ def literals():
     for path in sorted((ROOT / "src").rglob("*.rs")):
         if path.stem in ["tests", "testing", "simulation"] or "tests" in path.parts or "sim" in path.parts:
             continue
-        text = path.read_text().split("#[cfg(test)]\nmod tests")[0]
+        text = path.read_text().split("#[cfg(test)]\nmod tests {")[0]
         text = re.sub(r"^\s*//.*$", "", text, flags=re.M)
         found += [re.sub(r"\\\n\s*", "", literal).replace('\\"', '"')
                   for literal in re.findall(r'"((?:[^"\\]|\\.)*)"', text, re.S)]

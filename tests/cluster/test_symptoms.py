@@ -114,6 +114,26 @@ def test_a_backend_that_is_slow():
         seen.metric("aegis_pool_discards_total", 'reason="timeout"')
 
 
+def test_a_backend_that_accepts_and_never_answers():
+    """With tcp no problem names it: what the page says instead is all there is to see."""
+    with backend(silent) as address, through(address) as proxy:
+        seen = Symptom("The backend is slow", proxy)
+        client = proxy.connect()
+        client.sendall(b"a")
+        seen.metric("aegis_bytes_total", 'direction="to_backend"')
+        seen.metric("aegis_endpoint_sessions_active")
+        metrics = proxy.get("metrics")
+        for still in ["aegis_bytes_total{.*to_client.*}", "aegis_first_byte_seconds_count{.*}"]:
+            assert set(re.findall(rf"^{still} (.*)$", metrics, re.M)) == {"0"}, metrics
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.close()
+        seen.log("ended")
+        (line,) = [line for line in proxy.logs().splitlines() if " ended " in line]
+        for part in ["client_reset", "aegis.bytes.to_client=0", "aegis.endpoint"]:
+            assert part in line and part in seen.text, line
+        assert "aegis.seconds.first_byte" not in line
+
+
 def test_a_backend_that_refuses():
     with through(f"127.0.0.1:{free_port()}", AEGIS_ENDPOINT_WAIT="600ms", AEGIS_EJECT_FAILURES="1") as proxy:
         seen = Symptom("The backend refuses", proxy)
@@ -284,14 +304,15 @@ def test_a_server_that_answers_with_an_error_of_its_own():
 
 
 def test_a_client_that_is_half_closed():
-    with backend(lambda connection: time.sleep(5)) as address, through(address, AEGIS_HALF_CLOSE_TIMEOUT="200ms", AEGIS_LOG="info,aegis::worker=trace") as proxy:
+    with backend(lambda connection: time.sleep(5)) as address, through(address, AEGIS_HALF_CLOSE_TIMEOUT="200ms") as proxy:
         seen = Symptom("Half-closed clients", proxy)
         with proxy.connect() as client:
             client.sendall(b"a")
             client.shutdown(socket.SHUT_WR)
             assert rest(client) == (b"", "reset")
         seen.metric("aegis_sessions_closed_total", 'reason="half_close_timeout"')
-        seen.log("session closed")
+        seen.log("ended")
+        assert 'error.type="half_close_timeout"' in proxy.logs()
 
 
 def test_clients_that_wait_through_an_outage():

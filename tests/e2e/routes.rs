@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 use crate::support::backend::Backend;
 use crate::support::client::{ask, ask_once, connect, wait_closed};
 use crate::support::kube_api::{KubeApi, host_ip};
-use crate::support::metrics::{DISCOVERY_ENDPOINTS, ENDPOINT_USABLE, SESSIONS_OPENED};
+use crate::support::metrics::{
+    CLIENTS_WAITING, DISCOVERY_ENDPOINTS, ENDPOINT_CONNECTIONS, ENDPOINT_USABLE, SESSIONS_OPENED,
+};
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
 
@@ -16,6 +18,7 @@ on_both_drivers![
     a_route_without_any_endpoint_leaves_the_other,
     kubernetes_and_addresses_are_found_side_by_side,
     a_drain_is_over_when_the_clients_of_every_route_have_left,
+    two_routes_to_one_server_have_a_limit_of_connections_each,
 ];
 
 /// `orders` passes bytes on, `cache` shares connections by requests.
@@ -178,6 +181,23 @@ fn a_drain_is_over_when_the_clients_of_every_route_have_left(io: Io) {
     assert_eq!((&session).read(&mut [0; 1]).unwrap(), 0);
     let ended = eventually("it ends", PATIENCE, || proxy.ended());
     assert!(ended.success(), "{ended:?}");
+}
+
+fn two_routes_to_one_server_have_a_limit_of_connections_each(io: Io) {
+    let server = Backend::named("server");
+    let proxy = Builder::on(io)
+        .set("AEGIS_ROUTES", "orders,stock")
+        .set("AEGIS_BACKENDS", &text(&server))
+        .set("AEGIS_ENDPOINT_MAX", "2")
+        .set("AEGIS_POOL_MIN_IDLE", "0")
+        .set("AEGIS_QUEUE_TIMEOUT", "30s")
+        .start();
+    let routes = ["orders", "stock"];
+    let _clients = routes.map(|route| [(); 3].map(|()| connect(proxy.address_of(route))));
+    for route in routes.map(|route| [("route", route)]) {
+        proxy.wait_for(CLIENTS_WAITING, &route, |waiting| waiting == 1);
+        assert_eq!(proxy.metric(ENDPOINT_CONNECTIONS, &route), 2);
+    }
 }
 
 #[test]
