@@ -490,6 +490,25 @@ fn one_tap_runs_at_a_time_and_ends_with_who_asked_for_it() {
     assert_eq!(stream.sent_by(stream.client), b"again\n");
 }
 
+/// The proxy finds out by the reply to the command, when the tap has begun already.
+#[test]
+fn a_tap_ends_with_who_takes_no_reply() {
+    const REQUEST: &[u8] = b"{\"command\":\"tap\",\"route\":null,\"endpoint\":null,\"passes\":0,\
+        \"bytes\":4096,\"for_ms\":60000}\n";
+    let (place, backend) = (Place::new(), Backend::named("a"));
+    let proxy = place.on(Io::Epoll, &[backend.address()]).start();
+    let mut asker = UnixStream::connect(&place.socket).unwrap();
+    asker.shutdown(Shutdown::Read).unwrap();
+    asker.write_all(REQUEST).unwrap();
+    eventually("the tap has begun", PATIENCE, || proxy.log_events("tap begins").pop());
+    drop(asker);
+    assert_eq!(tap_ended(&proxy)["why"], "who asked for it left");
+    let tap = place.tap(&proxy, &[]);
+    ask_once(proxy.address(), "who").unwrap();
+    let (stream, _) = tap.captured();
+    assert_eq!(stream.sent_by(stream.client), b"who\n");
+}
+
 #[test]
 fn a_capture_goes_to_standard_output_by_default() {
     let (place, backend) = (Place::new(), Backend::named("a"));
