@@ -510,6 +510,33 @@ fn a_tap_ends_with_who_takes_no_reply() {
 }
 
 #[test]
+fn what_cannot_be_written_whole_is_an_error_and_no_file() {
+    const TOO_MUCH: &str = "ulimit -f 8; trap '' XFSZ; exec \"$0\" \"$@\"";
+    let (place, backend) = (Place::new(), Backend::echo());
+    let proxy = place.on(Io::Epoll, &[backend.address()]).start();
+    let file = place.file("part");
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut limited = Command::new("sh");
+    limited.args(["-c", TOO_MUCH]).arg(binary()).arg("tap").arg(&file);
+    let mut standard = Command::new(binary());
+    standard.arg("tap").stdout(full);
+    for (command, bytes, why) in [(limited, 50_000, "File too large"), (standard, 0, "No space")] {
+        let mut command = command;
+        let begun = proxy.log_events("tap begins").len();
+        let child = command.env("AEGIS_CONTROL", place.control()).stderr(Stdio::piped());
+        let child = child.spawn().unwrap();
+        eventually("the tap has begun", PATIENCE, || {
+            (proxy.log_events("tap begins").len() > begun).then_some(())
+        });
+        expect_echo(&connect(proxy.address()), 1, bytes).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(1) && said.contains(why), "{said}");
+        assert!(!file.exists());
+    }
+}
+
+#[test]
 fn a_capture_goes_to_standard_output_by_default() {
     let (place, backend) = (Place::new(), Backend::named("a"));
     let proxy = place.on(Io::Epoll, &[backend.address()]).start();
