@@ -1,7 +1,7 @@
 //! The tap: what is captured of a client, and what it costs nobody else.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr};
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::os::unix::net::UnixStream;
@@ -488,6 +488,39 @@ fn one_tap_runs_at_a_time_and_ends_with_who_asked_for_it() {
     ask_once(proxy.address(), "again").unwrap();
     let (stream, _) = tap.captured();
     assert_eq!(stream.sent_by(stream.client), b"again\n");
+}
+
+#[test]
+fn who_gets_no_endpoint_is_not_the_client_of_one() {
+    let place = Place::new();
+    let backend = Backend::scripted(|mut stream| {
+        let lines = BufReader::new(stream).lines().map_while(Result::ok);
+        lines.take_while(|_| stream.write_all(b"OK\n").is_ok()).for_each(drop);
+    });
+    let proxy = place
+        .on(Io::Epoll, &[backend.address()])
+        .protocol("chronos", "request")
+        .set("AEGIS_LINE_MAX", "16384")
+        .start();
+    let endpoint = backend.address().to_string();
+    // One that asks for nothing, and one whose request is larger than all of the file.
+    let tap = place.tap(&proxy, &["--endpoint", &endpoint, "--bytes", "4k"]);
+    drop(connect(proxy.address()));
+    proxy.wait_for("aegis_sessions_closed_total", &[], |closed| closed == 1);
+    let client = connect(proxy.address());
+    let value = "v".repeat(6000);
+    assert_eq!(ask(&client, &format!("SET key {value}")), "OK");
+    let (stream, said) = tap.captured();
+    assert!(said.contains("; there was no room for more"), "{said}");
+    assert_eq!(stream.client, client.local_addr().unwrap());
+    assert!(stream.sent_by(stream.client).starts_with(b"SET key vvv"));
+    // While it is not known, nothing is shown.
+    let mut tap = place.tap(&proxy, &["--endpoint", &endpoint, "--for", "1s"]);
+    let client = connect(proxy.address());
+    let ended = tap.ended();
+    assert!(ended.errors.contains("has not come: the time is over"), "{ended:?}");
+    assert!(ended.code == Some(1) && !tap.file.exists());
+    drop(client);
 }
 
 /// The proxy finds out by the reply to the command, when the tap has begun already.
