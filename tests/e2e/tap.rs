@@ -162,6 +162,7 @@ fn a_client_is_captured_from_its_begin_to_its_end(io: Io) {
     assert_eq!((&begun["bytes"], &begun["for_ms"]), (&(1 << 20).into(), &60_000.into()));
     let ended = tap_ended(&proxy);
     assert_eq!((&ended["uid"], &ended["pid"]), (&begun["uid"], &begun["pid"]));
+    assert_eq!([&begun["level"], &ended["level"]], ["WARN"; 2], "a terse log has them as well");
     assert!(ended["pid"].as_u64().unwrap() > 0 && ended["worker"].as_u64().unwrap() < 2);
     for (field, value) in [
         ("route", "default".into()),
