@@ -100,6 +100,11 @@ impl Capture {
         taken == payload.len()
     }
 
+    /// Whether there is no room for another byte.
+    pub fn is_full(&self) -> bool {
+        self.room <= PACKET_HEADERS
+    }
+
     /// Adds an end, if it is the first of its kind.
     pub fn add_end(&mut self, at: Duration, what: What) {
         debug_assert!(!matches!(what, What::Received | What::Sent), "{what:?} is no end");
@@ -185,7 +190,7 @@ mod tests {
             let mut capture = Capture::new(max);
             let memory = capture.memory.capacity();
             while capture.add(AT, What::Received, &[7; 50]) {}
-            assert!(!capture.add(AT, What::Sent, b"x") || capture.room > 0);
+            assert!(capture.is_full() && !capture.add(AT, What::Sent, b"x"));
             for what in &What::ALL[2..] {
                 capture.add_end(AT, *what);
             }

@@ -20,6 +20,9 @@ const CONTROL: &str = "control";
 /// How long the proxy may take to answer; it waits for less.
 const TIME_MAX: Duration = Duration::from_secs(3);
 
+/// How long it may take to read what was captured. The proxy waits for as long.
+const RECORDS_TIME_MAX: Duration = Duration::from_secs(30);
+
 /// Far more than the proxy answers.
 const REPLY_BYTES_MAX: usize = 64 << 10;
 
@@ -56,7 +59,7 @@ impl Done {
         let until = Instant::now() + time + 2 * TIME_MAX;
         match self.talk.reply(until).map_err(text)? {
             Reply::Tapped(tapped) if tapped.len <= TAP_BYTES_MAX => {
-                let records = self.talk.bytes(tapped.len, Instant::now() + TIME_MAX);
+                let records = self.talk.bytes(tapped.len, Instant::now() + RECORDS_TIME_MAX);
                 Ok((tapped, records.map_err(text)?))
             }
             Reply::Refused(why) => Err(plain(&why)),
@@ -87,6 +90,7 @@ impl Talk {
 
     /// Reads so many bytes.
     fn bytes(mut self, len: usize, until: Instant) -> io::Result<Vec<u8>> {
+        self.read.reserve_exact(len.saturating_sub(self.read.len()));
         while self.read.len() < len {
             if !self.read_more(until)? {
                 return Err(io::Error::other("the proxy ended before all was sent"));

@@ -138,6 +138,13 @@ struct Running {
     client: TappedClient,
 }
 
+impl Running {
+    /// Whether this client is known to be the one that is asked for: it may have no endpoint yet.
+    fn is_asked_for(&self) -> bool {
+        self.offer.endpoint.is_none() || self.client.endpoint.is_some()
+    }
+}
+
 impl Tap {
     /// Whether a client is captured.
     pub(super) fn is_running(&self) -> bool {
@@ -178,22 +185,30 @@ impl Tap {
         let wanted = running.offer.endpoint.as_deref();
         let is_first = running.client.endpoint.is_none();
         if is_first && wanted.is_some_and(|wanted| wanted != endpoint.name) {
-            let Running { offer, mut room, .. } = running;
-            room.capture.clear();
-            let pushed = offer.room.push(room);
-            debug_assert!(pushed.is_ok(), "it was taken out");
-            self.on_offer(offer);
-        } else {
-            running.client.endpoint = Some(Arc::clone(endpoint));
-            self.running = Some(running);
+            return self.offer_again(running);
         }
+        running.client.endpoint = Some(Arc::clone(endpoint));
+        let is_full = running.room.capture.is_full();
+        self.running = Some(running);
+        if is_full {
+            self.finish(TapEnd::Full);
+        }
+    }
+
+    /// The client that was captured is not the one that is asked for.
+    fn offer_again(&mut self, Running { offer, mut room, .. }: Running) {
+        room.capture.clear();
+        let pushed = offer.room.push(room);
+        debug_assert!(pushed.is_ok(), "it was taken out");
+        self.on_offer(offer);
     }
 
     #[cold]
     fn add(&mut self, now: Instant, what: What, payload: &[u8]) {
-        let Some(Running { room, client, .. }) = &mut self.running else { return };
-        let at = now.saturating_duration_since(client.since);
-        if !room.capture.add(at, what, payload) {
+        let Some(running) = &mut self.running else { return };
+        let at = now.saturating_duration_since(running.client.since);
+        let has_room = running.room.capture.add(at, what, payload);
+        if !has_room && running.is_asked_for() {
             self.finish(TapEnd::Full);
         }
     }
@@ -204,11 +219,16 @@ impl Tap {
         room.capture.add_end(now.saturating_duration_since(client.since), what);
     }
 
-    /// Hands back what was captured.
+    /// Hands back what was captured, if it is of the client that is asked for. One that leaves without an
+    /// endpoint makes way for the next.
     fn finish(&mut self, end: TapEnd) {
-        if let Some(Running { room: Room { capture, done }, client, .. }) = self.running.take() {
-            let _ = done.send(Tapped { capture, end, client: Some(client) });
+        let Some(running) = self.running.take() else { return };
+        let is_asked_for = running.is_asked_for();
+        if !is_asked_for && end == TapEnd::Closed {
+            return self.offer_again(running);
         }
+        let Running { room: Room { capture, done }, client, .. } = running;
+        let _ = done.send(Tapped { capture, end, client: is_asked_for.then_some(client) });
     }
 }
 
@@ -316,7 +336,9 @@ mod tests {
     }
 
     /// What was captured is what the client has sent, and what it was sent by the one that it met.
-    fn check(sim: &Sim, Tapped { capture, end, .. }: &Tapped) {
+    fn check(sim: &Sim, asked: &Offer, Tapped { capture, end, client }: &Tapped) {
+        let endpoint = client.as_ref().map(|client| client.endpoint.is_some());
+        assert!(asked.endpoint.is_none() || endpoint != Some(false), "one that got none");
         let (received, sent) = (payload(capture, What::Received), payload(capture, What::Sent));
         let backend = sender(sim, &sent);
         assert!(backend.is_none_or(|at| !sim.peers[at].is_client));
@@ -346,7 +368,7 @@ mod tests {
         let (mut closed, mut full) = (0, 0);
         let mut waiting = None;
         while run.engine.driver().elapsed() < Duration::from_secs(10) {
-            let (_, done) = waiting.get_or_insert_with(|| {
+            let (offer, done) = waiting.get_or_insert_with(|| {
                 let size = FILE_BYTES_MIN + run.rng.usize(1..200_000);
                 let endpoint = (run.rng.u8(..4) == 0).then(|| all[0].name.clone());
                 let offer = Offer::new(None, endpoint, run.rng.u32(..3), Capture::new(size));
@@ -354,7 +376,7 @@ mod tests {
                 offer
             });
             if let Ok(tapped) = done.try_recv() {
-                check(run.engine.driver(), &tapped);
+                check(run.engine.driver(), offer, &tapped);
                 closed += u64::from(tapped.end == TapEnd::Closed);
                 full += u64::from(tapped.end == TapEnd::Full);
                 waiting = None;

@@ -1,7 +1,7 @@
 //! The tap: what is captured of a client, and what it costs nobody else.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr};
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::os::unix::net::UnixStream;
@@ -162,6 +162,7 @@ fn a_client_is_captured_from_its_begin_to_its_end(io: Io) {
     assert_eq!((&begun["bytes"], &begun["for_ms"]), (&(1 << 20).into(), &60_000.into()));
     let ended = tap_ended(&proxy);
     assert_eq!((&ended["uid"], &ended["pid"]), (&begun["uid"], &begun["pid"]));
+    assert_eq!([&begun["level"], &ended["level"]], ["WARN"; 2], "a terse log has them as well");
     assert!(ended["pid"].as_u64().unwrap() > 0 && ended["worker"].as_u64().unwrap() < 2);
     for (field, value) in [
         ("route", "default".into()),
@@ -488,6 +489,85 @@ fn one_tap_runs_at_a_time_and_ends_with_who_asked_for_it() {
     ask_once(proxy.address(), "again").unwrap();
     let (stream, _) = tap.captured();
     assert_eq!(stream.sent_by(stream.client), b"again\n");
+}
+
+#[test]
+fn who_gets_no_endpoint_is_not_the_client_of_one() {
+    let place = Place::new();
+    let backend = Backend::scripted(|mut stream| {
+        let lines = BufReader::new(stream).lines().map_while(Result::ok);
+        lines.take_while(|_| stream.write_all(b"OK\n").is_ok()).for_each(drop);
+    });
+    let proxy = place
+        .on(Io::Epoll, &[backend.address()])
+        .protocol("chronos", "request")
+        .set("AEGIS_LINE_MAX", "16384")
+        .start();
+    let endpoint = backend.address().to_string();
+    // One that asks for nothing, and one whose request is larger than all of the file.
+    let tap = place.tap(&proxy, &["--endpoint", &endpoint, "--bytes", "4k"]);
+    drop(connect(proxy.address()));
+    proxy.wait_for("aegis_sessions_closed_total", &[], |closed| closed == 1);
+    let client = connect(proxy.address());
+    let value = "v".repeat(6000);
+    assert_eq!(ask(&client, &format!("SET key {value}")), "OK");
+    let (stream, said) = tap.captured();
+    assert!(said.contains("; there was no room for more"), "{said}");
+    assert_eq!(stream.client, client.local_addr().unwrap());
+    assert!(stream.sent_by(stream.client).starts_with(b"SET key vvv"));
+    // While it is not known, nothing is shown.
+    let mut tap = place.tap(&proxy, &["--endpoint", &endpoint, "--for", "1s"]);
+    let client = connect(proxy.address());
+    let ended = tap.ended();
+    assert!(ended.errors.contains("has not come: the time is over"), "{ended:?}");
+    assert!(ended.code == Some(1) && !tap.file.exists());
+    drop(client);
+}
+
+/// The proxy finds out by the reply to the command, when the tap has begun already.
+#[test]
+fn a_tap_ends_with_who_takes_no_reply() {
+    const REQUEST: &[u8] = b"{\"command\":\"tap\",\"route\":null,\"endpoint\":null,\"passes\":0,\
+        \"bytes\":4096,\"for_ms\":60000}\n";
+    let (place, backend) = (Place::new(), Backend::named("a"));
+    let proxy = place.on(Io::Epoll, &[backend.address()]).start();
+    let mut asker = UnixStream::connect(&place.socket).unwrap();
+    asker.shutdown(Shutdown::Read).unwrap();
+    asker.write_all(REQUEST).unwrap();
+    eventually("the tap has begun", PATIENCE, || proxy.log_events("tap begins").pop());
+    drop(asker);
+    assert_eq!(tap_ended(&proxy)["why"], "who asked for it left");
+    let tap = place.tap(&proxy, &[]);
+    ask_once(proxy.address(), "who").unwrap();
+    let (stream, _) = tap.captured();
+    assert_eq!(stream.sent_by(stream.client), b"who\n");
+}
+
+#[test]
+fn what_cannot_be_written_whole_is_an_error_and_no_file() {
+    const TOO_MUCH: &str = "ulimit -f 8; trap '' XFSZ; exec \"$0\" \"$@\"";
+    let (place, backend) = (Place::new(), Backend::echo());
+    let proxy = place.on(Io::Epoll, &[backend.address()]).start();
+    let file = place.file("part");
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut limited = Command::new("sh");
+    limited.args(["-c", TOO_MUCH]).arg(binary()).arg("tap").arg(&file);
+    let mut standard = Command::new(binary());
+    standard.arg("tap").stdout(full);
+    for (command, bytes, why) in [(limited, 50_000, "File too large"), (standard, 0, "No space")] {
+        let mut command = command;
+        let begun = proxy.log_events("tap begins").len();
+        let child = command.env("AEGIS_CONTROL", place.control()).stderr(Stdio::piped());
+        let child = child.spawn().unwrap();
+        eventually("the tap has begun", PATIENCE, || {
+            (proxy.log_events("tap begins").len() > begun).then_some(())
+        });
+        expect_echo(&connect(proxy.address()), 1, bytes).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(1) && said.contains(why), "{said}");
+        assert!(!file.exists());
+    }
 }
 
 #[test]

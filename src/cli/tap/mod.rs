@@ -4,7 +4,7 @@
 mod pcap;
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use super::control::{ask, option};
 use super::output::fail;
 use super::table::plain;
 use crate::control::logging;
-use crate::control::socket::{Request, Tap};
+use crate::control::socket::{Request, Tap, Tapped};
 
 pub(super) const NAME: &str = "tap";
 
@@ -107,7 +107,7 @@ fn capture(matches: &ArgMatches) -> Result<(), String> {
     let done = ask(matches, &Request::Tap(tap))?;
     logging::complain(&done.text);
     let (tapped, records) = done.tapped(time)?;
-    write(path, &pcap::file(&tapped, &records))?;
+    write(path, &tapped, &records)?;
     logging::complain(plain(&tapped.summary));
     Ok(())
 }
@@ -130,10 +130,14 @@ fn try_output(path: &str) -> Result<(), String> {
     fs::remove_file(path).map_err(|error| format!("{path}: {error}"))
 }
 
-fn write(path: &str, bytes: &[u8]) -> Result<(), String> {
+fn write(path: &str, tapped: &Tapped, records: &[u8]) -> Result<(), String> {
     let written = match path {
-        STANDARD => io::stdout().write_all(bytes),
-        path => create(path)?.write_all(bytes),
+        STANDARD => pcap::write(io::stdout().lock(), tapped, records),
+        path => {
+            let written = pcap::write(create(path)?, tapped, records);
+            // A part of it would look like all that there was.
+            written.inspect_err(|_| drop(fs::remove_file(path)))
+        }
     };
     written.map_err(|error| format!("{path}: {error}"))
 }

@@ -4,6 +4,7 @@
 //! fit the bytes: so tools show one stream. A Unix socket has no addresses; its file says 192.0.2.1 for the
 //! client and 192.0.2.2 for the proxy, which no network has (RFC 5737).
 
+use std::io::{self, BufWriter, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
@@ -34,19 +35,22 @@ const UNKNOWN: [SocketAddr; 2] = [
     SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2)), 2),
 ];
 
-/// Makes the file of what was captured.
-pub(super) fn file(tapped: &Tapped, captured: &[u8]) -> Vec<u8> {
-    let mut file = Vec::new();
-    for number in [MAGIC, 4 << 16 | 2, 0, 0, PACKET_MAX, LINK_TYPE_RAW] {
-        file.extend(number.to_ne_bytes());
-    }
-    debug_assert_eq!(file.len(), FILE_HEADER, "the bound counts with it");
+/// Writes the file of what was captured, packet by packet: all of it once more in memory would be taken
+/// from the container that the proxy runs in.
+///
+/// # Errors
+/// Not all of it could be written.
+pub(super) fn write(file: impl Write, tapped: &Tapped, captured: &[u8]) -> io::Result<()> {
+    let mut file = BufWriter::new(file);
+    let header = [MAGIC, 4 << 16 | 2, 0, 0, PACKET_MAX, LINK_TYPE_RAW].map(u32::to_ne_bytes);
+    debug_assert_eq!(header.as_flattened().len(), FILE_HEADER, "the bound counts with it");
+    file.write_all(header.as_flattened())?;
     let addresses = [tapped.client.unwrap_or(UNKNOWN[0]), tapped.local.unwrap_or(UNKNOWN[1])];
     let since = Duration::from_nanos(tapped.since_ns);
     let mut stream = Stream { file, addresses, since, next: [0; 2] };
-    stream.packet(Duration::ZERO, CLIENT, SYN, &[]);
-    stream.packet(Duration::ZERO, PROXY, SYN | ACK, &[]);
-    stream.packet(Duration::ZERO, CLIENT, ACK, &[]);
+    stream.packet(Duration::ZERO, CLIENT, SYN, &[])?;
+    stream.packet(Duration::ZERO, PROXY, SYN | ACK, &[])?;
+    stream.packet(Duration::ZERO, CLIENT, ACK, &[])?;
     for Record { at, what, payload } in records(captured) {
         let (from, flags) = match what {
             What::Received => (CLIENT, PSH | ACK),
@@ -56,14 +60,14 @@ pub(super) fn file(tapped: &Tapped, captured: &[u8]) -> Vec<u8> {
             What::ClientReset => (CLIENT, RST | ACK),
             What::ProxyReset => (PROXY, RST | ACK),
         };
-        stream.packet(at, from, flags, payload);
+        stream.packet(at, from, flags, payload)?;
     }
-    stream.file
+    stream.file.flush()
 }
 
 /// A file with what was on its way so far.
-struct Stream {
-    file: Vec<u8>,
+struct Stream<W: Write> {
+    file: BufWriter<W>,
     /// The client's and the proxy's.
     addresses: [SocketAddr; 2],
     /// What times are counted from, since the Unix epoch.
@@ -72,8 +76,14 @@ struct Stream {
     next: [u32; 2],
 }
 
-impl Stream {
-    fn packet(&mut self, at: Duration, from: usize, flags: u8, payload: &[u8]) {
+impl<W: Write> Stream<W> {
+    fn packet(
+        &mut self,
+        at: Duration,
+        from: usize,
+        flags: u8,
+        payload: &[u8],
+    ) -> io::Result<()> {
         let [source, target] = [from, 1 - from].map(|side| self.addresses[side]);
         let mut segment = Vec::with_capacity(TCP_HEADER + payload.len());
         segment.extend(source.port().to_be_bytes());
@@ -89,13 +99,13 @@ impl Stream {
         let header = ip_header(source.ip(), target.ip(), &mut segment);
         let time = self.since + at;
         let len = (header.len() + segment.len()) as u32;
-        for number in [time.as_secs() as u32, time.subsec_nanos(), len, len] {
-            self.file.extend(number.to_ne_bytes());
+        let about = [time.as_secs() as u32, time.subsec_nanos(), len, len].map(u32::to_ne_bytes);
+        for part in [about.as_flattened(), &header, &segment] {
+            self.file.write_all(part)?;
         }
-        self.file.extend_from_slice(&header);
-        self.file.extend_from_slice(&segment);
         let numbered = payload.len() as u32 + u32::from(flags & (SYN | FIN) != 0);
         self.next[from] = self.next[from].wrapping_add(numbered);
+        Ok(())
     }
 }
 

@@ -128,8 +128,12 @@ impl Control {
             Ok((text, after)) => (Reply::Done(text), after),
             Err(why) => (Reply::Refused(why), After::End),
         };
-        stream.write_all(&line_of(&reply)).await?;
-        Ok(after)
+        let written = stream.write_all(&line_of(&reply)).await;
+        match after {
+            // It has begun, so it is to be ended, and that logged, though nobody hears of it.
+            After::Tap(_) => Ok(after),
+            After::End | After::Wait(_) => written.map(|()| after),
+        }
     }
 
     fn carry_out(&self, request: Request, who: Credentials) -> Result<(String, After), String> {

@@ -1,7 +1,8 @@
 //! The tap: what one new client says and is told, for who asks for it.
 //!
 //! It shows what nothing else does, so it is one at a time, bounded in bytes and time, and logged with
-//! who asked, at its begin and its end. No file is written here: who asks does that, with its own rights.
+//! who asked, at its begin and its end, as warnings: a log without them would hide it. No file is written
+//! here: who asks does that, with its own rights.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,7 +11,7 @@ use tokio::io::{self, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{sleep, timeout};
-use tracing::{debug, info};
+use tracing::{debug, warn};
 
 use super::message::{Reply, Tap, Tapped};
 use super::{line_of, until_it_leaves};
@@ -78,7 +79,7 @@ impl Taps {
         let tapping = Tapping { view, asked, who, offer, tapped, _place: place };
         tapping.tell_workers();
         let Tap { route, endpoint, .. } = &tapping.asked;
-        info!(uid, pid, route, endpoint, passes, bytes, for_ms, "tap begins");
+        warn!(uid, pid, route, endpoint, passes, bytes, for_ms, "tap begins");
         Ok((format!("waiting for {}", tapping.wanted()), tapping))
     }
 
@@ -170,7 +171,7 @@ impl Tapping {
         let endpoint = client.endpoint.as_ref().map(|endpoint| endpoint.name.as_str());
         let bytes = capture.payload();
         let shown = address.map(|address| address.to_string());
-        info!(uid, pid, route, endpoint, worker, client = shown, bytes, why, "tap ended");
+        warn!(uid, pid, route, endpoint, worker, client = shown, bytes, why, "tap ended");
         let from = shown.map(|shown| format!(" from {shown}")).unwrap_or_default();
         let to = endpoint.map(|endpoint| format!(", served by {endpoint}")).unwrap_or_default();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -187,7 +188,7 @@ impl Tapping {
     fn tell_of_none(&self, why: &str) -> String {
         let Credentials { uid, pid, .. } = self.who;
         let Tap { route, endpoint, .. } = &self.asked;
-        info!(uid, pid, route, endpoint, bytes = 0, why, "tap ended");
+        warn!(uid, pid, route, endpoint, bytes = 0, why, "tap ended");
         let note = "clients that are connected already are not captured";
         format!("{} has not come: {why}; {note}", self.wanted())
     }
