@@ -187,7 +187,7 @@ fn two_routes_to_one_server_have_a_limit_of_connections_each(io: Io) {
     let server = Backend::named("server");
     let proxy = Builder::on(io)
         .set("AEGIS_ROUTES", "orders,stock")
-        .set("AEGIS_BACKENDS", &text(&server))
+        .set("AEGIS_BACKENDS", text(&server))
         .set("AEGIS_ENDPOINT_MAX", "2")
         .set("AEGIS_POOL_MIN_IDLE", "0")
         .set("AEGIS_QUEUE_TIMEOUT", "30s")

@@ -77,13 +77,7 @@ struct Stream<W: Write> {
 }
 
 impl<W: Write> Stream<W> {
-    fn packet(
-        &mut self,
-        at: Duration,
-        from: usize,
-        flags: u8,
-        payload: &[u8],
-    ) -> io::Result<()> {
+    fn packet(&mut self, at: Duration, from: usize, flags: u8, payload: &[u8]) -> io::Result<()> {
         let [source, target] = [from, 1 - from].map(|side| self.addresses[side]);
         let mut segment = Vec::with_capacity(TCP_HEADER + payload.len());
         segment.extend(source.port().to_be_bytes());

@@ -121,7 +121,7 @@ impl Scene {
         self
     }
 
-    fn is_needed(&mut self, endpoint: u16) -> bool {
+    fn is_needed(&mut self, endpoint: usize) -> bool {
         let any_usable = self.table.any_usable();
         self.placing().is_needed(at(endpoint), any_usable)
     }
