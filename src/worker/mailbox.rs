@@ -121,6 +121,11 @@ impl Mailbox {
         self.wake();
     }
 
+    /// Whether the worker has seen the latest one.
+    pub fn has_seen_tap(&self) -> bool {
+        self.tap.is_empty()
+    }
+
     /// An offer that the worker has not seen. For the worker.
     pub fn take_tap(&self) -> Option<Arc<Offer>> {
         self.tap.pop()

@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::mem::take;
 use std::net::{Shutdown, SocketAddr};
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -64,12 +65,12 @@ impl Place {
         let begun = proxy.log_events("tap begins").len();
         let file = self.file(&format!("{begun}.pcap"));
         let mut child = self.command(&file, arguments);
-        let child = child.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let tap = Tap { child: Some(child), file };
-        eventually("the tap has begun", PATIENCE, || {
-            (proxy.log_events("tap begins").len() > begun).then_some(())
-        });
-        tap
+        let mut child = child.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut said = BufReader::new(child.stderr.take().unwrap());
+        let mut begins = String::new();
+        said.read_line(&mut begins).unwrap();
+        assert!(begins.contains("waiting for"), "{begins}");
+        Tap { child: Some(child), begins, said, file }
     }
 
     fn command(&self, file: &Path, arguments: &[&str]) -> Command {
@@ -89,6 +90,8 @@ impl Place {
 /// A tap that runs.
 struct Tap {
     child: Option<Child>,
+    begins: String,
+    said: BufReader<ChildStderr>,
     file: PathBuf,
 }
 
@@ -96,9 +99,10 @@ impl Tap {
     fn ended(&mut self) -> Ended {
         let mut child = self.child.take().unwrap();
         let status = eventually("the tap ends", PATIENCE, || child.try_wait().unwrap());
-        let mut ended = Ended { code: status.code(), output: String::new(), errors: String::new() };
+        let mut ended =
+            Ended { code: status.code(), output: String::new(), errors: take(&mut self.begins) };
         child.stdout.unwrap().read_to_string(&mut ended.output).unwrap();
-        child.stderr.unwrap().read_to_string(&mut ended.errors).unwrap();
+        self.said.read_to_string(&mut ended.errors).unwrap();
         ended
     }
 
@@ -184,7 +188,6 @@ fn requests_and_what_the_proxy_answers_itself_are_captured(io: Io) {
         .start();
     let tap = place.tap(&proxy, &[]);
     let client = connect(proxy.address());
-    let others: Vec<_> = (0..4).map(|_| connect(proxy.address())).collect();
     let (mut asked, mut told) = (String::new(), String::new());
     let mut talk = |request: &str| {
         let reply = ask(&client, request);
@@ -192,6 +195,9 @@ fn requests_and_what_the_proxy_answers_itself_are_captured(io: Io) {
         told.extend([&reply, "\n"]);
         reply
     };
+    talk("PING");
+    // Before it was let in, another worker might have let one of these in first.
+    let others: Vec<_> = (0..4).map(|_| connect(proxy.address())).collect();
     for at in 0..20 {
         assert_eq!(talk(&format!("SET key-{at} value-{at}")), "OK");
         for (number, other) in others.iter().enumerate() {

@@ -128,6 +128,9 @@ impl Control {
             Ok((text, after)) => (Reply::Done(text), after),
             Err(why) => (Reply::Refused(why), After::End),
         };
+        if let After::Tap(tapping) = &after {
+            tapping.until_heard().await;
+        }
         let written = stream.write_all(&line_of(&reply)).await;
         match after {
             // It has begun, so it is to be ended, and that logged, though nobody hears of it.

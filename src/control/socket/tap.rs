@@ -25,6 +25,11 @@ use crate::worker::tap::{self, Offer, TapEnd, TappedClient};
 /// How long a worker may take to hand back what it has captured: far more than a turn.
 const HAND_BACK_MAX: Duration = Duration::from_secs(3);
 
+/// How long who asks waits at most for all workers to know it: a turn of each, if none hangs.
+const HEARD_MAX: Duration = Duration::from_secs(1);
+/// How often that is looked at.
+const HEARD_EVERY: Duration = Duration::from_millis(1);
+
 /// How long a client may take to read all of it.
 const READ_MAX: Duration = Duration::from_secs(30);
 
@@ -107,6 +112,18 @@ impl Tapping {
     fn tell_workers(&self) {
         for worker in self.view.workers() {
             worker.mailbox.offer_tap(Arc::clone(&self.offer));
+        }
+    }
+
+    /// Waits until all workers know of it, so that the very next client is not missed.
+    pub(super) async fn until_heard(&self) {
+        let heard = async {
+            while !self.view.workers().iter().all(|worker| worker.mailbox.has_seen_tap()) {
+                sleep(HEARD_EVERY).await;
+            }
+        };
+        if timeout(HEARD_MAX, heard).await.is_err() {
+            debug!("a worker hangs, and has not heard of the tap");
         }
     }
 
