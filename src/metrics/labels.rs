@@ -306,7 +306,7 @@ labels! {
         /// The network: a hundredth of all segments to an endpoint had to be sent again.
         NetworkLossy = "network_lossy",
         /// The proxy's limits: clients wait for a backend connection for a fifth of the time until their
-        /// first byte, or gave up.
+        /// first byte, or get none.
         PoolSmall = "pool_small",
         /// The proxy's limits: nearly as many sessions are open as may be.
         SessionLimit = "session_limit",

@@ -358,15 +358,15 @@ fn queued(grown: &Growth, is_clear: bool) -> Option<String> {
     if !(waits && is_clear) && gave_up == 0 {
         return None;
     }
-    let mut words = format!(
-        "clients wait {} for a backend connection, {:.0} % of the time until their first byte",
-        time(queue.mean()),
-        share * 100.0
-    );
-    if gave_up > 0 {
-        let _ = write!(words, "; {gave_up} gave up");
-    }
-    Some(words)
+    // Those that got none are not among those that were counted as they got theirs.
+    let late = waits.then(|| {
+        let (wait, percent) = (time(queue.mean()), share * 100.0);
+        format!(
+            "clients wait {wait} for a backend connection, {percent:.0} % of the time until their first byte"
+        )
+    });
+    let vain = (gave_up > 0).then(|| format!("{gave_up} clients got no backend connection"));
+    Some(late.into_iter().chain(vain).collect::<Vec<_>>().join("; "))
 }
 
 /// Whether connects fail, or endpoints are ejected.
