@@ -252,18 +252,20 @@ fn bytes_that_cannot_be_told_apart_are_logged_as_a_request_and_a_session(io: Io)
 
 fn a_client_of_requests_says_who_ended_first(io: Io) {
     let backend = server();
-    for (path, first, reason) in [
-        ("until-end", Value::from("backend"), "finished"),
-        ("cut", "backend".into(), "backend_reset"),
-    ] {
+    let ends: [(_, fn(TcpStream), _); 3] = [
+        ("until-end", drop, "finished"),
+        ("until-end", reset, "client_reset"),
+        ("cut", drop, "backend_reset"),
+    ];
+    for (path, leave, reason) in ends {
         let proxy = shared(io, &backend, "http1");
         let mut client = connect(proxy.address());
         write!(client, "GET /{path} HTTP/1.1\r\n\r\n").unwrap();
         let _ = read_to_end(&client);
-        drop(client);
+        leave(client);
         let session = end(&proxy, "session");
         assert_eq!(session["aegis.end"], reason, "{session}");
-        assert_eq!(session["aegis.ended_first"], first, "{session}");
+        assert_eq!(session["aegis.ended_first"], "backend", "{session}");
     }
     let proxy = shared(io, &backend, "http1");
     reset(connect(proxy.address()));

@@ -1,7 +1,7 @@
 //! The label of a primary moves to another pod: new sessions follow it at once, old ones are cut, little
 //! by little. What real databases make of it is in `databases/switchover.rs`.
 
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -24,6 +24,7 @@ on_both_drivers![
     sessions_on_which_nothing_has_moved_follow_unharmed,
     following_is_no_attempt,
     a_connect_under_way_follows_though_it_was_the_only_attempt,
+    a_cancel_request_that_has_to_move_meets_nobody_twice,
     an_upgraded_connection_on_which_nothing_has_moved_since_is_cut,
     a_moment_with_two_primaries_delays_no_cut,
     promotions_in_quick_succession_refuse_nobody_and_leave_nothing_behind,
@@ -213,6 +214,44 @@ fn a_connect_under_way_follows_though_it_was_the_only_attempt(io: Io) {
     api.label_pod("orders-1", &role("replica"));
     api.label_pod("orders-2", &role("primary"));
     assert_eq!(ask(&client, "who"), "b");
+}
+
+fn a_cancel_request_that_has_to_move_meets_nobody_twice(io: Io) {
+    const CANCEL: [u8; 16] = [0, 0, 0, 16, 4, 210, 22, 46, 0, 0, 0, 42, 1, 2, 3, 4];
+    let api = KubeApi::start();
+    let heard = Arc::new(AtomicU64::new(0));
+    let hears = Arc::clone(&heard);
+    // It ends the connection without a word, as PostgreSQL does.
+    let server = Backend::scripted_at((host_ip(), 0).into(), move |mut stream| {
+        if stream.read_exact(&mut [0; CANCEL.len()]).is_ok() {
+            hears.fetch_add(1, Relaxed);
+        }
+    });
+    let hole = BlackHole::at(host_ip());
+    let pod = |name, role_of, address| api.pod(name, &role(role_of), address);
+    pod("orders-1", "primary", hole.address());
+    let proxy = follows_primary(Builder::on(io), &api)
+        .without_pool()
+        .set("AEGIS_PRESET", "postgres")
+        .set("AEGIS_WORKERS", "1")
+        .set("AEGIS_CONNECT_TIMEOUT", "60s")
+        .start();
+    proxy.wait_for_endpoints(1);
+    pod("orders-2", "primary", server.address());
+    proxy.wait_for_endpoints(2);
+    // One at least is at the server first, and then at the hole.
+    let clients = [(); 2].map(|()| {
+        let mut client = connect(proxy.address());
+        client.write_all(&CANCEL).unwrap();
+        client
+    });
+    proxy.wait_for(ENDPOINT_SESSIONS, &[("endpoint", "orders-1")], |count| count == 2);
+    assert!(heard.load(Relaxed) > 0);
+    api.label_pod("orders-1", &role("replica"));
+    for client in clients {
+        assert_eq!((&client).read(&mut [0]).unwrap(), 0);
+    }
+    assert_eq!(heard.load(Relaxed), 2);
 }
 
 fn an_upgraded_connection_on_which_nothing_has_moved_since_is_cut(io: Io) {

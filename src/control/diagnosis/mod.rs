@@ -65,6 +65,8 @@ pub struct Finding {
     pub words: String,
     /// Since when.
     pub since: Instant,
+    /// How many looks have found it: what only one has is not said.
+    pub looks: u32,
 }
 
 impl Finding {
@@ -161,10 +163,11 @@ impl Looks {
         for finding in &mut found.list {
             if let Some(same) = self.found.iter().find(|known| known.is_about(finding)) {
                 finding.since = same.since;
+                finding.looks += same.looks;
             }
         }
         self.found = found.list;
-        self.found.iter().filter(|finding| finding.since < now).cloned().collect()
+        self.found.iter().filter(|finding| finding.looks > 1).cloned().collect()
     }
 }
 
@@ -176,7 +179,7 @@ struct Found {
 
 impl Found {
     fn add(&mut self, problem: Problem, route: Option<usize>, words: String) {
-        self.list.push(Finding { problem, route, words, since: self.since });
+        self.list.push(Finding { problem, route, words, since: self.since, looks: 1 });
     }
 
     fn in_process(&mut self, view: &View, known: &[Finding], before: &Sample, now: &Sample) {
@@ -232,7 +235,7 @@ impl Found {
         let asks = route.config.pool.mode == PoolMode::Request && !is_outage;
         let is_silent = asks && now.ended.only_gave_up_since(remembered.ended);
         let unanswered = unanswered(&grown, is_silent);
-        let is_to_blame = is_silent || unusual.is_some() || unanswered.is_some();
+        let is_to_blame = unusual.is_some() || unanswered.is_some();
         let slow = unusual.or_else(|| above_limit(grown.first_byte, route.config));
         let slow: Vec<_> = slow.into_iter().chain(unanswered).collect();
         if !slow.is_empty() {
@@ -240,7 +243,10 @@ impl Found {
         }
         let is_clear = !is_blurred && refusing.is_none();
         if let Some(words) = queued(&grown, is_clear).filter(|_| !is_outage && !is_to_blame) {
-            self.add(Problem::PoolSmall, about, words);
+            // Where nobody was answered since the latest look, the backend may have stopped, or never answers
+            // more often: what was found before goes on, and is no more certain than it was.
+            let (problem, looks) = (Problem::PoolSmall, u32::from(!is_silent));
+            self.list.push(Finding { problem, route: about, words, since: self.since, looks });
         }
         let others = [
             (Problem::NoEndpoint, no_endpoint),

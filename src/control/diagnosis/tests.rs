@@ -1,5 +1,7 @@
 //! What is found where several things are wrong, or seem to be.
 
+use std::cell::Cell;
+
 use super::*;
 use crate::config::Config;
 use crate::control::testing::{block_on, endpoint, view};
@@ -124,6 +126,26 @@ fn a_backend_that_answers_nothing_is_told_from_a_pool_that_is_too_small() {
     let mut scene = usual(&[("AEGIS_POOL_MODE", "session")]);
     let found = scene.pass(|scene| scene.route().count_close(CloseReason::QueueTimeout));
     assert_eq!(found, [("pool_small", "9 clients got no backend connection".to_owned())]);
+}
+
+#[test]
+fn a_pool_that_is_too_small_is_found_though_answers_are_few_and_far_between() {
+    let mut scene = Scene::new(&[]);
+    let seconds = Cell::new(0);
+    let mut pass = || {
+        scene.pass(|scene| {
+            scene.give_up(Outcome::QueueTimeout);
+            if seconds.replace(seconds.get() + 1) % 3 == 0 {
+                scene.route().first_byte.record(3000 * MS);
+            }
+        })
+    };
+    // Whether the latest look has seen one or not.
+    for _ in 0..3 {
+        let found = pass();
+        assert_eq!(kinds(&found), ["pool_small"], "{found:?}");
+        seconds.set(seconds.get() + 1);
+    }
 }
 
 #[test]

@@ -194,9 +194,12 @@ impl Table {
 
     /// Whether there is a usable endpoint that was not tried.
     pub fn has_other(&self, tried: &Tried) -> bool {
-        let entries = self.present.iter().filter(|&&index| !tried.contains(index));
-        let mut entries = entries.filter_map(|&index| self.entries[usize::from(index)].as_ref());
-        entries.any(|entry| Among::Usable.holds(entry))
+        self.untried(tried).any(|entry| Among::Usable.holds(entry))
+    }
+
+    fn untried<'a>(&'a self, tried: &'a Tried) -> impl Iterator<Item = &'a Entry> {
+        let untried = self.present.iter().filter(|&&index| !tried.contains(index));
+        untried.filter_map(|&index| self.get(index))
     }
 
     /// An endpoint was chosen.
@@ -279,9 +282,8 @@ impl Table {
 
     /// Whether there is a usable endpoint that was not tried and is full.
     fn has_full(&self, tried: &Tried) -> bool {
-        let entries = self.present.iter().filter(|&&index| !tried.contains(index));
-        let mut entries = entries.filter_map(|&index| self.entries[usize::from(index)].as_ref());
-        entries.any(|entry| Among::Usable.holds(entry) && !Having::Anything.holds(entry))
+        let is_full = |entry: &Entry| Among::Usable.holds(entry) && !Having::Anything.holds(entry);
+        self.untried(tried).any(is_full)
     }
 
     fn pick_now(&self, search: &Search<'_>, rng: &mut fastrand::Rng) -> Option<EndpointId> {

@@ -86,8 +86,11 @@ impl Route {
         if session.has_client_left() || !may_move || !is_unused {
             return false;
         }
-        // Nothing has failed, so this is none of its attempts.
-        session.forget_tried();
+        // Nothing has failed, so this is none of its attempts. Only a cancel request still passes those by
+        // that have had it: there it could meet the next query.
+        if session.cancel().is_none() {
+            session.forget_tried();
+        }
         if session.is_open() {
             // It costs no retry: the endpoint has seen nothing of it.
             return self.move_session(cx, key, Retry::Forgotten);

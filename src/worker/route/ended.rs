@@ -91,7 +91,7 @@ impl Route {
         if let Some(client) = client.filter(|_| self.tells_of(cx, how)) {
             let lasted = client.age(cx.now);
             let end = self.end_of(cx, client, how, lasted);
-            let ended_first = how.broken().or(client.ended_first());
+            let ended_first = client.ended_first().or(how.broken());
             cx.ends.tell(End { ended_first, bytes: client.bytes(), ..end });
         }
     }

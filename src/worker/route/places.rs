@@ -136,7 +136,7 @@ impl Route {
         }
     }
 
-    /// The same but for requests, for which connections are made as pools are refilled.
+    /// The same except for requests, for which connections are made as pools are refilled.
     pub(super) fn gather_places<D: Driver>(&mut self, cx: &mut Context<D>) {
         self.pools.places_at = None;
         for endpoint in self.pools.table.indices() {

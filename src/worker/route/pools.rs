@@ -322,12 +322,15 @@ impl Pools {
 
     pub(super) fn on_readmitted(&mut self, endpoint: EndpointId) {
         let Some(entry) = self.table.get_mut(endpoint) else { return };
-        entry.stats().ejected.set(0);
-        tracing::info!(
-            route = self.name_in_log.as_deref(),
-            endpoint = entry.endpoint.name,
-            "usable again"
-        );
+        // One that was only in doubt was never said to be ejected.
+        if entry.stats().ejected.get() > 0 {
+            entry.stats().ejected.set(0);
+            tracing::info!(
+                route = self.name_in_log.as_deref(),
+                endpoint = entry.endpoint.name,
+                "usable again"
+            );
+        }
         self.free(endpoint);
         self.mark_short(endpoint);
     }

@@ -1,6 +1,5 @@
 //! Keeping the pools filled, and looking after endpoints: what pools, sessions and requests do together.
 
-use crate::proxy::endpoints::EndpointId;
 use std::io;
 use std::time::Instant;
 
@@ -10,6 +9,7 @@ use crate::io::{Buf, Chain, Close, ConnId, Driver};
 use crate::limits;
 use crate::metrics::{CloseReason, Discard, Retry};
 use crate::proxy::Side;
+use crate::proxy::endpoints::EndpointId;
 use crate::proxy::health::AT_ONCE;
 use crate::proxy::request::Client;
 use crate::proxy::session::{Session, Verdict};
@@ -224,7 +224,7 @@ impl Route {
         cx.owners.set(conn, Owner::Idle { endpoint, greeting });
     }
 
-    /// A idle connection ended or broke while it was idle.
+    /// A connection ended or broke while it was idle.
     pub(super) fn on_idle_died<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
@@ -234,8 +234,8 @@ impl Route {
         self.pools.discard_idle(cx, endpoint, conn, Discard::Dead);
     }
 
-    /// Likewise for those that are lent: the next one is open and silent, or there is none. What
-    /// the kernel had told by the end of a turn need not be all that there was to tell.
+    /// Discards the idle connections that would be acquired next, up to the first one that is open and
+    /// silent. What the kernel had told by the end of a turn need not be all that there was to tell.
     pub(super) fn prove_latest<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) {
         while let Some(entry) = self.pools.table.get_mut(endpoint)
             && let Some(conn) = entry.pool.latest_conn()
