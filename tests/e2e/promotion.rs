@@ -220,11 +220,11 @@ fn a_cancel_request_that_has_to_move_meets_nobody_twice(io: Io) {
     const CANCEL: [u8; 16] = [0, 0, 0, 16, 4, 210, 22, 46, 0, 0, 0, 42, 1, 2, 3, 4];
     let api = KubeApi::start();
     let heard = Arc::new(AtomicU64::new(0));
-    let hears = Arc::clone(&heard);
+    let count = Arc::clone(&heard);
     // It ends the connection without a word, as PostgreSQL does.
     let server = Backend::scripted_at((host_ip(), 0).into(), move |mut stream| {
         if stream.read_exact(&mut [0; CANCEL.len()]).is_ok() {
-            hears.fetch_add(1, Relaxed);
+            count.fetch_add(1, Relaxed);
         }
     });
     let hole = BlackHole::at(host_ip());
