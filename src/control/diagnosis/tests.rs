@@ -125,7 +125,7 @@ fn a_backend_that_answers_nothing_is_told_from_a_pool_that_is_too_small() {
     // Sessions may be silent for long.
     let mut scene = usual(&[("AEGIS_POOL_MODE", "session")]);
     let found = scene.pass(|scene| scene.route().count_close(CloseReason::QueueTimeout));
-    assert_eq!(found, [("pool_small", "9 clients got no backend connection".to_owned())]);
+    assert_eq!(found, [("pool_small", "10 clients got no backend connection".to_owned())]);
 }
 
 #[test]
