@@ -234,6 +234,7 @@ fn a_cancel_request_that_has_to_move_meets_nobody_twice(io: Io) {
         .without_pool()
         .set("AEGIS_PRESET", "postgres")
         .set("AEGIS_WORKERS", "1")
+        .set("AEGIS_SLOW_START", "off")
         .set("AEGIS_CONNECT_TIMEOUT", "60s")
         .start();
     proxy.wait_for_endpoints(1);
