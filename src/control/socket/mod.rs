@@ -125,34 +125,32 @@ impl Control {
     async fn answer(&self, stream: &mut UnixStream, who: Credentials) -> io::Result<After> {
         let done = read_request(stream).await?.and_then(|request| self.carry_out(request, who));
         let (reply, after) = match done {
-            Ok((text, after)) => (Reply::Done(text), after),
+            Ok((None, after)) => return Ok(after),
+            Ok((Some(text), after)) => (Reply::Done(text), after),
             Err(why) => (Reply::Refused(why), After::End),
         };
-        if let After::Tap(tapping) = &after {
-            tapping.until_heard().await;
-        }
-        let written = stream.write_all(&line_of(&reply)).await;
-        match after {
-            // It has begun, so it is to be ended, and that logged, though nobody hears of it.
-            After::Tap(_) => Ok(after),
-            After::End | After::Wait(_) => written.map(|()| after),
-        }
+        stream.write_all(&line_of(&reply)).await?;
+        Ok(after)
     }
 
-    fn carry_out(&self, request: Request, who: Credentials) -> Result<(String, After), String> {
+    /// Carries a command out. Returns what is said of it here, if anything is, and what is to be done then.
+    fn carry_out(
+        &self,
+        request: Request,
+        who: Credentials,
+    ) -> Result<(Option<String>, After), String> {
         Ok(match request {
             Request::Drain { wait } => {
                 let after = self.place_to_wait(wait)?;
-                (self.drain(who), after)
+                (Some(self.drain(who)), after)
             }
-            Request::LogLevel { filter: None, .. } => (self.log_level.show(), After::End),
+            Request::LogLevel { filter: None, .. } => (Some(self.log_level.show()), After::End),
             Request::LogLevel { filter: Some(filter), for_ms } => {
-                (self.log_level.set(&filter, for_ms, who)?, After::End)
+                (Some(self.log_level.set(&filter, for_ms, who)?), After::End)
             }
-            Request::Tap(tap) => {
-                let (text, tapping) = self.taps.begin(tap, who)?;
-                (text, After::Tap(tapping))
-            }
+            // What has begun is to be ended, and that logged, so nothing here may give it up: who asked
+            // may have left, or its time be over.
+            Request::Tap(tap) => (None, After::Tap(self.taps.begin(tap, who)?)),
         })
     }
 
@@ -242,5 +240,33 @@ impl Refusals {
         let more = std::mem::take(&mut self.unlogged);
         warn!(uid, gid, pid, more, "refused on the control socket: neither root nor the own user");
         self.logged_at = Some(Instant::now());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::testing;
+
+    /// Who is slow to ask, and workers that are slow to hear of it, are together slower than an answer
+    /// may be.
+    #[test]
+    fn a_tap_that_has_begun_comes_to_its_end() {
+        const ASK: &[u8] = b"{\"command\":\"tap\",\"route\":null,\"endpoint\":null,\"passes\":0,\
+            \"bytes\":4096,\"for_ms\":1}\n";
+        testing::block_on(async {
+            let view = Arc::new(testing::view(testing::config(), Vec::new()));
+            let control = Arc::new(Control::new(view, Arc::default()));
+            let (mut client, served) = UnixStream::pair().unwrap();
+            let who = Credentials { pid: 1, uid: 0, gid: 0 };
+            let place = Arc::clone(&control.places).acquire_owned().await.unwrap();
+            tokio::spawn(Arc::clone(&control).talk(served, who, place));
+            sleep(TIME_MAX * 3 / 4).await;
+            client.write_all(ASK).await.unwrap();
+            let mut said = String::new();
+            client.read_to_string(&mut said).await.unwrap();
+            assert!(said.contains("waiting for the next client"), "{said}");
+            assert!(said.contains("has not come: the time is over"), "{said}");
+        });
     }
 }

@@ -58,11 +58,11 @@ impl Taps {
         Self { view, place: Arc::new(Semaphore::new(1)) }
     }
 
-    /// Has the workers wait for the client that is asked for, and says so.
+    /// Has the workers wait for the client that is asked for.
     ///
     /// # Errors
     /// That is not possible; the message says why, and what to do.
-    pub(super) fn begin(&self, asked: Tap, who: Credentials) -> Result<(String, Tapping), String> {
+    pub(super) fn begin(&self, asked: Tap, who: Credentials) -> Result<Tapping, String> {
         let Tap { bytes, for_ms, passes, .. } = asked;
         if !(TAP_BYTES_MIN..=TAP_BYTES_MAX).contains(&bytes) {
             return Err(format!("--bytes is to be from {TAP_BYTES_MIN} to {TAP_BYTES_MAX}"));
@@ -85,7 +85,7 @@ impl Taps {
         tapping.tell_workers();
         let Tap { route, endpoint, .. } = &tapping.asked;
         warn!(uid, pid, route, endpoint, passes, bytes, for_ms, "tap begins");
-        Ok((format!("waiting for {}", tapping.wanted()), tapping))
+        Ok(tapping)
     }
 
     /// The route that is asked for, if one is, where it has the endpoint.
@@ -116,7 +116,7 @@ impl Tapping {
     }
 
     /// Waits until all workers know of it, so that the very next client is not missed.
-    pub(super) async fn until_heard(&self) {
+    async fn until_heard(&self) {
         let heard = async {
             while !self.view.workers().iter().all(|worker| worker.mailbox.has_seen_tap()) {
                 sleep(HEARD_EVERY).await;
@@ -141,8 +141,12 @@ impl Tapping {
         text
     }
 
-    /// Waits for what is captured, and sends it to who has asked.
+    /// Says what is waited for, waits for what is captured, and sends it to who has asked.
     pub(super) async fn run(mut self, mut stream: UnixStream) {
+        self.until_heard().await;
+        let begins = Reply::Done(format!("waiting for {}", self.wanted()));
+        // It fits into the socket. Whether somebody is there is seen next.
+        let _ = stream.write_all(&line_of(&begins)).await;
         let (tapped, why) = self.wait(&stream).await;
         let captured = tapped.and_then(|tapped| Some((tapped.client?, tapped.capture)));
         let reply = match &captured {
