@@ -172,8 +172,8 @@ fn clients_that_wait_since_a_backend_has_become_slow_wait_for_the_backend() {
     let _load = Load::asking(2, proxy.address());
     proxy.wait_for("aegis_requests_total", &[("outcome", "answered")], |n| n > 500);
     takes.store(200, Relaxed);
-    let _more = Load::asking(10, proxy.address());
     found(&proxy, "backend_slow");
+    let _more = Load::asking(10, proxy.address());
     // Until nothing is compared with the time before.
     thread::sleep(2 * WINDOW);
     are_all(&proxy, &["backend_slow"]);
