@@ -46,7 +46,8 @@ pub fn table(lines: &[Line]) -> String {
             median(runs, |run| run.done.p99_ms).map(|ms| format!("{ms:.1} ms"))
         });
         row(&mut text, "", "CPU of the proxy for each", line, |runs| {
-            let cpu = median(runs, |run| (run.cpu_us > 0.0).then_some(run.cpu_us))?;
+            let cpu =
+                median(runs, |run| (run.cpu_us > 0.0 && run.done.count > 0).then_some(run.cpu_us))?;
             Some(format!("{cpu:.1} µs"))
         });
     }
@@ -79,5 +80,5 @@ fn median(runs: &[Run], value: impl Fn(&Run) -> Option<f64>) -> Option<f64> {
 fn paired(runs: &[Run], direct: &[Run]) -> Option<f64> {
     let pairs = runs.iter().zip(direct);
     let ratios = pairs.map(|(own, direct)| own.done.per_second / direct.done.per_second);
-    Summary::of(ratios).map(|summary| summary.median)
+    Summary::of(ratios.filter(|ratio| ratio.is_finite())).map(|summary| summary.median)
 }
