@@ -17,6 +17,7 @@ use crate::support::backend::{Backend, reset_on_close};
 use crate::support::client::{
     ask, ask_once, connect, expect_echo, read_expected, read_to_end, reset, wait_closed,
 };
+use crate::support::metrics::SESSIONS_ACTIVE;
 use crate::support::pcap::{FIN, RST, Stream};
 use crate::support::proxy::{Builder, Ended, Proxy, binary};
 use crate::support::sandbox::hand_over;
@@ -256,6 +257,7 @@ fn bulk_is_captured_whole_and_moved_by_pipe_no_more(io: Io) {
     let proxy = place.on(io, &[backend.address()]).start();
     let tap = place.tap(&proxy, &["--bytes", "16m"]);
     let client = connect(proxy.address());
+    proxy.wait_for(SESSIONS_ACTIVE, &[], |active| active == 1);
     // Another one at the same time, which is none of it.
     thread::scope(|scope| {
         let other = scope.spawn(|| expect_echo(&connect(proxy.address()), 5, LEN));
