@@ -603,7 +603,7 @@ def test_the_notes_say_what_to_do_next():
     text = notes(values={**BACKEND, **CLIENTS})
     assert "NO INJECTION" in text and "MutatingAdmissionPolicy" in text and "aegis-sidecar" in text
     assert "NOBODY" not in text
-    assert "kubectl port-forward pod/POD 8082" in text
+    assert "kubectl --namespace shop port-forward pod/POD 8082" in text
     text = notes(values={**BACKEND, "injection": {"enabled": False}})
     assert "Injection is off" in text and "NO INJECTION" not in text
     assert "--set 'clients[0].namespace=shop" in text

@@ -149,7 +149,8 @@ def test_commands_for_a_cluster_that_pages_name_in_a_sentence_have_these_flags()
             program, *words = shlex.split(span)
             command = next((words[:n] for n in [2, 1] if helped(program, *words[:n])), None)
             assert command, (page, span)
-            for flag in re.findall(r"(?<= )--[\w-]+", span):
+            # What follows `--` is said to the program in the container.
+            for flag in re.findall(r"(?<= )--[\w-]+", span.partition(" -- ")[0]):
                 options = run(WORK / "kubectl", "options").stdout if program == "kubectl" else ""
                 assert re.search(rf"(^|\s){flag}\b", helped(program, *command) + options), (page, span, flag)
             seen += 1
