@@ -111,10 +111,7 @@ pub(super) async fn run(view: Arc<View>) {
 
 /// Tells what has begun and what has ended.
 fn log(view: &View, before: &[Finding], now: &[Finding]) {
-    let route = |finding: &Finding| match finding.route {
-        Some(at) => view.config().routes[at].name.as_str(),
-        None => "",
-    };
+    let route = |finding: &Finding| Some(view.config().routes[finding.route?].name.as_str());
     let is_in = |all: &[Finding], one: &Finding| all.iter().any(|other| other.is_about(one));
     for new in now.iter().filter(|new| !is_in(before, new)) {
         tracing::warn!(route = route(new), problem = new.problem.name(), "problem: {}", new.words);
