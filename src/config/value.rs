@@ -191,8 +191,9 @@ const LOGGING_LIBRARIES: [&str; 13] = [
     "warp",
 ];
 
-/// A log filter, returned without the spaces in it, and without directives that say nothing. Its reader takes each word that is no level for
-/// a target, of which everything is to be logged, and a level that is misspelt is such a word.
+/// A log filter, returned without the spaces in it, and without directives that say nothing. Its reader
+/// takes each word that is no level for a target, of which everything is to be logged, and a level that is
+/// misspelt is such a word.
 pub(super) fn log_filter(text: &str) -> Parsed<String> {
     let directives = text.split(',').map(str::trim).filter(|directive| !directive.is_empty());
     let text = directives.collect::<Vec<_>>().join(",");

@@ -11,13 +11,13 @@ use std::thread::sleep;
 
 use clap::{ArgMatches, Command};
 use serde_json::Value;
+use tokio::signal::unix::SignalKind;
 
 use super::admin::{Admin, option};
 use super::output::{fail, print};
 use events::{Event, INTERVAL, RESUME, SUSPEND, exit_code};
 use screen::{Line, Tone, lines};
 use terminal::Terminal;
-use tokio::signal::unix::SignalKind;
 
 pub(super) const NAME: &str = "top";
 

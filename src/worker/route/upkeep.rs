@@ -29,6 +29,11 @@ impl Route {
         }
     }
 
+    fn is_needed<D: Driver>(&mut self, cx: &Context<D>, endpoint: EndpointId) -> bool {
+        let any_usable = self.pools.table.any_usable();
+        self.placing(cx).is_needed(endpoint, any_usable)
+    }
+
     /// Makes the connections that a pool lacks. `any_usable`: whether any endpoint is, which is looked at
     /// once for all.
     pub(super) fn refill<D: Driver>(
@@ -149,8 +154,7 @@ impl Route {
             cx.driver.receive(conn, true);
             self.pools.on_idle(endpoint, now);
             // One to an endpoint in doubt is for nobody who can have another one.
-            let any_usable = self.pools.table.any_usable();
-            if self.reuses_conns() && (usable || self.placing(cx).is_needed(endpoint, any_usable)) {
+            if self.reuses_conns() && (usable || self.is_needed(cx, endpoint)) {
                 self.free(endpoint);
             }
         } else {
