@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, ExitStatus};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -108,6 +108,10 @@ impl InTerminal {
 
 impl Drop for InTerminal {
     fn drop(&mut self) {
+        if thread::panicking() {
+            let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+            eprintln!("ended: {:?}; the terminal shows {shown:?}", self.child.try_wait());
+        }
         // Both fail where it has ended and been waited for.
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -214,14 +218,15 @@ fn top_follows_the_size_of_the_terminal_and_is_not_stopped_where_no_shell_would_
     for (columns, rows) in [(10, 5), (1, 1), (200, 12)] {
         set_size(&top.terminal, columns, rows);
         eventually("a screen of this size", PATIENCE, || {
-            let mut shown = top.shown.lock().unwrap();
-            let screen = shown.split(HOME).find(|screen| {
-                screen.ends_with("\x1b[J")
-                    && screen.matches("\r\n").count() + 1 == usize::from(rows)
-            });
-            let fits = screen.map(|screen| is_as_wide(screen, columns.into()));
-            shown.clear();
-            fits?.then_some(())
+            let shown = top.shown.lock().unwrap();
+            shown
+                .split(HOME)
+                .any(|screen| {
+                    screen.ends_with("\x1b[J")
+                        && screen.matches("\r\n").count() + 1 == usize::from(rows)
+                        && is_as_wide(screen, columns.into())
+                })
+                .then_some(())
         });
     }
     top.press("q");
