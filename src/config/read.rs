@@ -244,26 +244,29 @@ impl Reader {
         };
     }
 
-    /// The default of the minimum gives way to the maximum; one that is set does not. What a preset
-    /// suggests gives way to it.
+    /// The default of the minimum gives way to how many there may be; one that is set does not. What a
+    /// preset suggests gives way to it.
     fn settle_min_idle(&mut self, route: &mut RouteConfig) {
         let pool = &mut route.pool;
-        let kept_max = pool.max_idle;
-        if pool.min_idle <= kept_max {
+        let (bound, most) = match pool.mode {
+            PoolMode::Request => (AEGIS_POOL_SIZE, pool.size),
+            PoolMode::Preconnect | PoolMode::Session => (AEGIS_POOL_MAX_IDLE, pool.max_idle),
+        };
+        if pool.min_idle <= most {
             return;
         }
         if self.text(AEGIS_POOL_MIN_IDLE).is_some() {
-            if self.text(AEGIS_POOL_MAX_IDLE).is_none() && self.suggests(AEGIS_POOL_MAX_IDLE) {
+            if self.text(bound).is_none() && self.suggests(bound) {
                 pool.max_idle = pool.min_idle;
                 return;
             }
             self.conflict(
                 (AEGIS_POOL_MIN_IDLE, pool.min_idle.to_string()),
-                (AEGIS_POOL_MAX_IDLE, pool.max_idle.to_string()),
+                (bound, most.to_string()),
                 "the minimum is above what may be kept",
             );
         }
-        pool.min_idle = kept_max;
+        pool.min_idle = most;
     }
 
     /// Defaults give way to the most connections that an endpoint may have; what is set does not.

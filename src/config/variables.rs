@@ -246,7 +246,7 @@ pub struct PoolConfig {
         "Connections of the route to an endpoint at most, where each serves one request at a time.";
     min_idle: usize = AEGIS_POOL_MIN_IDLE("4") in noted(
         numbers(0..=limits::POOL_IDLE_MAX),
-        ", not above AEGIS_POOL_MAX_IDLE",
+        ", not above AEGIS_POOL_MAX_IDLE; of requests, AEGIS_POOL_SIZE",
     ),
         "Warm connections kept at least, per endpoint and route.";
     max_idle: usize = AEGIS_POOL_MAX_IDLE("64") in numbers(0..=limits::POOL_IDLE_MAX),

@@ -131,13 +131,10 @@ fn rules_of_pools<'a>(route: &RouteConfig, not_read: &'a str) -> Vec<Rule<'a>> {
         is_shared && route.protocol.facts().variables.contains(&variable.name)
     };
     let pool = &route.pool;
-    let keeps_idle = mode == PoolMode::Request || pool.max_idle > 0;
-    // It bounds the minimum, whatever says how many there may be.
-    let allows_min =
-        AEGIS_POOL_MAX_IDLE.default.parse::<usize>().is_ok_and(|default| pool.min_idle > default);
-    let max_idle_counts = mode != PoolMode::Request || pool.max_idle <= pool.min_idle || allows_min;
+    let has_size = mode == PoolMode::Request;
+    let keeps_idle = has_size || pool.max_idle > 0;
     let suggested = route.by_preset();
-    let is_used = |name: &str| name != AEGIS_POOL_MAX_IDLE.name || max_idle_counts;
+    let is_used = |name: &str| !has_size || name != AEGIS_POOL_MAX_IDLE.name;
     vec![
         (
             &[AEGIS_PRESET],
@@ -163,12 +160,12 @@ fn rules_of_pools<'a>(route: &RouteConfig, not_read: &'a str) -> Vec<Rule<'a>> {
         (&[AEGIS_REPEAT_WRITES], is_read(AEGIS_REPEAT_WRITES), not_read),
         (
             &[AEGIS_POOL_SIZE],
-            mode == PoolMode::Request,
+            has_size,
             "it is for AEGIS_POOL_MODE=request; elsewhere AEGIS_POOL_MAX_IDLE says how many",
         ),
         (
             &[AEGIS_POOL_MAX_IDLE],
-            max_idle_counts,
+            !has_size,
             "with AEGIS_POOL_MODE=request AEGIS_POOL_SIZE says how many",
         ),
         (

@@ -89,7 +89,6 @@ fn what_has_no_effect_is_told_with_the_reason() {
         (&[("AEGIS_POOL_SIZE", "8")], &["AEGIS_POOL_SIZE"]),
         (&[chronos, request_mode, ("AEGIS_POOL_SIZE", "8")], &[]),
         (&[chronos, request_mode, ("AEGIS_POOL_MAX_IDLE", "8")], &["AEGIS_POOL_MAX_IDLE"]),
-        (&[chronos, request_mode, ("AEGIS_POOL_MAX_IDLE", "0")], &[]),
         (
             &[("AEGIS_QUEUE_MAX", "8"), ("AEGIS_REQUEST_TIMEOUT", "off")],
             &["AEGIS_QUEUE_MAX", "AEGIS_REQUEST_TIMEOUT"],
@@ -155,9 +154,7 @@ fn what_only_others_give_an_effect_is_told() {
         (&[("AEGIS_DISCOVERY", "dns"), ("AEGIS_DNS_REFRESH", "1s")], &["AEGIS_DNS_REFRESH"]),
         (&[protocol, mode, ("AEGIS_POOL_MAX_IDLE", "0"), idle], &["AEGIS_POOL_IDLE_TIMEOUT"]),
         (&[protocol, mode, ("AEGIS_POOL_MAX_IDLE", "1"), idle], &[]),
-        // With AEGIS_POOL_MODE=request it still bounds AEGIS_POOL_MIN_IDLE.
-        (&[protocol, request, ("AEGIS_POOL_MAX_IDLE", "2")], &[]),
-        (&[protocol, request, ("AEGIS_POOL_MAX_IDLE", "99"), ("AEGIS_POOL_MIN_IDLE", "90")], &[]),
+        (&[protocol, request, ("AEGIS_POOL_MAX_IDLE", "2")], &["AEGIS_POOL_MAX_IDLE"]),
         (&[all], &[]),
         (&[all, ("AEGIS_LOG", "warn")], &["AEGIS_LOG_ENDS=\"all\" has no effect: AEGIS_LOG"]),
         (&[all, ("AEGIS_LOG", "warn,aegis::ends=info")], &[]),
@@ -220,6 +217,13 @@ fn the_minimum_is_not_above_the_maximum_whatever_the_number_of_workers() {
         assert_eq!(pool(&[workers, ("AEGIS_POOL_MIN_IDLE", "3"), max]), Some(3));
         assert_eq!(pool(&[workers, ("AEGIS_POOL_MIN_IDLE", "4"), max]), None);
         assert_eq!(pool(&[workers, max]), Some(3), "the default gives way");
+        let requests = [workers, ("AEGIS_PROTOCOL", "chronos"), ("AEGIS_POOL_MODE", "request")];
+        let of_requests = |vars: &[_]| pool(&[&requests[..], vars].concat());
+        let size = ("AEGIS_POOL_SIZE", "3");
+        assert_eq!(of_requests(&[("AEGIS_POOL_MIN_IDLE", "3"), size]), Some(3));
+        assert_eq!(of_requests(&[("AEGIS_POOL_MIN_IDLE", "4"), size]), None);
+        assert_eq!(of_requests(&[size]), Some(3), "the default gives way");
+        assert_eq!(of_requests(&[max]), Some(4), "it is not for them");
     }
 }
 

@@ -93,8 +93,10 @@ fn random_text(variable: &Variable, rng: &mut fastrand::Rng) -> String {
         "AEGIS_NODE_NAME" | "AEGIS_ZONE" | "AEGIS_REGION" => word(rng, &["none", "", "eu-1a"]),
         // Others suggest less than the minimum below.
         "AEGIS_PRESET" => word(rng, &["none", "redis"]),
-        "AEGIS_POOL_MIN_IDLE" => rng.usize(0..=64).to_string(),
-        "AEGIS_POOL_MAX_IDLE" => rng.usize(64..=limits::POOL_IDLE_MAX).to_string(),
+        "AEGIS_POOL_MIN_IDLE" => rng.usize(0..=16).to_string(),
+        "AEGIS_POOL_MAX_IDLE" | "AEGIS_POOL_SIZE" => {
+            rng.usize(64..=limits::POOL_IDLE_MAX).to_string()
+        }
         "AEGIS_LOG" => word(rng, &["off", "warn,aegis::io=debug", "info"]),
         _ if variable.accepts().contains("(or 0)") && rng.u8(..) < 64 => "0".to_owned(),
         _ => text_of_shape(&variable.kind.shape(), rng).unwrap_or(variable.default.to_owned()),
