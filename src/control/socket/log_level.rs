@@ -38,8 +38,9 @@ impl LogLevel {
     pub(super) fn show(&self) -> String {
         let Filters { lasting, passing } = &*self.filters.borrow();
         let Some((filter, until)) = passing else { return lasting.clone() };
-        let left = until.saturating_duration_since(Instant::now()).as_secs();
-        let left = humantime::format_duration(Duration::from_secs(left));
+        // Rounded up: one that is in force has time left.
+        let left = until.saturating_duration_since(Instant::now()).as_millis().div_ceil(1000);
+        let left = humantime::format_duration(Duration::from_secs(left as u64));
         format!("{filter} (for another {left}, then {lasting})")
     }
 
