@@ -89,7 +89,7 @@ impl Admin {
         })
     }
 
-    /// Reads a page of JSON.
+    /// Reads a page of JSON, as a proxy has them: with its routes.
     ///
     /// # Errors
     /// As [`Admin::get`], or the page is none; a proxy's own refusal is passed on.
@@ -98,8 +98,11 @@ impl Admin {
         if status != 200 {
             return Err(format!("{}{path}: {status} {}", self.name, plain(body.trim_end())));
         }
-        let read = serde_json::from_str(&body);
-        read.map_err(|error| format!("{}{path} is no JSON: {error}", self.name))
+        let read = serde_json::from_str::<Value>(&body);
+        let page = read.map_err(|error| format!("{}{path} is no JSON: {error}", self.name))?;
+        // Of what another program says, nothing can be known.
+        let is_of_proxy = page["routes"].is_array();
+        is_of_proxy.then_some(page).ok_or_else(|| format!("{}{path} is no proxy's", self.name))
     }
 
     fn connect(&self, until: Instant) -> io::Result<TcpStream> {

@@ -1,5 +1,9 @@
 //! The commands that ask a running proxy. What they show does not depend on the driver.
 
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::thread;
+
 use crate::support::backend::Backend;
 use crate::support::client::ask_once;
 use crate::support::kube_api::{KubeApi, host_ip};
@@ -79,6 +83,26 @@ fn endpoints_are_listed_by_route() {
         let ended = run(&proxy, &["endpoints", "--route", route]);
         assert_eq!(ended.code, Some(1), "{ended:?}");
     }
+}
+
+#[test]
+fn what_another_program_says_shows_no_proxy() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let asked = [("endpoints", "{\"status\": \"UP\"}"), ("top", "null")];
+    let server = thread::spawn(move || {
+        for (_, page) in asked {
+            let (mut stream, _) = listener.accept().unwrap();
+            assert!(stream.read(&mut [0; 1024]).unwrap() > 0);
+            stream.write_all(format!("HTTP/1.1 200 OK\r\n\r\n{page}").as_bytes()).unwrap();
+        }
+    });
+    for (command, _) in asked {
+        let ended = run_at(&address, &[command]);
+        assert_eq!((ended.code, &*ended.output), (Some(1), ""), "{ended:?}");
+        assert!(ended.errors.ends_with(" is no proxy's\n"), "{ended:?}");
+    }
+    server.join().unwrap();
 }
 
 fn check_host(builder: Builder) -> Ended {
