@@ -373,6 +373,20 @@ fn nothing_is_on_its_way_on_a_connection_that_is_closed() {
     proxy.wait_for(UNACKED, &[], |segments| segments == 0);
 }
 
+#[test]
+fn nothing_is_delivered_to_an_endpoint_without_a_connection() {
+    const RATE: &str = "aegis_endpoint_delivery_rate_bytes";
+    let backend = Backend::echo();
+    let proxy = proxy().backends(&[backend.address()]).without_pool().start();
+    let client = try_connect(proxy.address()).unwrap();
+    eventually("a rate is sampled", PATIENCE, || {
+        try_ask(&client, "some words, again and again").unwrap();
+        (proxy.metric(RATE, &[]) > 0).then_some(())
+    });
+    drop(client);
+    proxy.wait_for(RATE, &[], |rate| rate == 0);
+}
+
 fn find_too_few_connections(proxy: &Proxy) {
     let _load = Load::asking(8, proxy.address());
     let words = found(proxy, "pool_small");

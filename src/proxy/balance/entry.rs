@@ -296,6 +296,11 @@ impl Entry {
         self.pool.counts() == Counts::default() && self.closing == 0
     }
 
+    /// Whether there is a connection to it, or one is being made for somebody.
+    pub fn has_conns(&self) -> bool {
+        self.pool.idle() > 0 || self.sessions() > 0
+    }
+
     /// Connections that it has, or that are being made or closed.
     pub(super) fn conns(&self) -> usize {
         let Counts { idle, connecting, in_use } = self.pool.counts();
