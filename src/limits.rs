@@ -200,6 +200,9 @@ pub const NETWORK_SLOTS: usize = 256;
 /// See [`NETWORK_SLOTS`].
 pub const NETWORK_LOOKS: usize = 16;
 
+/// In so many upkeeps all who may wait for a first byte are looked at once: a second.
+pub const OVERDUE_TURNS: usize = 10;
+
 /// Looks at connections in one turn: half a microsecond each, so that they stay below 100 µs. That is
 /// 1,280 a second for one worker; with more that are silent at once the looks come later.
 pub const SILENCE_LOOKS_MAX: usize = 128;

@@ -98,8 +98,8 @@ endpoint_stats! {
     segments: Counter, sum = "aegis_endpoint_segments_total";
     /// Those of them that had to be sent again.
     retransmits: Counter, sum = "aegis_endpoint_retransmits_total";
-    /// Bytes a second that the network took to the endpoint on the connection sampled last; of several
-    /// workers, the most.
+    /// Bytes a second that the network took to the endpoint on the connection sampled last, 0 without
+    /// one; of several workers, the most.
     delivery_rate: Gauge, most = "aegis_endpoint_delivery_rate_bytes";
     /// Segments on their way, on the connection that has most of them, as far as they are looked at in
     /// turns; of several workers, the most.

@@ -297,7 +297,7 @@ labels! {
     /// What is wrong, by where to look.
     pub enum Problem {
         /// The database: its first byte takes four times as long as usual, or `AEGIS_SLOW_FIRST_BYTE`, or
-        /// requests are not answered.
+        /// does not come.
         BackendSlow = "backend_slow",
         /// The database: connects or checks fail, or endpoints are ejected.
         BackendRefusing = "backend_refusing",

@@ -73,6 +73,11 @@ counted! {
             pub outage_waited: Counter;
             /// Sessions that were closed for want of one.
             pub outage_given_up: Counter;
+            /// Sessions and requests that wait for their first byte for longer than
+            /// `AEGIS_SLOW_FIRST_BYTE`, of an endpoint that has answered nobody since they do.
+            pub overdue: Gauge;
+            /// Sessions that ended while they did.
+            pub left_overdue: Counter;
             /// The longest wait of the latest outage, in milliseconds.
             pub outage_longest_ms: Gauge;
         }

@@ -3,6 +3,7 @@
 
 use super::engine::Engine;
 use super::owners::Owned;
+use super::route::Route;
 use crate::io::{Driver, Network};
 use crate::limits;
 
@@ -24,10 +25,13 @@ impl<D: Driver> Engine<D> {
     }
 
     /// All have had a turn. What is on its way is what this round finds: of a connection that is closed
-    /// nothing is.
+    /// nothing is, and an endpoint without one is delivered nothing.
     fn begin_round(&self) {
-        for route in &self.routes {
-            route.entries().for_each(|entry| entry.stats().unacked.set(0));
+        for entry in self.routes.iter().flat_map(Route::entries) {
+            entry.stats().unacked.set(0);
+            if !entry.has_conns() {
+                entry.stats().delivery_rate.set(0);
+            }
         }
     }
 

@@ -159,6 +159,91 @@ fn a_backend_that_becomes_slow_is_told_from_one_that_is_as_usual() {
     are_all(&proxy, &["backend_slow"]);
 }
 
+#[test]
+fn a_backend_that_stops_answering_is_named_while_clients_still_wait() {
+    let takes = Arc::new(AtomicU64::new(1));
+    let backend = taking(&takes);
+    for mode in [proxy().backends(&[backend.address()]), by_request(&backend, "64")] {
+        takes.store(1, Relaxed);
+        let proxy = start(mode);
+        let _load = Load::asking(12, proxy.address());
+        proxy.wait_for("aegis_first_byte_seconds_count", &[], |n| n > 100);
+        takes.store(60_000, Relaxed);
+        let words = found(&proxy, "backend_slow");
+        let end = " clients got no first byte; AEGIS_SLOW_FIRST_BYTE is 1s";
+        assert!(words.ends_with(end), "{words}");
+        takes.store(1, Relaxed);
+        is_over(&proxy, "backend_slow");
+        are_all(&proxy, &["backend_slow"]);
+    }
+}
+
+#[test]
+fn a_backend_that_stops_answering_is_named_though_its_few_clients_lose_patience() {
+    let takes = Arc::new(AtomicU64::new(1));
+    let backend = taking(&takes);
+    let proxy = start(proxy().backends(&[backend.address()]));
+    let address = proxy.address();
+    let _load = Load::of(4, move || {
+        let Ok(client) = try_connect(address) else { return };
+        let _ = client.set_read_timeout(Some(Duration::from_millis(1200)));
+        let _ = try_ask(&client, "GET k");
+        thread::sleep(Duration::from_millis(2));
+    });
+    proxy.wait_for("aegis_first_byte_seconds_count", &[], |n| n > 100);
+    takes.store(60_000, Relaxed);
+    let words = found(&proxy, "backend_slow");
+    assert!(words.contains(" clients got no first byte; AEGIS_SLOW_FIRST_BYTE is 1s"), "{words}");
+    takes.store(1, Relaxed);
+    is_over(&proxy, "backend_slow");
+    are_all(&proxy, &["backend_slow"]);
+}
+
+/// Clients that have sent this, and wait for as long as they are kept.
+fn waiting(proxy: SocketAddr, clients: usize, line: &str) -> Vec<TcpStream> {
+    let client = |_| {
+        let mut client = try_connect(proxy).unwrap();
+        client.write_all(line.as_bytes()).unwrap();
+        client
+    };
+    (0..clients).map(client).collect()
+}
+
+#[test]
+fn clients_that_wait_for_what_need_not_come_say_nothing_of_a_backend() {
+    // One answers nobody, as those do that take logs; one answers whoever asks, and tells the others
+    // when there is something to tell; one is first to speak, and its clients have nothing to say.
+    let takes_all =
+        Backend::scripted(|stream| while read_line(stream).is_ok_and(|l| !l.is_empty()) {});
+    let tells_some = Backend::scripted(|mut stream| {
+        while let Ok(line) = read_line(stream) {
+            let is_told = line.starts_with("GET");
+            if line.is_empty() || (is_told && stream.write_all(b"v\n").is_err()) {
+                return;
+            }
+        }
+    });
+    let greets = Backend::scripted(|mut stream| {
+        if stream.write_all(b"hello\n").is_ok() {
+            while read_line(stream).is_ok_and(|line| !line.is_empty()) {}
+        }
+    });
+    let all = [(&takes_all, "log\n"), (&tells_some, "WAIT\n"), (&greets, "")];
+    let proxies = all.map(|(backend, _)| start(proxy().backends(&[backend.address()])));
+    let _loads = Load::asking(4, proxies[1].address());
+    proxies[1].wait_for("aegis_first_byte_seconds_count", &[], |n| n > 100);
+    let clients: Vec<_> = all
+        .iter()
+        .zip(&proxies)
+        .map(|((_, line), proxy)| waiting(proxy.address(), 12, line))
+        .collect();
+    thread::sleep(2 * WINDOW);
+    for proxy in &proxies {
+        are_all(proxy, &[]);
+    }
+    drop(clients);
+}
+
 fn by_request(backend: &Backend, pool_size: &str) -> Builder {
     let proxy = proxy().backends(&[backend.address()]).protocol("chronos", "request");
     proxy.set("AEGIS_POOL_SIZE", pool_size)
@@ -286,6 +371,20 @@ fn nothing_is_on_its_way_on_a_connection_that_is_closed() {
     proxy.wait_for(UNACKED, &[], |segments| segments > 0);
     reset(client);
     proxy.wait_for(UNACKED, &[], |segments| segments == 0);
+}
+
+#[test]
+fn nothing_is_delivered_to_an_endpoint_without_a_connection() {
+    const RATE: &str = "aegis_endpoint_delivery_rate_bytes";
+    let backend = Backend::echo();
+    let proxy = proxy().backends(&[backend.address()]).without_pool().start();
+    let client = try_connect(proxy.address()).unwrap();
+    eventually("a rate is sampled", PATIENCE, || {
+        try_ask(&client, "some words, again and again").unwrap();
+        (proxy.metric(RATE, &[]) > 0).then_some(())
+    });
+    drop(client);
+    proxy.wait_for(RATE, &[], |rate| rate == 0);
 }
 
 fn find_too_few_connections(proxy: &Proxy) {

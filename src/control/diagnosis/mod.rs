@@ -176,7 +176,12 @@ struct Found {
 
 impl Found {
     fn add(&mut self, problem: Problem, route: Option<usize>, words: String) {
-        self.list.push(Finding { problem, route, words, since: self.since, looks: 1 });
+        self.add_seen(1, problem, route, words);
+    }
+
+    /// The same of what has been seen in so many looks, this one included.
+    fn add_seen(&mut self, looks: u32, problem: Problem, route: Option<usize>, words: String) {
+        self.list.push(Finding { problem, route, words, since: self.since, looks });
     }
 
     fn in_process(&mut self, view: &View, known: &[Finding], before: &Sample, now: &Sample) {
@@ -232,9 +237,10 @@ impl Found {
         let asks = route.config.pool.mode == PoolMode::Request && !is_outage;
         let is_silent = asks && now.ended.only_gave_up_since(remembered.ended);
         let unanswered = unanswered(&grown, is_silent);
-        let is_to_blame = unusual.is_some() || unanswered.is_some();
+        let overdue = overdue(&grown, route.config).filter(|_| lossy.is_none());
+        let is_to_blame = unusual.is_some() || unanswered.is_some() || overdue.is_some();
         let slow = unusual.or_else(|| above_limit(grown.first_byte, route.config));
-        let slow: Vec<_> = slow.into_iter().chain(unanswered).collect();
+        let slow: Vec<_> = slow.into_iter().chain(unanswered).chain(overdue).collect();
         if !slow.is_empty() {
             self.add(Problem::BackendSlow, about, slow.join("; "));
         }
@@ -242,8 +248,7 @@ impl Found {
         if let Some(words) = queued(&grown, is_clear).filter(|_| !is_outage && !is_to_blame) {
             // Where nobody was answered since the latest look, the backend may have stopped, or never answers
             // more often: what was found before goes on, and is no more certain than it was.
-            let (problem, looks) = (Problem::PoolSmall, u32::from(!is_silent));
-            self.list.push(Finding { problem, route: about, words, since: self.since, looks });
+            self.add_seen(u32::from(!is_silent), Problem::PoolSmall, about, words);
         }
         let others = [
             (Problem::NoEndpoint, no_endpoint),
@@ -349,6 +354,14 @@ fn unanswered(grown: &Growth, is_silent: bool) -> Option<String> {
     }
     let words = || format!("no request is answered, and {gave_up} gave up before");
     (is_silent && grown.first_byte.count == 0).then(words)
+}
+
+/// Whether the first byte takes longer than it may, for those that still wait for it or have given up.
+fn overdue(grown: &Growth, config: &RouteConfig) -> Option<String> {
+    let limit = format_duration(config.slow_first_byte?);
+    let waiting = grown.overdue;
+    let words = || format!("{waiting} clients got no first byte; AEGIS_SLOW_FIRST_BYTE is {limit}");
+    (waiting >= EVENTS_MIN).then(words)
 }
 
 /// Whether clients wait for a connection for a good part of their time, if that `is_clear`, or in vain.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::task::yield_now;
 
+use super::EVENTS_MIN;
 use crate::control::View;
 use crate::control::view::RouteView;
 use crate::metrics::{CloseReason, EndpointCounts, Histogram, Outcome, RouteStats};
@@ -45,6 +46,10 @@ pub(super) struct RouteSample {
     connect: Total,
     first_byte: Total,
     timed_out: u64,
+    overdue: u64,
+    left_overdue: u64,
+    /// Whether half of the first bytes, and no few, came within `AEGIS_SLOW_FIRST_BYTE`.
+    is_prompt: bool,
     pub(super) ended: Ended,
     /// Sessions that had to wait for an endpoint.
     waited: u64,
@@ -79,6 +84,8 @@ pub(super) struct Growth {
     pub(super) first_byte: Total,
     /// Requests that were not answered in time.
     pub(super) timed_out: u64,
+    /// Clients that wait for their first byte for too long, or have left after that.
+    pub(super) overdue: u64,
     /// Sessions and requests that waited for a connection in vain, or could not.
     pub(super) gave_up: u64,
     /// Whether clients waited for an endpoint.
@@ -112,6 +119,20 @@ impl Counted {
     }
 }
 
+/// Whether a route's backends are known to answer, and soon: some protocols never do, or when they like.
+fn is_prompt(route: &RouteView<'_>) -> bool {
+    let Some(limit) = route.config.slow_first_byte else { return false };
+    let bound = Histogram::upper_bound_seconds;
+    let (mut prompt, mut all) = (0, 0);
+    for stats in &route.stats {
+        for (at, count) in stats.first_byte.read().counts.into_iter().enumerate() {
+            all += count;
+            prompt += if bound(at).is_some_and(|s| s <= limit.as_secs_f64()) { count } else { 0 };
+        }
+    }
+    all >= EVENTS_MIN && 2 * prompt >= all
+}
+
 fn key(endpoint: &Arc<Endpoint>) -> usize {
     Arc::as_ptr(endpoint).addr()
 }
@@ -124,6 +145,7 @@ impl RouteSample {
             route.stats.iter().map(of_worker).sum::<u64>()
         };
         let closed = |reason| route.stats.iter().map(|stats| stats.closed(reason)).sum::<u64>();
+        let sum = |of: fn(&RouteStats) -> u64| route.stats.iter().map(|stats| of(stats)).sum();
         let first_byte = total(|stats| &stats.first_byte);
         let gave_up = ended(Outcome::QueueFull)
             + ended(Outcome::QueueTimeout)
@@ -134,8 +156,11 @@ impl RouteSample {
             connect: total(|stats| &stats.connect_duration),
             first_byte,
             timed_out: ended(Outcome::Timeout),
+            overdue: sum(|stats| stats.overdue.get()),
+            left_overdue: sum(|stats| stats.left_overdue.get()),
+            is_prompt: is_prompt(route),
             ended: Ended { answered: first_byte.count, gave_up },
-            waited: route.stats.iter().map(|stats| stats.outage_waited.get()).sum(),
+            waited: sum(|stats| stats.outage_waited.get()),
             outage: route.stats.iter().map(|stats| stats.outage.get()).sum(),
             ..Self::of_endpoints(route.snapshot.endpoints.clone())
         }
@@ -163,11 +188,14 @@ impl RouteSample {
 
     /// What was counted since a former sample.
     pub(super) fn since(&self, before: &Self) -> Growth {
+        // Who has left may be among those that were seen waiting.
+        let left_overdue = self.left_overdue.saturating_sub(before.left_overdue);
         Growth {
             queue: self.queue.since(before.queue),
             connect: self.connect.since(before.connect),
             first_byte: self.first_byte.since(before.first_byte),
             timed_out: self.timed_out.saturating_sub(before.timed_out),
+            overdue: if self.is_prompt { self.overdue.max(left_overdue) } else { 0 },
             gave_up: self.ended.gave_up.saturating_sub(before.ended.gave_up),
             is_outage: self.waited > before.waited || self.outage > before.outage,
         }

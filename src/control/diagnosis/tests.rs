@@ -129,6 +129,39 @@ fn a_backend_that_answers_nothing_is_told_from_a_pool_that_is_too_small() {
 }
 
 #[test]
+fn clients_without_a_first_byte_count_as_slow_where_others_got_theirs_in_time() {
+    let words = |count: u32| {
+        let words = format!("{count} clients got no first byte; AEGIS_SLOW_FIRST_BYTE is 1s");
+        vec![("backend_slow", words)]
+    };
+    let wait = |scene: &Scene| scene.route().overdue.set(12);
+    // Nobody was ever answered: that may be how it is.
+    assert_eq!(Scene::new(&[]).pass(wait), []);
+    // Most answers come when there is something to tell.
+    let mut scene = Scene::new(&[]);
+    (0..100).for_each(|_| scene.route().first_byte.record(60_000 * MS));
+    (0..99).for_each(|_| scene.route().first_byte.record(MS));
+    assert_eq!(scene.pass(wait), []);
+    let mut scene = usual(&[]);
+    assert_eq!(scene.pass(wait), words(12));
+    assert_eq!(scene.pass(|scene| scene.route().overdue.set(9)), []);
+    // Each second one of those has left that were seen.
+    assert_eq!(scene.pass(|scene| scene.route().left_overdue.add(2)), words(20));
+    scene.route().overdue.set(0);
+    assert_eq!(scene.pass(|_| {}), []);
+    // What was asked, or its answer, may be lost.
+    let found = scene.pass(|scene| {
+        wait(scene);
+        let stats = &scene.endpoints()[0].stats[0];
+        stats.segments.add(100);
+        stats.retransmits.add(20);
+    });
+    assert_eq!(kinds(&found), ["network_lossy"], "{found:?}");
+    let mut scene = usual(&[("AEGIS_SLOW_FIRST_BYTE", "off")]);
+    assert_eq!(scene.pass(wait), []);
+}
+
+#[test]
 fn a_pool_that_is_too_small_is_found_though_answers_are_few_and_far_between() {
     let mut scene = Scene::new(&[]);
     let seconds = Cell::new(0);

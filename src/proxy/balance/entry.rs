@@ -222,6 +222,12 @@ impl Entry {
         self.answered_at.is_some_and(|at| now.saturating_duration_since(at) < AT_ONCE)
     }
 
+    /// Whether it is in use, and has answered nobody since then.
+    pub fn is_mute_since(&self, at: Instant) -> bool {
+        let is_in_use = self.present && self.health.is_usable();
+        is_in_use && self.answered_at.is_none_or(|answered| answered <= at)
+    }
+
     /// When it last took a connection or answered.
     pub fn alive_at(&self) -> Option<Instant> {
         self.alive_at
@@ -288,6 +294,11 @@ impl Entry {
 
     pub(super) fn is_unused(&self) -> bool {
         self.pool.counts() == Counts::default() && self.closing == 0
+    }
+
+    /// Whether there is a connection to it, or one is being made for somebody.
+    pub fn has_conns(&self) -> bool {
+        self.pool.idle() > 0 || self.sessions() > 0
     }
 
     /// Connections that it has, or that are being made or closed.

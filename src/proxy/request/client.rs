@@ -177,6 +177,13 @@ impl Client {
         matches!(self.state, State::InFlight(_))
     }
 
+    /// The endpoint that has all of its request and has answered nothing, and since when that is so.
+    pub fn asked_since(&self) -> Option<(EndpointId, Instant)> {
+        let State::InFlight(flight) = &self.state else { return None };
+        let is_asked = flight.reply == Progress::Expected && !flight.is_streaming();
+        is_asked.then_some((flight.backend.conn.endpoint, flight.moved))
+    }
+
     /// Where its request that has no connection yet wants to go.
     pub fn target(&self) -> Target {
         let Some(pending) = self.state.pending() else { unreachable!("it wants no connection") };

@@ -444,6 +444,18 @@ impl Session {
         if flow == Flow::Pause { Action::Pause(from) } else { Action::None }
     }
 
+    /// Since when it waits for the first byte back; `None` if that has come, or will not come any more.
+    pub fn asked_since(&self) -> Option<Instant> {
+        let FirstByte::Asked(at) = self.first_byte else { return None };
+        let is_over = self.has_ended(Side::Backend) || self.survivor() == Some(Side::Client);
+        (self.is_open() && !is_over).then_some(at)
+    }
+
+    /// Since when nothing has moved on it, in either direction.
+    pub fn quiet_since(&self) -> Instant {
+        self.active
+    }
+
     /// How long the client waited for the first byte back, once, when that has just come.
     pub fn take_first_byte(&mut self, now: Instant) -> Option<Duration> {
         let FirstByte::Asked(at) = self.first_byte else { return None };

@@ -448,6 +448,7 @@ impl Route {
             "{reason:?} while it may wait"
         );
         self.tell_of_session(cx, key, reason);
+        self.count_left_overdue(cx, key);
         let mut session = self.sessions.close(cx, key, reason);
         self.judge_closed(cx, &mut session);
         self.pools.on_connect_over(&mut session);

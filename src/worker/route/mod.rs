@@ -7,6 +7,7 @@ mod cut;
 mod dispatch;
 mod ended;
 mod events;
+mod overdue;
 mod places;
 mod pools;
 mod requests;
@@ -36,6 +37,7 @@ use crate::proxy::retry_budget::{Reserve, RetryBudget};
 use crate::proxy::session::Session;
 #[cfg(test)]
 use crate::slab::Key;
+use overdue::Overdue;
 use pools::Pools;
 use requests::Requests;
 use sessions::Sessions;
@@ -50,6 +52,7 @@ pub(super) struct Route {
     requests: Requests,
     pools: Pools,
     silence: Silence,
+    overdue: Overdue,
     retries: RetryBudget,
     outage: Outage,
 }
@@ -75,6 +78,7 @@ impl Route {
             pools: Pools::new(&config, cx, Arc::clone(stats), pool_conns_max, listening, in_log),
             stats: Arc::clone(stats),
             silence: Silence::new(config.tcp_user_timeout),
+            overdue: Overdue::default(),
             retries: RetryBudget::new(config.retry_budget, reserve, cx.now),
             outage: Outage::default(),
             config,

@@ -288,6 +288,9 @@ impl Route {
     /// The first byte came from a session's backend since that was sent one, or was connected.
     pub(super) fn on_session_replied<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) {
         if let Some((endpoint, conn)) = self.sessions.of(key).backend() {
+            if let Some(entry) = self.pools.table.get_mut(endpoint) {
+                entry.on_answered(cx.now);
+            }
             self.pools.table.answered(endpoint, conn, cx.now);
         }
     }
@@ -407,6 +410,7 @@ impl Route {
         self.look_after_queue(cx);
         self.look_for_outage(cx);
         self.look_for_silence(cx);
+        self.look_for_overdue(cx);
         self.evict_removed(cx);
         self.evict_withheld(cx);
         self.gather_places(cx);
