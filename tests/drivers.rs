@@ -1,5 +1,6 @@
 //! The contract of a driver, kept by `io_uring` and epoll alike, on real sockets.
 #![allow(missing_docs)]
+#![expect(clippy::disallowed_methods, reason = "no tap is here")]
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};

@@ -378,7 +378,7 @@ mod tests {
             ("aegis_requests_total", [false, true, true]),
             ("reason=\"connect_failed\"", [true, false, false]),
             ("reason=\"drained\"", [false, true, true]),
-            ("state=\"lent\"", [false, true, true]),
+            ("state=\"in_use\"", [false, true, true]),
             ("state=\"opaque\"", [false, false, true]),
             ("command=\"post\",outcome=\"opaque\"", [false, false, true]),
             ("command=\"opaque\",outcome=\"answered\"", [false, false, false]),
@@ -444,14 +444,14 @@ mod tests {
             "aegis_queue_depth{route=\"cache\"}",
             "aegis_endpoint_usable{route=\"orders\",endpoint=\"db\"}",
             "aegis_endpoint_usable{route=\"cache\",endpoint=\"db\"}",
-            "aegis_pool_connections{route=\"cache\",endpoint=\"db\",state=\"lent\"}",
+            "aegis_pool_connections{route=\"cache\",endpoint=\"db\",state=\"in_use\"}",
             "aegis_discovery_endpoints{route=\"cache\"}",
         ] {
             assert!(samples.contains_key(series), "{series}");
         }
         for series in [
             "aegis_queue_depth{route=\"orders\"}",
-            "aegis_pool_connections{route=\"orders\",endpoint=\"db\",state=\"lent\"}",
+            "aegis_pool_connections{route=\"orders\",endpoint=\"db\",state=\"in_use\"}",
         ] {
             assert!(!samples.contains_key(series), "{series} can never move");
         }

@@ -261,7 +261,7 @@ labels! {
         /// It is being made.
         Connecting = "connecting",
         /// It serves a client.
-        InUse = "lent" if SHARED,
+        InUse = "in_use" if SHARED,
         /// It serves one client until that leaves, since its requests cannot be framed.
         Opaque = "opaque" if SHARED_MAY_BE_OPAQUE,
     }

@@ -19,6 +19,7 @@ use crate::proxy::{RouteId, WorkerId};
 /// The driver, the clock, the counters, randomness, and whose each connection is.
 pub(super) struct Context<D> {
     pub(super) worker: WorkerId,
+    /// What ends a connection, sends on it or joins it is called on the context, so that the tap sees it.
     pub(super) driver: D,
     pub(super) stats: Arc<WorkerStats>,
     /// Where it tells of those that have ended.

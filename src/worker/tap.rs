@@ -232,6 +232,7 @@ impl Tap {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "this is where they are to be called")]
 impl<D: Driver> Context<D> {
     /// A client was let in: it is captured if somebody waits for one of its route.
     pub(super) fn tap_client(&mut self, route: RouteId, conn: ConnId) {

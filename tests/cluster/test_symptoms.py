@@ -185,7 +185,7 @@ def test_a_pool_that_is_too_small():
         seen = Symptom("The pool is too small", proxy)
         clients = [proxy.connect() for _ in range(3)]
         clients[0].sendall(b"GET a\n")
-        seen.metric("aegis_pool_connections", 'state="lent"')
+        seen.metric("aegis_pool_connections", 'state="in_use"')
         clients[1].sendall(b"GET b\n")
         seen.metric("aegis_queue_depth")
         seen.reply(line(proxy, b"GET c\n"), "too many requests wait for a connection")

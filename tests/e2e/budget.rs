@@ -165,7 +165,7 @@ fn the_pool_size_bounds_nothing_in_session_mode(io: Io) {
     let mut malformed = connect(proxy.address());
     malformed.write_all(b"\n").unwrap();
     proxy.wait_for(POOL_CONNECTIONS, &[("state", "opaque")], |count| count == 1);
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |count| count == 3);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "in_use")], |count| count == 3);
 }
 
 fn a_small_body_that_does_not_come_holds_no_connection(io: Io) {
@@ -192,7 +192,7 @@ fn a_small_body_that_does_not_come_holds_no_connection(io: Io) {
         assert_eq!(status(&connect(proxy.address()), GET), OK);
     }
     assert!(begun.elapsed() < Duration::from_secs(2), "took {:?}", begun.elapsed());
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 0);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "in_use")], |in_use| in_use == 0);
     for (mut client, last) in slow {
         client.write_all(&[last]).unwrap();
         assert_eq!(read_status(&client).unwrap(), OK);
@@ -204,7 +204,7 @@ fn uploading(proxy: &Proxy, head: &str) -> TcpStream {
     let mut client = connect(proxy.address());
     client.write_all(head.as_bytes()).unwrap();
     client.write_all(&vec![b'x'; 20_000]).unwrap();
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "in_use")], |in_use| in_use == 1);
     client
 }
 

@@ -288,5 +288,5 @@ fn crowd(io: Io, mode: &str, clients: usize, seed: u64) {
     let line = ask(&try_connect(address).unwrap(), "ECHO at-last");
     assert_eq!(line, "ECHOED at-last");
     proxy.wait_for(SESSIONS_ACTIVE, &[], |sessions| sessions == 0);
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 0);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "in_use")], |in_use| in_use == 0);
 }

@@ -200,7 +200,7 @@ fn asked(io: Io, drain: &str) -> (Proxy, TcpStream, Backend) {
         .start();
     let mut client = connect(proxy.address());
     client.write_all(b"GET a\n").unwrap();
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "in_use")], |in_use| in_use == 1);
     (proxy, client, silent)
 }
 

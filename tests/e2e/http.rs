@@ -355,7 +355,7 @@ fn a_reply_that_does_not_come_is_an_error(io: Io) {
         .start();
     let (a, b) = (connect(proxy.address()), connect(proxy.address()));
     (&a).write_all(b"GET /silent HTTP/1.1\r\n\r\n").unwrap();
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "in_use")], |in_use| in_use == 1);
     let waiting = exchange(&b, "GET /who HTTP/1.1\r\n\r\n").0;
     assert_eq!(waiting, "HTTP/1.1 503 Service Unavailable");
     assert_eq!(read_head(&a).unwrap()[0], "HTTP/1.1 504 Gateway Timeout");
@@ -407,7 +407,7 @@ fn a_client_that_ends_within_its_request_holds_nothing(io: Io) {
     let mut client = connect(proxy.address());
     client.write_all(b"POST /silent HTTP/1.1\r\nContent-Length: 100000\r\n\r\n").unwrap();
     client.write_all(&vec![b'x'; 20_000]).unwrap();
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "in_use")], |in_use| in_use == 1);
     client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(who(&connect(proxy.address())), 1);
     assert_eq!(proxy.metric(REQUESTS, &[("outcome", "client_gone")]), 1);

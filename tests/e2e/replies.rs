@@ -357,7 +357,7 @@ fn whatever_the_two_sides_do_nothing_of_it_is_left(io: Io) {
         }
     });
     proxy.wait_for(SESSIONS_ACTIVE, &[], |active| active == 0);
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 0);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "in_use")], |in_use| in_use == 0);
     // Those that the kernel holds come and go.
     proxy.wait_for("aegis_buffers_in_use", &[], |held| held <= quiet + 8);
 }

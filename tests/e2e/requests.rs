@@ -148,7 +148,7 @@ fn a_session_keeps_its_connection_and_leaves_it_to_the_next(io: Io) {
     b.shutdown(Shutdown::Both).unwrap();
     drop(b);
     eventually("only clean connections are kept", PATIENCE, || {
-        (proxy.metric(POOL_CONNECTIONS, &[("state", "lent")]) == 0).then_some(())
+        (proxy.metric(POOL_CONNECTIONS, &[("state", "in_use")]) == 0).then_some(())
     });
     for _ in 0..3 {
         let client = connect(proxy.address());
@@ -283,7 +283,7 @@ fn a_client_that_leaves_takes_its_reply_with_it(io: Io) {
         let mut gone = connect(proxy.address());
         gone.write_all(b"GET 5000 of somebody else|\n").unwrap();
         let client = connect(proxy.address());
-        proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
+        proxy.wait_for(POOL_CONNECTIONS, &[("state", "in_use")], |in_use| in_use == 1);
         socket2::SockRef::from(&gone).set_linger(Some(Duration::ZERO)).unwrap();
         drop(gone);
         assert_eq!(ask(&client, "GET 0 mine|"), "mine");
@@ -300,7 +300,7 @@ fn a_client_that_left_in_order_keeps_no_connection_for_ever(io: Io) {
         .start();
     let (mut gone, patient) = (connect(proxy.address()), connect(proxy.address()));
     gone.write_all(b"GET 60000 never|\n").unwrap();
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "in_use")], |in_use| in_use == 1);
     drop(gone);
     assert_eq!(ask(&patient, "GET 0 mine|"), "mine");
     retired(&proxy, "abandoned", 1);
@@ -317,7 +317,7 @@ fn requests_that_wait_too_long_or_are_too_many_get_an_error(io: Io) {
         .start();
     let [busy, waiting, refused] = [(); 3].map(|()| connect(proxy.address()));
     (&busy).write_all(b"GET 4000 done|\n").unwrap();
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "in_use")], |in_use| in_use == 1);
     (&waiting).write_all(b"GET 0 x|\n").unwrap();
     proxy.wait_for(QUEUE_DEPTH, &[], |depth| depth == 1);
     assert_eq!(ask(&refused, "GET 0 x|"), "ERR too many requests wait for a connection");
@@ -405,7 +405,7 @@ fn a_drain_answers_requests_under_way_and_those_that_still_come(io: Io) {
     let address = proxy.address();
     let (busy, waiting) = (connect(address), connect(address));
     (&busy).write_all(b"GET 1500 first|\n").unwrap();
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "in_use")], |in_use| in_use == 1);
     (&waiting).write_all(b"GET 0 second|!\nGET 0 on a new connection|\n").unwrap();
     proxy.wait_for(QUEUE_DEPTH, &[], |depth| depth == 1);
     proxy.terminate();

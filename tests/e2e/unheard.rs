@@ -102,7 +102,7 @@ fn bytes_unheard_on_idle_connections_reach_nobody(io: Io) {
             strays as u64,
             "pool of {size}"
         );
-        let in_use = proxy.metric(POOL_CONNECTIONS, &[("state", "lent")]);
+        let in_use = proxy.metric(POOL_CONNECTIONS, &[("state", "in_use")]);
         assert_eq!(in_use, 0);
     }
 }

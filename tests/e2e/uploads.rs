@@ -313,7 +313,7 @@ fn a_slow_upload_is_not_blamed_on_its_backend(io: Io) {
     let mut client = connect(proxy.address());
     client.write_all(head.as_bytes()).unwrap();
     client.write_all(pattern(1, SIZE - 10)).unwrap();
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "lent")], |in_use| in_use == 1);
+    proxy.wait_for(POOL_CONNECTIONS, &[("state", "in_use")], |in_use| in_use == 1);
     for pause in [100, 100, 100, 100, 500] {
         // How slow the client is is what is tested.
         std::thread::sleep(Duration::from_millis(pause));

@@ -452,7 +452,7 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- end }}
 {{- $mode := include "aegis-sidecar.pool-mode" . }}
 {{- if and (eq .protocol "tcp") (ne $mode "preconnect") }}
-{{- fail (printf "aegis-sidecar: protocol is tcp and pool.mode is %s: nobody can tell when an answer of unknown bytes is over, so no used connection may be lent: empty pool.mode, or set protocol to chronos or http1" $mode) }}
+{{- fail (printf "aegis-sidecar: protocol is tcp and pool.mode is %s: nobody can tell when an answer of unknown bytes is over, so no used connection may serve another client: empty pool.mode, or set protocol to chronos or http1" $mode) }}
 {{- end }}
 {{- if and (eq .balance "key_hash") (ne .protocol "chronos") }}
 {{- fail (printf "aegis-sidecar: balance is key_hash and protocol is %s: only the requests of chronos have keys: set balance to least_conn, or protocol to chronos" .protocol) }}

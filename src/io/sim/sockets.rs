@@ -149,6 +149,7 @@ impl Sim {
         }
     }
 
+    #[expect(clippy::disallowed_methods, reason = "the driver itself moves bulk")]
     pub(super) fn receive_step(&mut self, conn: ConnId) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
         socket.set_flow(Flow::Steady);

@@ -1,4 +1,5 @@
 //! What only a faulty kernel, or a faulty driver, would do to a ring.
+#![expect(clippy::disallowed_methods, reason = "no tap is here")]
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};

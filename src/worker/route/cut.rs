@@ -98,7 +98,7 @@ impl Route {
         if let Some(backend) = session.conn(Side::Backend) {
             cx.timers.clear(backend.index());
             cx.owners.take(backend);
-            cx.driver.close(backend, Close::Reset);
+            cx.close(backend, Close::Reset);
         }
         self.leave_endpoint(cx, key);
         self.dispatch(cx, key, CloseReason::NoEndpoint);

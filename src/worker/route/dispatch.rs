@@ -288,7 +288,7 @@ impl Route {
         error: &io::Error,
     ) {
         cx.timers.clear(conn.index());
-        cx.driver.close(conn, Close::Reset);
+        cx.close(conn, Close::Reset);
         if let Some(endpoint) = self.sessions.of(key).endpoint()
             && !is_local(error)
         {

@@ -91,7 +91,7 @@ impl Route {
         if !cx.places.admit(self.id) {
             self.stats.count_close(CloseReason::Overload);
             self.tell_of_refused(cx, conn, CloseReason::Overload);
-            return cx.driver.close(conn, Close::Reset);
+            return cx.close(conn, Close::Reset);
         }
         cx.publish_sessions(self.id);
         cx.tap_client(self.id, conn);

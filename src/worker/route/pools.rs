@@ -209,7 +209,7 @@ impl Pools {
             cx.driver.buffers().clear(&mut greeting);
         }
         self.stats.count_discard(why);
-        cx.driver.close(conn, Close::Graceful);
+        cx.close(conn, Close::Graceful);
         self.on_closing(endpoint, Some(conn));
     }
 

@@ -181,7 +181,7 @@ impl Sessions {
             self.line.on_ticket_over();
         }
         if let Some(buf) = preface {
-            cx.driver.send(backend, buf);
+            cx.send(backend, buf);
         }
         let mut early = session.take_early();
         let (asks, ended) = (!early.is_empty(), session.has_ended(Side::Client));
@@ -193,7 +193,7 @@ impl Sessions {
             pass_on(cx, session, Side::Client, buf);
         }
         if ended {
-            cx.driver.shutdown(backend);
+            cx.shutdown(backend);
         }
         while let Some(buf) = cx.driver.buffers().pop(&mut greeting) {
             session.on_greeted();
@@ -267,7 +267,7 @@ impl Sessions {
         cx.timers.clear(session.client().index());
         if let Some(backend) = session.conn(Side::Backend) {
             cx.owners.take(backend);
-            cx.driver.close(backend, Close::Reset);
+            cx.close(backend, Close::Reset);
         }
         session.on_moved(cx.now);
         cx.driver.buffers().push(session.early(), again);

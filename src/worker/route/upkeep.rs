@@ -177,7 +177,7 @@ impl Route {
         error: &io::Error,
     ) {
         cx.timers.clear(conn.index());
-        cx.driver.close(conn, Close::Reset);
+        cx.close(conn, Close::Reset);
         self.pool_failed(cx, endpoint, Some(conn), error);
     }
 
@@ -350,7 +350,7 @@ impl Route {
         if let Some(backend) = backend {
             cx.timers.clear(backend.index());
             cx.owners.take(backend);
-            cx.driver.close(backend, Close::Reset);
+            cx.close(backend, Close::Reset);
         }
         self.leave(cx, endpoint, backend);
         // What this costs was taken, so it is none of the attempts that the next may be refused for.

@@ -143,7 +143,7 @@ impl Route {
     ) {
         cx.owners.take(conn);
         self.stats.count_discard(why);
-        cx.driver.close(conn, how);
+        cx.close(conn, how);
         self.pools.on_closing(endpoint, Some(conn));
         self.on_place_in_pool_free(endpoint);
     }

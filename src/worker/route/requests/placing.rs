@@ -163,7 +163,7 @@ impl Route {
         };
         while client.has_outgoing() {
             match client.take_outgoing(cx.driver.buffers()) {
-                Ok(buf) => cx.driver.send(conn, buf),
+                Ok(buf) => cx.send(conn, buf),
                 Err(NoBuffer) => return self.close_client(cx, key, CloseReason::Overload),
             }
         }
