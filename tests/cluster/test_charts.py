@@ -198,6 +198,21 @@ REFUSALS = {
     "too long a file": (sidecar(socket={"file": "a" * 41}), "/socket/file"),
     "mode that YAML makes a number of": (sidecar(socket={"mode": 0o666}), "got number, want string"),
     "two routes of one name": ({"sidecar": {"routes": [{"name": "a", "listenPort": 5432, "backend": {}}] * 2}}, "two routes are called a"),
+    "more warm connections than there may be": (sidecar(env={"AEGIS_POOL_MIN_IDLE": "32"}),
+                                               "env.AEGIS_POOL_MIN_IDLE is 32 and pool.size is 16: set pool.size to 32 or more"),
+    "more connections than an endpoint takes": (sidecar(env={"AEGIS_ENDPOINT_MAX": "8"}),
+                                                "env.AEGIS_ENDPOINT_MAX is 8 and pool.size is 16: set pool.size to 8 or less"),
+    "start for ever": (sidecar(startTimeout="6m"), "startTimeout is 6m: set it to a duration from 0s to 5m"),
+    "port with zeros": (sidecar(backend={"service": "a", "port": "05432"}), "backend.port is 05432: set it to a port's name"),
+    "address without a port that is": (sidecar(backend={"service": "", "addresses": "a:65536"}), "has a:65536: set its port to one from 1"),
+    "address with zeros": (sidecar(backend={"service": "", "addresses": "a:1,b:080"}), "has b:080: set its port to one from 1"),
+    "address without brackets": (sidecar(backend={"service": "", "addresses": "::1:5432"}), "has ::1:5432: write HOST:PORT, and IPv6"),
+    "address twice": (sidecar(backend={"service": "", "addresses": "a:1, A:1"}), "backend.addresses has a:1 twice: remove one"),
+    "backup twice": (sidecar(backend={"service": "", "addresses": "a:1", "backups": "b:1,b:1"}), "backend.backups has b:1 twice"),
+    "backup of itself in capitals": (sidecar(backend={"service": "", "addresses": "a:1", "backups": "A:1"}), "nothing stands in for itself"),
+    "address of the sidecar": (sidecar(backend={"service": "", "addresses": "127.0.0.1:8081"}), "where the sidecar itself listens"),
+    "socket over what the sidecar has": (sidecar(socket={"folder": "/var/run"}), "socket.folder is /var/run, where the sidecar"),
+    "socket over the program": (sidecar(socket={"folder": "/usr/local/bin"}), "socket.folder is /usr/local/bin, where"),
     "variable set twice": (sidecar(env={"AEGIS_DRAIN_DELAY": "1s"}), "env.AEGIS_DRAIN_DELAY: another value"),
 }
 
@@ -393,6 +408,10 @@ def test_each_route_has_a_socket_of_its_own():
     ({"routes": [{**ROUTES[0], "check": {"interval": "1s", "kind": "request"}}]}, "only chronos and http1 have a request for that"),
     ({"routes": [{**ROUTES[0], "backend": {"addresses": "a:1", "backups": "a:1"}}]}, "nothing stands in for itself"),
     ({"routes": [{**ROUTES[0], "connectTimeout": "6m"}]}, "connectTimeout is 6m: set it to a duration from 1ms to 5m"),
+    ({"routes": [ROUTES[1]], "env": {"AEGIS_POOL_MIN_IDLE": "4"}}, "env.AEGIS_POOL_MIN_IDLE is 4 and pool.size is 3: set pool.size"),
+    ({"routes": [ROUTES[1]], "env": {"AEGIS_CACHE__ENDPOINT_MAX": "2"}}, "env.AEGIS_CACHE__ENDPOINT_MAX is 2 and pool.size is 3"),
+    ({"routes": [{**ROUTES[0], "name": f"r{i}", "listenPort": 5000 + i} for i in range(11)], "socket": {"folder": "/run/db"}},
+     "there are 11 routes, and each listens by IPv4, by IPv6 and with socket.folder at a socket: keep 10 at most"),
     ({"routes": ROUTES, "env": {"AEGIS_WEB__PROTOCOL": "tcp"}}, "env.AEGIS_WEB__PROTOCOL: another value of the chart"),
 ])
 def test_routes_that_do_not_fit_are_refused(change, message):
@@ -500,7 +519,7 @@ def test_no_duration_passes_that_the_program_refuses():
     bounds = {variable: (off, milliseconds(least), milliseconds(most)) for variable, off, least, most in rows}
     named = (ROOT / "helm/aegis-sidecar/templates/_sidecar.tpl").read_text()
     charts = re.findall(r"^\S+: {variable: (\w+), min: (\w+), max: (\w+)(, orOff: true)?}", named, re.M)
-    assert len(charts) == 9
+    assert len(charts) == 10
     for variable, least, most, off in charts:
         program = bounds[variable]
         assert bool(off) == bool(program[0]), variable

@@ -368,11 +368,14 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- include "aegis-sidecar.check-routes" . }}
 {{- else }}
 {{- include "aegis-sidecar.check-preset" (list . "AEGIS_") }}
+{{- include "aegis-sidecar.check-sizes" (list . "AEGIS_") }}
 {{- end }}
 {{- include "aegis-sidecar.check-route" . }}
 {{- $folder := .socket.folder }}
 {{- range include "aegis-sidecar.taken-folders" . | fromYamlArray }}
-{{- if hasPrefix (printf "%s/" .) (printf "%s/" $folder) }}
+{{- $taken := printf "%s/" . }}
+{{- $chosen := printf "%s/" $folder }}
+{{- if and $folder (or (hasPrefix $taken $chosen) (hasPrefix $chosen $taken)) }}
 {{- fail (printf "aegis-sidecar: socket.folder is %s, where the sidecar has something else: set it to another one, such as /run/db" $folder) }}
 {{- end }}
 {{- end }}
@@ -382,6 +385,7 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- define "aegis-sidecar.taken-folders" -}}
 - /run/aegis
 - /var/run/secrets/kubernetes.io/serviceaccount
+- /usr/local/bin
 {{- end }}
 
 {{- define "aegis-sidecar.check-routes" -}}
@@ -413,7 +417,17 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- $values := include "aegis-sidecar.of-route" (list $ $route) | fromYaml }}
 {{- include "aegis-sidecar.check-route" $values }}
 {{- include "aegis-sidecar.check-preset" (list $values (include "aegis-sidecar.route-prefix" $route)) }}
+{{- include "aegis-sidecar.check-sizes" (list $values (include "aegis-sidecar.route-prefix" $route)) }}
 {{- end }}
+{{- $most := include "aegis-sidecar.routes-max" (not .socket.folder | ternary 2 3) | int }}
+{{- if gt (len .routes) $most }}
+{{- fail (printf "aegis-sidecar: there are %d routes, and each listens by IPv4, by IPv6 and with socket.folder at a socket: keep %d at most, or empty socket.folder" (len .routes) $most) }}
+{{- end }}
+{{- end }}
+
+{{- /* How many routes there may be, which have so many addresses each: the program listens at 32 together. */}}
+{{- define "aegis-sidecar.routes-max" -}}
+{{ div 32 . }}
 {{- end }}
 
 {{- /* What a preset excludes, which has no value of its own: a route's values, and what its variables begin with. */}}
@@ -425,6 +439,31 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- $interval := $own | default ((index . 0).check | default dict).interval | default (get $env "AEGIS_CHECK_INTERVAL") | default "off" }}
 {{- if and (eq (get $env $preset | toString | trim) "mysql") (ne $interval "off") }}
 {{- fail (printf "aegis-sidecar: check.interval is %s and env.%s is mysql: such a server counts connections without a login, until it locks the host out: set check.interval to off" $interval $preset) }}
+{{- end }}
+{{- end }}
+
+{{- /* What the program would refuse of the sizes: a route's values, and what its variables begin with. */}}
+{{- define "aegis-sidecar.check-sizes" -}}
+{{- if eq (include "aegis-sidecar.pool-mode" (index . 0)) "request" }}
+{{- with include "aegis-sidecar.odd-sizes" . }}{{ fail (printf "aegis-sidecar: %s" .) }}{{ end }}
+{{- end }}
+{{- end }}
+
+{{- /* The same with what to change, for a pool mode of request: other modes make no use of pool.size. */}}
+{{- define "aegis-sidecar.odd-sizes" -}}
+{{- $env := (index . 0).env }}
+{{- $own := index . 1 }}
+{{- $size := get $env (print $own "POOL_SIZE") | default (get $env "AEGIS_POOL_SIZE") | default (index . 0).pool.size | toString | trim | int64 }}
+{{- range $name := list "POOL_MIN_IDLE" "ENDPOINT_MAX" }}
+{{- $variable := hasKey $env (print $own $name) | ternary (print $own $name) (print "AEGIS_" $name) }}
+{{- $value := get $env $variable | trim }}
+{{- if regexMatch "^[0-9]{1,9}$" $value }}
+{{- if and (eq $name "POOL_MIN_IDLE") (gt (int64 $value) $size) }}
+{{- printf "env.%s is %s and pool.size is %d: set pool.size to %s or more, or env.%s to %d or less" $variable $value $size $value $variable $size }}
+{{- else if and (eq $name "ENDPOINT_MAX") (lt (int64 $value) $size) }}
+{{- printf "env.%s is %s and pool.size is %d: set pool.size to %s or less, or env.%s to %d or more" $variable $value $size $value $variable $size }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end }}
 
@@ -443,7 +482,7 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- end }}
 {{- end }}
 {{- end }}
-{{- if and (regexMatch "^[0-9]+$" (toString .backend.port)) (or (eq (int64 .backend.port) 0) (gt (int64 .backend.port) 65535)) }}
+{{- if and (regexMatch "^[0-9]+$" (toString .backend.port)) (or (hasPrefix "0" (toString .backend.port)) (gt (float64 .backend.port) 65535.0)) }}
 {{- fail (printf "aegis-sidecar: backend.port is %v: set it to a port's name, or a number from 1 to 65535" .backend.port) }}
 {{- end }}
 {{- include "aegis-sidecar.check-resources" . }}
@@ -460,6 +499,7 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- if and (eq .balance "key_hash") (ne $mode "request") }}
 {{- fail (printf "aegis-sidecar: balance is key_hash and pool.mode is %s: keys of one client may belong to several endpoints: set balance to least_conn, or pool.mode to request" $mode) }}
 {{- end }}
+{{- include "aegis-sidecar.check-addresses" . }}
 {{- include "aegis-sidecar.check-backups" . }}
 {{- $check := .check | default dict }}
 {{- if and (ne ($check.interval | default "off") "off") (eq ($check.kind | default "") "request") (eq .protocol "tcp") }}
@@ -473,14 +513,38 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- end }}
 {{- end }}
 
+{{- define "aegis-sidecar.check-addresses" -}}
+{{- $own := list (printf "127.0.0.1:%d" (int .listenPort)) (printf "[::1]:%d" (int .listenPort)) }}
+{{- range $name := list "addresses" "backups" }}
+{{- $seen := list }}
+{{- range get $.backend $name | default "" | lower | replace " " "" | splitList "," | compact }}
+{{- $port := regexFind "[0-9]+$" . }}
+{{- $host := trimSuffix (print ":" $port) . }}
+{{- if or (hasPrefix "0" $port) (gt (int64 $port) 65535) }}
+{{- fail (printf "aegis-sidecar: backend.%s has %s: set its port to one from 1 to 65535, without zeros in front" $name .) }}
+{{- end }}
+{{- if and (contains ":" $host) (not (hasPrefix "[" $host)) }}
+{{- fail (printf "aegis-sidecar: backend.%s has %s: write HOST:PORT, and IPv6 addresses in brackets" $name .) }}
+{{- end }}
+{{- if has . $seen }}
+{{- fail (printf "aegis-sidecar: backend.%s has %s twice: remove one of them" $name .) }}
+{{- end }}
+{{- if has . $own }}
+{{- fail (printf "aegis-sidecar: backend.%s has %s, where the sidecar itself listens: change it, or listenPort" $name .) }}
+{{- end }}
+{{- $seen = append $seen . }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- /* What stands in for others is something else than these, and what has its own keys cannot. */}}
 {{- define "aegis-sidecar.check-backups" -}}
 {{- $backups := .backend.backups | default "" }}
 {{- if and $backups (not .backend.addresses) }}
 {{- fail "aegis-sidecar: backend.backups is set and backend.addresses is not: only what is listed has others to stand in for it: empty backend.backups, or set locality to failover" }}
 {{- end }}
-{{- $backends := splitList "," (.backend.addresses | default "" | replace " " "") }}
-{{- range splitList "," ($backups | replace " " "") }}
+{{- $backends := splitList "," (.backend.addresses | default "" | lower | replace " " "") }}
+{{- range splitList "," ($backups | lower | replace " " "") }}
 {{- if and . (has . $backends) }}
 {{- fail (printf "aegis-sidecar: %s is in backend.addresses and in backend.backups: nothing stands in for itself: remove it from one of them" .) }}
 {{- end }}
@@ -543,6 +607,7 @@ tcpUserTimeout: {variable: AEGIS_TCP_USER_TIMEOUT, min: 1s, max: 1d, orOff: true
 backendDrain: {variable: AEGIS_BACKEND_DRAIN, min: 0s, max: 1d, orOff: true}
 failbackTime: {variable: AEGIS_FAILBACK_TIME, min: 0s, max: 1h}
 check.interval: {variable: AEGIS_CHECK_INTERVAL, min: 100ms, max: 1h, orOff: true}
+startTimeout: {variable: AEGIS_START_TIMEOUT, min: 0s, max: 5m}
 drain.delay: {variable: AEGIS_DRAIN_DELAY, min: 0s, max: 5m}
 drain.timeout: {variable: AEGIS_DRAIN_TIMEOUT, min: 0s, max: 1h}
 {{- end }}

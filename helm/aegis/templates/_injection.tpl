@@ -364,6 +364,13 @@ does not; `verb` in place of "is". `first`: what the API server would refuse by 
   what: two routes have the same socket file
   change: set the annotation aegis-proxy.io/ROUTE.socket-file of one of them to another name
 {{- end }}
+{{- if gt (len $sidecar.routes) (include "aegis-sidecar.routes-max" 3 | int) }}
+- expression: variables.socketFolder == "" || variables.routes.size() <= {{ include "aegis-sidecar.routes-max" 3 }}
+  what: with a socket folder a sidecar has {{ include "aegis-sidecar.routes-max" 3 }} routes at most, and there are
+  verb: ""
+  is: string(variables.routes.size())
+  change: set the annotation aegis-proxy.io/routes to fewer, or aegis-proxy.io/socket-folder to ""
+{{- end }}
 {{- $mounting := `c.?volumeMounts.orValue([]).exists(m, m.mountPath in [variables.socketFolder, variables.socketFolder + "/"] && m.name != ` }}
 {{- $mounting = printf "%s%s)" $mounting (last $volumes | toJson) }}
 - expression: >-
@@ -403,8 +410,10 @@ does not; `verb` in place of "is". `first`: what the API server would refuse by 
 {{- with index . 0 }}
 {{- $route := "" }}
 {{- $variables := "variables." }}
+{{- $prefix := "AEGIS_" }}
 {{- if .route }}
 {{- $route = printf "%s." .route }}
+{{- $prefix = include "aegis-sidecar.route-prefix" (dict "name" .route) }}
 {{- $variables = printf "variables.route_%s_" (.route | replace "-" "_") }}
 {{- end }}
 {{- $annotation := "the annotation aegis-proxy.io/" }}
@@ -453,6 +462,13 @@ does not; `verb` in place of "is". `first`: what the API server would refuse by 
   what: the protocol is tcp, whose bytes nobody can tell apart, and the pool mode
   is: {{ $x }}
   change: set {{ $annotation }}{{ $route }}pool-mode to preconnect, or aegis-proxy.io/{{ $route }}protocol to chronos or http1
+{{- with include "aegis-sidecar.odd-sizes" (list $values $prefix) }}
+- expression: {{ $x }} != "request"
+  crosses: true
+  what: {{ printf "in the chart's values %s; or choose another pool mode, which" . | toJson }}
+  is: {{ $x }}
+  change: set {{ $annotation }}{{ $route }}pool-mode to preconnect
+{{- end }}
 {{- else if eq .kind "balance" }}
 - expression: {{ $x }} in ["least_conn", "round_robin", "random_two", "peak_ewma", "source_hash", "key_hash"]
   what: {{ $annotation }}{{ .annotation }}
@@ -473,7 +489,8 @@ does not; `verb` in place of "is". `first`: what the API server would refuse by 
 {{- else if eq .kind "socket-folder" }}
 - expression: >-
     {{ $x }} == "" || {{ $x }}.size() <= 64 && {{ $x }}.matches("^(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+$") &&
-    !{{ include "aegis-sidecar.taken-folders" . | fromYamlArray | toJson }}.exists(taken, ({{ $x }} + "/").startsWith(taken + "/"))
+    !{{ include "aegis-sidecar.taken-folders" . | fromYamlArray | toJson }}.exists(taken,
+    ({{ $x }} + "/").startsWith(taken + "/") || (taken + "/").startsWith({{ $x }} + "/"))
   first: true
   what: {{ $annotation }}socket-folder
   is: {{ $x }}
