@@ -221,13 +221,13 @@ fn a_slow_reader_is_not_blamed_on_its_backend(io: Io) {
         ("chronos", &lines, "GET a\n", SIZE + 1),
     ] {
         let proxy =
-            pooled(io, protocol, "request", backend).set("AEGIS_REQUEST_TIMEOUT", "200ms").start();
+            pooled(io, protocol, "request", backend).set("AEGIS_REQUEST_TIMEOUT", "500ms").start();
         let mut client = connect(proxy.address());
         client.write_all(request.as_bytes()).unwrap();
         let mut answer = vec![0; len];
         for part in answer.chunks_mut(6 << 20) {
             // How slow the reader is is what is tested.
-            std::thread::sleep(Duration::from_millis(300));
+            std::thread::sleep(Duration::from_millis(700));
             client.read_exact(part).unwrap();
         }
         proxy.wait_for(REQUESTS, &[("outcome", "answered")], |answered| answered == 1);
@@ -235,8 +235,8 @@ fn a_slow_reader_is_not_blamed_on_its_backend(io: Io) {
         wait_idle(&proxy, 1);
         // One that takes nothing at all has a limit of its own.
         let proxy = pooled(io, protocol, "request", backend)
-            .set("AEGIS_REQUEST_TIMEOUT", "200ms")
-            .set("AEGIS_IDLE_TIMEOUT", "400ms")
+            .set("AEGIS_REQUEST_TIMEOUT", "500ms")
+            .set("AEGIS_IDLE_TIMEOUT", "1s")
             .start();
         let mut client = connect(proxy.address());
         client.write_all(request.as_bytes()).unwrap();
