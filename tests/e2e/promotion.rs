@@ -14,7 +14,7 @@ use crate::support::backend::{Backend, BlackHole};
 use crate::support::client::{ask, ask_once, connect, read_line, try_ask};
 use crate::support::kube_api::{KubeApi, NAMESPACE, host_ip};
 use crate::support::metrics::{
-    ENDPOINT_SESSIONS, POOL_CONNECTIONS, REQUESTS, SESSIONS_ACTIVE, SESSIONS_CLOSED,
+    ENDPOINT_SESSIONS, POOL_CONNECTIONS, REQUESTS, RETRIES, SESSIONS_ACTIVE, SESSIONS_CLOSED,
 };
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, SetOnDrop, eventually, measured, on_both_drivers};
@@ -346,14 +346,18 @@ fn promotions_in_quick_succession_refuse_nobody_and_leave_nothing_behind(io: Io)
     }
 }
 
-/// A server that answers each line with its name and with what it does not know any more: requests for
-/// `slow` are not answered by the first one.
+/// A server that answers each line with its name. The first one does not answer requests for `slow`, and does
+/// not end its answers to those for `part`.
 fn store(name: &'static str, asked: &Arc<AtomicU64>) -> Backend {
     let asked = Arc::clone(asked);
     Backend::scripted_at((host_ip(), 0).into(), move |mut stream| {
         while let Ok(line) = read_line(stream) {
             asked.fetch_add(1, Relaxed);
             if name == "a" && line.contains("slow") {
+                continue;
+            }
+            if name == "a" && line.contains("part") {
+                let _ = stream.write_all(b"a");
                 continue;
             }
             if stream.write_all(format!("{name}\n").as_bytes()).is_err() {
@@ -379,7 +383,10 @@ fn requests_are_cut_like_sessions_and_new_ones_follow_at_once(io: Io) {
         clients.map(ask).collect::<Vec<_>>()
     };
     let (reads, writes) = (slow("GET slow"), slow("SET slow v"));
-    let before = 3 * CLIENTS as u64;
+    let mut begun = connect(proxy.address());
+    begun.write_all(b"GET part\n").unwrap();
+    begun.read_exact(&mut [0]).unwrap();
+    let before = 3 * CLIENTS as u64 + 1;
     eventually("all are in flight", PATIENCE, || (asked[0].load(Relaxed) == before).then_some(()));
     pair.demote_first();
     pair.promote_second();
@@ -399,7 +406,13 @@ fn requests_are_cut_like_sessions_and_new_ones_follow_at_once(io: Io) {
     }
     assert_eq!(asked[0].load(Relaxed), followed, "the old primary gets nothing more");
     eventually("and keeps no connection", PATIENCE, || (pair.servers[0].open() == 0).then_some(()));
-    let failed = proxy.metric(REQUESTS, &[("outcome", "backend_lost")]);
-    assert_eq!(failed, CLIENTS as u64, "{}", proxy.metrics().describe(REQUESTS));
+    assert_eq!(begun.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    proxy.wait_for(SESSIONS_CLOSED, REMOVED, |cut| cut == 1);
+    // No backend has ended anything.
+    let ended = |outcome| proxy.metric(REQUESTS, &[("outcome", outcome)]);
+    let told = proxy.metrics().describe(REQUESTS);
+    assert_eq!([ended("cut"), ended("backend_lost")], [CLIENTS as u64 + 1, 0], "{told}");
+    let again = |why| proxy.metric(RETRIES, &[("reason", why)]);
+    assert_eq!([again("removed"), again("ended")], [CLIENTS as u64, 0]);
     assert!(proxy.metric(POOL_CONNECTIONS, &[]) > 0);
 }

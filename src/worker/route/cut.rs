@@ -71,7 +71,7 @@ impl Route {
             {
                 self.discard_kept(cx, key, Discard::Endpoint);
                 if self.endpoint_of(key) == Some(endpoint) && cut.takes(&mut cx.rng) {
-                    self.lose(cx, key, Discard::Endpoint, Retry::Ended);
+                    self.lose(cx, key, Discard::Endpoint, Retry::Removed);
                 }
             }
         }
