@@ -2,7 +2,7 @@
 //! by little. What real databases make of it is in `databases/switchover.rs`.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
@@ -14,7 +14,7 @@ use crate::support::backend::{Backend, BlackHole};
 use crate::support::client::{ask, ask_once, connect, read_line, try_ask};
 use crate::support::kube_api::{KubeApi, NAMESPACE, host_ip};
 use crate::support::metrics::{
-    ENDPOINT_SESSIONS, POOL_CONNECTIONS, REQUESTS, RETRIES, SESSIONS_ACTIVE, SESSIONS_CLOSED,
+    BYTES, ENDPOINT_SESSIONS, POOL_CONNECTIONS, REQUESTS, RETRIES, SESSIONS_ACTIVE, SESSIONS_CLOSED,
 };
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, SetOnDrop, eventually, measured, on_both_drivers};
@@ -24,6 +24,7 @@ on_both_drivers![
     sessions_on_which_nothing_has_moved_follow_unharmed,
     following_is_no_attempt,
     a_connect_under_way_follows_though_it_was_the_only_attempt,
+    clients_that_have_asked_and_ended_follow_from_a_connect_under_way,
     a_cancel_request_that_has_to_move_meets_nobody_twice,
     an_upgraded_connection_on_which_nothing_has_moved_since_is_cut,
     a_moment_with_two_primaries_delays_no_cut,
@@ -214,6 +215,37 @@ fn a_connect_under_way_follows_though_it_was_the_only_attempt(io: Io) {
     api.label_pod("orders-1", &role("replica"));
     api.label_pod("orders-2", &role("primary"));
     assert_eq!(ask(&client, "who"), "b");
+}
+
+fn clients_that_have_asked_and_ended_follow_from_a_connect_under_way(io: Io) {
+    const CLIENTS: usize = 20;
+    let api = KubeApi::start();
+    let (hole, server) = (BlackHole::at(host_ip()), Backend::named_at("b", host_ip()));
+    let pod = |name, role_of, address| api.pod(name, &role(role_of), address);
+    pod("orders-1", "primary", hole.address());
+    pod("orders-2", "replica", server.address());
+    let proxy = follows_primary(Builder::on(io), &api)
+        .without_pool()
+        .set("AEGIS_CONNECT_TIMEOUT", "60s")
+        .start();
+    proxy.wait_for_endpoints(1);
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|_| {
+            let mut client = connect(proxy.address());
+            client.write_all(b"who\n").unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+            client
+        })
+        .collect();
+    let all = |count| count == CLIENTS as u64;
+    proxy.wait_for(ENDPOINT_SESSIONS, &[("endpoint", "orders-1")], all);
+    proxy.wait_for(BYTES, &[("direction", "to_backend")], |bytes| bytes == 4 * CLIENTS as u64);
+    api.label_pod("orders-1", &role("replica"));
+    api.label_pod("orders-2", &role("primary"));
+    for client in &clients {
+        assert_eq!(read_line(client).unwrap(), "b");
+    }
+    assert_eq!(proxy.metric(SESSIONS_CLOSED, REMOVED), 0);
 }
 
 fn a_cancel_request_that_has_to_move_meets_nobody_twice(io: Io) {
