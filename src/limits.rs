@@ -170,9 +170,14 @@ pub const CANCEL_WAIT: Duration = Duration::from_secs(1);
 /// As long as proxies give clients that take nothing, and far above any pause of a healthy one.
 pub const FLUSH_STALL_MAX: Duration = Duration::from_secs(30);
 
-/// Active checks of all routes at a time. Half of them are of endpoints whose latest check failed, which
-/// may take their whole time again: with one of 1 s, 32 endpoints that hang are checked each second.
+/// Active checks of all routes at a time. Half of them are of endpoints whose latest check was not quick, and
+/// may take their whole time: with one of 1 s, 32 endpoints that hang are checked each second.
 pub const CHECKS_MAX: usize = 64;
+
+/// A check that takes longer is not quick. If 1,024 endpoints begin to hang at once, the checks of others are
+/// late by 32 times this. A connection and an answer take less, except between continents, and there each check
+/// has its place in the other half.
+pub const CHECK_QUICK_MAX: Duration = Duration::from_millis(250);
 
 /// A Unix socket whose queue is full is tried again by a check after this: the queue of a server that
 /// is well has room again within far less.

@@ -2,9 +2,9 @@
 //! answers at once, by this thread alone, however many workers there are.
 //!
 //! Each endpoint has a task of its own, so one that hangs holds up no other. How many checks are under
-//! way at a time is bounded, for those that failed the last one apart from all others: however many
-//! hang, what is well is checked in time. What checks come to is part of the endpoint, and workers learn
-//! of it by the snapshot that they have already.
+//! way at a time is bounded, for those that take long apart from all others: however many hang, what is
+//! well is checked in time. What checks come to is part of the endpoint, and workers learn of it by the
+//! snapshot that they have already.
 
 use std::collections::HashMap;
 use std::io;
@@ -22,7 +22,7 @@ use tracing::{Instrument, Span, debug, info, warn};
 use super::WorkerHandle;
 use crate::config::{Check, ProxyProtocol, RouteConfig};
 use crate::io::net::Address;
-use crate::limits::{CHECK_REPLY_MAX, CHECK_RETRY_PAUSE, CHECKS_MAX};
+use crate::limits::{CHECK_QUICK_MAX, CHECK_REPLY_MAX, CHECK_RETRY_PAUSE, CHECKS_MAX};
 use crate::protocol::ProtocolName;
 use crate::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
 use crate::proxy::check::Verdicts;
@@ -31,23 +31,16 @@ use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
 /// Checks of all routes at a time.
 #[derive(Debug, Clone)]
 pub(super) struct Places {
-    /// Of endpoints that passed the latest one, or had none yet.
-    passed: Arc<Semaphore>,
-    /// Of those that failed it.
-    failed: Arc<Semaphore>,
-}
-
-impl Places {
-    /// Those for an endpoint whose checks so far are these.
-    fn of(&self, verdicts: &Verdicts) -> &Semaphore {
-        if verdicts.has_failed_latest() { &self.failed } else { &self.passed }
-    }
+    /// Each for [`CHECK_QUICK_MAX`].
+    quick: Arc<Semaphore>,
+    /// Each for as long as a check may take: of endpoints whose latest one took longer than that.
+    slow: Arc<Semaphore>,
 }
 
 impl Default for Places {
     fn default() -> Self {
         let half = || Arc::new(Semaphore::new(CHECKS_MAX / 2));
-        Self { passed: half(), failed: half() }
+        Self { quick: half(), slow: half() }
     }
 }
 
@@ -93,13 +86,24 @@ impl Checks {
     /// Checks one endpoint until it leaves.
     async fn follow(self: Arc<Self>, endpoint: Arc<Endpoint>, interval: Duration) {
         let mut verdicts = Verdicts::new(self.route.check_fall, self.route.check_rise);
+        let (mut is_slow, whole) = (false, self.route.connect_timeout);
         // Neither the endpoints of a process nor the processes of a fleet are to fall in step.
         sleep(interval.mul_f64(fastrand::f64())).await;
         loop {
-            let Ok(place) = self.places.of(&verdicts).acquire().await else { return };
+            let (places, limit) = if is_slow {
+                (&self.places.slow, whole)
+            } else {
+                (&self.places.quick, whole.min(CHECK_QUICK_MAX))
+            };
+            let Ok(place) = places.acquire().await else { return };
             let begun = Instant::now();
-            let checked = timeout(self.route.connect_timeout, self.check(&endpoint.address)).await;
+            let checked = timeout(limit, self.check(&endpoint.address)).await;
             drop(place);
+            is_slow = if is_slow { begun.elapsed() >= CHECK_QUICK_MAX } else { checked.is_err() };
+            if checked.is_err() && limit < whole {
+                // Nobody knows yet: it is checked anew, without haste.
+                continue;
+            }
             let checked = checked.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
             match checked {
                 Err(error) if is_local(&error) => debug!(%error, "cannot check an endpoint"),

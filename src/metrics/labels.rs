@@ -196,6 +196,8 @@ labels! {
         Silent = "silent",
         /// It broke, as others had that were made as early: the endpoint does not know them any more.
         Forgotten = "forgotten",
+        /// The proxy cut it: its endpoint was removed, and `AEGIS_BACKEND_DRAIN` was over.
+        Removed = "removed",
     }
 }
 

@@ -27,6 +27,8 @@ pub enum ErrorReply {
     Timeout(Duration),
     /// The backend's connection ended first.
     Lost,
+    /// The backend's endpoint was removed, and the time over that it had to answer.
+    Removed,
     /// The client did not go on with its request in this time.
     Unfinished(Duration),
 }
@@ -51,6 +53,9 @@ impl fmt::Display for ErrorReply {
             }
             Self::Lost => {
                 f.write_str("connection to the backend lost; the request may have taken effect")
+            }
+            Self::Removed => {
+                f.write_str("the backend was removed; the request may have taken effect")
             }
             Self::Unfinished(limit) => {
                 write!(f, "the rest of the request did not come in {limit:?}")

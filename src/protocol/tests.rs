@@ -136,6 +136,7 @@ fn errors_are_written_as_clients_of_the_protocol_read_them() {
     for (error, status) in [
         (ErrorReply::Timeout(SECOND), "504 Gateway Timeout"),
         (ErrorReply::Lost, "502 Bad Gateway"),
+        (ErrorReply::Removed, "502 Bad Gateway"),
         (ErrorReply::Unfinished(SECOND), "408 Request Timeout"),
         (ErrorReply::QueueFull, "503 Service Unavailable"),
     ] {

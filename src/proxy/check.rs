@@ -9,7 +9,6 @@ pub struct Verdicts {
     /// Successes in a row that bring it back.
     rise: u32,
     fails: bool,
-    has_failed_latest: bool,
     /// Checks in a row that say otherwise.
     contrary: u32,
 }
@@ -17,18 +16,12 @@ pub struct Verdicts {
 impl Verdicts {
     /// Of an endpoint that was not checked yet, which is in use.
     pub fn new(fall: u32, rise: u32) -> Self {
-        Self { fall, rise, fails: false, has_failed_latest: false, contrary: 0 }
-    }
-
-    /// Whether the latest check has failed. One that could not be made is none.
-    pub fn has_failed_latest(&self) -> bool {
-        self.has_failed_latest
+        Self { fall, rise, fails: false, contrary: 0 }
     }
 
     /// A check has passed, or not. Says what the endpoint is from now on, if that is something else:
     /// whether it fails its checks.
     pub fn on_check(&mut self, passed: bool) -> Option<bool> {
-        self.has_failed_latest = !passed;
         if passed != self.fails {
             self.contrary = 0;
             return None;
@@ -61,7 +54,6 @@ mod tests {
             let mut verdicts = Verdicts::new(fall, rise);
             let after = |check| {
                 let change = verdicts.on_check(check == '.');
-                assert_eq!(verdicts.has_failed_latest(), check == 'x');
                 change.map_or(' ', |fails| if fails { '-' } else { '+' })
             };
             let found: String = checks.chars().map(after).collect();

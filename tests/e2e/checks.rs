@@ -28,6 +28,7 @@ on_both_drivers![
     while_all_fail_their_checks_clients_wait_and_are_not_sent_there,
     a_tier_is_left_for_its_checks_and_used_again,
     endpoints_that_hang_do_not_hold_up_the_checks_of_others,
+    endpoints_that_all_begin_to_hang_at_once_do_not_hold_them_up_either,
     a_server_at_a_unix_socket_is_checked_by_connect_and_by_request,
     a_unix_socket_whose_queue_is_full_is_waited_for_as_by_clients,
     a_reply_that_comes_byte_by_byte_is_taken_and_one_without_an_end_is_not,
@@ -248,6 +249,25 @@ fn endpoints_that_hang_do_not_hold_up_the_checks_of_others(io: Io) {
     eventually("the one that is well is checked on and on", PATIENCE, || {
         (store.pings.load(Relaxed) >= before + 30).then_some(())
     });
+}
+
+fn endpoints_that_all_begin_to_hang_at_once_do_not_hold_them_up_either(io: Io) {
+    let stores: Vec<_> = (0..80).map(|_| Store::named("a")).collect();
+    let backends: Vec<_> = stores.iter().map(|store| store.server.address()).collect();
+    // Those that hang do so for longer than the test takes.
+    let proxy = by_request(io, &backends).set("AEGIS_CONNECT_TIMEOUT", "5m").start();
+    let (well, others) = stores.split_first().unwrap();
+    eventually("each has passed a check", PATIENCE, || {
+        stores.iter().all(|store| store.pings.load(Relaxed) > 0).then_some(())
+    });
+    for store in others {
+        store.hangs.store(true, Relaxed);
+    }
+    let before = well.pings.load(Relaxed);
+    eventually("the one that is well is checked on and on", PATIENCE, || {
+        (well.pings.load(Relaxed) >= before + 30).then_some(())
+    });
+    assert_eq!(proxy.metric(CHECK_FAILURES, &[]), 0, "none has taken as long as it may");
 }
 
 /// A server at a Unix socket that answers a `PING`, or hangs while it is told to.

@@ -251,6 +251,9 @@ fn declared_stores_are_saved_with_them() {
     let proxy = by_key().launch();
     assert_eq!(answers(&proxy), before);
     assert_eq!(proxy.get("/startupz?wait=0").status, 200);
+    let told =
+        "the Kubernetes API has not said which stores there are: going on with the saved ones";
+    assert_eq!(proxy.log_events(told).len(), 1);
     api.stateful_set("chronos", 1);
     faults.fail(None);
     eventually("what is declared by now is known", PATIENCE, || {
@@ -272,7 +275,7 @@ fn a_start_waits_no_longer_for_the_declaration_of_stores_than_for_endpoints() {
         .set("AEGIS_BALANCE", "key_hash")
         .launch();
     proxy.wait_for_start();
-    let told = "the Kubernetes API has not answered: going on without endpoints";
+    let told = "the Kubernetes API has not said which stores there are: going on without endpoints";
     assert_eq!(proxy.log_events(told).len(), 1);
     faults.fail(None);
     proxy.wait_for(STORE_PRESENT, &[("store", "chronos-0")], |present| present == 1);

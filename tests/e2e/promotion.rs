@@ -2,7 +2,7 @@
 //! by little. What real databases make of it is in `databases/switchover.rs`.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
@@ -14,7 +14,7 @@ use crate::support::backend::{Backend, BlackHole};
 use crate::support::client::{ask, ask_once, connect, read_line, try_ask};
 use crate::support::kube_api::{KubeApi, NAMESPACE, host_ip};
 use crate::support::metrics::{
-    ENDPOINT_SESSIONS, POOL_CONNECTIONS, REQUESTS, SESSIONS_ACTIVE, SESSIONS_CLOSED,
+    BYTES, ENDPOINT_SESSIONS, POOL_CONNECTIONS, REQUESTS, RETRIES, SESSIONS_ACTIVE, SESSIONS_CLOSED,
 };
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, SetOnDrop, eventually, measured, on_both_drivers};
@@ -24,6 +24,7 @@ on_both_drivers![
     sessions_on_which_nothing_has_moved_follow_unharmed,
     following_is_no_attempt,
     a_connect_under_way_follows_though_it_was_the_only_attempt,
+    clients_that_have_asked_and_ended_follow_from_a_connect_under_way,
     a_cancel_request_that_has_to_move_meets_nobody_twice,
     an_upgraded_connection_on_which_nothing_has_moved_since_is_cut,
     a_moment_with_two_primaries_delays_no_cut,
@@ -216,6 +217,37 @@ fn a_connect_under_way_follows_though_it_was_the_only_attempt(io: Io) {
     assert_eq!(ask(&client, "who"), "b");
 }
 
+fn clients_that_have_asked_and_ended_follow_from_a_connect_under_way(io: Io) {
+    const CLIENTS: usize = 20;
+    let api = KubeApi::start();
+    let (hole, server) = (BlackHole::at(host_ip()), Backend::named_at("b", host_ip()));
+    let pod = |name, role_of, address| api.pod(name, &role(role_of), address);
+    pod("orders-1", "primary", hole.address());
+    pod("orders-2", "replica", server.address());
+    let proxy = follows_primary(Builder::on(io), &api)
+        .without_pool()
+        .set("AEGIS_CONNECT_TIMEOUT", "60s")
+        .start();
+    proxy.wait_for_endpoints(1);
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|_| {
+            let mut client = connect(proxy.address());
+            client.write_all(b"who\n").unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+            client
+        })
+        .collect();
+    let all = |count| count == CLIENTS as u64;
+    proxy.wait_for(ENDPOINT_SESSIONS, &[("endpoint", "orders-1")], all);
+    proxy.wait_for(BYTES, &[("direction", "to_backend")], |bytes| bytes == 4 * CLIENTS as u64);
+    api.label_pod("orders-1", &role("replica"));
+    api.label_pod("orders-2", &role("primary"));
+    for client in &clients {
+        assert_eq!(read_line(client).unwrap(), "b");
+    }
+    assert_eq!(proxy.metric(SESSIONS_CLOSED, REMOVED), 0);
+}
+
 fn a_cancel_request_that_has_to_move_meets_nobody_twice(io: Io) {
     const CANCEL: [u8; 16] = [0, 0, 0, 16, 4, 210, 22, 46, 0, 0, 0, 42, 1, 2, 3, 4];
     let api = KubeApi::start();
@@ -346,14 +378,18 @@ fn promotions_in_quick_succession_refuse_nobody_and_leave_nothing_behind(io: Io)
     }
 }
 
-/// A server that answers each line with its name and with what it does not know any more: requests for
-/// `slow` are not answered by the first one.
+/// A server that answers each line with its name. The first one does not answer requests for `slow`, and does
+/// not end its answers to those for `part`.
 fn store(name: &'static str, asked: &Arc<AtomicU64>) -> Backend {
     let asked = Arc::clone(asked);
     Backend::scripted_at((host_ip(), 0).into(), move |mut stream| {
         while let Ok(line) = read_line(stream) {
             asked.fetch_add(1, Relaxed);
             if name == "a" && line.contains("slow") {
+                continue;
+            }
+            if name == "a" && line.contains("part") {
+                let _ = stream.write_all(b"a");
                 continue;
             }
             if stream.write_all(format!("{name}\n").as_bytes()).is_err() {
@@ -379,7 +415,10 @@ fn requests_are_cut_like_sessions_and_new_ones_follow_at_once(io: Io) {
         clients.map(ask).collect::<Vec<_>>()
     };
     let (reads, writes) = (slow("GET slow"), slow("SET slow v"));
-    let before = 3 * CLIENTS as u64;
+    let mut begun = connect(proxy.address());
+    begun.write_all(b"GET part\n").unwrap();
+    begun.read_exact(&mut [0]).unwrap();
+    let before = 3 * CLIENTS as u64 + 1;
     eventually("all are in flight", PATIENCE, || (asked[0].load(Relaxed) == before).then_some(()));
     pair.demote_first();
     pair.promote_second();
@@ -399,7 +438,13 @@ fn requests_are_cut_like_sessions_and_new_ones_follow_at_once(io: Io) {
     }
     assert_eq!(asked[0].load(Relaxed), followed, "the old primary gets nothing more");
     eventually("and keeps no connection", PATIENCE, || (pair.servers[0].open() == 0).then_some(()));
-    let failed = proxy.metric(REQUESTS, &[("outcome", "backend_lost")]);
-    assert_eq!(failed, CLIENTS as u64, "{}", proxy.metrics().describe(REQUESTS));
+    assert_eq!(begun.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    proxy.wait_for(SESSIONS_CLOSED, REMOVED, |cut| cut == 1);
+    // No backend has ended anything.
+    let ended = |outcome| proxy.metric(REQUESTS, &[("outcome", outcome)]);
+    let told = proxy.metrics().describe(REQUESTS);
+    assert_eq!([ended("cut"), ended("backend_lost")], [CLIENTS as u64 + 1, 0], "{told}");
+    let again = |why| proxy.metric(RETRIES, &[("reason", why)]);
+    assert_eq!([again("removed"), again("ended")], [CLIENTS as u64, 0]);
     assert!(proxy.metric(POOL_CONNECTIONS, &[]) > 0);
 }

@@ -102,7 +102,7 @@ impl Protocol for Http1 {
     ) -> io::Result<()> {
         let status = match error {
             ErrorReply::Timeout(_) => "504 Gateway Timeout",
-            ErrorReply::Lost => "502 Bad Gateway",
+            ErrorReply::Lost | ErrorReply::Removed => "502 Bad Gateway",
             ErrorReply::Unfinished(_) => "408 Request Timeout",
             _ => "503 Service Unavailable",
         };

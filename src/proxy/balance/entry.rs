@@ -345,9 +345,9 @@ impl Entry {
     }
 
     /// When an idle connection is to be closed for others, should it be idle still; `None` if they
-    /// need none.
+    /// need none, or it is a probe, which has told something soon.
     pub fn yields_idle_at(&self, now: Instant) -> Option<Instant> {
-        let oldest = self.pool.oldest_since()?;
+        let oldest = self.pool.oldest_since().filter(|_| !self.health.is_probing())?;
         let wanted = self.places.wanted(&self.endpoint.places);
         if wanted.needy + wanted.others <= self.closing {
             return None;

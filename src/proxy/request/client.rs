@@ -563,7 +563,7 @@ impl Client {
         let lingers = matches!(self.state, State::Leaving { .. }) && self.unsent == 0;
         match reason {
             // It gets what its backend had sent.
-            CloseReason::BackendReset => ClientEnding::ResetBehind,
+            CloseReason::BackendReset | CloseReason::EndpointRemoved => ClientEnding::ResetBehind,
             // It has been sent its end already, and may still be taking what came before.
             CloseReason::HalfCloseTimeout if lingers => ClientEnding::EndOrResetBehind,
             _ if cut => ClientEnding::Now(Close::Reset),

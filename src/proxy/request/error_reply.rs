@@ -24,6 +24,7 @@ impl ErrorReply {
             Self::NoneReachable(_) | Self::Unreachable => Outcome::Unreachable,
             Self::Timeout(_) => Outcome::Timeout,
             Self::Lost => Outcome::Lost,
+            Self::Removed => Outcome::Cut,
             Self::Unfinished(_) => Outcome::ClientTimeout,
         }
     }

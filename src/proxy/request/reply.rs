@@ -485,7 +485,11 @@ impl Client {
         if has_part {
             // It can only be cut off.
             self.state = State::Idle { kept };
-            return Actions::from(count).and(Action::Close(CloseReason::BackendReset));
+            let reason = match error {
+                ErrorReply::Removed => CloseReason::EndpointRemoved,
+                _ => CloseReason::BackendReset,
+            };
+            return Actions::from(count).and(Action::Close(reason));
         }
         // Counted first: where there is no buffer for the error its client is closed.
         let actions = Actions::from(count).and(Action::Reply(error, store));
@@ -537,20 +541,20 @@ impl Client {
             flight.cut |= flight.backend.unsent > 0;
             return self.conclude(Some(discard), moment);
         }
+        let error = if why == Retry::Removed { ErrorReply::Removed } else { ErrorReply::Lost };
         if flight.has_part() {
-            let in_order = why == Retry::Ended && discard != Discard::Endpoint;
             let is_broken = flight.backend.broken;
-            if in_order && !is_broken && self.framing.ends_with_connection() {
+            if why == Retry::Ended && !is_broken && self.framing.ends_with_connection() {
                 return self.conclude(Some(discard), moment);
             }
-            return self.fail_in_flight(ErrorReply::Lost, discard, moment);
+            return self.fail_in_flight(error, discard, moment);
         }
         let attempts = flight.history.tried.attempts();
         if !flight.request.repeatable || attempts >= moment.policy.attempts_max {
-            return self.fail_in_flight(ErrorReply::Lost, discard, moment);
+            return self.fail_in_flight(error, discard, moment);
         }
         if !why.is_free() && !moment.retries.take(moment.now) {
-            let failed = self.fail_in_flight(ErrorReply::Lost, discard, moment);
+            let failed = self.fail_in_flight(error, discard, moment);
             return Actions::from(Action::CountRefusedRetry).then(&failed);
         }
         let State::InFlight(flight) = mem::replace(&mut self.state, State::EMPTY) else {

@@ -71,7 +71,7 @@ impl Route {
             {
                 self.discard_kept(cx, key, Discard::Endpoint);
                 if self.endpoint_of(key) == Some(endpoint) && cut.takes(&mut cx.rng) {
-                    self.lose(cx, key, Discard::Endpoint, Retry::Ended);
+                    self.lose(cx, key, Discard::Endpoint, Retry::Removed);
                 }
             }
         }
@@ -82,8 +82,9 @@ impl Route {
     fn move_unused<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) -> bool {
         let may_move = !self.pools.table.is_empty() || self.may_wait();
         let session = self.sessions.of(key);
-        let is_unused = !session.is_open() || session.is_untouched();
-        if session.has_client_left() || !may_move || !is_unused {
+        // Of one that is not open all is held that its client has sent, and its end.
+        let is_unused = !session.is_open() || session.is_untouched() && !session.has_client_left();
+        if !may_move || !is_unused {
             return false;
         }
         // Nothing has failed, so this is none of its attempts. Only a cancel request still passes those by

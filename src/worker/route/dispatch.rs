@@ -71,17 +71,19 @@ impl Route {
             let Some(endpoint) = chosen else {
                 return self.on_none_left(cx, key, otherwise);
             };
-            let costs = !is_cancel
-                && matches!(otherwise, CloseReason::ConnectFailed | CloseReason::ConnectTimeout);
-            if costs && !self.takes_retry(cx) {
-                return self.on_none_left(cx, key, otherwise);
-            }
             if !self.has_conn_for_session(cx, key, endpoint) {
                 if self.pools.table.is_full(cx.now) {
                     return self.have_wait(cx, key, otherwise);
                 }
                 // Another worker was faster, and one has given a place back since.
                 continue;
+            }
+            let costs = !is_cancel
+                && matches!(otherwise, CloseReason::ConnectFailed | CloseReason::ConnectTimeout);
+            if costs && !self.takes_retry(cx) {
+                // The place is for others.
+                self.pools.look_after_places();
+                return self.on_none_left(cx, key, otherwise);
             }
             if tried.attempts() > 0 && !is_cancel {
                 self.stats.connect_retries.add(1);

@@ -137,3 +137,20 @@ fn idle_connections_beyond_the_share_make_room_for_those_of_others() {
     other.collect(at(0), now);
     assert!(other.reserve_idle(at(0), now));
 }
+
+#[test]
+fn a_probe_is_not_closed_for_others_before_it_has_told_something() {
+    let (mut rng, now) = (fastrand::Rng::with_seed(1), Instant::now());
+    let health = HealthConfig { eject_failures: 1, eject_time: SECOND };
+    let config = PoolConfig { endpoint_max: Some(1), ..pool() };
+    let (_, [mut one, mut other]) = two_workers(&config, now);
+    let entry = one.get_mut(at(0)).unwrap();
+    entry.health.eject(&health, now, &mut rng);
+    assert!(entry.health.take_probe(now + 2 * SECOND));
+    keep(&mut one, 0, now);
+    other.want_place(at(0), now);
+    let yields = |table: &Table| table.get(at(0)).unwrap().yields_idle_at(now).is_some();
+    assert!(!yields(&one));
+    assert!(one.get_mut(at(0)).unwrap().health.on_settled(&health, now));
+    assert!(yields(&one));
+}
