@@ -310,3 +310,25 @@ fn the_first_byte_back_is_timed_once() {
     assert_eq!(session.take_first_byte(later), Some(Duration::from_millis(2)));
     assert_eq!(session.take_first_byte(later), None);
 }
+
+#[test]
+fn an_answer_is_due_from_the_first_byte_on_unless_the_client_still_sends() {
+    let (mut session, now) = open();
+    let second = Duration::from_secs(1);
+    assert_eq!(session.asked_since(), None, "it has nothing to answer");
+    session.on_received(Side::Client, 1, LIMIT, now);
+    assert_eq!(session.asked_since(), Some(now));
+    session.on_received(Side::Client, 1, LIMIT, now + 5 * second);
+    assert!(session.may_still_ask(now + 5 * second, second));
+    assert!(!session.may_still_ask(now + 6 * second, second));
+    // Who ends after that has lost patience, or has asked all.
+    session.on_ended(Side::Client, now + 7 * second);
+    assert!(!session.may_still_ask(now + 7 * second, second));
+    assert_eq!(session.asked_since(), Some(now));
+    session.take_first_byte(now + 8 * second);
+    assert_eq!(session.asked_since(), None);
+    let (mut ended, now) = open();
+    ended.on_received(Side::Client, 1, LIMIT, now);
+    ended.on_ended(Side::Backend, now);
+    assert_eq!(ended.asked_since(), None, "there will be none");
+}

@@ -47,9 +47,7 @@ impl Route {
             client.and_then(Client::asked_since)
         } else {
             let session = sessions.key_at(slot).and_then(|key| sessions.get(key));
-            // Whoever still sends cannot be answered yet.
-            let waits = session.and_then(asked_since);
-            waits.zip(session).map(|((at, since), session)| (at, since.max(session.quiet_since())))
+            session.filter(|session| !session.may_still_ask(cx.now, limit)).and_then(asked_since)
         };
         waits.is_some_and(|waits| self.is_overdue(cx, waits, limit))
     }
