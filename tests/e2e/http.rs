@@ -40,10 +40,6 @@ fn pooled(io: Io, backend: &Backend) -> Builder {
         .pool(0, 8)
 }
 
-fn idle(proxy: &Proxy, count: u64) {
-    proxy.wait_for(POOL_CONNECTIONS, &[("state", "idle")], |idle| idle == count);
-}
-
 /// A head, without its last line end.
 fn read_head(stream: &TcpStream) -> Option<Vec<String>> {
     let mut lines = Vec::new();
