@@ -60,9 +60,14 @@ impl Done {
         match self.talk.reply(until).map_err(text)? {
             Reply::Tapped(tapped) if tapped.len <= TAP_BYTES_MAX => {
                 let records = self.talk.bytes(tapped.len, Instant::now() + RECORDS_TIME_MAX);
-                Ok((tapped, records.map_err(text)?))
+                let records = records.map_err(text)?;
+                self.talk.until_closed();
+                Ok((tapped, records))
             }
-            Reply::Refused(why) => Err(plain(&why)),
+            Reply::Refused(why) => {
+                self.talk.until_closed();
+                Err(plain(&why))
+            }
             Reply::Tapped(_) | Reply::Done(_) => Err("the proxy answers what it cannot".to_owned()),
         }
     }
@@ -88,15 +93,21 @@ impl Talk {
         }
     }
 
+    /// Waits until the proxy is done with the command, so that the next one does not find it busy.
+    fn until_closed(&mut self) {
+        let until = Instant::now() + TIME_MAX;
+        while self.read_more(until).is_ok_and(|is_more| is_more) {}
+    }
+
     /// Reads so many bytes.
-    fn bytes(mut self, len: usize, until: Instant) -> io::Result<Vec<u8>> {
+    fn bytes(&mut self, len: usize, until: Instant) -> io::Result<Vec<u8>> {
         self.read.reserve_exact(len.saturating_sub(self.read.len()));
         while self.read.len() < len {
             if !self.read_more(until)? {
                 return Err(io::Error::other("the proxy ended before all was sent"));
             }
         }
-        Ok(self.read)
+        Ok(std::mem::take(&mut self.read))
     }
 
     /// Reads what there is. Says whether there was something before the end.

@@ -104,7 +104,7 @@ async fn find(
     status: Arc<Status>,
 ) -> Found {
     let begun = Instant::now();
-    let answered = answer(&mut snapshot, &status);
+    let answered = answer(route.discovery, &mut snapshot, &status);
     let in_time = timeout(start_timeout + ANSWER_MARGIN, answered).await.is_ok();
     let took = begun.elapsed();
     if route.discovery == Discovery::Kubernetes && status.held().is_none() {
@@ -132,9 +132,17 @@ async fn find(
     }
 }
 
-/// Waits until endpoints are published, or it is known why none will be.
-async fn answer(snapshot: &mut watch::Receiver<Arc<EndpointSnapshot>>, status: &Status) {
-    while snapshot.borrow_and_update().generation == 0 && status.held().is_none() {
+/// Waits until endpoints are published, or it is known why none will be. What is published without a
+/// word of the source is not its answer: a start goes on with addresses, or with none.
+async fn answer(
+    discovery: Discovery,
+    snapshot: &mut watch::Receiver<Arc<EndpointSnapshot>>,
+    status: &Status,
+) {
+    let is_heard = || {
+        discovery == Discovery::Static || status.sync_age().is_some() || status.trouble().is_some()
+    };
+    while (snapshot.borrow_and_update().generation == 0 || !is_heard()) && status.held().is_none() {
         sleep(LOOK_INTERVAL).await;
     }
 }

@@ -6,7 +6,7 @@ use std::thread;
 
 use crate::support::backend::Backend;
 use crate::support::client::ask_once;
-use crate::support::kube_api::{KubeApi, host_ip};
+use crate::support::kube_api::{KubeApi, Odd, host_ip};
 use crate::support::proxy::{Builder, Ended, Proxy};
 use crate::support::{Io, ports, skip};
 
@@ -179,6 +179,16 @@ fn a_check_of_the_host_tells_of_rights_at_the_kubernetes_api() {
     assert_eq!(ended.code, Some(78), "{ended:?}");
     let refused = line_of(&ended, "not allowed to");
     assert!(refused.starts_with("BAD   Kubernetes API: ") && refused.contains("Role"), "{ended:?}");
+}
+
+#[test]
+fn a_check_of_the_host_takes_a_silent_kubernetes_api_for_no_empty_one() {
+    let api = KubeApi::start();
+    let Some(faults) = api.faults() else { return skip("a real API server answers") };
+    faults.talk(Some(Odd::Silent));
+    let ended = check_host(Builder::on(Io::Epoll).kubernetes(&api));
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    line_of(&ended, "BAD   Kubernetes API: it has not answered in time");
 }
 
 /// What a shell prints that runs this script, or nothing where there is no such shell.

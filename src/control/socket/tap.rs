@@ -165,6 +165,9 @@ impl Tapping {
             Ok(Err(error)) => debug!(%error, "who asked for the tap left"),
             Err(_) => debug!("who asked for the tap does not read what was captured"),
         }
+        // Who sees the end of the connection may ask for the next one.
+        drop(self);
+        drop(stream);
     }
 
     /// Waits until the tap ends. Returns what came of it, if a worker has taken it, and why it ended.
