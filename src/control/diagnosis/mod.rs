@@ -94,6 +94,8 @@ struct Remembered {
     /// Since when the endpoints may be old.
     stale: Option<Instant>,
     seen: Seen,
+    /// When a backend was last found to be slow, and may have let clients wait in vain.
+    blamed: Option<Instant>,
     /// How requests had ended until the latest look.
     ended: Ended,
 }
@@ -239,13 +241,18 @@ impl Found {
         let unanswered = unanswered(&grown, is_silent);
         let overdue = overdue(&grown, route.config).filter(|_| lossy.is_none());
         let is_to_blame = unusual.is_some() || unanswered.is_some() || overdue.is_some();
+        if is_to_blame {
+            remembered.blamed = Some(self.since);
+        }
+        // What is compared with may be from before that, and is at most twice as old and a look.
+        let is_blamed = remembered.blamed.is_some_and(|at| self.since - at < 3 * WINDOW);
         let slow = unusual.or_else(|| above_limit(grown.first_byte, route.config));
         let slow: Vec<_> = slow.into_iter().chain(unanswered).chain(overdue).collect();
         if !slow.is_empty() {
             self.add(Problem::BackendSlow, about, slow.join("; "));
         }
         let is_clear = !is_blurred && refusing.is_none();
-        if let Some(words) = queued(&grown, is_clear).filter(|_| !is_outage && !is_to_blame) {
+        if let Some(words) = queued(&grown, is_clear).filter(|_| !is_outage && !is_blamed) {
             // Where nobody was answered since the latest look, the backend may have stopped, or never answers
             // more often: what was found before goes on, and is no more certain than it was.
             self.add_seen(u32::from(!is_silent), Problem::PoolSmall, about, words);

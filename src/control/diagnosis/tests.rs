@@ -162,6 +162,23 @@ fn clients_without_a_first_byte_count_as_slow_where_others_got_theirs_in_time() 
 }
 
 #[test]
+fn waits_in_vain_for_a_backend_that_had_stopped_are_no_pools_fault_once_it_is_back() {
+    let mut scene = usual(&[]);
+    let found = scene.pass(|scene| {
+        scene.route().overdue.set(12);
+        scene.answer(Duration::ZERO, 2 * MS);
+        scene.give_up(Outcome::QueueTimeout);
+    });
+    assert_eq!(kinds(&found), ["backend_slow"], "{found:?}");
+    scene.pass(|scene| {
+        scene.route().overdue.set(0);
+        scene.answer(Duration::ZERO, 2 * MS);
+        let found = scene.view.findings();
+        assert!(found.iter().all(|it| it.problem == Problem::BackendSlow), "{found:?}");
+    });
+}
+
+#[test]
 fn a_pool_that_is_too_small_is_found_though_answers_are_few_and_far_between() {
     let mut scene = Scene::new(&[]);
     let seconds = Cell::new(0);
