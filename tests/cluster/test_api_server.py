@@ -393,7 +393,7 @@ REFUSED = [
     (pod({"image": " "}), "set it to an image, such as aegis-proxy:0.1.0"),
     *((pod({"image": value}), "set it to an image") for value in ["", "$(X)", "UPPER", "a:b:c", "a//b", "a:" + "b" * 129, "a" * 513]),
     *((pod({"socket-folder": value}), "aegis-proxy.io/socket-folder is") for value in [
-        "run", "/", "/a:b", "/run/../etc", "/run/", "/run/aegis", "/run/aegis/x", "/" + "a" * 64, "/$(X)"]),
+        "run", "/", "/a:b", "/run/../etc", "/run/", "/run/aegis", "/run/aegis/x", "/var/run", "/usr/local/bin", "/" + "a" * 64, "/$(X)"]),
     *((pod({"socket-file": value}), "to the name of a file such as db.sock") for value in ["", "..", "a/b", "a" * 41, "$(X)", "a,b"]),
     (pod({"socket-folder": "/db"}, containers=containers(volumeMounts=[{"name": "mine", "mountPath": "/db"}]),
          volumes=[{"name": "mine", "emptyDir": {}}]), "sockets are to be is web: set the annotation aegis-proxy.io/socket-folder"),
@@ -548,6 +548,17 @@ def test_what_a_pod_chooses_goes_together_with_what_the_release_checks(injecting
     created = env(dry(injecting, pod({"protocol": "tcp", "check-interval": "off"})))
     assert (created["AEGIS_CHECK_INTERVAL"], created["AEGIS_CHECK"], created["AEGIS_POOL_MODE"]) == ("off", "request", "preconnect")
     assert env(dry(injecting, POD))["AEGIS_CHECK_INTERVAL"] == "1s"
+    install(injecting, "upgrade")
+
+
+def test_a_pod_mode_goes_together_with_the_sizes_of_the_release(injecting):
+    values = {**VALUES["sidecar"], "protocol": "tcp", "env": {"AEGIS_POOL_MIN_IDLE": "32"}}
+    install(injecting, "upgrade", {**VALUES, "sidecar": values})
+    item = pod({"protocol": "chronos"})
+    message = "env.AEGIS_POOL_MIN_IDLE is 32 and pool.size is 16: set pool.size to 32 or more"
+    eventually(lambda: message in refusal(injecting, item), lambda: refusal(injecting, item) or "not refused")
+    assert refusal(injecting, pod({"protocol": "chronos", "pool-mode": "session"})) == ""
+    assert env(dry(injecting, POD))["AEGIS_POOL_MODE"] == "preconnect"
     install(injecting, "upgrade")
 
 
@@ -851,7 +862,7 @@ def test_as_many_routes_as_there_may_be_are_no_burden(server, releases):
     routes = [{"name": f"a-route-of-a-long-name-{n}", "listenPort": 9000 + n, "backend": {"service": f"s{n}"}} for n in range(10)]
     routes += [{"name": f"r{n}", "listenPort": 9100 + n, "backend": {"service": f"s{n}"}} for n in range(6)]
     releases("first")
-    values = {"clients": VALUES["clients"], "sidecar": {"routes": routes, "socket": {"folder": "/run/db"}}}
+    values = {"clients": VALUES["clients"], "sidecar": {"routes": routes}}
     server.helm("upgrade", "first", CHART, "--namespace", "db", "--reset-values", "--values", "-", input=yaml.dump(values))
     eventually(lambda: not refusal(server, POD) and "AEGIS_ROUTES" in env(dry(server, POD)), lambda: refusal(server, POD))
     item = pod({f"{route['name']}.{name}": value for route in routes for name, value in [
@@ -862,6 +873,8 @@ def test_as_many_routes_as_there_may_be_are_no_burden(server, releases):
     got = env(dry(server, item))
     assert sum(name.endswith("__BACKEND_DRAIN") for name in got) == 16
     assert len(got["AEGIS_ROUTES"].split(",")) == 16
+    assert "has 10 routes at most, and there are 16: set" in refusal(server, pod({"socket-folder": "/run/db"}))
+    assert refusal(server, pod({"socket-folder": "/run/db", "routes": "r0,r1"})) == ""
 
 
 def listed(server, *selector):

@@ -37,7 +37,7 @@ pub(super) struct Rules {
 /// One endpoint as one object describes it; all that is kept of it in memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Candidate {
-    /// What makes it the same endpoint in several objects: the pod's uid, or its address.
+    /// What makes it the same endpoint in several objects: the pod's uid, or its address and port.
     id: String,
     name: String,
     address: SocketAddr,
@@ -156,7 +156,7 @@ fn candidate(endpoint: &Endpoint, port: u16, rules: &Rules) -> Option<Candidate>
         Locality::Failover => same(&rules.zone, &endpoint.zone),
     };
     Some(Candidate {
-        id: target.and_then(|target| target.uid.clone()).unwrap_or_else(|| ip.to_string()),
+        id: target.and_then(|target| target.uid.clone()).unwrap_or_else(|| address.to_string()),
         name: name.cloned().unwrap_or_else(|| address.to_string()),
         address,
         terminating: endpoint.conditions.as_ref().and_then(|c| c.terminating).unwrap_or(false),
@@ -350,6 +350,20 @@ mod tests {
         for slices in [[old.clone(), new.clone()], [new, old]] {
             assert_eq!(found(&slices, &rules()), ["a 10.0.0.1:8080"]);
         }
+    }
+
+    #[test]
+    fn what_is_no_pod_is_known_by_its_address_and_port() {
+        // As of a Service without a selector, for servers outside of the cluster.
+        let endpoints = json!([{"addresses": ["192.0.2.1"]}]);
+        let second = json!([{"name": "chronos", "port": 8081, "protocol": "TCP"}]);
+        let slices = [
+            slice_of("IPv4", one_port(), endpoints.clone()),
+            slice_of("IPv4", second, endpoints.clone()),
+            slice_of("IPv4", one_port(), endpoints),
+        ];
+        let both = ["192.0.2.1:8080 192.0.2.1:8080", "192.0.2.1:8081 192.0.2.1:8081"];
+        assert_eq!(found(&slices, &rules()), both);
     }
 
     #[test]
