@@ -12,7 +12,7 @@ use crate::support::client::{connect, read_expected, read_line, read_to_end};
 use crate::support::metrics::{
     BYTES, POOL_CONNECTIONS, POOL_DISCARDS, REQUESTS, RETRIES, SESSIONS_ACTIVE,
 };
-use crate::support::proxy::{Builder, Proxy};
+use crate::support::proxy::Builder;
 use crate::support::{Io, on_both_drivers, pattern};
 
 on_both_drivers![
