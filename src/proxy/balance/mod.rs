@@ -31,7 +31,6 @@ pub use conns::Totals;
 pub use entry::Entry;
 
 use outstanding::Outstanding;
-pub use tier::Moved;
 use tier::Tiers;
 
 use super::WorkerId;

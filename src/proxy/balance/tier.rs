@@ -16,15 +16,6 @@ use std::time::{Duration, Instant};
 use super::{Entry, Table};
 use crate::proxy::endpoints::{EndpointId, Tier};
 
-/// Another tier is in use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Moved {
-    /// The one before.
-    pub from: Tier,
-    /// The one from now on.
-    pub to: Tier,
-}
-
 /// What a worker knows of its tiers.
 #[derive(Debug, Default)]
 pub(super) struct Tiers {
@@ -133,17 +124,18 @@ impl Table {
         }
     }
 
-    /// Whether another tier is in use than when this was last asked.
-    pub fn take_moved(&mut self) -> Option<Moved> {
+    /// The tier in use, if that is another one than when this was last asked.
+    pub fn take_moved(&mut self) -> Option<Tier> {
         let (from, to) = (self.tiers.reported, self.tiers.latest);
         self.tiers.reported = to;
-        (from != to).then_some(Moved { from, to })
+        (from != to).then_some(to)
     }
 
-    /// Whether an endpoint is one of those that a tier was left for: no client tries it any more.
-    pub fn was_left(&self, index: EndpointId, tier: Tier) -> bool {
+    /// Whether an endpoint is not ejected, while its latest connect has failed and no client tries it any
+    /// more: only a probe can tell whether it is well again.
+    pub fn is_left(&self, index: EndpointId) -> bool {
         self.get(index).is_some_and(|entry| {
-            entry.present && entry.tier == tier && entry.health.is_usable() && !entry.holds_tier()
+            entry.present && entry.is_spare && entry.health.is_usable() && !entry.holds_tier()
         })
     }
 }

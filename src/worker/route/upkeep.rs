@@ -412,7 +412,7 @@ impl Route {
         self.look_for_silence(cx);
         self.look_for_overdue(cx);
         self.evict_removed(cx);
-        self.evict_withheld(cx);
+        self.look_after_withheld(cx);
         self.gather_places(cx);
         self.cut_overdue(cx, |_| true);
         let any_usable = self.pools.table.any_usable();

@@ -1,7 +1,6 @@
 //! Endpoints that stand in for others.
 
 use super::*;
-use crate::proxy::balance::Moved;
 use crate::proxy::endpoints::Tier;
 
 const BACK: Duration = Duration::from_secs(10);
@@ -90,14 +89,13 @@ fn an_endpoint_that_was_tried_in_vain_is_no_reason_to_leave_its_tier() {
 fn a_snapshot_that_takes_a_tier_away_moves_on_at_once_and_one_that_brings_it_back_later() {
     let now = Instant::now();
     let mut table = tiered(Balance::LeastConn, &[1, 0]);
-    let moved = |from, to| Some(Moved { from: Tier::at(from), to: Tier::at(to) });
     assert_eq!(table.take_moved(), None);
     apply(&mut table, &[1], now);
-    assert_eq!((table.take_moved(), table.take_moved()), (moved(0, 1), None));
+    assert_eq!((table.take_moved(), table.take_moved()), (Some(Tier::at(1)), None));
     apply(&mut table, &[1, 0], now);
     assert_eq!(choices(&mut table, now), [0]);
     assert_eq!(choices(&mut table, now + BACK), [1]);
-    assert_eq!(table.take_moved(), moved(1, 0));
+    assert_eq!(table.take_moved(), Some(Tier::FIRST));
     // Where the last tier is left alone, it is in use whatever it was.
     apply(&mut table, &[1], now + BACK);
     apply(&mut table, &[0], now + BACK);
@@ -128,20 +126,23 @@ fn one_that_joins_is_used_at_once_where_nobody_else_serves() {
 }
 
 #[test]
-fn those_that_a_tier_was_left_for_are_found_and_ejected_whatever_their_failures() {
+fn those_that_no_client_tries_any_more_are_found_and_ejected_whatever_their_failures() {
     let mut rng = fastrand::Rng::with_seed(1);
     let now = Instant::now();
     let mut table = tiered(Balance::LeastConn, &[0, 0, 1]);
     eject(&mut table, at(0));
     unreachable(&mut table, 1);
+    let left = |table: &Table| [0, 1, 2].map(|index| table.is_left(at(index)));
+    assert_eq!(left(&table), [false; 3], "it is in use");
     table.judge_tiers(now);
-    let Some(Moved { from, .. }) = table.take_moved() else { panic!("it is left") };
-    let left = |table: &Table| [0, 1, 2].map(|index| table.was_left(at(index), from));
     assert_eq!(left(&table), [false, true, false]);
     let health = &mut table.get_mut(at(1)).unwrap().health;
     assert!(health.eject(&CONFIG, now, &mut rng) && !health.eject(&CONFIG, now, &mut rng));
     assert!(!health.is_usable() && health.take_probe(now + 2 * CONFIG.eject_time));
     assert_eq!(left(&table), [false; 3]);
+    // A connect that had been begun fails only once a probe has brought it back.
+    table.get_mut(at(1)).unwrap().health.on_settled(&CONFIG, now);
+    assert_eq!(left(&table), [false, true, false]);
 }
 
 #[test]
