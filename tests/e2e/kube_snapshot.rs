@@ -59,7 +59,9 @@ fn a_start_without_an_api_has_the_last_endpoints() {
     assert_eq!(proxy.get("/readyz").status, 200);
     assert!(proxy.metric(DISCOVERY_SNAPSHOT_AGE, &[]) < 60);
     let told = "the Kubernetes API has not answered: going on with the saved endpoints";
-    let age = proxy.log_events(told)[0]["age_s"].as_u64();
+    let age = eventually("it is told", PATIENCE, || {
+        proxy.log_events(told).first().map(|line| line["age_s"].as_u64())
+    });
     assert!(age.is_some_and(|age| age < 60), "{age:?}");
 
     api.announce("b", servers[1].address());
@@ -133,12 +135,14 @@ fn a_file_that_is_of_no_use_is_reported_and_left_alone() {
         let mut proxy = on(&api, &file).launch();
         proxy.wait_for_start();
         assert_eq!(proxy.metric(DISCOVERY_ENDPOINTS, &[]), 0, "{why}");
-        let warned = proxy.log_at("WARN");
-        let told = warned.iter().filter(|line| {
+        let is_told = |line: &Value| {
             let message = line["message"].as_str().unwrap();
             message.contains("AEGIS_KUBE_SNAPSHOT=") && message.contains(why)
+        };
+        eventually(&format!("it is told: {why}"), PATIENCE, || {
+            let told = proxy.log_at("WARN").iter().filter(|line| is_told(line)).count();
+            (told == 1).then_some(())
         });
-        assert_eq!(told.count(), 1, "{why}: {warned:#?}");
         assert_eq!(fs::read_to_string(&file).unwrap(), text);
         proxy.terminate();
         proxy.wait_clean(PATIENCE);
@@ -253,7 +257,7 @@ fn declared_stores_are_saved_with_them() {
     assert_eq!(proxy.get("/startupz?wait=0").status, 200);
     let told =
         "the Kubernetes API has not said which stores there are: going on with the saved ones";
-    assert_eq!(proxy.log_events(told).len(), 1);
+    eventually("it is told", PATIENCE, || (proxy.log_events(told).len() == 1).then_some(()));
     api.stateful_set("chronos", 1);
     faults.fail(None);
     eventually("what is declared by now is known", PATIENCE, || {
@@ -276,7 +280,7 @@ fn a_start_waits_no_longer_for_the_declaration_of_stores_than_for_endpoints() {
         .launch();
     proxy.wait_for_start();
     let told = "the Kubernetes API has not said which stores there are: going on without endpoints";
-    assert_eq!(proxy.log_events(told).len(), 1);
+    eventually("it is told", PATIENCE, || (proxy.log_events(told).len() == 1).then_some(()));
     faults.fail(None);
     proxy.wait_for(STORE_PRESENT, &[("store", "chronos-0")], |present| present == 1);
     assert_eq!(ask(&connect(proxy.address()), "SET key value"), "OK");

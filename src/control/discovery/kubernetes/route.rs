@@ -195,26 +195,35 @@ impl Route {
         if is_over || self.status.held().is_some() || self.publisher.has_begun() {
             return;
         }
-        let unsaid = match objects {
-            None => "the Kubernetes API has not answered",
-            Some(_) => "the Kubernetes API has not said which stores there are",
-        };
         let saved = self.saved.usable();
         let stores = saved.as_ref().map(|(named, _)| &named.stores[..]);
         self.members = stores.and_then(Membership::of_former_run);
         let Some((named, confirmed)) =
             saved.filter(|_| objects.is_none() || self.members.is_some())
         else {
-            warn!("{unsaid}: going on without endpoints");
+            if objects.is_none() {
+                warn!("the Kubernetes API has not answered: going on without endpoints");
+            } else {
+                warn!(
+                    "the Kubernetes API has not said which stores there are: going on without endpoints"
+                );
+            }
             return self.publisher.publish([]);
         };
         let age_s = confirmed.elapsed().unwrap_or_default().as_secs();
         let (endpoints, stores) = (named.endpoints.len(), named.stores.len());
         if let Some(objects) = objects {
-            warn!(stores, age_s, "{unsaid}: going on with the saved ones");
+            warn!(
+                stores,
+                age_s,
+                "the Kubernetes API has not said which stores there are: going on with the saved ones"
+            );
             return self.publish(objects);
         }
-        warn!(endpoints, stores, age_s, "{unsaid}: going on with the saved endpoints");
+        warn!(
+            endpoints,
+            stores, age_s, "the Kubernetes API has not answered: going on with the saved endpoints"
+        );
         self.status.set_saved(Some(confirmed));
         self.publisher.publish_stores(named.endpoints, &named.stores);
     }
