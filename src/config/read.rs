@@ -249,15 +249,15 @@ impl Reader {
     fn settle_min_idle(&mut self, route: &mut RouteConfig) {
         let pool = &mut route.pool;
         let (bound, most) = match pool.mode {
-            PoolMode::Request => (AEGIS_POOL_SIZE, pool.size),
-            PoolMode::Preconnect | PoolMode::Session => (AEGIS_POOL_MAX_IDLE, pool.max_idle),
+            PoolMode::Request => (AEGIS_POOL_SIZE, &mut pool.size),
+            PoolMode::Preconnect | PoolMode::Session => (AEGIS_POOL_MAX_IDLE, &mut pool.max_idle),
         };
-        if pool.min_idle <= most {
+        if pool.min_idle <= *most {
             return;
         }
         if self.text(AEGIS_POOL_MIN_IDLE).is_some() {
             if self.text(bound).is_none() && self.suggests(bound) {
-                pool.max_idle = pool.min_idle;
+                *most = pool.min_idle;
                 return;
             }
             self.conflict(
@@ -266,7 +266,7 @@ impl Reader {
                 "the minimum is above what may be kept",
             );
         }
-        pool.min_idle = most;
+        pool.min_idle = *most;
     }
 
     /// Defaults give way to the most connections that an endpoint may have; what is set does not.

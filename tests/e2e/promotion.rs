@@ -197,12 +197,17 @@ fn following_is_no_attempt(io: Io) {
     assert_eq!(proxy.metric(SESSIONS_CLOSED, REMOVED), 0);
 }
 
-fn a_connect_under_way_follows_though_it_was_the_only_attempt(io: Io) {
-    let api = KubeApi::start();
+fn a_silent_primary_and_a_replica(api: &KubeApi) -> (BlackHole, Backend) {
     let (hole, server) = (BlackHole::at(host_ip()), Backend::named_at("b", host_ip()));
     let pod = |name, role_of, address| api.pod(name, &role(role_of), address);
     pod("orders-1", "primary", hole.address());
     pod("orders-2", "replica", server.address());
+    (hole, server)
+}
+
+fn a_connect_under_way_follows_though_it_was_the_only_attempt(io: Io) {
+    let api = KubeApi::start();
+    let _servers = a_silent_primary_and_a_replica(&api);
     let proxy = follows_primary(Builder::on(io), &api)
         .without_pool()
         .set("AEGIS_CONNECT_ATTEMPTS", "1")
@@ -220,10 +225,7 @@ fn a_connect_under_way_follows_though_it_was_the_only_attempt(io: Io) {
 fn clients_that_have_asked_and_ended_follow_from_a_connect_under_way(io: Io) {
     const CLIENTS: usize = 20;
     let api = KubeApi::start();
-    let (hole, server) = (BlackHole::at(host_ip()), Backend::named_at("b", host_ip()));
-    let pod = |name, role_of, address| api.pod(name, &role(role_of), address);
-    pod("orders-1", "primary", hole.address());
-    pod("orders-2", "replica", server.address());
+    let _servers = a_silent_primary_and_a_replica(&api);
     let proxy = follows_primary(Builder::on(io), &api)
         .without_pool()
         .set("AEGIS_CONNECT_TIMEOUT", "60s")
