@@ -76,7 +76,12 @@ impl InTerminal {
     }
 
     fn top(admin: SocketAddr) -> Self {
-        let top = Self::run(admin, &[&binary(), "top"]);
+        Self::top_by(admin, &[&binary(), "top"])
+    }
+
+    /// `top`, as this command begins it.
+    fn top_by(admin: SocketAddr, command: &[&str]) -> Self {
+        let top = Self::run(admin, command);
         top.wait_for("q quits");
         top
     }
@@ -231,6 +236,22 @@ fn top_follows_the_size_of_the_terminal_and_is_not_stopped_where_no_shell_would_
     }
     top.press("q");
     assert!(top.end().success());
+}
+
+/// As with `nsenter`, or beside containers that share their processes: who leads the session, and perhaps
+/// who started it, is no process that could be named in there.
+#[test]
+fn top_is_not_stopped_where_its_session_is_led_from_outside_its_pid_namespace() {
+    let (_backend, proxy) = a_proxy();
+    let outside = ["unshare", "--pid", "--fork", "--mount-proc"];
+    let shell = format!("{} top; exit $?", binary());
+    let commands: [&[&str]; 2] = [&[&binary(), "top"], &["sh", "-c", &shell]];
+    for command in commands {
+        let mut top = InTerminal::top_by(proxy.admin(), &[&outside, command].concat());
+        top.press("\x1a");
+        top.press("q");
+        assert!(top.end().success(), "{command:?}: {:?}", top.shown.lock().unwrap());
+    }
 }
 
 /// Whether each line of a screen takes so many columns at most.

@@ -2,7 +2,9 @@
 
 use std::io::{self, Stdin, Stdout, Write};
 
-use rustix::process::{Pid, Signal, getpgid, getpid, getppid, getsid, kill_process};
+use procfs::ProcResult;
+use procfs::process::Process;
+use rustix::process::{Signal, getpid, kill_process};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 
 use super::screen::{Line, Tone};
@@ -115,10 +117,16 @@ impl Drop for Terminal {
 }
 
 /// Whether a process of the same session, and of another job, has started this one.
+///
+/// One that cannot be seen from this PID namespace is no shell that could be told apart. It has the id 0
+/// here, which the calls of `rustix` for a session and a group take for impossible.
 fn has_shell() -> bool {
-    let of = |process: Option<Pid>| Some((getsid(process).ok()?, getpgid(process).ok()?));
-    let (own, parent) = (of(None), getppid().and_then(|parent| of(Some(parent))));
-    own.zip(parent).is_some_and(|(own, parent)| own.0 == parent.0 && own.1 != parent.1)
+    let told = || -> ProcResult<bool> {
+        let own = Process::myself()?.stat()?;
+        let parent = Process::new(own.ppid)?.stat()?;
+        Ok(own.session == parent.session && own.pgrp != parent.pgrp)
+    };
+    told().unwrap_or(false)
 }
 
 fn color(tone: Tone) -> &'static str {
