@@ -177,10 +177,10 @@ class KubernetesApi(http.server.ThreadingHTTPServer):
 
 
 class Load:
-    """Clients that ask one thing after another through the proxy."""
+    """Clients that ask one thing after another through the proxy, with a `pause` of seconds between."""
 
-    def __init__(self, port, clients=8):
-        self.over = threading.Event()
+    def __init__(self, port, clients=8, pause=0):
+        self.over, self.pause = threading.Event(), pause
         self.threads = [threading.Thread(target=self.run, args=(port,), daemon=True) for _ in range(clients)]
         for thread in self.threads:
             thread.start()
@@ -192,6 +192,7 @@ class Load:
                     client.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
                     if not client.recv(65536):
                         break
+                    self.over.wait(self.pause)
             self.over.wait(0.05)
 
     def stop(self):
