@@ -75,7 +75,8 @@ fn watch_signals(events: &Sender<Event>) -> io::Result<()> {
 }
 
 fn spawn(wait: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    thread::Builder::new().spawn(wait).map(drop)
+    let spawned = thread::Builder::new().spawn(wait);
+    spawned.map(drop).map_err(|error| io::Error::new(error.kind(), format!("no thread: {error}")))
 }
 
 async fn pass_on(mut signals: Signal, kind: SignalKind, events: Sender<Event>) {
