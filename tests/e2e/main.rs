@@ -64,6 +64,7 @@ mod routing;
 mod shares;
 mod store_wait;
 mod tap;
+mod tap_signals;
 mod threads;
 mod tiers;
 mod top;
