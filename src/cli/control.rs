@@ -170,13 +170,12 @@ pub(super) fn ask(matches: &ArgMatches, request: &Request) -> Result<Done, Strin
 }
 
 fn address(matches: &ArgMatches) -> Result<Address, String> {
-    let (source, text) = match matches.get_one::<String>(CONTROL) {
-        Some(text) => ("--control", text.clone()),
-        None => {
-            let text = std::env::var_os("AEGIS_CONTROL");
-            let text = text.map_or("off".to_owned(), |text| text.to_string_lossy().into_owned());
-            ("AEGIS_CONTROL", text)
-        }
+    let (source, text) = if let Some(text) = matches.get_one::<String>(CONTROL) {
+        ("--control", text.clone())
+    } else {
+        let text = std::env::var_os("AEGIS_CONTROL");
+        let text = text.map_or("off".to_owned(), |text| text.to_string_lossy().into_owned());
+        ("AEGIS_CONTROL", text)
     };
     match control_address(&text) {
         Ok(Some(address)) => Ok(address),

@@ -124,7 +124,7 @@ fn create(path: &str) -> Result<File, String> {
     file.map_err(|error| format!("{path}: {error}"))
 }
 
-/// Finds out whether it can be written. Nothing is left behind by whoever is interrupted meanwhile.
+/// Finds out whether it can be written. Nothing is left behind by who is killed meanwhile.
 fn try_output(path: &str) -> Result<(), String> {
     if path == STANDARD {
         let is_shown = io::stdout().is_terminal();
