@@ -7,9 +7,11 @@ use std::time::Instant;
 use aegis::cli::{self, Command, EXIT_CONFIG, EXIT_USAGE};
 use aegis::config::{Config, RouteName};
 use aegis::control::{DriverInfo, Outcome, Plane, Runtime, admin, logging};
+use aegis::io::ignore_file_size_signal;
 use aegis::startup::{self, Capacity, Decisions, Plan, StartError, listeners};
 
 fn main() -> ExitCode {
+    ignore_file_size_signal();
     let command = match cli::parse(std::env::args_os()) {
         Ok(command) => command,
         Err(error) if error.use_stderr() => {

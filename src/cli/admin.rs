@@ -8,7 +8,7 @@ use clap::{Arg, ArgMatches};
 use serde_json::Value;
 
 use super::table::plain;
-use crate::config::admin_address;
+use crate::config::{ADMIN_DEFAULT, admin_address};
 
 const ADMIN: &str = "admin";
 
@@ -51,8 +51,9 @@ impl Admin {
         if let Some(text) = matches.get_one::<String>(ADMIN) {
             return Self::at(text, "--admin");
         }
-        let text = std::env::var("AEGIS_ADMIN").ok();
-        Self::at(text.as_deref().unwrap_or(crate::config::ADMIN_DEFAULT), "AEGIS_ADMIN")
+        let text = std::env::var_os("AEGIS_ADMIN");
+        let text = text.as_ref().map_or(ADMIN_DEFAULT.into(), |text| text.to_string_lossy());
+        Self::at(&text, "AEGIS_ADMIN")
     }
 
     fn at(text: &str, source: &str) -> Result<Self, String> {

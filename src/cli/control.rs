@@ -13,7 +13,7 @@ use super::table::plain;
 use crate::config::control_address;
 use crate::control::socket::{Reply, Request, Tapped};
 use crate::io::net::Address;
-use crate::limits::TAP_BYTES_MAX;
+use crate::limits::{TAP_BYTES_MAX, TAP_TIME_MAX};
 
 const CONTROL: &str = "control";
 
@@ -42,21 +42,31 @@ pub(super) struct Done {
 }
 
 impl Done {
-    /// Waits until the process has ended, which closes the connection.
+    /// Waits until the process has ended, which closes the connection. It says nothing more.
     pub(super) fn wait(mut self) -> Result<(), String> {
         let stream = &mut self.talk.stream;
         stream.set_read_timeout(None).map_err(|error| error.to_string())?;
-        match io::copy(stream, &mut io::sink()) {
-            Err(error) if error.kind() != ErrorKind::ConnectionReset => Err(error.to_string()),
-            _ => Ok(()),
+        loop {
+            match stream.read(&mut [0]) {
+                Ok(0) => return Ok(()),
+                Ok(_) => return Err("the proxy says more than it was asked for".to_owned()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(()),
+                Err(error) => return Err(error.to_string()),
+            }
         }
+    }
+
+    /// The connection, to end it by.
+    pub(super) fn stream(&self) -> io::Result<UnixStream> {
+        self.talk.stream.try_clone()
     }
 
     /// Waits for what a tap captures, which takes so long at most.
     pub(super) fn tapped(mut self, time: Duration) -> Result<(Tapped, Vec<u8>), String> {
         let text = |error: io::Error| error.to_string();
         // A worker has some time to hand it back.
-        let until = Instant::now() + time + 2 * TIME_MAX;
+        let until = Instant::now() + time.min(TAP_TIME_MAX) + 2 * TIME_MAX;
         match self.talk.reply(until).map_err(text)? {
             Reply::Tapped(tapped) if tapped.len <= TAP_BYTES_MAX => {
                 let records = self.talk.bytes(tapped.len, Instant::now() + RECORDS_TIME_MAX);
@@ -96,7 +106,9 @@ impl Talk {
     /// Waits until the proxy is done with the command, so that the next one does not find it busy.
     fn until_closed(&mut self) {
         let until = Instant::now() + TIME_MAX;
-        while self.read_more(until).is_ok_and(|is_more| is_more) {}
+        while self.read_more(until).is_ok_and(|is_more| is_more) {
+            self.read.clear();
+        }
     }
 
     /// Reads so many bytes.
@@ -158,9 +170,12 @@ pub(super) fn ask(matches: &ArgMatches, request: &Request) -> Result<Done, Strin
 }
 
 fn address(matches: &ArgMatches) -> Result<Address, String> {
-    let (source, text) = match matches.get_one::<String>(CONTROL) {
-        Some(text) => ("--control", text.clone()),
-        None => ("AEGIS_CONTROL", std::env::var("AEGIS_CONTROL").unwrap_or("off".to_owned())),
+    let (source, text) = if let Some(text) = matches.get_one::<String>(CONTROL) {
+        ("--control", text.clone())
+    } else {
+        let text = std::env::var_os("AEGIS_CONTROL");
+        let text = text.map_or("off".to_owned(), |text| text.to_string_lossy().into_owned());
+        ("AEGIS_CONTROL", text)
     };
     match control_address(&text) {
         Ok(Some(address)) => Ok(address),
@@ -190,5 +205,23 @@ fn exchange(mut stream: UnixStream, request: &Request) -> io::Result<(Reply, Tal
     match talk.reply(until) {
         Ok(reply) => Ok((reply, talk)),
         Err(error) => sent.and(Err(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_is_waited_for_until_it_comes_or_something_else() {
+        let waited = |said: &[u8]| {
+            let (stream, mut proxy) = UnixStream::pair().unwrap();
+            proxy.write_all(said).unwrap();
+            // One that goes on, or one that has ended.
+            let _goes_on = (!said.is_empty()).then_some(proxy);
+            Done { text: String::new(), talk: Talk { stream, read: Vec::new() } }.wait()
+        };
+        assert_eq!(waited(b""), Ok(()));
+        assert!(waited(b"more").is_err());
     }
 }

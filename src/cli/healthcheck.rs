@@ -13,6 +13,9 @@ pub(super) const NAME: &str = "healthcheck";
 const PROBE: &str = "probe";
 const STARTUPZ: &str = "startupz";
 
+/// What a proxy says to each of them that is fine.
+const FINE: &str = "ok\n";
+
 /// The proxy itself waits for its start for up to 8 s before it answers.
 const START_TIME_MAX: Duration = Duration::from_secs(10);
 
@@ -35,7 +38,11 @@ pub(super) fn run(matches: &ArgMatches) -> ExitCode {
     let within = if probe == STARTUPZ { START_TIME_MAX } else { PAGE_TIME_MAX };
     let answer = Admin::of(matches).and_then(|admin| admin.get(&format!("/{probe}"), within));
     match answer {
-        Ok(Answer { status: 200, body }) => print(&body),
+        Ok(Answer { status: 200, body }) if body == FINE => print(&body),
+        // Whatever has the port in the proxy's place may know the path, or say 200 to any.
+        Ok(Answer { status: 200, .. }) => {
+            fail(1, format_args!("{probe}: the answer is no proxy's"))
+        }
         Ok(Answer { body, .. }) => {
             let reasons: Vec<_> = body.lines().collect();
             fail(1, format_args!("{probe}: {}", reasons.join("; ")))

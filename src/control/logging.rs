@@ -12,7 +12,11 @@ use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::sync::OnceLock;
 use std::thread;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::pipe::PIPE_BUF;
 use tracing::{Level, Metadata};
 use tracing_subscriber::filter::{FilterExt, LevelFilter, ParseError, filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
@@ -102,11 +106,34 @@ pub fn lines_dropped() -> u64 {
 /// Prints a message to standard error, behind what is logged, and waits until it is written, for
 /// [`LOG_FLUSH_MAX`] at most.
 pub fn complain(message: impl Display) {
-    // Without a thread to write it nothing can be logged.
+    let line = format!("{message}\n");
     if start().is_ok() {
-        queue(format!("{message}\n").as_bytes());
+        queue(line.as_bytes());
+        flush();
+    } else {
+        write_without_thread(line.as_bytes(), LOG_FLUSH_MAX);
     }
-    flush();
+}
+
+/// Writes to standard error where there is no thread for that, within this time at most. What can be
+/// written to takes [`PIPE_BUF`] bytes without a wait.
+fn write_without_thread(mut text: &[u8], within: Duration) {
+    let until = Instant::now() + within;
+    let stderr = io::stderr();
+    while !text.is_empty() {
+        let left = until.saturating_duration_since(Instant::now());
+        let Ok(left) = Timespec::try_from(left) else { return };
+        match poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(&left)) {
+            Ok(1..) => {}
+            Err(Errno::INTR) => continue,
+            Ok(0) | Err(_) => return,
+        }
+        match rustix::io::write(&stderr, &text[..text.len().min(PIPE_BUF)]) {
+            Ok(count) => text = &text[count..],
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            Err(_) => return,
+        }
+    }
 }
 
 /// Waits until all that was logged is written, for [`LOG_FLUSH_MAX`] at most.

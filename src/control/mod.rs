@@ -24,7 +24,7 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, mpsc, watch};
 use tracing::{Instrument, Span, error_span};
@@ -45,7 +45,8 @@ use crate::worker::ends::Ends;
 use crate::worker::mailbox::Mailbox;
 
 /// Threads in which the Kubernetes client looks the name of its API server up. Nothing else waits
-/// for them, and the process ends without them.
+/// for them, and the process ends without them. They stay, so that there is one where the pod has as many
+/// threads as it may have, of whatever container: tokio panics without any.
 const BLOCKING_THREADS_MAX: usize = 8;
 
 /// The two places where the control plane meets a worker.
@@ -90,6 +91,7 @@ impl Runtime {
         let tokio = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .max_blocking_threads(BLOCKING_THREADS_MAX)
+            .thread_keep_alive(Duration::MAX)
             .build()?;
         let signals = {
             let _inside = tokio.enter();
@@ -242,7 +244,6 @@ fn listening(mut addresses: Vec<Address>, admin: SocketAddr) -> Listening {
 #[cfg(test)]
 mod tests {
     use std::thread;
-    use std::time::Duration;
 
     use rustix::event::{PollFd, PollFlags, poll};
     use rustix::process::{Signal, getpid, kill_process};

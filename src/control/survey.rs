@@ -116,7 +116,10 @@ async fn find(
         // Silence is consent.
         let _ = timeout(WATCH_REFUSED_WITHIN, refused).await;
     }
-    let silent = (!in_time).then(|| "it has not answered in time".to_owned());
+    let silent = (!in_time).then(|| match status.unanswered() {
+        Some(name) => format!("{name} has not been looked up in time"),
+        None => "it has not answered in time".to_owned(),
+    });
     let endpoints = snapshot.borrow().endpoints.clone();
     let reached = stream::iter(endpoints)
         .map(|endpoint| reach(endpoint.name.clone(), endpoint.address.clone(), route))
@@ -132,7 +135,7 @@ async fn find(
     }
 }
 
-/// Waits until endpoints are published, or it is known why none will be. What is published without a
+/// Waits until endpoints are published and each name was looked up, or it is known why none will be. What is published without a
 /// word of the source is not its answer: a start goes on with addresses, or with none.
 async fn answer(
     discovery: Discovery,
@@ -142,7 +145,8 @@ async fn answer(
     let is_heard = || {
         discovery == Discovery::Static || status.sync_age().is_some() || status.trouble().is_some()
     };
-    while (snapshot.borrow_and_update().generation == 0 || !is_heard()) && status.held().is_none() {
+    let is_all = || is_heard() && status.unanswered().is_none();
+    while (snapshot.borrow_and_update().generation == 0 || !is_all()) && status.held().is_none() {
         sleep(LOOK_INTERVAL).await;
     }
 }

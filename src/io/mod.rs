@@ -40,6 +40,7 @@ pub mod uring;
 pub use buffers::{Buf, Chain};
 pub(crate) use descriptors::Claim;
 pub(crate) use signals::block_signals;
+pub use signals::ignore_file_size_signal;
 
 /// Names a connection of a driver.
 pub type ConnId = crate::slab::Key<Conn>;

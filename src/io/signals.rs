@@ -1,4 +1,4 @@
-//! Keeps signals from the threads of the workers.
+//! Keeps signals from the threads of the workers, and one from the process.
 
 #![allow(unsafe_code)]
 
@@ -16,4 +16,13 @@ pub(crate) fn block_signals() {
         libc::pthread_sigmask(libc::SIG_BLOCK, all.as_ptr(), ptr::null_mut())
     };
     debug_assert_eq!(outcome, 0, "there is such an operation");
+}
+
+/// Has a write fail with `EFBIG` that would make a file longer than it may be (`RLIMIT_FSIZE`), as one
+/// fails for which the disk has no room. Unless somebody ignores SIGXFSZ it ends the process: by a line
+/// of its log. Programs that this one starts ignore it as well.
+pub fn ignore_file_size_signal() {
+    // SAFETY: no handler is called.
+    let before = unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+    debug_assert_ne!(before, libc::SIG_ERR, "there is such a signal");
 }

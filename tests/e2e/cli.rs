@@ -89,7 +89,8 @@ fn endpoints_are_listed_by_route() {
 fn what_another_program_says_shows_no_proxy() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let asked = [("endpoints", "{\"status\": \"UP\"}"), ("top", "null")];
+    let asked =
+        [("endpoints", "{\"status\": \"UP\"}"), ("top", "null"), ("healthcheck", "<html></html>")];
     let server = thread::spawn(move || {
         for (_, page) in asked {
             let (mut stream, _) = listener.accept().unwrap();

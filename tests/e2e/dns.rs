@@ -75,6 +75,27 @@ fn addresses(ips: &[IpAddr]) -> Reply {
 }
 
 #[test]
+fn a_check_of_the_host_waits_for_each_name() {
+    let Some(dns) = NameServer::start() else { return no_server() };
+    let backend = Backend::named_at("a", four(1));
+    let port = backend.address().port();
+    dns.configure("options timeout:1 attempts:1");
+    dns.set_addresses("good.test", 60, &[four(1)]);
+    dns.set("slow.test", Reply::Silence, Reply::Silence);
+    let check = |names: &[&str]| {
+        let names: Vec<_> = names.iter().map(|name| format!("{name}:{port}")).collect();
+        with(&dns, names.join(",")).argument("check").argument("--host").run()
+    };
+    let ended = check(&["good.test"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let ended = check(&["good.test", "slow.test"]);
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    let about = format!("BAD   names: slow.test:{port}");
+    assert!(ended.output.contains(&about), "{ended:?}");
+    assert!(ended.output.contains(": connected in "), "{ended:?}");
+}
+
+#[test]
 fn a_family_that_is_not_answered_for_takes_nothing_from_anybody() {
     let Some(dns) = NameServer::start() else { return no_server() };
     let [a, b] = servers([("a", four(1)), ("b", SIX)]);

@@ -21,6 +21,7 @@ use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
 on_both_drivers![
     sessions_go_on_when_the_logs_reader_has_left,
     sessions_go_on_when_the_disk_is_full,
+    sessions_go_on_when_the_log_is_as_long_as_a_file_may_be,
     sessions_go_on_when_nobody_reads_the_log,
     a_log_read_late_is_in_order_and_says_what_is_missing,
     a_closed_standard_error_is_no_socket,
@@ -100,6 +101,16 @@ fn sessions_go_on_when_the_disk_is_full(io: Io) {
     proxy.signal(Signal::HUP);
     assert_serves(&proxy);
     assert!(proxy.metric(DROPPED, &[]) > 0);
+    assert_drains(proxy);
+}
+
+fn sessions_go_on_when_the_log_is_as_long_as_a_file_may_be(io: Io) {
+    let backend = Backend::named("a");
+    let proxy = on(io, &backend, "info").log_to(tempfile::tempfile().unwrap()).start();
+    proxy.limit("--fsize=1");
+    proxy.signal(Signal::HUP);
+    proxy.wait_for(DROPPED, &[], |dropped| dropped > 0);
+    assert_serves(&proxy);
     assert_drains(proxy);
 }
 

@@ -64,6 +64,8 @@ mod routing;
 mod shares;
 mod store_wait;
 mod tap;
+mod tap_signals;
+mod threads;
 mod tiers;
 mod top;
 mod transport;

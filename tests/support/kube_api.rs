@@ -118,6 +118,16 @@ impl KubeApi {
         fs::write(self.kubeconfig(), self.kubeconfig_at(address, &user)).unwrap();
     }
 
+    /// Makes the kubeconfig name the server by this name of the local host, and have a token itself.
+    pub fn set_server_name(&self, name: &str) {
+        let kubeconfig = self.kubeconfig_of(&json!({"token": PROXY_TOKEN}));
+        let mut kubeconfig: Value = serde_json::from_str(&kubeconfig).unwrap();
+        let (cluster, gate) = (&mut kubeconfig["clusters"][0]["cluster"], self.gate.address());
+        cluster["server"] = format!("https://{name}:{}", gate.port()).into();
+        cluster["tls-server-name"] = gate.ip().to_string().into();
+        fs::write(self.kubeconfig(), kubeconfig.to_string()).unwrap();
+    }
+
     fn kubeconfig_of(&self, user: &Value) -> String {
         self.kubeconfig_at(self.gate.address(), user)
     }

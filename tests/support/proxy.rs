@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use super::kube_api::KubeApi;
@@ -33,6 +33,7 @@ pub struct Builder {
     arguments: Vec<&'static str>,
     descriptors_max: Option<u64>,
     memory_locked: Option<u32>,
+    has_no_threads: bool,
     log: Option<Arc<OwnedFd>>,
     outputs_closed: bool,
     denied: Option<Denied>,
@@ -136,6 +137,12 @@ impl Builder {
     /// that is for all of a user's. Only where tests can drop privileges.
     pub fn memory_locked_max(mut self, kib: u32) -> Self {
         self.memory_locked = Some(kib);
+        self
+    }
+
+    /// Gives it no thread beside its first one, as where a pod has as many as it may have.
+    pub fn without_threads(mut self) -> Self {
+        self.has_no_threads = true;
         self
     }
 
@@ -249,6 +256,9 @@ impl Builder {
         if let Some(kib) = self.memory_locked {
             words.extend(["sh", "-c", "ulimit -l \"$0\" && exec \"$@\""].map(Into::into));
             words.push(kib.to_string().into());
+        }
+        if self.has_no_threads {
+            words.extend(["prlimit", "--nproc=1"].map(Into::into));
         }
         if self.outputs_closed {
             words.extend(["sh", "-c", "exec \"$0\" \"$@\" 2>&- >&-"].map(Into::into));
@@ -466,16 +476,16 @@ impl Proxy {
         let current = (0..1 << 20)
             .find(|&limit| limit - numbers.range(..limit).count() as u64 == more)
             .unwrap();
-        if can_drop_privileges() {
-            // Even root may limit only what runs as itself.
-            let mut words = as_unprivileged(UNPRIVILEGED);
-            words.extend(["prlimit", "--pid", &self.id().to_string()].map(Into::into));
-            words.push(format!("--nofile={current}").into());
-            assert!(Command::new(&words[0]).args(&words[1..]).status().unwrap().success());
-        } else {
-            let limit = Rlimit { current: Some(current), maximum: Some(current) };
-            prlimit(Some(Pid::from_child(&self.child)), Resource::Nofile, limit).unwrap();
-        }
+        self.limit(&format!("--nofile={current}"));
+    }
+
+    /// Sets a limit of it, as `prlimit` takes it.
+    pub fn limit(&self, limit: &str) {
+        // Even root may limit only what runs as itself.
+        let mut words =
+            if can_drop_privileges() { as_unprivileged(UNPRIVILEGED) } else { Vec::new() };
+        words.extend(["prlimit", "--pid", &self.id().to_string(), limit].map(Into::into));
+        assert!(Command::new(&words[0]).args(&words[1..]).status().unwrap().success());
     }
 
     /// The number of the process.

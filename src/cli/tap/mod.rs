@@ -1,6 +1,7 @@
 //! `aegis-proxy tap`: captures what one new client of a running proxy says and is told, as a file that
 //! Wireshark and tcpdump read.
 
+mod interrupt;
 mod pcap;
 
 use std::fs::{self, File, OpenOptions};
@@ -16,6 +17,7 @@ use super::output::fail;
 use super::table::plain;
 use crate::control::logging;
 use crate::control::socket::{Request, Tap, Tapped};
+use interrupt::end_capture_by_signal;
 
 pub(super) const NAME: &str = "tap";
 
@@ -105,6 +107,9 @@ fn capture(matches: &ArgMatches) -> Result<(), String> {
         for_ms: u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
     };
     let done = ask(matches, &Request::Tap(tap))?;
+    // Before it is said that clients are waited for: who reads that may end it.
+    let watched = done.stream().and_then(end_capture_by_signal);
+    watched.map_err(|error| format!("cannot wait for signals: {error}"))?;
     logging::complain(&done.text);
     let (tapped, records) = done.tapped(time)?;
     write(path, &tapped, &records)?;
@@ -119,7 +124,7 @@ fn create(path: &str) -> Result<File, String> {
     file.map_err(|error| format!("{path}: {error}"))
 }
 
-/// Finds out whether it can be written. Nothing is left behind by whoever is interrupted meanwhile.
+/// Finds out whether it can be written. Nothing is left behind by who is killed meanwhile.
 fn try_output(path: &str) -> Result<(), String> {
     if path == STANDARD {
         let is_shown = io::stdout().is_terminal();
@@ -132,7 +137,11 @@ fn try_output(path: &str) -> Result<(), String> {
 
 fn write(path: &str, tapped: &Tapped, records: &[u8]) -> Result<(), String> {
     let written = match path {
-        STANDARD => pcap::write(io::stdout().lock(), tapped, records),
+        STANDARD => match pcap::write(io::stdout().lock(), tapped, records) {
+            // As with all that is printed: its reader has seen enough.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            written => written,
+        },
         path => {
             let written = pcap::write(create(path)?, tapped, records);
             // A part of it would look like all that there was.

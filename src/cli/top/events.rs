@@ -51,13 +51,13 @@ fn ends() -> [SignalKind; 4] {
 /// Takes the signals over and waits for all else from now on.
 ///
 /// # Errors
-/// A signal handler cannot be set.
+/// A signal handler cannot be set, or there is no thread to wait.
 pub(super) fn begin(admin: Admin) -> io::Result<Receiver<Event>> {
     let (events, receiver) = channel(1);
     watch_signals(&events)?;
     let of_keys = events.clone();
-    thread::spawn(move || read_keys(&of_keys));
-    thread::spawn(move || ask(&admin, &events));
+    spawn(move || read_keys(&of_keys))?;
+    spawn(move || ask(&admin, &events))?;
     Ok(receiver)
 }
 
@@ -71,8 +71,12 @@ fn watch_signals(events: &Sender<Event>) -> io::Result<()> {
         runtime.spawn(end(signal(kind)?, kind, events.clone()));
     }
     drop(entered);
-    thread::spawn(move || runtime.block_on(std::future::pending::<()>()));
-    Ok(())
+    spawn(move || runtime.block_on(std::future::pending::<()>()))
+}
+
+fn spawn(wait: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let spawned = thread::Builder::new().spawn(wait);
+    spawned.map(drop).map_err(|error| io::Error::new(error.kind(), format!("no thread: {error}")))
 }
 
 async fn pass_on(mut signals: Signal, kind: SignalKind, events: Sender<Event>) {

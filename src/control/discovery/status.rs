@@ -34,6 +34,7 @@ pub struct Status {
     /// When the source answered last: by the clock that nobody sets, and by the one of the wall.
     synced: Mutex<Option<(Instant, SystemTime)>>,
     trouble: Mutex<Option<String>>,
+    unanswered: Mutex<Option<String>>,
     left_out: Mutex<Vec<LeftOut>>,
     unusable: Mutex<Option<String>>,
     stores_trouble: Mutex<Option<String>>,
@@ -82,6 +83,16 @@ impl Status {
     /// All is well again.
     pub fn clear_trouble(&self) {
         *lock(&self.trouble) = None;
+    }
+
+    /// The source has not said anything of this so far, be it good or bad. None: it has of all.
+    pub fn set_unanswered(&self, what: Option<String>) {
+        *lock(&self.unanswered) = what;
+    }
+
+    /// What the source has not said anything of so far.
+    pub fn unanswered(&self) -> Option<String> {
+        lock(&self.unanswered).clone()
     }
 
     /// Why endpoints that the source names cannot be used, if so. Says whether that is news.

@@ -65,7 +65,10 @@ impl LogWriter {
         let destination = Destination { file: destination, is_torn: false };
         let thread = thread::Builder::new()
             .name("log".to_owned())
-            .spawn(move || write_lines(&writing, destination, report))?;
+            .spawn(move || write_lines(&writing, destination, report))
+            .map_err(|error| {
+                io::Error::new(error.kind(), format!("no thread for the log: {error}"))
+            })?;
         Ok(Self { queue, thread: thread.thread().clone() })
     }
 

@@ -87,7 +87,9 @@ impl<R: Resolve> Backends<R> {
             let known = host::wanted(&hosts, &self.hosts);
             // Those that stand in for others do not come before these are looked up.
             let some = known.iter().flatten().any(|wanted| wanted.tier == Tier::FIRST);
-            let answered = hosts.iter().all(|host| host.is_answered(self.by_key));
+            let unanswered = hosts.iter().position(|host| !host.is_answered(self.by_key));
+            self.status.set_unanswered(unanswered.map(|index| self.hosts[index].to_string()));
+            let answered = unanswered.is_none();
             begun |= answered || (some && !self.by_key);
             if begun && self.by_key {
                 let stale: Vec<_> = hosts.iter().map(Host::is_stale).collect();

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -60,6 +61,15 @@ async fn find(offload: &Offload) -> Result<Config, Trouble> {
         Some(Ok(config)) => Ok(config),
         Some(Err(error)) => Err(Trouble::client(&Error::InferConfig(error))),
         None => Err(Trouble::configuration("the configuration is not at hand")),
+    }
+}
+
+/// Has the runtime have the thread by which it looks the server's name up, and keeps. A thread was to be
+/// had a moment ago: without one nothing comes as far as this, and later none may be.
+fn keep_lookup_thread(server: &Uri) {
+    let host = server.host().unwrap_or_default();
+    if host.trim_matches(['[', ']']).parse::<IpAddr>().is_err() {
+        tokio::task::spawn_blocking(|| {});
     }
 }
 
@@ -219,6 +229,7 @@ impl Connection {
     pub(super) async fn make(silence: Duration, offload: &Offload) -> Result<Self, Trouble> {
         let mut config = find(offload).await?;
         config.cluster_url = without_user(config.cluster_url);
+        keep_lookup_thread(&config.cluster_url);
         let (namespace, server) =
             (config.default_namespace.clone(), config.cluster_url.to_string());
         config.connect_timeout = Some(CONNECT_TIMEOUT);
