@@ -26,6 +26,7 @@ mod crowded;
 mod descriptors;
 pub mod epoll;
 mod halves;
+mod lateness;
 pub mod net;
 pub mod probe;
 mod provided;
@@ -196,6 +197,12 @@ pub trait Driver {
 
     /// The next event of this turn.
     fn next(&mut self) -> Option<Completion>;
+
+    /// Whether the latest wait was over long after it was to be, and not all is told that had come by
+    /// then: no time limit is known to be over. To be asked once [`Driver::next`] is empty.
+    fn is_behind(&mut self) -> bool {
+        false
+    }
 
     /// How many more clients may be accepted from now on; 0 stops accepting.
     fn accept(&mut self, room: usize);
