@@ -30,6 +30,7 @@ mod lateness;
 pub mod net;
 pub mod probe;
 mod provided;
+mod resources;
 mod restrictions;
 mod ring;
 mod signals;
@@ -40,6 +41,7 @@ pub mod uring;
 
 pub use buffers::{Buf, Chain};
 pub(crate) use descriptors::Claim;
+pub(crate) use resources::Limit;
 pub(crate) use signals::block_signals;
 
 /// Names a connection of a driver.
