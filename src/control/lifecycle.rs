@@ -117,6 +117,8 @@ impl Signals {
     pub(super) fn take_over() -> io::Result<Self> {
         let terminate = [(SignalKind::terminate(), "SIGTERM"), (SignalKind::interrupt(), "SIGINT")];
         let terminate = terminate.into_iter().map(|(kind, name)| Ok((signal(kind)?, name)));
+        // Its handler stays: from now on a write beyond `RLIMIT_FSIZE`, as of the log, only fails.
+        drop(signal(SignalKind::from_raw(libc::SIGXFSZ))?);
         Ok(Self {
             terminate: terminate.collect::<io::Result<_>>()?,
             hangup: signal(SignalKind::hangup())?,

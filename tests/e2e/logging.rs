@@ -2,7 +2,7 @@
 //! stands still, the disk is full, the descriptor was closed.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write, pipe};
+use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Seek, Write, pipe};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -21,6 +21,7 @@ use crate::support::{Io, PATIENCE, eventually, on_both_drivers};
 on_both_drivers![
     sessions_go_on_when_the_logs_reader_has_left,
     sessions_go_on_when_the_disk_is_full,
+    sessions_go_on_when_the_log_may_grow_no_more,
     sessions_go_on_when_nobody_reads_the_log,
     a_log_read_late_is_in_order_and_says_what_is_missing,
     a_closed_standard_error_is_no_socket,
@@ -101,6 +102,21 @@ fn sessions_go_on_when_the_disk_is_full(io: Io) {
     assert_serves(&proxy);
     assert!(proxy.metric(DROPPED, &[]) > 0);
     assert_drains(proxy);
+}
+
+/// The kernel sends `SIGXFSZ` along with the error, which ends whoever does not know it.
+fn sessions_go_on_when_the_log_may_grow_no_more(io: Io) {
+    let backend = Backend::named("a");
+    let mut log = tempfile::tempfile().unwrap();
+    let proxy = on(io, &backend, "aegis=trace").log_to(log.try_clone().unwrap()).start();
+    assert_serves(&proxy);
+    proxy.limit_file_size();
+    serve_until_dropped(&proxy, 100);
+    assert_drains(proxy);
+    let mut text = String::new();
+    log.rewind().unwrap();
+    log.read_to_string(&mut text).unwrap();
+    assert!(text.ends_with('\n') && text.contains("io driver"), "{text}");
 }
 
 fn sessions_go_on_when_nobody_reads_the_log(io: Io) {

@@ -466,15 +466,24 @@ impl Proxy {
         let current = (0..1 << 20)
             .find(|&limit| limit - numbers.range(..limit).count() as u64 == more)
             .unwrap();
+        self.limit("nofile", Resource::Nofile, current);
+    }
+
+    /// Lets it write no byte more to any file.
+    pub fn limit_file_size(&self) {
+        self.limit("fsize", Resource::Fsize, 0);
+    }
+
+    fn limit(&self, name: &str, resource: Resource, max: u64) {
         if can_drop_privileges() {
             // Even root may limit only what runs as itself.
             let mut words = as_unprivileged(UNPRIVILEGED);
             words.extend(["prlimit", "--pid", &self.id().to_string()].map(Into::into));
-            words.push(format!("--nofile={current}").into());
+            words.push(format!("--{name}={max}").into());
             assert!(Command::new(&words[0]).args(&words[1..]).status().unwrap().success());
         } else {
-            let limit = Rlimit { current: Some(current), maximum: Some(current) };
-            prlimit(Some(Pid::from_child(&self.child)), Resource::Nofile, limit).unwrap();
+            let limit = Rlimit { current: Some(max), maximum: Some(max) };
+            prlimit(Some(Pid::from_child(&self.child)), resource, limit).unwrap();
         }
     }
 
