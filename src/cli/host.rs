@@ -4,10 +4,9 @@
 use std::io;
 use std::time::Duration;
 
-use rustix::process::{Resource, getrlimit};
-
 use crate::config::{Config, Discovery, IoChoice, RouteConfig};
 use crate::control::survey::{Found, Reached, survey};
+use crate::io::Limit;
 use crate::io::net::Address;
 use crate::limits::SESSIONS_AUTO_MAX;
 use crate::startup::{Capacity, Decisions, Plan};
@@ -79,7 +78,8 @@ fn cores(plan: &Plan) -> Item {
 }
 
 fn descriptors(config: &Config, decisions: &Decisions) -> Item {
-    let limit = shown(getrlimit(Resource::Nofile).maximum);
+    // As it was raised, if it could be.
+    let limit = shown(Limit::Descriptors, |limit| limit.to_string());
     let Capacity { sessions_max: sessions, pool_conns, .. } = decisions.capacity;
     let text = format!(
         "descriptors: {limit}, which is room for {sessions} sessions and {pool_conns} connections of \
@@ -94,10 +94,8 @@ fn descriptors(config: &Config, decisions: &Decisions) -> Item {
 
 /// Where it is too small for rings, the driver's reason says so.
 fn memlock() -> Item {
-    let limit = getrlimit(Resource::Memlock).current;
-    let limit = limit.map(|bytes| format!("{} KiB", bytes / 1024));
-    let text = format!("locked memory: {}", limit.unwrap_or_else(|| "unlimited".to_owned()));
-    Item::new(Verdict::Fine, text)
+    let limit = shown(Limit::LockedMemory, |bytes| format!("{} KiB", bytes / 1024));
+    Item::new(Verdict::Fine, format!("locked memory: {limit}"))
 }
 
 fn driver(config: &Config, decisions: &Decisions) -> Item {
@@ -107,8 +105,13 @@ fn driver(config: &Config, decisions: &Decisions) -> Item {
     Item::new(if is_fallback { Verdict::Note } else { Verdict::Fine }, text)
 }
 
-fn shown(limit: Option<u64>) -> String {
-    limit.map_or("unlimited".to_owned(), |limit| limit.to_string())
+/// The limit that is in force, with its unit.
+fn shown(limit: Limit, text: impl FnOnce(u64) -> String) -> String {
+    match limit.of_this_process() {
+        Ok([u64::MAX, _]) => "unlimited".to_owned(),
+        Ok([soft, _]) => text(soft),
+        Err(error) => format!("not known ({error})"),
+    }
 }
 
 fn of_route(of: &str, route: &RouteConfig, found: &Found) -> Vec<Item> {

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
-use rustix::process::{Resource, getrlimit};
 
+use super::resources::Limit;
 use crate::limits::{DESCRIPTORS_RESERVED, LISTEN_BACKLOG};
 
 /// The limit is read again after this.
@@ -55,7 +55,7 @@ impl Descriptors {
         let mut this = Self {
             reserve: Vec::with_capacity(DESCRIPTORS_RESERVED),
             latest: 0,
-            limit: limit(),
+            limit: soft_limit(),
             limit_read_at: Instant::now(),
         };
         this.refill();
@@ -89,7 +89,7 @@ impl Descriptors {
     /// Whether the accept queues of so many listeners, and a backend for each client, surely fit.
     pub(super) fn have_room_for_queues(&mut self, listeners: usize, now: Instant) -> bool {
         if now.saturating_duration_since(self.limit_read_at) >= LIMIT_AGE_MAX {
-            (self.limit, self.limit_read_at) = (limit(), now);
+            (self.limit, self.limit_read_at) = (soft_limit(), now);
         }
         let queued = listeners as u64 * LISTEN_BACKLOG as u64;
         !self.are_short() && self.limit.saturating_sub(self.latest) > 2 * queued
@@ -115,8 +115,9 @@ fn is_shortage(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE))
 }
 
-fn limit() -> u64 {
-    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+/// Where nobody says what it is, it may be low: then clients are accepted one by one.
+fn soft_limit() -> u64 {
+    Limit::Descriptors.of_this_process().map_or(0, |[soft, _]| soft)
 }
 
 #[cfg(test)]

@@ -26,9 +26,11 @@ mod crowded;
 mod descriptors;
 pub mod epoll;
 mod halves;
+mod lateness;
 pub mod net;
 pub mod probe;
 mod provided;
+mod resources;
 mod restrictions;
 mod ring;
 mod signals;
@@ -39,6 +41,7 @@ pub mod uring;
 
 pub use buffers::{Buf, Chain};
 pub(crate) use descriptors::Claim;
+pub(crate) use resources::Limit;
 pub(crate) use signals::block_signals;
 pub use signals::ignore_file_size_signal;
 
@@ -197,6 +200,12 @@ pub trait Driver {
 
     /// The next event of this turn.
     fn next(&mut self) -> Option<Completion>;
+
+    /// Whether the latest wait was over long after it was to be, and not all is told that had come by
+    /// then: no time limit is known to be over. To be asked once [`Driver::next`] is empty.
+    fn is_behind(&mut self) -> bool {
+        false
+    }
 
     /// How many more clients may be accepted from now on; 0 stops accepting.
     fn accept(&mut self, room: usize);

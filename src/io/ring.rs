@@ -226,6 +226,19 @@ impl Ring {
     /// it batches, after `most` for none; and takes what has completed.
     pub(super) fn submit_and_wait(&mut self, events: u32, batch: Duration, most: Duration) {
         let outcome = self.wait(events, batch.min(most), most);
+        let is_interrupted =
+            outcome.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::Interrupted);
+        self.after_submit(outcome);
+        if is_interrupted {
+            // By a stop, maybe long ago: what has come since is not told yet.
+            self.take_all();
+        }
+    }
+
+    /// Takes all that has completed by now. Of what is left to be done for that when a ring is asked, the
+    /// kernel does (since 6.14) no more than for as many completions as are waited for, or for 20.
+    pub(super) fn take_all(&mut self) {
+        let outcome = self.enter(CQ_ENTRIES, Some((Duration::ZERO, Duration::ZERO)));
         self.after_submit(outcome);
     }
 

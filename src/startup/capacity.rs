@@ -2,13 +2,17 @@
 //! have.
 
 use std::fmt;
-use std::io;
+use std::fs;
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::sync::Arc;
 
-use rustix::process::{Resource, getrlimit, setrlimit};
+use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit, setrlimit};
 
+use super::quota::read_number;
 use crate::config::{Config, Discovery, RouteConfig};
+use crate::io::Limit;
 use crate::limits::{
     ADMIN_CONNECTIONS, CHECKS_MAX, CONTROL_CONNECTIONS, CONTROL_WAITING, DESCRIPTORS_RESERVED,
     PIPES_MAX, POOL_CONNS_MAX, SESSIONS_AUTO_MAX,
@@ -36,16 +40,54 @@ pub(super) fn of(config: &Config, workers: usize, nofile: u64) -> Result<Capacit
 /// Raises the limit on open descriptors (`RLIMIT_NOFILE`) as far as this process may, and returns
 /// it. The soft limit is usually 1024, for the sake of programs that use `select`.
 ///
-/// # Errors
-/// What the kernel says, where it refuses.
-pub(super) fn raise_nofile() -> io::Result<u64> {
-    let mut limit = getrlimit(Resource::Nofile);
-    if limit.current != limit.maximum {
-        limit.current = limit.maximum;
-        setrlimit(Resource::Nofile, limit)?;
-    }
-    Ok(limit.current.unwrap_or(u64::MAX))
+/// A filter of system calls may deny to read it, or to change it. Then there is room for fewer sessions,
+/// which is better than for none.
+pub(super) fn raise_nofile() -> u64 {
+    let Some([soft, hard]) = Limit::Descriptors.of_this_process().ok().or_else(nofile_in_proc)
+    else {
+        tracing::warn!(assumed = NOFILE_USUAL, "RLIMIT_NOFILE cannot be read");
+        return NOFILE_USUAL;
+    };
+    let set =
+        |limit| setrlimit(Resource::Nofile, Rlimit { current: Some(limit), maximum: Some(limit) });
+    let granted = || read_number(Path::new("/proc/sys/fs/nr_open"));
+    raise(soft, hard, granted, set).unwrap_or_else(|error| {
+        tracing::warn!(soft, hard, %error, "RLIMIT_NOFILE cannot be raised to its hard limit");
+        soft
+    })
 }
+
+/// Raises a limit as far as `set` allows, and returns it. `granted` is what the kernel grants anybody.
+fn raise(
+    soft: u64,
+    hard: u64,
+    granted: impl FnOnce() -> Option<u64>,
+    set: impl Fn(u64) -> Result<(), Errno>,
+) -> Result<u64, Errno> {
+    if soft == hard {
+        return Ok(soft);
+    }
+    let Err(error) = set(hard) else { return Ok(hard) };
+    // More was granted before somebody lowered that: what goes beyond it may not even be kept.
+    match granted().filter(|granted| (soft..hard).contains(granted)) {
+        Some(granted) => set(granted).map(|()| granted),
+        None => Err(error),
+    }
+}
+
+/// The same limits as the kernel tells them in a file.
+fn nofile_in_proc() -> Option<[u64; 2]> {
+    let limits = fs::read_to_string("/proc/self/limits").ok()?;
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    let mut numbers = line.split_whitespace().map(|number| match number {
+        "unlimited" => Some(u64::MAX),
+        number => number.parse().ok(),
+    });
+    Some([numbers.next()??, numbers.next()??])
+}
+
+/// The soft limit that most processes have.
+const NOFILE_USUAL: u64 = 1024;
 
 /// A session is a connection from the client and one to the backend.
 const DESCRIPTORS_PER_SESSION: u64 = 2;
@@ -425,9 +467,22 @@ mod tests {
 
     #[test]
     fn the_soft_limit_reaches_the_hard_one() {
-        let raised = raise_nofile().unwrap();
-        let limit = getrlimit(Resource::Nofile);
-        assert_eq!(limit.current, limit.maximum);
-        assert_eq!(limit.current.unwrap_or(u64::MAX), raised);
+        let raised = raise_nofile();
+        assert_eq!(Limit::Descriptors.of_this_process().unwrap(), [raised; 2]);
+        assert_eq!(nofile_in_proc(), Some([raised; 2]));
+    }
+
+    #[test]
+    fn a_limit_is_raised_as_far_as_the_kernel_goes_along() {
+        let raised = |soft, hard, granted, allowed| {
+            let set = |to: u64| if to <= allowed { Ok(()) } else { Err(Errno::PERM) };
+            raise(soft, hard, || granted, set)
+        };
+        assert_eq!(raised(1024, 5000, Some(9000), 9000), Ok(5000));
+        assert_eq!(raised(5000, 5000, Some(9000), 0), Ok(5000), "there is nothing to raise");
+        assert_eq!(raised(1024, 5000, Some(3000), 3000), Ok(3000), "`fs.nr_open` was lowered");
+        for granted in [None, Some(512), Some(3000), Some(9000)] {
+            assert_eq!(raised(1024, 5000, granted, 0), Err(Errno::PERM), "a filter denies it");
+        }
     }
 }

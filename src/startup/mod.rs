@@ -39,7 +39,7 @@ pub struct Decisions {
 /// They do not allow what is configured.
 pub fn decide(config: &Config) -> Result<Decisions, StartError> {
     config.check_files()?;
-    let nofile = capacity::raise_nofile()?;
+    let nofile = capacity::raise_nofile();
     let driver = driver::choose(config.io)?;
     let plan = cores::plan(config.workers, config.pin, &config.resources);
     let capacity = capacity::of(config, plan.cores.len(), nofile)?;

@@ -1,5 +1,6 @@
 //! What happens at the limits.
 
+use std::fs;
 use std::io::{ErrorKind, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -18,6 +19,7 @@ on_both_drivers![
     the_session_above_the_limit_waits_and_is_served_when_another_ends,
     all_workers_together_keep_to_the_limit_and_serve_everyone,
     a_descriptor_limit_that_is_too_small_is_refused_with_the_sum,
+    a_descriptor_limit_that_may_not_be_asked_for_stops_nothing,
     a_session_without_traffic_ends_after_the_idle_timeout,
     a_half_closed_session_without_traffic_ends_after_its_own_timeout,
     a_stream_cut_by_a_timeout_does_not_look_whole,
@@ -108,6 +110,23 @@ fn a_descriptor_limit_that_is_too_small_is_refused_with_the_sum(io: Io) {
     for part in ["600", "1000", "AEGIS_MAX_SESSIONS"] {
         assert!(ended.errors.contains(part), "no {part} in {}", ended.errors);
     }
+}
+
+/// As where a service manager filters the calls that have to do with resources (`~@resources`).
+fn a_descriptor_limit_that_may_not_be_asked_for_stops_nothing(io: Io) {
+    let backend = Backend::named("a");
+    let builder = Builder::on(io).deny(libc::SYS_prlimit64, libc::EPERM);
+    let proxy = builder.clone().backends(&[backend.address()]).start();
+    assert_eq!(ask(&connect(proxy.address()), "who"), "a");
+    let found = fs::read_to_string(format!("/proc/{}/limits", proxy.id())).unwrap();
+    let open = found.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    let checked = builder
+        .set("AEGIS_BACKENDS", backend.address().to_string())
+        .set("AEGIS_MAX_SESSIONS", "1000000")
+        .argument("check")
+        .run();
+    let limit = open.split_whitespace().next().unwrap();
+    assert!(checked.errors.contains(&format!("RLIMIT_NOFILE allows {limit},")), "{checked:?}");
 }
 
 fn a_session_without_traffic_ends_after_the_idle_timeout(io: Io) {

@@ -62,6 +62,7 @@ mod routes;
 mod routes_attacks;
 mod routing;
 mod shares;
+mod stopped;
 mod store_wait;
 mod tap;
 mod tap_signals;

@@ -29,7 +29,7 @@ fn crowd(io: Io) -> usize {
 }
 
 /// Stops the proxy, as a CPU quota would, while `meanwhile` runs.
-fn stopped(proxy: &Proxy, meanwhile: impl FnOnce()) {
+pub(super) fn stopped(proxy: &Proxy, meanwhile: impl FnOnce()) {
     let pid = Pid::from_raw(proxy.id().cast_signed()).unwrap();
     kill_process(pid, Signal::STOP).unwrap();
     let stat = format!("/proc/{}/stat", proxy.id());

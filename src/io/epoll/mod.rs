@@ -31,6 +31,7 @@ use super::buffers::{Buf, Buffers};
 use super::crowded::Crowded;
 use super::descriptors::Descriptors;
 use super::halves::{Receiving, Sending};
+use super::lateness::Lateness;
 use super::net::{self, Address, Credentials, Listener, Stream};
 use super::splice::{self, Pipes};
 use super::{Acks, Close, Completion, Conn, ConnId, Driver, DriverSetup, Network, Unheard, Wait};
@@ -73,6 +74,7 @@ pub struct Epoll {
     buffers: Buffers,
     start: Instant,
     now: Instant,
+    lateness: Lateness,
     events: Vec<epoll::Event>,
     /// Events to hand out, before anything is read.
     completions: VecDeque<Completion>,
@@ -137,6 +139,7 @@ impl Epoll {
             buffers: Buffers::new(setup.buffers_max)?,
             start: Instant::now(),
             now: Instant::now(),
+            lateness: Lateness::default(),
             events: Vec::with_capacity(EVENTS_MAX),
             // One socket can bring up to four: connected, sent, failed, accepted.
             completions: VecDeque::with_capacity(4 * setup.conns_max),
@@ -207,6 +210,34 @@ impl Epoll {
         self.acceptable[index] && !self.held[index]
     }
 
+    /// Takes events from the kernel, and waits for them unless it only looks (`polls`).
+    fn take_events(&mut self, polls: bool) -> io::Result<()> {
+        let at_once = Timespec::default();
+        let mut limit = polls.then_some(&at_once);
+        loop {
+            let room = rustix::buffer::spare_capacity(&mut self.events);
+            match epoll::wait(&self.fd, room, limit) {
+                Ok(_) => return Ok(()),
+                // By a stop, maybe long ago: what has come since is not told yet.
+                Err(Errno::INTR) => limit = Some(&at_once),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    /// Takes on all events that there are beyond those of one look.
+    fn take_more_events(&mut self) -> io::Result<()> {
+        for _ in 0..=self.sockets.len() / EVENTS_MAX {
+            self.take_events(true)?;
+            let are_all = self.events.len() < EVENTS_MAX;
+            self.dispatch();
+            if are_all {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     fn dispatch(&mut self) {
         let mut events = mem::take(&mut self.events);
         for event in events.drain(..) {
@@ -251,19 +282,25 @@ impl Driver for Epoll {
             // A signal only ends it early.
             let _ = nanosleep(&nap);
         }
-        let at_once = polls.then(Timespec::default);
-        let room = rustix::buffer::spare_capacity(&mut self.events);
-        match epoll::wait(&self.fd, room, at_once.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
+        let due = self.now + wait.most;
+        self.take_events(polls)?;
         let spare_time = !polls && (!naps || self.events.len() < wait.events as usize);
         self.now = Instant::now();
-        self.window = splice::window(self.start, self.now);
         self.ready.extend(self.bulky.drain(..));
         self.steps = STEPS_PER_TURN;
         self.dispatch();
+        if self.lateness.on_waited(due, self.now) {
+            self.take_more_events()?;
+            self.now = Instant::now();
+        }
+        self.window = splice::window(self.start, self.now);
         Ok(spare_time)
+    }
+
+    fn is_behind(&mut self) -> bool {
+        // A turn has as many steps, and needs buffers.
+        let has_more = !self.ready.is_empty() || !self.starving.is_empty();
+        self.lateness.is_behind(has_more, self.now)
     }
 
     fn next(&mut self) -> Option<Completion> {

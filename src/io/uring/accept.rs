@@ -1,6 +1,7 @@
-//! Accepting.
+//! Accepting and connecting: how sockets come to the driver.
 #![allow(unsafe_code)]
 
+use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 
@@ -9,11 +10,12 @@ use io_uring::{cqueue, opcode};
 use rustix::io::Errno;
 
 use super::Uring;
-use super::socket::{Accepting, Kind};
+use super::bulk::without_blocking;
+use super::socket::{Accepting, Kind, Socket};
 use crate::fifo;
-use crate::io::net::Stream;
+use crate::io::net::{Address, Stream};
 use crate::io::ring::result;
-use crate::io::{Completion, ConnId, Driver};
+use crate::io::{Completion, ConnId, Driver, Wait};
 use crate::limits;
 
 impl Uring {
@@ -99,5 +101,47 @@ impl Uring {
                 Some(Completion::AcceptFailed(errno.into()))
             }
         }
+    }
+
+    pub(super) fn on_connect(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
+        self.came_back(Kind::Connect, conn)?;
+        Some(self.finish_connect(conn, result(entry).map(drop)))
+    }
+
+    fn finish_connect(&mut self, conn: ConnId, outcome: Result<(), Errno>) -> Completion {
+        let sending = &mut self.live(conn).sending;
+        match outcome {
+            Ok(()) => {
+                sending.connect();
+                Completion::Connected(conn)
+            }
+            Err(errno) => {
+                sending.break_off();
+                Completion::ConnectFailed(conn, errno.into())
+            }
+        }
+    }
+
+    /// Connects a socket for which that takes no time. Says whether the peer has no room for it, of which
+    /// nobody would tell: the ring would wait in a thread of the kernel's pool.
+    pub(super) fn try_connect(&mut self, conn: ConnId, address: &Address) -> bool {
+        // It may be closed by now.
+        let Some(Socket { stream, .. }) = self.sockets.get(conn) else { return false };
+        let outcome = without_blocking(stream, || stream.connect(address));
+        if outcome == Err(Errno::AGAIN) {
+            return true;
+        }
+        let completion = self.finish_connect(conn, outcome);
+        self.ready.push_back(completion);
+        false
+    }
+
+    /// Tries connects again that found no room. Returns a wait that does not sleep beyond the next try.
+    pub(super) fn connect_again(&mut self, wait: Wait) -> Wait {
+        let mut crowded = mem::take(&mut self.crowded);
+        crowded.retry(self.now, |conn, address| self.try_connect(conn, address));
+        let most = crowded.sleep_max(wait.most, self.now);
+        self.crowded = crowded;
+        Wait { most, ..wait }
     }
 }

@@ -18,7 +18,6 @@ mod watch;
 
 use std::collections::VecDeque;
 use std::io;
-use std::mem;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::path::Path;
@@ -36,6 +35,7 @@ use super::buffers::{Buf, Buffers};
 use super::crowded::Crowded;
 use super::descriptors::Descriptors;
 use super::halves::Sending;
+use super::lateness::Lateness;
 use super::net::{self, Address, Credentials, Stream};
 use super::probe::{self, Features};
 use super::provided::ProvidedBuffers;
@@ -64,6 +64,7 @@ pub struct Uring {
     descriptors: Descriptors,
     start: Instant,
     now: Instant,
+    lateness: Lateness,
     /// Events to hand out before what the ring tells.
     ready: VecDeque<Completion>,
     pending: Vec<ConnId>,
@@ -121,6 +122,7 @@ impl Uring {
             descriptors: Descriptors::new(),
             start: Instant::now(),
             now: Instant::now(),
+            lateness: Lateness::default(),
             // A turn has few, except for the clients of a drain, which may well allocate.
             ready: VecDeque::with_capacity(1024),
             pending: Vec::with_capacity(setup.conns_max),
@@ -234,48 +236,6 @@ impl Uring {
         None
     }
 
-    fn on_connect(&mut self, conn: ConnId, entry: &cqueue::Entry) -> Option<Completion> {
-        self.came_back(Kind::Connect, conn)?;
-        Some(self.finish_connect(conn, result(entry).map(drop)))
-    }
-
-    fn finish_connect(&mut self, conn: ConnId, outcome: Result<(), Errno>) -> Completion {
-        let sending = &mut self.live(conn).sending;
-        match outcome {
-            Ok(()) => {
-                sending.connect();
-                Completion::Connected(conn)
-            }
-            Err(errno) => {
-                sending.break_off();
-                Completion::ConnectFailed(conn, errno.into())
-            }
-        }
-    }
-
-    /// Connects a socket for which that takes no time. Says whether the peer has no room for it, of which
-    /// nobody would tell: the ring would wait in a thread of the kernel's pool.
-    fn try_connect(&mut self, conn: ConnId, address: &Address) -> bool {
-        // It may be closed by now.
-        let Some(Socket { stream, .. }) = self.sockets.get(conn) else { return false };
-        let outcome = bulk::without_blocking(stream, || stream.connect(address));
-        if outcome == Err(Errno::AGAIN) {
-            return true;
-        }
-        let completion = self.finish_connect(conn, outcome);
-        self.ready.push_back(completion);
-        false
-    }
-
-    /// Tries connects again that found no room. Returns a wait that does not sleep beyond the next try.
-    fn connect_again(&mut self, wait: Wait) -> Wait {
-        let mut crowded = mem::take(&mut self.crowded);
-        crowded.retry(self.now, |conn, address| self.try_connect(conn, address));
-        let most = crowded.sleep_max(wait.most, self.now);
-        self.crowded = crowded;
-        Wait { most, ..wait }
-    }
-
     fn on_completion(&mut self, entry: &cqueue::Entry) -> Option<Completion> {
         let (kind, conn) = parse_user_data(entry.user_data());
         match kind? {
@@ -363,7 +323,12 @@ impl Driver for Uring {
                 self.ring.submit();
             }
         }
+        let due = self.now + wait.most;
         self.now = Instant::now();
+        if self.lateness.on_waited(due, self.now) {
+            self.ring.take_all();
+            self.now = Instant::now();
+        }
         self.window = splice::window(self.start, self.now);
         self.ring.take_failure().map_or(Ok(spare_time), Err)
     }
@@ -378,6 +343,11 @@ impl Driver for Uring {
                 return Some(completion);
             }
         }
+    }
+
+    fn is_behind(&mut self) -> bool {
+        let has_more = !self.starving.is_empty() || !self.ring.has_told_all();
+        self.lateness.is_behind(has_more, self.now)
     }
 
     fn accept(&mut self, room: usize) {
