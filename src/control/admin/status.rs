@@ -475,8 +475,10 @@ mod tests {
         let view = view(config(), vec![endpoint("db", "10.0.0.1:1")]);
         let since = std::time::Instant::now();
         let words = "db refuses".to_owned();
-        let found =
-            |problem| Finding { problem, route: Some(0), words: words.clone(), since, looks: 2 };
+        let found = |problem| {
+            let words = words.clone();
+            Finding { problem, route: Some(0), words, since, found_at: since, looks: 3 }
+        };
         view.set_findings(vec![found(Problem::BackendRefusing)]);
         let page = read(view);
         assert_eq!(page["health"]["word"], "fine", "the process is");
