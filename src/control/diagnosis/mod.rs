@@ -15,10 +15,11 @@ use std::time::{Duration, Instant};
 use humantime::format_duration;
 
 use super::View;
-use super::view::{RouteView, usable};
+use super::view::{RouteView, failure, usable};
 use crate::config::{PoolMode, RouteConfig};
-use crate::metrics::{EndpointStats, Failure, LabelSet, Problem};
-use sample::{Counted, CpuTimes, Growth, RouteSample, Sample, Seen, Times, Total};
+use crate::metrics::{Failure, LabelSet, Problem};
+use crate::proxy::endpoints::Endpoint;
+use sample::{Counted, CpuTimes, Growth, Replies, RouteSample, Sample, Seen, Times};
 
 /// How often it is looked.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -39,6 +40,10 @@ const EVENTS_MIN: u64 = 10;
 /// A first byte is unusual that takes so many times as long as usual, and this long in seconds.
 const SLOW_TIMES: f64 = 4.0;
 const SLOW_MIN: f64 = 0.005;
+
+/// And this share of them is so slow. One reply in a hundred that takes half a minute, since it waits for
+/// news, makes the mean a third of a second.
+const SLOW_SHARE: f64 = 0.1;
 
 /// What a look weighs in what is usual. What is slow and lasts becomes usual within an hour or so; what
 /// is extremely so counts no more than what is twice as slow as has to be.
@@ -294,10 +299,11 @@ impl Found {
         let is_outage = grown.is_outage || no_endpoint.is_some();
         let (lossy, refusing) = (lossy(before, now), refusing(before, now));
         let is_blurred = self.is_late || lossy.is_some();
-        let first_bytes = (grown.times.first_byte, latest.first_byte);
+        let replies = (&grown.times.replies, &latest.replies);
         // Those of the latest moment are few beside those of before, where many were asked.
-        let is_slow_now = remembered.usual.is_some_and(|usual| is_slow(latest.first_byte, usual));
-        let unusual = unusual(first_bytes, &mut remembered.usual, is_blurred);
+        let is_slow_now =
+            remembered.usual.is_some_and(|usual| latest.replies.are_slow(slow_from(usual)));
+        let unusual = unusual(replies, &mut remembered.usual, is_blurred);
         // A session may have its connection, and nothing to ask.
         let asks = route.config.pool.mode == PoolMode::Request && !is_outage;
         let is_silent = asks && latest.only_gave_up();
@@ -311,7 +317,7 @@ impl Found {
         }
         // What is compared with may be from before that, and is at most twice as old and a look.
         let is_blamed = remembered.blamed.is_some_and(|at| self.since - at < 3 * WINDOW);
-        let above_limit = above_limit(first_bytes, route.config);
+        let above_limit = above_limit(replies, route.config);
         let slow = if is_blurred { above_limit.or(unusual) } else { unusual.or(above_limit) };
         let slow = slow.into_iter().chain(unanswered).chain(overdue);
         self.add_verdict(Problem::BackendSlow, about, Verdict::of_all(slow));
@@ -394,44 +400,44 @@ fn throttled(ran: &[f64], waited: &[f64]) -> Option<String> {
     Some(format!("{who} waited for a core {percent:.0} % of the time: a CPU limit, or a busy node"))
 }
 
-/// Whether these first bytes take longer than is usual.
-fn is_slow(first_byte: Total, usual: f64) -> bool {
-    first_byte.mean() >= SLOW_MIN && first_byte.mean() >= usual * SLOW_TIMES
+/// From how many seconds on replies are slow, where so many are usual.
+fn slow_from(usual: f64) -> f64 {
+    (usual * SLOW_TIMES).max(SLOW_MIN)
 }
 
 /// Whether the first byte takes longer than is usual: those of a window, and of them those since the latest
 /// look. What is usual is learned as long as nothing blurs the times.
 fn unusual(
-    (first_byte, latest): (Total, Total),
+    (replies, latest): (&Replies, &Replies),
     usual: &mut Option<f64>,
     is_blurred: bool,
 ) -> Option<Verdict> {
-    if first_byte.count < EVENTS_MIN || (is_blurred && usual.is_none()) {
+    if replies.count() < EVENTS_MIN || (is_blurred && usual.is_none()) {
         return None;
     }
-    let mean = first_byte.mean();
+    let mean = replies.mean();
     let before = *usual.get_or_insert(mean);
-    let is_unusual = is_slow(first_byte, before);
+    let limit = slow_from(before);
     if !is_blurred {
-        let weight = if is_unusual { USUAL_WEIGHT_SLOW } else { USUAL_WEIGHT };
+        let weight = if mean >= limit { USUAL_WEIGHT_SLOW } else { USUAL_WEIGHT };
         let counts = mean.min(before.max(SLOW_MIN) * USUAL_TIMES_MAX);
         *usual = Some(before + (counts - before) * weight);
     }
-    is_unusual.then(|| Verdict {
+    replies.are_slow(limit).then(|| Verdict {
         words: format!("the first byte takes {}; usual are {}", time(mean), time(before)),
-        is_certain: !is_blurred && is_slow(latest, before),
+        is_certain: !is_blurred && latest.are_slow(limit),
     })
 }
 
 /// Whether the first byte takes longer than it may on this route, be it usual or not.
-fn above_limit((first_byte, latest): (Total, Total), config: &RouteConfig) -> Option<Verdict> {
+fn above_limit((replies, latest): (&Replies, &Replies), config: &RouteConfig) -> Option<Verdict> {
     let limit = config.slow_first_byte?;
-    let is_above = |of: Total| of.mean() >= limit.as_secs_f64();
-    let is_found = first_byte.count >= EVENTS_MIN && is_above(first_byte);
+    let are_above = |of: &Replies| of.are_slow(limit.as_secs_f64());
+    let is_found = replies.count() >= EVENTS_MIN && are_above(replies);
     is_found.then(|| {
-        let (mean, limit) = (time(first_byte.mean()), format_duration(limit));
+        let (mean, limit) = (time(replies.mean()), format_duration(limit));
         let words = format!("the first byte takes {mean}; AEGIS_SLOW_FIRST_BYTE is {limit}");
-        Verdict { words, is_certain: is_above(latest) }
+        Verdict { words, is_certain: are_above(latest) }
     })
 }
 
@@ -481,15 +487,20 @@ fn queued(grown: &Times, latest: Times, is_clear: bool) -> Option<Verdict> {
     Some(Verdict { words, is_certain: still_waits || latest.gave_up > 0 })
 }
 
+/// Whether some worker has ejected it, and has not found it well since. Others may not have tried.
+fn is_ejected(endpoint: &Endpoint) -> bool {
+    endpoint.stats.iter().any(|stats| stats.ejected.get() > 0)
+}
+
 /// Whether connects fail, or endpoints are ejected.
 fn refusing(before: &RouteSample, now: &RouteSample) -> Option<String> {
     let mut named = Vec::new();
     let mut failed = 0;
     for (endpoint, counted) in now.endpoints_since(before) {
-        let failure = endpoint.stats.iter().find_map(EndpointStats::failure);
+        let failure = failure(endpoint);
         // Handshakes get lost as well.
         let is_lost = loss(counted).is_some() && failure == Some(Failure::TimedOut);
-        if is_lost || (counted.failures == 0 && usable(endpoint)) {
+        if is_lost || (counted.failures == 0 && usable(endpoint) && !is_ejected(endpoint)) {
             continue;
         }
         failed += counted.failures;
@@ -512,8 +523,12 @@ fn refusing(before: &RouteSample, now: &RouteSample) -> Option<String> {
     }
     // One that is out of use may not have been connected to since.
     let failed = (failed > 0).then(|| format!("{failed} connects failed"));
-    let ejected = (ejected > 0)
-        .then(|| format!("{ejected} of {} endpoints are out of use", now.endpoints.len()));
+    let all = now.endpoints.len();
+    let ejected = match now.endpoints.iter().filter(|(endpoint, _)| is_ejected(endpoint)).count() {
+        _ if ejected > 0 => Some(format!("{ejected} of {all} endpoints are out of use")),
+        0 => None,
+        by_some => Some(format!("{by_some} of {all} endpoints are out of use for some workers")),
+    };
     let seen: Vec<_> = failed.into_iter().chain(ejected).collect();
     Some(format!("{words}: {}", seen.join(", ")))
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::task::yield_now;
 
-use super::EVENTS_MIN;
+use super::{EVENTS_MIN, SLOW_SHARE};
 use crate::control::View;
 use crate::control::view::RouteView;
 use crate::metrics::{CloseReason, EndpointCounts, Histogram, Outcome, RouteStats};
@@ -39,6 +39,55 @@ impl Total {
     }
 }
 
+/// How long backends took to reply, without the time that clients took to send.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Replies {
+    total: Total,
+    counts: [u64; Histogram::BUCKETS],
+}
+
+impl Default for Replies {
+    fn default() -> Self {
+        Self { total: Total::default(), counts: [0; Histogram::BUCKETS] }
+    }
+}
+
+impl Replies {
+    fn of(stats: &[&RouteStats]) -> Self {
+        let mut all = Self::default();
+        for read in stats.iter().map(|stats| stats.reply_wait.read()) {
+            all.total.sum += read.sum;
+            for (all_of_it, count) in all.counts.iter_mut().zip(read.counts) {
+                *all_of_it += count;
+                all.total.count += count;
+            }
+        }
+        all
+    }
+
+    fn since(&self, before: &Self) -> Self {
+        let grown = |at: usize| self.counts[at].saturating_sub(before.counts[at]);
+        Self { total: self.total.since(before.total), counts: std::array::from_fn(grown) }
+    }
+
+    pub(super) fn count(&self) -> u64 {
+        self.total.count
+    }
+
+    pub(super) fn mean(&self) -> f64 {
+        self.total.mean()
+    }
+
+    /// Whether they take so long, in seconds: in the mean, and not only since a few take very long, as
+    /// those do that are meant to wait for news.
+    pub(super) fn are_slow(&self, limit: f64) -> bool {
+        let is_slow = |at: usize| Histogram::upper_bound_seconds(at).is_none_or(|s| s >= limit);
+        let counts = self.counts.iter().enumerate();
+        let slow: u64 = counts.filter(|(at, _)| is_slow(*at)).map(|(_, count)| count).sum();
+        self.mean() >= limit && slow as f64 >= self.count() as f64 * SLOW_SHARE
+    }
+}
+
 /// Where the time of clients went until some moment, or from one to another.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Times {
@@ -46,6 +95,7 @@ pub(super) struct Times {
     pub(super) queue: Total,
     pub(super) connect: Total,
     pub(super) first_byte: Total,
+    pub(super) replies: Replies,
     /// Sessions and requests that waited for a connection in vain, or could not.
     pub(super) gave_up: u64,
 }
@@ -56,6 +106,7 @@ impl Times {
             queue: self.queue.since(before.queue),
             connect: self.connect.since(before.connect),
             first_byte: self.first_byte.since(before.first_byte),
+            replies: self.replies.since(&before.replies),
             gave_up: self.gave_up.saturating_sub(before.gave_up),
         }
     }
@@ -159,6 +210,7 @@ impl RouteSample {
             queue: total(|stats| &stats.queue_wait),
             connect: total(|stats| &stats.connect_duration),
             first_byte: total(|stats| &stats.first_byte),
+            replies: Replies::of(&route.stats),
             gave_up,
         };
         Self {

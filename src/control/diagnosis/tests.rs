@@ -75,8 +75,13 @@ impl Scene {
     fn answer(&self, waited: Duration, first_byte: Duration) {
         for _ in 0..50 {
             self.route().queue_wait.record(waited);
-            self.route().first_byte.record(first_byte);
+            self.reply(first_byte);
         }
+    }
+
+    /// A reply that nothing but its backend had to be waited for.
+    fn reply(&self, took: Duration) {
+        self.route().count_first_byte(took, took);
     }
 
     /// Of a second, the first worker ran so many milliseconds, and waited for a core so many.
@@ -156,8 +161,8 @@ fn clients_without_a_first_byte_count_as_slow_where_others_got_theirs_in_time() 
     assert_eq!(Scene::new(&[]).pass(wait), []);
     // Most answers come when there is something to tell.
     let mut scene = Scene::new(&[]);
-    (0..100).for_each(|_| scene.route().first_byte.record(60_000 * MS));
-    (0..99).for_each(|_| scene.route().first_byte.record(MS));
+    (0..100).for_each(|_| scene.reply(60_000 * MS));
+    (0..99).for_each(|_| scene.reply(MS));
     assert_eq!(scene.pass(wait), []);
     let mut scene = usual(&[]);
     assert_eq!(scene.pass(wait), words(12));
@@ -203,7 +208,7 @@ fn a_pool_that_is_too_small_is_found_though_answers_are_few_and_far_between() {
         scene.pass(|scene| {
             scene.give_up(Outcome::QueueTimeout);
             if seconds.replace(seconds.get() + 1) % 3 == 0 {
-                scene.route().first_byte.record(3000 * MS);
+                scene.reply(3000 * MS);
             }
         })
     };
@@ -287,6 +292,53 @@ fn a_network_that_loses_segments_is_neither_a_slow_nor_a_refusing_backend() {
 }
 
 #[test]
+fn an_endpoint_that_refuses_is_told_from_the_segments_that_are_lost_on_the_way_to_it() {
+    let mut scene = usual(&[]);
+    // One worker has heard nothing of late, or at a time when all were well; another one has heard a refusal.
+    for is_past in [false, true] {
+        let found = scene.pass(|scene| {
+            let endpoints = scene.endpoints();
+            let [first, second] = &endpoints[0].stats[..] else { unreachable!("of two workers") };
+            first.segments.add(100);
+            first.retransmits.add(20);
+            first.set_failure(Failure::TimedOut);
+            first.failures_in_a_row.set(u64::from(!is_past));
+            second.connect_failures.add(1);
+            second.set_failure(Failure::Refused);
+            second.failures_in_a_row.set(1);
+        });
+        assert_eq!(kinds(&found), ["backend_refusing", "network_lossy"], "{found:?}");
+        assert!(found[0].1.starts_with("a refuses: "), "{found:?}");
+    }
+}
+
+#[test]
+fn a_few_that_wait_for_news_make_no_slow_backend() {
+    let mut scene = usual(&[]);
+    let poll = |scene: &Scene| scene.reply(25_000 * MS);
+    scene.pass_seconds(60, |scene, _| {
+        scene.answer(Duration::ZERO, 2 * MS);
+        poll(scene);
+    });
+    assert_eq!(scene.log, [""; 0]);
+    // It is not usual because of them.
+    scene.pass(|scene| {
+        scene.answer(Duration::ZERO, 20 * MS);
+        poll(scene);
+    });
+    assert_eq!(scene.log, ["backend_slow"]);
+}
+
+#[test]
+fn clients_that_take_their_time_to_send_make_no_slow_backend() {
+    let mut scene = usual(&[]);
+    scene.pass(|scene| {
+        (0..20).for_each(|_| scene.route().count_first_byte(5000 * MS, 2 * MS));
+    });
+    assert_eq!(scene.log, [""; 0]);
+}
+
+#[test]
 fn what_a_new_endpoint_has_failed_until_it_is_seen_counts() {
     let mut before = RouteSample::default();
     let (new, old) = (endpoint("new", "10.0.0.1:1"), endpoint("old", "10.0.0.2:1"));
@@ -309,6 +361,12 @@ fn an_endpoint_that_nobody_has_connected_to_of_late_is_out_of_use() {
     let sample = || RouteSample::of_endpoints(vec![Arc::clone(&ejected)]);
     let words = "a has failed: 1 of 1 endpoints are out of use";
     assert_eq!(refusing(&sample(), &sample()).as_deref(), Some(words));
+    // The one worker that has clients knows, and tries it again every half a minute.
+    ejected.stats[1].ejected.set(0);
+    let words = "a has failed: 1 of 1 endpoints are out of use for some workers";
+    assert_eq!(refusing(&sample(), &sample()).as_deref(), Some(words));
+    ejected.stats[0].ejected.set(0);
+    assert_eq!(refusing(&sample(), &sample()), None);
 }
 
 #[test]
@@ -316,7 +374,7 @@ fn a_problem_that_goes_on_is_logged_once() {
     // More than ten replies in ten seconds, and fewer in five.
     let mut scene = Scene::new(&[]);
     scene.pass_seconds(60, |scene, second| {
-        (0..1 + second % 2).for_each(|_| scene.route().first_byte.record(2000 * MS));
+        (0..1 + second % 2).for_each(|_| scene.reply(2000 * MS));
     });
     assert_eq!(scene.log, ["backend_slow"]);
     let mut scene = usual(&[]);
