@@ -34,10 +34,9 @@ fn proxy() -> Builder {
 fn found(proxy: &Proxy, kind: &str) -> String {
     proxy.wait_for(PROBLEM, &[("kind", kind)], |found| found == 1);
     let words = eventually("the page says it", PATIENCE, || said(proxy, kind));
-    eventually("the log says it", PATIENCE, || {
-        let is_it = |line: &serde_json::Value| line["problem"] == kind && line["level"] == "WARN";
-        proxy.log_problems().iter().any(is_it).then_some(())
-    });
+    let is_it = |line: &serde_json::Value| line["problem"] == kind && line["level"] == "WARN";
+    let is_said = || proxy.log_problems().iter().any(is_it).then_some(());
+    eventually("the log says it", PATIENCE, is_said);
     words
 }
 
@@ -75,17 +74,15 @@ fn start(proxy: Builder) -> Proxy {
 
 /// A machine that is busy with other tests may make it look so for a moment.
 fn is_not_said(proxy: &Proxy, kind: &str) {
-    eventually(&format!("{kind} is not found"), PATIENCE, || {
-        said(proxy, kind).is_none().then_some(())
-    });
+    let is_gone = || said(proxy, kind).is_none().then_some(());
+    eventually(&format!("{kind} is not found"), PATIENCE, is_gone);
 }
 
 fn is_over(proxy: &Proxy, kind: &str) {
     proxy.wait_for(PROBLEM, &[("kind", kind)], |found| found == 0);
-    eventually("the log says that it is over", PATIENCE, || {
-        let is_it = |line: &serde_json::Value| line["problem"] == kind;
-        proxy.log_events("problem is over").iter().any(is_it).then_some(())
-    });
+    let is_it = |line: &serde_json::Value| line["problem"] == kind;
+    let is_said = || proxy.log_events("problem is over").iter().any(is_it).then_some(());
+    eventually("the log says that it is over", PATIENCE, is_said);
 }
 
 /// Clients that do the same again and again until this is dropped.
@@ -449,8 +446,8 @@ fn a_pool_that_is_too_small_is_told_from_a_backend_that_is_slow() {
 #[test]
 fn places_at_an_endpoint_that_are_too_few_are_told_from_a_backend_that_is_slow() {
     let backend = taking(&Arc::new(AtomicU64::new(5)));
-    let proxy = proxy().backends(&[backend.address()]).without_pool();
-    let proxy = start(proxy.set("AEGIS_ENDPOINT_MAX", "2"));
+    let proxy = proxy().backends(&[backend.address()]).set("AEGIS_ENDPOINT_MAX", "2");
+    let proxy = start(proxy.without_pool());
     find_too_few_connections(&proxy);
 }
 

@@ -43,7 +43,7 @@ const SLOW_MIN: f64 = 0.005;
 
 /// And this share of them is so slow. One reply in a hundred that takes half a minute, since it waits for
 /// news, makes the mean a third of a second.
-const SLOW_SHARE: f64 = 0.1;
+const SLOW_SHARE: f64 = 0.05;
 
 /// What a look weighs in what is usual. What is slow and lasts becomes usual within an hour or so; what
 /// is extremely so counts no more than what is twice as slow as has to be.
@@ -92,7 +92,7 @@ impl Finding {
         self.looks >= LOOKS_MIN
     }
 
-    /// Whether it is over only once it has not been found for a while; others are as they are now.
+    /// Whether it goes on though this look has not found it; some are as they are now.
     fn lasts(&self, now: Instant) -> bool {
         let is_state = match self.problem {
             Problem::NoEndpoint | Problem::SessionLimit | Problem::DiscoveryStale => true,
@@ -103,7 +103,7 @@ impl Finding {
             | Problem::WorkerOverloaded
             | Problem::CpuThrottled => false,
         };
-        self.is_said() && !is_state && now.saturating_duration_since(self.found_at) < OVER_AFTER
+        !is_state && now.saturating_duration_since(self.found_at) < OVER_AFTER
     }
 }
 
