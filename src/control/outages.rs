@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::View;
-use super::view::RouteView;
+use super::view::{RouteView, failure};
 use crate::config::Balance;
-use crate::metrics::{EndpointStats, Failure};
+use crate::metrics::Failure;
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot, Store};
 
 /// How often it is looked whether clients wait. Shorter outages are counted, and not logged.
@@ -140,6 +140,5 @@ fn why(endpoint: &Endpoint) -> &'static str {
     if endpoint.fails_check() {
         return "fails its checks";
     }
-    let failed = endpoint.stats.iter().find_map(EndpointStats::failure);
-    failed.map_or("not known yet", Failure::name)
+    failure(endpoint).map_or("not known yet", Failure::name)
 }

@@ -11,7 +11,7 @@ use super::diagnosis::Finding;
 use super::discovery::status::Status;
 use super::{DriverInfo, WorkerHandle};
 use crate::config::{Config, Discovery, RouteConfig};
-use crate::metrics::{RouteStats, WorkerState, WorkerStats};
+use crate::metrics::{EndpointStats, Failure, RouteStats, WorkerState, WorkerStats};
 use crate::proxy::endpoints::{Endpoint, EndpointSnapshot};
 
 /// A worker that did not turn for this long is stuck: an idle one turns once a second.
@@ -280,6 +280,18 @@ impl View {
 /// so an endpoint counts as ejected once all of them have ejected it; its checks are made for all.
 pub fn usable(endpoint: &Endpoint) -> bool {
     !endpoint.fails_check() && endpoint.stats.iter().any(|stats| stats.ejected.get() == 0)
+}
+
+/// How an endpoint has failed last, as far as any worker knows. For one that has found it well since, that
+/// is the past; and one that has heard something knows more than one that has heard nothing.
+pub fn failure(endpoint: &Endpoint) -> Option<Failure> {
+    let known = |stats: &EndpointStats| {
+        let failure = stats.failure()?;
+        let is_past = stats.failures_in_a_row.get() == 0 && stats.ejected.get() == 0;
+        Some(((is_past, failure == Failure::TimedOut), failure))
+    };
+    let all = endpoint.stats.iter().filter_map(known);
+    all.min_by_key(|(order, _)| *order).map(|(_, failure)| failure)
 }
 
 /// A label for each endpoint, unique in the snapshot: its name, and the address where two share it.

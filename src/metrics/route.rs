@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::cells::{Cell, Counter, Gauge, cells};
+use super::cells::{Cell, Counter, Gauge, Histogram, cells};
 use super::counted::{Row, counted};
 use super::family::{LabelName, family, or};
 use super::labels::{
@@ -78,6 +78,8 @@ counted! {
             pub overdue: Gauge;
             /// Sessions that ended while they did.
             pub left_overdue: Counter;
+            /// The same as `first_byte`, without the time that clients took to send.
+            pub reply_wait: Histogram;
             /// The longest wait of the latest outage, in milliseconds.
             pub outage_longest_ms: Gauge;
         }
@@ -120,6 +122,12 @@ impl RouteStats {
     /// Requests of any kind that ended so.
     pub fn requests_ended(&self, outcome: Outcome) -> u64 {
         self.requests.all().iter().map(|of_verb| of_verb.of(outcome).get()).sum()
+    }
+
+    /// Counts a first byte back: how long it took, and how long nothing had moved before it.
+    pub fn count_first_byte(&self, took: Duration, quiet: Duration) {
+        self.first_byte.record(took);
+        self.reply_wait.record(quiet.min(took));
     }
 
     /// Counts a session that went to an endpoint that is not near.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, setpriority_process};
 
+use super::replies::read_head;
 use crate::support::backend::Backend;
 use crate::support::client::{ask_once, read_line, reset, try_ask, try_connect};
 use crate::support::kube_api::KubeApi;
@@ -33,10 +34,9 @@ fn proxy() -> Builder {
 fn found(proxy: &Proxy, kind: &str) -> String {
     proxy.wait_for(PROBLEM, &[("kind", kind)], |found| found == 1);
     let words = eventually("the page says it", PATIENCE, || said(proxy, kind));
-    eventually("the log says it", PATIENCE, || {
-        let is_it = |line: &serde_json::Value| line["problem"] == kind && line["level"] == "WARN";
-        proxy.log_problems().iter().any(is_it).then_some(())
-    });
+    let is_it = |line: &serde_json::Value| line["problem"] == kind && line["level"] == "WARN";
+    let is_said = || proxy.log_problems().iter().any(is_it).then_some(());
+    eventually("the log says it", PATIENCE, is_said);
     words
 }
 
@@ -74,17 +74,15 @@ fn start(proxy: Builder) -> Proxy {
 
 /// A machine that is busy with other tests may make it look so for a moment.
 fn is_not_said(proxy: &Proxy, kind: &str) {
-    eventually(&format!("{kind} is not found"), PATIENCE, || {
-        said(proxy, kind).is_none().then_some(())
-    });
+    let is_gone = || said(proxy, kind).is_none().then_some(());
+    eventually(&format!("{kind} is not found"), PATIENCE, is_gone);
 }
 
 fn is_over(proxy: &Proxy, kind: &str) {
     proxy.wait_for(PROBLEM, &[("kind", kind)], |found| found == 0);
-    eventually("the log says that it is over", PATIENCE, || {
-        let is_it = |line: &serde_json::Value| line["problem"] == kind;
-        proxy.log_events("problem is over").iter().any(is_it).then_some(())
-    });
+    let is_it = |line: &serde_json::Value| line["problem"] == kind;
+    let is_said = || proxy.log_events("problem is over").iter().any(is_it).then_some(());
+    eventually("the log says that it is over", PATIENCE, is_said);
 }
 
 /// Clients that do the same again and again until this is dropped.
@@ -265,6 +263,49 @@ fn clients_that_wait_since_a_backend_has_become_slow_wait_for_the_backend() {
 }
 
 #[test]
+fn a_busy_backend_that_becomes_slow_makes_no_small_pool() {
+    let takes = Arc::new(AtomicU64::new(1));
+    let backend = taking(&takes);
+    let proxy = start(by_request(&backend, "8").set("AEGIS_WORKERS", "1"));
+    let _load = Load::asking(12, proxy.address());
+    proxy.wait_for("aegis_requests_total", &[("outcome", "answered")], |n| n > 5000);
+    takes.store(200, Relaxed);
+    found(&proxy, "backend_slow");
+    thread::sleep(2 * WINDOW);
+    are_all(&proxy, &["backend_slow"]);
+}
+
+#[test]
+fn clients_that_take_their_time_to_send_say_nothing_of_a_backend() {
+    const SIZE: usize = 20_000;
+    let uploads = Backend::scripted(|mut stream| {
+        while read_head(stream).is_some() && stream.read_exact(&mut vec![0; SIZE]).is_ok() {
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+        }
+    });
+    let lines = taking(&Arc::new(AtomicU64::new(1)));
+    let framed = proxy().backends(&[uploads.address()]).protocol("http1", "request");
+    let proxies = [start(framed), start(proxy().backends(&[lines.address()]))];
+    let addresses = proxies.each_ref().map(Proxy::address);
+    let head = format!("POST / HTTP/1.1\r\nContent-Length: {SIZE}\r\n\r\n");
+    let body = [head.into_bytes(), vec![b'x'; SIZE - 1]].concat();
+    let slow = |address: SocketAddr, first: Vec<u8>, rest: &'static [u8]| {
+        Load::of(12, move || {
+            let Ok(mut client) = try_connect(address) else { return };
+            let _ = client.write_all(&first);
+            // How slow it is is what is tested.
+            thread::sleep(Duration::from_millis(1500));
+            let _ = client.write_all(rest).map(|()| client.read(&mut [0; 1024]));
+        })
+    };
+    let _loads = [slow(addresses[0], body, b"x"), slow(addresses[1], b"GE".into(), b"T k\n")];
+    for proxy in &proxies {
+        proxy.wait_for("aegis_first_byte_seconds_count", &[], |n| n > 60);
+        are_all(proxy, &[]);
+    }
+}
+
+#[test]
 fn a_backend_that_answers_nothing_any_more_is_told_from_a_pool_that_is_too_small() {
     let takes = Arc::new(AtomicU64::new(1));
     let backend = taking(&takes);
@@ -405,8 +446,8 @@ fn a_pool_that_is_too_small_is_told_from_a_backend_that_is_slow() {
 #[test]
 fn places_at_an_endpoint_that_are_too_few_are_told_from_a_backend_that_is_slow() {
     let backend = taking(&Arc::new(AtomicU64::new(5)));
-    let proxy = proxy().backends(&[backend.address()]).without_pool();
-    let proxy = start(proxy.set("AEGIS_ENDPOINT_MAX", "2"));
+    let proxy = proxy().backends(&[backend.address()]).set("AEGIS_ENDPOINT_MAX", "2");
+    let proxy = start(proxy.without_pool());
     find_too_few_connections(&proxy);
 }
 

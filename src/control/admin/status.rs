@@ -13,12 +13,12 @@ use super::page::Pieces;
 use crate::config::{PoolMode, RouteConfig};
 use crate::control::diagnosis::Finding;
 use crate::control::metrics::ProcessCounts;
-use crate::control::view::{RouteView, labels, usable};
+use crate::control::view::{RouteView, failure, labels, usable};
 use crate::control::{View, logging};
 use crate::io::net::Address;
 use crate::metrics::{
-    Checkout, Direction, Durations, EndpointCounts, EndpointStats, Failure, Histogram, LabelSet,
-    Problem, RoundTrips, RouteStats, WorkerState, WorkerStats,
+    Checkout, Direction, Durations, EndpointCounts, Failure, Histogram, LabelSet, Problem,
+    RoundTrips, RouteStats, WorkerState, WorkerStats,
 };
 use crate::proxy::endpoints::Endpoint;
 
@@ -216,21 +216,22 @@ fn status<'a>(view: &'a View, findings: &[Finding]) -> Status<'a> {
 /// The state of the process: what probes say, and what was found to be wrong.
 fn process_health(view: &View, findings: &[Finding]) -> Health {
     let (not_live, not_started) = (view.not_live(), view.not_started());
-    let why = |all: Vec<String>| all.into_iter().map(Reason::plain).collect();
-    if !not_live.is_empty() {
-        return Health { word: "stuck", reasons: why(not_live) };
-    }
-    if view.draining() {
-        return Health { word: "draining", reasons: Vec::new() };
-    }
-    if !not_started.is_empty() {
-        return Health { word: "starting", reasons: why(not_started) };
-    }
-    let not_ready = view.not_ready();
-    if !not_ready.is_empty() {
-        return Health { word: "down", reasons: why(not_ready) };
-    }
-    Health::of(findings.iter().filter(|finding| finding.route.is_none()))
+    let found = Health::of(findings.iter().filter(|finding| finding.route.is_none()));
+    let (word, reasons) = if !not_live.is_empty() {
+        ("stuck", not_live)
+    } else if view.draining() {
+        ("draining", Vec::new())
+    } else if !not_started.is_empty() {
+        ("starting", not_started)
+    } else {
+        match view.not_ready() {
+            not_ready if not_ready.is_empty() => (found.word, not_ready),
+            not_ready => ("down", not_ready),
+        }
+    };
+    // Sessions pile up at their limit because there is no endpoint: both are to be seen.
+    let reasons = reasons.into_iter().map(Reason::plain).chain(found.reasons).collect();
+    Health { word, reasons }
 }
 
 impl Health {
@@ -375,7 +376,6 @@ fn shown(endpoints: &[Arc<Endpoint>]) -> Vec<usize> {
 
 fn endpoint_row(endpoint: &Endpoint, name: String) -> EndpointRow<'_> {
     let is_usable = usable(endpoint);
-    let failure = endpoint.stats.iter().find_map(EndpointStats::failure);
     let rtt = RoundTrips::total(endpoint.stats.iter().map(|stats| &stats.rtt));
     EndpointRow {
         name,
@@ -385,7 +385,7 @@ fn endpoint_row(endpoint: &Endpoint, name: String) -> EndpointRow<'_> {
         why: if endpoint.fails_check() {
             Some("fails its checks")
         } else {
-            failure.filter(|_| !is_usable).map(Failure::name)
+            failure(endpoint).filter(|_| !is_usable).map(Failure::name)
         },
         counts: EndpointCounts::total(&endpoint.stats),
         rtt: Rtt { sum: rtt.sum, count: rtt.counts.iter().sum() },
@@ -475,8 +475,10 @@ mod tests {
         let view = view(config(), vec![endpoint("db", "10.0.0.1:1")]);
         let since = std::time::Instant::now();
         let words = "db refuses".to_owned();
-        let found =
-            |problem| Finding { problem, route: Some(0), words: words.clone(), since, looks: 2 };
+        let found = |problem| {
+            let words = words.clone();
+            Finding { problem, route: Some(0), words, since, found_at: since, looks: 3 }
+        };
         view.set_findings(vec![found(Problem::BackendRefusing)]);
         let page = read(view);
         assert_eq!(page["health"]["word"], "fine", "the process is");
@@ -484,5 +486,27 @@ mod tests {
         assert_eq!(health["word"], "degraded");
         assert_eq!(health["reasons"][0]["problem"], "backend_refusing");
         assert_eq!(health["reasons"][0]["words"], "db refuses");
+    }
+
+    #[test]
+    fn a_process_without_endpoints_says_what_else_is_wrong() {
+        let view = view(config(), Vec::new());
+        let (since, words) = (std::time::Instant::now(), "8 of 8 sessions are open".to_owned());
+        let problem = Problem::SessionLimit;
+        let limit = Finding { problem, route: None, words, since, found_at: since, looks: 3 };
+        view.set_findings(vec![limit]);
+        let found = |page: &serde_json::Value| {
+            let reasons = page["health"]["reasons"].as_array().unwrap().clone();
+            let problems = reasons.into_iter().map(|reason| reason["problem"].clone());
+            (page["health"]["word"].clone(), problems.collect::<Vec<_>>())
+        };
+        let view = Arc::new(view);
+        let page = |view: &Arc<View>| {
+            let view = Arc::clone(view);
+            serde_json::from_str(&whole(|pieces| write(view, pieces))).unwrap()
+        };
+        assert_eq!(found(&page(&view)), ("down".into(), vec!["".into(), "session_limit".into()]));
+        view.set_draining();
+        assert_eq!(found(&page(&view)), ("draining".into(), vec!["session_limit".into()]));
     }
 }

@@ -15,10 +15,11 @@ use std::time::{Duration, Instant};
 use humantime::format_duration;
 
 use super::View;
-use super::view::{RouteView, usable};
+use super::view::{RouteView, failure, usable};
 use crate::config::{PoolMode, RouteConfig};
-use crate::metrics::{EndpointStats, Failure, LabelSet, Problem};
-use sample::{Counted, Ended, Growth, RouteSample, Sample, Seen, Total};
+use crate::metrics::{Failure, LabelSet, Problem};
+use crate::proxy::endpoints::Endpoint;
+use sample::{Counted, CpuTimes, Growth, Replies, RouteSample, Sample, Seen, Times};
 
 /// How often it is looked.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -26,12 +27,23 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// What is compared with is as old as this, or twice as old: what lasted for less is no problem.
 const WINDOW: Duration = Duration::from_secs(5);
 
+/// What fewer looks have found is not said: what lasts for a moment may be seen by two.
+const LOOKS_MIN: u32 = 3;
+
+/// What was counted over a window is over once no look has found it for so long: a window and a look.
+/// Near a bound it comes and goes with each look, and what is rare with the age of what is compared with.
+const OVER_AFTER: Duration = Duration::from_secs(6);
+
 /// Fewer events in a window than this say nothing about their kind.
 const EVENTS_MIN: u64 = 10;
 
 /// A first byte is unusual that takes so many times as long as usual, and this long in seconds.
 const SLOW_TIMES: f64 = 4.0;
 const SLOW_MIN: f64 = 0.005;
+
+/// And this share of them is so slow. One reply in a hundred that takes half a minute, since it waits for
+/// news, makes the mean a third of a second.
+const SLOW_SHARE: f64 = 0.05;
 
 /// What a look weighs in what is usual. What is slow and lasts becomes usual within an hour or so; what
 /// is extremely so counts no more than what is twice as slow as has to be.
@@ -65,13 +77,51 @@ pub struct Finding {
     pub words: String,
     /// Since when.
     pub since: Instant,
-    /// How many looks have found it: what only one has is not said.
+    /// When a look found it last.
+    pub found_at: Instant,
+    /// How many looks have found it. Others may have found that it cannot be judged, and goes on.
     pub looks: u32,
 }
 
 impl Finding {
     fn is_about(&self, other: &Self) -> bool {
         (self.problem, self.route) == (other.problem, other.route)
+    }
+
+    fn is_said(&self) -> bool {
+        self.looks >= LOOKS_MIN
+    }
+
+    /// Whether it goes on though this look has not found it; some are as they are now.
+    fn lasts(&self, now: Instant) -> bool {
+        let is_state = match self.problem {
+            Problem::NoEndpoint | Problem::SessionLimit | Problem::DiscoveryStale => true,
+            Problem::BackendSlow
+            | Problem::BackendRefusing
+            | Problem::NetworkLossy
+            | Problem::PoolSmall
+            | Problem::WorkerOverloaded
+            | Problem::CpuThrottled => false,
+        };
+        !is_state && now.saturating_duration_since(self.found_at) < OVER_AFTER
+    }
+}
+
+/// What a look has to say of one kind of problem.
+#[derive(Debug)]
+struct Verdict {
+    words: String,
+    /// Whether it can be judged, and goes on. Else what other looks have found stays as it was.
+    is_certain: bool,
+}
+
+impl Verdict {
+    /// One of several, if there are any.
+    fn of_all(all: impl Iterator<Item = Self>) -> Option<Self> {
+        all.reduce(|one, other| Self {
+            words: format!("{}; {}", one.words, other.words),
+            is_certain: one.is_certain || other.is_certain,
+        })
     }
 }
 
@@ -80,6 +130,8 @@ impl Finding {
 struct Looks {
     /// What is compared with; the oldest is as old as [`WINDOW`] once there are two.
     before: VecDeque<Sample>,
+    /// Of the latest look.
+    cpu: CpuTimes,
     /// Of each route.
     routes: Vec<Remembered>,
     /// What the latest look found.
@@ -96,8 +148,8 @@ struct Remembered {
     seen: Seen,
     /// When a backend was last found to be slow, and may have let clients wait in vain.
     blamed: Option<Instant>,
-    /// How requests had ended until the latest look.
-    ended: Ended,
+    /// What had been counted until the latest look.
+    times: Times,
 }
 
 /// Looks for problems for as long as the process runs.
@@ -119,7 +171,7 @@ fn log(view: &View, before: &[Finding], now: &[Finding]) {
         tracing::warn!(route = route(new), problem = new.problem.name(), "problem: {}", new.words);
     }
     for over in before.iter().filter(|old| !is_in(now, old)) {
-        let seconds = over.since.elapsed().as_secs();
+        let seconds = over.found_at.saturating_duration_since(over.since).as_secs();
         let (route, problem) = (route(over), over.problem.name());
         tracing::info!(route, problem, seconds, "problem is over");
     }
@@ -128,65 +180,80 @@ fn log(view: &View, before: &[Finding], now: &[Finding]) {
 impl Looks {
     async fn new(view: &View, now: Instant) -> Self {
         let routes = view.config().routes.len();
-        let before = [Sample::of(view, now).await].into();
+        let before = Sample::of(view, now).await;
         let routes = std::iter::repeat_with(Remembered::default).take(routes).collect();
-        Self { before, routes, found: Vec::new() }
+        Self { cpu: before.cpu.clone(), before: [before].into(), routes, found: Vec::new() }
     }
 
-    /// All problems that there are now, with when they began. What only one look finds is none: it may be
-    /// how another one begins or ends.
+    /// All problems that there are now, with when they began. What few looks find is none: it may be how
+    /// another one begins or ends.
     async fn look(&mut self, view: &View, now: Instant) -> Vec<Finding> {
         let sample = Sample::of(view, now).await;
         for before in &mut self.before {
             let pairs = before.routes.iter_mut().zip(&sample.routes).zip(&self.routes);
             pairs.for_each(|((before, now), remembered)| before.adopt(now, &remembered.seen));
         }
-        let mut found = Found { since: now, list: Vec::new() };
+        let mut found = Found { since: now, is_late: false, list: Vec::new() };
         let before = &self.before[0];
-        found.in_process(view, &self.found, before, &sample);
+        found.in_sessions(view, &self.found);
+        found.in_workers(&before.cpu, &self.cpu, &sample.cpu);
+        self.cpu.clone_from(&sample.cpu);
         for (at, route) in view.routes().enumerate() {
             let remembered = &mut self.routes[at];
             let (before, now) = (&before.routes[at], &sample.routes[at]);
             found.in_route((at, &route), before, now, remembered);
             found.in_discovery((at, &route), &mut remembered.stale);
             remembered.seen.add(now);
-            remembered.ended = now.ended;
+            remembered.times = now.times;
         }
-        let latest = self.before.back().map_or(now, |sample| sample.at);
+        let latest = self.before.back().map_or(now, |sample| sample.cpu.at);
         if now.saturating_duration_since(latest) >= WINDOW {
             self.before.push_back(sample);
             if self.before.len() > 2 {
                 self.before.pop_front();
             }
         }
-        for finding in &mut found.list {
-            if let Some(same) = self.found.iter().find(|known| known.is_about(finding)) {
-                finding.since = same.since;
-                finding.looks += same.looks;
-            }
-        }
+        found.add_known(std::mem::take(&mut self.found));
         self.found = found.list;
-        self.found.iter().filter(|finding| finding.looks > 1).cloned().collect()
+        self.found.iter().filter(|finding| finding.is_said()).cloned().collect()
     }
 }
 
 /// What one look finds.
 struct Found {
     since: Instant,
+    /// Whether workers come too late to measure how long others take.
+    is_late: bool,
     list: Vec<Finding>,
 }
 
 impl Found {
     fn add(&mut self, problem: Problem, route: Option<usize>, words: String) {
-        self.add_seen(1, problem, route, words);
+        self.add_verdict(problem, route, Some(Verdict { words, is_certain: true }));
     }
 
-    /// The same of what has been seen in so many looks, this one included.
-    fn add_seen(&mut self, looks: u32, problem: Problem, route: Option<usize>, words: String) {
-        self.list.push(Finding { problem, route, words, since: self.since, looks });
+    /// The same, of what may be no more certain than it was, if there is anything.
+    fn add_verdict(&mut self, problem: Problem, route: Option<usize>, verdict: Option<Verdict>) {
+        let Some(Verdict { words, is_certain }) = verdict else { return };
+        let (since, looks) = (self.since, u32::from(is_certain));
+        self.list.push(Finding { problem, route, words, since, found_at: since, looks });
     }
 
-    fn in_process(&mut self, view: &View, known: &[Finding], before: &Sample, now: &Sample) {
+    /// Adds what former looks have found.
+    fn add_known(&mut self, known: Vec<Finding>) {
+        for known in known {
+            match self.list.iter_mut().find(|finding| finding.is_about(&known)) {
+                Some(same) if known.looks > 0 => {
+                    same.since = known.since;
+                    same.looks += known.looks;
+                }
+                None if known.lasts(self.since) => self.list.push(known),
+                _ => {}
+            }
+        }
+    }
+
+    fn in_sessions(&mut self, view: &View, known: &[Finding]) {
         let (open, most) = (view.sessions_active(), view.max_sessions());
         let goes_on = known.iter().any(|known| known.problem == Problem::SessionLimit);
         let share = if goes_on { SESSIONS_SHARE_END } else { SESSIONS_SHARE };
@@ -194,30 +261,27 @@ impl Found {
             let words = format!("{open} of {most} sessions are open");
             self.add(Problem::SessionLimit, None, words);
         }
-        let elapsed = now.at.saturating_duration_since(before.at);
-        if elapsed < WINDOW {
+    }
+
+    fn in_workers(&mut self, before: &CpuTimes, latest: &CpuTimes, now: &CpuTimes) {
+        if now.at.saturating_duration_since(before.at) < WINDOW {
             // The start of the process, which takes what it can get.
             return;
         }
-        let elapsed = elapsed.as_secs_f64();
-        let share = |of: fn(&(Duration, Duration)) -> Duration| {
-            let of_worker = |(now, before)| of(now).saturating_sub(of(before)).as_secs_f64();
-            let each = now.workers.iter().zip(&before.workers).map(of_worker);
-            each.map(|seconds| seconds / elapsed).collect::<Vec<_>>()
+        let problems = |since: &CpuTimes| {
+            let (ran, waited) = now.shares_since(since);
+            let late = [
+                (Problem::WorkerOverloaded, overloaded(&ran, &waited)),
+                (Problem::CpuThrottled, throttled(&ran, &waited)),
+            ];
+            late.into_iter().filter_map(|(problem, words)| Some((problem, words?)))
         };
-        let (ran, waited) = (share(|times| times.0), share(|times| times.1));
-        if let Some(words) = overloaded(&ran, &waited) {
-            self.add(Problem::WorkerOverloaded, None, words);
+        for (problem, words) in problems(before) {
+            self.is_late = true;
+            self.add(problem, None, words);
         }
-        if let Some(words) = throttled(&ran, &waited) {
-            self.add(Problem::CpuThrottled, None, words);
-        }
-    }
-
-    /// Whether workers come too late to measure how long others take.
-    fn is_late(&self) -> bool {
-        let late = [Problem::WorkerOverloaded, Problem::CpuThrottled];
-        self.list.iter().any(|finding| late.contains(&finding.problem))
+        // How long others take goes by their number, and may look worse sooner than this does.
+        self.is_late |= problems(latest).next().is_some();
     }
 
     /// Each part of a client's time is judged only where those in front of it are fine: the CPU, the
@@ -230,33 +294,42 @@ impl Found {
         remembered: &mut Remembered,
     ) {
         let (about, grown) = (Some(at), now.since(before));
+        let latest = now.times.since(remembered.times);
         let no_endpoint = route.not_ready().filter(|_| route.snapshot.generation > 0);
         let is_outage = grown.is_outage || no_endpoint.is_some();
         let (lossy, refusing) = (lossy(before, now), refusing(before, now));
-        let is_blurred = self.is_late() || lossy.is_some();
-        let unusual = unusual(grown.first_byte, &mut remembered.usual, is_blurred);
+        let is_blurred = self.is_late || lossy.is_some();
+        let replies = (&grown.times.replies, &latest.replies);
+        // Those of the latest moment are few beside those of before, where many were asked.
+        let is_slow_now =
+            remembered.usual.is_some_and(|usual| latest.replies.are_slow(slow_from(usual)));
+        let unusual = unusual(replies, &mut remembered.usual, is_blurred);
         // A session may have its connection, and nothing to ask.
         let asks = route.config.pool.mode == PoolMode::Request && !is_outage;
-        let is_silent = asks && now.ended.only_gave_up_since(remembered.ended);
+        let is_silent = asks && latest.only_gave_up();
         let unanswered = unanswered(&grown, is_silent);
-        let overdue = overdue(&grown, route.config).filter(|_| lossy.is_none());
-        let is_to_blame = unusual.is_some() || unanswered.is_some() || overdue.is_some();
-        if is_to_blame {
+        // What was asked, or its answer, may be lost.
+        let overdue = overdue(&grown, route.config, lossy.is_none());
+        let is_unusual = unusual.is_some() && !is_blurred;
+        let is_mute = unanswered.is_some() || overdue.as_ref().is_some_and(|it| it.is_certain);
+        if is_unusual || is_mute {
             remembered.blamed = Some(self.since);
         }
         // What is compared with may be from before that, and is at most twice as old and a look.
         let is_blamed = remembered.blamed.is_some_and(|at| self.since - at < 3 * WINDOW);
-        let slow = unusual.or_else(|| above_limit(grown.first_byte, route.config));
-        let slow: Vec<_> = slow.into_iter().chain(unanswered).chain(overdue).collect();
-        if !slow.is_empty() {
-            self.add(Problem::BackendSlow, about, slow.join("; "));
-        }
+        let above_limit = above_limit(replies, route.config);
+        let slow = if is_blurred { above_limit.or(unusual) } else { unusual.or(above_limit) };
+        let slow = slow.into_iter().chain(unanswered).chain(overdue);
+        self.add_verdict(Problem::BackendSlow, about, Verdict::of_all(slow));
+        // Where nobody was answered since the latest look, the backend may have stopped, or never answers
+        // more often.
+        let may_be_slow = is_blamed || is_slow_now || is_silent;
         let is_clear = !is_blurred && refusing.is_none();
-        if let Some(words) = queued(&grown, is_clear).filter(|_| !is_outage && !is_blamed) {
-            // Where nobody was answered since the latest look, the backend may have stopped, or never answers
-            // more often: what was found before goes on, and is no more certain than it was.
-            self.add_seen(u32::from(!is_silent), Problem::PoolSmall, about, words);
-        }
+        let queued = queued(&grown.times, latest, is_clear).map(|verdict| Verdict {
+            is_certain: verdict.is_certain && !is_outage && !may_be_slow,
+            ..verdict
+        });
+        self.add_verdict(Problem::PoolSmall, about, queued);
         let others = [
             (Problem::NoEndpoint, no_endpoint),
             (Problem::BackendRefusing, refusing),
@@ -327,58 +400,78 @@ fn throttled(ran: &[f64], waited: &[f64]) -> Option<String> {
     Some(format!("{who} waited for a core {percent:.0} % of the time: a CPU limit, or a busy node"))
 }
 
-/// Whether the first byte takes longer than is usual. What is usual is learned as long as nothing blurs
-/// the times.
-fn unusual(first_byte: Total, usual: &mut Option<f64>, is_blurred: bool) -> Option<String> {
-    if first_byte.count < EVENTS_MIN || is_blurred {
+/// From how many seconds on replies are slow, where so many are usual.
+fn slow_from(usual: f64) -> f64 {
+    (usual * SLOW_TIMES).max(SLOW_MIN)
+}
+
+/// Whether the first byte takes longer than is usual: those of a window, and of them those since the latest
+/// look. What is usual is learned as long as nothing blurs the times.
+fn unusual(
+    (replies, latest): (&Replies, &Replies),
+    usual: &mut Option<f64>,
+    is_blurred: bool,
+) -> Option<Verdict> {
+    if replies.count() < EVENTS_MIN || (is_blurred && usual.is_none()) {
         return None;
     }
-    let mean = first_byte.mean();
+    let mean = replies.mean();
     let before = *usual.get_or_insert(mean);
-    let is_unusual = mean >= SLOW_MIN && mean >= before * SLOW_TIMES;
-    let weight = if is_unusual { USUAL_WEIGHT_SLOW } else { USUAL_WEIGHT };
-    let counts = mean.min(before.max(SLOW_MIN) * USUAL_TIMES_MAX);
-    *usual = Some(before + (counts - before) * weight);
-    is_unusual.then(|| format!("the first byte takes {}; usual are {}", time(mean), time(before)))
+    let limit = slow_from(before);
+    if !is_blurred {
+        let weight = if mean >= limit { USUAL_WEIGHT_SLOW } else { USUAL_WEIGHT };
+        let counts = mean.min(before.max(SLOW_MIN) * USUAL_TIMES_MAX);
+        *usual = Some(before + (counts - before) * weight);
+    }
+    replies.are_slow(limit).then(|| Verdict {
+        words: format!("the first byte takes {}; usual are {}", time(mean), time(before)),
+        is_certain: !is_blurred && latest.are_slow(limit),
+    })
 }
 
 /// Whether the first byte takes longer than it may on this route, be it usual or not.
-fn above_limit(first_byte: Total, config: &RouteConfig) -> Option<String> {
+fn above_limit((replies, latest): (&Replies, &Replies), config: &RouteConfig) -> Option<Verdict> {
     let limit = config.slow_first_byte?;
-    let is_above = first_byte.count >= EVENTS_MIN && first_byte.mean() >= limit.as_secs_f64();
-    is_above.then(|| {
-        let (mean, limit) = (time(first_byte.mean()), format_duration(limit));
-        format!("the first byte takes {mean}; AEGIS_SLOW_FIRST_BYTE is {limit}")
+    let are_above = |of: &Replies| of.are_slow(limit.as_secs_f64());
+    let is_found = replies.count() >= EVENTS_MIN && are_above(replies);
+    is_found.then(|| {
+        let (mean, limit) = (time(replies.mean()), format_duration(limit));
+        let words = format!("the first byte takes {mean}; AEGIS_SLOW_FIRST_BYTE is {limit}");
+        Verdict { words, is_certain: are_above(latest) }
     })
 }
 
 /// Whether requests get no answer: they took too long, or all connections have been asked, and none has
 /// answered for a while.
-fn unanswered(grown: &Growth, is_silent: bool) -> Option<String> {
-    let Growth { timed_out, gave_up, .. } = *grown;
-    if timed_out > 0 {
-        return Some(format!("{timed_out} requests were not answered"));
-    }
-    let words = || format!("no request is answered, and {gave_up} gave up before");
-    (is_silent && grown.first_byte.count == 0).then(words)
+fn unanswered(grown: &Growth, is_silent: bool) -> Option<Verdict> {
+    let Growth { timed_out, times, .. } = *grown;
+    let words = match timed_out {
+        0 if is_silent && times.only_gave_up() => {
+            format!("no request is answered, and {} gave up before", times.gave_up)
+        }
+        0 => return None,
+        _ => format!("{timed_out} requests were not answered"),
+    };
+    Some(Verdict { words, is_certain: true })
 }
 
 /// Whether the first byte takes longer than it may, for those that still wait for it or have given up.
-fn overdue(grown: &Growth, config: &RouteConfig) -> Option<String> {
+fn overdue(grown: &Growth, config: &RouteConfig, is_certain: bool) -> Option<Verdict> {
     let limit = format_duration(config.slow_first_byte?);
     let waiting = grown.overdue;
     let words = || format!("{waiting} clients got no first byte; AEGIS_SLOW_FIRST_BYTE is {limit}");
-    (waiting >= EVENTS_MIN).then(words)
+    (waiting >= EVENTS_MIN).then(|| Verdict { words: words(), is_certain })
 }
 
-/// Whether clients wait for a connection for a good part of their time, if that `is_clear`, or in vain.
-fn queued(grown: &Growth, is_clear: bool) -> Option<String> {
-    let Growth { queue, gave_up, .. } = *grown;
+/// Whether clients wait for a connection for a good part of their time, or in vain: within a window, and
+/// since the latest look. Their waits say something of the pool if that `is_clear`.
+fn queued(grown: &Times, latest: Times, is_clear: bool) -> Option<Verdict> {
+    let Times { queue, gave_up, .. } = *grown;
     // Sessions may last for days.
     let whole = queue.sum + grown.connect.sum + grown.first_byte.sum;
     let share = if whole > 0.0 { queue.sum / whole } else { 0.0 };
     let waits = queue.count >= EVENTS_MIN && queue.mean() >= QUEUE_MIN && share >= QUEUE_SHARE;
-    if !(waits && is_clear) && gave_up == 0 {
+    if !waits && gave_up == 0 {
         return None;
     }
     // Those that got none are not among those that were counted as they got theirs.
@@ -389,7 +482,14 @@ fn queued(grown: &Growth, is_clear: bool) -> Option<String> {
         )
     });
     let vain = (gave_up > 0).then(|| format!("{gave_up} clients got no backend connection"));
-    Some(late.into_iter().chain(vain).collect::<Vec<_>>().join("; "))
+    let words = late.into_iter().chain(vain).collect::<Vec<_>>().join("; ");
+    let still_waits = waits && is_clear && latest.queue.mean() >= QUEUE_MIN;
+    Some(Verdict { words, is_certain: still_waits || latest.gave_up > 0 })
+}
+
+/// Whether some worker has ejected it, and has not found it well since. Others may not have tried.
+fn is_ejected(endpoint: &Endpoint) -> bool {
+    endpoint.stats.iter().any(|stats| stats.ejected.get() > 0)
 }
 
 /// Whether connects fail, or endpoints are ejected.
@@ -397,10 +497,10 @@ fn refusing(before: &RouteSample, now: &RouteSample) -> Option<String> {
     let mut named = Vec::new();
     let mut failed = 0;
     for (endpoint, counted) in now.endpoints_since(before) {
-        let failure = endpoint.stats.iter().find_map(EndpointStats::failure);
+        let failure = failure(endpoint);
         // Handshakes get lost as well.
         let is_lost = loss(counted).is_some() && failure == Some(Failure::TimedOut);
-        if is_lost || (counted.failures == 0 && usable(endpoint)) {
+        if is_lost || (counted.failures == 0 && usable(endpoint) && !is_ejected(endpoint)) {
             continue;
         }
         failed += counted.failures;
@@ -423,8 +523,12 @@ fn refusing(before: &RouteSample, now: &RouteSample) -> Option<String> {
     }
     // One that is out of use may not have been connected to since.
     let failed = (failed > 0).then(|| format!("{failed} connects failed"));
-    let ejected = (ejected > 0)
-        .then(|| format!("{ejected} of {} endpoints are out of use", now.endpoints.len()));
+    let all = now.endpoints.len();
+    let ejected = match now.endpoints.iter().filter(|(endpoint, _)| is_ejected(endpoint)).count() {
+        _ if ejected > 0 => Some(format!("{ejected} of {all} endpoints are out of use")),
+        0 => None,
+        by_some => Some(format!("{by_some} of {all} endpoints are out of use for some workers")),
+    };
     let seen: Vec<_> = failed.into_iter().chain(ejected).collect();
     Some(format!("{words}: {}", seen.join(", ")))
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::task::yield_now;
 
-use super::EVENTS_MIN;
+use super::{EVENTS_MIN, SLOW_SHARE};
 use crate::control::View;
 use crate::control::view::RouteView;
 use crate::metrics::{CloseReason, EndpointCounts, Histogram, Outcome, RouteStats};
@@ -39,18 +39,93 @@ impl Total {
     }
 }
 
+/// How long backends took to reply, without the time that clients took to send.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Replies {
+    total: Total,
+    counts: [u64; Histogram::BUCKETS],
+}
+
+impl Default for Replies {
+    fn default() -> Self {
+        Self { total: Total::default(), counts: [0; Histogram::BUCKETS] }
+    }
+}
+
+impl Replies {
+    fn of(stats: &[&RouteStats]) -> Self {
+        let mut all = Self::default();
+        for read in stats.iter().map(|stats| stats.reply_wait.read()) {
+            all.total.sum += read.sum;
+            for (all_of_it, count) in all.counts.iter_mut().zip(read.counts) {
+                *all_of_it += count;
+                all.total.count += count;
+            }
+        }
+        all
+    }
+
+    fn since(&self, before: &Self) -> Self {
+        let grown = |at: usize| self.counts[at].saturating_sub(before.counts[at]);
+        Self { total: self.total.since(before.total), counts: std::array::from_fn(grown) }
+    }
+
+    pub(super) fn count(&self) -> u64 {
+        self.total.count
+    }
+
+    pub(super) fn mean(&self) -> f64 {
+        self.total.mean()
+    }
+
+    /// Whether they take so long, in seconds: in the mean, and not only since a few take very long, as
+    /// those do that are meant to wait for news.
+    pub(super) fn are_slow(&self, limit: f64) -> bool {
+        let is_slow = |at: usize| Histogram::upper_bound_seconds(at).is_none_or(|s| s >= limit);
+        let counts = self.counts.iter().enumerate();
+        let slow: u64 = counts.filter(|(at, _)| is_slow(*at)).map(|(_, count)| count).sum();
+        self.mean() >= limit && slow as f64 >= self.count() as f64 * SLOW_SHARE
+    }
+}
+
+/// Where the time of clients went until some moment, or from one to another.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Times {
+    /// Waits for a backend connection, and what follows them.
+    pub(super) queue: Total,
+    pub(super) connect: Total,
+    pub(super) first_byte: Total,
+    pub(super) replies: Replies,
+    /// Sessions and requests that waited for a connection in vain, or could not.
+    pub(super) gave_up: u64,
+}
+
+impl Times {
+    pub(super) fn since(self, before: Self) -> Self {
+        Self {
+            queue: self.queue.since(before.queue),
+            connect: self.connect.since(before.connect),
+            first_byte: self.first_byte.since(before.first_byte),
+            replies: self.replies.since(&before.replies),
+            gave_up: self.gave_up.saturating_sub(before.gave_up),
+        }
+    }
+
+    /// Whether some gave up, and not one was answered.
+    pub(super) fn only_gave_up(self) -> bool {
+        self.gave_up > 0 && self.first_byte.count == 0
+    }
+}
+
 /// What was counted of a route until some moment.
 #[derive(Debug, Default)]
 pub(super) struct RouteSample {
-    queue: Total,
-    connect: Total,
-    first_byte: Total,
+    pub(super) times: Times,
     timed_out: u64,
     overdue: u64,
     left_overdue: u64,
     /// Whether half of the first bytes, and no few, came within `AEGIS_SLOW_FIRST_BYTE`.
     is_prompt: bool,
-    pub(super) ended: Ended,
     /// Sessions that had to wait for an endpoint.
     waited: u64,
     /// Time without one, as clients felt it; of all workers together.
@@ -61,33 +136,14 @@ pub(super) struct RouteSample {
     by_endpoint: HashMap<usize, Counted>,
 }
 
-/// How many sessions and requests were answered, and how many waited for a connection in vain.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Ended {
-    answered: u64,
-    gave_up: u64,
-}
-
-impl Ended {
-    /// Whether some gave up, and not one was answered.
-    pub(super) fn only_gave_up_since(self, before: Self) -> bool {
-        self.gave_up > before.gave_up && self.answered == before.answered
-    }
-}
-
 /// What was counted of a route from one moment to another.
 #[derive(Debug)]
 pub(super) struct Growth {
-    /// Waits for a backend connection, and what follows them.
-    pub(super) queue: Total,
-    pub(super) connect: Total,
-    pub(super) first_byte: Total,
+    pub(super) times: Times,
     /// Requests that were not answered in time.
     pub(super) timed_out: u64,
     /// Clients that wait for their first byte for too long, or have left after that.
     pub(super) overdue: u64,
-    /// Sessions and requests that waited for a connection in vain, or could not.
-    pub(super) gave_up: u64,
     /// Whether clients waited for an endpoint.
     pub(super) is_outage: bool,
 }
@@ -146,20 +202,23 @@ impl RouteSample {
         };
         let closed = |reason| route.stats.iter().map(|stats| stats.closed(reason)).sum::<u64>();
         let sum = |of: fn(&RouteStats) -> u64| route.stats.iter().map(|stats| of(stats)).sum();
-        let first_byte = total(|stats| &stats.first_byte);
         let gave_up = ended(Outcome::QueueFull)
             + ended(Outcome::QueueTimeout)
             + closed(CloseReason::QueueFull)
             + closed(CloseReason::QueueTimeout);
-        Self {
+        let times = Times {
             queue: total(|stats| &stats.queue_wait),
             connect: total(|stats| &stats.connect_duration),
-            first_byte,
+            first_byte: total(|stats| &stats.first_byte),
+            replies: Replies::of(&route.stats),
+            gave_up,
+        };
+        Self {
+            times,
             timed_out: ended(Outcome::Timeout),
             overdue: sum(|stats| stats.overdue.get()),
             left_overdue: sum(|stats| stats.left_overdue.get()),
             is_prompt: is_prompt(route),
-            ended: Ended { answered: first_byte.count, gave_up },
             waited: sum(|stats| stats.outage_waited.get()),
             outage: route.stats.iter().map(|stats| stats.outage.get()).sum(),
             ..Self::of_endpoints(route.snapshot.endpoints.clone())
@@ -191,12 +250,9 @@ impl RouteSample {
         // Who has left may be among those that were seen waiting.
         let left_overdue = self.left_overdue.saturating_sub(before.left_overdue);
         Growth {
-            queue: self.queue.since(before.queue),
-            connect: self.connect.since(before.connect),
-            first_byte: self.first_byte.since(before.first_byte),
+            times: self.times.since(before.times),
             timed_out: self.timed_out.saturating_sub(before.timed_out),
             overdue: if self.is_prompt { self.overdue.max(left_overdue) } else { 0 },
-            gave_up: self.ended.gave_up.saturating_sub(before.ended.gave_up),
             is_outage: self.waited > before.waited || self.outage > before.outage,
         }
     }
@@ -230,24 +286,44 @@ impl Seen {
     }
 }
 
+/// For how long workers had run, and waited for a core, until some moment.
+#[derive(Debug, Clone)]
+pub(super) struct CpuTimes {
+    pub(super) at: Instant,
+    workers: Vec<(Duration, Duration)>,
+}
+
+impl CpuTimes {
+    fn of(view: &View, at: Instant) -> Self {
+        let workers = view.stats().map(|stats| (stats.cpu.get(), stats.core_wait.get()));
+        Self { at, workers: workers.collect() }
+    }
+
+    /// The shares of the time since, of each worker, for which it ran, and for which it waited.
+    pub(super) fn shares_since(&self, before: &Self) -> (Vec<f64>, Vec<f64>) {
+        let elapsed = self.at.saturating_duration_since(before.at).as_secs_f64();
+        let share = |now: Duration, before| now.saturating_sub(before).as_secs_f64() / elapsed;
+        let pairs = self.workers.iter().zip(&before.workers);
+        pairs.map(|(now, before)| (share(now.0, before.0), share(now.1, before.1))).unzip()
+    }
+}
+
 /// What was counted until some moment.
 #[derive(Debug)]
 pub(super) struct Sample {
-    pub(super) at: Instant,
-    /// Of each worker: CPU time, and time that it waited for a core.
-    pub(super) workers: Vec<(Duration, Duration)>,
+    pub(super) cpu: CpuTimes,
     pub(super) routes: Vec<RouteSample>,
 }
 
 impl Sample {
     /// Reads all counters, a route at a time, so that probes are answered in between.
     pub(super) async fn of(view: &View, at: Instant) -> Self {
-        let workers = view.stats().map(|stats| (stats.cpu.get(), stats.core_wait.get())).collect();
+        let cpu = CpuTimes::of(view, at);
         let mut routes = Vec::new();
         for number in 0..view.config().routes.len() {
             routes.extend(view.routes().nth(number).map(|route| RouteSample::of(&route)));
             yield_now().await;
         }
-        Self { at, workers, routes }
+        Self { cpu, routes }
     }
 }

@@ -16,6 +16,8 @@ struct Scene {
     view: View,
     looks: Looks,
     now: Instant,
+    /// What the log would have said so far: each problem as it begins, and after a `-` as it ends.
+    log: Vec<String>,
 }
 
 impl Scene {
@@ -27,7 +29,7 @@ impl Scene {
         let view = view(config, vec![endpoint("a", "10.0.0.1:1"), endpoint("b", "10.0.0.2:1")]);
         let now = Instant::now();
         let looks = block_on(Looks::new(&view, now));
-        Self { view, looks, now }
+        Self { view, looks, now, log: Vec::new() }
     }
 
     fn endpoints(&self) -> Vec<Arc<Endpoint>> {
@@ -36,11 +38,26 @@ impl Scene {
 
     /// Lets 15 seconds pass, in each of which this happens. Returns what is found then.
     fn pass(&mut self, happens: impl Fn(&Self)) -> Vec<(&'static str, String)> {
-        for _ in 0..15 {
-            happens(self);
+        self.pass_seconds(15, |scene, _| happens(scene))
+    }
+
+    /// The same for so many seconds, which are counted from 0.
+    fn pass_seconds(
+        &mut self,
+        seconds: u32,
+        happens: impl Fn(&Self, u32),
+    ) -> Vec<(&'static str, String)> {
+        for second in 0..seconds {
+            happens(self, second);
             self.now += Duration::from_secs(1);
-            let found = block_on(self.looks.look(&self.view, self.now));
-            self.view.set_findings(found);
+            let now = block_on(self.looks.look(&self.view, self.now));
+            let before = self.view.set_findings(now.clone());
+            let names = |all: &[Finding], others: &[Finding]| {
+                let news = |one: &&Finding| !others.iter().any(|other| other.is_about(one));
+                all.iter().filter(news).map(|one| one.problem.name()).collect::<Vec<_>>()
+            };
+            self.log.extend(names(&now, &before).into_iter().map(str::to_owned));
+            self.log.extend(names(&before, &now).into_iter().map(|name| format!("-{name}")));
         }
         let all = self.view.findings().into_iter();
         all.map(|finding| (finding.problem.name(), finding.words)).collect()
@@ -58,8 +75,13 @@ impl Scene {
     fn answer(&self, waited: Duration, first_byte: Duration) {
         for _ in 0..50 {
             self.route().queue_wait.record(waited);
-            self.route().first_byte.record(first_byte);
+            self.reply(first_byte);
         }
+    }
+
+    /// A reply that nothing but its backend had to be waited for.
+    fn reply(&self, took: Duration) {
+        self.route().count_first_byte(took, took);
     }
 
     /// Of a second, the first worker ran so many milliseconds, and waited for a core so many.
@@ -139,8 +161,8 @@ fn clients_without_a_first_byte_count_as_slow_where_others_got_theirs_in_time() 
     assert_eq!(Scene::new(&[]).pass(wait), []);
     // Most answers come when there is something to tell.
     let mut scene = Scene::new(&[]);
-    (0..100).for_each(|_| scene.route().first_byte.record(60_000 * MS));
-    (0..99).for_each(|_| scene.route().first_byte.record(MS));
+    (0..100).for_each(|_| scene.reply(60_000 * MS));
+    (0..99).for_each(|_| scene.reply(MS));
     assert_eq!(scene.pass(wait), []);
     let mut scene = usual(&[]);
     assert_eq!(scene.pass(wait), words(12));
@@ -186,7 +208,7 @@ fn a_pool_that_is_too_small_is_found_though_answers_are_few_and_far_between() {
         scene.pass(|scene| {
             scene.give_up(Outcome::QueueTimeout);
             if seconds.replace(seconds.get() + 1) % 3 == 0 {
-                scene.route().first_byte.record(3000 * MS);
+                scene.reply(3000 * MS);
             }
         })
     };
@@ -270,6 +292,53 @@ fn a_network_that_loses_segments_is_neither_a_slow_nor_a_refusing_backend() {
 }
 
 #[test]
+fn an_endpoint_that_refuses_is_told_from_the_segments_that_are_lost_on_the_way_to_it() {
+    let mut scene = usual(&[]);
+    // One worker has heard nothing of late, or at a time when all were well; another one has heard a refusal.
+    for is_past in [false, true] {
+        let found = scene.pass(|scene| {
+            let endpoints = scene.endpoints();
+            let [first, second] = &endpoints[0].stats[..] else { unreachable!("of two workers") };
+            first.segments.add(100);
+            first.retransmits.add(20);
+            first.set_failure(Failure::TimedOut);
+            first.failures_in_a_row.set(u64::from(!is_past));
+            second.connect_failures.add(1);
+            second.set_failure(Failure::Refused);
+            second.failures_in_a_row.set(1);
+        });
+        assert_eq!(kinds(&found), ["backend_refusing", "network_lossy"], "{found:?}");
+        assert!(found[0].1.starts_with("a refuses: "), "{found:?}");
+    }
+}
+
+#[test]
+fn a_few_that_wait_for_news_make_no_slow_backend() {
+    let mut scene = usual(&[]);
+    let poll = |scene: &Scene| scene.reply(25_000 * MS);
+    scene.pass_seconds(60, |scene, _| {
+        scene.answer(Duration::ZERO, 2 * MS);
+        poll(scene);
+    });
+    assert_eq!(scene.log, [""; 0]);
+    // It is not usual because of them.
+    scene.pass(|scene| {
+        scene.answer(Duration::ZERO, 20 * MS);
+        poll(scene);
+    });
+    assert_eq!(scene.log, ["backend_slow"]);
+}
+
+#[test]
+fn clients_that_take_their_time_to_send_make_no_slow_backend() {
+    let mut scene = usual(&[]);
+    scene.pass(|scene| {
+        (0..20).for_each(|_| scene.route().count_first_byte(5000 * MS, 2 * MS));
+    });
+    assert_eq!(scene.log, [""; 0]);
+}
+
+#[test]
 fn what_a_new_endpoint_has_failed_until_it_is_seen_counts() {
     let mut before = RouteSample::default();
     let (new, old) = (endpoint("new", "10.0.0.1:1"), endpoint("old", "10.0.0.2:1"));
@@ -292,4 +361,80 @@ fn an_endpoint_that_nobody_has_connected_to_of_late_is_out_of_use() {
     let sample = || RouteSample::of_endpoints(vec![Arc::clone(&ejected)]);
     let words = "a has failed: 1 of 1 endpoints are out of use";
     assert_eq!(refusing(&sample(), &sample()).as_deref(), Some(words));
+    // The one worker that has clients knows, and tries it again every half a minute.
+    ejected.stats[1].ejected.set(0);
+    let words = "a has failed: 1 of 1 endpoints are out of use for some workers";
+    assert_eq!(refusing(&sample(), &sample()).as_deref(), Some(words));
+    ejected.stats[0].ejected.set(0);
+    assert_eq!(refusing(&sample(), &sample()), None);
+}
+
+#[test]
+fn a_problem_that_goes_on_is_logged_once() {
+    // More than ten replies in ten seconds, and fewer in five: one after another, or at once.
+    for each in [[1, 2], [3, 0]] {
+        let mut scene = Scene::new(&[]);
+        scene.pass_seconds(60, |scene, second| {
+            (0..each[second as usize % 2]).for_each(|_| scene.reply(2000 * MS));
+        });
+        assert_eq!(scene.log, ["backend_slow"]);
+    }
+    let mut scene = usual(&[]);
+    scene.pass_seconds(60, |scene, second| {
+        let stats = &scene.endpoints()[0].stats[0];
+        stats.segments.add(10);
+        stats.retransmits.add(u64::from(1 + second % 2));
+    });
+    assert_eq!(scene.log, ["network_lossy"]);
+    // Now a little above the bound, now a little below.
+    let mut scene = Scene::new(&[]);
+    scene.pass_seconds(60, |scene, second| {
+        scene.answer(if second % 6 < 3 { 12 * MS } else { 8 * MS }, 40 * MS);
+    });
+    assert_eq!(scene.log, ["pool_small"]);
+}
+
+#[test]
+fn what_lasts_for_a_moment_is_no_problem() {
+    for at in [20, 21, 22, 23, 24] {
+        // Clients that come all at once wait for their connections, and then for each other.
+        let mut scene = usual(&[]);
+        scene.pass_seconds(60, |scene, second| {
+            let waited = if second == at { 50 * MS } else { Duration::ZERO };
+            scene.answer(waited, 2 * MS);
+        });
+        assert_eq!(scene.log, [""; 0]);
+        // A backend stops for a moment.
+        let mut scene = usual(&[]);
+        scene.pass_seconds(60, |scene, second| {
+            let took = if second == at { 500 * MS } else { 2 * MS };
+            scene.answer(Duration::ZERO, took);
+        });
+        assert_eq!(scene.log, [""; 0]);
+    }
+}
+
+#[test]
+fn a_busy_backend_that_becomes_slow_at_once_makes_no_small_pool() {
+    let mut scene = Scene::new(&[]);
+    scene.pass(|scene| (0..60).for_each(|_| scene.answer(Duration::ZERO, MS)));
+    scene.pass_seconds(60, |scene, _| scene.answer(400 * MS, 200 * MS));
+    assert_eq!(scene.log, ["backend_slow"]);
+}
+
+#[test]
+fn what_cannot_be_judged_for_a_while_is_not_over() {
+    let mut scene = usual(&[]);
+    scene.pass(|scene| scene.answer(30 * MS, 2 * MS));
+    scene.pass(|scene| scene.answer(300 * MS, 20 * MS));
+    assert_eq!(scene.log, ["pool_small", "backend_slow"]);
+    scene.pass(|scene| {
+        scene.run(300, 690);
+        scene.answer(300 * MS, 20 * MS);
+    });
+    assert_eq!(scene.log, ["pool_small", "backend_slow", "cpu_throttled"]);
+    scene.pass_seconds(30, |scene, _| scene.answer(Duration::ZERO, 2 * MS));
+    let mut over = scene.log.split_off(3);
+    over.sort_unstable();
+    assert_eq!(over, ["-backend_slow", "-cpu_throttled", "-pool_small"]);
 }

@@ -24,8 +24,9 @@ pub struct Replied {
     pub passed: usize,
     /// The endpoint has answered on this connection, which was made then.
     pub answered: Option<(EndpointId, ConnId, Instant)>,
-    /// How long it was from the request to this, if this is the first of the reply.
-    pub first_byte: Option<Duration>,
+    /// How long it was from the request to this, if this is the first of the reply; and for how long of that
+    /// nothing had moved.
+    pub first_byte: Option<(Duration, Duration)>,
     /// How long it was from the first of the reply to this, if this is the last of it.
     pub transfer: Option<Duration>,
     /// And then this.
@@ -227,7 +228,7 @@ impl Client {
             }
         };
         self.active = moment.now;
-        let begins = flight.reply == Progress::Expected;
+        let (begins, moved) = (flight.reply == Progress::Expected, flight.moved);
         flight.on_reply(moment.now);
         let Some(course) = &mut self.course else { unreachable!("its request was sent") };
         let asked = course.attempts.at;
@@ -247,7 +248,8 @@ impl Client {
         };
         let ends = matches!(reply, Reply::Complete | Reply::Surplus(_));
         let since = |at| moment.now.saturating_duration_since(at);
-        let (first_byte, transfer) = (begins.then(|| since(asked)), ends.then(|| since(answered)));
+        let first_byte = begins.then(|| (since(asked), since(moved)));
+        let transfer = ends.then(|| since(answered));
         let actions = match reply {
             Reply::Partial => self.on_part(moment),
             Reply::Complete => self.on_complete(moment),

@@ -451,10 +451,14 @@ impl Session {
         (self.is_open() && !is_over).then_some(at)
     }
 
+    /// For how long no byte of it has moved.
+    pub fn quiet(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.active)
+    }
+
     /// Whether its client is still sending: bytes have moved within that time, and no end has come.
     pub fn may_still_ask(&self, now: Instant, within: Duration) -> bool {
-        let is_quiet = now.saturating_duration_since(self.active) >= within;
-        !is_quiet && !self.has_ended(Side::Client)
+        self.quiet(now) < within && !self.has_ended(Side::Client)
     }
 
     /// How long the client waited for the first byte back, once, when that has just come.

@@ -439,7 +439,7 @@ fn count<D: Driver>(
     }
     stats.bytes.of(Direction::ToClient).add(u64::from(bytes));
     let waited = session.take_first_byte(cx.now);
-    waited.inspect(|&waited| stats.first_byte.record(waited));
+    waited.inspect(|&waited| stats.count_first_byte(waited, session.quiet(cx.now)));
     match (session.take_heard(), waited) {
         (true, _) => Outcome::Answered,
         (false, Some(_)) => Outcome::Replied,

@@ -22,7 +22,7 @@ impl Route {
         };
         let Replied { passed, answered, first_byte, transfer, actions } =
             client.on_reply(&buf, &mut moment);
-        first_byte.inspect(|&waited| self.stats.first_byte.record(waited));
+        first_byte.inspect(|&(took, quiet)| self.stats.count_first_byte(took, quiet));
         transfer.inspect(|&took| self.stats.transfer.record(took));
         match self.conn_of(key).filter(|_| passed > 0) {
             Some(conn) => {
