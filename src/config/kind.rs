@@ -53,6 +53,10 @@ pub(super) struct Shape {
     pub(super) numbers: Option<RangeInclusive<u64>>,
     pub(super) durations: Option<RangeInclusive<Duration>>,
     pub(super) whole_seconds: bool,
+    /// Whether 0 is one more word.
+    pub(super) zero_is_word: bool,
+    /// Items of a list at most.
+    pub(super) items: Option<usize>,
 }
 
 /// A kind without its type, once it is known to give the type of the variable's field.
@@ -184,7 +188,8 @@ impl<T: Whole> Describe for Count<T> {
 
     #[cfg(test)]
     fn shape(&self) -> Shape {
-        Shape { words: vec![self.word], ..self.number.shape() }
+        let zero_is_word = self.zero_is_word;
+        Shape { words: vec![self.word], zero_is_word, ..self.number.shape() }
     }
 }
 
@@ -381,6 +386,11 @@ pub(super) struct List<T> {
 impl<T> Describe for List<T> {
     fn accepts(&self) -> String {
         format!("1 to {} of {}, comma-separated; {}", self.count_max, self.of, self.note)
+    }
+
+    #[cfg(test)]
+    fn shape(&self) -> Shape {
+        Shape { items: Some(self.count_max), ..Shape::default() }
     }
 }
 

@@ -325,7 +325,7 @@ pub(super) fn check_path(text: &str) -> Parsed<String> {
 
 /// A label selector, as far as it can be checked here: the API server knows its syntax.
 pub(super) fn selector(text: &str) -> Parsed<String> {
-    let fits = |c: char| c.is_ascii_alphanumeric() || "-_./=!,() ".contains(c);
+    let fits = |c: char| c.is_ascii_alphanumeric() || "-_./=!<>,() ".contains(c);
     if text.chars().all(fits) {
         Ok(text.to_owned())
     } else {

@@ -3,8 +3,8 @@ A value as a literal of CEL, with the types that MutatingAdmissionPolicy gives t
 object: `include "aegis-sidecar.cel" (list "Object.spec.volumes" $value)`.
 
 So what the policy injects and what the library's users include are the same template. A string
-that begins with `cel:` is an expression, not text: thus the policy puts a look-up in the place of
-a value.
+that begins with `cel::` is an expression, not text: thus the policy puts a look-up in the place of a
+value. (No value begins like that: neither a host with its port nor an image has two colons.)
 */}}
 {{- define "aegis-sidecar.cel" -}}
 {{- $type := index . 0 -}}
@@ -14,7 +14,7 @@ a value.
   {{- range $value }}{{ $items = append $items (include "aegis-sidecar.cel" (list $type .)) }}{{ end -}}
   [{{ join ", " $items }}]
 {{- else if not (kindIs "map" $value) -}}
-  {{- if hasPrefix "cel:" (toString $value) }}{{ trimPrefix "cel:" $value }}{{ else }}{{ toJson $value }}{{ end -}}
+  {{- if hasPrefix "cel::" (toString $value) }}{{ trimPrefix "cel::" $value }}{{ else }}{{ toJson $value }}{{ end -}}
 {{- else if has (splitList "." $type | last) (list "limits" "requests") -}}
   {{- range $key, $item := $value -}}
     {{- $items = append $items (printf "%s: %s" (toJson $key) (include "aegis-sidecar.cel" (list $type $item))) -}}

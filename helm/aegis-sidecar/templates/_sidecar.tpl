@@ -52,7 +52,7 @@ serves those that follow it.
 
 {{- /* Where the sockets are. A policy adds what belongs to that in the pods that choose a folder. */}}
 {{- define "aegis-sidecar.socket-folder" -}}
-{{- if not (hasPrefix "cel:" .socket.folder) }}{{ .socket.folder }}{{ end }}
+{{- if not (hasPrefix "cel::" .socket.folder) }}{{ .socket.folder }}{{ end }}
 {{- end }}
 
 {{- define "aegis-sidecar.socket-file" -}}
@@ -205,10 +205,10 @@ timeoutSeconds: {{ index . 4 }}
 {{- $folder := index . 2 -}}
 {{- $file := index . 3 -}}
 {{- $value := $loopback -}}
-{{- if hasPrefix "cel:" $folder -}}
-{{- $folder = trimPrefix "cel:" $folder -}}
+{{- if hasPrefix "cel::" $folder -}}
+{{- $folder = trimPrefix "cel::" $folder -}}
 {{- $file = include "aegis-sidecar.cel" (list "" $file) -}}
-{{- $value = printf `cel:(%s == "" ? "" : "unix:" + %s + "/" + %s + ",") + %s` $folder $folder $file (toJson $loopback) -}}
+{{- $value = printf `cel::(%s == "" ? "" : "unix:" + %s + "/" + %s + ",") + %s` $folder $folder $file (toJson $loopback) -}}
 {{- else if $folder -}}
 {{- $value = printf "unix:%s/%s,%s" $folder $file $loopback -}}
 {{- end -}}
@@ -296,9 +296,13 @@ stores: KUBE_STORES
 locality: LOCALITY
 {{- end }}
 
-{{- /* The values as they are for a route. */}}
+{{- /* The values as they are for a route: all values, and the route, which has not what is empty. */}}
 {{- define "aegis-sidecar.of-route" -}}
-{{- mergeOverwrite (omit (deepCopy (index . 0)) "routes" "backend") (deepCopy (index . 1)) | toYaml }}
+{{- $route := deepCopy (index . 1) -}}
+{{- range $values := list $route $route.check $route.pool -}}
+{{- range $name, $value := $values }}{{ if eq (toString $value) "" }}{{ $_ := unset $values $name }}{{ end }}{{ end -}}
+{{- end -}}
+{{- mergeOverwrite (omit (deepCopy (index . 0)) "routes" "backend") $route | toYaml }}
 {{- end }}
 
 {{- /* What tells the program how much CPU or memory its container has. */}}
@@ -367,10 +371,11 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- if .routes }}
 {{- include "aegis-sidecar.check-routes" . }}
 {{- else }}
-{{- include "aegis-sidecar.check-preset" (list . "AEGIS_") }}
+{{- include "aegis-sidecar.check-env-of-route" (list . "AEGIS_") }}
 {{- include "aegis-sidecar.check-sizes" (list . "AEGIS_") }}
 {{- end }}
 {{- include "aegis-sidecar.check-route" . }}
+{{- include "aegis-sidecar.check-env" . }}
 {{- $folder := .socket.folder }}
 {{- range include "aegis-sidecar.taken-folders" . | fromYamlArray }}
 {{- $taken := printf "%s/" . }}
@@ -415,8 +420,8 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- end }}
 {{- $files = append $files $file }}
 {{- $values := include "aegis-sidecar.of-route" (list $ $route) | fromYaml }}
-{{- include "aegis-sidecar.check-route" $values }}
-{{- include "aegis-sidecar.check-preset" (list $values (include "aegis-sidecar.route-prefix" $route)) }}
+{{- include "aegis-sidecar.check-route" (set (deepCopy $values) "listeners" $.routes) }}
+{{- include "aegis-sidecar.check-env-of-route" (list $values (include "aegis-sidecar.route-prefix" $route)) }}
 {{- include "aegis-sidecar.check-sizes" (list $values (include "aegis-sidecar.route-prefix" $route)) }}
 {{- end }}
 {{- $most := include "aegis-sidecar.routes-max" (not .socket.folder | ternary 2 3) | int }}
@@ -430,18 +435,6 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{ div 32 . }}
 {{- end }}
 
-{{- /* What a preset excludes, which has no value of its own: a route's values, and what its variables begin with. */}}
-{{- define "aegis-sidecar.check-preset" -}}
-{{- $env := (index . 0).env }}
-{{- $preset := "AEGIS_PRESET" }}
-{{- with printf "%sPRESET" (index . 1) }}{{ if hasKey $env . }}{{ $preset = . }}{{ end }}{{ end }}
-{{- $own := get $env (printf "%sCHECK_INTERVAL" (index . 1)) }}
-{{- $interval := $own | default ((index . 0).check | default dict).interval | default (get $env "AEGIS_CHECK_INTERVAL") | default "off" }}
-{{- if and (eq (get $env $preset | toString | trim) "mysql") (ne $interval "off") }}
-{{- fail (printf "aegis-sidecar: check.interval is %s and env.%s is mysql: such a server counts connections without a login, until it locks the host out: set check.interval to off" $interval $preset) }}
-{{- end }}
-{{- end }}
-
 {{- /* What the program would refuse of the sizes: a route's values, and what its variables begin with. */}}
 {{- define "aegis-sidecar.check-sizes" -}}
 {{- if eq (include "aegis-sidecar.pool-mode" (index . 0)) "request" }}
@@ -453,14 +446,14 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- define "aegis-sidecar.odd-sizes" -}}
 {{- $env := (index . 0).env }}
 {{- $own := index . 1 }}
-{{- $size := get $env (print $own "POOL_SIZE") | default (get $env "AEGIS_POOL_SIZE") | default (index . 0).pool.size | toString | trim | int64 }}
+{{- $size := get $env (print $own "POOL_SIZE") | default (get $env "AEGIS_POOL_SIZE") | default (index . 0).pool.size | toString | trim | float64 | int64 }}
 {{- range $name := list "POOL_MIN_IDLE" "ENDPOINT_MAX" }}
 {{- $variable := hasKey $env (print $own $name) | ternary (print $own $name) (print "AEGIS_" $name) }}
 {{- $value := get $env $variable | trim }}
 {{- if regexMatch "^[0-9]{1,9}$" $value }}
-{{- if and (eq $name "POOL_MIN_IDLE") (gt (int64 $value) $size) }}
+{{- if and (eq $name "POOL_MIN_IDLE") (gt (float64 $value | int64) $size) }}
 {{- printf "env.%s is %s and pool.size is %d: set pool.size to %s or more, or env.%s to %d or less" $variable $value $size $value $variable $size }}
-{{- else if and (eq $name "ENDPOINT_MAX") (lt (int64 $value) $size) }}
+{{- else if and (eq $name "ENDPOINT_MAX") (lt (float64 $value | int64) $size) }}
 {{- printf "env.%s is %s and pool.size is %d: set pool.size to %s or less, or env.%s to %d or more" $variable $value $size $value $variable $size }}
 {{- end }}
 {{- end }}
@@ -485,7 +478,24 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- if and (regexMatch "^[0-9]+$" (toString .backend.port)) (or (hasPrefix "0" (toString .backend.port)) (gt (float64 .backend.port) 65535.0)) }}
 {{- fail (printf "aegis-sidecar: backend.port is %v: set it to a port's name, or a number from 1 to 65535" .backend.port) }}
 {{- end }}
+{{- with .backend.selector }}
+{{- if or (eq (trim .) "none") (not (regexMatch (include "aegis-sidecar.selector" .) (trim .))) }}
+{{- fail (printf "aegis-sidecar: backend.selector is %q: set it to a label selector such as app=db,role=replica" .) }}
+{{- end }}
+{{- end }}
 {{- include "aegis-sidecar.check-resources" . }}
+{{- /* Where there are routes, these are looked at one by one, and what of this goes together is theirs. */}}
+{{- if not .routes }}{{ include "aegis-sidecar.check-together" . }}{{ end }}
+{{- /* A route's values are checked as those of a sidecar with that route alone. */}}
+{{- range include "aegis-sidecar.env" (set (deepCopy .) "env" dict) | fromYamlArray }}
+{{- if hasKey $.env .name }}
+{{- fail (printf "aegis-sidecar: env.%s: another value of the chart sets this variable: use that one" .name) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* What of a route's values has to go together. */}}
+{{- define "aegis-sidecar.check-together" -}}
 {{- if eq (int .listenPort) (int .adminPort) }}
 {{- fail (printf "aegis-sidecar: listenPort and adminPort are both %v: change one of them" .adminPort) }}
 {{- end }}
@@ -501,57 +511,6 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- end }}
 {{- include "aegis-sidecar.check-addresses" . }}
 {{- include "aegis-sidecar.check-backups" . }}
-{{- $check := .check | default dict }}
-{{- if and (ne ($check.interval | default "off") "off") (eq ($check.kind | default "") "request") (eq .protocol "tcp") }}
-{{- fail "aegis-sidecar: check.kind is request and protocol is tcp: only chronos and http1 have a request for that: empty check.kind, or set protocol to chronos or http1" }}
-{{- end }}
-{{- /* A route's values are checked as those of a sidecar with that route alone. */}}
-{{- range include "aegis-sidecar.env" (set (deepCopy .) "env" dict) | fromYamlArray }}
-{{- if hasKey $.env .name }}
-{{- fail (printf "aegis-sidecar: env.%s: another value of the chart sets this variable: use that one" .name) }}
-{{- end }}
-{{- end }}
-{{- end }}
-
-{{- define "aegis-sidecar.check-addresses" -}}
-{{- $own := list (printf "127.0.0.1:%d" (int .listenPort)) (printf "[::1]:%d" (int .listenPort)) }}
-{{- range $name := list "addresses" "backups" }}
-{{- $seen := list }}
-{{- range get $.backend $name | default "" | lower | replace " " "" | splitList "," | compact }}
-{{- $port := regexFind "[0-9]+$" . }}
-{{- $host := trimSuffix (print ":" $port) . }}
-{{- if or (hasPrefix "0" $port) (gt (int64 $port) 65535) }}
-{{- fail (printf "aegis-sidecar: backend.%s has %s: set its port to one from 1 to 65535, without zeros in front" $name .) }}
-{{- end }}
-{{- if and (contains ":" $host) (not (hasPrefix "[" $host)) }}
-{{- fail (printf "aegis-sidecar: backend.%s has %s: write HOST:PORT, and IPv6 addresses in brackets" $name .) }}
-{{- end }}
-{{- if has . $seen }}
-{{- fail (printf "aegis-sidecar: backend.%s has %s twice: remove one of them" $name .) }}
-{{- end }}
-{{- if has . $own }}
-{{- fail (printf "aegis-sidecar: backend.%s has %s, where the sidecar itself listens: change it, or listenPort" $name .) }}
-{{- end }}
-{{- $seen = append $seen . }}
-{{- end }}
-{{- end }}
-{{- end }}
-
-{{- /* What stands in for others is something else than these, and what has its own keys cannot. */}}
-{{- define "aegis-sidecar.check-backups" -}}
-{{- $backups := .backend.backups | default "" }}
-{{- if and $backups (not .backend.addresses) }}
-{{- fail "aegis-sidecar: backend.backups is set and backend.addresses is not: only what is listed has others to stand in for it: empty backend.backups, or set locality to failover" }}
-{{- end }}
-{{- $backends := splitList "," (.backend.addresses | default "" | lower | replace " " "") }}
-{{- range splitList "," ($backups | lower | replace " " "") }}
-{{- if and . (has . $backends) }}
-{{- fail (printf "aegis-sidecar: %s is in backend.addresses and in backend.backups: nothing stands in for itself: remove it from one of them" .) }}
-{{- end }}
-{{- end }}
-{{- with and (eq .balance "key_hash") (include "aegis-sidecar.tiers" .) }}
-{{- fail (printf "aegis-sidecar: balance is key_hash and %s: no store has the keys of another one: set balance to least_conn, or %s" . (contains "locality" . | ternary "locality to off" "empty backend.backups")) }}
-{{- end }}
 {{- end }}
 
 {{- /* By what some endpoints stand in for others, if they do. */}}
@@ -618,7 +577,7 @@ drain.timeout: {variable: AEGIS_DRAIN_TIMEOUT, min: 0s, max: 1h}
 
 {{- define "aegis-sidecar.milliseconds" -}}
 {{- $units := dict "ms" 1 "s" 1000 "m" 60000 "h" 3600000 "d" 86400000 -}}
-{{ mul (regexFind "^[0-9]+" . | int64) (get $units (regexFind "[a-z]+$" .)) }}
+{{ mul (regexFind "^[0-9]+" . | float64 | int64) (get $units (regexFind "[a-z]+$" .)) }}
 {{- end }}
 
 {{- /* A quantity of Kubernetes as a number. */}}

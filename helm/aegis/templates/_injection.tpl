@@ -462,6 +462,13 @@ does not; `verb` in place of "is". `first`: what the API server would refuse by 
   what: the protocol is tcp, whose bytes nobody can tell apart, and the pool mode
   is: {{ $x }}
   change: set {{ $annotation }}{{ $route }}pool-mode to preconnect, or aegis-proxy.io/{{ $route }}protocol to chronos or http1
+{{- with include "aegis-sidecar.header" (list $values $prefix) }}
+- expression: {{ $x }} == "preconnect"
+  crosses: true
+  what: {{ printf "in the chart's values %s: it names one client, and many share a connection; the pool mode" . | toJson }}
+  is: {{ $x }}
+  change: set {{ $annotation }}{{ $route }}pool-mode to preconnect
+{{- end }}
 {{- with include "aegis-sidecar.odd-sizes" (list $values $prefix) }}
 - expression: {{ $x }} != "request"
   crosses: true

@@ -1,15 +1,21 @@
 //! What the charts repeat of the table. A property of the schema names its variable in a `$comment`;
 //! its type, its range and its default are then the variable's.
 
-use serde_json::{Value, json};
+use std::fmt::Write;
+use std::{env, fs};
 
-use super::file;
+use serde_json::{Map, Value, json};
+
+use super::{file, path};
 use crate::config::kind::Shape;
 use crate::config::{VARIABLES, Variable};
 
 const SCHEMA: &str = "helm/aegis-sidecar/values.schema.json";
 const VALUES: &str = "helm/aegis-sidecar/values.yaml";
 const TEMPLATE: &str = "helm/aegis-sidecar/templates/_sidecar.tpl";
+
+/// What the program accepts in variables, for those that have no value of their own in the chart.
+const TABLE: &str = "helm/aegis-sidecar/templates/_variables.tpl";
 
 /// What the chart chooses otherwise: see its values.
 const CHOSEN: [(&str, &str); 2] = [("AEGIS_PROTOCOL", "chronos"), ("AEGIS_DRAIN_DELAY", "0s")];
@@ -118,4 +124,61 @@ fn the_template_has_the_bounds_of_durations() {
         count += 1;
     }
     assert_eq!(count, template.lines().filter(|line| line.contains(": {variable: ")).count());
+}
+
+/// What is accepted of a variable, as the template reads it: bounds in the numbers themselves, or in
+/// milliseconds.
+fn row(variable: &Variable) -> Value {
+    let shape = variable.kind.shape();
+    let mut row = Map::new();
+    let mut set = |name: &str, value: Value| row.insert(name.to_owned(), value);
+    set("accepts", variable.accepts().into());
+    if variable.is_of_routes() {
+        set("ofRoutes", true.into());
+    }
+    let zero = shape.zero_is_word.then_some("0");
+    let words: Vec<_> = shape.words.iter().copied().chain(zero).collect();
+    if !words.is_empty() {
+        set("words", words.into());
+    }
+    if let Some(range) = &shape.numbers {
+        set("numbers", json!([range.start(), range.end()]));
+    }
+    if let Some(range) = &shape.durations {
+        let ms = [range.start(), range.end()].map(|bound| bound.as_millis() as u64);
+        set("durations", json!(ms));
+    }
+    if shape.whole_seconds {
+        set("wholeSeconds", true.into());
+    }
+    if let Some(items) = shape.items {
+        set("items", items.into());
+    }
+    row.into()
+}
+
+#[test]
+fn the_template_of_variables_is_made_from_the_table() {
+    let mut text =
+        "{{- /* Made from the table in src/config/variables.rs by a test, which also says how to \
+                    refresh it. */}}\n{{- define \"aegis-sidecar.variables\" -}}\n"
+            .to_owned();
+    for variable in VARIABLES.iter() {
+        writeln!(text, "{}: {}", variable.name, row(variable)).unwrap();
+    }
+    let modules = file("src/lib.rs");
+    let modules =
+        modules.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
+    let modules: Vec<_> = modules.collect();
+    text += "{{- end }}\n\n{{- /* What directives of the log may name of the program. */}}\n";
+    writeln!(text, "{{{{- define \"aegis-sidecar.modules\" -}}}}\n{}", json!(modules)).unwrap();
+    text += "{{- end }}\n";
+    if env::var_os("AEGIS_BLESS").is_some() {
+        return fs::write(path(TABLE), text).unwrap();
+    }
+    assert!(
+        fs::read_to_string(path(TABLE)).is_ok_and(|found| found == text),
+        "{TABLE} has to be written anew:\n\n\
+         AEGIS_BLESS=1 cargo test --lib config::tests::charts"
+    );
 }

@@ -304,7 +304,7 @@ fn where_endpoints_come_from_follows_from_what_is_set() {
         (&[][..], Discovery::Static),
         (&[("AEGIS_BACKENDS", "db:1")], Discovery::Dns),
         (&[("AEGIS_KUBE_SERVICE", "chronos")], kubernetes),
-        (&[("AEGIS_KUBE_SELECTOR", "app=chronos,tier in (a, b)")], kubernetes),
+        (&[("AEGIS_KUBE_SELECTOR", "app=chronos,tier in (a, b),age>3")], kubernetes),
         (
             &[
                 ("AEGIS_DISCOVERY", "kubernetes"),
