@@ -202,10 +202,10 @@ labels! {
 }
 
 impl Retry {
-    /// Whether the request has not reached a server, so that it may be sent again whatever the retry
-    /// budget says: it was no load there.
+    /// Whether the request may be sent again whatever the retry budget says: no server gets it twice. It
+    /// has reached none, or only one that has left.
     pub fn is_free(self) -> bool {
-        matches!(self, Self::Silent | Self::Forgotten)
+        matches!(self, Self::Silent | Self::Forgotten | Self::Removed)
     }
 }
 

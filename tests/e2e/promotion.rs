@@ -14,7 +14,8 @@ use crate::support::backend::{Backend, BlackHole};
 use crate::support::client::{ask, ask_once, connect, read_line, try_ask};
 use crate::support::kube_api::{KubeApi, NAMESPACE, host_ip};
 use crate::support::metrics::{
-    BYTES, ENDPOINT_SESSIONS, POOL_CONNECTIONS, REQUESTS, RETRIES, SESSIONS_ACTIVE, SESSIONS_CLOSED,
+    BYTES, ENDPOINT_SESSIONS, POOL_CONNECTIONS, REQUESTS, RETRIES, RETRIES_REFUSED,
+    SESSIONS_ACTIVE, SESSIONS_CLOSED,
 };
 use crate::support::proxy::{Builder, Proxy};
 use crate::support::{Io, PATIENCE, SetOnDrop, eventually, measured, on_both_drivers};
@@ -30,6 +31,7 @@ on_both_drivers![
     a_moment_with_two_primaries_delays_no_cut,
     promotions_in_quick_succession_refuse_nobody_and_leave_nothing_behind,
     requests_are_cut_like_sessions_and_new_ones_follow_at_once,
+    requests_that_are_cut_cost_no_retry_and_are_no_attempt,
 ];
 
 const REMOVED: &[(&str, &str)] = &[("reason", "endpoint_removed")];
@@ -449,4 +451,31 @@ fn requests_are_cut_like_sessions_and_new_ones_follow_at_once(io: Io) {
     let again = |why| proxy.metric(RETRIES, &[("reason", why)]);
     assert_eq!([again("removed"), again("ended")], [CLIENTS as u64, 0]);
     assert!(proxy.metric(POOL_CONNECTIONS, &[]) > 0);
+}
+
+/// What is cut is as much as was in flight, and comes to a server that has had none of it.
+fn requests_that_are_cut_cost_no_retry_and_are_no_attempt(io: Io) {
+    // More than there are retries that need no requests.
+    const CLIENTS: u64 = 110;
+    let asked = [(); 2].map(|()| Arc::<AtomicU64>::default());
+    let pair = Pair::start([store("a", &asked[0]), store("b", &asked[1])]);
+    let proxy = pair
+        .proxy(io)
+        .protocol("chronos", "request")
+        .set("AEGIS_POOL_SIZE", "128")
+        .set("AEGIS_RETRY_BUDGET", "0")
+        .set("AEGIS_CONNECT_ATTEMPTS", "1")
+        .start();
+    proxy.wait_for_endpoints(1);
+    let address = proxy.address();
+    let ask = |_| thread::spawn(move || ask_once(address, "GET slow"));
+    let reads: Vec<_> = (0..CLIENTS).map(ask).collect();
+    eventually("all are in flight", PATIENCE, || (asked[0].load(Relaxed) == CLIENTS).then_some(()));
+    pair.demote_first();
+    pair.promote_second();
+    for read in reads {
+        assert_eq!(read.join().unwrap().unwrap(), "b");
+    }
+    assert_eq!(proxy.metric(RETRIES, &[("reason", "removed")]), CLIENTS);
+    assert_eq!(proxy.metric(RETRIES_REFUSED, &[]), 0);
 }

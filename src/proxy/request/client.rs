@@ -343,9 +343,7 @@ impl Client {
         self.began = true;
         self.course = None;
         let action = acquire(kept.as_ref());
-        let tried = Tried::default();
-        let history = History { since: now, tried, no_endpoint_since: None, broadcast };
-        let pending = Pending::new(wanted, history, now);
+        let pending = Pending::new(wanted, History::new(broadcast, now), now);
         self.state = State::Ready { pending, kept };
         action.into()
     }

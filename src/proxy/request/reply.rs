@@ -14,7 +14,7 @@ use crate::io::{Buf, ConnId};
 use crate::metrics::{CloseReason, Discard, Outcome, Retry};
 use crate::protocol::Verb;
 use crate::proxy::endpoints::EndpointId;
-use crate::proxy::session::{Attempts, Tried};
+use crate::proxy::session::Attempts;
 use crate::proxy::{Bytes, Side};
 
 /// What is to be done with bytes that a backend sent.
@@ -110,7 +110,7 @@ impl Client {
         let Pending { wanted, mut history, wanting, .. } = pending;
         let BackendConn { conn, endpoint, .. } = backend.conn;
         history.tried.push(endpoint);
-        let attempts = Attempts { count: history.tried.attempts(), endpoint, at: moment.now };
+        let attempts = Attempts { count: history.attempts(), endpoint, at: moment.now };
         let bytes = Bytes { to_backend: wanted.len().into(), to_client: 0 };
         self.course = Some(Course { attempts, answered: None, bytes });
         let Wanted::Request(request) = wanted else {
@@ -386,7 +386,7 @@ impl Client {
     ) -> Actions {
         let Some(broadcast) = &mut history.broadcast else { unreachable!("it goes to one") };
         broadcast.store += 1;
-        history.tried = Tried::default();
+        history.on_next_store();
         let wanted = Wanted::Request(request);
         let pending = Pending::new(wanted, history, now);
         self.state = State::Ready { pending, kept };
@@ -550,6 +550,9 @@ impl Client {
                 return self.conclude(Some(discard), moment);
             }
             return self.fail_in_flight(error, discard, moment);
+        }
+        if why == Retry::Removed {
+            flight.history.on_cut();
         }
         let attempts = flight.history.tried.attempts();
         if !flight.request.repeatable || attempts >= moment.policy.attempts_max {

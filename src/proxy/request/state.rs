@@ -150,10 +150,41 @@ pub(super) struct History {
     pub(super) since: Instant,
     /// The endpoints that were tried for it.
     pub(super) tried: Tried,
+    /// Attempts that are none of those, since their endpoint has left.
+    pub(super) attempts_cut: u32,
     /// Since when there was no endpoint for it, the first time.
     pub(super) no_endpoint_since: Option<Instant>,
     /// The replies so far, if it goes to all stores.
     pub(super) broadcast: Option<Box<Broadcast>>,
+}
+
+impl History {
+    /// A request that was found just now, and goes to all stores if there is a `broadcast`.
+    pub(super) fn new(broadcast: Option<Box<Broadcast>>, now: Instant) -> Self {
+        Self {
+            since: now,
+            tried: Tried::default(),
+            attempts_cut: 0,
+            no_endpoint_since: None,
+            broadcast,
+        }
+    }
+
+    /// How often it was tried, whatever became of that.
+    pub(super) fn attempts(&self) -> u32 {
+        self.attempts_cut + self.tried.attempts()
+    }
+
+    /// The endpoint that it is with has left: nothing has failed, so it may be tried as often as at first.
+    pub(super) fn on_cut(&mut self) {
+        self.attempts_cut = self.attempts();
+        self.tried = Tried::default();
+    }
+
+    /// The next store has its turn.
+    pub(super) fn on_next_store(&mut self) {
+        (self.attempts_cut, self.tried) = (0, Tried::default());
+    }
 }
 
 /// A request that has no connection yet.

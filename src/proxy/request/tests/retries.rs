@@ -9,6 +9,7 @@ fn without_a_retry_left_a_lost_request_gets_the_error_of_the_last_attempt() {
         (Retry::Broken, false),
         (Retry::Silent, true),
         (Retry::Forgotten, true),
+        (Retry::Removed, true),
     ] {
         let mut bench = Bench::asked(Protocol::Chronos, "GET a\n");
         while bench.retries.take(bench.now) {}
@@ -62,6 +63,19 @@ fn a_request_is_sent_so_many_times_at_most() {
     for _ in 1..bench.policy.attempts_max {
         assert!(bench.lose(Retry::Broken).contains(&Action::CountRetry(Retry::Broken)));
         bench.acquire();
+    }
+    assert!(matches!(bench.lose(Retry::Broken)[2], Action::Reply(ErrorReply::Lost, _)));
+}
+
+#[test]
+fn what_is_cut_is_none_of_these_attempts() {
+    let mut bench = Bench::asked(Protocol::Chronos, "GET a\n");
+    bench.policy.attempts_max = 1;
+    for count in 2..20 {
+        assert!(bench.lose(Retry::Removed).contains(&Action::CountRetry(Retry::Removed)));
+        bench.acquire();
+        let course = bench.client.course().expect("it was sent");
+        assert_eq!(course.attempts.count, count, "they are told of all the same");
     }
     assert!(matches!(bench.lose(Retry::Broken)[2], Action::Reply(ErrorReply::Lost, _)));
 }
