@@ -189,6 +189,10 @@ pub const CHECK_REPLY_MAX: usize = 4096;
 /// The longest path that a check asks for.
 pub const CHECK_PATH_MAX: usize = 1024;
 
+/// Who was to go on so long ago has stood still: the process was stopped or frozen, or had no core. The
+/// kernel's timers are exact to far less; a thread that shares its core may wait a few milliseconds.
+pub const LATE_MIN: Duration = Duration::from_millis(20);
+
 /// Pools and health are looked over this often.
 pub const UPKEEP_INTERVAL: Duration = Duration::from_millis(100);
 

@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ use tracing::{Instrument, Span, debug, info, warn};
 use super::WorkerHandle;
 use crate::config::{Check, ProxyProtocol, RouteConfig};
 use crate::io::net::Address;
-use crate::limits::{CHECK_QUICK_MAX, CHECK_REPLY_MAX, CHECK_RETRY_PAUSE, CHECKS_MAX};
+use crate::limits::{CHECK_QUICK_MAX, CHECK_REPLY_MAX, CHECK_RETRY_PAUSE, CHECKS_MAX, LATE_MIN};
 use crate::protocol::ProtocolName;
 use crate::protocol::proxy_header::{HEADER_MAX, write_v1, write_v2};
 use crate::proxy::check::Verdicts;
@@ -97,7 +98,12 @@ impl Checks {
             };
             let Ok(place) = places.acquire().await else { return };
             let begun = Instant::now();
-            let checked = timeout(limit, self.check(&endpoint.address)).await;
+            let mut check = pin!(self.check(&endpoint.address));
+            let mut checked = timeout(limit, &mut check).await;
+            if checked.is_err() && begun.elapsed() >= limit + LATE_MIN {
+                // This process stood still, and what came meanwhile is not heard yet.
+                checked = timeout(limit, &mut check).await;
+            }
             drop(place);
             is_slow = if is_slow { begun.elapsed() >= CHECK_QUICK_MAX } else { checked.is_err() };
             if checked.is_err() && limit < whole {

@@ -5,9 +5,8 @@
 
 use std::time::{Duration, Instant};
 
-/// A wait that ends so much later than it was to end is late. The kernel's timers are exact to far
-/// less; a worker that shares its core may wait for it for a few milliseconds.
-const LATE_MIN: Duration = Duration::from_millis(20);
+use crate::limits::LATE_MIN;
+
 /// A driver that always has more to tell holds time limits up for no longer than this.
 const HELD_UP_MAX: Duration = Duration::from_millis(500);
 

@@ -20,6 +20,7 @@ on_both_drivers![
     answers_that_came_meanwhile_are_passed_on,
     sessions_on_which_something_came_meanwhile_were_not_idle,
     connects_that_succeeded_meanwhile_are_no_failures,
+    checks_that_were_passed_meanwhile_have_not_failed,
 ];
 
 /// The limits that are over after a stop.
@@ -104,4 +105,26 @@ fn connects_that_succeeded_meanwhile_are_no_failures(io: Io) {
     assert_eq!(server.accepted(), 10, "each was connected once");
     assert_eq!(proxy.metric("aegis_endpoint_connect_failures_total", &[]), 0);
     assert_eq!(proxy.metric(ENDPOINT_USABLE, &[]), 1);
+}
+
+fn checks_that_were_passed_meanwhile_have_not_failed(io: Io) {
+    const PAUSE: Duration = Duration::from_millis(20);
+    // Most of the time a check is under way.
+    let backend = Backend::scripted(|mut stream| {
+        while read_line(stream).is_ok() {
+            thread::sleep(PAUSE);
+            let _ = stream.write_all(b"PONG\n");
+        }
+    });
+    let proxy = pooled(io, "chronos", "request", &backend)
+        .set("AEGIS_CHECK", "request")
+        .set("AEGIS_CHECK_INTERVAL", "100ms")
+        .set("AEGIS_CHECK_FALL", "1")
+        .set("AEGIS_CONNECT_TIMEOUT", "200ms")
+        .start();
+    for stops in 1..=20 {
+        proxy.wait_for("aegis_endpoint_checks_total", &[], |made| made >= stops);
+        stopped(&proxy, || thread::sleep(STOP / 2));
+    }
+    assert_eq!(proxy.metric("aegis_endpoint_check_failures_total", &[]), 0);
 }
