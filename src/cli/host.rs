@@ -167,6 +167,9 @@ fn why(error: &io::Error, address: &Address) -> String {
         io::ErrorKind::ConnectionRefused => {
             "refused: nobody listens there; is the server up, and is this its port?".to_owned()
         }
+        io::ErrorKind::TimedOut if is_unix => {
+            "its queue is full: the server is up, and accepts nobody".to_owned()
+        }
         io::ErrorKind::TimedOut => "no answer: look for a firewall or a NetworkPolicy on the way, \
                                     or a wrong address"
             .to_owned(),

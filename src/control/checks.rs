@@ -168,7 +168,7 @@ impl Checks {
 
 /// Connects to a Unix socket. Where its queue is full, nobody tells when it has room: it is tried again,
 /// as it is for clients.
-async fn connect_unix(path: &Path) -> io::Result<UnixStream> {
+pub(super) async fn connect_unix(path: &Path) -> io::Result<UnixStream> {
     loop {
         match UnixStream::connect(path).await {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {

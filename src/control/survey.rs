@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
+use super::checks::connect_unix;
 use super::discovery::status::Status;
 use super::{Publisher, discover, listening};
 use crate::config::{Config, Discovery, RouteConfig};
@@ -156,7 +157,7 @@ async fn reach(name: String, address: Address, route: &RouteConfig) -> Reached {
     let connect = async {
         match &address {
             Address::Tcp(address) => connect_tcp(*address).await,
-            Address::Unix(path) => UnixStream::connect(&**path).await.map(drop),
+            Address::Unix(path) => connect_unix(path).await.map(drop),
         }
     };
     let outcome = timeout(route.connect_timeout, connect).await;

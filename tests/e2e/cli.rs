@@ -1,13 +1,18 @@
 //! The commands that ask a running proxy. What they show does not depend on the driver.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::thread;
+
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::support::backend::Backend;
 use crate::support::client::ask_once;
 use crate::support::kube_api::{KubeApi, Odd, host_ip};
 use crate::support::proxy::{Builder, Ended, Proxy};
+use crate::support::sandbox::hand_over;
 use crate::support::{Io, ports, skip};
 
 /// Runs a command in the environment of this proxy's container.
@@ -144,6 +149,36 @@ fn a_check_of_the_host_reaches_each_backend_and_says_what_to_do() {
     assert!(line_of(&ended, "route one: names: ").starts_with("fine  "), "{ended:?}");
     assert!(line_of(&ended, &format!("route two: {closed}: refused")).starts_with("BAD   "));
     line_of(&ended, "unix:/nowhere/socket: there is no such socket");
+}
+
+#[test]
+fn a_check_of_the_host_waits_for_room_in_the_queue_of_a_unix_socket() {
+    let folder = tempfile::tempdir().unwrap();
+    hand_over(folder.path());
+    let path = folder.path().join("db.sock");
+    let (socket, address) = (unix_socket(), SockAddr::unix(&path).unwrap());
+    socket.bind(&address).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+    socket.listen(0).unwrap();
+    unix_socket().connect(&address).unwrap();
+    let backend = format!("unix:{}", path.display());
+    let check = |timeout: &str| {
+        let builder = Builder::on(Io::Epoll).set("AEGIS_BACKENDS", &*backend);
+        check_host(builder.set("AEGIS_CONNECT_TIMEOUT", timeout))
+    };
+    let ended = check("100ms");
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    let line = line_of(&ended, &format!("{backend}: its queue is full"));
+    assert!(line.starts_with("BAD   "), "{ended:?}");
+    // It is accepted from while the check is under way, or before.
+    let server = thread::spawn(move || while socket.accept().is_ok() {});
+    let ended = check("1m");
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(!server.is_finished());
+}
+
+fn unix_socket() -> Socket {
+    Socket::new(Domain::UNIX, Type::STREAM, None).unwrap()
 }
 
 #[test]
