@@ -50,7 +50,7 @@ impl Route {
             self.sessions.line.set_full(is_full, cx.now);
         }
         let is_new = self.sessions.ticket_of(key).is_none();
-        if is_new && self.is_line_full(cx) {
+        if is_new && self.is_line_full(cx) && !self.sessions.listen_for_cancel(key) {
             return self.close_session(cx, key, CloseReason::QueueFull);
         }
         self.sessions.have_wait(key, reason, cx.now);
