@@ -204,9 +204,14 @@ impl Health {
         }
     }
 
+    /// Whether a probe connection is due.
+    pub fn is_probe_due(&self, now: Instant) -> bool {
+        matches!(self.state, State::Ejected { until } if until <= now)
+    }
+
     /// Whether a probe connection is due. If so, it has to be made now.
     pub fn take_probe(&mut self, now: Instant) -> bool {
-        let due = matches!(self.state, State::Ejected { until } if until <= now);
+        let due = self.is_probe_due(now);
         if due {
             self.state = State::Probing;
         }

@@ -80,14 +80,17 @@ impl Queue {
         self.len == 0
     }
 
-    /// Whether no further request may wait.
-    pub fn is_full(&self) -> bool {
-        self.len >= self.max
+    /// Whether no further request may wait in a line. Those for whom connections are `coming` wait for
+    /// nobody else, and are none of the maximum, which all lines share.
+    pub fn is_full(&self, line: Line, coming: usize) -> bool {
+        let waiting = self.waiting(line);
+        let max = self.max.saturating_sub(self.len - waiting);
+        waiting >= max.saturating_add(coming)
     }
 
-    /// Whether no further request may wait in a line, where each has the maximum for itself.
-    pub fn is_line_full(&self, line: Line) -> bool {
-        self.waiting(line) >= self.max
+    /// The same where each line has the maximum for itself.
+    pub fn is_line_full(&self, line: Line, coming: usize) -> bool {
+        self.waiting(line) >= self.max.saturating_add(coming)
     }
 
     /// How many wait in a line.
@@ -274,9 +277,25 @@ mod tests {
     #[test]
     fn it_is_full_at_its_maximum() {
         let mut queue = Queue::new(1, 2);
-        assert!(!queue.is_full() && queue.is_empty());
+        assert!(!queue.is_full(Line::Any, 0) && queue.is_empty());
         queue.join(Line::Any, Key::from_parts(0, 0));
-        assert!(queue.is_full() && !queue.is_empty());
-        assert!(queue.is_line_full(Line::Any) && !queue.is_line_full(Line::Store(0)));
+        assert!(queue.is_full(Line::Any, 0) && !queue.is_empty());
+        assert!(queue.is_line_full(Line::Any, 0) && !queue.is_line_full(Line::Store(0), 0));
+    }
+
+    #[test]
+    fn those_for_whom_connections_are_coming_are_none_of_its_maximum() {
+        let (own, key) = (Line::Endpoint(EndpointId::at(0)), |slot| Key::from_parts(slot, 0));
+        for (max, coming, waiting) in [(0, 3, 3), (1, 3, 4), (2, usize::MAX, 9)] {
+            let mut queue = Queue::new(max, 10);
+            for slot in 0..waiting {
+                assert!(!queue.is_full(own, coming), "{slot} of {max} and {coming}");
+                queue.join(own, key(slot));
+            }
+            assert_eq!(queue.is_full(own, coming), coming < 9, "{max} and {coming}");
+            assert_eq!(queue.is_line_full(own, coming), coming < 9, "{max} and {coming}");
+            assert!(queue.is_full(Line::Any, 0), "all lines have one maximum");
+            assert!(!queue.is_full(Line::Any, 1), "and each its own connections");
+        }
     }
 }

@@ -53,6 +53,7 @@ mod pooling;
 mod pressure;
 mod promotion;
 mod proxy_protocol;
+mod queue;
 mod refused_names;
 mod relay;
 mod replies;

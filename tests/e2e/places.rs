@@ -38,6 +38,7 @@ on_both_drivers![
     sessions_that_wait_are_served_in_the_order_in_which_they_came,
     a_session_that_has_waited_for_an_endpoint_may_still_wait_for_a_place,
     a_cancel_request_passes_those_that_wait_for_the_session_that_it_cancels,
+    a_cancel_request_is_let_in_where_nobody_else_may_wait,
 ];
 
 const WORKERS: usize = 32;
@@ -507,4 +508,36 @@ fn a_cancel_request_passes_those_that_wait_for_the_session_that_it_cancels(io: I
     drop(waiting);
     proxy.wait_for(SESSIONS_ACTIVE, &[], |active| active == 0);
     assert_eq!(ask(&connect(proxy.address()), "who"), "a", "no place is lost");
+}
+
+fn a_cancel_request_is_let_in_where_nobody_else_may_wait(io: Io) {
+    for queue_max in [0, 2] {
+        let (backend, _) = cancelled_server();
+        let proxy = workers(io, 1, &[&backend])
+            .set("AEGIS_PRESET", "postgres")
+            .set("AEGIS_ENDPOINT_MAX", "1")
+            .set("AEGIS_QUEUE_MAX", queue_max.to_string())
+            .set("AEGIS_QUEUE_TIMEOUT", "1m")
+            .start();
+        let first = connect(proxy.address());
+        assert_eq!(ask(&first, "who"), "a");
+        let waiting: Vec<_> = (0..queue_max).map(|_| connect(proxy.address())).collect();
+        for mut client in &waiting {
+            client.write_all(b"who\n").unwrap();
+        }
+        proxy.wait_for(CLIENTS_WAITING, &[], |waiting| waiting == queue_max);
+        // Who wants anything else is refused.
+        let refused = try_connect(proxy.address()).and_then(|client| try_ask(&client, "who"));
+        assert!(refused.is_err(), "{refused:?} with {queue_max} in line");
+        proxy.wait_for(SESSIONS_CLOSED, &[("reason", "queue_full")], |closed| closed == 1);
+        let mut cancels = connect(proxy.address());
+        cancels.write_all(&CANCEL).unwrap();
+        assert_eq!(cancels.read(&mut [0; 1]).unwrap(), 0, "it is through");
+        assert_eq!((&first).read(&mut [0; 1]).unwrap(), 0, "it is cancelled");
+        drop(first);
+        if let Some(next) = waiting.first() {
+            assert_eq!(read_line(next).unwrap(), "a");
+        }
+        assert_eq!(proxy.metric(SESSIONS_CLOSED, &[("reason", "queue_full")]), 1);
+    }
 }

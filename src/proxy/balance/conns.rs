@@ -197,6 +197,20 @@ impl Table {
         entries.any(|entry| entry.is_full(now))
     }
 
+    /// How many sessions that find no place need not wait for others to end: places come by themselves.
+    pub fn places_coming(&self, now: Instant) -> usize {
+        let full = self.in_set().filter(|entry| entry.is_full(now));
+        full.map(Entry::places_coming).sum()
+    }
+
+    /// How many requests that wait for an endpoint, or for any, need not wait for others to be over.
+    pub fn conns_coming(&self, endpoint: Option<EndpointId>) -> usize {
+        let entries = self.present.iter().filter(|&&at| endpoint.is_none_or(|one| one == at));
+        let entries = entries.filter_map(|&at| self.get(at));
+        let serving = entries.filter(|entry| entry.may_serve(true));
+        serving.map(Entry::conns_coming).fold(0, usize::saturating_add)
+    }
+
     /// Whether connections to an endpoint are limited.
     pub fn is_limited(&self, endpoint: EndpointId) -> bool {
         self.get(endpoint).is_some_and(|entry| entry.places.max().is_some())

@@ -332,6 +332,20 @@ impl Entry {
         self.spare() > 0 || !self.places.are_all_taken(&self.endpoint.places)
     }
 
+    /// Places that no session and no request has, of all workers together. They come to who waits: those of
+    /// idle connections, of such as are being made or closed, and those that are passed on.
+    pub(super) fn places_coming(&self) -> usize {
+        let Some(max) = self.places.max() else { return usize::MAX };
+        let in_use = self.endpoint.stats.iter().map(|stats| stats.sessions_active.get());
+        max.saturating_sub(in_use.sum::<u64>() as usize)
+    }
+
+    /// How many requests may wait for a connection that need not wait for others to be over. While it cannot
+    /// be connected to nobody knows when one comes.
+    pub(super) fn conns_coming(&self) -> usize {
+        if self.recovery.is_unreachable() { self.pool.idle() } else { self.places_coming() }
+    }
+
     /// Whether this worker has to make room for others that have less than their share: the
     /// connection that it needs least is to be closed.
     pub fn must_yield(&self, now: Instant) -> bool {

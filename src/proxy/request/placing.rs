@@ -179,12 +179,7 @@ impl Placing<'_> {
     }
 
     fn wait(&self, line: Line, supply: Option<(EndpointId, Having)>) -> Placement {
-        // Those that wait for one store are not to be in the way of those that another would serve.
-        let is_full = match self.policy.binding {
-            Binding::Key => self.queue.is_line_full(line),
-            Binding::Nothing | Binding::Source => self.queue.is_full(),
-        };
-        if is_full {
+        if self.is_full(line) {
             let nowhere = self.table.is_empty();
             return Placement::Fail(if nowhere {
                 ErrorReply::NoneKnown
@@ -193,6 +188,21 @@ impl Placing<'_> {
             });
         }
         Placement::Wait(line, supply)
+    }
+
+    /// Whether no further request may wait in a line.
+    fn is_full(&self, line: Line) -> bool {
+        let is_full = |coming| match self.policy.binding {
+            // Those that wait for one store are not to be in the way of those that another would serve.
+            Binding::Key => self.queue.is_line_full(line, coming),
+            Binding::Nothing | Binding::Source => self.queue.is_full(line, coming),
+        };
+        is_full(0)
+            && is_full(match line {
+                Line::Any => self.table.conns_coming(None),
+                Line::Endpoint(endpoint) => self.table.conns_coming(Some(endpoint)),
+                Line::Store(_) => 0,
+            })
     }
 
     /// Whether requests wait that a connection to this endpoint would do for.

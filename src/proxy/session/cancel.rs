@@ -15,6 +15,8 @@ pub(super) enum Beginning {
     /// Nothing yet, or anything.
     #[default]
     Other,
+    /// Nothing yet. It waits beyond those who may, to be told from a cancel request.
+    Beyond,
     /// It has asked for encryption, and for nothing else yet.
     Negotiation,
     /// A cancel request.
@@ -47,8 +49,30 @@ impl Session {
     pub fn may_begin_with_cancel(&self) -> bool {
         match self.beginning {
             Beginning::Other => !self.has_client_spoken(),
-            Beginning::Negotiation => true,
+            Beginning::Beyond | Beginning::Negotiation => true,
             Beginning::Cancel(_) => false,
+        }
+    }
+
+    /// No more clients may wait for a place than do. It waits all the same until it is heard, unless it
+    /// was. Says whether it does.
+    pub fn listen_for_cancel(&mut self) -> bool {
+        let is_unheard = !self.has_client_spoken();
+        if is_unheard {
+            self.beginning = Beginning::Beyond;
+        }
+        is_unheard
+    }
+
+    /// Whether it waits only to be told from a cancel request.
+    pub fn is_beyond_line(&self) -> bool {
+        matches!(self.beginning, Beginning::Beyond)
+    }
+
+    /// Its turn has come: it waits, or is served, as any other.
+    pub(super) fn on_in_line(&mut self) {
+        if self.is_beyond_line() {
+            self.beginning = Beginning::Other;
         }
     }
 
@@ -91,7 +115,7 @@ impl Session {
     pub fn take_cancel(&mut self) -> Chain {
         match std::mem::take(&mut self.beginning) {
             Beginning::Cancel(cancel) => cancel.request,
-            Beginning::Other | Beginning::Negotiation => Chain::default(),
+            Beginning::Other | Beginning::Beyond | Beginning::Negotiation => Chain::default(),
         }
     }
 

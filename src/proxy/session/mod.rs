@@ -325,6 +325,7 @@ impl Session {
     /// Its turn has come.
     pub fn on_waited(&mut self) {
         assert!(self.waits.take().is_some(), "it waits");
+        self.on_in_line();
     }
 
     /// Whether its client may have left: it ended before its first byte, and nobody has been connected

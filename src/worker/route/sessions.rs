@@ -133,6 +133,12 @@ impl Sessions {
         self.line.join(ticket, key);
     }
 
+    /// A session finds the line full. Its client may still want to cancel what another one does, which
+    /// waits for nobody: then it waits to be heard. Says whether it may.
+    pub(super) fn listen_for_cancel(&mut self, key: Key<Session>) -> bool {
+        self.has_cancels && self.slab[key].listen_for_cancel()
+    }
+
     /// Takes a session out of the line: its turn has come.
     pub(super) fn serve<D: Driver>(&mut self, cx: &mut Context<D>, key: Key<Session>) {
         let session = &mut self.slab[key];
@@ -213,6 +219,7 @@ impl Sessions {
         from: Side,
         buf: Buf,
     ) -> Outcome {
+        let is_beyond = self.slab[key].is_beyond_line();
         if self.has_cancels && from == Side::Client && self.slab[key].may_begin_with_cancel() {
             self.look_for_cancel(cx, key, &buf);
         }
@@ -224,8 +231,12 @@ impl Sessions {
         }
         debug_assert_eq!(from, Side::Client, "there is no backend");
         let kept = keep(cx, session, buf);
-        let cancels = session.awaits_endpoint() && session.cancel().is_some();
-        if cancels && kept == Outcome::Done { Outcome::Cancels } else { kept }
+        match session.cancel() {
+            _ if kept != Outcome::Done || !session.awaits_endpoint() => kept,
+            Some(_) => Outcome::Cancels,
+            None if is_beyond && self.line.is_full() => Outcome::Over(CloseReason::QueueFull),
+            None => kept,
+        }
     }
 
     /// Takes note if a client begins with a cancel request. Without a buffer to keep it in, it goes to

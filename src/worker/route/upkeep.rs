@@ -42,6 +42,7 @@ impl Route {
         endpoint: EndpointId,
         any_usable: bool,
     ) {
+        let probe_waits = self.probe(cx, endpoint);
         let (now, keeps, share) = (cx.now, self.keeps_pools(cx), self.pools.pool_share());
         let needed = self.placing(cx).is_needed(endpoint, any_usable);
         let Some(entry) = self.pools.table.get_mut(endpoint) else { return };
@@ -57,9 +58,32 @@ impl Route {
                 break;
             }
         }
-        let waits = self.waits_for(endpoint);
+        let waits = probe_waits || self.waits_for(endpoint);
         self.pools.table.return_spare(endpoint, waits);
         self.pools.publish_pool(cx, endpoint);
+    }
+
+    /// Probes an endpoint if that is due. Says whether that waits for a place: it has its turn as those have
+    /// who wait for one.
+    fn probe<D: Driver>(&mut self, cx: &mut Context<D>, endpoint: EndpointId) -> bool {
+        let now = cx.now;
+        let Some(entry) = self.pools.table.get(endpoint) else { return false };
+        let running = cx.command < Command::Drain && entry.is_present();
+        if !running || !entry.health.is_probe_due(now) || self.lacks_descriptors(cx) {
+            return false;
+        }
+        if !self.pools.table.reserve(endpoint, now) {
+            self.pools.table.want_place(endpoint, now);
+            // One may just have become free.
+            if !self.pools.table.reserve(endpoint, now) {
+                return true;
+            }
+        }
+        if let Some(entry) = self.pools.table.get_mut(endpoint) {
+            entry.health.take_probe(now);
+        }
+        self.start_connect(cx, endpoint);
+        false
     }
 
     /// How many connections there may be in pools, those that clients hold included. Each client
@@ -96,14 +120,19 @@ impl Route {
         }
     }
 
+    /// Whether there are no descriptors for connections that no client waits for.
+    fn lacks_descriptors<D: Driver>(&self, cx: &Context<D>) -> bool {
+        // Those in reserve are for clients that are here already.
+        !self.reuses_conns() && cx.driver.is_short_of_descriptors()
+    }
+
     /// Starts a connection for the pool. Says whether it is under way.
     pub(super) fn start_connect<D: Driver>(
         &mut self,
         cx: &mut Context<D>,
         endpoint: EndpointId,
     ) -> bool {
-        if !self.reuses_conns() && cx.driver.is_short_of_descriptors() {
-            // Those in reserve are for clients that are here already.
+        if self.lacks_descriptors(cx) {
             return false;
         }
         let Some(entry) = self.pools.table.get(endpoint) else { return false };
@@ -424,10 +453,7 @@ impl Route {
             if let Some(slow_start) = self.config.slow_start {
                 entry.ramp_up(slow_start, now);
             }
-            let running = cx.command < Command::Drain && entry.is_present();
-            if running && entry.health.take_probe(now) {
-                self.start_connect(cx, endpoint);
-            } else if entry.health.is_probing() {
+            if entry.health.is_probing() {
                 self.pools.look_at_probe(cx, endpoint);
             }
             if let Some(entry) = self.pools.table.get_mut(endpoint) {

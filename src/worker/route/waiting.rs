@@ -49,8 +49,8 @@ impl Route {
             let is_full = self.pools.table.is_full(cx.now);
             self.sessions.line.set_full(is_full, cx.now);
         }
-        let (line, is_new) = (&self.sessions.line, self.sessions.ticket_of(key).is_none());
-        if line.is_full() && is_new && line.len() >= self.config.requests.queue_max {
+        let is_new = self.sessions.ticket_of(key).is_none();
+        if is_new && self.is_line_full(cx) && !self.sessions.listen_for_cancel(key) {
             return self.close_session(cx, key, CloseReason::QueueFull);
         }
         self.sessions.have_wait(key, reason, cx.now);
@@ -59,6 +59,14 @@ impl Route {
             self.feel_outage(cx);
         }
         self.on_wait_over(cx, key);
+    }
+
+    /// Whether as many wait for a place as may, those apart for whom one comes by itself.
+    fn is_line_full<D>(&self, cx: &Context<D>) -> bool {
+        let (line, max) = (&self.sessions.line, self.config.requests.queue_max);
+        line.is_full()
+            && line.len() >= max
+            && line.len() - max >= self.pools.table.places_coming(cx.now)
     }
 
     /// When a session that waits has done so for too long, and what it is closed for then.

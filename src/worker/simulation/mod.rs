@@ -61,6 +61,7 @@ impl Run {
         if is_limited {
             route.pool.endpoint_max = Some(rng.usize(1..12));
             route.requests.queue_timeout = Duration::from_millis(rng.u64(100..5_000));
+            route.requests.queue_max = [0, 2, 1000][sessions_max % 3];
         }
         route.idle_timeout = idle_timeout;
         route.balance = [Balance::LeastConn, Balance::PeakEwma][sessions_max % 2];

@@ -257,3 +257,63 @@ fn workers_share_the_places_of_requests() {
     println!("{opened} clients, {finished} finished in order");
     assert!(finished > opened / 4, "{finished} of {opened}: the runs test too little");
 }
+
+/// One worker has ejected all endpoints while the clients of another one keep them full: its probes have their
+/// turns at the places. Returns how many clients there were, and how many endpoints are usable again.
+fn probes_beside_a_crowd(seed: u64) -> (u64, u64) {
+    // An ejection, and the longest session: of a client that sends all in small pieces.
+    const SOON: Duration = Duration::from_secs(100);
+    const CROWD: usize = 6;
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
+    let route = Arc::make_mut(&mut config.routes[0]);
+    let max = rng.usize(1..4);
+    route.pool.endpoint_max = Some(max);
+    // Without clients it is pools that find out.
+    route.pool.min_idle = 2 * max;
+    route.pool.max_idle = 2 * max;
+    route.idle_timeout = Some(2 * SECOND);
+    route.requests.queue_timeout = 600 * SECOND;
+    let buffers = limits::buffers_max(60);
+    let runs = Run::workers(rng.fork(), config, 60, buffers, 2);
+    let mut workers = Workers { runs, rng, max, since: HashMap::new() };
+    let count = workers.runs[0].endpoints.len();
+    let ejected = |workers: &Workers| {
+        let endpoints = workers.runs[0].endpoints.iter();
+        endpoints.filter(|endpoint| endpoint.stats[0].ejected.get() > 0).count()
+    };
+    // The other one has not come yet.
+    let all = workers.runs[0].endpoints.clone();
+    workers.runs[0].deliver(all);
+    (0..count).for_each(|at| workers.runs[0].engine.driver().reach(at, Reachability::Refusing));
+    let crowd = |workers: &mut Workers| {
+        let run = &mut workers.runs[1];
+        if run.engine.waiting() + run.engine.driver().clients_outside() < CROWD {
+            run.engine.driver().add_client(Duration::ZERO);
+        }
+    };
+    while ejected(&workers) < count {
+        workers.turn();
+        assert!(workers.behind().0 < SOON, "it is not noticed that they refuse");
+    }
+    workers.deliver(|_| true);
+    let full = workers.behind().0 + 2 * SECOND;
+    workers.turn_until(full, crowd);
+    workers.recover();
+    let from = workers.behind().0;
+    while ejected(&workers) > 0 {
+        crowd(&mut workers);
+        workers.turn();
+        assert!(workers.behind().0 < from + SOON, "{} are still ejected", ejected(&workers));
+    }
+    workers.serve_all();
+    let opened = workers.runs.iter().map(|run| run.stats.sessions_opened.get()).sum();
+    workers.stop();
+    (opened, count as u64)
+}
+
+#[test]
+fn probes_have_their_turns_at_the_places_of_full_endpoints() {
+    let (opened, usable) = run_seeds(43_000, 20, probes_beside_a_crowd);
+    println!("{usable} endpoints are usable again beside {opened} clients");
+}

@@ -78,6 +78,13 @@ impl Scene {
         self
     }
 
+    /// Somebody else has got a connection to it.
+    fn in_use(self, endpoint: usize) -> Self {
+        let mut scene = self.idle(endpoint);
+        assert!(scene.table.acquire(at(endpoint)).is_some());
+        scene
+    }
+
     /// A connect to an endpoint has just failed, and it is ejected.
     fn failed(mut self, endpoint: usize) -> Self {
         assert!(self.table.reserve(at(endpoint), self.bench.now));
@@ -155,7 +162,15 @@ fn a_request_acquires_what_is_idle_or_waits_or_fails() {
         ("those of another line did not", any(2).idle(1).waiting(own(0), 1), Acquire(at(1), None)),
         ("none is idle", any(1), Wait(ANY, room(0))),
         ("none is usable", any(1).failed(0), Wait(ANY, None)),
-        ("the queue is full", any(1).waiting(ANY, 3), Fail(ErrorReply::QueueFull)),
+        ("the queue is full", any(1).in_use(0).in_use(0).waiting(ANY, 3), {
+            Fail(ErrorReply::QueueFull)
+        }),
+        (
+            "a connection comes for one of them",
+            any(1).in_use(0).waiting(ANY, 3),
+            Wait(ANY, room(0)),
+        ),
+        ("and for no other one", any(1).in_use(0).waiting(ANY, 4), Fail(ErrorReply::QueueFull)),
         ("its store has one", by_key("GET a\n").idle(0), Acquire(at(0), None)),
         ("its store has none", by_key("GET a\n"), Wait(own(0), room(0))),
         ("its store has one, for others", by_key("GET a\n").idle(0).waiting(own(0), 1), {

@@ -43,7 +43,7 @@ fn config(protocol: Protocol, rng: &mut fastrand::Rng) -> Config {
     ][rng.usize(..5)];
     route.retry_budget = [None, Some(0), Some(20)][rng.usize(..3)];
     route.requests.line_max = LINE_MAX;
-    route.requests.queue_max = [1, 4, 1000][rng.usize(..3)];
+    route.requests.queue_max = [0, 4, 1000][rng.usize(..3)];
     route.requests.queue_timeout = [30 * MS, 300 * MS, 3 * SECOND][rng.usize(..3)];
     route.endpoint_wait = route.requests.queue_timeout;
     route.requests.timeout = Some([100 * MS, 4 * SECOND][rng.usize(..2)]);
@@ -309,9 +309,15 @@ fn check_accounts(engine: &mut Engine<Sim>, waits_since: &mut HashMap<EndpointId
     engine.assert_invariants();
 }
 
-/// The queue has a bound, or each of its lines where keys say which one a request waits in.
+/// The queue has a bound, or each of its lines where keys say which one a request waits in: the maximum, and as
+/// many as connections may be made for.
 fn check_queue_bound(route: &Route) {
     let queue = &route.requests.queue;
+    let conns_max = match route.config.pool.mode {
+        PoolMode::Request => route.config.pool.size * route.pools.table.indices().count(),
+        // Each client may have one.
+        _ => return,
+    };
     let longest = if route.config.balance == Balance::KeyHash {
         let endpoints = route.pools.table.indices().map(Line::Endpoint);
         let stores = (0..route.pools.table.stores()).map(Line::Store);
@@ -320,7 +326,7 @@ fn check_queue_bound(route: &Route) {
     } else {
         queue.len()
     };
-    assert!(longest <= route.config.requests.queue_max, "the queue is too long");
+    assert!(longest <= route.config.requests.queue_max + conns_max, "the queue is too long");
 }
 
 /// Some stores go away, each in its way, and come back after a while. Until then requests for them wait,
