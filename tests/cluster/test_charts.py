@@ -242,6 +242,21 @@ def test_refusals_say_what_to_change(values, message):
     assert message in refusal(CHART, *INJECTS, values=values)
 
 
+@pytest.mark.parametrize("nulls", [{"env": None, "check": None, "routes": None, "workers": None, "tcpUserTimeout": None, "name": None},
+                                   {"check": {"interval": None, "fall": None}, "pool": {"mode": None}, "socket": {"folder": None, "file": None}}])
+def test_a_value_of_which_all_lines_are_comments_is_an_empty_one(nulls):
+    """It is a null then, which removes the default."""
+    for chart, arguments in [(USER_CHART, []), (CHART, INJECTS)]:
+        assert template(chart, *arguments, values=sidecar(**nulls)) == template(chart, *arguments, values=sidecar())
+
+
+@pytest.mark.parametrize("nulls, message", [
+    ({"protocol": None}, "missing property 'protocol'"), ({"resources": None}, "missing property 'resources'"),
+    ({"control": None}, "missing property 'control'"), ({"queue": {"max": None}}, "at '/queue': missing property 'max'")])
+def test_a_null_that_leaves_nothing_is_refused(nulls, message):
+    assert message in refusal(CHART, values=sidecar(**nulls)) and message in refusal(USER_CHART, values=sidecar(**nulls))
+
+
 def test_the_library_refuses_a_sidecar_without_backend():
     assert "set one of backend.service, backend.selector" in refusal(USER_CHART)
 

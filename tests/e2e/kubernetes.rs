@@ -79,7 +79,8 @@ fn a_service_is_followed_from_one_endpoint_to_five_to_none_to_three(io: Io) {
         api.delete_slice(name);
     }
     proxy.wait_for_endpoints(0);
-    assert!(proxy.get("/readyz").body.contains("no endpoint"), "{:?}", proxy.get("/readyz"));
+    let why = proxy.get("/readyz").body;
+    assert!(why.contains("no endpoint: there is no EndpointSlice of a Service"), "{why}");
     assert_eq!(ask(&held, "who"), by, "a live session stays");
 
     // A session that comes now waits for the first endpoint.

@@ -366,8 +366,20 @@ tcpUserTimeout: AEGIS_TCP_USER_TIMEOUT
 {{- end }}
 {{- end }}
 
+{{- /* Puts what is empty in the place of what a null has removed. */}}
+{{- define "aegis-sidecar.fill" -}}
+{{- range $name := list "env" "check" }}{{ if not (get $ $name) }}{{ $_ := set $ $name dict }}{{ end }}{{ end }}
+{{- if not .routes }}{{ $_ := set . "routes" list }}{{ end }}
+{{- range $name := list "workers" "tcpUserTimeout" "backendDrain" "failbackTime" "startTimeout" "pool.mode" "socket.folder" "socket.file" "check.interval" "check.kind" "check.path" "check.fall" "check.rise" }}
+{{- $place := contains "." $name | ternary (get $ (splitList "." $name | first)) $ }}
+{{- $last := splitList "." $name | last }}
+{{- if not (get $place $last) }}{{ $_ := set $place $last "" }}{{ end }}
+{{- end }}
+{{- end }}
+
 {{- /* The same where the service may come later, by annotation. */}}
 {{- define "aegis-sidecar.check-options" -}}
+{{- include "aegis-sidecar.fill" . }}
 {{- if .routes }}
 {{- include "aegis-sidecar.check-routes" . }}
 {{- else }}

@@ -23,6 +23,7 @@ aegis-{{ include "aegis.injection-name" . | replace "." "-" | trunc 51 | trimSuf
 {{- /* The sidecar's values, with its name and the backends' namespaces in place. */}}
 {{- define "aegis.sidecar" -}}
 {{- $values := deepCopy .Values.sidecar -}}
+{{- $_ := include "aegis-sidecar.fill" $values -}}
 {{- range $values.routes | default (list $values) -}}
 {{- $_ := set .backend "namespace" (.backend.namespace | default $.Release.Namespace) -}}
 {{- end -}}

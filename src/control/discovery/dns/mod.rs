@@ -121,11 +121,12 @@ impl<R: Resolve> Backends<R> {
         } else {
             self.status.on_sync();
         }
-        if answer == Answer::Absent && hosts[index].is_empty() {
+        let is_absent = answer == Answer::Absent;
+        hosts[index].on_answer(family, answer);
+        if is_absent && hosts[index].is_empty() {
             let what = format!("{}: the name does not exist", self.hosts[index]);
             self.status.on_error(ErrorKind::Lookup, what);
         }
-        hosts[index].on_answer(family, answer);
         // What one name answers does not mend another's trouble.
         if !hosts.iter().any(Host::is_in_trouble) {
             self.status.clear_trouble();
@@ -165,6 +166,7 @@ mod tests {
     use super::testing::backend;
     use super::*;
     use crate::control::testing::{block_on, workers};
+    use crate::limits::DNS_ANSWERS_TO_LEAVE;
     use crate::proxy::endpoints::EndpointSnapshot;
 
     /// Gives the scripted answers one by one, then none for ever.
@@ -326,6 +328,37 @@ mod tests {
             let (snapshot, script) = last(&["db"], script, 2).await;
             assert_eq!(names(&snapshot), ["db:5432@10.0.0.2"]);
             assert!(script.0.lock().unwrap().is_empty());
+        });
+    }
+
+    #[test]
+    fn a_name_that_has_lost_its_last_address_says_so_at_once() {
+        block_on(async {
+            for address in ["10.0.0.1", "fd00::1"] {
+                let snapshots = watch::Sender::default();
+                let mut receiver = snapshots.subscribe();
+                let found = [address];
+                let mut script = vec![Some(&found[..])];
+                script.extend([Some(&[][..]); DNS_ANSWERS_TO_LEAVE as usize]);
+                let status = Arc::<Status>::default();
+                let backends = Backends {
+                    hosts: vec![backend("db")],
+                    tiers: Vec::new(),
+                    refresh: Duration::from_millis(1),
+                    first_answer_max: Duration::from_secs(3600),
+                    resolver: Script::new(&script),
+                    by_key: false,
+                    status: Arc::clone(&status),
+                };
+                let publisher =
+                    Publisher::new(workers(1), crate::proxy::RouteId::default(), snapshots);
+                let running = tokio::spawn(backends.run(publisher));
+                let empty = receiver.wait_for(|s: &Arc<EndpointSnapshot>| s.generation == 2).await;
+                assert!(empty.unwrap().endpoints.is_empty());
+                let why = "db:5432: the name does not exist";
+                assert_eq!(status.trouble().as_deref(), Some(why), "{address}");
+                running.abort();
+            }
         });
     }
 

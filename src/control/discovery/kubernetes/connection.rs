@@ -196,6 +196,10 @@ fn read_token(path: &Path) -> Result<String, String> {
     let mut text = String::new();
     let read = File::open(path).and_then(|f| f.take(TOKEN_BYTES_MAX).read_to_string(&mut text));
     read.map_err(|error| format!("the token {} cannot be read: {error}", path.display()))?;
+    // So is one that is being written. No server knows it, and the last one may be good for long.
+    if text.trim().is_empty() {
+        return Err(format!("the token {} is empty", path.display()));
+    }
     Ok(text)
 }
 
@@ -399,6 +403,25 @@ mod tests {
         let mut auth = AuthInfo { username: Some("me".into()), password, ..inline("abc") };
         let token = block_on(credentials(&mut auth, &Offload::default())).unwrap();
         assert!(token.header.is_none() && auth.token.is_some());
+    }
+
+    #[test]
+    fn an_empty_token_is_none_and_takes_the_place_of_none() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (path, offload) = (file.path(), Offload::default());
+        block_on(async {
+            let trouble = Token::of_file(path.to_owned(), &offload).await.unwrap_err();
+            let what = format!("the token {} is empty", path.display());
+            assert!(trouble.what.contains(&what), "{trouble:?}");
+            std::fs::write(path, "abc\n").unwrap();
+            let mut token = Token::of_file(path.to_owned(), &offload).await.unwrap();
+            for (text, header) in [(" \n", "Bearer abc"), ("", "Bearer abc"), ("new", "Bearer new")]
+            {
+                std::fs::write(path, text).unwrap();
+                token.good_until = Some(Instant::now());
+                assert_eq!(token.fresh(&offload).await.unwrap(), header, "{text:?}");
+            }
+        });
     }
 
     #[test]

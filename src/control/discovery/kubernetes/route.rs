@@ -119,7 +119,8 @@ impl Route {
     /// is, so that the start-up is not over.
     fn publish(&mut self, objects: &[&Extract]) {
         let Union { wanted, left_out, misfit } = convert::union(objects.iter().copied());
-        let wrong = self.absence(objects).or(misfit).filter(|_| !self.publisher.has_begun());
+        let absence = self.absence(objects);
+        let wrong = absence.clone().or(misfit).filter(|_| !self.publisher.has_begun());
         if self.status.hold(ENDPOINTS, wrong.clone())
             && let Some(why) = &wrong
         {
@@ -129,10 +130,13 @@ impl Route {
             self.status.set_unusable(wrong);
             return;
         }
-        if self.status.set_unusable(left_out.clone())
-            && let Some(why) = left_out
-        {
-            warn!("endpoints are left out: {why}");
+        // Later its Service may have been deleted, which has to be seen from outside as well.
+        if self.status.set_unusable(left_out.clone().or(absence.clone())) {
+            if let Some(why) = left_out {
+                warn!("endpoints are left out: {why}");
+            } else if let Some(why) = absence {
+                warn!("no endpoint is left: {why}");
+            }
         }
         let stores = if self.rules.by_key {
             // Without knowing who shares the keys nobody can be served.
