@@ -301,7 +301,7 @@ labels! {
         /// The database: its first byte takes four times as long as usual, or `AEGIS_SLOW_FIRST_BYTE`, or
         /// does not come.
         BackendSlow = "backend_slow",
-        /// The database: connects or checks fail, or endpoints are ejected.
+        /// The database, or the way to it: connects or checks fail, or endpoints are ejected.
         BackendRefusing = "backend_refusing",
         /// The database or discovery: there is no endpoint to send clients to.
         NoEndpoint = "no_endpoint",

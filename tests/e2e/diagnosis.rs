@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, setpriority_process};
 
-use super::replies::read_head;
 use crate::support::backend::Backend;
 use crate::support::client::{ask_once, read_line, reset, try_ask, try_connect};
 use crate::support::kube_api::KubeApi;
@@ -23,15 +22,15 @@ use crate::support::{Io, PATIENCE, eventually, skip};
 const PROBLEM: &str = "aegis_problem";
 
 /// What is compared with is as old as this, or twice as old.
-const WINDOW: Duration = Duration::from_secs(5);
+pub(super) const WINDOW: Duration = Duration::from_secs(5);
 
 /// The proxy with the driver that is there on every machine: nothing here depends on it.
-fn proxy() -> Builder {
+pub(super) fn proxy() -> Builder {
     Builder::on(Io::Epoll)
 }
 
 /// Waits until the proxy finds this problem; returns what the page says of it.
-fn found(proxy: &Proxy, kind: &str) -> String {
+pub(super) fn found(proxy: &Proxy, kind: &str) -> String {
     proxy.wait_for(PROBLEM, &[("kind", kind)], |found| found == 1);
     let words = eventually("the page says it", PATIENCE, || said(proxy, kind));
     let is_it = |line: &serde_json::Value| line["problem"] == kind && line["level"] == "WARN";
@@ -51,7 +50,7 @@ fn said(proxy: &Proxy, kind: &str) -> Option<String> {
 }
 
 /// Nothing but these was found so far. That other tests keep the machine busy may be found as well.
-fn are_all(proxy: &Proxy, kinds: &[&str]) {
+pub(super) fn are_all(proxy: &Proxy, kinds: &[&str]) {
     let found = proxy.log_problems();
     let found = found.iter().filter(|line| line["level"] == "WARN");
     let others = found.filter(|line| {
@@ -62,7 +61,7 @@ fn are_all(proxy: &Proxy, kinds: &[&str]) {
 }
 
 /// Lets a proxy run before the other tests, so that it has the core it wants.
-fn start(proxy: Builder) -> Proxy {
+pub(super) fn start(proxy: Builder) -> Proxy {
     let proxy = proxy.start();
     for thread in fs::read_dir(format!("/proc/{}/task", proxy.id())).unwrap() {
         let thread: i32 = thread.unwrap().file_name().to_str().unwrap().parse().unwrap();
@@ -73,12 +72,12 @@ fn start(proxy: Builder) -> Proxy {
 }
 
 /// A machine that is busy with other tests may make it look so for a moment.
-fn is_not_said(proxy: &Proxy, kind: &str) {
+pub(super) fn is_not_said(proxy: &Proxy, kind: &str) {
     let is_gone = || said(proxy, kind).is_none().then_some(());
     eventually(&format!("{kind} is not found"), PATIENCE, is_gone);
 }
 
-fn is_over(proxy: &Proxy, kind: &str) {
+pub(super) fn is_over(proxy: &Proxy, kind: &str) {
     proxy.wait_for(PROBLEM, &[("kind", kind)], |found| found == 0);
     let is_it = |line: &serde_json::Value| line["problem"] == kind;
     let is_said = || proxy.log_events("problem is over").iter().any(is_it).then_some(());
@@ -86,13 +85,13 @@ fn is_over(proxy: &Proxy, kind: &str) {
 }
 
 /// Clients that do the same again and again until this is dropped.
-struct Load {
+pub(super) struct Load {
     over: Arc<AtomicBool>,
     clients: Vec<JoinHandle<()>>,
 }
 
 impl Load {
-    fn of(clients: usize, work: impl Fn() + Send + Sync + 'static) -> Self {
+    pub(super) fn of(clients: usize, work: impl Fn() + Send + Sync + 'static) -> Self {
         let (over, work) = (Arc::new(AtomicBool::new(false)), Arc::new(work));
         let client = |_| {
             let (over, work) = (Arc::clone(&over), Arc::clone(&work));
@@ -106,7 +105,7 @@ impl Load {
     }
 
     /// Clients that ask for a line, each on a connection of its own each time.
-    fn asking(clients: usize, proxy: SocketAddr) -> Self {
+    pub(super) fn asking(clients: usize, proxy: SocketAddr) -> Self {
         Self::of(clients, move || {
             // Errors are what some of the tests are about.
             let _ = ask_once(proxy, "GET k");
@@ -123,7 +122,7 @@ impl Drop for Load {
 }
 
 /// Answers each line after a time that can be changed.
-fn taking(milliseconds: &Arc<AtomicU64>) -> Backend {
+pub(super) fn taking(milliseconds: &Arc<AtomicU64>) -> Backend {
     let milliseconds = Arc::clone(milliseconds);
     Backend::scripted(move |mut stream| {
         while read_line(stream).is_ok_and(|line| !line.is_empty()) {
@@ -242,7 +241,7 @@ fn clients_that_wait_for_what_need_not_come_say_nothing_of_a_backend() {
     drop(clients);
 }
 
-fn by_request(backend: &Backend, pool_size: &str) -> Builder {
+pub(super) fn by_request(backend: &Backend, pool_size: &str) -> Builder {
     let proxy = proxy().backends(&[backend.address()]).protocol("chronos", "request");
     proxy.set("AEGIS_POOL_SIZE", pool_size)
 }
@@ -260,49 +259,6 @@ fn clients_that_wait_since_a_backend_has_become_slow_wait_for_the_backend() {
     // Until nothing is compared with the time before.
     thread::sleep(2 * WINDOW);
     are_all(&proxy, &["backend_slow"]);
-}
-
-#[test]
-fn a_busy_backend_that_becomes_slow_makes_no_small_pool() {
-    let takes = Arc::new(AtomicU64::new(1));
-    let backend = taking(&takes);
-    let proxy = start(by_request(&backend, "8").set("AEGIS_WORKERS", "1"));
-    let _load = Load::asking(12, proxy.address());
-    proxy.wait_for("aegis_requests_total", &[("outcome", "answered")], |n| n > 5000);
-    takes.store(200, Relaxed);
-    found(&proxy, "backend_slow");
-    thread::sleep(2 * WINDOW);
-    are_all(&proxy, &["backend_slow"]);
-}
-
-#[test]
-fn clients_that_take_their_time_to_send_say_nothing_of_a_backend() {
-    const SIZE: usize = 20_000;
-    let uploads = Backend::scripted(|mut stream| {
-        while read_head(stream).is_some() && stream.read_exact(&mut vec![0; SIZE]).is_ok() {
-            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
-        }
-    });
-    let lines = taking(&Arc::new(AtomicU64::new(1)));
-    let framed = proxy().backends(&[uploads.address()]).protocol("http1", "request");
-    let proxies = [start(framed), start(proxy().backends(&[lines.address()]))];
-    let addresses = proxies.each_ref().map(Proxy::address);
-    let head = format!("POST / HTTP/1.1\r\nContent-Length: {SIZE}\r\n\r\n");
-    let body = [head.into_bytes(), vec![b'x'; SIZE - 1]].concat();
-    let slow = |address: SocketAddr, first: Vec<u8>, rest: &'static [u8]| {
-        Load::of(12, move || {
-            let Ok(mut client) = try_connect(address) else { return };
-            let _ = client.write_all(&first);
-            // How slow it is is what is tested.
-            thread::sleep(Duration::from_millis(1500));
-            let _ = client.write_all(rest).map(|()| client.read(&mut [0; 1024]));
-        })
-    };
-    let _loads = [slow(addresses[0], body, b"x"), slow(addresses[1], b"GE".into(), b"T k\n")];
-    for proxy in &proxies {
-        proxy.wait_for("aegis_first_byte_seconds_count", &[], |n| n > 60);
-        are_all(proxy, &[]);
-    }
 }
 
 #[test]
@@ -387,7 +343,7 @@ fn find_a_lossy_network(there: Fate, back: Fate) {
     are_all(&proxy, &["network_lossy"]);
 }
 
-const LOSSY: Fate = Fate::Lossy(20, Duration::from_millis(1));
+pub(super) const LOSSY: Fate = Fate::Lossy(20, Duration::from_millis(1));
 
 #[test]
 fn a_network_that_loses_segments_is_told_from_a_backend_that_is_slow() {

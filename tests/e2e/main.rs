@@ -22,6 +22,7 @@ mod control;
 mod crowd;
 mod databases;
 mod diagnosis;
+mod diagnosis_combined;
 mod dns;
 mod drain;
 mod endings;

@@ -181,7 +181,7 @@ fn is_prompt(route: &RouteView<'_>) -> bool {
     let bound = Histogram::upper_bound_seconds;
     let (mut prompt, mut all) = (0, 0);
     for stats in &route.stats {
-        for (at, count) in stats.first_byte.read().counts.into_iter().enumerate() {
+        for (at, count) in stats.reply_wait.read().counts.into_iter().enumerate() {
             all += count;
             prompt += if bound(at).is_some_and(|s| s <= limit.as_secs_f64()) { count } else { 0 };
         }
