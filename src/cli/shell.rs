@@ -1,9 +1,10 @@
 //! `aegis-proxy completions` and `aegis-proxy man`: what a shell and a reader want of the command line.
 
+use std::fmt::Write;
 use std::io;
 use std::process::ExitCode;
 
-use clap::builder::PossibleValuesParser;
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Arg, ArgMatches, Command};
 use clap_complete::{Shell, generate};
 use clap_mangen::Man;
@@ -37,7 +38,28 @@ pub(super) fn completions(matches: &ArgMatches) -> ExitCode {
     // In its script for bash the library takes the hyphen of the name for the begin of a command in one
     // place of two (4.6.11), so that no command's options would be completed.
     let text = String::from_utf8_lossy(&text).replace("aegis__subcmd__proxy", "aegis__proxy");
-    print(&text)
+    if shell == Shell::Fish { print(&(text + &values_for_fish())) } else { print(&text) }
+}
+
+/// What a command takes that is no option: in its script for fish the library leaves it out (4.6.11), so
+/// that files would be completed.
+fn values_for_fish() -> String {
+    let definition = super::definition();
+    let mut lines = String::new();
+    for command in definition.get_subcommands() {
+        for argument in command.get_positionals() {
+            let values = argument.get_possible_values();
+            let values: Vec<_> = values.iter().map(PossibleValue::get_name).collect();
+            if !values.is_empty() {
+                let (name, values) = (command.get_name(), values.join(" "));
+                let when = format!("__fish_aegis_proxy_using_subcommand {name}");
+                let program = super::NAME;
+                // Writing to a string cannot fail.
+                let _ = writeln!(lines, "complete -c {program} -n \"{when}\" -f -a \"{values}\"");
+            }
+        }
+    }
+    lines
 }
 
 /// Prints the page in the language of `man`.

@@ -266,7 +266,8 @@ fn shells_complete_commands_and_options() {
                     echo "${COMPREPLY[*]}"
                 }
                 complete he
-                complete healthcheck --probe ''"#
+                complete healthcheck --probe ''
+                complete completions b"#
             }
             // It completes for a key alone, typed at a pseudo-terminal.
             "zsh" => {
@@ -280,17 +281,20 @@ fn shells_complete_commands_and_options() {
                 zpty -r -m typed seen '*healthcheck *' && print healthcheck
                 zpty -n -w typed $'--probe \t'
                 zpty -r -m typed seen '*livez*readyz*startupz*' && print livez readyz startupz
+                zpty -n -w typed $'\x15aegis-proxy completions b\t'
+                zpty -r -m typed seen '*completions bash *' && print bash
                 zpty -d typed"#
             }
             _ => {
                 r#"source $argv[1]
                 complete -C "aegis-proxy he" | string replace --regex "\t.*" ""
-                complete -C "aegis-proxy healthcheck --probe " | string join " ""#
+                complete -C "aegis-proxy healthcheck --probe " | string join " "
+                complete -C "aegis-proxy completions b""#
             }
         };
         let completed = in_shell(shell, script, &file);
         if let Some(completed) = completed {
-            assert_eq!(completed, "healthcheck\nlivez readyz startupz\n", "{shell}");
+            assert_eq!(completed, "healthcheck\nlivez readyz startupz\nbash\n", "{shell}");
         }
     }
     let ended = Builder::bare().argument("completions").argument("csh").run();
