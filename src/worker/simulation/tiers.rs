@@ -13,13 +13,15 @@ use crate::proxy::endpoints::Tier;
 /// who comes meets those that come first.
 fn tiers(seed: u64) -> (u64, u64) {
     const TROUBLE: Duration = Duration::from_secs(20);
-    // An ejection is over, a probe has lasted, and the failback time has passed.
-    const CALM: Duration = Duration::from_secs(45);
+    // A few ejections.
+    const WELL_WITHIN: Duration = Duration::from_secs(300);
     let mut rng = fastrand::Rng::with_seed(seed);
     let mut config = Config::from_vars(std::iter::empty()).expect("defaults are valid");
     let route = Arc::make_mut(&mut config.routes[0]);
     route.endpoint_wait = 60 * SECOND;
     route.failback_time = rng.u32(..4) * SECOND;
+    // And a probe.
+    let failback = route.failback_time + SECOND;
     route.pool.min_idle = rng.usize(..3);
     route.pool.max_idle = route.pool.min_idle + rng.usize(..4);
     route.balance = [Balance::LeastConn, Balance::RoundRobin, Balance::PeakEwma][rng.usize(..3)];
@@ -45,22 +47,31 @@ fn tiers(seed: u64) -> (u64, u64) {
     }
     (0..all.len()).for_each(|at| run.engine.driver().reach(at, Reachability::Up));
     run.deliver(all);
-    while run.engine.driver().elapsed() < TROUBLE + CALM {
+    // A server that ends sessions at once is ejected, however well it is: each time it has to show that anew.
+    let mut well_since = TROUBLE;
+    while run.engine.driver().elapsed() < well_since + failback {
         turn(&mut run, &mut tier, &mut moves);
+        if run.endpoints.iter().any(|endpoint| endpoint.stats[0].ejected.get() > 0) {
+            well_since = run.engine.driver().elapsed();
+        }
+        assert!(well_since < TROUBLE + WELL_WITHIN, "somebody stays ejected");
     }
-    assert_eq!(tier, 0, "those that come first have been well for long");
+    assert_eq!(tier, 0, "all have been well for the failback time");
+    let (before, begun) = (moves, run.engine.driver().elapsed());
     let late = run.engine.driver().peers.len();
     for _ in 0..8 {
         run.engine.driver().add_client(Duration::ZERO);
     }
-    while run.engine.driver().elapsed() < TROUBLE + CALM + 5 * SECOND {
+    while run.engine.driver().elapsed() < begun + 5 * SECOND {
         turn(&mut run, &mut tier, &mut moves);
     }
     let driver = run.engine.driver();
     let late = driver.peers[late..].iter().filter(|peer| peer.is_client);
     let met = late.filter_map(|peer| partner(driver, peer)?.endpoint).map(usize::from);
     let met: Vec<_> = met.map(|at| run.tiers[at]).collect();
-    assert!(met.iter().all(|&tier| tier == Tier::FIRST), "{met:?}");
+    // Sessions that end at once may have the first ones left again.
+    let is_left = moves > before;
+    assert!(is_left || met.iter().all(|&tier| tier == Tier::FIRST), "{met:?}");
     run.check_bytes();
     run.stop();
     (moves, met.len() as u64)
