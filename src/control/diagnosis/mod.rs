@@ -318,14 +318,14 @@ impl Found {
         // What is compared with may be from before that, and is at most twice as old and a look.
         let is_blamed = remembered.blamed.is_some_and(|at| self.since - at < 3 * WINDOW);
         let above_limit = above_limit(replies, route.config);
-        let slow = if is_blurred { above_limit.or(unusual) } else { unusual.or(above_limit) };
+        let slow = above_limit.into_iter().chain(unusual).max_by_key(|verdict| verdict.is_certain);
         let slow = slow.into_iter().chain(unanswered).chain(overdue);
         self.add_verdict(Problem::BackendSlow, about, Verdict::of_all(slow));
         // Where nobody was answered since the latest look, the backend may have stopped, or never answers
         // more often.
         let may_be_slow = is_blamed || is_slow_now || is_silent;
         let is_clear = !is_blurred && refusing.is_none();
-        let queued = queued(&grown.times, latest, is_clear).map(|verdict| Verdict {
+        let queued = queued(&grown.times, &latest, is_clear).map(|verdict| Verdict {
             is_certain: verdict.is_certain && !is_outage && !may_be_slow,
             ..verdict
         });
@@ -455,17 +455,20 @@ fn unanswered(grown: &Growth, is_silent: bool) -> Option<Verdict> {
     Some(Verdict { words, is_certain: true })
 }
 
-/// Whether the first byte takes longer than it may, for those that still wait for it or have given up.
-fn overdue(grown: &Growth, config: &RouteConfig, is_certain: bool) -> Option<Verdict> {
+/// Whether the first byte takes longer than it may, for those that still wait for it or have given up. A few
+/// may wait for news; but while they do and nobody is answered, nothing is known to be over.
+fn overdue(grown: &Growth, config: &RouteConfig, is_clear: bool) -> Option<Verdict> {
     let limit = format_duration(config.slow_first_byte?);
     let waiting = grown.overdue;
     let words = || format!("{waiting} clients got no first byte; AEGIS_SLOW_FIRST_BYTE is {limit}");
-    (waiting >= EVENTS_MIN).then(|| Verdict { words: words(), is_certain })
+    let are_many = waiting >= EVENTS_MIN;
+    let is_found = are_many || (grown.waiting > 0 && grown.times.replies.count() == 0);
+    is_found.then(|| Verdict { words: words(), is_certain: are_many && is_clear })
 }
 
 /// Whether clients wait for a connection for a good part of their time, or in vain: within a window, and
 /// since the latest look. Their waits say something of the pool if that `is_clear`.
-fn queued(grown: &Times, latest: Times, is_clear: bool) -> Option<Verdict> {
+fn queued(grown: &Times, latest: &Times, is_clear: bool) -> Option<Verdict> {
     let Times { queue, gave_up, .. } = *grown;
     // Sessions may last for days.
     let whole = queue.sum + grown.connect.sum + grown.first_byte.sum;

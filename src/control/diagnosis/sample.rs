@@ -144,6 +144,8 @@ pub(super) struct Growth {
     pub(super) timed_out: u64,
     /// Clients that wait for their first byte for too long, or have left after that.
     pub(super) overdue: u64,
+    /// Those that still do.
+    pub(super) waiting: u64,
     /// Whether clients waited for an endpoint.
     pub(super) is_outage: bool,
 }
@@ -253,6 +255,7 @@ impl RouteSample {
             times: self.times.since(before.times),
             timed_out: self.timed_out.saturating_sub(before.timed_out),
             overdue: if self.is_prompt { self.overdue.max(left_overdue) } else { 0 },
+            waiting: if self.is_prompt { self.overdue } else { 0 },
             is_outage: self.waited > before.waited || self.outage > before.outage,
         }
     }

@@ -165,8 +165,11 @@ fn clients_without_a_first_byte_count_as_slow_where_others_got_theirs_in_time() 
     (0..99).for_each(|_| scene.reply(MS));
     assert_eq!(scene.pass(wait), []);
     let mut scene = usual(&[]);
+    let wait_few = |scene: &Scene| scene.route().overdue.set(9);
+    assert_eq!(scene.pass(wait_few), []);
     assert_eq!(scene.pass(wait), words(12));
-    assert_eq!(scene.pass(|scene| scene.route().overdue.set(9)), []);
+    // Three have left, and still nobody was answered.
+    assert_eq!(scene.pass(wait_few), words(9));
     // Each second one of those has left that were seen.
     assert_eq!(scene.pass(|scene| scene.route().left_overdue.add(2)), words(20));
     scene.route().overdue.set(0);
@@ -392,6 +395,23 @@ fn a_problem_that_goes_on_is_logged_once() {
         scene.answer(if second % 6 < 3 { 12 * MS } else { 8 * MS }, 40 * MS);
     });
     assert_eq!(scene.log, ["pool_small"]);
+}
+
+#[test]
+fn a_backend_that_answers_nobody_is_not_well_again_between_two_that_give_up() {
+    let mut scene = usual(&[]);
+    scene.pass_seconds(120, |scene, second| {
+        // Two clients, who ask again when their time is over.
+        let is_over = second % 30 == 29;
+        scene.route().overdue.set(if is_over { 0 } else { 2 });
+        if is_over {
+            (0..2).for_each(|_| scene.route().count_request(Verb::OTHER, Outcome::Timeout, MS));
+        }
+    });
+    assert_eq!(scene.log, ["backend_slow"]);
+    scene.route().overdue.set(0);
+    scene.pass_seconds(30, |scene, _| scene.reply(2 * MS));
+    assert_eq!(scene.log, ["backend_slow", "-backend_slow"]);
 }
 
 #[test]
