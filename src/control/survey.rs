@@ -136,8 +136,9 @@ async fn find(
     }
 }
 
-/// Waits until endpoints are published and each name was looked up, or it is known why none will be. What is published without a
-/// word of the source is not its answer: a start goes on with addresses, or with none.
+/// Waits until endpoints are published and each name was looked up, or it is known why none will be. What
+/// is published without a word of the source is not its answer: a start goes on with addresses, or with
+/// none.
 async fn answer(
     discovery: Discovery,
     snapshot: &mut watch::Receiver<Arc<EndpointSnapshot>>,

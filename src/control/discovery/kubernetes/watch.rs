@@ -36,7 +36,7 @@ const LASTED: Duration = Duration::from_secs(5);
 /// this is a dead connection.
 const BOOKMARKS_MISSING: Duration = Duration::from_secs(150);
 
-/// How long a list may take, of all pages or by a watch.
+/// How long a page of a list may take, or a whole list by a watch.
 const LIST_TIME_MAX: Duration = Duration::from_secs(60);
 
 /// Objects in a page of a list, and pages.
