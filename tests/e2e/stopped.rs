@@ -3,6 +3,7 @@
 
 use std::io::Write;
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -108,10 +109,13 @@ fn connects_that_succeeded_meanwhile_are_no_failures(io: Io) {
 }
 
 fn checks_that_were_passed_meanwhile_have_not_failed(io: Io) {
-    const PAUSE: Duration = Duration::from_millis(20);
-    // Most of the time a check is under way.
-    let backend = Backend::scripted(|mut stream| {
+    const CHECKS: &str = "aegis_endpoint_checks_total";
+    const PAUSE: Duration = Duration::from_millis(50);
+    let asked = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&asked);
+    let backend = Backend::scripted(move |mut stream| {
         while read_line(stream).is_ok() {
+            counted.fetch_add(1, SeqCst);
             thread::sleep(PAUSE);
             let _ = stream.write_all(b"PONG\n");
         }
@@ -122,8 +126,12 @@ fn checks_that_were_passed_meanwhile_have_not_failed(io: Io) {
         .set("AEGIS_CHECK_FALL", "1")
         .set("AEGIS_CONNECT_TIMEOUT", "200ms")
         .start();
-    for stops in 1..=20 {
-        proxy.wait_for("aegis_endpoint_checks_total", &[], |made| made >= stops);
+    for _ in 0..20 {
+        // The one that was under way at the last stop has been told of, and the next one is under way.
+        let before = proxy.metric(CHECKS, &[]);
+        proxy.wait_for(CHECKS, &[], |made| made > before);
+        let before = asked.load(SeqCst);
+        eventually("a check", PATIENCE, || (asked.load(SeqCst) > before).then_some(()));
         stopped(&proxy, || thread::sleep(STOP / 2));
     }
     assert_eq!(proxy.metric("aegis_endpoint_check_failures_total", &[]), 0);
