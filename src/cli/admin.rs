@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use clap::{Arg, ArgMatches};
 use serde_json::Value;
 
+use super::setting::setting;
 use super::table::plain;
 use crate::config::{ADMIN_DEFAULT, admin_address};
 
@@ -48,12 +49,8 @@ impl Admin {
     /// # Errors
     /// Neither is an address to connect to; the message says which.
     pub(super) fn of(matches: &ArgMatches) -> Result<Self, String> {
-        if let Some(text) = matches.get_one::<String>(ADMIN) {
-            return Self::at(text, "--admin");
-        }
-        let text = std::env::var_os("AEGIS_ADMIN");
-        let text = text.as_ref().map_or(ADMIN_DEFAULT.into(), |text| text.to_string_lossy());
-        Self::at(&text, "AEGIS_ADMIN")
+        let (source, text) = setting(matches, ADMIN, "AEGIS_ADMIN", ADMIN_DEFAULT);
+        Self::at(&text, &source)
     }
 
     fn at(text: &str, source: &str) -> Result<Self, String> {

@@ -9,6 +9,7 @@ use clap::{Arg, ArgMatches};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::admin::left;
+use super::setting::setting;
 use super::table::plain;
 use crate::config::control_address;
 use crate::control::socket::{Reply, Request, Tapped};
@@ -170,13 +171,7 @@ pub(super) fn ask(matches: &ArgMatches, request: &Request) -> Result<Done, Strin
 }
 
 fn address(matches: &ArgMatches) -> Result<Address, String> {
-    let (source, text) = if let Some(text) = matches.get_one::<String>(CONTROL) {
-        ("--control", text.clone())
-    } else {
-        let text = std::env::var_os("AEGIS_CONTROL");
-        let text = text.map_or("off".to_owned(), |text| text.to_string_lossy().into_owned());
-        ("AEGIS_CONTROL", text)
-    };
+    let (source, text) = setting(matches, CONTROL, "AEGIS_CONTROL", "off");
     match control_address(&text) {
         Ok(Some(address)) => Ok(address),
         Ok(None) => Err("no control socket is configured: start the proxy with \

@@ -14,6 +14,7 @@ use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::time::{sleep, timeout};
 
 use crate::cli::admin::Admin;
+use crate::cli::signals::{exit_code, spawn, watch};
 
 /// How often the proxy is asked.
 pub(super) const INTERVAL: Duration = Duration::from_secs(1);
@@ -30,11 +31,6 @@ pub(super) enum Event {
     /// What the proxy says of itself, or why it does not.
     Reading(Result<Value, String>),
     Signal(SignalKind),
-}
-
-/// What shells make of the end by a signal.
-pub(super) fn exit_code(signal: SignalKind) -> u8 {
-    128 + signal.as_raw_value() as u8
 }
 
 /// Another owner is to have the terminal.
@@ -62,21 +58,15 @@ pub(super) fn begin(admin: Admin) -> io::Result<Receiver<Event>> {
 }
 
 fn watch_signals(events: &Sender<Event>) -> io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let entered = runtime.enter();
-    for kind in [SUSPEND, RESUME, SignalKind::window_change()] {
-        runtime.spawn(pass_on(signal(kind)?, kind, events.clone()));
-    }
-    for kind in ends() {
-        runtime.spawn(end(signal(kind)?, kind, events.clone()));
-    }
-    drop(entered);
-    spawn(move || runtime.block_on(std::future::pending::<()>()))
-}
-
-fn spawn(wait: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    let spawned = thread::Builder::new().spawn(wait);
-    spawned.map(drop).map_err(|error| io::Error::new(error.kind(), format!("no thread: {error}")))
+    watch(|runtime| {
+        for kind in [SUSPEND, RESUME, SignalKind::window_change()] {
+            runtime.spawn(pass_on(signal(kind)?, kind, events.clone()));
+        }
+        for kind in ends() {
+            runtime.spawn(end(signal(kind)?, kind, events.clone()));
+        }
+        Ok(())
+    })
 }
 
 async fn pass_on(mut signals: Signal, kind: SignalKind, events: Sender<Event>) {

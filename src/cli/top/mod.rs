@@ -15,7 +15,8 @@ use tokio::signal::unix::SignalKind;
 
 use super::admin::{Admin, option};
 use super::output::{fail, print};
-use events::{Event, INTERVAL, RESUME, SUSPEND, exit_code};
+use super::signals::exit_code;
+use events::{Event, INTERVAL, RESUME, SUSPEND};
 use screen::{Line, Tone, lines};
 use terminal::Terminal;
 
